@@ -1,0 +1,3 @@
+"""RLHF as a distributed actor system on Ray."""
+
+__version__ = "0.1.0"

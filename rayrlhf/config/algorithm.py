@@ -1,0 +1,93 @@
+"""The maths of the update: KL, reward shaping, advantages, losses. Names and formulas are those of `rayrlhf.algorithms`."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from rayrlhf.config.section import Section
+
+KlEstimator = Literal["k1", "abs", "k2", "k3", "full"]
+
+
+class KlSection(Section):
+    """The penalty for moving away from the reference."""
+
+    estimator: KlEstimator = "k1"
+    placement: Literal["reward", "loss"] = "reward"
+    coefficient: float = Field(0.05, ge=0)
+    """0 means no reference model is started."""
+    target: float | None = Field(None, gt=0)
+    """Nats per sequence that the adaptive controller steers to (Ziegler et al. 2019); fixed coefficient when not given."""
+    horizon: int = Field(10_000, ge=1)
+
+
+class ShapingSection(Section):
+    """What happens to a sequence's score before it becomes token rewards, in this order."""
+
+    missing_eos_penalty: float | None = Field(None, ge=0)
+    """Subtracted from the score of a response that did not stop by itself."""
+    scale: bool = False
+    """Divide by the running standard deviation of all scores so far."""
+    center: bool = False
+    """Subtract the running mean before scaling."""
+    clip: float | None = Field(None, gt=0)
+    whiten_rewards: bool = False
+    """Whiten the token rewards of the step, keeping their mean."""
+    score_position: Literal["last", "after_last"] = "last"
+    """The token that receives the score: the last one (classic), or the slot after a stop token (TRL modern)."""
+
+
+class AdvantageSection(Section):
+    """From token rewards and values to advantages and returns."""
+
+    estimator: str = "gae"
+    gamma: float = Field(1.0, ge=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1)
+    whiten: bool = True
+    skip_masked: bool = True
+    """Bootstrap across tool or environment tokens; false treats them as steps of value 0 (TRL classic)."""
+
+
+class PolicyLossSection(Section):
+    """The clipped surrogate."""
+
+    name: str = "ppo"
+    clip_low: float = Field(0.2, gt=0)
+    clip_high: float = Field(0.2, gt=0)
+    dual_clip: float | None = Field(None, gt=1)
+    entropy_coefficient: float = Field(0.0, ge=0)
+
+
+class ValueLossSection(Section):
+    """The clipped squared error of the critic."""
+
+    coefficient: float = Field(0.1, ge=0)
+    clip: float | None = Field(0.2, gt=0)
+
+
+class ParitySection(Section):
+    """Quirks of TRL's trainers, off by default; switch one on only to compare numbers with TRL."""
+
+    mini_batch_means: bool = False
+    """Normalise each micro-batch by its own token count instead of the optimizer step's (both TRL lines)."""
+    clip_first_step_only: bool = False
+    """Clip gradients on the first optimizer step of a run and never again (TRL classic)."""
+    no_accumulation: bool = False
+    """Step the optimizer after every micro-batch but still divide by their number (TRL's last data batch)."""
+
+
+class AlgorithmSection(Section):
+    """Everything about the objective."""
+
+    kl: KlSection = KlSection()
+    shaping: ShapingSection = ShapingSection()
+    advantage: AdvantageSection = AdvantageSection()
+    policy_loss: PolicyLossSection = PolicyLossSection()
+    value_loss: ValueLossSection = ValueLossSection()
+    parity: ParitySection = ParitySection()
+
+    @model_validator(mode="after")
+    def _full_kl_is_exact_only_in_reward(self) -> Self:
+        if self.kl.estimator == "full" and self.kl.placement == "loss":
+            raise ValueError("kl.estimator 'full' is available with kl.placement 'reward' only")
+        return self

@@ -1,0 +1,55 @@
+"""Which weights a role starts from, and in what form they are held."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from rayrlhf.config.section import Section
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+class LoraSection(Section):
+    """Low-rank adapters (peft) instead of full fine-tuning. The reference is then the same model without adapters."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    last_layers: int | None = Field(None, ge=1)
+    """Adapt only the last n decoder layers: the backward pass then stops there."""
+
+
+class ModelSection(Section):
+    """One model: a local folder, a hub name, or a built-in (`builtin:tiny`, `builtin:smollm2-135m-instruct`)."""
+
+    path: str
+    dtype: Precision = "auto"
+    """Compute precision. `auto` is bfloat16 on GPUs and on CPUs with AVX512-BF16 or AMX, else float32."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+    chat_template: Path | None = None
+    """A Jinja file that replaces the tokenizer's own chat template."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    lora: LoraSection | None = None
+    gradient_checkpointing: bool = False
+
+
+class CriticSection(Section):
+    """The value function: its own model, a head on the policy's trunk, or none."""
+
+    kind: Literal["separate", "shared", "none"] = "separate"
+    model: ModelSection | None = None
+    """Where a separate critic starts; the policy's own start when not given."""
+    head_init: Literal["normal", "zero", "default"] = "zero"
+    """`default` is torch's Linear initialisation, `normal` draws N(0, 1/(hidden+1))."""
+    learning_rate: float | None = Field(None, gt=0)
+    """A separate critic's own learning rate; `train.learning_rate` when not given."""
+
+
+class ReferenceSection(Section):
+    """The model that the KL penalty is measured against."""
+
+    model: ModelSection | None = None
+    """The policy's own start when not given; with LoRA the policy without its adapters, and no further copy."""

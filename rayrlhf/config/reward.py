@@ -1,0 +1,44 @@
+"""What a response is worth."""
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from rayrlhf.config.model import ModelSection
+from rayrlhf.config.section import Section
+
+
+class RewardFunctionSection(Section):
+    """One reward function: a registered name, or `module:function`, or `path/to/file.py:function`."""
+
+    name: str
+    weight: float = 1.0
+    arguments: dict[str, Any] = {}
+    """Keyword arguments bound to the function."""
+
+
+class RewardModelSection(Section):
+    """A scalar-head model that scores text, with its own tokenizer and template."""
+
+    model: ModelSection
+    weight: float = 1.0
+    template: str | None = None
+    """Text given to the model, with `{prompt}` and `{response}`; its own chat template when not given."""
+    max_length: int = Field(1024, ge=1)
+
+
+class RewardSection(Section):
+    """A response's score is the weighted sum of all functions and the reward model."""
+
+    functions: list[RewardFunctionSection] = []
+    model: RewardModelSection | None = None
+    timeout_seconds: float = Field(120.0, gt=0)
+    files: list[Path] = []
+    """Python files to import first, so that they can register functions of their own."""
+
+    @model_validator(mode="after")
+    def _something_must_score(self) -> Self:
+        if not self.functions and self.model is None:
+            raise ValueError("give at least one of reward.functions and reward.model")
+        return self

@@ -1,0 +1,31 @@
+"""How responses are sampled."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from rayrlhf.config.section import Section
+
+
+class RolloutSection(Section):
+    """Sampling on the rollout replicas. A step samples `prompts_per_step` x `samples_per_prompt` responses."""
+
+    backend: Literal["vllm", "transformers"] = "vllm"
+    replicas: int = Field(1, ge=1)
+    tensor_parallel_size: int = Field(1, ge=1)
+    prompts_per_step: int = Field(64, ge=1)
+    samples_per_prompt: int = Field(1, ge=1)
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    stop: list[str] = []
+    """Strings that end a response; the text up to and including the token that completed one is kept."""
+    max_model_length: int | None = Field(None, ge=2)
+    """Longest prompt + response in tokens; the model's context when not given."""
+    max_concurrent: int = Field(256, ge=1)
+    """Most requests one replica decodes at a time."""
+    memory_gib: float = Field(2.0, gt=0)
+    """KV cache of a replica on a CPU, in GiB."""
+    gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
+    """Share of the device a replica may use on a GPU."""
+    mismatch_alarm: float = Field(0.5, gt=0)
+    """Stop when the mean |trainer log-prob - sampler log-prob| of a step exceeds this many nats."""

@@ -1,0 +1,96 @@
+"""The run itself: its folder, seed, evaluation, checkpoints, placement and deadlines."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from rayrlhf.config.section import Section
+
+
+class RunSection(Section):
+    """Identity and length of a run. Its folder is `root/name`."""
+
+    name: str = Field("ppo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    root: Path = Path("runs")
+    seed: int = Field(0, ge=0)
+    steps: int = Field(100, ge=1)
+    resume: Literal["auto", "never"] = "auto"
+    determinism: Literal["fast", "exact"] = "fast"
+    """`exact` makes every batch depend on (step, sample) only, so that a resumed run repeats bit for bit on a CPU."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.root / self.name
+
+
+class EvaluationSection(Section):
+    """Sampling and scoring of a fixed held-out prompt set before, during and after training."""
+
+    every: int = Field(0, ge=0)
+    """Steps between evaluations; 0 evaluates before and after only."""
+    prompts: int = Field(128, ge=1)
+    """The first n prompts of `data.evaluation`."""
+    temperature: float = Field(0.0, ge=0)
+    enabled: bool = True
+
+
+class CheckpointSection(Section):
+    """Durable state for resuming."""
+
+    every: int = Field(50, ge=0)
+    """Steps between checkpoints; 0 writes one at the end only."""
+    keep: int = Field(2, ge=1)
+
+
+class RolePlacement(Section):
+    """Processes of one role and what each of them asks Ray for."""
+
+    ranks: int = Field(1, ge=1)
+    cpus: float | None = Field(None, gt=0)
+    """Per process; an equal share of the machine when not given."""
+    gpus: float | None = Field(None, ge=0)
+    """Per process; 0 on a machine without GPUs, and a fair fraction under `colocated`, when not given."""
+    threads: int | None = Field(None, ge=1)
+    """OpenMP threads per process; when not given, all CPUs of the node if phases take turns, else the share of CPUs."""
+
+
+class PlacementSection(Section):
+    """Where roles run."""
+
+    mode: Literal["colocated", "disaggregated"] = "colocated"
+    """`colocated` shares each bundle among the roles; `disaggregated` gives every role a placement group of its own."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Score finished rollouts while others are generated. `auto`: on where roles do not share devices."""
+    policy: RolePlacement = RolePlacement()
+    critic: RolePlacement = RolePlacement()
+    reference: RolePlacement = RolePlacement()
+    reward: RolePlacement = RolePlacement()
+    rollout_cpus: float | None = Field(None, gt=0)
+    rollout_gpus: float | None = Field(None, ge=0)
+    rollout_threads: int | None = Field(None, ge=1)
+    address: str | None = None
+    """Ray address; a job's own cluster, or a new local one, when not given."""
+
+
+class DeadlineSection(Section):
+    """Longest waits, in seconds. An overrun names what was waited for, on whom, and since when."""
+
+    placement: float = Field(120.0, gt=0)
+    start: float = Field(600.0, gt=0)
+    generate: float = Field(1800.0, gt=0)
+    score: float = Field(1800.0, gt=0)
+    update: float = Field(3600.0, gt=0)
+    sync: float = Field(600.0, gt=0)
+
+
+class ObserveSection(Section):
+    """What a run writes and shows."""
+
+    tensorboard: bool = True
+    samples_per_step: int = Field(8, ge=0)
+    """Rollouts written to `samples/` each step."""
+    live: bool = True
+    """The terminal view; plain lines where there is no terminal."""
+    trace: bool = True

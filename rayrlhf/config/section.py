@@ -1,0 +1,13 @@
+"""The base of every config section: strict, frozen, documented field by field.
+
+A section is a pydantic model in a file of its own. Unknown keys, wrong types and values out of range are refused;
+`rayrlhf.config.load` turns pydantic's report into one line for the user.
+"""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A part of the configuration file. Unknown keys are errors and values cannot change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)

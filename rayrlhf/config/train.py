@@ -1,0 +1,48 @@
+"""How a train engine updates a model: batches, optimizer, schedule, sharding."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from rayrlhf.config.section import Section
+
+
+class OptimizerSection(Section):
+    """The optimizer of one model."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class ScheduleSection(Section):
+    """The learning rate over optimizer steps: linear warm-up, then the shape, down to `floor` x the peak."""
+
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    floor: float = Field(0.0, ge=0, le=1)
+
+
+class TrainSection(Section):
+    """One PPO step makes `epochs` passes over the experience, in optimizer steps of `mini_batch_size` samples."""
+
+    learning_rate: float = Field(1e-6, gt=0)
+    epochs: int = Field(1, ge=1)
+    mini_batch_size: int | None = Field(None, ge=1)
+    """Samples per optimizer step over all ranks; the whole step's samples when not given."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Samples per forward and backward on one rank; `micro_batch_tokens` decides when not given."""
+    micro_batch_tokens: int = Field(4096, ge=1)
+    """Token budget, padding included, of one forward and backward on one rank."""
+    score_batch_tokens: int = Field(8192, ge=1)
+    """Token budget of one forward without gradient."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    offload_optimizer: bool = False
+    early_stop_kl: float | None = Field(None, gt=0)
+    """Stop the epochs of a step once the policy moved further than 1.5 x this from the sampling policy (TRL `target_kl`)."""
+    ratio_guard: float | None = Field(None, gt=1)
+    """Zero the loss of a mini-batch whose mean ratio exceeds this (TRL `ratio_threshold`)."""

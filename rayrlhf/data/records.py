@@ -1,0 +1,116 @@
+"""The records that travel between actors: prompts, requests, rollouts, sequences.
+
+All of them are plain NumPy and Python, so that they are cheap to ship in batches and never carry weights or logits.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
+Bool = NDArray[np.bool_]
+
+
+class SampleKey(NamedTuple):
+    """Identity of one sampled response within a run. Work is requeued and deduplicated by it."""
+
+    step: int
+    prompt: int
+    """Row id of the prompt in its dataset."""
+    sample: int
+    """0 .. samples_per_prompt-1 within the prompt's group (ids stay unique when a prompt occurs twice in a step)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt, tokenised.
+
+    Attributes:
+        id: row id in the dataset; stable over epochs and resumes.
+        text: what the user wrote (the last user turn), for rewards and reports.
+        token_ids: int32 [P], chat template applied.
+        columns: every other column of the dataset row, for reward functions.
+    """
+
+    id: int
+    text: str
+    token_ids: Int32
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """One response to sample. `seed` derives from (run seed, step, prompt, sample), so a retry asks for the same thing."""
+
+    key: SampleKey
+    prompt_ids: Int32
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled response.
+
+    Attributes:
+        key: identity.
+        prompt_ids: int32 [P].
+        response_ids: int32 [R], R >= 1; the stop token included when one was sampled.
+        action_mask: bool [R]; True on tokens the policy sampled, False on tool or environment tokens.
+        logprobs: float32 [R], the sampler's own, at the rollout temperature; 0 where `action_mask` is False.
+        versions: int32 [R], weight version that sampled each token.
+        finish_reason: "stop" (stop token or stop string) or "length".
+        text: the response decoded without special tokens.
+        seed: the request's seed.
+    """
+
+    key: SampleKey
+    prompt_ids: Int32
+    response_ids: Int32
+    action_mask: Bool
+    logprobs: Float32
+    versions: Int32
+    finish_reason: Literal["stop", "length"]
+    text: str
+    seed: int
+
+    def sequence(self) -> "Sequence":
+        """The rollout as a token sequence for scoring and training."""
+        return Sequence(np.concatenate([self.prompt_ids, self.response_ids]), len(self.prompt_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """Tokens of one sample. Response token j stands at `token_ids[prompt_length + j]` and is predicted one place before.
+
+    Attributes:
+        token_ids: int32 [P + R].
+        prompt_length: P >= 1.
+    """
+
+    token_ids: Int32
+    prompt_length: int
+
+    @property
+    def response_length(self) -> int:
+        """R, the number of response tokens."""
+        return len(self.token_ids) - self.prompt_length
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """What one model says of one sequence, aligned to its response tokens. A field that was not asked for is None.
+
+    Attributes:
+        logprobs: float32 [R], log-prob of each response token at the given temperature.
+        entropy: float32 [R], entropy of the distribution each response token was drawn from.
+        values: float32 [R + 1], value before each response token, and last the value after the final one.
+        hidden: float32 [R, H], final hidden state that predicted each response token (for the full KL).
+    """
+
+    logprobs: Float32 | None = None
+    entropy: Float32 | None = None
+    values: Float32 | None = None
+    hidden: Float32 | None = None

@@ -1,0 +1,13 @@
+"""The errors a user sees. A `UserError` is one clear line and exit code 2; anything else that escapes is a bug."""
+
+
+class UserError(Exception):
+    """A mistake in the user's input: what, where, what was expected, and the nearest valid thing."""
+
+
+class DeadlineError(Exception):
+    """A wait that overran: names what was waited for, on whom, and since when."""
+
+
+class AlarmError(Exception):
+    """A run that stopped itself because a measured quantity left its allowed range."""
