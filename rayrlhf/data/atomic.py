@@ -1,0 +1,120 @@
+"""Files and folders that exist whole or not at all.
+
+What is written goes to a hidden sibling first, reaches the disk (fsync), and then takes its name by one rename. A reader, or a
+run that resumes after a power cut, therefore sees the old content or the new one, never a part of either.
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+TEMPORARY_SUFFIX = ".partial"
+"""Ends the name of every file and folder that is still being written; such a leftover of a killed process may be deleted."""
+
+
+def write_atomically(path: Path | str, content: bytes | str) -> None:
+    """Write a file so that it appears whole under its name, replacing an older one; text is UTF-8.
+
+    Args:
+        path: where it goes; its folder exists.
+        content: the whole content.
+
+    Raises:
+        OSError: the disk is full or not writable; the older file is then untouched and nothing is left behind.
+    """
+    with file_atomically(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def file_atomically(path: Path | str) -> Iterator[Path]:
+    """Yield the path of a temporary sibling to write; it takes the name `path` when the block ends without an error.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    path = Path(path)
+    partial = _partial_sibling(path)
+    try:
+        yield partial
+        fsync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)
+
+
+@contextmanager
+def folder_atomically(path: Path | str, *, if_exists: Literal["error", "replace", "keep"] = "error") -> Iterator[Path]:
+    """Yield a new empty folder to fill; it takes the name `path`, all files fsynced, when the block ends without an error.
+
+    Args:
+        path: where it goes; missing parents are created.
+        if_exists: when `path` exists at the end, `error` raises, `replace` swaps the old folder out and deletes it (between two
+            renames neither is there), `keep` drops the new one: right where racing processes make the same thing.
+
+    Raises:
+        FileExistsError: `path` exists and `if_exists` is "error".
+        OSError: the disk is full or not writable.
+    """
+    path = Path(path)
+    if if_exists == "error" and path.exists():
+        raise FileExistsError(f"{path} exists")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial_sibling(path)
+    partial.mkdir()
+    try:
+        yield partial
+        _fsync_tree(partial)
+        _take_name(partial, path, if_exists)
+    finally:
+        # Gone after a successful rename; what is left otherwise is of no use to anybody.
+        shutil.rmtree(partial, ignore_errors=True)
+    fsync(path.parent)
+
+
+def fsync(path: Path | str) -> None:
+    """Make a file's content, or a folder's list of names, durable.
+
+    Raises:
+        OSError: the device reports that it could not write.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _take_name(partial: Path, path: Path, if_exists: Literal["error", "replace", "keep"]) -> None:
+    retired = _partial_sibling(path)
+    if if_exists == "replace" and path.exists():
+        path.rename(retired)
+    try:
+        partial.rename(path)
+    except OSError as error:
+        # A rename onto a filled folder fails (ENOTEMPTY or EEXIST): somebody else was first.
+        if not path.is_dir():
+            if retired.exists():
+                retired.rename(path)
+            raise
+        if if_exists != "keep":
+            raise FileExistsError(f"{path} exists") from error
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _fsync_tree(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            fsync(Path(parent, name))
+        fsync(parent)
+
+
+def _partial_sibling(path: Path) -> Path:
+    """Return a name in the same folder, hence on the same file system; random, so that racing writers do not meet."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
