@@ -1,0 +1,86 @@
+"""Models that need no download: names that begin with `builtin:` become ordinary Hugging Face folders in a local cache.
+
+`builtin:tiny` is a small Llama with random weights, made on the spot; `builtin:smollm2-135m-instruct` is a real chat model that
+travels inside a Python package. Everything behind `resolve_model` (transformers, vLLM, DeepSpeed) sees a folder with config,
+safetensors, tokenizer and chat template, and needs no special case.
+
+The cache is `$RAYRLHF_CACHE`, else `~/.cache/rayrlhf`. A folder appears there whole or not at all, and of several processes
+that ask for the same model at once one makes it while the others wait.
+"""
+
+import difflib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rayrlhf.data.atomic import folder_atomically
+from rayrlhf.errors import UserError
+
+PREFIX = "builtin:"
+
+
+def resolve_model(path: str) -> str:
+    """Return what transformers and vLLM can load: the cache folder of a built-in, any other path or hub name unchanged.
+
+    The first call for a built-in makes it (`tiny` in a second, `smollm2-135m-instruct` in 10 to 40); later calls look it up.
+
+    Args:
+        path: `builtin:tiny`, `builtin:tiny?seed=1&tie=false&layers=2&hidden=64&context=512` (see `TinyOptions`),
+            `builtin:smollm2-135m-instruct`, a folder, or a hub name.
+
+    Raises:
+        UserError: an unknown built-in or option, or the package that holds the model is not installed.
+    """
+    if not path.startswith(PREFIX):
+        return path
+    name, _, query = path.removeprefix(PREFIX).partition("?")
+    if name not in _BUILTINS:
+        near = difflib.get_close_matches(name, _BUILTINS, n=1, cutoff=0.3)
+        hint = f"did you mean {PREFIX}{near[0]}?" if near else f"expected one of {', '.join(PREFIX + n for n in _BUILTINS)}"
+        raise UserError(f"{path}: unknown built-in model; {hint}")
+    folder_name, write = _BUILTINS[name](query, path)
+    folder = cache_folder() / "models" / folder_name
+    if not folder.is_dir():
+        with _one_at_a_time(folder):
+            if not folder.is_dir():
+                with folder_atomically(folder, if_exists="keep") as partial:
+                    write(partial)
+    return str(folder)
+
+
+def cache_folder() -> Path:
+    """Return the folder for things that can be made again: `$RAYRLHF_CACHE`, else `~/.cache/rayrlhf`. It may not exist yet."""
+    return Path(os.environ.get("RAYRLHF_CACHE") or "~/.cache/rayrlhf").expanduser()
+
+
+Recipe = tuple[str, Callable[[Path], None]]
+"""The name of the cache folder, which tells all variants apart, and the function that fills it."""
+
+
+def _tiny(query: str, path: str) -> Recipe:
+    from rayrlhf.models.tiny import TinyOptions, write_tiny
+
+    options = TinyOptions.parse(query, path)
+    return options.folder_name, lambda folder: write_tiny(options, folder)
+
+
+def _smollm2(query: str, path: str) -> Recipe:
+    from rayrlhf.models.smollm2 import FOLDER_NAME, write_smollm2
+
+    if query:
+        raise UserError(f"{path}: {PREFIX}smollm2-135m-instruct takes no options")
+    return FOLDER_NAME, write_smollm2
+
+
+_BUILTINS: dict[str, Callable[[str, str], Recipe]] = {"tiny": _tiny, "smollm2-135m-instruct": _smollm2}
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Hold a lock that other processes of this machine wait for. It saves work only: the rename keeps the cache whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

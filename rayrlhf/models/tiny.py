@@ -1,0 +1,144 @@
+"""`builtin:tiny`: a small Llama with random weights and a tokenizer of bytes, for tests and first runs without a network.
+
+The tokenizer has one token for each of the 256 bytes and three special ones, so it encodes any text without loss and cannot be
+out of date with the model. The architecture is Llama's own, with heads of 64, which vLLM's CPU kernels support.
+"""
+
+import difflib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import parse_qsl
+
+from rayrlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+FORMAT = 1
+"""Rises whenever the same options would give another folder, so that an old cache is not used."""
+HEAD_SIZE = 64
+PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TinyOptions:
+    """What may stand behind `builtin:tiny?`, for example `builtin:tiny?seed=1&tie=false`.
+
+    Attributes:
+        seed: of the random weights.
+        tie: whether the output head is the embedding.
+        layers: decoder layers.
+        hidden: width, a multiple of 64; the default of 256 with 4 layers has 3.2 M parameters.
+        context: longest sequence in tokens (bytes).
+    """
+
+    seed: int = 0
+    tie: bool = True
+    layers: int = 4
+    hidden: int = 256
+    context: int = 2048
+
+    @classmethod
+    def parse(cls, query: str, path: str) -> Self:
+        """Read a query string.
+
+        Args:
+            query: `name=value` pairs joined by `&`; may be empty.
+            path: the whole model path, for messages.
+
+        Raises:
+            UserError: an unknown option, a value of the wrong type or out of range.
+        """
+        known = {field.name: field for field in fields(cls)}
+        values: dict[str, Any] = {}
+        for name, text in parse_qsl(query, keep_blank_values=True):
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+                raise UserError(f"{path}: unknown option {name}; {hint}")
+            if known[name].type is bool:
+                if text not in ("true", "false"):
+                    raise UserError(f"{path}: {name}: expected true or false, found {text!r}")
+                values[name] = text == "true"
+            else:
+                if not text.isdecimal():
+                    raise UserError(f"{path}: {name}: expected a whole number, found {text!r}")
+                values[name] = int(text)
+        options = cls(**values)
+        if options.hidden < HEAD_SIZE or options.hidden % HEAD_SIZE:
+            raise UserError(f"{path}: hidden: expected a multiple of {HEAD_SIZE}, found {options.hidden}")
+        if options.layers < 1 or options.context < 2:
+            raise UserError(f"{path}: expected layers >= 1 and context >= 2")
+        return options
+
+    @property
+    def folder_name(self) -> str:
+        """A folder name that tells all variants apart."""
+        tie = "tied" if self.tie else "untied"
+        return f"tiny-v{FORMAT}-layers{self.layers}-hidden{self.hidden}-context{self.context}-{tie}-seed{self.seed}"
+
+
+def write_tiny(options: TinyOptions, folder: Path) -> None:
+    """Fill a folder with the model (float32), its tokenizer and its chat template. torch's global generator is left alone."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = options.context
+    heads = options.hidden // HEAD_SIZE
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=options.hidden,
+        intermediate_size=3 * options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
+        head_dim=HEAD_SIZE,
+        max_position_embeddings=options.context,
+        tie_word_embeddings=options.tie,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        model = LlamaForCausalLM(config).to(torch.float32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def byte_tokenizer() -> "PreTrainedTokenizerFast":
+    """Return a tokenizer with ids 0 `<|pad|>`, 1 `<|im_start|>`, 2 `<|im_end|>` (end of sequence), and 3 + b for byte b.
+
+    It adds no special tokens by itself. Bytes that are no valid UTF-8 decode to U+FFFD, as a response cut at any place must.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {PAD: 0, START: 1, END: 2} | {character: 3 + byte for byte, character in enumerate(_byte_alphabet())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (PAD, START, END)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[START],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_alphabet() -> list[str]:
+    """Return the character that byte-level tokenizers write for each byte (GPT-2's table): itself, or one from 256 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
