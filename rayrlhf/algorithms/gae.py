@@ -1,0 +1,59 @@
+"""Generalised advantage estimation (Schulman et al. 2016, equation 16).
+
+delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lambda A_{t+1}, where t+1 is the policy's next action. Tokens of a
+tool or an environment are no actions, so by default they are skipped; treating them as steps of value 0, as TRL classic does,
+charges the policy for a drop of the value that no action caused.
+"""
+
+import torch
+from torch import Tensor
+
+from rayrlhf.algorithms.estimator import AdvantageInputs, Advantages
+from rayrlhf.algorithms.masking import zero_masked
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float, skip_masked: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of a batch of responses.
+
+    Args:
+        rewards: float [B, T].
+        values: float [B, T], the value before each token.
+        mask: bool [B, T], the value mask.
+        gamma: discount per action.
+        lam: 0 is one-step TD, 1 is Monte Carlo.
+        skip_masked: bootstrap across masked tokens; False makes them steps of reward and value 0 (TRL 0.11.4). The two agree
+            on masks without holes.
+
+    Returns:
+        Advantages A and returns A + V, float [B, T], both 0 where the mask is False. After the last token the value is 0.
+    """
+    # Time first, so that each step of the loop reads and writes one contiguous row.
+    rewards_by_time = zero_masked(rewards, mask).T.contiguous()
+    values_by_time = zero_masked(values, mask).T.contiguous()
+    mask_by_time = mask.T.contiguous()
+    advantages_by_time = torch.empty_like(values_by_time)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        value = values_by_time[t]
+        advantage = rewards_by_time[t] + gamma * next_value - value + gamma * lam * next_advantage
+        advantages_by_time[t] = advantage
+        if skip_masked:
+            value = torch.where(mask_by_time[t], value, next_value)
+            advantage = torch.where(mask_by_time[t], advantage, next_advantage)
+        next_value, next_advantage = value, advantage
+    advantages = zero_masked(advantages_by_time.T.contiguous(), mask)
+    return advantages, advantages + zero_masked(values, mask)
+
+
+def gae_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_masked: bool) -> Advantages:
+    """`gae` as an `AdvantageEstimator`.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if inputs.values is None:
+        raise ValueError("the advantage estimator 'gae' needs a critic's values")
+    advantages, returns = gae(inputs.rewards, inputs.values, inputs.value_mask, gamma=gamma, lam=lam, skip_masked=skip_masked)
+    return Advantages(advantages, returns)

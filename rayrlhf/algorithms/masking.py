@@ -1,0 +1,56 @@
+"""Sums and moments over the True places of a mask.
+
+A multiplication by the mask would let NaN through (NaN * 0 is NaN), so values behind the mask are replaced before any
+arithmetic.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class MaskedMoments(NamedTuple):
+    """Scalar tensors: how many values the mask selects, their mean, and their unbiased variance."""
+
+    size: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
+def zero_masked(values: Tensor, mask: Tensor) -> Tensor:
+    """Put 0 where `mask` (bool, same shape) is False. The gradient there is 0 as well."""
+    return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Scalar sum of `values` where `mask` (bool, same shape) is True; 0 when it is nowhere."""
+    return zero_masked(values, mask).sum()
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Scalar mean of `values` where `mask` (bool, same shape) is True.
+
+    Raises:
+        ValueError: the mask is False everywhere.
+    """
+    return masked_sum(values, mask) / _count(mask)
+
+
+def masked_moments(values: Tensor, mask: Tensor) -> MaskedMoments:
+    """Count, mean and unbiased variance of `values` where `mask` (bool, same shape) is True. The variance of one value is 0.
+
+    Raises:
+        ValueError: the mask is False everywhere.
+    """
+    count = _count(mask)
+    mean = masked_sum(values, mask) / count
+    squares = masked_sum((values - mean).square(), mask)
+    return MaskedMoments(count, mean, squares / (count - 1).clamp(min=1))
+
+
+def _count(mask: Tensor) -> Tensor:
+    count = mask.sum()
+    if not count:
+        raise ValueError(f"the mask of shape {tuple(mask.shape)} selects no value")
+    return count
