@@ -1,0 +1,145 @@
+"""What a reward function is, and how one is called.
+
+    def judge(prompts: list[str], responses: list[str], **columns: list) -> list[float]
+
+It sees a whole batch by keyword and returns one number per response, synchronously or as a coroutine. It is given exactly what
+its signature names, out of: `prompts`, `responses`, `rollouts` (`rayrlhf.data.records.Rollout`), `finish_reasons` ("stop" or
+"length"), and the columns of the dataset, each a list as long as the batch; with `**columns` it gets every column. `arguments`
+of the config are bound to it by name. A number of `None` means that the function does not apply to that sample.
+"""
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, count
+from typing import Any
+
+from rayrlhf.config.reward import RewardSection
+from rayrlhf.data.records import Prompt, Rollout
+from rayrlhf.errors import UserError
+from rayrlhf.rewards.registry import RewardFunction, import_files, resolve
+
+GIVEN = ("prompts", "responses", "rollouts", "finish_reasons")
+"""What every batch has; a dataset column of such a name is not passed on."""
+
+
+@dataclass(frozen=True, slots=True)
+class BoundFunction:
+    """A reward function with its weight and its configured arguments.
+
+    Attributes:
+        name: names the function's part in metrics, samples and errors; unique among the functions of a run.
+        function: see the module's docstring.
+        weight: factor of its values in the score.
+        arguments: keyword arguments on every call; they win over a dataset column of the same name.
+    """
+
+    name: str
+    function: RewardFunction
+    weight: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_async(self) -> bool:
+        """Whether a call returns a coroutine."""
+        call = type(self.function).__call__
+        return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(call)
+
+    def call(self, batch: "ScoringBatch") -> Any:
+        """Call the function on a batch; what it returns is unchecked.
+
+        Raises:
+            UserError: the function asks for a column that the dataset does not have.
+            Exception: whatever the function raises.
+        """
+        offered = {**batch.columns, **batch.given(), **self.arguments}
+        parameters = inspect.signature(self.function).parameters
+        missing = [
+            name
+            for name, parameter in parameters.items()
+            if _takes_keyword(parameter) and parameter.default is parameter.empty and name not in offered
+        ]
+        if missing:
+            columns = ", ".join(sorted(batch.columns)) or "none"
+            raise UserError(
+                f"reward function {self.name!r} asks for column {missing[0]!r}; the dataset's columns are: {columns}"
+            )
+        if not _takes_all(parameters):
+            offered = {
+                name: value for name, value in offered.items() if name in parameters and _takes_keyword(parameters[name])
+            }
+        return self.function(**offered)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringBatch:
+    """What there is to score: lists of one length B, and the dataset's columns, each a list [B]."""
+
+    prompts: list[str]
+    responses: list[str]
+    columns: Mapping[str, list[Any]] = field(default_factory=dict)
+    rollouts: list[Rollout] | None = None
+    finish_reasons: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    def given(self) -> dict[str, list[Any]]:
+        """Return the lists that are not dataset columns."""
+        return {name: value for name in GIVEN if (value := getattr(self, name)) is not None}
+
+    @classmethod
+    def of_rollouts(cls, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> "ScoringBatch":
+        """Pair rollouts with their prompts, one per rollout. A row without a column that others have holds None there."""
+        if len(prompts) != len(rollouts):
+            raise ValueError(f"{len(prompts)} prompts for {len(rollouts)} rollouts")
+        names = sorted({name for prompt in prompts for name in prompt.columns})
+        return cls(
+            prompts=[prompt.text for prompt in prompts],
+            responses=[rollout.text for rollout in rollouts],
+            columns={name: [prompt.columns.get(name) for prompt in prompts] for name in names},
+            rollouts=list(rollouts),
+            finish_reasons=[rollout.finish_reason for rollout in rollouts],
+        )
+
+
+def load_functions(section: RewardSection) -> list[BoundFunction]:
+    """Resolve a config's reward functions; one that is listed twice gets the part names `name` and `name_2`.
+
+    Raises:
+        UserError: a name cannot be resolved, or an argument does not fit the function's signature.
+    """
+    import_files(section.files)
+    functions: list[BoundFunction] = []
+    for entry in section.functions:
+        function = resolve(entry.name)
+        _check_arguments(entry.name, function, entry.arguments)
+        short = entry.name.rpartition(":")[2]
+        taken = {bound.name for bound in functions}
+        name = next(name for name in chain([short], (f"{short}_{n}" for n in count(2))) if name not in taken)
+        functions.append(BoundFunction(name, function, entry.weight, entry.arguments))
+    return functions
+
+
+def _check_arguments(name: str, function: RewardFunction, arguments: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(function).parameters
+    for parameter in parameters.values():
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise UserError(f"reward function {name!r}: parameter {parameter.name!r} must accept a keyword (remove the '/')")
+    for argument in arguments:
+        if argument in GIVEN:
+            raise UserError(f"reward function {name!r}: argument {argument!r} is filled by the batch and cannot be set")
+        if argument not in parameters and not _takes_all(parameters):
+            settable = [key for key, value in parameters.items() if _takes_keyword(value) and key not in GIVEN]
+            nearest = difflib.get_close_matches(argument, settable, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"it takes {', '.join(settable) or 'none'}"
+            raise UserError(f"reward function {name!r} takes no argument {argument!r}; {hint}")
+
+
+def _takes_keyword(parameter: inspect.Parameter) -> bool:
+    return parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+
+
+def _takes_all(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

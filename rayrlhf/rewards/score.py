@@ -1,0 +1,193 @@
+"""From reward functions and a batch to scores.
+
+A sample's score is the weighted sum of what all functions say of it. Where a function says `None` it does not apply: its part
+is NaN there and adds nothing to the sum; a sample to which nothing applies is an error, because a failure must never look like
+a reward of 0. For the same reason a function that raises, or returns something that is not a finite number, stops the run with
+the function's name and the sample's index.
+
+Synchronous functions run one after the other in the calling thread (verifiers may use signals); coroutines run meanwhile,
+concurrently, in a thread with an event loop of its own, so that it does not matter whether the caller has one running.
+"""
+
+import asyncio
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence, Set
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rayrlhf.data.records import Float32
+from rayrlhf.errors import DeadlineError, UserError
+from rayrlhf.rewards.functions import BoundFunction, ScoringBatch
+
+GRACE_SECONDS = 5.0
+"""How long a cancelled coroutine may take to give up before it is abandoned."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardBatch:
+    """The scores of a batch.
+
+    Attributes:
+        scores: float32 [B], the weighted sum of the parts.
+        parts: name -> float32 [B], unweighted; NaN where the function does not apply.
+    """
+
+    scores: Float32
+    parts: dict[str, Float32]
+
+
+def score_batch(functions: Sequence[BoundFunction], batch: ScoringBatch, *, timeout_seconds: float = 120.0) -> RewardBatch:
+    """Score a batch with all functions.
+
+    Args:
+        functions: what to call, with weights.
+        batch: B samples.
+        timeout_seconds: longest time a coroutine function may take. A synchronous function cannot be interrupted from here; the
+            driver's own deadline on scoring catches it.
+
+    Raises:
+        UserError: a function raised, returned a wrong number of values or a value that is no finite number, or no function
+            applies to some sample.
+        DeadlineError: a coroutine function overran.
+    """
+    parts = run_functions(functions, batch, timeout_seconds=timeout_seconds)
+    return weighted_sum(parts, {function.name: function.weight for function in functions})
+
+
+def run_functions(
+    functions: Sequence[BoundFunction], batch: ScoringBatch, *, timeout_seconds: float = 120.0
+) -> dict[str, Float32]:
+    """Return each function's checked values, name -> float32 [B], NaN for None. Arguments and errors as for `score_batch`."""
+    concurrent = {f.name: _call(f, batch) for f in functions if f.is_async}
+    waiting = _start(concurrent, timeout_seconds)
+    returned = {f.name: _call(f, batch) for f in functions if not f.is_async}
+    returned.update(_finish(waiting, timeout_seconds))
+    return {f.name: _checked(f.name, returned[f.name], len(batch)) for f in functions}
+
+
+def weighted_sum(parts: Mapping[str, Float32], weights: Mapping[str, float]) -> RewardBatch:
+    """Sum parts into scores; also the place to add a reward model's part to those of functions.
+
+    Args:
+        parts: name -> float32 [B], NaN where a part does not apply to a sample.
+        weights: name -> factor, for every part.
+
+    Raises:
+        UserError: no part applies to some sample.
+    """
+    if not parts:
+        raise ValueError("no parts to sum")
+    values = np.stack([np.asarray(part, dtype=np.float64) for part in parts.values()])
+    factors = np.array([weights[name] for name in parts], dtype=np.float64)
+    unscored = np.flatnonzero(np.isnan(values).all(axis=0))
+    if len(unscored):
+        raise UserError(f"no reward applies to sample {unscored[0]}: all of {', '.join(parts)} returned None")
+    scores = (np.nan_to_num(values) * factors[:, None]).sum(axis=0)
+    return RewardBatch(scores.astype(np.float32), {name: np.asarray(part, dtype=np.float32) for name, part in parts.items()})
+
+
+def _call(function: BoundFunction, batch: ScoringBatch) -> Any:
+    """Call user code; this is the boundary where anything it raises becomes one line that names it."""
+    try:
+        return function.call(batch)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _blame(function.name, error) from error
+
+
+def _blame(name: str, error: BaseException) -> UserError:
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    message = " ".join("".join(traceback.format_exception_only(error)).split())
+    return UserError(f"reward function {name!r} raised {message}{place}")
+
+
+def _checked(name: str, returned: Any, count: int) -> Float32:
+    """Turn what a function returned into float32 [count], or say what is wrong with it."""
+    try:
+        length = None if isinstance(returned, str | bytes | Mapping | Set) else len(returned)
+    except TypeError:  # also a tensor without dimensions, which has `__len__` but no length
+        length = None
+    if length is None:
+        raise UserError(f"reward function {name!r} returned {_brief(returned)}, expected a list of {count} numbers")
+    if length != count:
+        raise UserError(f"reward function {name!r} was asked for {count} values and returned {length}")
+    values = np.empty(count, dtype=np.float32)
+    for index, value in enumerate(returned):
+        values[index] = np.nan if value is None else _number(name, index, value)
+    return values
+
+
+def _number(name: str, index: int, value: Any) -> np.float32:
+    try:
+        # float("3") is a number to Python; a reward function that returns text has a mistake in it.
+        number = np.float32("nan") if isinstance(value, str | bytes) else np.float32(float(value))
+    except (TypeError, ValueError, OverflowError):
+        number = np.float32("nan")
+    if not np.isfinite(number):
+        raise UserError(
+            f"reward function {name!r} returned {_brief(value)} for sample {index}, expected a finite number or None"
+        )
+    return number
+
+
+def _brief(value: Any) -> str:
+    shown = " ".join(repr(value).split())
+    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"
+
+
+async def _gather(awaitables: Mapping[str, Any], timeout_seconds: float) -> dict[str, Any]:
+    since = time.strftime("%H:%M:%S")
+
+    async def one(name: str, awaitable: Any) -> Any:
+        try:
+            async with asyncio.timeout(timeout_seconds) as limit:
+                return await awaitable
+        except UserError:
+            raise
+        except Exception as error:
+            if isinstance(error, TimeoutError) and limit.expired():
+                raise _overrun([name], timeout_seconds, since) from error
+            raise _blame(name, error) from error
+
+    values = await asyncio.gather(*(one(name, awaitable) for name, awaitable in awaitables.items()))
+    return dict(zip(awaitables, values, strict=True))
+
+
+def _overrun(names: Sequence[str], timeout_seconds: float, since: str) -> DeadlineError:
+    who = ", ".join(repr(name) for name in names)
+    return DeadlineError(
+        f"reward function {who} did not answer within {timeout_seconds:g} s (reward.timeout_seconds), since {since}"
+    )
+
+
+def _start(awaitables: Mapping[str, Any], timeout_seconds: float) -> tuple[list[str], Future[dict[str, Any]]]:
+    """Start the coroutines in a daemon thread, so that one that ignores its cancellation cannot hold up the exit."""
+    future: Future[dict[str, Any]] = Future()
+
+    def loop() -> None:
+        try:
+            future.set_result(asyncio.run(_gather(awaitables, timeout_seconds)))
+        except BaseException as error:  # noqa: BLE001 - handed to the waiting thread, which raises it
+            future.set_exception(error)
+
+    if awaitables:
+        threading.Thread(target=loop, name="reward-functions", daemon=True).start()
+    else:
+        future.set_result({})
+    return list(awaitables), future
+
+
+def _finish(waiting: tuple[list[str], Future[dict[str, Any]]], timeout_seconds: float) -> dict[str, Any]:
+    names, future = waiting
+    since = time.strftime("%H:%M:%S")
+    try:
+        return future.result(timeout_seconds + GRACE_SECONDS)
+    except TimeoutError as error:
+        raise _overrun(names, timeout_seconds, since) from error
