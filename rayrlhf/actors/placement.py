@@ -1,0 +1,218 @@
+"""Where every process of a run sits: a pure function from the config and the machine to placement groups and seats.
+
+Colocated roles share the bundles of one placement group by fractions; disaggregated roles get a group each; a
+tensor-parallel replica always has a group of its own on one node, so that it can be lost and rebuilt alone.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.errors import UserError
+
+Role = Literal["policy", "critic", "reference", "reward", "rollout"]
+Strategy = Literal["PACK", "STRICT_PACK"]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a cluster offers: CPUs and GPUs of each live node."""
+
+    node_cpus: tuple[float, ...]
+    node_gpus: tuple[float, ...]
+
+    @property
+    def cpus(self) -> float:
+        """CPUs over all nodes."""
+        return sum(self.node_cpus)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs over all nodes."""
+        return sum(self.node_gpus)
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What one role asks for: processes, and per process CPUs, GPUs and threads (None: decided here)."""
+
+    role: Role
+    ranks: int
+    cpus: float | None
+    gpus: float | None
+    threads: int | None
+    uses_gpu: bool = True
+    devices: int = 1
+    """GPUs a process spans (tensor parallelism)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """One process's place: a placement group, its bundles (several for a tensor-parallel replica), and its share."""
+
+    group: str
+    bundles: tuple[int, ...]
+    cpus: float
+    gpus: float
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """One placement group to create."""
+
+    strategy: Strategy
+    bundles: tuple[Mapping[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ResourcePlan:
+    """All placement groups by name, all seats by role, and whether roles work at the same time."""
+
+    groups: Mapping[str, GroupPlan]
+    seats: Mapping[Role, tuple[Seat, ...]]
+    overlap: bool
+
+
+def demands(config: PPOConfig) -> list[Demand]:
+    """The roles this config starts. Roles that the objective does not need are not among them."""
+    place = config.placement
+    roles: list[tuple[Role, bool]] = [
+        ("policy", True),
+        ("critic", config.critic.kind == "separate"),
+        ("reference", config.needs_reference and not config.reference_in_policy),
+        ("reward", True),
+    ]
+    wanted = []
+    for role, needed in roles:
+        if needed:
+            part = getattr(place, role)
+            uses_gpu = role != "reward" or config.reward.model is not None
+            wanted.append(Demand(role, part.ranks, part.cpus, part.gpus, part.threads, uses_gpu))
+    tensor_parallel = config.rollout.tensor_parallel_size
+    rollout = Demand(
+        "rollout",
+        config.rollout.replicas,
+        place.rollout_cpus,
+        place.rollout_gpus,
+        place.rollout_threads,
+        devices=tensor_parallel,
+    )
+    return [*wanted, rollout]
+
+
+def make_plan(config: PPOConfig, machine: Machine) -> ResourcePlan:
+    """Seat every process of the run.
+
+    Raises:
+        UserError: the machine has fewer CPUs or GPUs than the placement asks for (says asked and available).
+    """
+    wanted = demands(config)
+    colocated = config.placement.mode == "colocated"
+    overlap = _overlap(config, machine)
+    settled = [_settle(demand, wanted, machine, colocated, overlap) for demand in wanted]
+    plan = _colocated(settled, overlap) if colocated else _disaggregated(settled, overlap)
+    _check_fits(plan, settled, machine)
+    return plan
+
+
+def _overlap(config: PPOConfig, machine: Machine) -> bool:
+    """Roles that share devices take turns, and `exact` runs keep one fixed order of batches."""
+    if config.run.determinism == "exact":
+        return False
+    if config.placement.overlap != "auto":
+        return config.placement.overlap == "on"
+    return config.placement.mode == "disaggregated" and (machine.gpus > 0 or machine.cpus >= 8)
+
+
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    role: Role
+    ranks: int
+    cpus: float
+    gpus: float
+    threads: int
+    devices: int
+
+
+def _settle(demand: Demand, wanted: Sequence[Demand], machine: Machine, colocated: bool, overlap: bool) -> _Settled:
+    """Fill in what the user left open."""
+    processes = sum(other.ranks for other in wanted)
+    cpus = demand.cpus or (1.0 if machine.gpus else _floor(machine.cpus / processes))
+    if demand.gpus is not None:
+        gpus = demand.gpus
+    elif machine.gpus == 0 or not demand.uses_gpu:
+        gpus = 0.0
+    elif demand.devices > 1 or not colocated:
+        gpus = float(demand.devices)
+    else:
+        gpus = _floor(1.0 / sum(other.uses_gpu and other.devices == 1 for other in wanted))
+    node_cpus = int(min(machine.node_cpus, default=1.0))
+    threads = demand.threads or max(1, int(cpus) if overlap or machine.gpus else node_cpus)
+    return _Settled(demand.role, demand.ranks, cpus, gpus, threads, demand.devices)
+
+
+def _floor(value: float) -> float:
+    """Two decimals, rounded down, so that shares never add up to more than the whole."""
+    return max(math.floor(value * 100) / 100, 0.01)
+
+
+def _bundle(cpus: float, gpus: float) -> dict[str, float]:
+    return {"CPU": round(cpus, 4)} | ({"GPU": math.ceil(gpus - 1e-9) if gpus > 1 else round(gpus, 4)} if gpus else {})
+
+
+def _colocated(settled: Sequence[_Settled], overlap: bool) -> ResourcePlan:
+    """Rank i of every role shares bundle i; tensor-parallel replicas stand apart."""
+    shared = [part for part in settled if part.devices == 1]
+    width = max(part.ranks for part in shared)
+    bundles = []
+    for index in range(width):
+        present = [part for part in shared if index < part.ranks]
+        gpus = sum(part.gpus for part in present)
+        bundles.append(_bundle(sum(part.cpus for part in present), math.ceil(gpus - 1e-9)))
+    groups: dict[str, GroupPlan] = {"colocated": GroupPlan("PACK", tuple(bundles))}
+    seats: dict[Role, tuple[Seat, ...]] = {}
+    for part in settled:
+        if part.devices == 1:
+            seats[part.role] = tuple(Seat("colocated", (i,), part.cpus, part.gpus, part.threads) for i in range(part.ranks))
+        else:
+            seats[part.role] = _replica_groups(part, groups)
+    return ResourcePlan(groups, seats, overlap)
+
+
+def _disaggregated(settled: Sequence[_Settled], overlap: bool) -> ResourcePlan:
+    groups: dict[str, GroupPlan] = {}
+    seats: dict[Role, tuple[Seat, ...]] = {}
+    for part in settled:
+        if part.role == "rollout":
+            seats[part.role] = _replica_groups(part, groups)
+            continue
+        groups[part.role] = GroupPlan("PACK", tuple(_bundle(part.cpus, part.gpus) for _ in range(part.ranks)))
+        seats[part.role] = tuple(Seat(part.role, (i,), part.cpus, part.gpus, part.threads) for i in range(part.ranks))
+    return ResourcePlan(groups, seats, overlap)
+
+
+def _replica_groups(part: _Settled, groups: dict[str, GroupPlan]) -> tuple[Seat, ...]:
+    """One group a rollout replica, on one node when it spans several devices."""
+    seats = []
+    for index in range(part.ranks):
+        name = f"{part.role}-{index}"
+        per_device = part.gpus / part.devices
+        bundles = tuple(_bundle(part.cpus, per_device) for _ in range(part.devices))
+        groups[name] = GroupPlan("STRICT_PACK", bundles)
+        seats.append(Seat(name, tuple(range(part.devices)), part.cpus, per_device, part.threads))
+    return tuple(seats)
+
+
+def _check_fits(plan: ResourcePlan, settled: Sequence[_Settled], machine: Machine) -> None:
+    asked_cpus = sum(bundle["CPU"] for group in plan.groups.values() for bundle in group.bundles)
+    asked_gpus = sum(bundle.get("GPU", 0) for group in plan.groups.values() for bundle in group.bundles)
+    if asked_cpus <= machine.cpus + 1e-6 and asked_gpus <= machine.gpus + 1e-6:
+        return
+    parts = ", ".join(f"{part.role} {part.ranks} x ({part.cpus:g} CPU, {part.gpus:g} GPU)" for part in settled)
+    raise UserError(
+        f"placement: asked for {asked_cpus:g} CPUs and {asked_gpus:g} GPUs ({parts}), "
+        f"but the cluster has {machine.cpus:g} CPUs and {machine.gpus:g} GPUs; lower placement.*.cpus/gpus/ranks or add nodes"
+    )

@@ -1,0 +1,26 @@
+"""The actor of the frozen reference model: forward only."""
+
+from collections.abc import Sequence
+
+from rayrlhf.actors.worker import Worker
+from rayrlhf.config.model import ModelSection
+from rayrlhf.data.records import Sequence as TokenSequence
+from rayrlhf.data.records import TokenScores
+from rayrlhf.engines.interfaces import Want
+from rayrlhf.engines.score_engine import FrozenEngine
+
+
+class ReferenceActor(Worker):
+    """One copy of the reference; ranks split the sequences between them."""
+
+    _engine: FrozenEngine
+
+    def build(self, model: ModelSection, batch_tokens: int) -> None:
+        """Load the model."""
+        self._engine = FrozenEngine(model, batch_tokens)
+
+    def score(
+        self, sequences: Sequence[TokenSequence], want: frozenset[Want], temperature: float, reference: bool
+    ) -> list[TokenScores]:
+        """Score this rank's share of the sequences."""
+        return self._engine.score(sequences, want, temperature=temperature, reference=reference)

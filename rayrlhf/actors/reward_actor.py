@@ -1,0 +1,45 @@
+"""The actor that says what responses are worth: reward functions, and a reward model beside them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rayrlhf.actors.worker import Worker
+from rayrlhf.config.reward import RewardSection
+from rayrlhf.data.records import Prompt, Rollout
+from rayrlhf.engines.reward_model import RewardModelEngine
+from rayrlhf.rewards.functions import BoundFunction, ScoringBatch, load_functions
+from rayrlhf.rewards.score import RewardBatch, run_functions, weighted_sum
+
+MODEL_PART = "reward_model"
+"""Name of the reward model's part among those of the functions."""
+
+
+class RewardActor(Worker):
+    """One copy of the reward; ranks split the rollouts between them."""
+
+    _section: RewardSection
+    _functions: list[BoundFunction]
+    _model: RewardModelEngine | None
+
+    def build(self, section: RewardSection) -> None:
+        """Resolve the functions and load the model."""
+        self._section = section
+        self._functions = load_functions(section)
+        self._model = RewardModelEngine(section.model) if section.model else None
+
+    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> RewardBatch:
+        """Score rollouts, one prompt per rollout.
+
+        Raises:
+            UserError: a function raised, or returned something that is no finite number, or too few.
+        """
+        if not rollouts:
+            return RewardBatch(np.zeros(0, np.float32), {})
+        batch = ScoringBatch.of_rollouts(prompts, rollouts)
+        parts = run_functions(self._functions, batch, timeout_seconds=self._section.timeout_seconds)
+        weights = {function.name: function.weight for function in self._functions}
+        if self._model and self._section.model:
+            parts[MODEL_PART] = self._model.score(batch.prompts, batch.responses)
+            weights[MODEL_PART] = self._section.model.weight
+        return weighted_sum(parts, weights)

@@ -1,0 +1,49 @@
+"""The actor of one rollout replica: a sampler behind `submit` and `poll`, and a door for new weights."""
+
+from collections.abc import Sequence
+
+from rayrlhf.actors.worker import Worker
+from rayrlhf.data.records import Rollout, RolloutRequest
+from rayrlhf.engines.interfaces import RolloutEngine
+from rayrlhf.engines.rollout import RolloutSpec, build_rollout_engine
+from rayrlhf.engines.shared_weights import SharedTensor, from_shared
+
+
+class RolloutActor(Worker):
+    """One replica. Weights change only between generations: calls are served one at a time, in order."""
+
+    _engine: RolloutEngine
+
+    def build(self, spec: RolloutSpec) -> None:
+        """Start the engine from the model's own weights."""
+        self._engine = build_rollout_engine(spec)
+
+    def submit(self, requests: Sequence[RolloutRequest], temperature: float, max_new_tokens: int) -> None:
+        """Queue requests; `poll` decodes them."""
+        self._engine.submit(requests, temperature=temperature, max_new_tokens=max_new_tokens)
+
+    def poll(self, minimum: int) -> tuple[list[Rollout], int]:
+        """Decode until `minimum` more are finished or none is left; returns (finished, still unfinished)."""
+        return self._engine.poll(minimum), self._engine.unfinished
+
+    def begin_weights(self, version: int) -> None:
+        """Start receiving a weight version."""
+        self._engine.begin_weights(version)
+
+    def receive_weights(self, bucket: Sequence[SharedTensor]) -> None:
+        """Take in one bucket, read in place from the object store."""
+        self._engine.receive_weights(from_shared(bucket))
+
+    def finish_weights(self) -> int:
+        """Make the new weights current; returns their version."""
+        self._engine.finish_weights()
+        return self._engine.version
+
+    def close(self) -> None:
+        """Free the engine."""
+        self._engine.close()
+
+    def __ray_shutdown__(self) -> None:
+        """Free the engine when Ray ends the actor in an orderly way."""
+        if hasattr(self, "_engine"):
+            self._engine.close()

@@ -1,0 +1,68 @@
+"""The actors of the models that learn: one process a rank, a DeepSpeed engine inside, a process group per role."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import ray
+
+from rayrlhf.actors.worker import Worker
+from rayrlhf.data.records import Sequence as TokenSequence
+from rayrlhf.data.records import TokenScores
+from rayrlhf.data.training_batch import TrainingBatch
+from rayrlhf.engines.interfaces import Want
+from rayrlhf.engines.objectives import Objective
+from rayrlhf.engines.process_group import ProcessGroupSpec, join
+from rayrlhf.engines.shared_weights import SharedTensor, to_shared
+from rayrlhf.engines.train_engine import TrainEngine, TrainEngineSpec, UpdatePlan, UpdateReport
+
+
+class TrainActor(Worker):
+    """One rank of a model that learns."""
+
+    _engine: TrainEngine
+
+    def build(self, group: ProcessGroupSpec, spec: TrainEngineSpec) -> None:
+        """Join the role's process group and load the model. Every rank must be called before any answers."""
+        join(group)
+        self._engine = TrainEngine(spec)
+
+    def score(
+        self, sequences: Sequence[TokenSequence], want: frozenset[Want], temperature: float, reference: bool
+    ) -> list[TokenScores]:
+        """Score this rank's share of the sequences."""
+        return self._engine.score(sequences, want, temperature=temperature, reference=reference)
+
+    def update(self, batch: TrainingBatch, plan: UpdatePlan, objective: Objective) -> UpdateReport:
+        """Run a PPO step's optimizer steps; every rank gets the same batch and plan and takes its own share."""
+        return self._engine.update(batch, plan, objective)
+
+    @ray.method(num_returns="streaming")
+    def weights(self, bucket_bytes: int, dtype: str) -> Iterator[list[SharedTensor]]:
+        """Stream the merged weights bucket by bucket. Return values belong to the driver: they outlive this actor."""
+        for bucket in self._engine.weight_buckets(bucket_bytes, dtype=dtype):
+            yield to_shared(bucket)
+
+    def join_weights(self, bucket_bytes: int, dtype: str) -> None:
+        """Take part in gathering the weights on a rank whose own copy is not shipped."""
+        for _ in self._engine.weight_buckets(bucket_bytes, dtype=dtype):
+            pass
+
+    def save_state(self, folder: Path) -> None:
+        """Write this rank's part of the training state."""
+        self._engine.save_state(folder)
+
+    def load_state(self, folder: Path) -> None:
+        """Continue from a saved training state, bit for bit."""
+        self._engine.load_state(folder)
+
+    def export(self, folder: Path) -> None:
+        """Write the model as a Hugging Face folder."""
+        self._engine.export(folder)
+
+
+class PolicyActor(TrainActor):
+    """One rank of the policy, with the value head when the critic shares its trunk."""
+
+
+class CriticActor(TrainActor):
+    """One rank of a separate critic."""

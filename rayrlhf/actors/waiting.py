@@ -1,0 +1,93 @@
+"""Waiting on Ray with a deadline and a name.
+
+Every wait of the driver goes through here, so that an overrun says what was asked, of whom and since when, a lost actor
+is named by role and rank, and a user's mistake that surfaced inside an actor arrives as the one line it is.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
+
+import ray
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from rayrlhf.errors import AlarmError, DeadlineError, UserError
+
+Key = TypeVar("Key")
+INFRASTRUCTURE_ERRORS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError, ObjectLostError)
+"""What Ray raises when a process, a node or an object is gone, as opposed to a bug in the code that ran there."""
+
+
+class ActorLostError(Exception):
+    """A process that served a call is gone. Names the actor and the call."""
+
+
+def wait_all(pending: Mapping[str, ray.ObjectRef], what: str, seconds: float) -> list[Any]:
+    """Wait for one answer from each named actor.
+
+    Args:
+        pending: actor name -> the call's object reference.
+        what: the call in words, for errors ("generate", "policy update").
+        seconds: deadline of the whole wait.
+
+    Returns:
+        The answers in the order of `pending`.
+
+    Raises:
+        DeadlineError: not all answered in time.
+        ActorLostError: one of the actors died; raised at once, not after the others.
+    """
+    answers = dict(as_completed(pending, what, seconds))
+    return [answers[name] for name in pending]
+
+
+def as_completed(pending: Mapping[str, ray.ObjectRef], what: str, seconds: float) -> Iterator[tuple[str, Any]]:
+    """Yield (actor name, answer) as answers come; errors as in `wait_all`."""
+    left = dict(pending)
+    end = time.monotonic() + seconds
+    while left:
+        name = wait_any(left, what, seconds, end)
+        yield name, fetch(left.pop(name), what, name)
+
+
+def wait_any(pending: Mapping[str, ray.ObjectRef], what: str, seconds: float, end: float | None = None) -> str:
+    """The name of a call that has finished; `end` (monotonic clock) is when a longer wait's deadline of `seconds` is over.
+
+    Raises:
+        DeadlineError: none finished in time.
+    """
+    left = seconds if end is None else end - time.monotonic()
+    ready, _ = ray.wait(list(pending.values()), num_returns=1, timeout=max(left, 0.0))
+    if not ready:
+        raise overrun(what, list(pending), seconds)
+    return next(name for name, ref in pending.items() if ref == ready[0])
+
+
+def fetch(ref: ray.ObjectRef, what: str, name: str) -> Any:
+    """The value of a finished call, with errors translated."""
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        _raise_cause(error)
+    except INFRASTRUCTURE_ERRORS as error:
+        raise ActorLostError(f"{name} was lost during {what}: {str(error).splitlines()[0]}") from error
+
+
+def overrun(what: str, names: list[str], seconds: float) -> DeadlineError:
+    """The error for a wait that took longer than its deadline."""
+    since = time.strftime("%H:%M:%S", time.localtime(time.time() - seconds))
+    return DeadlineError(f"{what}: no answer from {', '.join(sorted(names))} within {seconds:.0f} s (asked at {since})")
+
+
+def _raise_cause(error: RayTaskError) -> NoReturn:
+    """A user's mistake or an alarm keeps its own type and text; a bug keeps the traceback of the actor."""
+    if isinstance(error.cause, (UserError, AlarmError)):
+        raise type(error.cause)(*error.cause.args) from None
+    raise error

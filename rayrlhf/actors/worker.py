@@ -1,0 +1,30 @@
+"""What every actor can do beside its role's work: answer a ping while busy, give an address, tell its memory."""
+
+import os
+import socket
+
+import psutil
+import ray
+
+
+class Worker:
+    """Base of all actor classes."""
+
+    @ray.method(concurrency_group="health")
+    def ping(self) -> int:
+        """The process id. Runs on a thread of its own, so that a busy actor still answers."""
+        return os.getpid()
+
+    def where(self) -> tuple[str, str]:
+        """(Ray node id, node address)."""
+        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Address and a free port for a process group whose rank 0 is this process."""
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            return ray.util.get_node_ip_address(), int(listener.getsockname()[1])
+
+    def memory_bytes(self) -> int:
+        """Resident memory of this process in bytes, shared pages included."""
+        return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,79 @@
+"""The command line: thin commands over the functions that users can also call from Python.
+
+A user's mistake ends with one line and exit code 2, a run that stopped itself or lost its machines with one line and exit
+code 1. Anything else is a bug and keeps its traceback. Heavy imports happen inside the commands, so that help is instant.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rayrlhf.errors import AlarmError, DeadlineError, UserError
+
+app = typer.Typer(
+    name="rayrlhf",
+    help="RLHF as a distributed actor system on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that replace those of the file: section.key=value ...")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")]
+
+
+@app.command()
+def ppo(
+    config: Annotated[Path, typer.Argument(help="A YAML file with a PPO configuration.")],
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a policy with PPO; the same command resumes a run that was interrupted."""
+    from rayrlhf.config.load import load_config
+    from rayrlhf.config.ppo import PPOConfig
+    from rayrlhf.ppo.run import check_ppo, train_ppo
+
+    loaded = load_config(PPOConfig, config, overrides or [])
+    if dry_run:
+        typer.echo(check_ppo(loaded))
+    else:
+        train_ppo(loaded)
+
+
+@app.command()
+def quickstart(overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """PPO of a real chat model on built-in word problems: two CPU cores, minutes, no network."""
+    from rayrlhf.ppo.quickstart import run_quickstart
+
+    run_quickstart(overrides or [], dry_run=dry_run)
+
+
+@app.command()
+def chat(
+    run: Annotated[Path, typer.Argument(help="A run folder, or any Hugging Face model folder.")],
+    prompt: Annotated[str | None, typer.Option(help="Answer this one prompt and end.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+) -> None:
+    """Talk to the model that a run made."""
+    from rayrlhf.ppo.chat import chat_with
+
+    chat_with(run, prompt, max_new_tokens=max_new_tokens, temperature=temperature)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except UserError as error:
+        print(f"rayrlhf: {error}", file=sys.stderr)  # noqa: T201 - the command's own output
+        sys.exit(2)
+    except (AlarmError, DeadlineError) as error:
+        print(f"rayrlhf: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""A PPO run from start to end: check everything that can be checked cheaply, start the actors, train, leave no trace."""
+
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from rayrlhf.actors.crew import Crew, read_machine, started_crew
+from rayrlhf.actors.placement import make_plan
+from rayrlhf.actors.specs import RoleSpecs
+from rayrlhf.config.load import describe, dump_config
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.data.records import Prompt
+from rayrlhf.data.sampler import PromptSampler
+from rayrlhf.errors import UserError
+from rayrlhf.ppo.callbacks import Callback
+from rayrlhf.ppo.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from rayrlhf.ppo.evaluation import Evaluation
+from rayrlhf.ppo.recorder import Recorder
+from rayrlhf.ppo.trainer import PPOTrainer
+from rayrlhf.rewards.functions import load_functions
+
+
+@dataclass(frozen=True, slots=True)
+class PPOResult:
+    """What a finished run leaves.
+
+    Attributes:
+        folder: the run folder.
+        before: evaluation of the start policy; None without evaluation prompts.
+        after: evaluation of the trained policy.
+        metrics: the last step's metrics.
+    """
+
+    folder: Path
+    before: Evaluation | None
+    after: Evaluation | None
+    metrics: dict[str, float]
+
+
+def check_ppo(config: PPOConfig) -> str:
+    """Check a configuration without starting anything; returns the plan in words.
+
+    Raises:
+        UserError: see `load_prompts` and `load_functions`; also a backend that is not installed.
+    """
+    _check_backend(config)
+    load_functions(config.reward)
+    train, evaluation = load_prompts(config)
+    return f"{describe(config)}\nprompts: {len(train)} to train on, {len(evaluation)} held out"
+
+
+def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResult:
+    """Run PPO to `run.steps`, resuming from the newest checkpoint of the run folder.
+
+    Args:
+        config: the configuration, for example from `rayrlhf.config.load.load_config`.
+        callbacks: called beside the built-in recorder.
+
+    Raises:
+        UserError: a mistake in the configuration, the data, the reward functions or the placement.
+        AlarmError: the run stopped itself.
+        DeadlineError: something did not answer in time.
+    """
+    _check_backend(config)
+    load_functions(config.reward)
+    train_prompts, evaluation_prompts = load_prompts(config)
+    with Recorder(config, dump_config(config)) as recorder, connected(config.placement.address):
+        with recorder.waiting("starting the actors"), ExitStack() as stack:
+            crew = stack.enter_context(running_crew(config))
+            running = stack.pop_all()
+        with running:
+            sampler = PromptSampler(train_prompts, seed=config.run.seed, shuffle=config.data.shuffle)
+            trainer = PPOTrainer(
+                config, crew, sampler, evaluation_prompts, recorder.timer, callbacks=[recorder, *callbacks]
+            )
+            _resume(trainer, recorder)
+            return _run(trainer, recorder)
+
+
+def load_prompts(config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """Training prompts and the fixed held-out prompts, tokenised.
+
+    Raises:
+        UserError: a file, row, field, template or prompt length is not as it must be.
+    """
+    from rayrlhf.data.prompts import load_prompt_dataset
+    from rayrlhf.models.load import context_length, load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)
+    context = config.rollout.max_model_length or context_length(config.model)
+    longest = config.data.max_prompt_tokens or context - config.rollout.max_new_tokens
+    if longest < 1 or longest + config.rollout.max_new_tokens > context:
+        raise UserError(
+            f"rollout.max_new_tokens {config.rollout.max_new_tokens} and data.max_prompt_tokens {longest} exceed "
+            f"the {context} tokens of the model's context (rollout.max_model_length)"
+        )
+    train = load_prompt_dataset(config.data.train, config.data, tokenizer, longest)
+    if config.data.evaluation is None or not config.evaluation.enabled:
+        return train, []
+    held_out = load_prompt_dataset(config.data.evaluation, config.data, tokenizer, longest)
+    return train, held_out[: config.evaluation.prompts]
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """A connection to Ray: the job's cluster, the given address, or a local cluster that ends with the run."""
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(address=address or os.environ.get("RAY_ADDRESS"), namespace="rayrlhf", log_to_driver=False, logging_level="error")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def running_crew(config: PPOConfig) -> Iterator[Crew]:
+    """The run's actors on the connected cluster; ended on the way out."""
+    plan = make_plan(config, read_machine())
+    specs = RoleSpecs(config, plan)
+    deadlines = config.deadlines
+    with started_crew(config.run.name, plan, specs, deadlines.placement, deadlines.start) as crew:
+        yield crew
+
+
+def _check_backend(config: PPOConfig) -> None:
+    if config.rollout.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "rollout.backend: vllm is not installed; expected `pip install 'rayrlhf[cpu]'` or `'rayrlhf[gpu]'`, "
+            "or rollout.backend=transformers"
+        )
+
+
+def _resume(trainer: PPOTrainer, recorder: Recorder) -> None:
+    """Continue from the newest complete checkpoint, if there is one and resuming is not switched off."""
+    found = list_checkpoints(recorder.folder.checkpoints)
+    if found and trainer.config.run.resume == "auto":
+        with recorder.waiting(f"resuming from step {found[-1].step}"):
+            state = load_checkpoint(found[-1], trainer.crew, trainer.config.deadlines.update)
+            trainer.load_state(state)
+    recorder.resume(trainer.steps_done)
+
+
+def _run(trainer: PPOTrainer, recorder: Recorder) -> PPOResult:
+    config = trainer.config
+    for callback in trainer.callbacks:
+        callback.on_start(trainer)
+    before = _evaluate(trainer, recorder)
+    after, metrics = before, dict[str, float]()
+    while trainer.steps_done < config.run.steps:
+        metrics = trainer.train_step()
+        step = trainer.steps_done
+        last = step == config.run.steps
+        if last or (config.evaluation.every and step % config.evaluation.every == 0):
+            after = _evaluate(trainer, recorder)
+        if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            _checkpoint(trainer, recorder)
+    with recorder.waiting("exporting the model"):
+        trainer.export(recorder.folder.export)
+    for callback in trainer.callbacks:
+        callback.on_end(trainer)
+    return PPOResult(recorder.folder.path, before, after, metrics)
+
+
+def _evaluate(trainer: PPOTrainer, recorder: Recorder) -> Evaluation | None:
+    if not trainer.evaluation_prompts:
+        return None
+    with recorder.waiting(f"answering {len(trainer.evaluation_prompts)} held-out prompts"):
+        return trainer.evaluate()
+
+
+def _checkpoint(trainer: PPOTrainer, recorder: Recorder) -> None:
+    config = trainer.config
+    with recorder.waiting("writing a checkpoint"):
+        folder = save_checkpoint(
+            recorder.folder.checkpoints,
+            trainer.steps_done,
+            trainer.crew,
+            trainer.state(),
+            config.checkpoint.keep,
+            config.deadlines.update,
+        )
+    for callback in trainer.callbacks:
+        callback.on_checkpoint(trainer.steps_done, folder)
