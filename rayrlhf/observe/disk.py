@@ -1,0 +1,20 @@
+"""One line for a disk that says no: full, read-only, not permitted, a file where a folder should be."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rayrlhf.errors import UserError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an operating system's refusal inside the block into the user's one line.
+
+    Raises:
+        UserError: names the path and the system's reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

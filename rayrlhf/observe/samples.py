@@ -1,0 +1,115 @@
+"""What the policy said: a few responses of each step with their scores, as Parquet files in `samples/`.
+
+One file a step (`step-000012.parquet`), written whole or not at all. Any Parquet reader opens the folder as one table.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rayrlhf.data.atomic import file_atomically
+from rayrlhf.observe.disk import writing
+
+PART_PREFIX = "reward/"
+"""Starts the name of each reward part's column."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One response to show.
+
+    Attributes:
+        prompt_id: row of the prompt in its dataset.
+        sample: number of the response within the prompt's group.
+        score: the response's score, before the KL penalty.
+        parts: reward part -> value; NaN where a part does not apply.
+        kl: summed over the response, in nats; None where no reference is used.
+        length: response tokens.
+        version: newest weight version that sampled a token of it.
+    """
+
+    prompt_id: int
+    sample: int
+    prompt: str
+    response: str
+    score: float
+    length: int
+    finish_reason: str
+    version: int
+    kl: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+class SampleSink:
+    """Writes the samples of a run, one file a step."""
+
+    def __init__(self, folder: Path) -> None:
+        """Use `folder`, usually `run_folder/samples`; it is created when missing.
+
+        Raises:
+            UserError: it cannot be created.
+        """
+        self.folder = folder
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, step: int, samples: Sequence[Sample]) -> Path:
+        """Write one step's samples, replacing an earlier file of that step; return the file's path.
+
+        Raises:
+            UserError: the disk refuses.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = self.folder / f"step-{step:06d}.parquet"
+        schema = _schema(sorted({name for sample in samples for name in sample.parts}))
+        table = pa.Table.from_pylist([_row(step, sample) for sample in samples], schema=schema)
+        with writing(path), file_atomically(path) as partial:
+            pq.write_table(table, partial)
+        return path
+
+    def rewind(self, step: int) -> None:
+        """Delete the files of later steps, before a run continues after `step`."""
+        for path in self.folder.glob("step-*.parquet"):
+            if int(path.stem.removeprefix("step-")) > step:
+                path.unlink(missing_ok=True)
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """Return all rows of a samples folder, in the order of steps; a part that a step did not have is absent from its rows."""
+    import pyarrow.parquet as pq
+
+    return [row for path in sorted(folder.glob("step-*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def _schema(parts: Sequence[str]) -> Any:
+    import pyarrow as pa
+
+    integers = [("step", pa.int64()), ("prompt_id", pa.int64()), ("sample", pa.int32())]
+    texts = [("prompt", pa.string()), ("response", pa.string())]
+    numbers = [("score", pa.float32()), *((PART_PREFIX + name, pa.float32()) for name in parts), ("kl", pa.float32())]
+    rest = [("length", pa.int32()), ("finish_reason", pa.string()), ("version", pa.int64())]
+    return pa.schema([*integers, *texts, *numbers, *rest])
+
+
+def _row(step: int, sample: Sample) -> dict[str, Any]:
+    return {
+        "step": step,
+        "prompt_id": sample.prompt_id,
+        "sample": sample.sample,
+        "prompt": _storable(sample.prompt),
+        "response": _storable(sample.response),
+        "score": sample.score,
+        **{PART_PREFIX + name: value for name, value in sample.parts.items()},
+        "kl": sample.kl,
+        "length": sample.length,
+        "finish_reason": sample.finish_reason,
+        "version": sample.version,
+    }
+
+
+def _storable(text: str) -> str:
+    """Replace lone surrogates, which a byte-level tokenizer can produce and UTF-8 cannot hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")

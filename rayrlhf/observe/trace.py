@@ -1,0 +1,124 @@
+"""`trace.json`: who did what when, for Perfetto (ui.perfetto.dev) and chrome://tracing.
+
+The format is the Trace Event Format's JSON array, in which the closing bracket may be missing. Events are therefore appended as
+they come: memory stays bounded, a killed run leaves a file that loads, and a resumed run continues it. Actors are shown as
+processes and their lanes as threads; the numbers behind both derive from their names, so that they agree across restarts.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rayrlhf.observe.disk import writing
+
+FILE_NAME = "trace.json"
+BUFFERED_EVENTS = 256
+
+
+class TraceWriter:
+    """Appends events to a run folder's `trace.json`. Times are seconds since the epoch, as `time.time()` gives."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the file, and continue after the last whole event of an earlier run.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        self.path = folder / FILE_NAME
+        self._pending: list[str] = []
+        self._named: set[int] = set()
+        with writing(self.path):
+            self._file = self.path.open("r+b" if self.path.exists() else "w+b", buffering=0)
+            self._empty = not self._seek_to_the_last_event()
+
+    def span(
+        self,
+        name: str,
+        actor: str,
+        start: float,
+        duration: float,
+        *,
+        lane: str = "main",
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Add something that took time; `arguments` are shown when it is clicked."""
+        self._add({"ph": "X", "name": name, "ts": _us(start), "dur": _us(duration), "args": dict(arguments or {})}, actor, lane)
+
+    def instant(self, name: str, actor: str, at: float, *, lane: str = "main") -> None:
+        """Add something that happened at a moment: a lost actor, a checkpoint."""
+        self._add({"ph": "i", "name": name, "ts": _us(at), "s": "p"}, actor, lane)
+
+    def counter(self, name: str, actor: str, at: float, values: Mapping[str, float]) -> None:
+        """Add values that are drawn over time: memory, queue lengths."""
+        self._add({"ph": "C", "name": name, "ts": _us(at), "args": dict(values)}, actor, "main")
+
+    def flush(self) -> None:
+        """Write what is pending; a crash after this loses none of it.
+
+        Raises:
+            UserError: the disk refuses.
+        """
+        if not self._pending:
+            return
+        text = ("[\n" if self._empty else ",\n") + ",\n".join(self._pending)
+        self._pending.clear()
+        with writing(self.path):
+            data = text.encode()
+            while data:
+                data = data[self._file.write(data) :]
+        self._empty = False
+
+    def close(self) -> None:
+        """Write what is pending and the closing bracket."""
+        self.flush()
+        with writing(self.path):
+            self._file.write(b"[]\n" if self._empty else b"\n]\n")
+        self._file.close()
+
+    def _add(self, event: dict[str, Any], actor: str, lane: str) -> None:
+        process, thread = _number(actor), _number(f"{actor}\0{lane}")
+        for number, kind, name in ((process, "process_name", actor), (thread, "thread_name", lane)):
+            if number not in self._named:
+                self._named.add(number)
+                naming = {"ph": "M", "name": kind, "pid": process, "tid": thread, "args": {"name": name}}
+                self._pending.append(json.dumps(naming))
+        self._pending.append(json.dumps({**event, "pid": process, "tid": thread}))
+        if len(self._pending) >= BUFFERED_EVENTS:
+            self.flush()
+
+    def _seek_to_the_last_event(self) -> bool:
+        """Cut off a closing bracket and a torn last event; say whether any event is left. An event is a line that ends in }."""
+        content = self._file.read().rstrip(b"\n]")
+        end = len(content)
+        if not _is_event(content[content.rfind(b"\n") + 1 :]):
+            end = max(0, content.rfind(b"},\n") + 1)
+        self._file.seek(end)
+        self._file.truncate(end)
+        os.fsync(self._file.fileno())
+        return end > 0
+
+
+def read_trace(path: Path) -> list[dict[str, Any]]:
+    """Return the events of a trace, with or without its closing bracket, as Perfetto would load it."""
+    text = path.read_text().rstrip().removesuffix(",")
+    events = json.loads(text if text.endswith("]") else text + "]")
+    assert isinstance(events, list)
+    return events
+
+
+def _is_event(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _number(name: str) -> int:
+    return zlib.crc32(name.encode()) & 0x7FFFFFFF
+
+
+def _us(seconds: float) -> int:
+    return round(seconds * 1e6)
