@@ -1,0 +1,183 @@
+"""What a train engine minimises: losses per token with the masks they are averaged over, as plain values that travel to actors.
+
+An objective never divides. It returns terms per token, and the engine divides each by the number of its tokens in the whole
+optimizer step, over all micro-batches and ranks; so the gradient does not know how the batch was cut.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rayrlhf.algorithms.kl import kl_loss
+from rayrlhf.algorithms.loss_terms import LossTerms
+from rayrlhf.algorithms.losses import POLICY_LOSSES, clipped_value_loss
+from rayrlhf.algorithms.masking import zero_masked
+from rayrlhf.config.algorithm import KlSection, PolicyLossSection, ValueLossSection
+from rayrlhf.models.network import Want
+
+RATIO, POLICY_KL = "val/ratio", "ppo/policy/policykl"
+"""Statistics that the ratio guard and early stopping decide on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One summand of the objective.
+
+    Attributes:
+        mask: name of the array [B, T] whose True places it is averaged over.
+        coefficient: its weight in the objective.
+        terms: loss and statistics per token [B, T], 0 behind the mask.
+    """
+
+    mask: str
+    coefficient: float
+    terms: LossTerms
+
+
+class Objective(Protocol):
+    """A picklable description of what to minimise."""
+
+    @property
+    def want(self) -> frozenset[Want]:
+        """What the network must compute."""
+        ...
+
+    @property
+    def temperature(self) -> float:
+        """Of the distribution that log-probs are taken from: the rollout's."""
+        ...
+
+    @property
+    def masks(self) -> Sequence[str]:
+        """Masks the terms are averaged over, by array name."""
+        ...
+
+    def terms(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[Term]:
+        """Evaluate the objective on a micro-batch.
+
+        Args:
+            outputs: what the network computed, by the names in `want`, float32 [B, T] with gradient.
+            arrays: the arrays of the training batch [B, T] (see `TrainingBatch`).
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """The clipped surrogate, and where configured an entropy bonus, a KL penalty and importance weights.
+
+    Attributes:
+        loss: the surrogate's settings.
+        kl: the KL penalty; it is part of this objective only where its placement is "loss".
+        temperature: the rollout's.
+        importance: multiply the surrogate by the array `importance_weights` (sampler correction, TRL 1.16 vLLM correction).
+        entropy: report the policy's entropy; computed anyway where there is a bonus.
+    """
+
+    loss: PolicyLossSection = field(default_factory=PolicyLossSection)
+    kl: KlSection | None = None
+    temperature: float = 1.0
+    importance: bool = False
+    entropy: bool = True
+
+    @property
+    def want(self) -> frozenset[Want]:
+        """Log-probs, and entropy where asked for."""
+        wanted: set[Want] = {"logprobs"}
+        if self.entropy or self.loss.entropy_coefficient:
+            wanted.add("entropy")
+        return frozenset(wanted)
+
+    @property
+    def masks(self) -> Sequence[str]:
+        """The action mask."""
+        return ("action_mask",)
+
+    def terms(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[Term]:
+        """Evaluate on a micro-batch (see `Objective.terms`)."""
+        logprobs, mask = outputs["logprobs"], arrays["action_mask"]
+        surrogate = POLICY_LOSSES[self.loss.name](
+            logprobs,
+            arrays["old_logprobs"],
+            arrays["advantages"],
+            mask,
+            clip_low=self.loss.clip_low,
+            clip_high=self.loss.clip_high,
+            dual_clip=self.loss.dual_clip,
+        )
+        loss, statistics = surrogate.loss, dict(surrogate.statistics)
+        if self.importance:
+            loss = loss * zero_masked(arrays["importance_weights"], mask)
+        if "entropy" in outputs:
+            entropy = zero_masked(outputs["entropy"], mask)
+            statistics["policy/entropy_avg"] = entropy.detach()
+            if self.loss.entropy_coefficient:
+                loss = loss - self.loss.entropy_coefficient * entropy
+        if self.kl is not None and self.kl.placement == "loss" and self.kl.coefficient:
+            penalty = kl_loss(logprobs, arrays["ref_logprobs"], mask, self.kl.estimator)
+            # The tokens came from an older policy; the ratio makes the estimate one of the present policy's KL.
+            weight = zero_masked(surrogate.statistics[RATIO], mask)
+            statistics["loss/kl_avg"] = penalty.detach()
+            loss = loss + self.kl.coefficient * weight * penalty
+        return [Term("action_mask", 1.0, LossTerms(loss, statistics))]
+
+
+@dataclass(frozen=True)
+class ValueObjective:
+    """The critic's clipped squared error times its coefficient."""
+
+    loss: ValueLossSection = field(default_factory=ValueLossSection)
+    temperature: float = 1.0
+
+    @property
+    def want(self) -> frozenset[Want]:
+        """Values."""
+        return frozenset({"values"})
+
+    @property
+    def masks(self) -> Sequence[str]:
+        """The value mask."""
+        return ("value_mask",)
+
+    def terms(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[Term]:
+        """Evaluate on a micro-batch (see `Objective.terms`)."""
+        terms = clipped_value_loss(
+            outputs["values"], arrays["old_values"], arrays["returns"], arrays["value_mask"], clip=self.loss.clip
+        )
+        return [Term("value_mask", self.loss.coefficient, terms)]
+
+
+@dataclass(frozen=True)
+class SharedObjective:
+    """Policy and critic on one trunk: both objectives are added, and the critic's gradient moves the policy's trunk too."""
+
+    policy: PolicyObjective
+    value: ValueObjective
+
+    @property
+    def want(self) -> frozenset[Want]:
+        """What either part wants."""
+        return self.policy.want | self.value.want
+
+    @property
+    def temperature(self) -> float:
+        """The policy's."""
+        return self.policy.temperature
+
+    @property
+    def masks(self) -> Sequence[str]:
+        """Both masks."""
+        return (*self.policy.masks, *self.value.masks)
+
+    def terms(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[Term]:
+        """Evaluate both parts on a micro-batch (see `Objective.terms`)."""
+        return self.policy.terms(outputs, arrays) + self.value.terms(outputs, arrays)
+
+
+def weighted_loss(terms: Sequence[Term], denominators: Mapping[str, float]) -> Tensor:
+    """Return the scalar sum of coefficient * (sum of a term's losses) / (its denominator, by mask name)."""
+    parts = [term.coefficient / denominators[term.mask] * term.terms.loss.sum() for term in terms]
+    return torch.stack(parts).sum()

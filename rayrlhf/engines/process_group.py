@@ -1,0 +1,62 @@
+"""Joining and leaving the process group of a role: a `torch.distributed` world of its own."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch.distributed
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessGroupSpec:
+    """One process's place in its role's world.
+
+    Attributes:
+        rank: 0 .. world_size-1.
+        world_size: processes of the role.
+        master_address: host of rank 0.
+        master_port: a free port there.
+        backend: `nccl` on GPUs, `gloo` on CPUs.
+        timeout_seconds: longest wait for another rank in any collective call, joining included.
+    """
+
+    rank: int
+    world_size: int
+    master_address: str
+    master_port: int
+    backend: Literal["gloo", "nccl"] = "gloo"
+    timeout_seconds: float = 1800.0
+
+
+def join(spec: ProcessGroupSpec) -> None:
+    """Join the world; returns when every rank has joined.
+
+    Raises:
+        torch.distributed.DistStoreError: the ranks did not meet in time.
+        ValueError: this process is in a world already.
+    """
+    if torch.distributed.is_initialized():
+        raise ValueError("this process has joined a process group already")
+    # DeepSpeed and the launchers it imitates read the place from the environment.
+    os.environ.update(
+        RANK=str(spec.rank),
+        LOCAL_RANK="0",
+        WORLD_SIZE=str(spec.world_size),
+        MASTER_ADDR=spec.master_address,
+        MASTER_PORT=str(spec.master_port),
+    )
+    host = f"[{spec.master_address}]" if ":" in spec.master_address else spec.master_address
+    torch.distributed.init_process_group(
+        spec.backend,
+        init_method=f"tcp://{host}:{spec.master_port}",
+        rank=spec.rank,
+        world_size=spec.world_size,
+        timeout=timedelta(seconds=spec.timeout_seconds),
+    )
+
+
+def leave() -> None:
+    """Leave the world; a no-op outside of one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,142 @@
+"""One rank of a model that learns: scores with it, takes optimizer steps on it, hands its weights out, saves and restores it.
+
+The gradient of an optimizer step is a property of its samples alone. Each loss is divided by its token count over the whole
+mini-batch, so micro-batch size, padding and number of ranks change nothing but rounding. Forward passes run without dropout, so
+that a ratio of new to old log-probs measures the policy's movement and not a coin.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from rayrlhf.data.records import Sequence as TokenSequence
+from rayrlhf.data.records import TokenScores
+from rayrlhf.data.training_batch import TrainingBatch
+from rayrlhf.engines import train_state
+from rayrlhf.engines.deepspeed_setup import whole, wrap
+from rayrlhf.engines.interfaces import WeightBucket, bucketed
+from rayrlhf.engines.objectives import Objective
+from rayrlhf.engines.optimizers import build_optimizer
+from rayrlhf.engines.score_engine import score_sequences, training_device
+from rayrlhf.engines.train_spec import TrainEngineSpec
+from rayrlhf.engines.update import Updater
+from rayrlhf.engines.update_plan import UpdatePlan, UpdateReport
+from rayrlhf.models.load import load_tokenizer, resolve_dtype
+from rayrlhf.models.lora import adapters_disabled, checkpoint_tensors, has_lora
+from rayrlhf.models.network import Want, build_network
+
+__all__ = ["TrainEngine", "TrainEngineSpec", "UpdatePlan", "UpdateReport"]
+
+
+class TrainEngine:
+    """A `ScoreEngine` and `WeightSource` that learns. Every rank of the role makes the same calls in the same order."""
+
+    def __init__(self, spec: TrainEngineSpec) -> None:
+        """Load the model on this process's device and wrap it; the process has joined its process group.
+
+        Raises:
+            UserError: the model cannot be loaded.
+        """
+        self._spec = spec
+        self._device = training_device()
+        self._network = build_network(spec.model, spec.heads, spec.head_init, spec.seed).to(self._device)
+        optimizer = build_optimizer(self._network.parameters(), spec.train.optimizer, spec.learning_rate)
+        self._engine = wrap(self._network, optimizer, spec.train, resolve_dtype(spec.model.dtype))
+        # Recomputing activations needs training mode; there is no dropout in a network that the mode could switch on.
+        self._network.train(spec.model.gradient_checkpointing)
+        self._updater = Updater(self._engine, spec, self._device)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps taken since the run began."""
+        return self._updater.optimizer_steps
+
+    def score(
+        self, sequences: Sequence[TokenSequence], want: frozenset[Want], *, temperature: float = 1.0, reference: bool = False
+    ) -> list[TokenScores]:
+        """Score sequences in the order given (see `rayrlhf.engines.interfaces.ScoreEngine`); `reference` switches adapters off.
+
+        Under ZeRO-3 every rank must make the same number of forwards, so all ranks pass the same sequences.
+
+        Raises:
+            ValueError: the network has no head for something in `want`, or no adapters to switch off.
+        """
+        if reference and not has_lora(self._network):
+            raise ValueError("a network without adapters has no reference inside it")
+        with adapters_disabled(self._network) if reference else nullcontext():
+            return score_sequences(
+                self._engine,
+                sequences,
+                want,
+                temperature=temperature,
+                token_budget=self._spec.train.score_batch_tokens,
+                device=self._device,
+            )
+
+    def update(self, batch: TrainingBatch, plan: UpdatePlan, objective: Objective) -> UpdateReport:
+        """Take the plan's optimizer steps; every rank passes the same batch, plan and objective and does its own share.
+
+        Raises:
+            KeyError: the batch lacks an array the objective reads.
+            ValueError: an optimizer step has no token under one of the objective's masks.
+        """
+        return self._updater.run(batch, plan, objective)
+
+    def weight_buckets(
+        self, bucket_bytes: int = 256 * 2**20, *, dtype: Literal["float32", "bfloat16"] = "float32"
+    ) -> Iterator[WeightBucket]:
+        """Yield the weights under Hugging Face names: adapters folded in, tied tensors once, value head left out.
+
+        Every rank must exhaust the iterator. Tensors are contiguous, on the CPU, and on loan until the next update: where
+        nothing had to be computed they are the parameters' own memory.
+
+        Args:
+            bucket_bytes: about the size of a bucket.
+            dtype: what the sampler holds its weights in; a bfloat16 sampler gets them rounded once, here.
+        """
+        return bucketed(self._checkpoint(getattr(torch, dtype)), bucket_bytes)
+
+    def save_state(self, folder: Path) -> None:
+        """Write this rank's part of weights, optimizer, counters and random state into an existing or new folder.
+
+        The caller makes the folder appear whole (`rayrlhf.data.atomic.folder_atomically`), because all ranks write into it.
+        """
+        train_state.save(self._engine, self._updater, folder)
+
+    def load_state(self, folder: Path) -> None:
+        """Continue from a saved state: on the same number of ranks the next update is the same bit for bit.
+
+        Raises:
+            UserError: the folder holds no complete state for this rank.
+        """
+        train_state.load(self._engine, self._updater, folder)
+
+    def export(self, folder: Path) -> None:
+        """Write a Hugging Face folder with merged weights and the tokenizer, and the value head beside them where there is one.
+
+        Every rank takes part; rank 0 writes. The folder appears whole, and an older one is replaced.
+
+        Raises:
+            UserError: the model has no tokenizer.
+        """
+        state = {name: tensor.clone() for name, tensor in self._checkpoint(torch.float32)}
+        if torch.distributed.get_rank() == 0:
+            train_state.export(self._network, state, load_tokenizer(self._spec.model), folder)
+        torch.distributed.barrier()
+
+    def output_layer(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight [V, H] and bias [V] (or None) of the output layer, on the CPU, for a full KL from hidden states."""
+        head = self._network.model.get_output_embeddings()
+        with whole(tuple(head.parameters())):
+            return head.weight.detach().cpu().clone(), None if head.bias is None else head.bias.detach().cpu().clone()
+
+    def _checkpoint(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        for tensor in checkpoint_tensors(self._network.model):
+            with whole(tensor.parameters):
+                value = tensor.value().to("cpu", dtype).contiguous()
+                if any(hasattr(parameter, "ds_id") for parameter in tensor.parameters):
+                    value = value.clone()  # the gathered memory goes away with the block
+            yield tensor.name, value

@@ -1,0 +1,34 @@
+"""What a train engine is built from: small, picklable, equal on every rank."""
+
+from dataclasses import dataclass, field
+
+from rayrlhf.config.algorithm import ParitySection
+from rayrlhf.config.model import ModelSection
+from rayrlhf.config.train import TrainSection
+from rayrlhf.models.network import Head
+from rayrlhf.models.value_head import HeadInit
+
+
+@dataclass(frozen=True, slots=True)
+class TrainEngineSpec:
+    """Everything an engine is built from; equal on every rank.
+
+    Attributes:
+        model: where the weights start, and their adapters.
+        heads: {"lm"} a policy, {"lm", "value"} a policy with the critic on its trunk, {"value"} a separate critic.
+        head_init: how a value head is filled that the checkpoint does not hold.
+        train: batches, optimizer, schedule, sharding.
+        learning_rate: peak learning rate of this model.
+        total_optimizer_steps: of the whole run, for the schedule.
+        seed: of adapters and heads.
+        parity: quirks of TRL to reproduce.
+    """
+
+    model: ModelSection
+    heads: frozenset[Head]
+    train: TrainSection
+    learning_rate: float
+    head_init: HeadInit = "zero"
+    total_optimizer_steps: int = 1
+    seed: int = 0
+    parity: ParitySection = field(default_factory=ParitySection)

@@ -1,0 +1,106 @@
+"""Who does what in an update, decided without a word between the ranks.
+
+Every rank holds the whole batch and the whole plan, so each can compute all shares, all micro-batch counts and all token counts
+by itself, and all come to the same answer. Ranks with fewer micro-batches get fillers of weight 0, because collective calls
+inside the backward pass hang unless every rank makes equally many.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rayrlhf.config.algorithm import ParitySection
+from rayrlhf.config.train import TrainSection
+from rayrlhf.data.batching import balance, micro_batches
+
+
+@dataclass(frozen=True, slots=True)
+class UpdatePlan:
+    """Which samples each optimizer step sees.
+
+    Attributes:
+        epochs: for each epoch its optimizer steps, each the rows of the training batch it is made of, in order.
+    """
+
+    epochs: Sequence[Sequence[Sequence[int]]]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Rows of one forward and backward on one rank; a filler (`weight` 0) only keeps the rank in step with the others."""
+
+    rows: tuple[int, ...]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """What an update did. Metrics are means over the optimizer steps, each weighted by tokens and taken over masks only.
+
+    Attributes:
+        metrics: by TRL's names where it has one; equal on every rank.
+        grad_norms: norm of the whole gradient before clipping, one an optimizer step.
+        learning_rates: one an optimizer step.
+        optimizer_steps: steps taken.
+        epochs: epochs begun; fewer than planned after an early stop.
+        stopped_early: whether the policy had moved too far.
+        guarded_steps: steps whose gradient the ratio guard set to zero.
+        tokens: real tokens that went through forward and backward on this rank.
+        padding_share: share of padding in what this rank computed, in [0, 1).
+        seconds: time in `forward`, `backward` and `optimizer` on this rank.
+        step_metrics: the metrics of each optimizer step.
+    """
+
+    metrics: dict[str, float]
+    grad_norms: list[float]
+    learning_rates: list[float]
+    optimizer_steps: int
+    epochs: int
+    stopped_early: bool
+    guarded_steps: int
+    tokens: int
+    padding_share: float
+    seconds: dict[str, float]
+    step_metrics: list[dict[str, float]] = field(default_factory=list)
+
+
+def split_mini_batch(
+    rows: Sequence[int], lengths: Sequence[int], ranks: int, train: TrainSection, parity: ParitySection
+) -> list[list[MicroBatch]]:
+    """Share one optimizer step out to the ranks and into micro-batches.
+
+    Args:
+        rows: rows of the training batch that make up the optimizer step.
+        lengths: tokens of every row of the training batch.
+        ranks: data-parallel processes.
+        train: micro-batch size, or token budget.
+        parity: with TRL's per-micro-batch means the split matters, so micro-batches are then consecutive rows.
+
+    Returns:
+        For each rank its micro-batches, equally many on every rank.
+    """
+    if parity.mini_batch_means or parity.no_accumulation:
+        shares = [[[int(row) for row in part] for part in _consecutive(share, train)] for share in np.array_split(rows, ranks)]
+    else:
+        own = [lengths[row] for row in rows]
+        shares = [
+            [[rows[part[index]] for index in batch] for batch in _by_budget([own[index] for index in part], train)]
+            for part in balance(own, ranks)
+        ]
+    count = max(len(share) for share in shares)
+    filler = MicroBatch((min(rows, key=lambda row: lengths[row]),), weight=0.0)
+    return [[MicroBatch(tuple(part)) for part in share] + [filler] * (count - len(share)) for share in shares]
+
+
+def _consecutive(share: Sequence[int], train: TrainSection) -> list[Sequence[int]]:
+    size = train.micro_batch_size or max(1, len(share))
+    return [share[start : start + size] for start in range(0, len(share), size)]
+
+
+def _by_budget(lengths: list[int], train: TrainSection) -> list[list[int]]:
+    if not lengths:
+        return []
+    if train.micro_batch_size is not None:
+        return micro_batches(lengths, max_samples=train.micro_batch_size)
+    return micro_batches(lengths, train.micro_batch_tokens)

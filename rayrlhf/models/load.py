@@ -1,0 +1,165 @@
+"""Weights and tokenizers in and out: a local folder, a hub name or a built-in becomes a Hugging Face model, and back.
+
+Master weights are always float32 here; the compute precision is what `resolve_dtype` says and is applied by autocast, so that
+a policy and its reference run the same arithmetic.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rayrlhf.config.model import ModelSection, Precision
+from rayrlhf.data.atomic import folder_atomically
+from rayrlhf.errors import UserError
+
+_UNSUPPORTED_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+_BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16"}
+
+
+def resolve_dtype(precision: Precision) -> torch.dtype:
+    """Return the compute dtype: what was asked for, or bfloat16 where the machine multiplies in it fast, else float32.
+
+    Fast means a GPU, or a CPU with AVX512-BF16 or AMX; elsewhere bfloat16 products are emulated and several times slower.
+    """
+    if precision != "auto":
+        return cast(torch.dtype, getattr(torch, precision))
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if _BF16_CPU_FLAGS & _cpu_flags() else torch.float32
+
+
+def resolve_path(model: ModelSection) -> str:
+    """Return the folder or hub name behind `model.path`, making a built-in if it has to be made.
+
+    Raises:
+        UserError: a path that is neither a model folder nor a possible hub name, or an unknown built-in.
+    """
+    if model.path.startswith("builtin:"):
+        from rayrlhf.models.builtin import resolve_model
+
+        return str(resolve_model(model.path))
+    folder = Path(model.path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.path {model.path!r}: the folder has no config.json, expected a Hugging Face model folder")
+        return str(folder)
+    if model.path.startswith((".", "/", "~")) or model.path.count("/") > 1:
+        raise UserError(f"model.path {model.path!r}: no such folder")
+    return model.path
+
+
+def load_causal_model(model: ModelSection) -> nn.Module:
+    """Load a causal language model in float32 on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: nothing can be loaded from the path, or the model changes its logits in a way `logprobs` does not know.
+    """
+    from transformers import AutoModelForCausalLM
+
+    network = _from_pretrained(AutoModelForCausalLM, model)
+    for name in _UNSUPPORTED_HEADS:
+        if getattr(network.config, name, None) not in (None, 1, 1.0):
+            raise UserError(f"model.path {model.path!r}: models with {name} in their config are not supported")
+    return network
+
+
+def load_trunk(model: ModelSection) -> nn.Module:
+    """Load the model without its output layer in float32 on the CPU, in evaluation mode: what a separate critic stands on.
+
+    Raises:
+        UserError: nothing can be loaded from the path.
+    """
+    from transformers import AutoModel
+
+    return _from_pretrained(AutoModel, model)
+
+
+def load_tokenizer(model: ModelSection) -> Any:
+    """Load the tokenizer, with `model.chat_template` in place of its own template when one is given, and a pad token.
+
+    Raises:
+        UserError: no tokenizer at the path, or the template file cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    path = resolve_path(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path {model.path!r}: cannot load its tokenizer: {_first_line(error)}") from error
+    if model.chat_template is not None:
+        try:
+            tokenizer.chat_template = model.chat_template.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"model.chat_template {str(model.chat_template)!r}: cannot be read: {error.strerror}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save_model_folder(
+    folder: Path,
+    network: Any,
+    state: Mapping[str, Tensor],
+    tokenizer: Any | None,
+    extra: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> None:
+    """Write a Hugging Face folder (config, safetensors, generation config, tokenizer with its template), whole or not at all.
+
+    Args:
+        folder: where it goes; an older one is replaced.
+        network: the transformers model that knows config and names; its own weights are not read.
+        state: tensors by checkpoint name.
+        tokenizer: saved beside the weights when given.
+        extra: further safetensors files, by file name.
+    """
+    with folder_atomically(folder, if_exists="replace") as partial:
+        network.save_pretrained(partial, state_dict=dict(state))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        for name, tensors in (extra or {}).items():
+            save_file(dict(tensors), partial / name)
+
+
+def disable_dropout(network: nn.Module) -> None:
+    """Set every dropout probability to 0, so that training mode (which gradient checkpointing needs) changes nothing."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def _from_pretrained(auto_class: Any, model: ModelSection) -> Any:
+    path = resolve_path(model)
+    try:
+        network = auto_class.from_pretrained(
+            path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            dtype=torch.float32,
+            attn_implementation=model.attention,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model.path {model.path!r}: cannot load it: {_first_line(error)}") from error
+    network.config.use_cache = False
+    return network.eval()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _cpu_flags() -> set[str]:
+    if not os.access("/proc/cpuinfo", os.R_OK):
+        return set()
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("flags"):
+            return set(line.partition(":")[2].split())
+    return set()

@@ -1,0 +1,193 @@
+"""Log-probs, entropy and KL straight from hidden states, a few rows of the vocabulary at a time.
+
+The logits of a batch are the largest tensor of RLHF by far (tokens x vocabulary), and all that is needed of a row is one
+log-prob and one entropy. So the output layer is applied to the response positions only, `CHUNK_BYTES` of logits at a time in
+one buffer that is used again and again, and the backward pass recomputes each chunk. Memory then no longer depends on the
+number of tokens, and the time that fresh pages of memory cost (as much as the arithmetic, on a CPU) is gone.
+"""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 24 * 2**20
+"""Size of the float32 logits that exist at any one time."""
+
+
+def logprobs_and_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, temperature: float = 1.0, entropy: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target, and entropy of the distribution it was drawn from, under softmax(logits / temperature).
+
+    Args:
+        hidden: [N, H], final hidden state that predicts each target.
+        weight: [V, H] of the output layer; under autocast the product is computed in autocast's dtype, the rest in float32.
+        bias: [V] of the output layer, or None.
+        targets: int64 [N].
+        temperature: > 0.
+        entropy: whether to compute the entropy.
+
+    Returns:
+        float32 [N] log-probs, and float32 [N] entropies in nats (zeros when not asked for). Both carry gradients to `hidden`,
+        `weight` and `bias`.
+
+    Raises:
+        ValueError: `temperature` is not positive.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be > 0, not {temperature}")
+    return cast("tuple[Tensor, Tensor]", _LogprobsAndEntropy.apply(hidden, weight, bias, targets, temperature, entropy))
+
+
+@torch.no_grad()
+def full_kl_from_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """KL(policy || reference) over the whole vocabulary at each position, in nats, without gradient.
+
+    Two models of one vocabulary and any hidden sizes are compared without their logits ever travelling: ship [N, H], apply the
+    output layers here.
+
+    Args:
+        hidden: [N, H], the policy's hidden states.
+        weight: [V, H], the policy's output layer.
+        ref_hidden: [N, H'], the reference's hidden states at the same positions.
+        ref_weight: [V, H'], the reference's output layer.
+        bias: [V] or None.
+        ref_bias: [V] or None.
+        temperature: both distributions are softmax(logits / temperature).
+
+    Returns:
+        float32 [N], sum over v of p(v) * (log p(v) - log p_ref(v)), each >= 0 but for rounding.
+    """
+    result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    policy_buffer, reference_buffer = _buffer(hidden, weight), _buffer(ref_hidden, ref_weight)
+    for rows in _chunks(len(hidden), len(policy_buffer)):
+        policy = _logits(hidden[rows], weight, bias, temperature, policy_buffer)
+        policy.sub_(policy.logsumexp(-1, keepdim=True))
+        reference = _logits(ref_hidden[rows], ref_weight, ref_bias, temperature, reference_buffer)
+        reference.sub_(reference.logsumexp(-1, keepdim=True))
+        difference = torch.sub(policy, reference, out=reference)
+        result[rows] = difference.mul_(policy.exp_()).sum(-1)
+    return result
+
+
+class _LogprobsAndEntropy(torch.autograd.Function):
+    """Chunked forward that keeps one number a row; chunked backward that recomputes the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        dtype = _product_dtype(weight)
+        log_normalizer = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        picked, entropies = torch.empty_like(log_normalizer), torch.zeros_like(log_normalizer)
+        buffer, product = _buffer(hidden, weight), weight.detach().to(dtype)
+        for rows in _chunks(len(hidden), len(buffer)):
+            logits = _logits(hidden[rows].to(dtype), product, bias, temperature, buffer)
+            log_normalizer[rows] = logits.logsumexp(-1)
+            picked[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1)
+            if entropy:
+                logits.sub_(log_normalizer[rows, None])
+                entropies[rows] = -(logits.exp() * logits).sum(-1)
+        ctx.save_for_backward(hidden, weight, bias, targets, log_normalizer, entropies)
+        ctx.temperature, ctx.dtype = temperature, dtype
+        if not entropy:
+            ctx.mark_non_differentiable(entropies)
+        ctx.set_materialize_grads(False)
+        return picked - log_normalizer, entropies
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        logprob_gradient, entropy_gradient = gradients
+        hidden, weight, bias, targets, log_normalizer, entropies = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
+        weight_gradient = torch.zeros_like(weight) if needs_weight else None
+        bias_gradient = torch.zeros_like(bias) if needs_bias else None
+        buffer, product = _buffer(hidden, weight), weight.detach().to(ctx.dtype)
+        for rows in _chunks(len(hidden), len(buffer)):
+            inputs = hidden[rows].to(ctx.dtype)
+            logits = _logits(inputs, product, bias, ctx.temperature, buffer).sub_(log_normalizer[rows, None])
+            gradient = _logit_gradient(
+                logits,
+                targets[rows],
+                entropies[rows],
+                None if logprob_gradient is None else logprob_gradient[rows],
+                None if entropy_gradient is None else entropy_gradient[rows],
+            ).div_(ctx.temperature)
+            if bias_gradient is not None:
+                bias_gradient += gradient.sum(0)
+            gradient = gradient.to(ctx.dtype)
+            if hidden_gradient is not None:
+                hidden_gradient[rows] = (gradient @ product).to(hidden.dtype)
+            if weight_gradient is not None:
+                _add_product(weight_gradient, gradient, inputs)
+        return hidden_gradient, weight_gradient, bias_gradient, None, None, None
+
+
+def _logit_gradient(
+    logprobs: Tensor,
+    targets: Tensor,
+    entropies: Tensor,
+    logprob_gradient: Tensor | None,
+    entropy_gradient: Tensor | None,
+) -> Tensor:
+    """Gradient at the scaled logits z, in place where it can be.
+
+    With p = softmax(z) and entropy S: d log p(y) / dz = onehot(y) - p, and dS / dz = -p * (log p + S).
+    """
+    if entropy_gradient is not None:
+        surprise = (logprobs + entropies[:, None]).mul_(-entropy_gradient[:, None])
+        if logprob_gradient is not None:
+            surprise.sub_(logprob_gradient[:, None])
+        gradient = surprise.mul_(logprobs.exp_())
+    elif logprob_gradient is not None:
+        gradient = logprobs.exp_().mul_(-logprob_gradient[:, None])
+    else:
+        return logprobs.zero_()
+    if logprob_gradient is not None:
+        gradient.scatter_add_(-1, targets[:, None], logprob_gradient[:, None])
+    return gradient
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, buffer: Tensor) -> Tensor:
+    """float32 [n, V] logits / temperature in the first rows of `buffer`."""
+    logits = buffer[: len(hidden)]
+    if hidden.dtype == weight.dtype == logits.dtype:
+        torch.mm(hidden, weight.t(), out=logits)
+    else:
+        logits.copy_(hidden.to(weight.dtype) @ weight.t())
+    if bias is not None:
+        logits.add_(bias)
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _add_product(total: Tensor, gradient: Tensor, inputs: Tensor) -> None:
+    if total.dtype == gradient.dtype:
+        total.addmm_(gradient.t(), inputs)
+    else:
+        total.add_(gradient.t() @ inputs)
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def _buffer(hidden: Tensor, weight: Tensor) -> Tensor:
+    rows = min(len(hidden), max(1, CHUNK_BYTES // (4 * len(weight))))
+    return torch.empty(rows, len(weight), dtype=torch.float32, device=weight.device)
+
+
+def _chunks(total: int, rows: int) -> Iterator[slice]:
+    return (slice(start, start + rows) for start in range(0, total, rows)) if rows else iter(())

@@ -1,0 +1,144 @@
+"""One network for every role: a transformer trunk, its output layer, a value head, or both.
+
+It reads a right-padded batch and returns only what was asked for, only at the positions asked for, as flat [N] tensors. Padding
+stands on the right and attention is causal, so no real token ever sees a padded one: no attention mask is needed (the fast
+causal kernel runs) and positions count from 0 by themselves.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from rayrlhf.config.model import ModelSection
+from rayrlhf.errors import UserError
+from rayrlhf.models.load import disable_dropout, load_causal_model, load_trunk, resolve_path
+from rayrlhf.models.logprobs import logprobs_and_entropy
+from rayrlhf.models.lora import add_lora
+from rayrlhf.models.value_head import HeadInit, ValueHead, find_head, make_head
+
+Head = Literal["lm", "value"]
+Want = Literal["logprobs", "entropy", "values", "hidden"]
+
+
+class Positions(NamedTuple):
+    """Where to read a padded batch [B, L], as flat indices b * L + t.
+
+    Attributes:
+        predictors: int64 [N], the position that predicts each response token.
+        targets: int64 [N], the response tokens.
+        values: int64 [M], the positions values are read from: before each response token, and after the last one.
+    """
+
+    predictors: Tensor
+    targets: Tensor
+    values: Tensor
+
+
+class NetworkOutput(NamedTuple):
+    """What was asked for, flat in the order of the positions; None for the rest. A NamedTuple, so that hooks see the tensors.
+
+    Attributes:
+        logprobs: float32 [N].
+        entropy: float32 [N], nats.
+        values: float32 [M].
+        hidden: [N, H], the final hidden state at each predictor.
+    """
+
+    logprobs: Tensor | None
+    entropy: Tensor | None
+    values: Tensor | None
+    hidden: Tensor | None
+
+
+class Network(nn.Module):
+    """A trunk with heads.
+
+    Attributes:
+        model: the transformers model: causal language model where there is an "lm" head, bare trunk otherwise.
+        v_head: the value head, or None.
+    """
+
+    def __init__(self, model: Any, v_head: ValueHead | None) -> None:
+        super().__init__()
+        self.model = model
+        self.v_head = v_head
+        self.has_lm_head = model.get_output_embeddings() is not None
+
+    def forward(
+        self, input_ids: Tensor, positions: Positions, want: frozenset[Want], temperature: float = 1.0
+    ) -> NetworkOutput:
+        """Read a batch.
+
+        Args:
+            input_ids: int64 [B, L], right-padded with any valid token id.
+            positions: where to read.
+            want: which fields of the output to compute.
+            temperature: of the distribution that log-probs and entropy are taken from.
+
+        Raises:
+            ValueError: something was asked for that this network has no head for.
+        """
+        self._check(want)
+        trunk = getattr(self.model, self.model.base_model_prefix) if self.has_lm_head else self.model
+        hidden = trunk(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        logprobs = entropy = values = predicting = None
+        if want & {"logprobs", "entropy", "hidden"}:
+            predicting = hidden.index_select(0, positions.predictors)
+        if predicting is not None and want & {"logprobs", "entropy"}:
+            head = self.model.get_output_embeddings()
+            logprobs, entropy = logprobs_and_entropy(
+                predicting, head.weight, head.bias, positions.targets, temperature=temperature, entropy="entropy" in want
+            )
+        if "values" in want and self.v_head is not None:
+            values = self.v_head(hidden.index_select(0, positions.values))
+        return NetworkOutput(
+            logprobs if "logprobs" in want else None,
+            entropy if "entropy" in want else None,
+            values,
+            predicting if "hidden" in want else None,
+        )
+
+    def _check(self, want: frozenset[Want]) -> None:
+        if "values" in want and self.v_head is None:
+            raise ValueError("values were asked of a network without a value head")
+        if want & {"logprobs", "entropy"} and not self.has_lm_head:
+            raise ValueError("log-probs were asked of a network without an output layer")
+
+
+def build_network(model: ModelSection, heads: frozenset[Head], head_init: HeadInit, seed: int) -> Network:
+    """Load a role's network in float32 on the CPU, without dropout (as in TRL): log-probs must not depend on a coin.
+
+    Args:
+        model: where it starts, and its adapters.
+        heads: {"lm"} a policy or reference, {"lm", "value"} a policy with the critic on its trunk, {"value"} a separate critic.
+        head_init: how a value head that the checkpoint does not hold is filled.
+        seed: for the head and the adapters; equal on every rank.
+
+    Raises:
+        UserError: the model cannot be loaded, or its value head has another width.
+        ValueError: `heads` is empty.
+    """
+    if not heads:
+        raise ValueError("a network needs at least one head")
+    backbone: Any = load_causal_model(model) if "lm" in heads else load_trunk(model)
+    v_head = None
+    if "value" in heads:
+        folder = Path(resolve_path(model))
+        try:
+            v_head = make_head(backbone.config.hidden_size, find_head(folder) if folder.is_dir() else None, head_init, seed)
+        except ValueError as error:
+            raise UserError(f"model.path {model.path!r}: {error}") from error
+    if model.lora is not None:
+        backbone.requires_grad_(False)
+        add_lora(backbone, model.lora, seed)
+    disable_dropout(backbone)
+    if model.gradient_checkpointing:
+        _checkpoint_activations(backbone)
+    return Network(backbone, v_head)
+
+
+def _checkpoint_activations(backbone: Any) -> None:
+    """Recompute activations in the backward pass. It needs training mode; dropout is 0 everywhere, so nothing else changes."""
+    backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    backbone.train()

@@ -1,0 +1,99 @@
+"""The scalar head of a critic: one linear layer on the trunk's final hidden state.
+
+The same head serves a critic that shares the policy's trunk and one with a trunk of its own. It is stored under TRL's names
+(`v_head.summary.*`), and starts from any checkpoint that holds a scalar head: a critic of this project, a TRL policy with a
+value head, or a reward model, which is a sequence classifier whose head is called `score`.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+HEAD_FILE = "value_head.safetensors"
+"""Where a head lies beside its trunk in a Hugging Face folder."""
+
+HeadInit = Literal["normal", "zero", "default"]
+_SUMMARY, _SCORE = "v_head.summary.", "score."
+
+
+class ValueHead(nn.Module):
+    """Hidden state -> value, in float32."""
+
+    def __init__(self, hidden_size: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.summary = nn.Linear(hidden_size, 1, bias=bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return float32 [...] values of hidden states [..., H]; never in reduced precision, because returns are regressed."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            values: Tensor = self.summary(hidden.to(self.summary.weight.dtype))
+        return values.squeeze(-1).float()
+
+    def initialize(self, kind: HeadInit, seed: int) -> None:
+        """Fill the weights.
+
+        Args:
+            kind: `zero` predicts 0 everywhere; `normal` draws weights from N(0, 1/(H+1)) and a zero bias (Stiennon et al. 2020,
+                appendix B); `default` is `torch.nn.Linear`'s own.
+            seed: of the draw; every rank draws the same.
+        """
+        weight, bias = self.summary.weight, self.summary.bias
+        generator = torch.Generator().manual_seed(seed)
+        bound = weight.shape[1] ** -0.5
+        with torch.no_grad():
+            if kind == "default":
+                weight.copy_(torch.empty_like(weight).uniform_(-bound, bound, generator=generator))
+                if bias is not None:
+                    bias.copy_(torch.empty_like(bias).uniform_(-bound, bound, generator=generator))
+                return
+            weight.zero_()
+            if bias is not None:
+                bias.zero_()
+            if kind == "normal":
+                weight.normal_(std=(weight.shape[1] + 1) ** -0.5, generator=generator)
+
+
+def find_head(folder: Path) -> dict[str, Tensor] | None:
+    """Return the scalar head stored in a Hugging Face folder as {"weight": [1, H], "bias": [1] where it has one}, or None.
+
+    A classifier with several labels has no scalar head.
+    """
+    for file in _head_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            names = set(tensors.keys())
+            for prefix in (_SUMMARY, _SCORE):
+                if f"{prefix}weight" not in names:
+                    continue
+                head = {
+                    part: tensors.get_tensor(f"{prefix}{part}") for part in ("weight", "bias") if f"{prefix}{part}" in names
+                }
+                if head["weight"].shape[0] == 1:
+                    return head
+    return None
+
+
+def make_head(hidden_size: int, stored: dict[str, Tensor] | None, kind: HeadInit, seed: int) -> ValueHead:
+    """Build a head from stored weights if there are any, else initialise it by `kind` (see `ValueHead.initialize`).
+
+    Raises:
+        ValueError: the stored head belongs to another hidden size.
+    """
+    if stored is None:
+        head = ValueHead(hidden_size)
+        head.initialize(kind, seed)
+        return head
+    if stored["weight"].shape[1] != hidden_size:
+        raise ValueError(f"the stored value head reads {stored['weight'].shape[1]} hidden units, the trunk has {hidden_size}")
+    head = ValueHead(hidden_size, bias="bias" in stored)
+    head.summary.load_state_dict(stored)
+    return head
+
+
+def _head_files(folder: Path) -> Iterable[Path]:
+    """Every file that may hold the head, the dedicated one first."""
+    dedicated = folder / HEAD_FILE
+    return ([dedicated] if dedicated.is_file() else []) + sorted(set(folder.glob("*.safetensors")) - {dedicated})
