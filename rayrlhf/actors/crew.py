@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -96,7 +97,7 @@ def _build(groups: Mapping[Role, ActorGroup], specs: RoleSpecs, seconds: float) 
     calls: dict[str, ray.ObjectRef] = {}
     for role, group in groups.items():
         if issubclass(ACTOR_CLASSES[role], TrainActor):
-            members = _process_groups(group, seconds)
+            members = _process_groups(group, specs.backend(role), seconds)
             calls |= group.call_each("build", [(member, specs.train(role)) for member in members])
         else:
             calls |= group.call("build", *specs.arguments(role))
@@ -106,16 +107,10 @@ def _build(groups: Mapping[Role, ActorGroup], specs: RoleSpecs, seconds: float) 
         raise DeadlineError(f"{error}; is the model still downloading, or the machine short of memory?") from error
 
 
-def _process_groups(group: ActorGroup, seconds: float) -> list[ProcessGroupSpec]:
+def _process_groups(group: ActorGroup, backend: Literal["gloo", "nccl"], seconds: float) -> list[ProcessGroupSpec]:
     """Ranks, world size and meeting point of a role's process group."""
-    places = group.all("where", seconds=seconds)
     address, port = wait_all({group.names[0]: group.handles[0].rendezvous.remote()}, "rendezvous", seconds)[0]
-    members = []
-    for rank, (node, _) in enumerate(places):
-        local_rank = sum(other == node for other, _ in places[:rank])
-        local_size = sum(other == node for other, _ in places)
-        members.append(ProcessGroupSpec(rank, len(group), local_rank, local_size, address, port))
-    return members
+    return [ProcessGroupSpec(rank, len(group), address, port, backend) for rank in range(len(group))]
 
 
 def _close(groups: Mapping[Role, ActorGroup]) -> None:

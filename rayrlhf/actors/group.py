@@ -33,8 +33,7 @@ class ActorGroup:
     def call(self, method: str, *args: Any, **kwargs: Any) -> dict[str, ray.ObjectRef]:
         """Call a method on every rank with the same arguments; returns actor name -> reference without waiting."""
         return {
-            name: getattr(handle, method).remote(*args, **kwargs)
-            for name, handle in zip(self.names, self.handles, strict=True)
+            name: getattr(handle, method).remote(*args, **kwargs) for name, handle in zip(self.names, self.handles, strict=True)
         }
 
     def call_each(self, method: str, arguments: Iterable[Sequence[Any]]) -> dict[str, ray.ObjectRef]:

@@ -1,12 +1,13 @@
 """From the config to what each role's processes are told when they are built."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rayrlhf.actors.placement import ResourcePlan, Role
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.engines.rollout import RolloutSpec, rollout_environment
-from rayrlhf.engines.train_engine import TrainEngineSpec
+from rayrlhf.engines.train_spec import TrainEngineSpec
+from rayrlhf.models.network import Head
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,10 @@ class RoleSpecs:
             return rollout_environment(self.config.rollout, threads=seat.threads)
         return TRAINER_ENVIRONMENT if role in ("policy", "critic", "reference") else {}
 
+    def backend(self, role: Role) -> Literal["gloo", "nccl"]:
+        """Collective backend of a role's process group."""
+        return "nccl" if self.plan.seats[role][0].gpus else "gloo"
+
     def arguments(self, role: Role) -> tuple[Any, ...]:
         """Arguments of `build` for a role that does not learn."""
         config = self.config
@@ -37,7 +42,7 @@ class RoleSpecs:
         config = self.config
         shared = config.critic.kind == "shared"
         policy = role == "policy"
-        heads = frozenset({"lm", "value"} if policy and shared else {"lm"} if policy else {"value"})
+        heads: frozenset[Head] = frozenset({"lm", "value"} if policy and shared else {"lm"} if policy else {"value"})
         model = config.model if policy else config.critic.model or config.model
         learning_rate = config.train.learning_rate if policy else config.critic.learning_rate or config.train.learning_rate
         return TrainEngineSpec(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import ray
 
@@ -13,7 +14,9 @@ from rayrlhf.engines.interfaces import Want
 from rayrlhf.engines.objectives import Objective
 from rayrlhf.engines.process_group import ProcessGroupSpec, join
 from rayrlhf.engines.shared_weights import SharedTensor, to_shared
-from rayrlhf.engines.train_engine import TrainEngine, TrainEngineSpec, UpdatePlan, UpdateReport
+from rayrlhf.engines.train_engine import TrainEngine
+from rayrlhf.engines.train_spec import TrainEngineSpec
+from rayrlhf.engines.update_plan import UpdatePlan, UpdateReport
 
 
 class TrainActor(Worker):
@@ -37,12 +40,12 @@ class TrainActor(Worker):
         return self._engine.update(batch, plan, objective)
 
     @ray.method(num_returns="streaming")
-    def weights(self, bucket_bytes: int, dtype: str) -> Iterator[list[SharedTensor]]:
+    def weights(self, bucket_bytes: int, dtype: Literal["float32", "bfloat16"]) -> Iterator[list[SharedTensor]]:
         """Stream the merged weights bucket by bucket. Return values belong to the driver: they outlive this actor."""
         for bucket in self._engine.weight_buckets(bucket_bytes, dtype=dtype):
             yield to_shared(bucket)
 
-    def join_weights(self, bucket_bytes: int, dtype: str) -> None:
+    def join_weights(self, bucket_bytes: int, dtype: Literal["float32", "bfloat16"]) -> None:
         """Take part in gathering the weights on a rank whose own copy is not shipped."""
         for _ in self._engine.weight_buckets(bucket_bytes, dtype=dtype):
             pass

@@ -57,7 +57,9 @@ def save_checkpoint(folder: Path, step: int, crew: Crew, state: dict[str, Any], 
             wait_all(calls, "checkpoint", seconds)
             write_atomically(partial / "state.json", json.dumps(state))
     except OSError as error:
-        raise UserError(f"cannot write checkpoint {target}: {error.strerror or error}; earlier checkpoints are untouched") from error
+        raise UserError(
+            f"cannot write checkpoint {target}: {error.strerror or error}; earlier checkpoints are untouched"
+        ) from error
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old.folder)
     return target

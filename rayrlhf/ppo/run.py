@@ -75,9 +75,7 @@ def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResul
             running = stack.pop_all()
         with running:
             sampler = PromptSampler(train_prompts, seed=config.run.seed, shuffle=config.data.shuffle)
-            trainer = PPOTrainer(
-                config, crew, sampler, evaluation_prompts, recorder.timer, callbacks=[recorder, *callbacks]
-            )
+            trainer = PPOTrainer(config, crew, sampler, evaluation_prompts, recorder.timer, callbacks=[recorder, *callbacks])
             _resume(trainer, recorder)
             return _run(trainer, recorder)
 

@@ -5,24 +5,30 @@ The driver holds references, token ids and per-token scalars; weights and logits
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+import torch
 
 from rayrlhf.actors.crew import Crew
+from rayrlhf.actors.placement import Role
 from rayrlhf.actors.waiting import wait_all
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Prompt, Rollout
 from rayrlhf.data.sampler import PromptSampler
-from rayrlhf.engines.train_engine import UpdateReport
+from rayrlhf.engines.interfaces import Want
+from rayrlhf.engines.update_plan import UpdateReport
 from rayrlhf.errors import AlarmError
+from rayrlhf.models.load import resolve_dtype
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.evaluation import Evaluation
-from rayrlhf.ppo.experience import Experience, ExperienceMaker
+from rayrlhf.ppo.experience import LOGPROB_GAP, Experience, ExperienceMaker
 from rayrlhf.ppo.generation import generate, make_requests
-from rayrlhf.ppo.objectives import make_objectives
+from rayrlhf.ppo.objectives import make_objectives, plan_update
 from rayrlhf.ppo.scoring import Reading, ScoredRollouts, Scorer
-from rayrlhf.ppo.step_metrics import step_metrics
-from rayrlhf.ppo.update_plan import plan_update
+from rayrlhf.ppo.step_metrics import reward_metrics, step_metrics
 from rayrlhf.ppo.weight_sync import sync_weights
 
 
@@ -78,8 +84,8 @@ class PPOTrainer:
         """
         with self.timer.phase("assemble"):
             experience = self._experience.make(scored)
-        gap = experience.mismatch
-        if gap is not None and not gap <= self.config.rollout.mismatch_alarm:
+        gap = experience.metrics[LOGPROB_GAP]
+        if not gap <= self.config.rollout.mismatch_alarm:
             raise AlarmError(
                 f"step {self.steps_done}: trainer and sampler log-probs differ by {gap:.3g} nats on average, above "
                 f"rollout.mismatch_alarm {self.config.rollout.mismatch_alarm:g}: the rollout engine does not serve the policy's weights"
@@ -91,22 +97,22 @@ class PPOTrainer:
             sync = sync_weights(
                 self.crew["policy"], self.crew["rollout"], self.weight_version, self.sync_dtype, self.config.deadlines.sync
             )
-        return step_metrics(self.config, experience, reports, sync, self.steps_done)
+        episodes = self.steps_done * self.config.samples_per_step
+        return step_metrics(experience, reports, sync, episodes) | reward_metrics(scored)
 
     def train_step(self) -> dict[str, float]:
         """Sample prompts and run one whole PPO step, scoring rollouts as they finish where roles do not share devices."""
-        with self.timer.step():
-            prompts = self.sampler.next(self.config.rollout.prompts_per_step)
-            requests = make_requests(prompts, self.config.rollout.samples_per_prompt, self.steps_done, self.config.run.seed)
-            scorer = self._scorer(prompts)
-            with self.timer.phase("generate"):
-                for finished in self._stream(requests, None):
-                    scorer.add(finished)
-            scored = scorer.finish()
-            metrics = self.step(scored)
-            self.sampler.consumed([prompt.id for prompt in prompts])
-        tokens = sum(len(rollout.response_ids) for rollout in scored.rollouts)
-        metrics |= self.timer.metrics(generated_tokens=tokens)
+        prompts = self.sampler.next(self.config.rollout.prompts_per_step)
+        requests = make_requests(prompts, self.config.rollout.samples_per_prompt, self.steps_done, self.config.run.seed)
+        scorer = self._scorer(prompts)
+        with self.timer.phase("generate"):
+            for finished in self._stream(requests, None):
+                scorer.add(finished)
+                self.timer.add_tokens("generate", sum(len(rollout.response_ids) for rollout in finished))
+        scored = scorer.finish()
+        metrics = self.step(scored)
+        self.sampler.consumed([prompt.id for prompt in prompts])
+        metrics |= self.timer.finish_step()
         for callback in self.callbacks:
             callback.on_step_end(self.steps_done, metrics, scored)
         return metrics
@@ -126,10 +132,14 @@ class PPOTrainer:
             callback.on_evaluation(self.steps_done, evaluation)
         return evaluation
 
+    def export(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face folder (adapters merged) that transformers and vLLM load unchanged."""
+        self.crew["policy"].all("export", folder.absolute(), seconds=self.config.deadlines.update)
+
     @property
-    def sync_dtype(self) -> str:
-        """Data type in which weights travel to the replicas."""
-        return self._experience.sync_dtype
+    def sync_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Data type in which weights travel to the replicas: the one they compute in."""
+        return "bfloat16" if resolve_dtype(self.config.model.dtype) == torch.bfloat16 else "float32"
 
     def state(self) -> dict[str, Any]:
         """The driver's part of a checkpoint."""
@@ -146,7 +156,9 @@ class PPOTrainer:
         self.weight_version = state["weight_version"]
         self.sampler.load_state_dict(state["sampler"])
         self._experience.load_state_dict(state["experience"])
-        sync_weights(self.crew["policy"], self.crew["rollout"], self.weight_version, self.sync_dtype, self.config.deadlines.sync)
+        sync_weights(
+            self.crew["policy"], self.crew["rollout"], self.weight_version, self.sync_dtype, self.config.deadlines.sync
+        )
 
     def _stream(self, requests: list[Any], temperature: float | None) -> Iterable[list[Rollout]]:
         rollout = self.config.rollout
@@ -162,31 +174,34 @@ class PPOTrainer:
         """Which models read the rollouts, and what for. Forwards that nothing needs are not among them."""
         config, crew = self.config, self.crew
         temperature = config.rollout.temperature
-        logprobs = frozenset({"logprobs"})
+        logprobs: frozenset[Want] = frozenset({"logprobs"})
+        values: frozenset[Want] = frozenset({"values"})
+        replicate = config.train.zero_stage == 3
         readings = []
         if config.needs_reference:
             owner = crew["policy"] if config.reference_in_policy else crew["reference"]
-            readings.append(Reading("reference", owner, logprobs, temperature, True))
+            shared_copy = config.reference_in_policy and replicate
+            readings.append(Reading("reference", owner, logprobs, temperature, True, shared_copy))
         if "critic" in crew:
-            readings.append(Reading("critic", crew["critic"], frozenset({"values"})))
-        shared = config.critic.kind == "shared"
-        readings.append(Reading("policy", crew["policy"], logprobs | ({"values"} if shared else set()), temperature))
+            readings.append(Reading("critic", crew["critic"], values, replicate=replicate))
+        own = logprobs | values if config.critic.kind == "shared" else logprobs
+        readings.append(Reading("policy", crew["policy"], own, temperature, replicate=replicate))
         return readings
 
-    def _update(self, experience: Experience) -> dict[str, UpdateReport]:
+    def _update(self, experience: Experience) -> dict[Role, UpdateReport]:
         """Run the optimizer steps of every learning role: side by side on devices of their own, else in turns."""
         config = self.config
         train = config.train
         plan = plan_update(len(experience), train.epochs, config.mini_batch_size, config.run.seed, self.steps_done)
-        calls: dict[str, dict[str, Any]] = {}
-        reports: dict[str, UpdateReport] = {}
+        batch = ray.put(experience.batch)
+        tokens = sum(experience.batch.lengths) * train.epochs
+        calls: dict[Role, dict[str, ray.ObjectRef]] = {}
+        reports: dict[Role, UpdateReport] = {}
+        overlap = self.crew.plan.overlap
+        if overlap:
+            calls = {role: self.crew[role].call("update", batch, plan, goal) for role, goal in self._objectives.items()}
         for role, objective in self._objectives.items():
-            calls[role] = self.crew[role].call("update", experience.batch, plan, objective)
-            if not self.crew.plan.overlap:
-                with self.timer.phase(f"update_{role}"):
-                    reports[role] = wait_all(calls[role], f"{role} update", config.deadlines.update)[0]
-        for role, pending in calls.items():
-            if role not in reports:
-                with self.timer.phase(f"update_{role}"):
-                    reports[role] = wait_all(pending, f"{role} update", config.deadlines.update)[0]
+            with self.timer.phase(f"update_{role}", tokens):
+                pending = calls[role] if overlap else self.crew[role].call("update", batch, plan, objective)
+                reports[role] = wait_all(pending, f"{role} update", config.deadlines.update)[0]
         return reports

@@ -1,0 +1,163 @@
+"""From scored rollouts to what the models learn from: token rewards, advantages, returns.
+
+Everything here is per-token scalars on the driver, so whitening and running moments see the whole step and do not depend on
+how many ranks train. The maths is in `rayrlhf.algorithms`; this is the order in which it is applied.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayrlhf.algorithms.advantages import estimate_advantages
+from rayrlhf.algorithms.controllers import kl_controller
+from rayrlhf.algorithms.estimator import AdvantageInputs
+from rayrlhf.algorithms.importance import mismatch
+from rayrlhf.algorithms.kl import kl_penalty
+from rayrlhf.algorithms.moments import RunningMoments, penalise_missing_stop, shape_scores
+from rayrlhf.algorithms.rewards import slot_count, token_rewards
+from rayrlhf.algorithms.statistics import length_statistics, objective_statistics, value_statistics
+from rayrlhf.algorithms.whitening import whiten
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.data.records import Rollout, TokenScores
+from rayrlhf.data.training_batch import TrainingBatch
+from rayrlhf.ppo.scoring import ScoredRollouts
+
+LOGPROB_GAP = "sampling/sampling_logp_difference/mean"
+"""Metric that proves that a sync arrived: mean |trainer - sampler| log-prob on fresh rollouts, in nats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """One step's experience.
+
+    Attributes:
+        batch: sequences and the arrays that the objectives read.
+        kl: float [B], nats per sequence; zeros without a reference.
+        metrics: statistics of the step before its update, under TRL's names.
+    """
+
+    batch: TrainingBatch
+    kl: Tensor
+    metrics: dict[str, float]
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+
+class ExperienceMaker:
+    """Turns scored rollouts into experience; owns what carries over between steps (KL coefficient, running moments)."""
+
+    def __init__(self, config: PPOConfig) -> None:
+        self._config = config
+        kl = config.algorithm.kl
+        self._controller = kl_controller(kl.coefficient, kl.target, kl.horizon)
+        self._moments = RunningMoments()
+
+    @property
+    def kl_coefficient(self) -> float:
+        """The coefficient that the next step will use."""
+        return self._controller.value
+
+    def make(self, scored: ScoredRollouts) -> Experience:
+        """Assemble one step's experience and let the KL controller learn from it."""
+        algorithm = self._config.algorithm
+        rollouts = scored.rollouts
+        position = algorithm.shaping.score_position
+        longest = max(len(rollout.response_ids) for rollout in rollouts)
+        width = slot_count(longest, self._config.rollout.max_new_tokens, position)
+        mask = _padded([rollout.action_mask for rollout in rollouts], width).bool()
+        logprobs = _readings(scored, "policy", "logprobs", width)
+        scores = self._shape(torch.from_numpy(scored.rewards.scores), rollouts)
+        kl = None
+        if "reference" in scored.readings:
+            kl = kl_penalty(logprobs, _readings(scored, "reference", "logprobs", width), algorithm.kl.estimator)
+        in_reward = kl if algorithm.kl.placement == "reward" else None
+        coefficient = self._controller.value
+        earned = token_rewards(in_reward, scores, mask, coefficient, position=position)
+        rewards = earned.rewards
+        if algorithm.shaping.whiten_rewards:
+            rewards = whiten(rewards, earned.value_mask, shift_mean=False)
+        values = self._values(scored, width)
+        groups = torch.tensor([rollout.key.prompt for rollout in rollouts])
+        inputs = AdvantageInputs(rewards, scores, groups, mask, earned.value_mask, values)
+        section = algorithm.advantage
+        result = estimate_advantages(
+            section.estimator,
+            inputs,
+            gamma=section.gamma,
+            lam=section.lam,
+            skip_masked=section.skip_masked,
+            whitened=section.whiten,
+        )
+        arrays = {"old_logprobs": logprobs, "advantages": result.advantages, "action_mask": mask}
+        if values is not None and result.returns is not None:
+            arrays |= {"old_values": values, "returns": result.returns, "value_mask": earned.value_mask}
+        if "reference" in scored.readings:
+            arrays["ref_logprobs"] = _readings(scored, "reference", "logprobs", width)
+        batch = TrainingBatch([rollout.sequence() for rollout in rollouts], {k: v.numpy() for k, v in arrays.items()})
+        metrics = self._metrics(rollouts, logprobs, kl, earned.non_score, scores, mask, width)
+        if values is not None and result.returns is not None:
+            metrics |= value_statistics(values, result.returns, earned.value_mask)
+        sequence_kl = torch.zeros(len(rollouts)) if kl is None else torch.where(mask, kl, torch.zeros_like(kl)).sum(1)
+        self._controller.update(float(sequence_kl.mean()), len(rollouts))
+        return Experience(batch, sequence_kl, metrics | {"objective/kl_coef": coefficient})
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"controller": self._controller.state_dict(), "moments": self._moments.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+        self._controller.load_state_dict(state["controller"])
+        self._moments.load_state_dict(state["moments"])
+
+    def _shape(self, scores: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
+        shaping = self._config.algorithm.shaping
+        if shaping.missing_eos_penalty is not None:
+            stopped = torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
+            scores = penalise_missing_stop(scores, stopped, shaping.missing_eos_penalty)
+        return shape_scores(scores, self._moments, scale=shaping.scale, center=shaping.center, clip=shaping.clip)
+
+    def _values(self, scored: ScoredRollouts, width: int) -> Tensor | None:
+        if self._config.critic.kind == "none":
+            return None
+        owner = "policy" if self._config.critic.kind == "shared" else "critic"
+        return _readings(scored, owner, "values", width)
+
+    def _metrics(
+        self,
+        rollouts: Sequence[Rollout],
+        logprobs: Tensor,
+        kl: Tensor | None,
+        non_score: Tensor,
+        scores: Tensor,
+        mask: Tensor,
+        width: int,
+    ) -> dict[str, float]:
+        sampler = _padded([rollout.logprobs for rollout in rollouts], width)
+        queries = torch.tensor([len(rollout.prompt_ids) for rollout in rollouts])
+        responses = torch.tensor([len(rollout.response_ids) for rollout in rollouts])
+        stopped = torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
+        return (
+            objective_statistics(logprobs, kl, non_score, scores, mask)
+            | length_statistics(queries, responses, stopped)
+            | mismatch(logprobs, sampler, mask)
+        )
+
+
+def _padded(rows: Sequence[np.ndarray], width: int) -> Tensor:
+    """Rows of different lengths as float32 or bool [B, width], zeros behind; longer rows lose what is beyond `width`."""
+    padded = np.zeros((len(rows), width), dtype=rows[0].dtype)
+    for index, row in enumerate(rows):
+        kept = row[:width]
+        padded[index, : len(kept)] = kept
+    return torch.from_numpy(padded)
+
+
+def _readings(scored: ScoredRollouts, name: str, field: str, width: int) -> Tensor:
+    rows: list[TokenScores] = scored.readings[name]
+    return _padded([getattr(row, field) for row in rows], width)

@@ -1,0 +1,50 @@
+"""One flat dictionary of a step's metrics, by TRL's names where it has one."""
+
+from collections.abc import Mapping
+
+from rayrlhf.actors.placement import Role
+from rayrlhf.algorithms.statistics import explained_variance
+from rayrlhf.engines.update_plan import UpdateReport
+from rayrlhf.ppo.experience import Experience
+from rayrlhf.ppo.scoring import ScoredRollouts
+from rayrlhf.ppo.weight_sync import SyncReport
+
+
+def step_metrics(
+    experience: Experience, reports: Mapping[Role, UpdateReport], sync: SyncReport, episodes: int
+) -> dict[str, float]:
+    """Metrics of experience, update and weight sync.
+
+    Args:
+        experience: the step's experience, with its own statistics.
+        reports: what each learning role did.
+        sync: what the weight sync took.
+        episodes: responses sampled in the run so far.
+    """
+    metrics = dict(experience.metrics)
+    for role, report in reports.items():
+        metrics |= report.metrics
+        metrics |= {
+            f"{role}/grad_norm": sum(report.grad_norms) / max(len(report.grad_norms), 1),
+            f"{role}/optimizer_steps": float(report.optimizer_steps),
+            f"{role}/padding_share": report.padding_share,
+            f"{role}/stopped_early": float(report.stopped_early),
+            f"{role}/guarded_steps": float(report.guarded_steps),
+        }
+        metrics |= {f"time/{role}/{part}": seconds for part, seconds in report.seconds.items()}
+    if "ppo/val/error" in metrics and "ppo/returns/var" in metrics:
+        metrics["ppo/val/var_explained"] = explained_variance(metrics["ppo/val/error"], metrics["ppo/returns/var"])
+    if reports["policy"].learning_rates:
+        metrics["lr"] = reports["policy"].learning_rates[-1]
+    metrics |= {"episode": float(episodes), "sync/seconds": sync.seconds, "sync/version": float(sync.version)}
+    return metrics
+
+
+def reward_metrics(scored: ScoredRollouts) -> dict[str, float]:
+    """Mean of each reward part over the samples that it applies to."""
+    metrics = {}
+    for name, values in scored.rewards.parts.items():
+        present = values[~(values != values)]
+        if len(present):
+            metrics[f"reward/{name}"] = float(present.mean())
+    return metrics
