@@ -23,8 +23,9 @@ def importance_weights(
     low: float = 0.0,
     high: float = 3.0,
 ) -> Tensor:
-    """Token weights w = p_trainer / p_sampler, bounded; multiply the policy loss by them (TRL 1.16.0 `token_truncate`,
-    `token_mask`).
+    """Token weights w = p_trainer / p_sampler, bounded, to multiply the policy loss by.
+
+    The two modes are TRL 1.16.0's `token_truncate` and `token_mask`.
 
     Args:
         trainer_logprobs: float [B, T], of the policy that sampled, by the trainer.
