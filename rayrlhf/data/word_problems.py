@@ -16,6 +16,9 @@ Split = Literal["train", "evaluation"]
 EVALUATION_SHARE = 10
 """One in this many combinations of template and numbers is held out."""
 
+MOST_ROWS = 20_000
+"""Well below the number of problems there are, so that a draw rarely repeats one."""
+
 NAMES = (
     "Ada", "Bo", "Cleo", "Dan", "Ema", "Finn", "Gia", "Hugo", "Ines", "Jon", "Kira", "Leo",
     "Mia", "Nils", "Olga", "Paul", "Rosa", "Sam", "Tara", "Uma", "Vera", "Will", "Yuki", "Zoe",
@@ -98,7 +101,7 @@ def generate(seed: int, count: int, split: Split) -> list[dict[str, str]]:
 
     Args:
         seed: decides which problems are drawn, but never which split a problem belongs to.
-        count: number of rows, at most 20,000.
+        count: number of rows, at most `MOST_ROWS`.
         split: "train" or "evaluation".
 
     Returns:
@@ -109,8 +112,8 @@ def generate(seed: int, count: int, split: Split) -> list[dict[str, str]]:
     """
     if split not in ("train", "evaluation"):
         raise ValueError(f"split {split!r}: expected train or evaluation")
-    if not 0 <= count <= 20_000:
-        raise ValueError(f"count {count}: expected 0 to 20000")
+    if not 0 <= count <= MOST_ROWS:
+        raise ValueError(f"count {count}: expected 0 to {MOST_ROWS}")
     choices = [_numbers_of(kind, split) for kind in range(len(TEMPLATES))]
     generator = random.Random(f"word problems {seed}")
     rows: dict[str, str] = {}
