@@ -17,4 +17,6 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        # The culprit is worth naming when it is a folder above: a file in the way, a read-only mount.
+        above = error.filename is not None and Path(error.filename) in path.parents
+        raise UserError(f"cannot write {path}: {error.strerror or error}{f' ({error.filename})' if above else ''}") from error

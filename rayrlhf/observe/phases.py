@@ -1,7 +1,7 @@
-"""Where a step's time goes: seconds, share of the step, and tokens per second of each phase.
+"""Where a step's time goes: seconds and share of the step of each phase, and tokens per second.
 
-Phases may overlap (scoring while others are still generated), so shares can add up to more than 1; the share that is in no phase
-at all, `other`, is counted from the union of all spans and is what the driver itself costs.
+Phases may overlap (scoring while others are still generated), so shares can add up to more than 1. The share that is in no
+phase at all, `other`, is counted from the union of all spans and is what the driver itself costs.
 """
 
 import time
@@ -9,6 +9,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+SHARE_PREFIX = "time_share/"
+TOKENS_PER_SECOND = "speed/tokens_per_second"
+"""Generated tokens of a step by the seconds of the whole step: the figure of a run's throughput."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +25,23 @@ class Span:
 
 
 class PhaseTimer:
-    """Times the phases of one step after another."""
+    """Times the phases of one step after another; what is timed outside of a step is in no step's metrics."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        """Start the first step; `clock` gives seconds."""
+        """Use `clock`, which gives seconds."""
         self._clock = clock
         self._epoch = time.time() - clock()
-        self._start_step()
+        self._end: float | None = None
+        self._begin()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Time one step and forget the one before."""
+        self._begin()
+        try:
+            yield
+        finally:
+            self._end = self._clock()
 
     @contextmanager
     def phase(self, name: str, tokens: int = 0) -> Iterator[None]:
@@ -45,33 +59,37 @@ class PhaseTimer:
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """The current step's finished spans, for the trace."""
+        """The finished spans since the step began, for the trace."""
         return tuple(self._spans)
 
-    def finish_step(self) -> dict[str, float]:
-        """Close the step and start the next one.
+    def metrics(self, *, generated_tokens: int = 0) -> dict[str, float]:
+        """Sum up the last step.
+
+        Args:
+            generated_tokens: response tokens sampled in the step; also the tokens of the phase `generate`.
 
         Returns:
-            `time/step` and `time/PHASE` in seconds, `time_share/PHASE` and `time_share/other` in [0, 1] of the step, and
-            `tokens_per_second/PHASE` for phases with tokens.
+            `time/step` and `time/PHASE` in seconds, `time_share/PHASE` and `time_share/other` of the step in [0, 1],
+            `speed/PHASE_tokens_per_second` for phases with tokens, and `speed/tokens_per_second`.
         """
-        step_seconds = self._clock() - self._step_start
-        metrics = {"time/step": step_seconds}
+        end = self._clock() if self._end is None else self._end
+        step_seconds = max(end - self._start, 1e-9)
         seconds: defaultdict[str, float] = defaultdict(float)
         for span in self._spans:
             seconds[span.name] += span.end - span.start
-        for name, total in seconds.items():
-            metrics[f"time/{name}"] = total
-            metrics[f"time_share/{name}"] = total / step_seconds if step_seconds else 0.0
-            if self._tokens[name] and total:
-                metrics[f"tokens_per_second/{name}"] = self._tokens[name] / total
-        covered = _union_seconds(self._spans)
-        metrics["time_share/other"] = max(0.0, 1.0 - covered / step_seconds) if step_seconds else 0.0
-        self._start_step()
+        metrics = {"time/step": step_seconds}
+        metrics |= {f"time/{name}": total for name, total in seconds.items()}
+        metrics |= {SHARE_PREFIX + name: total / step_seconds for name, total in seconds.items()}
+        metrics[f"{SHARE_PREFIX}other"] = max(0.0, 1.0 - _union_seconds(self._spans) / step_seconds)
+        tokens = self._tokens | ({"generate": generated_tokens} if generated_tokens else {})
+        metrics |= {f"speed/{name}_tokens_per_second": n / seconds[name] for name, n in tokens.items() if n and seconds[name]}
+        if generated_tokens:
+            metrics[TOKENS_PER_SECOND] = generated_tokens / step_seconds
         return metrics
 
-    def _start_step(self) -> None:
-        self._step_start = self._clock()
+    def _begin(self) -> None:
+        self._start = self._clock()
+        self._end = None
         self._spans: list[Span] = []
         self._tokens: defaultdict[str, int] = defaultdict(int)
 

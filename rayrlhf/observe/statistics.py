@@ -74,5 +74,5 @@ def bootstrap_paired_difference(
 
 
 def distinct_share(answers: Sequence[Hashable]) -> float:
-    """Return the share of different answers among all, in (0, 1]; near 0 when a policy collapsed to a constant, NaN for none."""
+    """Return the share of different answers among all, in (0, 1]; near 0 for a collapsed policy, NaN for no answers."""
     return len(set(answers)) / len(answers) if answers else float("nan")

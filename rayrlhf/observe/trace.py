@@ -16,6 +16,8 @@ from rayrlhf.observe.disk import writing
 
 FILE_NAME = "trace.json"
 BUFFERED_EVENTS = 256
+TAIL_BYTES = 1 << 20
+"""What is read of an old file to find its last event; no event comes near this size."""
 
 
 class TraceWriter:
@@ -91,10 +93,14 @@ class TraceWriter:
 
     def _seek_to_the_last_event(self) -> bool:
         """Cut off a closing bracket and a torn last event; say whether any event is left. An event is a line that ends in }."""
-        content = self._file.read().rstrip(b"\n]")
-        end = len(content)
-        if not _is_event(content[content.rfind(b"\n") + 1 :]):
-            end = max(0, content.rfind(b"},\n") + 1)
+        size = self.path.stat().st_size
+        base = max(0, size - TAIL_BYTES)
+        self._file.seek(base)
+        tail = self._file.read().rstrip(b"\n]")
+        end = len(tail)
+        if not _is_event(tail[tail.rfind(b"\n") + 1 :]):
+            end = tail.rfind(b"},\n") + 1
+        end = base + end if end else 0
         self._file.seek(end)
         self._file.truncate(end)
         os.fsync(self._file.fileno())

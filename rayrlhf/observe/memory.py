@@ -1,0 +1,100 @@
+"""Peak memory of a whole run: this process, everything below it, and the Ray workers it is told of.
+
+Resident sizes of processes must not be added up: actors map the same object store and the same libraries. Each process is
+therefore counted with its proportional share (PSS: a page that n processes map counts 1/n to each), which adds up to the memory
+that the run really takes. Where the system has no PSS (not Linux, or another user's process) the resident size stands in.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+
+class PeakMemory:
+    """Samples memory in a thread while its block runs.
+
+    Example:
+        with PeakMemory() as memory:
+            ...
+        memory.peak_bytes
+
+    Attributes:
+        peak_bytes: largest sum over all processes that a sample saw.
+        peak_by_process: the share of each process at that moment, (pid, name) -> bytes.
+        samples: number of samples taken.
+    """
+
+    def __init__(
+        self, interval_seconds: float = 0.5, pids: Iterable[int] = (), more_pids: Callable[[], Iterable[int]] | None = None
+    ) -> None:
+        """Prepare to watch this process's tree and others.
+
+        Args:
+            interval_seconds: time between samples; a peak between two of them is missed.
+            pids: further processes to watch with all their children, for example a raylet that was started elsewhere.
+            more_pids: asked before each sample for further processes, for example Ray workers that come and go.
+        """
+        self.peak_bytes = 0
+        self.peak_by_process: dict[tuple[int, str], int] = {}
+        self.samples = 0
+        self._interval = interval_seconds
+        self._pids = (os.getpid(), *pids)
+        self._more_pids = more_pids
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="peak-memory", daemon=True)
+
+    def __enter__(self) -> Self:
+        self.sample()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.sample()
+
+    def sample(self) -> int:
+        """Take one sample now; returns its sum in bytes."""
+        roots = {*self._pids, *(self._more_pids() if self._more_pids else ())}
+        by_process = {key: memory_bytes(key[0]) for key in process_tree(roots)}
+        total = sum(by_process.values())
+        self.samples += 1
+        if total > self.peak_bytes:
+            self.peak_bytes, self.peak_by_process = total, by_process
+        return total
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval):
+            self.sample()
+
+
+def process_tree(pids: Iterable[int]) -> list[tuple[int, str]]:
+    """Return (pid, name) of processes and all that descend from them, each once; those that ended meanwhile are left out."""
+    found: dict[int, str] = {}
+    for pid in pids:
+        try:
+            process = psutil.Process(pid)
+            for member in (process, *process.children(recursive=True)):
+                found[member.pid] = member.name()
+        except psutil.NoSuchProcess:
+            continue
+    return sorted(found.items())
+
+
+def memory_bytes(pid: int) -> int:
+    """Return a process's proportional set size in bytes, or its resident size where that is not to be had; 0 once it ended."""
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # no such file system, no permission, or the process just ended: the next way tells
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0

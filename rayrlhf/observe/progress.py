@@ -1,0 +1,98 @@
+"""What to show of a run at any moment: its last numbers, the reward so far, the time to go. No terminal here."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rayrlhf.observe.phases import SHARE_PREFIX, TOKENS_PER_SECOND
+
+SHOWN = (
+    ("score", "objective/scores", "{:.3f}"),
+    ("KL", "objective/kl", "{:.3f}"),
+    ("entropy", "policy/entropy_avg", "{:.3f}"),
+    ("length", "tokens/responses_len_mean", "{:.0f}"),
+    ("tok/s", TOKENS_PER_SECOND, "{:.0f}"),
+)
+"""(label, metric, format) of the numbers shown of each step; one that a step lacks is left out."""
+
+SCORE = SHOWN[0][1]
+STEPS_FOR_ETA = 20
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass
+class Progress:
+    """The state behind the live view and the plain lines.
+
+    Attributes:
+        total: steps of the run.
+        step: last finished step.
+        metrics: its numbers.
+        scores: the mean score of each step seen, oldest first.
+    """
+
+    total: int
+    step: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    scores: list[float] = field(default_factory=list)
+    _finished_at: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=STEPS_FOR_ETA + 1))
+
+    def start(self, now: float) -> None:
+        """Note when the first step to come begins; `now` in seconds of any steady clock, as in all methods."""
+        self._finished_at.append((self.step, now))
+
+    def finish_step(self, step: int, metrics: Mapping[str, float], now: float) -> None:
+        """Take in a finished step."""
+        self.step, self.metrics = step, metrics
+        if SCORE in metrics:
+            self.scores.append(float(metrics[SCORE]))
+        self._finished_at.append((step, now))
+
+    def seconds_left(self, now: float) -> float | None:
+        """Estimate the time to go from the mean of the last steps; None before the first is done."""
+        if len(self._finished_at) < 2:
+            return None
+        (first, start), (last, end) = self._finished_at[0], self._finished_at[-1]
+        if last <= first:
+            return None
+        seconds_per_step = (end - start) / (last - first)
+        return max(0.0, (self.total - self.step) * seconds_per_step - (now - end))
+
+    def numbers(self) -> list[tuple[str, str]]:
+        """Return (label, value) of the last step's numbers."""
+        return [(label, form.format(self.metrics[name])) for label, name, form in SHOWN if name in self.metrics]
+
+    def shares(self) -> list[tuple[str, float]]:
+        """Return (phase, share of the last step), largest first."""
+        shares = [(k.removeprefix(SHARE_PREFIX), v) for k, v in self.metrics.items() if k.startswith(SHARE_PREFIX)]
+        return sorted(shares, key=lambda share: -share[1])
+
+    def line(self, now: float) -> str:
+        """Return the step as one plain line."""
+        left = self.seconds_left(now)
+        parts = [f"step {self.step}/{self.total}", *(f"{label} {value}" for label, value in self.numbers())]
+        parts += [f"{name} {share:.0%}" for name, share in self.shares()[:3]]
+        return "  ".join(parts + ([f"{duration(left)} left"] if left is not None else []))
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """Return values as a row of `width` bars at most, each the mean of its stretch; NaN is a gap."""
+    count = min(width, len(values))
+    if count <= 0:
+        return ""
+    stretches = [values[i * len(values) // count : (i + 1) * len(values) // count] for i in range(count)]
+    means = [sum(stretch) / len(stretch) for stretch in stretches]
+    finite = [mean for mean in means if abs(mean) < float("inf")]
+    low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((mean - low) * scale)] if abs(mean) < float("inf") else " " for mean in means)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as `42s`, `3m07s` or `2h05m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

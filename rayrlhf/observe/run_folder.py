@@ -1,0 +1,146 @@
+"""The folder of a run: what lies where, and who may write there.
+
+A folder belongs to one resolved configuration. Starting the same configuration again continues the run; another one is refused
+with the keys that differ, because mixing two runs in one folder would make both worthless. While a driver runs it holds a lock,
+which the system releases however it ends.
+"""
+
+import fcntl
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Literal, Self
+
+from rayrlhf.data.atomic import folder_atomically, write_atomically
+from rayrlhf.errors import UserError
+from rayrlhf.observe.disk import writing
+
+Differences = Callable[[str, str], list[str]]
+"""(stored config text, new config text) -> one line per key that differs; empty when both mean the same."""
+
+MOST_DIFFERENCES_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """A run folder that this process holds until `close`. Usable as a context.
+
+    Attributes:
+        path: the folder.
+        resumed: whether it was there before, with the same configuration.
+    """
+
+    path: Path
+    resumed: bool
+    _lock: IO[str] = field(repr=False)
+
+    @property
+    def config(self) -> Path:
+        """`config.yaml`, the resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def samples(self) -> Path:
+        """Folder of sampled responses, `rayrlhf.observe.samples`."""
+        return self.path / "samples"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The trained model in Hugging Face format; there once the run is done."""
+        return self.path / "export"
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def open_run(
+    folder: Path, config_text: str, differences: Differences, *, resume: Literal["auto", "never"] = "auto"
+) -> RunFolder:
+    """Create a run folder, or take up the run that is in it.
+
+    Args:
+        folder: where; missing parents are created.
+        config_text: the resolved configuration as YAML.
+        differences: compares it with the stored one, see `Differences`.
+        resume: `never` refuses a folder that holds a run.
+
+    Raises:
+        UserError: the folder holds another configuration, or no run but other files; a process is running in it; resuming is
+            switched off; the disk is full or read-only.
+    """
+    config = folder / "config.yaml"
+    resumed = config.exists()
+    if resumed:
+        _check_same(folder, config, config_text, differences, resume)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"run folder {folder} has files in it but no config.yaml: choose another run.name, or empty it")
+    with writing(folder):
+        if not resumed:
+            _create(folder, config_text)
+        return RunFolder(folder, resumed, _locked(folder))
+
+
+def _check_same(folder: Path, config: Path, config_text: str, differences: Differences, resume: str) -> None:
+    if resume == "never":
+        raise UserError(f"run folder {folder} holds a run and run.resume is 'never': choose another run.name, or remove it")
+    with writing(config):
+        stored = config.read_text(encoding="utf-8")
+    found = differences(stored, config_text) if stored != config_text else []
+    if found:
+        more = len(found) - MOST_DIFFERENCES_SHOWN
+        shown = "; ".join(found[:MOST_DIFFERENCES_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+        raise UserError(f"run folder {folder} holds a run with another configuration ({shown}): choose another run.name")
+
+
+def _create(folder: Path, config_text: str) -> None:
+    """Put an empty run in place. An empty folder that the user made is filled in place; it may be a mount point."""
+    if folder.is_dir():
+        _fill(folder, config_text)
+        return
+    # Two drivers that start at once agree on one folder; the lock then decides between them.
+    with folder_atomically(folder, if_exists="keep") as partial:
+        _fill(partial, config_text)
+
+
+def _fill(folder: Path, config_text: str) -> None:
+    for name in ("tensorboard", "samples", "checkpoints"):
+        (folder / name).mkdir(exist_ok=True)
+    write_atomically(folder / "config.yaml", config_text)  # last: a folder with a config is complete
+
+
+def _locked(folder: Path) -> IO[str]:
+    lock = (folder / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip()
+        lock.close()
+        raise UserError(f"run folder {folder} is in use by another process ({holder}): wait for it, or end it") from None
+    except OSError:
+        pass  # a network file system without locks: nothing to hold, and no reason to refuse
+    with suppress(OSError):
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
+        lock.flush()
+    return lock

@@ -1,0 +1,117 @@
+"""Peak memory over real processes."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from multiprocessing import shared_memory
+
+import psutil
+import pytest
+
+from rayrlhf.observe.memory import PeakMemory, memory_bytes, process_tree
+
+MIB = 2**20
+TAKE = """
+import sys, time
+data = bytearray(int(sys.argv[1]))
+data[::4096] = b"x" * len(data[::4096])
+print(flush=True)
+time.sleep(60)
+"""
+LEAVE_BEHIND = """
+import subprocess, sys
+child = subprocess.Popen(
+    [sys.executable, "-S", "-c", *sys.argv[1:]], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+)
+child.stdout.readline()
+print(child.pid)
+"""
+
+
+def start_child(size: int) -> subprocess.Popen:
+    child = subprocess.Popen([sys.executable, "-S", "-c", TAKE, str(size)], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    return child
+
+
+def end(child: subprocess.Popen) -> None:
+    child.kill()
+    child.wait()
+    child.stdout.close()
+
+
+def test_a_childs_memory_counts_also_after_it_is_gone():
+    with PeakMemory(interval_seconds=0.05) as memory:
+        before = memory.peak_bytes
+        child = start_child(100 * MIB)
+        time.sleep(0.3)
+        pid = child.pid
+        end(child)
+    assert 100 * MIB < memory.peak_bytes - before < 130 * MIB
+    assert 100 * MIB < next(size for (p, _), size in memory.peak_by_process.items() if p == pid) < 130 * MIB
+    assert sum(memory.peak_by_process.values()) == memory.peak_bytes
+    assert memory.samples >= 3
+
+
+def read_all(name: str, ready: object, done: object) -> None:
+    block = (
+        shared_memory.SharedMemory(name=name, track=False) if sys.version_info >= (3, 13) else shared_memory.SharedMemory(name)
+    )
+    assert sum(block.buf[::4096]) >= 0
+    ready.release()
+    done.wait(30)
+    block.close()
+
+
+def test_shared_memory_counts_once_however_many_processes_map_it():
+    block = shared_memory.SharedMemory(create=True, size=64 * MIB)
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Semaphore(0), context.Event()
+    block.buf[::4096] = b"x" * (64 * MIB // 4096)
+    readers = [context.Process(target=read_all, args=(block.name, ready, done)) for _ in range(3)]
+    try:
+        alone = PeakMemory().sample()
+        resident_alone = psutil.Process().memory_info().rss
+        for reader in readers:
+            reader.start()
+        for _ in readers:
+            assert ready.acquire(timeout=30)
+        together = PeakMemory().sample()
+        resident_together = sum(psutil.Process(pid).memory_info().rss for pid, _ in process_tree([os.getpid()]))
+    finally:
+        done.set()
+        for reader in readers:
+            reader.join()
+        block.close()
+        block.unlink()
+    assert together - alone < 40 * MIB
+    assert resident_together - resident_alone > 3 * 64 * MIB  # what adding up resident sizes would have said
+
+
+def test_processes_outside_the_tree_are_watched_when_named():
+    command = [sys.executable, "-c", LEAVE_BEHIND, TAKE, str(50 * MIB)]
+    orphan = int(subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout)
+    try:
+        assert orphan not in [pid for pid, _ in process_tree([os.getpid()])]
+        plain, named = PeakMemory().sample(), PeakMemory(pids=[orphan]).sample()
+        asked = PeakMemory(more_pids=lambda: [orphan, os.getpid()]).sample()
+    finally:
+        psutil.Process(orphan).kill()
+    assert named - plain > 45 * MIB
+    assert asked == pytest.approx(named, rel=0.1)
+
+
+def test_a_process_that_is_gone_counts_nothing():
+    child = start_child(MIB)
+    end(child)
+    assert memory_bytes(child.pid) == 0
+    assert process_tree([child.pid]) == []
+
+
+def test_a_sample_is_cheap():
+    start = time.perf_counter()
+    for _ in range(20):
+        memory_bytes(os.getpid())
+    assert (time.perf_counter() - start) / 20 < 0.05
