@@ -11,7 +11,6 @@ from rayrlhf.algorithms.guards import moved_too_far
 from rayrlhf.algorithms.kl import full_kl, kl_penalty
 from rayrlhf.algorithms.loss_terms import LossTerms
 from rayrlhf.algorithms.losses import POLICY_LOSSES, clipped_value_loss
-from rayrlhf.algorithms.masking import masked_mean
 from rayrlhf.algorithms.moments import RunningMoments, shape_scores
 from rayrlhf.algorithms.rewards import TokenRewards, token_rewards
 from rayrlhf.algorithms.statistics import (
@@ -245,9 +244,7 @@ def test_the_coefficient_follows_the_recorded_path(name: str) -> None:
     controller = kl_controller(config["init_kl_coef"], target, config["horizon"])
     for step in classic_case(name).steps:
         close(controller.value, step.kl_coef_before)
-        mask = step.to_response(step.mask).bool()
         kl = objective_statistics(step.old_logprobs, step.kls, step.non_score_reward, step.scores_used, step.mask.bool())
-        assert masked_mean(step.to_response(step.kls), mask).isfinite()
         controller.update(kl["objective/kl"], samples=config["batch_size"])
         close(controller.value, step.kl_coef_after)
 
