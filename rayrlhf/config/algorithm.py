@@ -19,6 +19,13 @@ class KlSection(Section):
     target: float | None = Field(None, gt=0)
     """Nats per sequence that the adaptive controller steers to (Ziegler et al. 2019); fixed coefficient when not given."""
     horizon: int = Field(10_000, ge=1)
+    """Samples over which the adaptive coefficient corrects itself; a larger one reacts more slowly."""
+
+    @model_validator(mode="after")
+    def _a_target_needs_a_start(self) -> Self:
+        if self.target is not None and self.coefficient == 0:
+            raise ValueError("target adapts the coefficient by factors, so a coefficient of 0 would stay 0: give one above 0")
+        return self
 
 
 class ShapingSection(Section):
@@ -31,6 +38,7 @@ class ShapingSection(Section):
     center: bool = False
     """Subtract the running mean before scaling."""
     clip: float | None = Field(None, gt=0)
+    """Clip the score to [-clip, clip]."""
     whiten_rewards: bool = False
     """Whiten the token rewards of the step, keeping their mean."""
     score_position: Literal["last", "after_last"] = "last"
@@ -41,9 +49,13 @@ class AdvantageSection(Section):
     """From token rewards and values to advantages and returns."""
 
     estimator: str = "gae"
+    """A name in `rayrlhf.algorithms.advantages.ADVANTAGE_ESTIMATORS`."""
     gamma: float = Field(1.0, ge=0, le=1)
+    """Discount per token."""
     lam: float = Field(0.95, ge=0, le=1)
+    """Between one-step differences (0) and whole returns (1), Schulman et al. 2016."""
     whiten: bool = True
+    """Shift and scale advantages to mean 0 and variance 1 over all samples of the step."""
     skip_masked: bool = True
     """Bootstrap across tool or environment tokens; false treats them as steps of value 0 (TRL classic)."""
 
@@ -52,9 +64,12 @@ class PolicyLossSection(Section):
     """The clipped surrogate."""
 
     name: str = "ppo"
-    clip_low: float = Field(0.2, gt=0)
+    """A name in `rayrlhf.algorithms.losses.POLICY_LOSSES`."""
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
     clip_high: float = Field(0.2, gt=0)
     dual_clip: float | None = Field(None, gt=1)
+    """Bound on the loss of a token with a negative advantage, in multiples of it (Ye et al. 2020)."""
     entropy_coefficient: float = Field(0.0, ge=0)
 
 
@@ -62,7 +77,9 @@ class ValueLossSection(Section):
     """The clipped squared error of the critic."""
 
     coefficient: float = Field(0.1, ge=0)
+    """Weight beside the policy loss; it matters where both share a trunk."""
     clip: float | None = Field(0.2, gt=0)
+    """Keep new values within this distance of the old ones; not clipped when null."""
 
 
 class ParitySection(Section):

@@ -1,8 +1,8 @@
 """Where prompts come from and how they become tokens."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayrlhf.config.section import Section
 
@@ -22,6 +22,12 @@ class DatasetSection(Section):
     limit: int | None = Field(None, ge=1)
     """Use only the first n rows."""
 
+    @model_validator(mode="after")
+    def _the_template_holds_the_prompt(self) -> Self:
+        if self.template is not None and "{prompt}" not in self.template:
+            raise ValueError("template has no {prompt} in it, where the prompt goes")
+        return self
+
 
 class DataSection(Section):
     """Prompt data for training and for evaluation."""
@@ -31,8 +37,10 @@ class DataSection(Section):
     chat: bool = True
     """Put a standard prompt into the chat template as one user turn; a conversational prompt always goes through it."""
     system_prompt: str | None = None
+    """First message of every conversation that does not bring a system message of its own."""
     max_prompt_tokens: int | None = Field(None, ge=1)
     """Longer prompts are handled by `overlong`; the model's context less `rollout.max_new_tokens` when not given."""
     overlong: Literal["error", "truncate", "drop"] = "error"
     """`truncate` keeps the last tokens (the left side is cut), `drop` leaves the row out and counts it."""
     shuffle: bool = True
+    """A new order every epoch, from `run.seed`; false keeps the order of the dataset."""

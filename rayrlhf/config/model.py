@@ -1,9 +1,9 @@
 """Which weights a role starts from, and in what form they are held."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayrlhf.config.section import Section
 
@@ -46,6 +46,13 @@ class CriticSection(Section):
     """`default` is torch's Linear initialisation, `normal` draws N(0, 1/(hidden+1))."""
     learning_rate: float | None = Field(None, gt=0)
     """A separate critic's own learning rate; `train.learning_rate` when not given."""
+
+    @model_validator(mode="after")
+    def _only_a_separate_critic_has_settings_of_its_own(self) -> Self:
+        for name in ("model", "learning_rate"):
+            if self.kind != "separate" and getattr(self, name) is not None:
+                raise ValueError(f"{name} is of no use with kind '{self.kind}': remove it, or set kind to 'separate'")
+        return self
 
 
 class ReferenceSection(Section):

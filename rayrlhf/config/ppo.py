@@ -1,5 +1,7 @@
 """The root of a PPO configuration file, and the checks that span sections."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Self
 
 from pydantic import model_validator
@@ -50,6 +52,11 @@ class PPOConfig(Section):
         return self.train.mini_batch_size or self.samples_per_step
 
     @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of one model in one step, unless the epochs stop early."""
+        return self.train.epochs * (self.samples_per_step // self.mini_batch_size)
+
+    @property
     def needs_reference(self) -> bool:
         """Whether any part of the objective reads reference log-probs."""
         return self.algorithm.kl.coefficient > 0
@@ -68,8 +75,19 @@ class PPOConfig(Section):
             )
         if self.mini_batch_size < self.placement.policy.ranks:
             raise ValueError(
-                f"train.mini_batch_size {self.mini_batch_size} is smaller than placement.policy.ranks {self.placement.policy.ranks}"
+                f"train.mini_batch_size {self.mini_batch_size} is smaller than "
+                f"placement.policy.ranks {self.placement.policy.ranks}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        # Imported here: the registries bring torch, which reading a configuration does not need otherwise.
+        from rayrlhf.algorithms.advantages import ADVANTAGE_ESTIMATORS
+        from rayrlhf.algorithms.losses import POLICY_LOSSES
+
+        _check_name("algorithm.advantage.estimator", self.algorithm.advantage.estimator, ADVANTAGE_ESTIMATORS)
+        _check_name("algorithm.policy_loss.name", self.algorithm.policy_loss.name, POLICY_LOSSES)
         return self
 
     @model_validator(mode="after")
@@ -77,3 +95,29 @@ class PPOConfig(Section):
         if self.algorithm.advantage.estimator == "gae" and self.critic.kind == "none":
             raise ValueError("algorithm.advantage.estimator 'gae' needs a critic: set critic.kind to 'separate' or 'shared'")
         return self
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Self:
+        longest, new = self.rollout.max_model_length, self.rollout.max_new_tokens
+        prompt = self.data.max_prompt_tokens or 1
+        if longest is not None and prompt + new > longest:
+            raise ValueError(
+                f"rollout.max_model_length {longest} cannot hold a prompt of {prompt} tokens (data.max_prompt_tokens) "
+                f"and rollout.max_new_tokens {new}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_has_prompts(self) -> Self:
+        if self.evaluation.every and self.evaluation.enabled and self.data.evaluation is None:
+            raise ValueError(f"evaluation.every {self.evaluation.every} needs prompts in data.evaluation")
+        return self
+
+
+def _check_name(key: str, name: str, known: Iterable[str]) -> None:
+    known = list(known)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ValueError(
+            f"{key}: unknown name {name!r}; " + (f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}")
+        )

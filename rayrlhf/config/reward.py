@@ -14,7 +14,7 @@ class RewardFunctionSection(Section):
 
     name: str
     weight: float = 1.0
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments bound to the function."""
 
 
@@ -26,15 +26,22 @@ class RewardModelSection(Section):
     template: str | None = None
     """Text given to the model, with `{prompt}` and `{response}`; its own chat template when not given."""
     max_length: int = Field(1024, ge=1)
+    """Longest text in tokens."""
+
+    @model_validator(mode="after")
+    def _the_template_holds_the_response(self) -> Self:
+        if self.template is not None and "{response}" not in self.template:
+            raise ValueError("template has no {response} in it, where the response goes")
+        return self
 
 
 class RewardSection(Section):
     """A response's score is the weighted sum of all functions and the reward model."""
 
-    functions: list[RewardFunctionSection] = []
+    functions: list[RewardFunctionSection] = Field(default_factory=list)
     model: RewardModelSection | None = None
     timeout_seconds: float = Field(120.0, gt=0)
-    files: list[Path] = []
+    files: list[Path] = Field(default_factory=list)
     """Python files to import first, so that they can register functions of their own."""
 
     @model_validator(mode="after")

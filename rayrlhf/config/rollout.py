@@ -17,7 +17,7 @@ class RolloutSection(Section):
     samples_per_prompt: int = Field(1, ge=1)
     max_new_tokens: int = Field(256, ge=1)
     temperature: float = Field(1.0, gt=0)
-    stop: list[str] = []
+    stop: list[str] = Field(default_factory=list)
     """Strings that end a response; the text up to and including the token that completed one is kept."""
     max_model_length: int | None = Field(None, ge=2)
     """Longest prompt + response in tokens; the model's context when not given."""

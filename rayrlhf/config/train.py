@@ -1,17 +1,20 @@
 """How a train engine updates a model: batches, optimizer, schedule, sharding."""
 
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayrlhf.config.section import Section
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""The decay rate of a moving average."""
 
 
 class OptimizerSection(Section):
     """The optimizer of one model."""
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     epsilon: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
 
@@ -46,3 +49,9 @@ class TrainSection(Section):
     """Stop the epochs of a step once the policy moved further than 1.5 x this from the sampling policy (TRL `target_kl`)."""
     ratio_guard: float | None = Field(None, gt=1)
     """Zero the loss of a mini-batch whose mean ratio exceeds this (TRL `ratio_threshold`)."""
+
+    @model_validator(mode="after")
+    def _offloading_needs_sharding(self) -> Self:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        return self

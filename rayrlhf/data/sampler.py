@@ -8,6 +8,7 @@ again before anything new, so no prompt is lost and none is trained on twice.
 import hashlib
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ class PromptSampler:
             "seed": self._seed,
             "shuffle": self._shuffle,
             "prompts": len(self._ids),
-            "digest": self._digest(),
+            "digest": self._digest,
             "issued": self._issued,
             "outstanding": [*self._out, *self._again],
         }
@@ -116,6 +117,7 @@ class PromptSampler:
         generator = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
         return [self._ids[index] for index in np.argsort(generator.random_raw(len(self._ids)), kind="stable")]
 
+    @cached_property
     def _digest(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         for prompt in self._by_id.values():

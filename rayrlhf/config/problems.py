@@ -1,0 +1,137 @@
+"""From pydantic's report to lines for the user: which key, what was expected, what was found, and the nearest valid key."""
+
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pydantic import ValidationError
+
+from rayrlhf.config.section import Section
+
+_EXPECTED: dict[str, str] = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "path_type": "a path",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "keys and values",
+    "model_type": "a section with keys and values",
+}
+_EXPECTED_WITH_BOUND: dict[str, str] = {
+    "greater_than": "> {gt:g}",
+    "greater_than_equal": ">= {ge:g}",
+    "less_than": "< {lt:g}",
+    "less_than_equal": "<= {le:g}",
+    "literal_error": "{expected}",
+    "string_pattern_mismatch": "text that matches {pattern}",
+    "too_long": "at most {max_length} items",
+    "too_short": "at least {min_length} items",
+}
+
+
+def problems(error: ValidationError, tree: dict[str, Any], root: type[Section]) -> dict[str, str]:
+    """Return one message a wrong key, in the order of the file.
+
+    Args:
+        error: of validating `tree` as `root`.
+        tree: the configuration as read.
+        root: the section that the tree should be.
+
+    Returns:
+        Messages by dotted key; "" stands for the file as a whole.
+    """
+    found: dict[str, list[Any]] = {}
+    for detail in error.errors():
+        found.setdefault(_dotted(detail, tree), []).append(detail)
+    return {dotted: _message(dotted, details, root) for dotted, details in found.items()}
+
+
+def known_keys(root: type[Section], prefix: str = "") -> Iterator[str]:
+    """Yield every dotted key of a section tree, sections before what they hold; items of a list stand under `0`."""
+    for name, field in root.model_fields.items():
+        yield prefix + name
+        for section, in_list in _sections_in(field.annotation):
+            yield from known_keys(section, f"{prefix}{name}.{'0.' if in_list else ''}")
+
+
+def _message(dotted: str, details: list[Any], root: type[Section]) -> str:
+    first = details[0]
+    if first["type"] == "extra_forbidden":
+        return f"unknown key; {_nearest_key(dotted, root)}"
+    if first["type"] == "missing":
+        return "required, but not given"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    wanted = list(dict.fromkeys(_wanted(detail) for detail in details))
+    if None in wanted:
+        return "; ".join(dict.fromkeys(detail["msg"] for detail in details))
+    value = first["input"]
+    choices = re.findall(r"'([^']*)'", " ".join(map(str, wanted)))
+    near = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"expected {' or '.join(map(str, wanted))}, found {_short(value)}{hint}"
+
+
+def _wanted(detail: Any) -> str | None:
+    kind = detail["type"]
+    if kind in _EXPECTED_WITH_BOUND:
+        return _EXPECTED_WITH_BOUND[kind].format(**detail["ctx"])
+    return _EXPECTED.get(kind)
+
+
+def _dotted(detail: Any, tree: Any) -> str:
+    """Return where a complaint points, without the names that pydantic adds for the branches of a union."""
+    here: Any = tree
+    parts: list[str] = []
+    location = detail["loc"]
+    for depth, part in enumerate(location):
+        inside = part in here if isinstance(here, dict) else isinstance(here, list) and part in range(len(here))
+        if inside:
+            here = here[part]
+        elif not (detail["type"] == "missing" and depth == len(location) - 1):
+            continue
+        parts.append(str(part))
+    return ".".join(parts)
+
+
+def _nearest_key(dotted: str, root: type[Section]) -> str:
+    """Return the hint for an unknown key: the same name elsewhere, a similar one beside it, or what may stand there."""
+    generic = re.sub(r"\.\d+(?=\.|$)", ".0", dotted)
+    section, _, leaf = generic.rpartition(".")
+    keys = list(known_keys(root))
+    beside = [key for key in keys if key.rpartition(".")[0] == section]
+    searches: tuple[Callable[[], list[str]], ...] = (
+        lambda: difflib.get_close_matches(generic, [key for key in keys if key.rpartition(".")[2] == leaf], n=1, cutoff=0),
+        lambda: _similar_leaf(leaf, beside),
+        lambda: _similar_leaf(leaf, keys),
+    )
+    for search in searches:
+        if match := search():
+            return f"did you mean {match[0]}?"
+    return f"expected one of {', '.join(key.rpartition('.')[2] for key in beside)}"
+
+
+def _similar_leaf(leaf: str, keys: list[str]) -> list[str]:
+    by_leaf = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    return [by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
+
+
+def _sections_in(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[Section], bool]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation, in_list
+    elif isinstance(annotation, types.UnionType) or typing.get_origin(annotation) in (typing.Union, list):
+        for argument in typing.get_args(annotation):
+            yield from _sections_in(argument, in_list or typing.get_origin(annotation) is list)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
