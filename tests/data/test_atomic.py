@@ -29,14 +29,14 @@ def test_a_failing_writer_leaves_the_old_file_and_no_rest(tmp_path: Path):
     target = tmp_path / "a.txt"
     write_atomically(target, "old")
     with pytest.raises(TypeError), file_atomically(target) as partial:
-        partial.write_text(b"half and then a mistake")
+        _ = partial.write_text("half") + "a mistake"
     assert target.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
 
 
 def test_a_failing_folder_leaves_nothing(tmp_path: Path):
     with pytest.raises(TypeError), folder_atomically(tmp_path / "deep" / "folder") as partial:
-        (partial / "x").write_text(b"half and then a mistake")
+        _ = (partial / "x").write_text("half") + "a mistake"
     assert names(tmp_path / "deep") == []
 
 
