@@ -43,7 +43,8 @@ def _arithmetic(config: PPOConfig) -> Iterator[str]:
     mini_batches = config.samples_per_step // config.mini_batch_size
     yield (
         f"its updates: {_count(train.epochs, 'epoch')} x {_count(mini_batches, 'mini-batch', 'es')} "
-        f"of {_count(config.mini_batch_size, 'sample')} = {_count(updates, 'optimizer step')}; {updates * config.run.steps} in the whole run"
+        f"of {_count(config.mini_batch_size, 'sample')} = {_count(updates, 'optimizer step')}; "
+        f"{updates * config.run.steps} in the whole run"
     )
     if train.micro_batch_size is not None:
         yield f"micro-batches: {train.micro_batch_size} samples"

@@ -1,7 +1,8 @@
 """YAML as a configuration wants it: the scalars of YAML 1.2, and no key twice.
 
 PyYAML reads YAML 1.1, where `on` is true, `1e-6` is text, `010` is eight and `12:30` is 750. Here only `true` and `false` are
-booleans, every number means what it says, and everything else is text. What `dump` writes, `parse` reads back unchanged.
+booleans, every number means what it says, and everything else is text. What `dump` writes, `parse` and readers of either YAML
+read back unchanged.
 """
 
 import re
@@ -36,7 +37,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+    """Quotes text that either YAML would read as something else, so that other tools read the same."""
 
 
 for _kind, _pattern, _first in _RESOLVERS:

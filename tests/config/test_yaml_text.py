@@ -40,10 +40,10 @@ tree = st.recursive(
 
 
 @given(tree)
-def test_what_is_dumped_is_parsed_back_unchanged(value):
-    again = parse(dump(value))
-    assert again == value
-    assert repr(again) == repr(value)
+def test_what_is_dumped_is_read_back_unchanged_here_and_by_other_readers(value):
+    for again in (parse(dump(value)), yaml.safe_load(dump(value))):
+        assert again == value
+        assert repr(again) == repr(value)
 
 
 @pytest.mark.parametrize(
