@@ -70,12 +70,11 @@ def create_group(
             placement_group_bundle_index=seat.bundles[0],
             placement_group_capture_child_tasks=len(seat.bundles) > 1,
         )
-        remote = ray.remote(actor_class).options(
+        remote = ray.remote(concurrency_groups={"health": 1})(actor_class).options(
             name=name,
             num_cpus=seat.cpus,
             num_gpus=seat.gpus,
             scheduling_strategy=strategy,
-            concurrency_groups={"health": 1},
             runtime_env={"env_vars": process_environment(seat) | dict(environment)},
         )
         names.append(name)

@@ -11,6 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ray
+
 from rayrlhf.actors.crew import Crew
 from rayrlhf.actors.placement import Role
 from rayrlhf.actors.waiting import wait_all
@@ -49,7 +51,7 @@ def save_checkpoint(folder: Path, step: int, crew: Crew, state: dict[str, Any], 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with folder_atomically(target, if_exists="replace") as partial:
-            calls = {}
+            calls: dict[str, ray.ObjectRef] = {}
             for role in LEARNING_ROLES:
                 if role in crew:
                     (partial / role).mkdir()
@@ -67,7 +69,7 @@ def save_checkpoint(folder: Path, step: int, crew: Crew, state: dict[str, Any], 
 
 def load_checkpoint(checkpoint: Checkpoint, crew: Crew, seconds: float) -> dict[str, Any]:
     """Bring every learning role back to a checkpoint; returns the driver's state."""
-    calls = {}
+    calls: dict[str, ray.ObjectRef] = {}
     for role in LEARNING_ROLES:
         if role in crew:
             calls |= crew[role].call("load_state", (checkpoint.folder / role).absolute())

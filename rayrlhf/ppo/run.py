@@ -1,45 +1,43 @@
 """A PPO run from start to end: check everything that can be checked cheaply, start the actors, train, leave no trace."""
 
 import importlib.util
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import ray
+import yaml
 
-from rayrlhf.actors.crew import Crew, read_machine, started_crew
-from rayrlhf.actors.placement import make_plan
-from rayrlhf.actors.specs import RoleSpecs
-from rayrlhf.config.load import describe, dump_config
+from rayrlhf.actors.connection import connected, running_crew
+from rayrlhf.config.load import describe, differences, dump_config
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Prompt
 from rayrlhf.data.sampler import PromptSampler
+from rayrlhf.engines.rollout import context_length
 from rayrlhf.errors import UserError
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from rayrlhf.ppo.evaluation import Evaluation
-from rayrlhf.ppo.recorder import Recorder
+from rayrlhf.ppo.recorder import GIB, Recorder
 from rayrlhf.ppo.trainer import PPOTrainer
 from rayrlhf.rewards.functions import load_functions
 
 
 @dataclass(frozen=True, slots=True)
 class PPOResult:
-    """What a finished run leaves.
+    """What a finished run leaves; everything else is in its folder.
 
     Attributes:
         folder: the run folder.
-        before: evaluation of the start policy; None without evaluation prompts.
-        after: evaluation of the trained policy.
-        metrics: the last step's metrics.
+        steps: PPO steps done, those before a resume included.
+        seconds: wall time of this call, start-up and export included.
+        peak_gib: largest memory of all processes of the run together, shared pages counted once.
     """
 
     folder: Path
-    before: Evaluation | None
-    after: Evaluation | None
-    metrics: dict[str, float]
+    steps: int
+    seconds: float
+    peak_gib: float
 
 
 def check_ppo(config: PPOConfig) -> str:
@@ -66,10 +64,11 @@ def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResul
         AlarmError: the run stopped itself.
         DeadlineError: something did not answer in time.
     """
+    started = time.monotonic()
     _check_backend(config)
     load_functions(config.reward)
     train_prompts, evaluation_prompts = load_prompts(config)
-    with Recorder(config, dump_config(config)) as recorder, connected(config.placement.address):
+    with Recorder(config, dump_config(config), stored_differences) as recorder, connected(config.placement.address):
         with recorder.waiting("starting the actors"), ExitStack() as stack:
             crew = stack.enter_context(running_crew(config))
             running = stack.pop_all()
@@ -77,7 +76,13 @@ def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResul
             sampler = PromptSampler(train_prompts, seed=config.run.seed, shuffle=config.data.shuffle)
             trainer = PPOTrainer(config, crew, sampler, evaluation_prompts, recorder.timer, callbacks=[recorder, *callbacks])
             _resume(trainer, recorder)
-            return _run(trainer, recorder)
+            _run(trainer, recorder)
+    return PPOResult(recorder.folder.path, trainer.steps_done, time.monotonic() - started, recorder.memory.peak_bytes / GIB)
+
+
+def stored_differences(stored: str, wanted: str) -> list[str]:
+    """Lines that tell a run folder's configuration from the wanted one."""
+    return differences(*(PPOConfig.model_validate(yaml.safe_load(text)) for text in (stored, wanted)))
 
 
 def load_prompts(config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
@@ -87,10 +92,10 @@ def load_prompts(config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
         UserError: a file, row, field, template or prompt length is not as it must be.
     """
     from rayrlhf.data.prompts import load_prompt_dataset
-    from rayrlhf.models.load import context_length, load_tokenizer
+    from rayrlhf.models.load import load_architecture, load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
-    context = config.rollout.max_model_length or context_length(config.model)
+    context = context_length(config.rollout, load_architecture(config.model))
     longest = config.data.max_prompt_tokens or context - config.rollout.max_new_tokens
     if longest < 1 or longest + config.rollout.max_new_tokens > context:
         raise UserError(
@@ -102,29 +107,6 @@ def load_prompts(config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
         return train, []
     held_out = load_prompt_dataset(config.data.evaluation, config.data, tokenizer, longest)
     return train, held_out[: config.evaluation.prompts]
-
-
-@contextmanager
-def connected(address: str | None) -> Iterator[None]:
-    """A connection to Ray: the job's cluster, the given address, or a local cluster that ends with the run."""
-    if ray.is_initialized():
-        yield
-        return
-    ray.init(address=address or os.environ.get("RAY_ADDRESS"), namespace="rayrlhf", log_to_driver=False, logging_level="error")
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def running_crew(config: PPOConfig) -> Iterator[Crew]:
-    """The run's actors on the connected cluster; ended on the way out."""
-    plan = make_plan(config, read_machine())
-    specs = RoleSpecs(config, plan)
-    deadlines = config.deadlines
-    with started_crew(config.run.name, plan, specs, deadlines.placement, deadlines.start) as crew:
-        yield crew
 
 
 def _check_backend(config: PPOConfig) -> None:
@@ -145,32 +127,30 @@ def _resume(trainer: PPOTrainer, recorder: Recorder) -> None:
     recorder.resume(trainer.steps_done)
 
 
-def _run(trainer: PPOTrainer, recorder: Recorder) -> PPOResult:
+def _run(trainer: PPOTrainer, recorder: Recorder) -> None:
     config = trainer.config
     for callback in trainer.callbacks:
         callback.on_start(trainer)
-    before = _evaluate(trainer, recorder)
-    after, metrics = before, dict[str, float]()
+    _evaluate(trainer, recorder)
     while trainer.steps_done < config.run.steps:
-        metrics = trainer.train_step()
+        trainer.train_step()
         step = trainer.steps_done
         last = step == config.run.steps
         if last or (config.evaluation.every and step % config.evaluation.every == 0):
-            after = _evaluate(trainer, recorder)
+            _evaluate(trainer, recorder)
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             _checkpoint(trainer, recorder)
     with recorder.waiting("exporting the model"):
         trainer.export(recorder.folder.export)
     for callback in trainer.callbacks:
         callback.on_end(trainer)
-    return PPOResult(recorder.folder.path, before, after, metrics)
 
 
-def _evaluate(trainer: PPOTrainer, recorder: Recorder) -> Evaluation | None:
-    if not trainer.evaluation_prompts:
-        return None
-    with recorder.waiting(f"answering {len(trainer.evaluation_prompts)} held-out prompts"):
-        return trainer.evaluate()
+def _evaluate(trainer: PPOTrainer, recorder: Recorder) -> None:
+    """Answer the held-out prompts, unless a run that this one resumes has done so at this step."""
+    if trainer.evaluation_prompts and not recorder.has_evaluation(trainer.steps_done):
+        with recorder.waiting(f"answering {len(trainer.evaluation_prompts)} held-out prompts"):
+            trainer.evaluate()
 
 
 def _checkpoint(trainer: PPOTrainer, recorder: Recorder) -> None:

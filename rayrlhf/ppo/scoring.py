@@ -50,11 +50,13 @@ class ScoredRollouts:
         rollouts: [B].
         rewards: scores and their parts, [B].
         readings: reading name -> TokenScores of each rollout.
+        prompts: prompt id -> prompt, for all prompts of the step.
     """
 
     rollouts: tuple[Rollout, ...]
     rewards: RewardBatch
     readings: Mapping[str, list[TokenScores]]
+    prompts: Mapping[int, Prompt]
 
 
 class _Call(NamedTuple):
@@ -108,7 +110,8 @@ class Scorer:
                     self._start_reading(reading, ordered)
                 scores = self._collect(reading.name)
             readings[reading.name] = [scores[rollout.key] for rollout in ordered]
-        return ScoredRollouts(tuple(ordered), _merged([rewards[rollout.key] for rollout in ordered]), readings)
+        merged = _merged([rewards[rollout.key] for rollout in ordered])
+        return ScoredRollouts(tuple(ordered), merged, readings, self.prompts)
 
     def _start_reward(self, rollouts: Sequence[Rollout]) -> None:
         shares = _shares(rollouts, len(self.reward))

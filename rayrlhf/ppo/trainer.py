@@ -87,8 +87,8 @@ class PPOTrainer:
         gap = experience.metrics[LOGPROB_GAP]
         if not gap <= self.config.rollout.mismatch_alarm:
             raise AlarmError(
-                f"step {self.steps_done}: trainer and sampler log-probs differ by {gap:.3g} nats on average, above "
-                f"rollout.mismatch_alarm {self.config.rollout.mismatch_alarm:g}: the rollout engine does not serve the policy's weights"
+                f"step {self.steps_done}: trainer and sampler log-probs differ by {gap:.3g} nats on average, above rollout."
+                f"mismatch_alarm {self.config.rollout.mismatch_alarm:g}: the rollout engine does not serve the policy's weights"
             )
         reports = self._update(experience)
         self.steps_done += 1
@@ -102,17 +102,17 @@ class PPOTrainer:
 
     def train_step(self) -> dict[str, float]:
         """Sample prompts and run one whole PPO step, scoring rollouts as they finish where roles do not share devices."""
-        prompts = self.sampler.next(self.config.rollout.prompts_per_step)
-        requests = make_requests(prompts, self.config.rollout.samples_per_prompt, self.steps_done, self.config.run.seed)
-        scorer = self._scorer(prompts)
-        with self.timer.phase("generate"):
-            for finished in self._stream(requests, None):
-                scorer.add(finished)
-                self.timer.add_tokens("generate", sum(len(rollout.response_ids) for rollout in finished))
-        scored = scorer.finish()
-        metrics = self.step(scored)
-        self.sampler.consumed([prompt.id for prompt in prompts])
-        metrics |= self.timer.finish_step()
+        with self.timer.step():
+            prompts = self.sampler.next(self.config.rollout.prompts_per_step)
+            requests = make_requests(prompts, self.config.rollout.samples_per_prompt, self.steps_done, self.config.run.seed)
+            scorer = self._scorer(prompts)
+            with self.timer.phase("generate"):
+                for finished in self._stream(requests, None):
+                    scorer.add(finished)
+            scored = scorer.finish()
+            metrics = self.step(scored)
+            self.sampler.consumed([prompt.id for prompt in prompts])
+        metrics |= self.timer.metrics(generated_tokens=sum(len(rollout.response_ids) for rollout in scored.rollouts))
         for callback in self.callbacks:
             callback.on_step_end(self.steps_done, metrics, scored)
         return metrics

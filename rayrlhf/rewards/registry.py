@@ -28,6 +28,7 @@ BUILT_IN = {
     "gsm8k": "rayrlhf.rewards.gsm8k:gsm8k",
     "length": "rayrlhf.rewards.length:length_penalty",
     "word_problems": "rayrlhf.rewards.word_problems:word_problems",
+    "word_problems_exact": "rayrlhf.rewards.word_problems:word_problems_exact",
 }
 """Registered name -> where the function is."""
 

@@ -73,6 +73,15 @@ def word_problems(
     ]
 
 
+def word_problems_exact(responses: list[str], answer: list[str | int | float]) -> list[float]:
+    """Return 1 for each response that ends in exactly the right `Answer: N`, else 0; give it weight 0 to report it only.
+
+    Raises:
+        UserError: a reference answer has no number in it.
+    """
+    return [float(is_exact(response, expected)) for response, expected in zip(responses, answer, strict=True)]
+
+
 def grade(problem: str, response: str, expected: Decimal, *, stopped: bool) -> Grade:
     """Grade one response to one problem; `stopped` says that the model ended it by itself."""
     response = response.strip()

@@ -1,0 +1,73 @@
+"""A reward model: a scalar head on a trunk that reads prompt and response as text, with its own tokenizer and template.
+
+It never sees the policy's token ids, so policy and reward model may come from different families.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rayrlhf.config.reward import RewardModelSection
+from rayrlhf.data.records import Float32
+from rayrlhf.data.records import Sequence as TokenSequence
+from rayrlhf.engines.score_engine import autocast, score_sequences, training_device
+from rayrlhf.errors import UserError
+from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
+from rayrlhf.models.network import build_network
+from rayrlhf.models.value_head import find_head
+
+BATCH_TOKENS = 8192
+"""Token budget of one forward."""
+
+
+class RewardModelEngine:
+    """Scores (prompt, response) pairs with the value of the last token, as reward models are trained."""
+
+    def __init__(self, section: RewardModelSection) -> None:
+        """Load trunk, head and tokenizer on this process's device.
+
+        Raises:
+            UserError: the model cannot be loaded, holds no scalar head, or has no way to join prompt and response.
+        """
+        self._section = section
+        self._tokenizer = load_tokenizer(section.model)
+        if section.template is None and not self._tokenizer.chat_template:
+            raise UserError(
+                f"reward.model {section.model.path!r}: its tokenizer has no chat template; "
+                "set reward.model.template to a text with {prompt} and {response}"
+            )
+        folder = Path(resolve_path(section.model))
+        if folder.is_dir() and find_head(folder) is None:
+            raise UserError(
+                f"reward.model {section.model.path!r}: no scalar head in the folder, expected weights named "
+                "`score.weight` or `v_head.summary.weight` (train one with a sequence-classification head of one label)"
+            )
+        self._device = training_device()
+        self._dtype = resolve_dtype(section.model.dtype)
+        network = build_network(section.model, frozenset({"value"}), "zero", 0)
+        self._network = network.requires_grad_(False).to(self._device)
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float32:
+        """One reward a pair, float32 [B]. Texts longer than `reward.model.max_length` tokens lose their left end."""
+        sequences = [self._sequence(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        with autocast(self._device, self._dtype):
+            scores = score_sequences(
+                self._network,
+                sequences,
+                frozenset({"values"}),
+                temperature=1.0,
+                token_budget=BATCH_TOKENS,
+                device=self._device,
+            )
+        return np.array([score.values[-1] for score in scores if score.values is not None], dtype=np.float32)
+
+    def _sequence(self, prompt: str, response: str) -> TokenSequence:
+        if self._section.template is not None:
+            text = self._section.template.replace("{prompt}", prompt).replace("{response}", response)
+            ids = self._tokenizer(text)["input_ids"]
+        else:
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            ids = self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
+        kept = np.asarray(ids, dtype=np.int32)[-self._section.max_length :]
+        return TokenSequence(kept, len(kept) - 1)

@@ -1,0 +1,73 @@
+"""Talking to the model that a run made, in the terminal."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rayrlhf.config.model import ModelSection
+from rayrlhf.errors import UserError
+
+
+def chat_with(run: Path, prompt: str | None, *, max_new_tokens: int, temperature: float) -> None:
+    """Answer one prompt, or every line that is typed until an empty one.
+
+    Args:
+        run: a run folder (its `export/` and system prompt are used), or a Hugging Face model folder.
+        prompt: the one prompt; None asks for lines.
+        max_new_tokens: longest answer.
+        temperature: 0 is greedy.
+
+    Raises:
+        UserError: there is no exported model.
+    """
+    from transformers import TextStreamer
+
+    from rayrlhf.models.load import load_causal_model, load_tokenizer
+
+    section = ModelSection(path=str(find_model(run)))
+    model: Any = load_causal_model(section)
+    tokenizer = load_tokenizer(section)
+    system = system_prompt(run)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def answer(text: str) -> None:
+        turns = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}]
+        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+
+    if prompt is not None:
+        answer(prompt)
+        return
+    while text := _ask():
+        answer(text)
+
+
+def find_model(run: Path) -> Path:
+    """The exported model of a run folder, or the folder itself where it is a model.
+
+    Raises:
+        UserError: neither is there.
+    """
+    for folder in (run / "export", run):
+        if (folder / "model.safetensors").is_file() or any(folder.glob("model-*.safetensors")):
+            return folder
+    raise UserError(f"{run}: no exported model, expected {run / 'export'} (written when a run ends) or a Hugging Face folder")
+
+
+def system_prompt(run: Path) -> str | None:
+    """The system prompt that the run trained with."""
+    config = run / "config.yaml"
+    if not config.is_file():
+        return None
+    prompt = yaml.safe_load(config.read_text(encoding="utf-8")).get("data", {}).get("system_prompt")
+    return None if prompt is None else str(prompt)
+
+
+def _ask() -> str:
+    """One typed line; the end of the input counts as an empty one."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""

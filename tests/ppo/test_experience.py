@@ -1,0 +1,148 @@
+"""The order in which the maths is applied, held to TRL's recorded steps under the two presets."""
+
+import numpy as np
+import pytest
+import torch
+
+from rayrlhf.config.load import load_config
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.data.records import Prompt, Rollout, SampleKey, TokenScores
+from rayrlhf.ppo.experience import LOGPROB_GAP, ExperienceMaker
+from rayrlhf.ppo.scoring import ScoredRollouts
+from rayrlhf.rewards.score import RewardBatch
+from tests.fixtures.oracle_cases import classic_case, modern_case
+
+REQUIRED = ["model.path=builtin:tiny", "reward.functions=[{name: length}]", "data.train.path=prompts.jsonl"]
+
+
+def load(*overrides):
+    return load_config(PPOConfig, None, [*REQUIRED, *overrides])
+
+
+def scored(responses, stopped, scores, policy, reference, values, readers=("policy", "policy")):
+    """Rollouts with given log-probs and values; prompts are one token long, since nothing here reads them."""
+    prompt = np.zeros(1, dtype=np.int32)
+    rollouts = [
+        Rollout(
+            key=SampleKey(0, index, 0),
+            prompt_ids=prompt,
+            response_ids=np.asarray(response, dtype=np.int32),
+            action_mask=np.ones(len(response), dtype=np.bool_),
+            logprobs=np.asarray(policy[index], dtype=np.float32),
+            versions=np.zeros(len(response), dtype=np.int32),
+            finish_reason="stop" if stopped[index] else "length",
+            text="",
+            seed=0,
+        )
+        for index, response in enumerate(responses)
+    ]
+    own, value_reader = readers
+    readings = {
+        "reference": [TokenScores(logprobs=np.asarray(row, np.float32)) for row in reference],
+        own: [
+            TokenScores(logprobs=np.asarray(row, np.float32), values=np.asarray(value, np.float32))
+            for row, value in zip(policy, values, strict=True)
+        ],
+    }
+    if value_reader != own:
+        readings[value_reader] = [TokenScores(values=np.asarray(value, np.float32)) for value in values]
+    prompts = {index: Prompt(index, "", prompt) for index in range(len(rollouts))}
+    return ScoredRollouts(tuple(rollouts), RewardBatch(np.asarray(scores, np.float32), {}), readings, prompts)
+
+
+@pytest.mark.parametrize("name", ["base_kl_adaptive", "adam_default", "mse_fixed_accum_gamma"])
+def test_the_classic_preset_gives_the_advantages_returns_and_coefficients_that_trl_recorded(name):
+    case = classic_case(name)
+    config = case.config
+    kl = {"kl": "k1", "mse": "k2"}[config["kl_penalty"]]
+    maker = ExperienceMaker(
+        load(
+            "preset=trl-classic",
+            "rollout.prompts_per_step=8",
+            "train.mini_batch_size=4",
+            f"algorithm.kl.estimator={kl}",
+            f"algorithm.kl.coefficient={config['init_kl_coef']}",
+            f"algorithm.kl.target={config['target'] if config['adap_kl_ctrl'] else 'null'}",
+            f"algorithm.kl.horizon={int(config['horizon'])}",
+            f"algorithm.advantage.gamma={config['gamma']}",
+            f"algorithm.advantage.lam={config['lam']}",
+        )
+    )
+    for step in case.steps:
+        lengths = step.response_lengths.tolist()
+        cut = (
+            lambda tensor, step=step, lengths=lengths: [  # noqa: E731 - rows of different lengths
+                row[:length].tolist() for row, length in zip(step.to_response(tensor), lengths, strict=True)
+            ]
+        )
+        # The value after the last token is not used by TRL classic: any number may stand there.
+        values = [[*row, 7.0] for row in cut(step.old_values_raw)]
+        rows = scored(cut(step.mask), [True] * 8, step.scores, cut(step.old_logprobs), cut(step.ref_logprobs), values)
+        assert maker.kl_coefficient == pytest.approx(step.kl_coef_before, abs=2e-6)
+        experience = maker.make(rows)
+        arrays = experience.batch.arrays
+        for key, recorded in {"advantages": step.advantages, "returns": step.returns}.items():
+            expected = torch.where(step.to_response(step.mask).bool(), step.to_response(recorded), 0.0)
+            torch.testing.assert_close(torch.from_numpy(arrays[key]), expected, atol=2e-6, rtol=0)
+        assert maker.kl_coefficient == pytest.approx(step.kl_coef_after, abs=2e-6)
+        assert experience.metrics["objective/kl"] == pytest.approx(step.statistics["objective/kl"], abs=1e-5)
+
+
+def test_the_modern_preset_gives_the_advantages_that_trl_recorded():
+    case = modern_case("v2_k1_eos_penalty")
+    maker = ExperienceMaker(
+        load(
+            "preset=trl-modern",
+            f"rollout.prompts_per_step={len(case.queries)}",
+            f"train.mini_batch_size={len(case.queries)}",
+            f"rollout.max_new_tokens={case.config['response_length']}",
+            f"algorithm.shaping.missing_eos_penalty={case.config['missing_eos_penalty']}",
+        )
+    )
+    lengths = case.advantages_mask.sum(1).tolist()
+    responses = case.query_responses[:, case.prompt_width :]
+    cut = lambda tensor: [row[:length].tolist() for row, length in zip(tensor, lengths, strict=True)]  # noqa: E731
+    stopped = [bool((row[:length] == case.eos_token_id).any()) for row, length in zip(responses, lengths, strict=True)]
+    values = case.full_value[:, case.prompt_width - 1 :]
+    taken = [row[: length + 1].tolist() for row, length in zip(values, lengths, strict=True)]
+    rows = scored(
+        cut(responses),
+        stopped,
+        case.scores_raw,
+        cut(case.rollout_logprobs),
+        cut(case.ref_logprobs),
+        taken,
+        readers=("policy", "critic"),
+    )
+    experience = maker.make(rows)
+    advantages = torch.from_numpy(experience.batch.arrays["advantages"])
+    width = advantages.shape[1]
+    expected = torch.where(case.advantages_mask, case.advantages_whitened, 0.0)[:, :width]
+    torch.testing.assert_close(advantages, expected, atol=2e-6, rtol=0)
+    for name in ("objective/kl", "objective/scores", "objective/non_score_reward", "objective/rlhf_reward"):
+        assert experience.metrics[name] == pytest.approx(case.metrics[name], abs=2e-6)
+
+
+def test_the_gap_between_trainer_and_sampler_is_measured_on_sampled_tokens_only():
+    rows = scored(
+        [[1, 2], [3]], [True, True], [0.0, 0.0], [[-1.0, -2.0], [-3.0]], [[-1.0, -2.0], [-3.0]], [[0.0] * 3, [0.0] * 2]
+    )
+    shifted = [TokenScores(logprobs=row.logprobs + 0.5, values=row.values) for row in rows.readings["policy"]]
+    moved = ScoredRollouts(rows.rollouts, rows.rewards, {**rows.readings, "policy": shifted}, rows.prompts)
+    config = load("critic.kind=shared", "rollout.prompts_per_step=2")
+    assert ExperienceMaker(config).make(rows).metrics[LOGPROB_GAP] == 0.0
+    assert ExperienceMaker(config).make(moved).metrics[LOGPROB_GAP] == pytest.approx(0.5)
+
+
+def test_a_resumed_maker_continues_with_the_same_coefficient_and_moments():
+    config = load("preset=trl-classic", "rollout.prompts_per_step=2", "train.mini_batch_size=2", "algorithm.shaping.scale=true")
+    rows = scored(
+        [[1, 2], [3]], [True, True], [1.0, 3.0], [[-1.0, -2.0], [-3.0]], [[-1.5, -2.0], [-2.0]], [[0.0] * 3, [0.0] * 2]
+    )
+    first = ExperienceMaker(config)
+    first.make(rows)
+    second = ExperienceMaker(config)
+    second.load_state_dict(first.state_dict())
+    ours, theirs = first.make(rows), second.make(rows)
+    np.testing.assert_array_equal(ours.batch.arrays["advantages"], theirs.batch.arrays["advantages"])
+    assert ours.metrics == theirs.metrics

@@ -1,0 +1,36 @@
+"""Requests and their way to replicas are pure functions; the streaming itself is tested with real actors in test_run.py."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayrlhf.data.records import Prompt
+from rayrlhf.ppo.generation import assign, make_requests
+
+
+def prompts(*ids):
+    return [Prompt(number, str(number), np.array([number], dtype=np.int32)) for number in ids]
+
+
+def test_a_prompt_that_occurs_twice_in_a_step_gets_samples_of_its_own_each_time():
+    keys = [request.key for request in make_requests(prompts(5, 6, 5), 2, step=3, run_seed=0)]
+    assert len(set(keys)) == 6
+    assert [key.sample for key in keys if key.prompt == 5] == [0, 1, 2, 3]
+
+
+def test_a_retried_request_asks_for_the_same_thing_and_another_step_for_another():
+    first, again, later = (make_requests(prompts(1, 2), 2, step=step, run_seed=7) for step in (0, 0, 1))
+    assert [request.seed for request in first] == [request.seed for request in again]
+    assert len({request.seed for request in (*first, *later)}) == 8
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=40, unique=True), st.integers(1, 4), st.integers(1, 5))
+def test_every_request_is_assigned_once_and_a_prompt_stays_on_one_replica(ids, samples, replicas):
+    requests = make_requests(prompts(*ids), samples, step=0, run_seed=0)
+    shares = assign(requests, replicas)
+    assert sorted(request.key for share in shares for request in share) == sorted(request.key for request in requests)
+    homes = {}
+    for index, share in enumerate(shares):
+        for request in share:
+            assert homes.setdefault(request.key.prompt, index) == index
+    assert max(map(len, shares)) - min(map(len, shares)) <= samples
