@@ -1,0 +1,47 @@
+"""What only concerns vLLM: how it starts, what it refuses, and that it goes away."""
+
+import gc
+import importlib.util
+import weakref
+
+import pytest
+
+from rayrlhf.errors import UserError
+from tests.engines.rollout_cases import make_requests, sample, start
+
+
+def test_without_vllm_the_error_says_what_to_install(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else found(name, *rest))
+    with pytest.raises(UserError, match=r"^rollout.backend: vllm is not installed; pip install rayrlhf\[cpu\].*$"):
+        start("vllm")
+
+
+def test_a_cpu_replica_is_one_process():
+    with pytest.raises(UserError, match=r"^rollout.tensor_parallel_size: .*rollout.replicas.*$"):
+        start("vllm", tensor_parallel_size=2)
+
+
+def test_a_cache_too_small_for_one_response_is_the_users_to_mend():
+    with pytest.raises(UserError, match=r"^rollout: vLLM cannot serve builtin:tiny.*$"):
+        start("vllm", memory_gib=1e-5)
+
+
+def test_a_closed_engine_gives_its_memory_back_and_another_can_start():
+    for _ in range(2):
+        engine = start("vllm")
+        (model,) = engine._engine.apply_model(weakref.ref)
+        assert model() is not None
+        assert len(sample(engine, make_requests(1), max_new_tokens=2)) == 4
+        engine.close()
+        gc.collect()
+        assert model() is None
+        engine.close()
+
+
+def test_a_request_cannot_be_queued_twice():
+    engine = start("vllm")
+    engine.submit(make_requests(1), temperature=1.0, max_new_tokens=2)
+    with pytest.raises(ValueError, match="already queued"):
+        engine.submit(make_requests(1), temperature=1.0, max_new_tokens=2)
+    engine.close()
