@@ -10,6 +10,7 @@ import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 Split = Literal["train", "evaluation"]
@@ -127,7 +128,8 @@ def generate(seed: int, count: int, split: Split) -> list[dict[str, str]]:
     return [{"question": question, "answer": answer} for question, answer in rows.items()]
 
 
-def _numbers_of(kind: int, split: Split) -> list[tuple[int, int, int]]:
+@cache
+def _numbers_of(kind: int, split: Split) -> tuple[tuple[int, int, int], ...]:
     """Return all numbers of a template that belong to a split; the hash that decides it is the same on every machine."""
     template = TEMPLATES[kind]
     found = []
@@ -137,4 +139,4 @@ def _numbers_of(kind: int, split: Split) -> list[tuple[int, int, int]]:
         held_out = int.from_bytes(digest, "little") % EVALUATION_SHARE == 0
         if template.answer(*numbers) >= 0 and held_out == (split == "evaluation"):
             found.append(numbers)
-    return found
+    return tuple(found)

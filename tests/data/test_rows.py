@@ -28,7 +28,7 @@ def message_of(section: DatasetSection) -> str:
     return str(caught.value)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20, deadline=None)
 @given(texts, st.booleans(), st.none() | st.integers(1, 9))
 def test_jsonl_and_parquet_give_back_what_was_written(tmp_path, values, ascii_only, limit):
     rows = [{"prompt": text, "n": i, "more": {"deep": [text]}} for i, text in enumerate(values)]
