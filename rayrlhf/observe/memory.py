@@ -3,16 +3,25 @@
 Resident sizes of processes must not be added up: actors map the same object store and the same libraries. Each process is
 therefore counted with its proportional share (PSS: a page that n processes map counts 1/n to each), which adds up to the memory
 that the run really takes. Where the system has no PSS (not Linux, or another user's process) the resident size stands in.
+
+Reading PSS walks a process's page table (20-100 ms for 1 GiB in small pages), which a run should not pay for twice a second.
+Resident sizes are free, so they are watched, and PSS is read when their sum has grown past where it was read last.
 """
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import psutil
+
+GROWTH = 1.01
+"""Factor by which resident sizes must grow past their largest before PSS is read again."""
+MOST_TIME_SHARE = 0.05
+"""Share of one core's time that reading PSS may take at most."""
 
 
 class PeakMemory:
@@ -26,7 +35,7 @@ class PeakMemory:
     Attributes:
         peak_bytes: largest sum over all processes that a sample saw.
         peak_by_process: the share of each process at that moment, (pid, name) -> bytes.
-        samples: number of samples taken.
+        samples: number of times that PSS was read.
     """
 
     def __init__(
@@ -35,7 +44,7 @@ class PeakMemory:
         """Prepare to watch this process's tree and others.
 
         Args:
-            interval_seconds: time between samples; a peak between two of them is missed.
+            interval_seconds: time between looks at the resident sizes; a peak between two of them is missed.
             pids: further processes to watch with all their children, for example a raylet that was started elsewhere.
             more_pids: asked before each sample for further processes, for example Ray workers that come and go.
         """
@@ -45,6 +54,7 @@ class PeakMemory:
         self._interval = interval_seconds
         self._pids = (os.getpid(), *pids)
         self._more_pids = more_pids
+        self._largest_resident = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="peak-memory", daemon=True)
 
@@ -59,18 +69,27 @@ class PeakMemory:
         self.sample()
 
     def sample(self) -> int:
-        """Take one sample now; returns its sum in bytes."""
-        roots = {*self._pids, *(self._more_pids() if self._more_pids else ())}
-        by_process = {key: memory_bytes(key[0]) for key in process_tree(roots)}
+        """Read PSS now, whatever it costs; returns the sum in bytes."""
+        by_process = {key: memory_bytes(key[0]) for key in self._processes()}
         total = sum(by_process.values())
         self.samples += 1
         if total > self.peak_bytes:
             self.peak_bytes, self.peak_by_process = total, by_process
         return total
 
+    def _processes(self) -> list[tuple[int, str]]:
+        return process_tree({*self._pids, *(self._more_pids() if self._more_pids else ())})
+
     def _run(self) -> None:
-        while not self._stop.wait(self._interval):
-            self.sample()
+        pause = self._interval
+        while not self._stop.wait(pause):
+            pause = self._interval
+            resident = sum(resident_bytes(pid) for pid, _ in self._processes())
+            if resident > GROWTH * self._largest_resident:
+                self._largest_resident = resident
+                start = time.thread_time()
+                self.sample()
+                pause = max(pause, (time.thread_time() - start) / MOST_TIME_SHARE)
 
 
 def process_tree(pids: Iterable[int]) -> list[tuple[int, str]]:
@@ -94,6 +113,11 @@ def memory_bytes(pid: int) -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass  # no such file system, no permission, or the process just ended: the next way tells
+    return resident_bytes(pid)
+
+
+def resident_bytes(pid: int) -> int:
+    """Return a process's resident size in bytes, pages that it shares with others included; 0 once it ended."""
     try:
         return int(psutil.Process(pid).memory_info().rss)
     except psutil.Error:

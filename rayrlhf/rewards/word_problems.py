@@ -2,7 +2,7 @@
 
 | part    | weight | full when                                                                              |
 |---------|--------|----------------------------------------------------------------------------------------|
-| correct | 0.50   | the final number is right                                                              |
+| correct | 0.50   | the final number is right; half when the right one is reached first, then talked over  |
 | format  | 0.20   | the response ends in exactly `Answer: N`; half when more text follows                  |
 | stop    | 0.15   | the model stopped by itself                                                            |
 | concise | 0.15   | the problem's own numbers are used, in at most 80 characters; falls to 0 at 160        |
@@ -85,11 +85,11 @@ def word_problems_exact(responses: list[str], answer: list[str | int | float]) -
 def grade(problem: str, response: str, expected: Decimal, *, stopped: bool) -> Grade:
     """Grade one response to one problem; `stopped` says that the model ended it by itself."""
     response = response.strip()
-    correct = final_number(response) == expected
+    correct = _correctness(problem, response, expected)
     uses_problem = _uses_numbers_of(problem, response)
-    engaged = correct or uses_problem
+    engaged = correct > 0 or uses_problem
     return Grade(
-        correct=float(correct),
+        correct=correct,
         format=_form(response) * engaged,
         stop=float(stopped and engaged),
         concise=_brevity(response) * uses_problem,
@@ -105,6 +105,15 @@ def is_exact(response: str, answer: str | int | float) -> bool:
     """Whether the response ends in exactly `Answer: N` with the right N."""
     match = _ENDS_IN_ANSWER.search(response.strip())
     return match is not None and Decimal(match[1]) == reference_number(0, answer)
+
+
+def _correctness(problem: str, response: str, expected: Decimal) -> float:
+    """Grade the number. Who never says which one is the answer is taken at the first that the problem did not give."""
+    if final_number(response) == expected:
+        return 1.0
+    given = set(numbers_in(problem))
+    reached = next((number for number in numbers_in(response) if number not in given), None)
+    return 0.5 if reached == expected and "answer" not in response.lower() else 0.0
 
 
 def _form(response: str) -> float:

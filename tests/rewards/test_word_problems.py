@@ -22,6 +22,10 @@ TABLE = [
     ("17", "stop", 0.65),
     ("Mia starts with 12 pears and buys 5. " * 20 + "That is 17", "length", 0.50),
     ("12 + 5 = 18\nAnswer: 18", "stop", 0.50),
+    ("12 + 5 = 17, so 3 more.", "stop", 0.55),
+    ("12 + 5 = 17, so she has 17 and then buys 3", "length", 0.40),
+    ("12 + 5 = 17, so 3 more. Answer: 3", "stop", 0.50),
+    ("12 + 5 = 16, or 17, or 18", "length", 0.15),
     ("12 + 5 = 18", "stop", 0.30),
     ("12 + 5 = 18", "length", 0.15),
     ("Answer: 7", "stop", 0.0),
@@ -43,10 +47,11 @@ def test_the_score_follows_the_table(response: str, finish_reason: str, expected
     assert score(response, finish_reason) == pytest.approx(expected, abs=0.005)
 
 
-def test_every_right_response_is_worth_at_least_as_much_as_every_wrong_one():
-    right = [s for r, _, s in TABLE if is_correct(r, 17)]
-    wrong = [s for r, _, s in TABLE if not is_correct(r, 17)]
-    assert min(right) >= max(wrong)
+def test_a_right_response_is_worth_more_than_a_wrong_one_of_the_same_form():
+    for form in ("{}", "12 + 5 = {}", "12 + 5 = {}\nAnswer: {}", "Answer: {}", "12 and 5 make {} pears. Answer: {} pears"):
+        for finish_reason in ("stop", "length"):
+            right, wrong = (score(form.replace("{}", number), finish_reason) for number in ("17", "16"))
+            assert right >= wrong + 0.5
 
 
 def problems(count: int) -> list[tuple[str, int, int, int]]:
