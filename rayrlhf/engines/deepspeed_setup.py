@@ -62,7 +62,7 @@ def whole(parameters: tuple[nn.Parameter, ...]) -> Iterator[None]:
     if not sharded:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters(sharded):
         yield

@@ -79,6 +79,21 @@ def load_trunk(model: ModelSection) -> nn.Module:
     return _from_pretrained(AutoModel, model)
 
 
+def load_architecture(model: ModelSection) -> Any:
+    """Load the model's transformers configuration, without weights.
+
+    Raises:
+        UserError: nothing can be loaded from the path.
+    """
+    from transformers import AutoConfig
+
+    path = resolve_path(model)
+    try:
+        return AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path {model.path!r}: {_first_line(error)}") from error
+
+
 def load_tokenizer(model: ModelSection) -> Any:
     """Load the tokenizer, with `model.chat_template` in place of its own template when one is given, and a pad token.
 
@@ -92,6 +107,8 @@ def load_tokenizer(model: ModelSection) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path {model.path!r}: cannot load its tokenizer: {_first_line(error)}") from error
+    if tokenizer.vocab_size == 0:
+        raise UserError(f"model.path {model.path!r}: the folder has no tokenizer files")
     if model.chat_template is not None:
         try:
             tokenizer.chat_template = model.chat_template.read_text(encoding="utf-8")

@@ -51,7 +51,7 @@ def add_lora(network: Any, section: LoraSection, seed: int) -> None:
         r=section.rank,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
-        target_modules=section.target_modules,
+        target_modules=_targets(network, section),
         layers_to_transform=_last_layers(network, section.last_layers),
     )
     with torch.random.fork_rng(devices=[]):
@@ -113,6 +113,18 @@ def _layers(network: nn.Module) -> Iterator[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return (module for module in network.modules() if isinstance(module, BaseTunerLayer))
+
+
+def _targets(network: Any, section: LoraSection) -> list[str]:
+    """Names of the modules to adapt; `all-linear` is every linear layer but the output layer."""
+    from transformers.pytorch_utils import Conv1D
+
+    if section.target_modules != "all-linear":
+        return section.target_modules
+    output_layer = network.get_output_embeddings()
+    linear = (nn.Linear, Conv1D)
+    names = {name for name, module in network.named_modules() if isinstance(module, linear) and module is not output_layer}
+    return sorted({name.rpartition(".")[2] for name in names})
 
 
 def _last_layers(network: Any, count: int | None) -> list[int] | None:

@@ -1,0 +1,141 @@
+"""Chunked log-probs, entropy and KL against the plain formulas on whole logits."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rayrlhf.models import logprobs as module
+from rayrlhf.models.logprobs import full_kl_from_hidden, logprobs_and_entropy
+
+Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
+
+
+def problem(rows: int, vocabulary: int, seed: int, *, bias: bool, dtype: torch.dtype = torch.float32) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
+
+    return (
+        draw(rows, 8),
+        draw(vocabulary, 8),
+        draw(vocabulary) if bias else None,
+        torch.randint(0, vocabulary, (rows,), generator=generator),
+    )
+
+
+def plain(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    log_p = (torch.nn.functional.linear(hidden, weight, bias) / temperature).log_softmax(-1)
+    return log_p.gather(-1, targets[:, None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 23 * 3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(0, 17),
+    vocabulary=st.integers(2, 40),
+    chunk=st.integers(1, 700),
+    temperature=st.floats(0.3, 3.0),
+    bias=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_values_and_gradients_are_those_of_log_softmax_for_any_chunk(
+    rows: int, vocabulary: int, chunk: int, temperature: float, bias: bool, seed: int
+) -> None:
+    inputs = problem(rows, vocabulary, seed, bias=bias)
+    leaves = [tensor for tensor in inputs[:3] if tensor is not None]
+    weights = torch.randn(2, rows, generator=torch.Generator().manual_seed(seed))
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CHUNK_BYTES", chunk)
+        for function in (
+            lambda: logprobs_and_entropy(*inputs, temperature=temperature),
+            lambda: plain(*inputs, temperature),
+        ):
+            logprobs, entropy = function()
+            gradients = torch.autograd.grad((logprobs * weights[0] + entropy * weights[1]).sum(), leaves)
+            results.append((logprobs, entropy, *gradients))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_the_gradient_agrees_with_finite_differences() -> None:
+    hidden, weight, bias, targets = problem(4, 7, 0, bias=True, dtype=torch.float64)
+    logprobs, entropy = logprobs_and_entropy(hidden, weight, bias, targets, temperature=0.7)
+    loss = (logprobs * 0.3 - entropy * 0.2).sum()
+    direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+
+    def at(step: float) -> torch.Tensor:
+        moved = plain(hidden.detach() + step * direction, weight.detach(), bias.detach(), targets, 0.7)
+        return (moved[0] * 0.3 - moved[1] * 0.2).sum()
+
+    numeric = (at(1e-5) - at(-1e-5)) / 2e-5
+    assert float((gradient * direction).sum()) == pytest.approx(float(numeric), rel=1e-4)
+
+
+def test_each_side_alone_gets_its_gradient() -> None:
+    inputs = problem(6, 11, 3, bias=False)
+    for which in (0, 1):
+        expected = torch.autograd.grad(plain(*inputs, 1.0)[which].sum(), inputs[0])[0]
+        found = torch.autograd.grad(logprobs_and_entropy(*inputs)[which].sum(), inputs[0])[0]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    frozen = logprobs_and_entropy(inputs[0], inputs[1].detach(), None, inputs[3], entropy=False)[0]
+    assert torch.autograd.grad(frozen.sum(), inputs[0])[0].abs().sum() > 0
+
+
+def test_logits_of_all_positions_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 50 * 2)
+    shapes = []
+    original = module._logits
+
+    def spy(*arguments: torch.Tensor) -> torch.Tensor:
+        logits = original(*arguments)
+        shapes.append(tuple(logits.shape))
+        return logits
+
+    monkeypatch.setattr(module, "_logits", spy)
+    inputs = problem(9, 50, 0, bias=False)
+    logprobs_and_entropy(*inputs)[0].sum().backward()
+    assert max(rows for rows, _ in shapes) == 2
+    assert sum(rows for rows, _ in shapes) == 2 * 9
+
+
+def test_a_bfloat16_product_keeps_float32_probabilities() -> None:
+    inputs = problem(5, 33, 2, bias=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logprobs, entropy = logprobs_and_entropy(*inputs)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    expected = plain(inputs[0].bfloat16().float(), inputs[1].bfloat16().float(), None, inputs[3], 1.0)[0]
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=0.05)
+    gradient = torch.autograd.grad(logprobs.sum(), inputs[1])[0]
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(gradient, torch.autograd.grad(plain(*inputs, 1.0)[0].sum(), inputs[1])[0], rtol=0, atol=0.15)
+
+
+def test_a_temperature_of_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="temperature must be > 0"):
+        logprobs_and_entropy(*problem(2, 3, 0, bias=False), temperature=0.0)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("bias", [True, False])
+def test_full_kl_is_the_sum_over_the_vocabulary(bias: bool) -> None:
+    hidden, weight, own_bias, _ = problem(10, 23, 4, bias=bias)
+    generator = torch.Generator().manual_seed(9)
+    ref_hidden, ref_weight = torch.randn(10, 5, generator=generator), torch.randn(23, 5, generator=generator)
+    ref_bias = torch.randn(23, generator=generator) if bias else None
+    log_p = (torch.nn.functional.linear(hidden, weight, own_bias) / 0.8).log_softmax(-1)
+    log_q = (torch.nn.functional.linear(ref_hidden, ref_weight, ref_bias) / 0.8).log_softmax(-1)
+    expected = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    found = full_kl_from_hidden(hidden, weight, ref_hidden, ref_weight, bias=own_bias, ref_bias=ref_bias, temperature=0.8)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-6)
+    assert float(full_kl_from_hidden(hidden, weight, hidden, weight).abs().max()) == 0.0

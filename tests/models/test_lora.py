@@ -1,0 +1,94 @@
+"""Adapters: where they sit, that they start as nothing, and that merging equals peft's own."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from rayrlhf.config.model import LoraSection, ModelSection
+from rayrlhf.errors import UserError
+from rayrlhf.models.load import load_causal_model
+from rayrlhf.models.lora import adapters_disabled, add_lora, checkpoint_tensors, has_lora
+
+TINY = ModelSection(path="builtin:tiny?layers=3&hidden=64")
+TOKENS = torch.arange(3, 40)[None]
+
+
+def with_lora(section: LoraSection, *, randomise: bool = True) -> torch.nn.Module:
+    network = load_causal_model(TINY)
+    network.requires_grad_(False)
+    add_lora(network, section, seed=0)
+    if randomise:
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in network.named_parameters():
+            if ".lora_B." in name:
+                parameter.data.normal_(std=0.1, generator=generator)
+    return network
+
+
+def logits(network: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        return network(input_ids=TOKENS).logits
+
+
+def test_adapters_change_nothing_at_the_start_and_switch_off_exactly() -> None:
+    plain = logits(load_causal_model(TINY))
+    assert torch.equal(logits(with_lora(LoraSection(rank=2), randomise=False)), plain)
+    network = with_lora(LoraSection(rank=2))
+    assert not torch.equal(logits(network), plain)
+    trainable = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    with adapters_disabled(network):
+        assert torch.equal(logits(network), plain)
+    assert not torch.equal(logits(network), plain)
+    assert [name for name, parameter in network.named_parameters() if parameter.requires_grad] == trainable
+
+
+def test_only_adapters_learn() -> None:
+    network = with_lora(LoraSection(rank=2))
+    assert all(".lora_" in name for name, parameter in network.named_parameters() if parameter.requires_grad)
+    assert has_lora(network)
+    assert not has_lora(load_causal_model(TINY))
+
+
+def test_the_last_layers_alone_are_adapted_and_the_backward_pass_stops_there() -> None:
+    network = with_lora(LoraSection(rank=2, last_layers=1))
+    adapted = {name.split(".layers.")[1][0] for name, _ in network.named_parameters() if ".lora_" in name}
+    assert adapted == {"2"}
+    reached = []
+    for layer in network.model.layers:
+        layer.register_forward_hook(lambda *call: reached.append(bool(call[2].requires_grad)))
+    network(input_ids=TOKENS)
+    assert reached == [False, False, True]
+
+
+def test_merged_weights_equal_pefts_merge_and_leave_the_network_alone() -> None:
+    section = LoraSection(rank=3, alpha=7.0)
+    network = with_lora(section)
+    before = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    merged = {tensor.name: tensor.value() for tensor in checkpoint_tensors(network)}
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter, before[name])
+    reference = with_lora(section)
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in [module for module in reference.modules() if isinstance(module, BaseTunerLayer)]:
+        layer.merge()
+    expected = {
+        name.replace(".base_layer", ""): parameter for name, parameter in reference.named_parameters() if ".lora_" not in name
+    }
+    assert set(merged) == set(expected) == {name for name, _ in load_causal_model(TINY).named_parameters()}
+    for name, tensor in merged.items():
+        assert torch.equal(tensor, expected[name])
+
+
+def test_a_model_of_merged_weights_computes_what_the_adapters_compute() -> None:
+    network = with_lora(LoraSection(rank=3))
+    plain = load_causal_model(TINY)
+    plain.load_state_dict({tensor.name: tensor.value() for tensor in checkpoint_tensors(network)}, strict=False)
+    torch.testing.assert_close(logits(plain), logits(network), rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_targets_and_too_many_layers_are_the_users_mistakes() -> None:
+    with pytest.raises(UserError, match="target_modules"):
+        with_lora(LoraSection(target_modules=["nothing_like_it"]))
+    with pytest.raises(UserError, match="last_layers 9: the model has 3 layers"):
+        with_lora(LoraSection(last_layers=9))
