@@ -4,7 +4,7 @@ vLLM is the sampler to use. The transformers one runs the same protocol in a few
 not installed and as an oracle for it in tests. A new backend is one more file and one more branch in `build_rollout_engine`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -80,19 +80,35 @@ def stop_token_ids(model: ModelSection, tokenizer: Any) -> list[int]:
     return sorted({int(token) for token in (*several, tokenizer.eos_token_id) if token is not None})
 
 
-def new_token_limit(request: RolloutRequest, max_new_tokens: int, max_model_length: int) -> int:
-    """Return how many tokens this request may sample: at most `max_new_tokens`, and no more than the context still holds.
+def check_new(requests: Iterable[RolloutRequest], queued: Iterable[RolloutRequest]) -> None:
+    """Check that no request is there twice: its rollout could not be told from the other's.
 
     Raises:
-        UserError: the prompt leaves no room for a single token.
+        ValueError: one of `requests` has the key of another, or of a queued one.
     """
-    room = max_model_length - len(request.prompt_ids)
-    if room < 1:
-        raise UserError(
-            f"prompt {request.key.prompt}: {len(request.prompt_ids)} tokens leave no room for a response, expected fewer than"
-            f" {max_model_length} (rollout.max_model_length, or the model's own context); shorten or drop long prompts"
-        )
-    return min(max_new_tokens, room)
+    keys = {request.key for request in queued}
+    for request in requests:
+        if request.key in keys:
+            raise ValueError(f"request {request.key} is already queued")
+        keys.add(request.key)
+
+
+def new_token_limits(requests: Iterable[RolloutRequest], max_new_tokens: int, max_model_length: int) -> list[int]:
+    """Return how many tokens each request may sample: at most `max_new_tokens`, and no more than the context still holds.
+
+    Raises:
+        UserError: a prompt leaves no room for a single token.
+    """
+    limits = []
+    for request in requests:
+        prompt_length = len(request.prompt_ids)
+        if prompt_length >= max_model_length:
+            raise UserError(
+                f"prompt {request.key.prompt}: {prompt_length} tokens leave no room for a response, expected fewer than"
+                f" {max_model_length} (rollout.max_model_length, or the model's own context); shorten or drop long prompts"
+            )
+        limits.append(min(max_new_tokens, max_model_length - prompt_length))
+    return limits
 
 
 def context_length(rollout: RolloutSection, model_config: Any) -> int:

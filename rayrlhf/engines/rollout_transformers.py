@@ -15,7 +15,15 @@ from torch import Tensor
 
 from rayrlhf.data.records import Rollout, RolloutRequest
 from rayrlhf.engines.interfaces import WeightBucket
-from rayrlhf.engines.rollout import START_VERSION, RolloutSpec, context_length, make_rollout, new_token_limit, stop_token_ids
+from rayrlhf.engines.rollout import (
+    START_VERSION,
+    RolloutSpec,
+    check_new,
+    context_length,
+    make_rollout,
+    new_token_limits,
+    stop_token_ids,
+)
 from rayrlhf.models.load import load_causal_model, load_tokenizer, resolve_dtype
 
 
@@ -59,11 +67,13 @@ class TransformersRolloutEngine:
 
         Raises:
             UserError: a prompt leaves no room for a response.
+            ValueError: a request that is already queued.
             RuntimeError: new weights are half loaded.
         """
         if self._incoming is not None:
             raise RuntimeError(f"weight version {self._incoming} is still being loaded")
-        limits = [new_token_limit(request, max_new_tokens, self._max_length) for request in requests]
+        limits = new_token_limits(requests, max_new_tokens, self._max_length)
+        check_new(requests, (row.request for row in (*self._waiting, *(self._batch.rows if self._batch else ()))))
         for request, limit in zip(requests, limits, strict=True):
             self._waiting.append(_Row(request, temperature, limit, torch.Generator().manual_seed(request.seed)))
 

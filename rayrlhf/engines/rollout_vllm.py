@@ -25,9 +25,10 @@ from rayrlhf.engines.rollout import (
     START_VERSION,
     VLLM_ENVIRONMENT,
     RolloutSpec,
+    check_new,
     context_length,
     make_rollout,
-    new_token_limit,
+    new_token_limits,
     stop_token_ids,
 )
 from rayrlhf.errors import UserError
@@ -87,14 +88,13 @@ class VLLMRolloutEngine:
 
         if self._incoming is not None:
             raise RuntimeError(f"weight version {self._incoming} is still being loaded")
-        limits = [new_token_limit(request, max_new_tokens, self._max_length) for request in requests]
+        limits = new_token_limits(requests, max_new_tokens, self._max_length)
+        check_new(requests, self._requests.values())
         if not self._requests:
             # What is cached decides how a prompt's sums are split: an empty start makes a batch's bits its own.
             self._engine.reset_prefix_cache()
         for request, limit in zip(requests, limits, strict=True):
             name = "-".join(map(str, request.key))
-            if name in self._requests:
-                raise ValueError(f"request {request.key} is already queued")
             self._requests[name] = request
             parameters = self._sampling_parameters(request.seed, temperature, limit)
             self._engine.add_request(name, tokens_input(request.prompt_ids.tolist()), parameters)

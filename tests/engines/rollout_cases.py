@@ -18,7 +18,10 @@ torch.set_num_threads(1)  # Tiny models gain nothing from threads, and lose much
 
 CONTEXT = 96
 TINY = f"builtin:tiny?layers=2&hidden=128&context={CONTEXT}&tie="
-PROMPTS = [[3 + byte for byte in text.encode()] for text in ("Say Hello there", "one two", "How many apples?", "Z")]
+PROMPTS = [
+    [3 + byte for byte in text.encode()]
+    for text in ("\nHello there", "one two", "How many apples are left in the basket?", "Z")
+]
 
 
 def start(backend: str, *, tie: bool = True, dtype: str = "float32", **rollout: Any) -> RolloutEngine:

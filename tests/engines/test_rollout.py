@@ -113,6 +113,13 @@ def test_a_prompt_that_fills_the_context_is_refused_in_one_line_and_nothing_is_q
     assert engine.unfinished == 0
 
 
+def test_a_request_cannot_be_queued_twice(engine):
+    engine.submit(make_requests(1), temperature=1.0, max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"request SampleKey\(step=0, prompt=3, sample=0\) is already queued"):
+        engine.submit(make_requests(2)[:0:-1], temperature=1.0, max_new_tokens=2)
+    assert len(engine.poll(8)) == 4
+
+
 def test_poll_streams_every_request_exactly_once(engine):
     requests = make_requests(5)
     engine.submit(requests[:9], temperature=1.0, max_new_tokens=12)

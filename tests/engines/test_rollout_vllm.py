@@ -37,11 +37,3 @@ def test_a_closed_engine_gives_its_memory_back_and_another_can_start():
         gc.collect()
         assert model() is None
         engine.close()
-
-
-def test_a_request_cannot_be_queued_twice():
-    engine = start("vllm")
-    engine.submit(make_requests(1), temperature=1.0, max_new_tokens=2)
-    with pytest.raises(ValueError, match="already queued"):
-        engine.submit(make_requests(1), temperature=1.0, max_new_tokens=2)
-    engine.close()
