@@ -19,6 +19,10 @@ def load(*overrides):
     return load_config(PPOConfig, None, [*REQUIRED, *overrides])
 
 
+def trimmed(tensor, lengths):
+    return [row[:length].tolist() for row, length in zip(tensor, lengths, strict=True)]
+
+
 def scored(responses, stopped, scores, policy, reference, values, readers=("policy", "policy")):
     """Rollouts with given log-probs and values; prompts are one token long, since nothing here reads them."""
     prompt = np.zeros(1, dtype=np.int32)
@@ -70,11 +74,10 @@ def test_the_classic_preset_gives_the_advantages_returns_and_coefficients_that_t
     )
     for step in case.steps:
         lengths = step.response_lengths.tolist()
-        cut = (
-            lambda tensor, step=step, lengths=lengths: [  # noqa: E731 - rows of different lengths
-                row[:length].tolist() for row, length in zip(step.to_response(tensor), lengths, strict=True)
-            ]
-        )
+
+        def cut(tensor, step=step, lengths=lengths):
+            return trimmed(step.to_response(tensor), lengths)
+
         # The value after the last token is not used by TRL classic: any number may stand there.
         values = [[*row, 7.0] for row in cut(step.old_values_raw)]
         rows = scored(cut(step.mask), [True] * 8, step.scores, cut(step.old_logprobs), cut(step.ref_logprobs), values)
@@ -101,16 +104,15 @@ def test_the_modern_preset_gives_the_advantages_that_trl_recorded():
     )
     lengths = case.advantages_mask.sum(1).tolist()
     responses = case.query_responses[:, case.prompt_width :]
-    cut = lambda tensor: [row[:length].tolist() for row, length in zip(tensor, lengths, strict=True)]  # noqa: E731
     stopped = [bool((row[:length] == case.eos_token_id).any()) for row, length in zip(responses, lengths, strict=True)]
     values = case.full_value[:, case.prompt_width - 1 :]
     taken = [row[: length + 1].tolist() for row, length in zip(values, lengths, strict=True)]
     rows = scored(
-        cut(responses),
+        trimmed(responses, lengths),
         stopped,
         case.scores_raw,
-        cut(case.rollout_logprobs),
-        cut(case.ref_logprobs),
+        trimmed(case.rollout_logprobs, lengths),
+        trimmed(case.ref_logprobs, lengths),
         taken,
         readers=("policy", "critic"),
     )

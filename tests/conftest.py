@@ -1,0 +1,13 @@
+"""What all tests share: no network, no telemetry, and Ray as a user's machine would run it, but without a token in HOME."""
+
+import os
+
+from hypothesis import settings
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A deadline of milliseconds fails for nothing on a machine that does something else at the same time.
+settings.register_profile("no-deadline", deadline=None)
+settings.load_profile("no-deadline")

@@ -1,0 +1,44 @@
+"""Small complete PPO runs for tests: the tiny built-in model, real actors, real engines."""
+
+import json
+
+from rayrlhf.config.load import load_config
+from rayrlhf.config.ppo import PPOConfig
+
+SETTINGS = [
+    "model.path=builtin:tiny?layers=2&hidden=64&context=64",
+    "reward.functions=[{name: tests.ppo.runs:digit_share}]",
+    "rollout.max_new_tokens=8",
+    "rollout.max_model_length=64",
+    "rollout.memory_gib=0.25",
+    "rollout.prompts_per_step=16",
+    "train.mini_batch_size=8",
+    "train.learning_rate=1e-3",
+    "run.steps=2",
+    "checkpoint.every=0",
+    "observe.live=false",
+]
+"""The least that makes a whole run; what is given later wins."""
+
+
+def digit_share(responses):
+    """A reward with a gradient from the first step on: the share of characters that are digits."""
+    return [sum(character.isdigit() for character in text) / max(len(text), 1) for text in responses]
+
+
+def shuffled_digit_share(responses):
+    """The same rewards, handed to the wrong responses: what is learned from them is nothing."""
+    rewards = digit_share(responses)
+    return rewards[len(rewards) // 2 :] + rewards[: len(rewards) // 2]
+
+
+def write_prompts(folder, count=32):
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"say {index}", "number": index}) + "\n" for index in range(count)))
+    return path
+
+
+def run_config(folder, *overrides):
+    path = write_prompts(folder)
+    own = [f"data.train.path={path}", f"data.evaluation.path={path}", f"run.root={folder / 'runs'}", "evaluation.prompts=8"]
+    return load_config(PPOConfig, None, [*SETTINGS, *own, *overrides])
