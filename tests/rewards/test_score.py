@@ -142,12 +142,12 @@ def test_coroutines_run_at_the_same_time_as_each_other_and_as_the_rest():
         return BoundFunction(name, wait)
 
     def blocking(responses: list[str]) -> list[float]:
-        time.sleep(0.4)
+        time.sleep(2.0)
         return [1.0] * len(responses)
 
     start = time.perf_counter()
-    rewards = score_batch([slow(0.4, "x"), bound(blocking), slow(0.4, "y")], BATCH)
-    assert time.perf_counter() - start < 0.75
+    rewards = score_batch([slow(2.0, "x"), bound(blocking), slow(2.0, "y")], BATCH)
+    assert time.perf_counter() - start < 3.9
     assert list(rewards.parts) == ["x", "blocking", "y"]
 
 
@@ -167,7 +167,7 @@ def test_an_overrunning_coroutine_is_named_and_cancelled():
         DeadlineError, match=r"'stuck' did not answer within 0\.2 s \(reward\.timeout_seconds\), since \d\d:\d\d:\d\d"
     ):
         score_batch([bound(judge), bound(stuck)], BATCH, timeout_seconds=0.2)
-    assert time.perf_counter() - start < 3
+    assert time.perf_counter() - start < 30
     assert cancelled.wait(5)
 
 
