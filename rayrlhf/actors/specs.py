@@ -67,4 +67,5 @@ TRAINER_ENVIRONMENT = {
 
 def optimizer_steps(config: PPOConfig) -> int:
     """Optimizer steps of a whole run, for learning-rate schedules."""
-    return config.run.steps * config.train.epochs * (config.samples_per_step // config.mini_batch_size)
+    warmup = -(-config.warmup.samples // config.warmup.mini_batch_size) if config.warmup else 0
+    return warmup + config.run.steps * config.updates_per_step

@@ -21,6 +21,7 @@ from rayrlhf.config.run import (
 )
 from rayrlhf.config.section import Section
 from rayrlhf.config.train import TrainSection
+from rayrlhf.config.warmup import WarmupSection
 
 
 class PPOConfig(Section):
@@ -35,6 +36,8 @@ class PPOConfig(Section):
     rollout: RolloutSection = RolloutSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     train: TrainSection = TrainSection()
+    warmup: WarmupSection | None = None
+    """A short supervised start; none when not given."""
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     placement: PlacementSection = PlacementSection()

@@ -24,7 +24,7 @@ class RolloutSection(Section):
     max_concurrent: int = Field(256, ge=1)
     """Most requests one replica decodes at a time."""
     memory_gib: float = Field(2.0, gt=0)
-    """KV cache of a replica on a CPU, in GiB."""
+    """Most KV cache of a replica on a CPU, in GiB; no more is taken than `max_concurrent` full responses can fill."""
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
     """Share of the device a replica may use on a GPU."""
     mismatch_alarm: float = Field(0.5, gt=0)

@@ -36,11 +36,13 @@ class Template:
 
     Attributes:
         text: with places {a} and {b} for names, {things}, and {x}, {y}, {z} for numbers.
+        working: the sum that gives the answer, with the same places.
         answer: from x, y, z; numbers whose answer is negative are not used.
         limits: the largest x, y and z; each is at least 2. A limit of 2 stands for a number that the text does not use.
     """
 
     text: str
+    working: str
     answer: Callable[[int, int, int], int]
     limits: tuple[int, int, int]
 
@@ -48,51 +50,51 @@ class Template:
 TEMPLATES = (
     Template(
         "{a} has {x} {things} and buys {y} more. How many {things} does {a} have now?",
-        lambda x, y, z: x + y, (20, 20, 2),
+        "{x} + {y}", lambda x, y, z: x + y, (20, 20, 2),
     ),
     Template(
         "{a} found {x} {things} and {b} found {y}. How many did they find together?",
-        lambda x, y, z: x + y, (20, 20, 2),
+        "{x} + {y}", lambda x, y, z: x + y, (20, 20, 2),
     ),
     Template(
         "{a} had {x} {things} and gave {y} to {b}. How many {things} does {a} have left?",
-        lambda x, y, z: x - y, (20, 20, 2),
+        "{x} - {y}", lambda x, y, z: x - y, (20, 20, 2),
     ),
     Template(
         "{a} needs {x} {things} and already has {y}. How many more must {a} get?",
-        lambda x, y, z: x - y, (20, 20, 2),
+        "{x} - {y}", lambda x, y, z: x - y, (20, 20, 2),
     ),
     Template(
         "{a} fills {x} boxes with {y} {things} each. How many {things} is that in all?",
-        lambda x, y, z: x * y, (12, 12, 2),
+        "{x} * {y}", lambda x, y, z: x * y, (12, 12, 2),
     ),
     Template(
         "Each of {x} friends brings {y} {things}. How many {things} do they bring?",
-        lambda x, y, z: x * y, (12, 12, 2),
+        "{x} * {y}", lambda x, y, z: x * y, (12, 12, 2),
     ),
     Template(
         "{a} has {x} bags of {y} {things} and {z} loose ones. How many {things} does {a} have?",
-        lambda x, y, z: x * y + z, (9, 9, 12),
+        "{x} * {y} + {z}", lambda x, y, z: x * y + z, (9, 9, 12),
     ),
     Template(
         "{a} buys {x} packs of {y} {things} and loses {z} of them. How many {things} are left?",
-        lambda x, y, z: x * y - z, (9, 9, 12),
+        "{x} * {y} - {z}", lambda x, y, z: x * y - z, (9, 9, 12),
     ),
     Template(
         "{a} had {x} {things}, gave {y} to {b} and then got {z} more. How many does {a} have now?",
-        lambda x, y, z: x - y + z, (20, 20, 20),
+        "{x} - {y} + {z}", lambda x, y, z: x - y + z, (20, 20, 20),
     ),
     Template(
         "A shop had {x} {things}. It sold {y} to {a} and {z} to {b}. How many {things} remain?",
-        lambda x, y, z: x - y - z, (20, 12, 12),
+        "{x} - {y} - {z}", lambda x, y, z: x - y - z, (20, 12, 12),
     ),
     Template(
         "{a} has {x} {things}. {b} has {y} more than {a}. How many do they have together?",
-        lambda x, y, z: 2 * x + y, (12, 12, 2),
+        "{x} + {x} + {y}", lambda x, y, z: 2 * x + y, (12, 12, 2),
     ),
     Template(
         "{a} and {b} each pick {x} {things} and then eat {y} in all. How many {things} are left?",
-        lambda x, y, z: 2 * x - y, (12, 20, 2),
+        "{x} + {x} - {y}", lambda x, y, z: 2 * x - y, (12, 20, 2),
     ),
 )  # fmt: skip
 
@@ -106,7 +108,8 @@ def generate(seed: int, count: int, split: Split) -> list[dict[str, str]]:
         split: "train" or "evaluation".
 
     Returns:
-        Rows with `question`, 17 to 32 tokens of a usual vocabulary, and `answer`, the number in digits.
+        Rows with `question`, 17 to 32 tokens of a usual vocabulary, `answer`, the number in digits, and `solution`, a worked
+        response such as `3 + 4 = 7 pens. Answer: 7`.
 
     Raises:
         ValueError: an unknown split, or a count out of range.
@@ -117,15 +120,18 @@ def generate(seed: int, count: int, split: Split) -> list[dict[str, str]]:
         raise ValueError(f"count {count}: expected 0 to {MOST_ROWS}")
     choices = [_numbers_of(kind, split) for kind in range(len(TEMPLATES))]
     generator = random.Random(f"word problems {seed}")
-    rows: dict[str, str] = {}
+    rows: dict[str, dict[str, str]] = {}
     while len(rows) < count:
         kind = generator.randrange(len(TEMPLATES))
         x, y, z = generator.choice(choices[kind])
         first, second = generator.sample(NAMES, 2)
         things = generator.choice(THINGS)
-        question = TEMPLATES[kind].text.format(a=first, b=second, things=things, x=x, y=y, z=z)
-        rows[question] = str(TEMPLATES[kind].answer(x, y, z))
-    return [{"question": question, "answer": answer} for question, answer in rows.items()]
+        template = TEMPLATES[kind]
+        places = {"a": first, "b": second, "things": things, "x": x, "y": y, "z": z}
+        question, answer = template.text.format(**places), str(template.answer(x, y, z))
+        solution = f"{template.working.format(**places)} = {answer} {things}. Answer: {answer}"
+        rows[question] = {"question": question, "answer": answer, "solution": solution}
+    return list(rows.values())
 
 
 @cache

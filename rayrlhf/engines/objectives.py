@@ -177,6 +177,28 @@ class SharedObjective:
         return self.policy.terms(outputs, arrays) + self.value.terms(outputs, arrays)
 
 
+@dataclass(frozen=True)
+class ImitationObjective:
+    """Cross-entropy of given responses: the mean of -log p over all response tokens of the optimizer step."""
+
+    temperature: float = 1.0
+
+    @property
+    def want(self) -> frozenset[Want]:
+        """Log-probs."""
+        return frozenset({"logprobs"})
+
+    @property
+    def masks(self) -> Sequence[str]:
+        """The action mask."""
+        return ("action_mask",)
+
+    def terms(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[Term]:
+        """Evaluate on a micro-batch (see `Objective.terms`)."""
+        loss = zero_masked(-outputs["logprobs"], arrays["action_mask"])
+        return [Term("action_mask", 1.0, LossTerms(loss, {"loss/imitation": loss.detach()}))]
+
+
 def weighted_loss(terms: Sequence[Term], denominators: Mapping[str, float]) -> Tensor:
     """Return the scalar sum of coefficient * (sum of a term's losses) / (its denominator, by mask name)."""
     parts = [term.coefficient / denominators[term.mask] * term.terms.loss.sum() for term in terms]

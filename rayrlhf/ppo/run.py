@@ -2,7 +2,7 @@
 
 import importlib.util
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,17 @@ import yaml
 from rayrlhf.actors.connection import connected, running_crew
 from rayrlhf.config.load import describe, differences, dump_config
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.data.prompts import load_prompt_dataset
 from rayrlhf.data.records import Prompt
 from rayrlhf.data.sampler import PromptSampler
 from rayrlhf.engines.rollout import context_length
 from rayrlhf.errors import UserError
+from rayrlhf.models.load import load_architecture, load_tokenizer
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from rayrlhf.ppo.recorder import GIB, Recorder
 from rayrlhf.ppo.trainer import PPOTrainer
+from rayrlhf.ppo.warmup import check_warmup, imitation_batch
 from rayrlhf.rewards.functions import load_functions
 
 
@@ -49,6 +52,7 @@ def check_ppo(config: PPOConfig) -> str:
     _check_backend(config)
     load_functions(config.reward)
     train, evaluation = load_prompts(config)
+    check_warmup(config, train)
     return f"{describe(config)}\nprompts: {len(train)} to train on, {len(evaluation)} held out"
 
 
@@ -68,6 +72,7 @@ def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResul
     _check_backend(config)
     load_functions(config.reward)
     train_prompts, evaluation_prompts = load_prompts(config)
+    check_warmup(config, train_prompts)
     with Recorder(config, dump_config(config), stored_differences) as recorder, connected(config.placement.address):
         with recorder.waiting("starting the actors"), ExitStack() as stack:
             crew = stack.enter_context(running_crew(config))
@@ -76,7 +81,7 @@ def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResul
             sampler = PromptSampler(train_prompts, seed=config.run.seed, shuffle=config.data.shuffle)
             trainer = PPOTrainer(config, crew, sampler, evaluation_prompts, recorder.timer, callbacks=[recorder, *callbacks])
             _resume(trainer, recorder)
-            _run(trainer, recorder)
+            _run(trainer, recorder, train_prompts)
     return PPOResult(recorder.folder.path, trainer.steps_done, time.monotonic() - started, recorder.memory.peak_bytes / GIB)
 
 
@@ -91,9 +96,6 @@ def load_prompts(config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
     Raises:
         UserError: a file, row, field, template or prompt length is not as it must be.
     """
-    from rayrlhf.data.prompts import load_prompt_dataset
-    from rayrlhf.models.load import load_architecture, load_tokenizer
-
     tokenizer = load_tokenizer(config.model)
     context = context_length(config.rollout, load_architecture(config.model))
     longest = config.data.max_prompt_tokens or context - config.rollout.max_new_tokens
@@ -127,11 +129,13 @@ def _resume(trainer: PPOTrainer, recorder: Recorder) -> None:
     recorder.resume(trainer.steps_done)
 
 
-def _run(trainer: PPOTrainer, recorder: Recorder) -> None:
+def _run(trainer: PPOTrainer, recorder: Recorder, train_prompts: Sequence[Prompt]) -> None:
     config = trainer.config
     for callback in trainer.callbacks:
         callback.on_start(trainer)
-    _evaluate(trainer, recorder)
+    if trainer.steps_done == 0:
+        _evaluate(trainer, recorder)
+        _warm_up(trainer, recorder, train_prompts)
     while trainer.steps_done < config.run.steps:
         trainer.train_step()
         step = trainer.steps_done
@@ -144,6 +148,17 @@ def _run(trainer: PPOTrainer, recorder: Recorder) -> None:
         trainer.export(recorder.folder.export)
     for callback in trainer.callbacks:
         callback.on_end(trainer)
+
+
+def _warm_up(trainer: PPOTrainer, recorder: Recorder, train_prompts: Sequence[Prompt]) -> None:
+    """Imitate the given responses, where the configuration asks for it."""
+    if trainer.config.warmup is None:
+        return
+    batch = imitation_batch(trainer.config, train_prompts, load_tokenizer(trainer.config.model))
+    with recorder.waiting(f"warming up on {len(batch)} given responses"):
+        report = trainer.warm_up(batch)
+    first, last = (report.step_metrics[index]["loss/imitation"] for index in (0, -1))
+    recorder.note(f"warm-up: cross-entropy {first:.2f} -> {last:.2f} nats a token over {len(batch)} responses")
 
 
 def _evaluate(trainer: PPOTrainer, recorder: Recorder) -> None:

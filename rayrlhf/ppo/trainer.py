@@ -17,7 +17,9 @@ from rayrlhf.actors.waiting import wait_all
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Prompt, Rollout
 from rayrlhf.data.sampler import PromptSampler
+from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.interfaces import Want
+from rayrlhf.engines.objectives import ImitationObjective
 from rayrlhf.engines.update_plan import UpdateReport
 from rayrlhf.errors import AlarmError
 from rayrlhf.models.load import resolve_dtype
@@ -29,7 +31,8 @@ from rayrlhf.ppo.generation import generate, make_requests
 from rayrlhf.ppo.objectives import make_objectives, plan_update
 from rayrlhf.ppo.scoring import Reading, ScoredRollouts, Scorer
 from rayrlhf.ppo.step_metrics import reward_metrics, step_metrics
-from rayrlhf.ppo.weight_sync import sync_weights
+from rayrlhf.ppo.warmup import imitation_plan
+from rayrlhf.ppo.weight_sync import SyncReport, sync_weights
 
 
 class PPOTrainer:
@@ -92,11 +95,8 @@ class PPOTrainer:
             )
         reports = self._update(experience)
         self.steps_done += 1
-        self.weight_version += 1
         with self.timer.phase("weight_sync"):
-            sync = sync_weights(
-                self.crew["policy"], self.crew["rollout"], self.weight_version, self.sync_dtype, self.config.deadlines.sync
-            )
+            sync = self._sync()
         episodes = self.steps_done * self.config.samples_per_step
         return step_metrics(experience, reports, sync, episodes) | reward_metrics(scored)
 
@@ -116,6 +116,14 @@ class PPOTrainer:
         for callback in self.callbacks:
             callback.on_step_end(self.steps_done, metrics, scored)
         return metrics
+
+    def warm_up(self, batch: TrainingBatch) -> UpdateReport:
+        """Imitate given responses before the first step, and bring the replicas up to date."""
+        plan = imitation_plan(self.config, len(batch))
+        pending = self.crew["policy"].call("update", ray.put(batch), plan, ImitationObjective(self.config.rollout.temperature))
+        report: UpdateReport = wait_all(pending, "warm-up", self.config.deadlines.update)[0]
+        self._sync()
+        return report
 
     def evaluate(self) -> Evaluation:
         """Answer and score the held-out prompts, one response each at `evaluation.temperature`."""
@@ -159,6 +167,12 @@ class PPOTrainer:
         sync_weights(
             self.crew["policy"], self.crew["rollout"], self.weight_version, self.sync_dtype, self.config.deadlines.sync
         )
+
+    def _sync(self, version: int | None = None) -> SyncReport:
+        """Bring every replica to the policy's weights, as the next version if none is given."""
+        self.weight_version = self.weight_version + 1 if version is None else version
+        policy, replicas = self.crew["policy"], self.crew["rollout"]
+        return sync_weights(policy, replicas, self.weight_version, self.sync_dtype, self.config.deadlines.sync)
 
     def _stream(self, requests: list[Any], temperature: float | None) -> Iterable[list[Rollout]]:
         rollout = self.config.rollout

@@ -45,8 +45,11 @@ def skeleton(question: str) -> str:
 def test_answers_are_right_and_not_negative(split):
     rows = generate(0, 2000, split)
     for row in rows:
-        assert set(row) == {"question", "answer"}
+        assert set(row) == {"question", "answer", "solution"}
         assert int(row["answer"]) == solve(row["question"]) >= 0
+        working, _, rest = row["solution"].partition(" = ")
+        assert eval(working) == int(row["answer"])
+        assert rest.endswith(f"Answer: {row['answer']}")
     assert len({row["question"] for row in rows}) == 2000
 
 
