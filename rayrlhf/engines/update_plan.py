@@ -81,7 +81,7 @@ def split_mini_batch(
         For each rank its micro-batches, equally many on every rank.
     """
     if parity.mini_batch_means or parity.no_accumulation:
-        shares = [[[int(row) for row in part] for part in _consecutive(share, train)] for share in np.array_split(rows, ranks)]
+        shares = [[list(part) for part in _consecutive(share, train)] for share in _runs(rows, ranks)]
     else:
         own = [lengths[row] for row in rows]
         shares = [
@@ -91,6 +91,10 @@ def split_mini_batch(
     count = max(len(share) for share in shares)
     filler = MicroBatch((min(rows, key=lambda row: lengths[row]),), weight=0.0)
     return [[MicroBatch(tuple(part)) for part in share] + [filler] * (count - len(share)) for share in shares]
+
+
+def _runs(rows: Sequence[int], parts: int) -> list[list[int]]:
+    return [[int(row) for row in part] for part in np.array_split(np.asarray(rows, dtype=np.int64), parts)]
 
 
 def _consecutive(share: Sequence[int], train: TrainSection) -> list[Sequence[int]]:

@@ -61,7 +61,7 @@ def load_causal_model(model: ModelSection) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
-    network = _from_pretrained(AutoModelForCausalLM, model)
+    network: nn.Module = _from_pretrained(AutoModelForCausalLM, model)
     for name in _UNSUPPORTED_HEADS:
         if getattr(network.config, name, None) not in (None, 1, 1.0):
             raise UserError(f"model.path {model.path!r}: models with {name} in their config are not supported")
@@ -76,7 +76,8 @@ def load_trunk(model: ModelSection) -> nn.Module:
     """
     from transformers import AutoModel
 
-    return _from_pretrained(AutoModel, model)
+    network: nn.Module = _from_pretrained(AutoModel, model)
+    return network
 
 
 def load_architecture(model: ModelSection) -> Any:

@@ -38,7 +38,8 @@ def logprobs_and_entropy(
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, not {temperature}")
-    return cast("tuple[Tensor, Tensor]", _LogprobsAndEntropy.apply(hidden, weight, bias, targets, temperature, entropy))
+    result = _LogprobsAndEntropy.apply(hidden, weight, bias, targets, temperature, entropy)  # type: ignore[no-untyped-call]
+    return cast("tuple[Tensor, Tensor]", result)
 
 
 @torch.no_grad()

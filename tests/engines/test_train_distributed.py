@@ -1,0 +1,123 @@
+"""Two ranks do what one does, at every ZeRO stage; run in processes of their own, as actors would."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rayrlhf.algorithms.guards import moved_too_far
+from rayrlhf.config.algorithm import ParitySection
+from rayrlhf.config.model import ModelSection
+from rayrlhf.config.train import OptimizerSection, TrainSection
+from rayrlhf.engines.objectives import POLICY_KL, PolicyObjective, SharedObjective, ValueObjective
+from rayrlhf.engines.process_group import ProcessGroupSpec, join, leave
+from rayrlhf.engines.train_engine import TrainEngine, TrainEngineSpec, UpdatePlan
+from tests.engines.training import free_port, join_alone, random_batch, random_sequences, weights_of, write_llama
+
+STAGES = (0, 1, 2, 3)
+SAMPLES = 7
+OBJECTIVE = SharedObjective(PolicyObjective(), ValueObjective())
+PLAN = UpdatePlan([[[3, 1, 6], [0, 5, 2, 4]], [[5], [0, 1, 2, 3, 4, 6]]])
+"""Uneven on purpose: an optimizer step of one sample leaves the second rank nothing but fillers."""
+
+
+def run_rank(rank: int, ranks: int, folder: Path) -> None:
+    """One rank's part: updates at each stage, the results left in the folder."""
+    batch = random_batch(random_sequences(SAMPLES))
+    for stage in STAGES:
+        engine = engine_at(folder / "model", stage)
+        report = engine.update(batch, PLAN, OBJECTIVE)
+        stopped = engine_at(folder / "model", stage, early_stop_kl=1e-9).update(batch, PLAN, OBJECTIVE)
+        result = {
+            "weights": weights_of(engine), "metrics": report.metrics, "norms": report.grad_norms, "tokens": report.tokens,
+            "last_kl": stopped.step_metrics[-1][POLICY_KL], "stopped": stopped.stopped_early, "steps": stopped.optimizer_steps,
+        }  # fmt: skip
+        engine.save_state(folder / f"state-{ranks}-{stage}")
+        resumed = engine_at(folder / "model", stage)
+        resumed.load_state(folder / f"state-{ranks}-{stage}")
+        result["resumed"] = [e.update(batch, PLAN, OBJECTIVE).metrics for e in (engine, resumed)]
+        torch.save(result, folder / f"result-{ranks}-{rank}-{stage}.pt")
+
+
+def engine_at(model: Path, stage: int, early_stop_kl: float | None = None) -> TrainEngine:
+    train = TrainSection(
+        zero_stage=stage,
+        micro_batch_tokens=30,
+        optimizer=OptimizerSection(name="sgd"),
+        max_grad_norm=0.5,
+        early_stop_kl=early_stop_kl,
+    )
+    return TrainEngine(
+        TrainEngineSpec(
+            ModelSection(path=str(model), dtype="float32"), frozenset({"lm", "value"}), train, 0.5, parity=ParitySection()
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of a world of two in processes of their own, and of this process alone, at work side by side."""
+    folder = tmp_path_factory.mktemp("ranks")
+    write_llama(folder / "model")
+    code, port = f"from tests.engines.{Path(__file__).stem} import main; main()", free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), "2", str(port), str(folder)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    join_alone()
+    run_rank(0, 1, folder)
+    errors = [process.communicate(timeout=500)[1].decode() for process in processes]
+    for process, error in zip(processes, errors, strict=True):
+        assert process.returncode == 0, error[-3000:]
+    return folder
+
+
+def main() -> None:
+    rank, ranks, port, folder = sys.argv[1:]
+    torch.set_num_threads(1)
+    join(ProcessGroupSpec(int(rank), int(ranks), "127.0.0.1", int(port), timeout_seconds=300))
+    run_rank(int(rank), int(ranks), Path(folder))
+    leave()
+
+
+def load(folder: Path, ranks: int, rank: int, stage: int) -> dict:
+    return torch.load(folder / f"result-{ranks}-{rank}-{stage}.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_take_the_steps_of_one(results: Path, stage: int) -> None:
+    alone = load(results, 1, 0, 0)
+    first, second = load(results, 2, 0, stage), load(results, 2, 1, stage)
+    for name, tensor in alone["weights"].items():
+        np.testing.assert_allclose(first["weights"][name], tensor, rtol=0, atol=1e-5, err_msg=name)
+        assert torch.equal(first["weights"][name], second["weights"][name])
+    assert first["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+    for name, value in alone["metrics"].items():
+        assert first["metrics"][name] == second["metrics"][name]
+        assert first["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    assert first["tokens"] + second["tokens"] == alone["tokens"]
+    assert min(first["tokens"], second["tokens"]) > 0.3 * alone["tokens"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_early_stopping_is_decided_alike_on_all_ranks(results: Path, stage: int) -> None:
+    alone = load(results, 1, 0, stage)
+    for rank in (0, 1):
+        result = load(results, 2, rank, stage)
+        assert (result["stopped"], result["steps"]) == (alone["stopped"], alone["steps"])
+        assert result["last_kl"] == pytest.approx(alone["last_kl"], rel=1e-3, abs=1e-5)
+        assert result["stopped"] == moved_too_far(result["last_kl"], 1e-9)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_world_continues_bit_for_bit(results: Path, stage: int) -> None:
+    for rank in (0, 1):
+        continued, resumed = load(results, 2, rank, stage)["resumed"]
+        assert continued == resumed
