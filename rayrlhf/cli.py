@@ -4,13 +4,14 @@ A user's mistake ends with one line and exit code 2, a run that stopped itself o
 code 1. Anything else is a bug and keeps its traceback. Heavy imports happen inside the commands, so that help is instant.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rayrlhf.errors import AlarmError, DeadlineError, UserError
+from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, UserError
 
 app = typer.Typer(
     name="rayrlhf",
@@ -65,12 +66,16 @@ def chat(
 
 def main() -> None:
     """Entry point of the console script."""
+    # Progress bars of model files would tear the live view apart.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         app()
     except UserError as error:
         print(f"rayrlhf: {error}", file=sys.stderr)  # noqa: T201 - the command's own output
         sys.exit(2)
-    except (AlarmError, DeadlineError) as error:
+    except (AlarmError, DeadlineError, ActorLostError) as error:
         print(f"rayrlhf: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(1)
 

@@ -11,3 +11,7 @@ class DeadlineError(Exception):
 
 class AlarmError(Exception):
     """A run that stopped itself because a measured quantity left its allowed range."""
+
+
+class ActorLostError(Exception):
+    """A process that served a call is gone: names the actor and the call."""

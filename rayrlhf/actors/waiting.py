@@ -18,15 +18,11 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from rayrlhf.errors import AlarmError, DeadlineError, UserError
+from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, UserError
 
 Key = TypeVar("Key")
 INFRASTRUCTURE_ERRORS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError, ObjectLostError)
 """What Ray raises when a process, a node or an object is gone, as opposed to a bug in the code that ran there."""
-
-
-class ActorLostError(Exception):
-    """A process that served a call is gone. Names the actor and the call."""
 
 
 def wait_all(pending: Mapping[str, ray.ObjectRef], what: str, seconds: float) -> list[Any]:

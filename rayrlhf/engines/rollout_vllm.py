@@ -192,7 +192,7 @@ def _start(spec: RolloutSpec, transfer: Transfer, executor: str | None) -> Any:
     trust = spec.model.trust_remote_code
     config = AutoConfig.from_pretrained(path, revision=spec.model.revision, trust_remote_code=trust)
     length = context_length(spec.rollout, config)
-    device = _gpu_settings(spec, executor) if torch.cuda.is_available() else _cpu_settings(spec, config)
+    device = _gpu_settings(spec, executor) if torch.cuda.is_available() else _cpu_settings(spec, config, length)
     try:
         arguments = EngineArgs(
             model=path,
@@ -217,7 +217,7 @@ def _start(spec: RolloutSpec, transfer: Transfer, executor: str | None) -> Any:
         raise UserError(f"rollout: vLLM cannot serve {spec.model.path}: {reason[0] if reason else error!r}") from error
 
 
-def _cpu_settings(spec: RolloutSpec, config: Any) -> dict[str, Any]:
+def _cpu_settings(spec: RolloutSpec, config: Any, length: int) -> dict[str, Any]:
     if spec.rollout.tensor_parallel_size > 1:
         raise UserError("rollout.tensor_parallel_size: a CPU replica is one process, expected 1; set rollout.replicas instead")
     _register_model_class(config)
@@ -225,9 +225,19 @@ def _cpu_settings(spec: RolloutSpec, config: Any) -> dict[str, Any]:
         "enforce_eager": True,
         # Seeded requests kill vLLM 0.32 on a CPU when it cuts a prompt in pieces ("CPU Generator does not use offset").
         "enable_chunked_prefill": False,
-        "kv_cache_memory_bytes": int(spec.rollout.memory_gib * 2**30),
+        "kv_cache_memory_bytes": min(int(spec.rollout.memory_gib * 2**30), _useful_cache_bytes(spec, config, length)),
         "block_size": KV_BLOCK_TOKENS,
     }
+
+
+def _useful_cache_bytes(spec: RolloutSpec, config: Any, length: int) -> int:
+    """KV cache of `max_concurrent` responses of full length: vLLM zeroes all it gets, which costs memory and a second a GiB."""
+    text = config.get_text_config()
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    token_bytes = 2 * text.num_hidden_layers * heads * head_size * resolve_dtype(spec.model.dtype).itemsize
+    blocks = (spec.rollout.max_concurrent + 1) * (length // KV_BLOCK_TOKENS + 1)
+    return blocks * KV_BLOCK_TOKENS * token_bytes
 
 
 def _gpu_settings(spec: RolloutSpec, executor: str | None) -> dict[str, Any]:

@@ -4,10 +4,12 @@ import gc
 import importlib.util
 import weakref
 
+import numpy as np
 import pytest
 
+from rayrlhf.data.records import RolloutRequest, SampleKey
 from rayrlhf.errors import UserError
-from tests.engines.rollout_cases import make_requests, sample, start
+from tests.engines.rollout_cases import CONTEXT, make_requests, sample, start
 
 
 def test_without_vllm_the_error_says_what_to_install(monkeypatch):
@@ -25,6 +27,17 @@ def test_a_cpu_replica_is_one_process():
 def test_a_cache_too_small_for_one_response_is_the_users_to_mend():
     with pytest.raises(UserError, match=r"^rollout: vLLM cannot serve builtin:tiny.*$"):
         start("vllm", memory_gib=1e-5)
+
+
+def test_a_cpu_replica_takes_no_more_cache_than_it_can_fill():
+    engine = start("vllm", memory_gib=100.0, max_concurrent=3)
+    taken = engine._engine.vllm_config.cache_config.kv_cache_memory_bytes
+    requests = [RolloutRequest(SampleKey(0, 0, n), np.array([7], dtype=np.int32), seed=n) for n in range(3)]
+    engine.submit(requests, temperature=1.0, max_new_tokens=CONTEXT)
+    assert len(engine.poll(3)) == 3
+    engine.close()
+    token_bytes = 2 * 2 * 1 * 64 * 4  # keys and values, layers, heads, head size, float32
+    assert 3 * CONTEXT * token_bytes <= taken < 6 * CONTEXT * token_bytes
 
 
 def test_a_closed_engine_gives_its_memory_back_and_another_can_start():
