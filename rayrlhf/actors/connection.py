@@ -33,8 +33,7 @@ def connected(address: str | None) -> Iterator[None]:
 
 @contextmanager
 def running_crew(config: PPOConfig) -> Iterator[Crew]:
-    """Start a run's actors on the connected cluster; they end with the block."""
-    plan = make_plan(config, read_machine())
-    deadlines = config.deadlines
-    with started_crew(config.run.name, plan, RoleSpecs(config, plan), deadlines.placement, deadlines.start) as crew:
+    """Start a run's processes on the connected cluster, without models yet; they end with the block."""
+    specs = RoleSpecs(config, make_plan(config, read_machine()))
+    with started_crew(config.run.name, specs, config.deadlines.placement) as crew:
         yield crew

@@ -31,10 +31,11 @@ ACTOR_CLASSES: Mapping[Role, type] = {
 
 @dataclass(frozen=True, slots=True)
 class Crew:
-    """The running actors by role. A role the objective does not need is absent."""
+    """The actors of a run by role; a role the objective does not need is absent. They are there, but empty until `build`."""
 
     groups: Mapping[Role, ActorGroup]
     plan: ResourcePlan
+    specs: RoleSpecs
 
     def __getitem__(self, role: Role) -> ActorGroup:
         """The actors of one role."""
@@ -44,6 +45,25 @@ class Crew:
         """Whether the role was started."""
         return role in self.groups
 
+    def build(self, seconds: float) -> None:
+        """Load all models at once: loading is mostly reading and importing, so it overlaps well even on two cores.
+
+        Raises:
+            UserError: a role refuses its spec.
+            DeadlineError: a role was not ready in time.
+        """
+        calls: dict[str, ray.ObjectRef] = {}
+        for role, group in self.groups.items():
+            if issubclass(ACTOR_CLASSES[role], TrainActor):
+                members = _process_groups(group, self.specs.backend(role), seconds)
+                calls |= group.call_each("build", [(member, self.specs.train(role)) for member in members])
+            else:
+                calls |= group.call("build", *self.specs.arguments(role))
+        try:
+            wait_all(calls, "start", seconds)
+        except DeadlineError as error:
+            raise DeadlineError(f"{error}; is the model still downloading, or the machine short of memory?") from error
+
 
 def read_machine() -> Machine:
     """What the connected cluster offers, live nodes only."""
@@ -52,15 +72,15 @@ def read_machine() -> Machine:
 
 
 @contextmanager
-def started_crew(
-    run_name: str, plan: ResourcePlan, specs: RoleSpecs, placement_seconds: float, start_seconds: float
-) -> Iterator[Crew]:
-    """Start every role and end them all on the way out, whatever happened in between.
+def started_crew(run_name: str, specs: RoleSpecs, placement_seconds: float) -> Iterator[Crew]:
+    """Start a process for every seat and end them all on the way out, whatever happened in between.
+
+    The processes import what they will need on their own time; `Crew.build` gives them their models.
 
     Raises:
-        UserError: the cluster cannot seat a placement group in time, or a role refuses its spec.
-        DeadlineError: a role was not ready in time.
+        UserError: the cluster cannot seat a placement group in time.
     """
+    plan = specs.plan
     placement_groups: dict[str, PlacementGroup] = {}
     groups: dict[Role, ActorGroup] = {}
     try:
@@ -70,8 +90,8 @@ def started_crew(
         for role, seats in plan.seats.items():
             environment = specs.environment(role)
             groups[role] = create_group(role, ACTOR_CLASSES[role], seats, placement_groups, run_name, environment)
-        _build(groups, specs, start_seconds)
-        yield Crew(groups, plan)
+            groups[role].call("preload")
+        yield Crew(groups, plan, specs)
         _close(groups)
     finally:
         for actors in groups.values():
@@ -90,21 +110,6 @@ def _await_placement(placed: Mapping[str, PlacementGroup], plan: ResourcePlan, s
                 f"placement group {name!r}: asked for bundles {asked} ({plan.groups[name].strategy}), "
                 f"not granted within {seconds:.0f} s; free in the cluster now: {available}"
             )
-
-
-def _build(groups: Mapping[Role, ActorGroup], specs: RoleSpecs, seconds: float) -> None:
-    """Build all roles at once: loading is mostly reading and importing, so it overlaps well even on two cores."""
-    calls: dict[str, ray.ObjectRef] = {}
-    for role, group in groups.items():
-        if issubclass(ACTOR_CLASSES[role], TrainActor):
-            members = _process_groups(group, specs.backend(role), seconds)
-            calls |= group.call_each("build", [(member, specs.train(role)) for member in members])
-        else:
-            calls |= group.call("build", *specs.arguments(role))
-    try:
-        wait_all(calls, "start", seconds)
-    except DeadlineError as error:
-        raise DeadlineError(f"{error}; is the model still downloading, or the machine short of memory?") from error
 
 
 def _process_groups(group: ActorGroup, backend: Literal["gloo", "nccl"], seconds: float) -> list[ProcessGroupSpec]:

@@ -12,6 +12,8 @@ from rayrlhf.engines.shared_weights import SharedTensor, from_shared
 class RolloutActor(Worker):
     """One replica. Weights change only between generations: calls are served one at a time, in order."""
 
+    PRELOADED = ("transformers.models.auto.modeling_auto", "vllm.v1.engine.llm_engine")
+
     _engine: RolloutEngine
 
     def build(self, spec: RolloutSpec) -> None:

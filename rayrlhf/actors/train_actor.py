@@ -22,6 +22,8 @@ from rayrlhf.engines.update_plan import UpdatePlan, UpdateReport
 class TrainActor(Worker):
     """One rank of a model that learns."""
 
+    PRELOADED = ("deepspeed", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama")
+
     _engine: TrainEngine
 
     def build(self, group: ProcessGroupSpec, spec: TrainEngineSpec) -> None:

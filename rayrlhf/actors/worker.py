@@ -1,7 +1,11 @@
 """What every actor can do beside its role's work: answer a ping while busy, give an address, tell its memory."""
 
+import importlib
+import importlib.util
 import os
 import socket
+from collections.abc import Sequence
+from typing import ClassVar
 
 import psutil
 import ray
@@ -9,6 +13,15 @@ import ray
 
 class Worker:
     """Base of all actor classes."""
+
+    PRELOADED: ClassVar[Sequence[str]] = ()
+    """Modules that the role will need and that take seconds to import."""
+
+    def preload(self) -> None:
+        """Import what the role will need while the driver is still reading its data; what is not installed is left out."""
+        for name in self.PRELOADED:
+            if importlib.util.find_spec(name.partition(".")[0]) is not None:
+                importlib.import_module(name)
 
     @ray.method(concurrency_group="health")
     def ping(self) -> int:

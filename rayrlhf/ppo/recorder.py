@@ -35,7 +35,9 @@ class Recorder(Callback):
         memory: peak memory over all processes of the run, sampled in the background.
     """
 
-    def __init__(self, config: PPOConfig, config_text: str, differences: Callable[[str, str], list[str]]) -> None:
+    def __init__(
+        self, config: PPOConfig, config_text: str, differences: Callable[[str, str], list[str]], view: LiveView
+    ) -> None:
         """Open or create the run folder.
 
         Raises:
@@ -45,7 +47,7 @@ class Recorder(Callback):
         self.folder = open_run(config.run.folder, config_text, differences, resume=config.run.resume)
         self.timer = PhaseTimer()
         self.memory = PeakMemory()
-        self._view = LiveView(f"rayrlhf ppo {config.run.name}", live=None if config.observe.live else False)
+        self._view = view
         self._metrics = MetricsSink(self.folder.path)
         self._samples = SampleSink(self.folder.samples)
         self._evaluations = SampleSink(self.folder.path / EVALUATIONS)

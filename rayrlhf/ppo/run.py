@@ -18,6 +18,7 @@ from rayrlhf.data.sampler import PromptSampler
 from rayrlhf.engines.rollout import context_length
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_architecture, load_tokenizer
+from rayrlhf.observe.live import LiveView
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from rayrlhf.ppo.recorder import GIB, Recorder
@@ -71,17 +72,23 @@ def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResul
     started = time.monotonic()
     _check_backend(config)
     load_functions(config.reward)
-    train_prompts, evaluation_prompts = load_prompts(config)
-    check_warmup(config, train_prompts)
-    with Recorder(config, dump_config(config), stored_differences) as recorder, connected(config.placement.address):
-        with recorder.waiting("starting the actors"), ExitStack() as stack:
+    view = LiveView(f"rayrlhf ppo {config.run.name}", live=None if config.observe.live else False)
+    with ExitStack() as stack:
+        stack.callback(view.stop)
+        with view.wait("starting Ray and the actors"):
+            stack.enter_context(connected(config.placement.address))
             crew = stack.enter_context(running_crew(config))
-            running = stack.pop_all()
-        with running:
-            sampler = PromptSampler(train_prompts, seed=config.run.seed, shuffle=config.data.shuffle)
-            trainer = PPOTrainer(config, crew, sampler, evaluation_prompts, recorder.timer, callbacks=[recorder, *callbacks])
-            _resume(trainer, recorder)
-            _run(trainer, recorder, train_prompts)
+        with view.wait("reading the prompts"):
+            train_prompts, evaluation_prompts = load_prompts(config)
+            check_warmup(config, train_prompts)
+        # Only a run that can start leaves a folder behind.
+        recorder = stack.enter_context(Recorder(config, dump_config(config), stored_differences, view))
+        with view.wait("loading the models"):
+            crew.build(config.deadlines.start)
+        sampler = PromptSampler(train_prompts, seed=config.run.seed, shuffle=config.data.shuffle)
+        trainer = PPOTrainer(config, crew, sampler, evaluation_prompts, recorder.timer, callbacks=[recorder, *callbacks])
+        _resume(trainer, recorder)
+        _run(trainer, recorder, train_prompts)
     return PPOResult(recorder.folder.path, trainer.steps_done, time.monotonic() - started, recorder.memory.peak_bytes / GIB)
 
 
