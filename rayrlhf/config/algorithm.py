@@ -6,7 +6,8 @@ from pydantic import Field, model_validator
 
 from rayrlhf.config.section import Section
 
-KlEstimator = Literal["k1", "abs", "k2", "k3", "full"]
+KlEstimator = Literal["k1", "abs", "k2", "k3"]
+"""The KL over the whole vocabulary (`rayrlhf.algorithms.kl.full_kl`) needs both models' logits, which the driver never sees."""
 
 
 class KlSection(Section):
@@ -102,9 +103,3 @@ class AlgorithmSection(Section):
     policy_loss: PolicyLossSection = PolicyLossSection()
     value_loss: ValueLossSection = ValueLossSection()
     parity: ParitySection = ParitySection()
-
-    @model_validator(mode="after")
-    def _full_kl_is_exact_only_in_reward(self) -> Self:
-        if self.kl.estimator == "full" and self.kl.placement == "loss":
-            raise ValueError("kl.estimator 'full' is available with kl.placement 'reward' only")
-        return self

@@ -1,0 +1,70 @@
+"""Waits on real actors: deadlines and deaths are named, users' mistakes keep their one line, bugs keep their traceback."""
+
+import os
+import time
+
+import pytest
+import ray
+
+from rayrlhf.actors.group import ActorGroup
+from rayrlhf.actors.waiting import as_completed, wait_all
+from rayrlhf.errors import ActorLostError, DeadlineError, UserError
+
+
+class Subject:
+    def answer(self, value, seconds=0.0):
+        time.sleep(seconds)
+        return value
+
+    def mistake(self):
+        raise UserError("data.train: row 3 has no prompt")
+
+    def bug(self):
+        return {}["missing"]
+
+    def die(self):
+        os._exit(1)
+
+
+@pytest.fixture(scope="module")
+def group():
+    ray.init(num_cpus=2, include_dashboard=False, namespace="waiting", log_to_driver=False, logging_level="error")
+    handles = tuple(ray.remote(Subject).options(num_cpus=0.1).remote() for _ in range(2))
+    yield ActorGroup("reward", ("run/reward/0", "run/reward/1"), handles)
+    ray.shutdown()
+
+
+def test_answers_come_back_in_the_order_of_the_ranks_whichever_was_first(group):
+    calls = group.call_each("answer", [("slow", 0.5), ("fast", 0.0)])
+    assert wait_all(calls, "answer", 30) == ["slow", "fast"]
+
+
+def test_answers_are_handed_on_as_they_come(group):
+    calls = group.call_each("answer", [("slow", 0.5), ("fast", 0.0)])
+    assert [name for name, _ in as_completed(calls, "answer", 30)] == ["run/reward/1", "run/reward/0"]
+
+
+def test_a_wait_that_overruns_says_for_what_on_whom_and_since_when(group):
+    calls = group.call_each("answer", [("fast", 0.0), ("slow", 3.0)])
+    with pytest.raises(DeadlineError, match=r"score: no answer from run/reward/1 within 1 s \(asked at \d\d:\d\d:\d\d\)"):
+        wait_all(calls, "score", 1.0)
+    wait_all(calls, "score", 30)
+
+
+def test_a_users_mistake_inside_an_actor_arrives_as_the_line_it_is(group):
+    with pytest.raises(UserError, match=r"^data\.train: row 3 has no prompt$"):
+        group.all("mistake", seconds=30)
+
+
+def test_a_bug_inside_an_actor_keeps_its_own_type_and_traceback(group):
+    with pytest.raises(KeyError, match="missing") as caught:
+        group.all("bug", seconds=30)
+    assert "in bug" in str(caught.value)
+
+
+def test_a_dead_actor_is_named_at_once_although_the_others_still_work(group):
+    started = time.monotonic()
+    calls = {group.names[0]: group.handles[0].answer.remote("late", 8.0), group.names[1]: group.handles[1].die.remote()}
+    with pytest.raises(ActorLostError, match="run/reward/1 was lost during score"):
+        wait_all(calls, "score", 60)
+    assert time.monotonic() - started < 8.0
