@@ -61,7 +61,7 @@ def collate(sequences: Sequence[TokenSequence], width: int, device: torch.device
 
     return PaddedBatch(
         torch.from_numpy(input_ids).to(device),
-        Positions(tensor(predictors), tensor(targets), tensor(values)),
+        Positions(tensor(predictors), tensor(targets), tensor(values), [len(sequence.token_ids) for sequence in sequences]),
         tensor(logprob_slots),
         tensor(value_slots),
         (len(sequences), width),

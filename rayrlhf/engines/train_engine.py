@@ -26,7 +26,7 @@ from rayrlhf.engines.update import Updater
 from rayrlhf.engines.update_plan import UpdatePlan, UpdateReport
 from rayrlhf.models.load import load_tokenizer, resolve_dtype
 from rayrlhf.models.lora import adapters_disabled, checkpoint_tensors, has_lora
-from rayrlhf.models.network import Want, build_network
+from rayrlhf.models.network import Network, Want, build_network
 
 __all__ = ["TrainEngine", "TrainEngineSpec", "UpdatePlan", "UpdateReport"]
 
@@ -44,6 +44,7 @@ class TrainEngine:
         self._device = training_device()
         self._network = build_network(spec.model, spec.heads, spec.head_init, spec.seed).to(self._device)
         optimizer = build_optimizer(self._network.parameters(), spec.train.optimizer, spec.learning_rate)
+        _remember_frozen_layers(self._network, spec)
         self._engine = wrap(self._network, optimizer, spec.train, resolve_dtype(spec.model.dtype))
         # Recomputing activations needs training mode; there is no dropout in a network that the mode could switch on.
         self._network.train(spec.model.gradient_checkpointing)
@@ -83,7 +84,10 @@ class TrainEngine:
             KeyError: the batch lacks an array the objective reads.
             ValueError: an optimizer step has no token under one of the objective's masks.
         """
-        return self._updater.run(batch, plan, objective)
+        report = self._updater.run(batch, plan, objective)
+        if self._network.prefix is not None:
+            self._network.prefix.clear()  # the next step brings sequences of its own
+        return report
 
     def weight_buckets(
         self, bucket_bytes: int = 256 * 2**20, *, dtype: Literal["float32", "bfloat16"] = "float32"
@@ -140,3 +144,15 @@ class TrainEngine:
                 if any(hasattr(parameter, "ds_id") for parameter in tensor.parameters):
                     value = value.clone()  # the gathered memory goes away with the block
             yield tensor.name, value
+
+
+def _remember_frozen_layers(network: Network, spec: TrainEngineSpec) -> None:
+    """Skip what adapters on the last layers leave alone. Not under ZeRO-3, which learns one fixed order of layers."""
+    lora = spec.model.lora
+    if (
+        lora is not None
+        and lora.last_layers is not None
+        and spec.train.zero_stage < 3
+        and not spec.model.gradient_checkpointing
+    ):
+        network.remember_frozen_layers(network.model.config.num_hidden_layers - lora.last_layers)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rayrlhf.config.model import ModelSection
 from rayrlhf.errors import UserError
+from rayrlhf.models.frozen_prefix import FrozenPrefix
 from rayrlhf.models.load import disable_dropout, load_causal_model, load_trunk, resolve_path
 from rayrlhf.models.logprobs import logprobs_and_entropy
 from rayrlhf.models.lora import add_lora
@@ -28,11 +29,13 @@ class Positions(NamedTuple):
         predictors: int64 [N], the position that predicts each response token.
         targets: int64 [N], the response tokens.
         values: int64 [M], the positions values are read from: before each response token, and after the last one.
+        lengths: tokens of each row without padding, B of them.
     """
 
     predictors: Tensor
     targets: Tensor
     values: Tensor
+    lengths: list[int]
 
 
 class NetworkOutput(NamedTuple):
@@ -57,6 +60,7 @@ class Network(nn.Module):
     Attributes:
         model: the transformers model: causal language model where there is an "lm" head, bare trunk otherwise.
         v_head: the value head, or None.
+        prefix: the frozen lower layers, where they are remembered (`remember_frozen_layers`).
     """
 
     def __init__(self, model: Any, v_head: ValueHead | None) -> None:
@@ -64,6 +68,17 @@ class Network(nn.Module):
         self.model = model
         self.v_head = v_head
         self.has_lm_head = model.get_output_embeddings() is not None
+        self.prefix: FrozenPrefix | None = None
+
+    @property
+    def trunk(self) -> Any:
+        """The transformer without its output layer."""
+        return getattr(self.model, self.model.base_model_prefix) if self.has_lm_head else self.model
+
+    def remember_frozen_layers(self, count: int) -> None:
+        """Run the first `count` layers, which must be frozen, once per sequence where the architecture allows it."""
+        if FrozenPrefix.supports(self.trunk, count):
+            self.prefix = FrozenPrefix(self.trunk, count)
 
     def forward(
         self, input_ids: Tensor, positions: Positions, want: frozenset[Want], temperature: float = 1.0
@@ -80,8 +95,10 @@ class Network(nn.Module):
             ValueError: something was asked for that this network has no head for.
         """
         self._check(want)
-        trunk = getattr(self.model, self.model.base_model_prefix) if self.has_lm_head else self.model
-        hidden = trunk(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        if self.prefix is not None:
+            hidden = self.prefix.run(input_ids, positions.lengths).flatten(0, 1)
+        else:
+            hidden = self.trunk(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
         logprobs = entropy = values = predicting = None
         if want & {"logprobs", "entropy", "hidden"}:
             predicting = hidden.index_select(0, positions.predictors)

@@ -20,6 +20,7 @@ from rayrlhf.engines.objectives import Objective, PolicyObjective, SharedObjecti
 from rayrlhf.engines.score_engine import FrozenEngine
 from rayrlhf.engines.train_engine import TrainEngine, TrainEngineSpec, UpdatePlan
 from rayrlhf.errors import UserError
+from rayrlhf.models.frozen_prefix import FrozenPrefix
 from rayrlhf.models.network import Positions, build_network
 from tests.engines.training import join_alone, random_batch, random_sequences, weights_of, write_llama
 
@@ -157,6 +158,26 @@ def test_the_reference_inside_an_adapted_policy_is_the_start_model_exactly(llama
     assert any(not np.array_equal(a.logprobs, b.logprobs) for a, b in zip(moved, start, strict=True))
     for first, second in zip(inside, start, strict=True):
         assert np.array_equal(first.logprobs, second.logprobs)
+
+
+def test_remembered_frozen_layers_change_no_number(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = random_sequences(6)
+    batch = random_batch(sequences)
+    plan = UpdatePlan([[[0, 1, 2], [3, 4, 5]]] * 2)
+    results = []
+    for supported in (True, False):
+        if not supported:
+            monkeypatch.setattr(FrozenPrefix, "supports", lambda *_: False)
+        engine = engine_of(llama, SHARED, lora=LoraSection(rank=2, last_layers=1), micro_batch_size=3, learning_rate=0.1)
+        assert (engine._network.prefix is not None) == supported
+        scores = [engine.score(sequences, LOGPROBS, reference=reference) for reference in (False, True, False)]
+        report = engine.update(batch, plan, BOTH)
+        results.append((scores, report.metrics, all_weights(engine), engine.score(sequences, LOGPROBS)))
+    for first, second in zip([*results[0][0], results[0][3]], [*results[1][0], results[1][3]], strict=True):
+        for one, other in zip(first, second, strict=True):
+            np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=0, atol=5e-6)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-4, abs=1e-6)
+    assert largest_difference(results[0][2], results[1][2]) < 2e-6
 
 
 def test_a_reference_is_refused_where_there_is_none_and_values_where_there_is_no_head(llama: str) -> None:
@@ -387,7 +408,7 @@ def test_right_padding_needs_no_mask(llama: str) -> None:
     mask[0, :9], mask[1] = 1, 1
     logits = network.model(input_ids=padded, attention_mask=mask).logits.log_softmax(-1)
     expected = logits[0, 2:8].gather(-1, padded[0, 3:9, None]).squeeze(-1)
-    positions = Positions(torch.arange(2, 8), padded[0, 3:9], torch.arange(0))
+    positions = Positions(torch.arange(2, 8), padded[0, 3:9], torch.arange(0), [9, 20])
     found = network(padded, positions, LOGPROBS).logprobs
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert short.response_length == 6
