@@ -237,7 +237,7 @@ def _useful_cache_bytes(spec: RolloutSpec, config: Any, length: int) -> int:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     token_bytes = 2 * text.num_hidden_layers * heads * head_size * resolve_dtype(spec.model.dtype).itemsize
     blocks = (spec.rollout.max_concurrent + 1) * (length // KV_BLOCK_TOKENS + 1)
-    return blocks * KV_BLOCK_TOKENS * token_bytes
+    return int(blocks * KV_BLOCK_TOKENS * token_bytes)
 
 
 def _gpu_settings(spec: RolloutSpec, executor: str | None) -> dict[str, Any]:
