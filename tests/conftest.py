@@ -8,7 +8,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# A deadline of milliseconds fails for nothing on a machine that does something else at the same time. In CI the same examples are
-# drawn every time, so that a change is judged by what it changes; elsewhere every run looks at new ones.
+# A deadline of milliseconds fails for nothing on a machine that does something else at the same time. In CI the same examples
+# are drawn every time, so that a change is judged by what it changes; elsewhere every run looks at new ones.
 settings.register_profile("rayrlhf", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("rayrlhf")
