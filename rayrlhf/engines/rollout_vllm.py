@@ -7,8 +7,8 @@ cache starts empty in every generation, so that the same batch gives the same bi
 token is vLLM's own label of the weights that sampled it.
 
 On CPUs one replica is one process, and nothing is compiled: compilation would cost more than a short run gains. On GPUs
-`tensor_parallel_size`, `gpu_memory_utilization`, and vLLM's `nccl` and `ipc` transfers apply; that path has been checked by
-construction only.
+`tensor_parallel_size`, `gpu_memory_utilization`, and vLLM's `nccl` and `ipc` transfers apply; that path has never been
+run.
 """
 
 import importlib.util

@@ -143,7 +143,6 @@ def test_a_sampler_that_does_not_serve_the_policy_stops_the_run(tmp_path):
 
     class Sabotage(Callback):
         def on_start(self, trainer):
-            trainer.sync_weights = None
             handle = trainer.crew["rollout"].handles[0]
             buckets = ray.get(list(trainer.crew["policy"].handles[0].weights.remote(2**28, "float32")))
             wrong = [[item._replace(data=np.asarray(item.data) * 3) for item in bucket] for bucket in buckets]
