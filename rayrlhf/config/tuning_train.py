@@ -1,0 +1,72 @@
+"""How long SFT and reward modelling train, in which batches, and with what optimizer."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from rayrlhf.config.section import Section
+from rayrlhf.config.train import OptimizerSection, ScheduleSection, TrainSection
+
+DEFAULT_BATCH_SIZE = 32
+
+
+class TuningTrainSection(Section):
+    """Passes over the data in optimizer steps of a number of samples, or of tokens; for rewards a sample is a pair."""
+
+    learning_rate: float = Field(2e-5, gt=0)
+    epochs: int = Field(1, ge=1)
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps of the run, whatever `epochs` says; the data is passed over as often as needed."""
+    batch_size: int | None = Field(None, ge=1)
+    """Samples per optimizer step over all workers; 32 when neither this nor `batch_tokens` is given."""
+    batch_tokens: int | None = Field(None, ge=1)
+    """Most tokens per optimizer step over all workers, in place of `batch_size`."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Samples per forward and backward on one worker; `micro_batch_tokens` decides when not given."""
+    micro_batch_tokens: int = Field(4096, ge=1)
+    """Token budget, padding included, of one forward and backward on one worker; with `packing` the size of a pack."""
+    packing: bool = False
+    """Lay samples end to end instead of padding them, without attention between them; loss and gradients are the same."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    offload_optimizer: bool = False
+
+    @property
+    def samples_per_step(self) -> int | None:
+        """Samples of an optimizer step; None where `batch_tokens` decides."""
+        return None if self.batch_tokens is not None else self.batch_size or DEFAULT_BATCH_SIZE
+
+    def engine_section(self) -> TrainSection:
+        """Return what a train engine reads: one pass over the batch it is given, in one optimizer step."""
+        names = ("learning_rate", "micro_batch_size", "micro_batch_tokens", "max_grad_norm", "zero_stage", "offload_optimizer")
+        values = {name: getattr(self, name) for name in names}
+        return TrainSection(**values, optimizer=self.optimizer, schedule=self.schedule)
+
+    @model_validator(mode="after")
+    def _a_batch_has_one_size(self) -> Self:
+        if self.batch_size is not None and self.batch_tokens is not None:
+            raise ValueError("batch_size and batch_tokens are both given; an optimizer step has one size")
+        if self.packing and self.micro_batch_size is not None:
+            raise ValueError("micro_batch_size is of no use with packing, where micro_batch_tokens is the size of a pack")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        return self
+
+
+class SupervisedTrainSection(TuningTrainSection):
+    """Training of SFT."""
+
+    neftune_alpha: float | None = Field(None, gt=0)
+    """Noise on the embeddings in training: uniform in +-alpha / sqrt(tokens x width) (Jain et al. 2023); none if not given."""
+
+
+class RewardTrainSection(TuningTrainSection):
+    """Training of a reward model."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    center_coefficient: float = Field(0.0, ge=0)
+    """Weight of (chosen + rejected)^2, which keeps rewards around 0 (TRL `center_rewards_coefficient`; 0.01 is usual)."""
+    head_init: Literal["normal", "zero", "default"] = "normal"
+    """A new scalar head: `normal` draws N(0, 1/(hidden+1)), `default` is torch's Linear initialisation."""

@@ -1,0 +1,85 @@
+"""The records of SFT and reward modelling: samples with the tokens to learn, pairs of them, and what became of the rows."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rayrlhf.data.records import Bool, Int32
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisedSample:
+    """Tokens of one sample and which of them are learnt.
+
+    Attributes:
+        token_ids: int32 [L], L >= 1.
+        loss_mask: bool [L]; True: the token is a target, predicted from those before it. Never at position 0, which nothing
+            predicts.
+        row: number of its row in the dataset, as messages name it (the line of a JSONL file, else 1, 2, ...).
+    """
+
+    token_ids: Int32
+    loss_mask: Bool
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """Two answers to one prompt, the better and the worse, each with its prompt in front; masks are True on the answers.
+
+    Attributes:
+        chosen: the better one.
+        rejected: the worse one.
+        margin: by how much the better one should win, in units of reward; None where the dataset has no margins.
+        row: number of its row in the dataset.
+    """
+
+    chosen: SupervisedSample
+    rejected: SupervisedSample
+    margin: float | None
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetReport:
+    """What became of a dataset's rows, so that nothing is lost in silence. Reports of parts add up with `+`.
+
+    Attributes:
+        source: file, built-in or hub name.
+        rows: rows read.
+        kept: samples or pairs made of them.
+        truncated: of those kept, how many were cut to `data.max_length`.
+        dropped: rows left out, by reason.
+        tokens: of all kept samples; both of a pair.
+        target_tokens: of them, the tokens to learn; for pairs the tokens of the answers.
+    """
+
+    source: str
+    rows: int = 0
+    kept: int = 0
+    truncated: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    target_tokens: int = 0
+
+    def __add__(self, other: "DatasetReport") -> "DatasetReport":
+        return DatasetReport(
+            self.source,
+            self.rows + other.rows,
+            self.kept + other.kept,
+            self.truncated + other.truncated,
+            dict(Counter(self.dropped) + Counter(other.dropped)),
+            self.tokens + other.tokens,
+            self.target_tokens + other.target_tokens,
+        )
+
+    def lines(self) -> list[str]:
+        """Return the report for people: one line of totals, and one for each thing that was cut or left out."""
+        share = 100 * self.target_tokens / self.tokens if self.tokens else 0.0
+        lines = [
+            f"{self.source}: {self.kept} of {self.rows} rows, {self.tokens} tokens, "
+            f"{self.target_tokens} of them to learn ({share:.0f} %)"
+        ]
+        if self.truncated:
+            lines.append(f"{self.source}: {self.truncated} cut to data.max_length")
+        return lines + [f"{self.source}: {count} dropped: {reason}" for reason, count in sorted(self.dropped.items())]
