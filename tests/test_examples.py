@@ -8,7 +8,7 @@ from rayrlhf.config.load import load_config
 from rayrlhf.config.ppo import PPOConfig
 
 ROOT = Path(__file__).parent.parent
-PPO_FILES = [*sorted((ROOT / "examples").glob("*/ppo.yaml")), ROOT / "rayrlhf" / "ppo" / "quickstart.yaml"]
+PPO_FILES = [*sorted((ROOT / "examples").glob("gsm8k/*.yaml")), ROOT / "rayrlhf" / "ppo" / "quickstart.yaml"]
 
 
 @pytest.mark.parametrize("path", PPO_FILES, ids=lambda path: str(path.relative_to(ROOT)))
