@@ -2,7 +2,7 @@
 
 The right final number is rare in a small model's answers; right steps on the way are not. A calculation counts if its result is
 right, it works on a number of the question or an earlier result (the rest may be everyday numbers, such as 2, 12 or 60), and it
-was not written before. Empty talk, made-up sums, and one sum repeated earn nothing; wrong sums, and more sums than the reference
+was not written before. Empty talk, made-up sums and a sum repeated earn nothing; wrong sums, and more sums than the reference
 solution has, dilute what the right ones earn.
 """
 
