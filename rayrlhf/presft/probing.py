@@ -1,0 +1,84 @@
+"""The first pass, as stages over part tables: answer every prompt, then score the answers against the originals."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from rayrlhf.config.presft import PairsSection, ProbeSection
+from rayrlhf.presft.bleu import BleuScorer, aggregate
+from rayrlhf.presft.intake import GIVEN
+from rayrlhf.presft.likelihood import LikelihoodEngine
+from rayrlhf.presft.sampling import Sampler, SamplingPlan
+from rayrlhf.presft.schema import extended
+
+
+class Prober:
+    """Adds the model's responses to a part."""
+
+    def __init__(self, plan: SamplingPlan) -> None:
+        """Start the model."""
+        self._sampler = Sampler(plan)
+
+    def __call__(self, table: Any) -> Any:
+        """Return the part with `probes`, `probe_finish` and `probe_tokens`."""
+        answers = self._sampler.answer(table.to_pylist())
+        columns: dict[str, list[Any]] = {
+            "probes": [[response.text for response in responses] for responses in answers],
+            "probe_finish": [[response.finish_reason for response in responses] for responses in answers],
+            "probe_tokens": [[response.tokens for response in responses] for responses in answers],
+        }
+        return extended(table, "probed", columns)
+
+
+def given_probes(table: Any) -> Any:
+    """Return a part with the responses that came with its rows in place of sampled ones."""
+    responses = [json.loads(columns)[GIVEN] for columns in table.column("columns").to_pylist()]
+    columns: dict[str, list[Any]] = {
+        "probes": [[response] for response in responses],
+        "probe_finish": [["stop"]] * len(responses),
+        "probe_tokens": [[0]] * len(responses),
+    }
+    return extended(table, "probed", columns)
+
+
+class ProbeScorer:
+    """Adds BLEU, and the likelihood of the original where it is asked for, to a probed part."""
+
+    def __init__(self, probe: ProbeSection, data: PairsSection, plan: SamplingPlan | None) -> None:
+        """Load the BLEU tokenizer, and the model for likelihoods."""
+        self._probe = probe
+        self._bleu = BleuScorer(probe.tokenize)
+        self._model = "given" if plan is None else plan.model.path
+        self._sampling = "{}" if plan is None else sampling_text(plan)
+        self._likelihood = LikelihoodEngine(plan, data) if probe.likelihood and plan is not None else None
+
+    def __call__(self, table: Any) -> Any:
+        """Return the part with `probe_bleu`, `bleu`, `likelihood`, `model` and `sampling`."""
+        originals, probes = table.column("response").to_pylist(), table.column("probes").to_pylist()
+        bleu = [self._bleu.scores(texts, original) for texts, original in zip(probes, originals, strict=True)]
+        likelihood: list[float | None] = [None] * len(originals)
+        if self._likelihood is not None:
+            likelihood = list(self._likelihood.mean_logprobs(table.to_pylist(), originals))
+        columns: dict[str, list[Any]] = {
+            "probe_bleu": bleu,
+            "bleu": [aggregate(scores, self._probe.aggregate) for scores in bleu],
+            "likelihood": likelihood,
+            "model": [self._model] * len(originals),
+            "sampling": [self._sampling] * len(originals),
+        }
+        return extended(table, "scores", columns)
+
+
+def sampling_text(plan: SamplingPlan) -> str:
+    """Return the sampling parameters as JSON, for the provenance of each row."""
+    names = ("seed", "step", "samples", "temperature")
+    parameters = {name: getattr(plan, name) for name in names}
+    return json.dumps(parameters | {"backend": plan.generate.backend, "max_new_tokens": plan.generate.max_new_tokens})
+
+
+def correlation(first: list[float], second: list[float]) -> float | None:
+    """Return Pearson's correlation, or None where one side does not vary."""
+    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    return float(np.corrcoef(first, second)[0, 1])

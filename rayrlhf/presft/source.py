@@ -1,0 +1,82 @@
+"""The user's dataset as a stream: row after row from a JSONL or Parquet file, a built-in or a hub name, never all in memory."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rayrlhf.config.data import DatasetSection
+from rayrlhf.config.presft import PairsSection
+from rayrlhf.data.rows import JSON_LINES, PARQUET, read_rows
+from rayrlhf.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """One row as it stands in the dataset.
+
+    Attributes:
+        number: the line of a JSONL file, else 1, 2, ...
+        fields: the row; None where it could not be read.
+        problem: why not.
+        text: what stands there, for the rejected table.
+    """
+
+    number: int
+    fields: dict[str, Any] | None
+    problem: str = ""
+    text: str = ""
+
+
+def stream_rows(section: PairsSection) -> Iterator[SourceRow]:
+    """Yield the first `limit` rows of a dataset, or all, in order.
+
+    Raises:
+        UserError: no such file or dataset, or not a Parquet file.
+    """
+    return islice(_stream(section), section.limit)
+
+
+def _stream(section: PairsSection) -> Iterator[SourceRow]:
+    path = Path(section.path).expanduser()
+    if path.is_file() and path.suffix.lower() in JSON_LINES:
+        return _json_lines(path)
+    if path.is_file() and path.suffix.lower() in PARQUET:
+        return _parquet(path)
+    named = DatasetSection(path=section.path, split=section.split, subset=section.subset, limit=section.limit)
+    rows = read_rows(named)  # Of a hub dataset as much as `limit` says is read at once.
+    return (SourceRow(number, fields) for number, fields in zip(rows.numbers, rows.values, strict=True))
+
+
+def _json_lines(path: Path) -> Iterator[SourceRow]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                yield SourceRow(number, None, f"not JSON: {error}", line.decode("utf-8", "replace").strip())
+                continue
+            if isinstance(value, dict):
+                yield SourceRow(number, value)
+            else:
+                text = line.decode("utf-8", "replace").strip()
+                yield SourceRow(number, None, f"expected a JSON object, found {type(value).__name__}", text)
+
+
+def _parquet(path: Path) -> Iterator[SourceRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield SourceRow(number, fields)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}") from error
