@@ -1,7 +1,7 @@
 """The records of SFT and reward modelling: samples with the tokens to learn, pairs of them, and what became of the rows."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rayrlhf.data.records import Bool, Int32
@@ -52,6 +52,9 @@ class DatasetReport:
         dropped: rows left out, by reason.
         tokens: of all kept samples; both of a pair.
         target_tokens: of them, the tokens to learn; for pairs the tokens of the answers.
+        rewritten: kept rows whose prompt reads differently alone than with its answer behind it (tokens merge across the
+            border, or the template changes it), so that the model trains on another prompt than it will meet.
+        held_out: samples that went to evaluation and are not among those kept.
     """
 
     source: str
@@ -61,6 +64,8 @@ class DatasetReport:
     dropped: Mapping[str, int] = field(default_factory=dict)
     tokens: int = 0
     target_tokens: int = 0
+    rewritten: int = 0
+    held_out: int = 0
 
     def __add__(self, other: "DatasetReport") -> "DatasetReport":
         return DatasetReport(
@@ -71,6 +76,8 @@ class DatasetReport:
             dict(Counter(self.dropped) + Counter(other.dropped)),
             self.tokens + other.tokens,
             self.target_tokens + other.target_tokens,
+            self.rewritten + other.rewritten,
+            self.held_out + other.held_out,
         )
 
     def lines(self) -> list[str]:
@@ -82,4 +89,18 @@ class DatasetReport:
         ]
         if self.truncated:
             lines.append(f"{self.source}: {self.truncated} cut to data.max_length")
+        if self.held_out:
+            lines.append(f"{self.source}: {self.held_out} held out for evaluation")
+        if self.rewritten:
+            lines.append(f"{self.source}: {self.rewritten} whose prompt has other tokens alone than with its answer behind it")
         return lines + [f"{self.source}: {count} dropped: {reason}" for reason, count in sorted(self.dropped.items())]
+
+
+def count_tokens(samples: Sequence[SupervisedSample] | Sequence[PreferencePair]) -> tuple[int, int]:
+    """Return all tokens of samples or pairs, and the tokens to learn among them."""
+    parts = [
+        part
+        for sample in samples
+        for part in ((sample.chosen, sample.rejected) if isinstance(sample, PreferencePair) else (sample,))
+    ]
+    return sum(len(part.token_ids) for part in parts), sum(int(part.loss_mask.sum()) for part in parts)

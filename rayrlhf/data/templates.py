@@ -18,14 +18,28 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 def check_messages(value: Sequence[Any], where: str) -> list[Message]:
-    """Return a conversation as messages after checking it.
+    """Return a conversation that waits for an answer as messages after checking it; `where` as in `check_turns`.
+
+    Raises:
+        UserError: as `check_turns`, or an end that leaves nothing to answer.
+    """
+    messages = check_turns(value, where)
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise UserError(
+            f"{where}: the last message is from the {messages[-1]['role']}, expected the user's, for the model to answer"
+        )
+    return messages
+
+
+def check_turns(value: Sequence[Any], where: str) -> list[Message]:
+    """Return messages after checking each of them, whoever is first and last.
 
     Args:
         value: what the row holds.
         where: file, row and field, for messages of errors.
 
     Raises:
-        UserError: not a list of {role, content} with text in both, an unknown role, or an end that leaves nothing to answer.
+        UserError: not a list of {role, content} with text in both, or an unknown role.
     """
     if not value:
         raise UserError(f"{where}: the conversation is empty, expected at least one message")
@@ -41,10 +55,6 @@ def check_messages(value: Sequence[Any], where: str) -> list[Message]:
             hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(ROLES)}"
             raise UserError(f"{where}: message {number}: unknown role {role!r}; {hint}")
         messages.append({"role": role, "content": content})
-    if messages[-1]["role"] not in ("user", "tool"):
-        raise UserError(
-            f"{where}: the last message is from the {messages[-1]['role']}, expected the user's, for the model to answer"
-        )
     return messages
 
 
@@ -76,13 +86,16 @@ def require_chat_template(tokenizer: "PreTrainedTokenizerBase") -> None:
         )
 
 
-def render(tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[Message]], places: Sequence[str]) -> list[str]:
+def render(
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[Message]], places: Sequence[str], *, whole: bool = False
+) -> list[str]:
     """Render conversations through the chat template, each opened for the model's answer.
 
     Args:
         tokenizer: has a chat template.
         conversations: messages of each.
         places: file, row and field of each, for messages of errors.
+        whole: the conversation is complete, so none is opened.
 
     Returns:
         The texts, special tokens written out.
@@ -93,12 +106,12 @@ def render(tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[Me
     from jinja2 import TemplateError
 
     try:
-        return list(tokenizer.apply_chat_template(list(conversations), add_generation_prompt=True, tokenize=False))
+        return list(tokenizer.apply_chat_template(list(conversations), add_generation_prompt=not whole, tokenize=False))
     except TemplateError as error:
         if len(conversations) == 1:
             raise UserError(f"{places[0]}: the chat template refuses this conversation: {error}") from error
     # Render one by one, to name the row.
-    return [render(tokenizer, [one], [place])[0] for one, place in zip(conversations, places, strict=True)]
+    return [render(tokenizer, [one], [place], whole=whole)[0] for one, place in zip(conversations, places, strict=True)]
 
 
 def _short(value: object) -> str:

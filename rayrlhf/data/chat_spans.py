@@ -1,0 +1,97 @@
+"""Which characters of a rendered conversation the assistant wrote, and which tokens those are.
+
+A chat template with {% generation %} marks says so itself. For any other the conversation is rendered up to and including each
+assistant's turn: where these texts are beginnings of the whole text, what a turn added is known exactly; where they are not,
+the template rewrites earlier turns, nothing can be known, and the row is refused.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rayrlhf.data.records import Bool
+from rayrlhf.data.templates import Message, render
+from rayrlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]
+"""First character, and the one after the last."""
+
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def has_generation_marks(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the chat template marks what the assistant writes."""
+    return bool(_MARK.search(tokenizer.get_chat_template()))
+
+
+def assistant_spans(
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[Message]], texts: Sequence[str], places: Sequence[str]
+) -> list[list[Span]]:
+    """Return the spans of the assistant's turns, end-of-turn mark included, in rendered conversations.
+
+    Args:
+        tokenizer: has a chat template.
+        conversations: messages of each.
+        texts: each rendered whole.
+        places: file and row of each, for messages of errors.
+
+    Raises:
+        UserError: the template renders a turn differently once others follow, or an assistant's turn comes first.
+    """
+    if has_generation_marks(tokenizer):
+        return _marked_spans(tokenizer, conversations)
+    turns = [
+        (index, number)
+        for index, messages in enumerate(conversations)
+        for number, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    for index, number in turns:
+        if number == 0:
+            raise UserError(f"{places[index]}: message 1 is from the assistant, expected the user's or a system message")
+    where = [f"{places[index]}: message {number + 1}" for index, number in turns]
+    opened = render(tokenizer, [conversations[index][:number] for index, number in turns], where)
+    closed = render(tokenizer, [conversations[index][: number + 1] for index, number in turns], where, whole=True)
+    spans: list[list[Span]] = [[] for _ in conversations]
+    for (index, number), before, after in zip(turns, opened, closed, strict=True):
+        if not (texts[index].startswith(after) and after.startswith(before) and len(after) > len(before)):
+            raise UserError(
+                f"{places[index]}: message {number + 1}: the chat template renders it differently once others follow, so its "
+                "tokens cannot be told; mark the assistant's turns in the template with {% generation %}, or set "
+                "data.loss_on to all"
+            )
+        spans[index].append((len(before), len(after)))
+    return spans
+
+
+def tokens_in_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> Bool:
+    """Return which tokens hold a character of a span: bool [L].
+
+    A token across a span's edge counts, as in `apply_chat_template`'s own assistant mask.
+
+    Args:
+        offsets: first character, and the one after the last, of each token; rising.
+        spans: rising, apart from each other.
+    """
+    edges = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    inside = np.zeros(len(edges), dtype=np.bool_)
+    for start, end in spans:
+        inside |= (edges[:, 0] < end) & (edges[:, 1] > start)
+    return inside
+
+
+def _marked_spans(tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[Message]]) -> list[list[Span]]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    _, spans = render_jinja_template(
+        conversations=list(conversations),
+        chat_template=tokenizer.get_chat_template(),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return [[(start, end) for start, end in of_one] for of_one in spans]
