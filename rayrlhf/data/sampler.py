@@ -17,6 +17,13 @@ from rayrlhf.data.records import Prompt
 from rayrlhf.errors import UserError
 
 
+def permutation(count: int, seed: int, epoch: int) -> list[int]:
+    """Return 0 .. count-1 in an order that depends on (count, seed, epoch) alone, the same with every version of NumPy."""
+    # Sorting raw generator output: NumPy promises to keep that stream, but not the one of `Generator.permutation`.
+    generator = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
+    return [int(index) for index in np.argsort(generator.random_raw(count), kind="stable")]
+
+
 class PromptSampler:
     """Hands out prompts, epoch after epoch, and keeps the books.
 
@@ -113,9 +120,7 @@ class PromptSampler:
     def _order(self, epoch: int) -> list[int]:
         if not self._shuffle:
             return self._ids
-        # Sorting raw generator output: NumPy promises to keep that stream, but not the one of `permutation`.
-        generator = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
-        return [self._ids[index] for index in np.argsort(generator.random_raw(len(self._ids)), kind="stable")]
+        return [self._ids[index] for index in permutation(len(self._ids), self._seed, epoch)]
 
     @cached_property
     def _digest(self) -> str:
