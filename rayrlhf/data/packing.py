@@ -1,8 +1,8 @@
 """Which samples share a row of tokens, laid end to end: best-fit decreasing.
 
-Walking from the longest sample down, each goes where it leaves the least room free, and to a new pack where it fits nowhere. No
-order of the samples needs more than 11/9 of the fewest possible packs plus one that way (Johnson 1973), and in practice packs of
-a few thousand tokens are full but for a percent. It gives the packs of TRL's `bfd`, but never cuts a sample.
+Walking from the longest sample down, each goes where it leaves the least room free, and to a new pack where it fits nowhere.
+That takes at most 11/9 of the fewest possible packs, plus four (Johnson 1973); packs of a few thousand tokens come out full but
+for a percent. It gives the packs of TRL's `bfd`, but never cuts a sample.
 """
 
 from collections import deque

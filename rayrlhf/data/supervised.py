@@ -157,8 +157,8 @@ def supervised_recipe(
         raise UserError(f"{place}: data.loss_on assistant: expected conversations, found plain text ({shape.format})")
     if recipe.loss_on == "assistant" and not tokenizer.is_fast:
         raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path or 'the model'} gives no character offsets to tell the assistant's tokens "
-            "by; expected a fast tokenizer, or data.loss_on all"
+            f"the tokenizer of {tokenizer.name_or_path or 'the model'} gives no character offsets to tell the assistant's "
+            "tokens by; expected a fast tokenizer, or data.loss_on all"
         )
     return recipe
 

@@ -17,7 +17,8 @@ class BatchSize:
     Attributes:
         samples: samples of a step.
         tokens: most tokens of a step; a sample longer than this gets a step of its own.
-        fewest: fewest samples of a step, one for each worker: an epoch's short end goes to the step before it.
+        fewest: fewest samples of a step, one for each worker, also where they take more than `tokens`; the short end of an
+            epoch goes to the step before it.
     """
 
     samples: int | None = None
