@@ -6,16 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
 from rayrlhf.config.data import DatasetSection
+from rayrlhf.data.builtin_rows import BUILTIN, read_builtin
 from rayrlhf.errors import UserError
 
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = (".parquet",)
 OTHER_FILES = (".json", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".zip")
 """Endings that mean a file and not a hub name, so that the message is about the file."""
-BUILTIN = "builtin:"
 DEFAULT_FIELD = "prompt"
 
 
@@ -48,7 +47,7 @@ def read_rows(section: DatasetSection) -> Rows:
     """
     field = section.prompt_field
     if section.path.startswith(BUILTIN):
-        values, own_field = _read_builtin(section)
+        values, own_field = read_builtin(section.path, section.split, section.subset, section.limit)
         numbers = list(range(1, len(values) + 1))
         field = own_field if field == DEFAULT_FIELD else field
     else:
@@ -121,27 +120,6 @@ def _read_parquet(section: DatasetSection) -> Numbered:
         raise UserError(f"{section.path}: not a Parquet file: {_first_line(error)}") from error
     values = values[: section.limit]
     return list(range(1, len(values) + 1)), values
-
-
-def _read_builtin(section: DatasetSection) -> tuple[list[dict[str, Any]], str]:
-    """Return the rows and the field of their prompts. `builtin:word-problems?seed=1&count=2000` sets seed and size."""
-    from rayrlhf.data import word_problems
-
-    name, _, query = section.path.removeprefix(BUILTIN).partition("?")
-    if name != "word-problems":
-        raise UserError(f"{section.path}: unknown built-in dataset; did you mean {BUILTIN}word-problems?")
-    if section.split not in ("train", "evaluation") or section.subset is not None:
-        raise UserError(f"{section.path}: split {section.split}: expected train or evaluation, and no subset")
-    options = {"seed": 0, "count": 4000 if section.split == "train" else 500}
-    for option, text in parse_qsl(query, keep_blank_values=True):
-        if option not in options or not text.isdecimal():
-            raise UserError(f"{section.path}: expected options seed=N and count=N, found {option}={text}")
-        options[option] = int(text)
-    if options["count"] > word_problems.MOST_ROWS:
-        raise UserError(f"{section.path}: count: expected at most {word_problems.MOST_ROWS}, found {options['count']}")
-    count = min(options["count"], section.limit or options["count"])
-    rows = word_problems.generate(options["seed"], count, "train" if section.split == "train" else "evaluation")
-    return [dict(row) for row in rows], "question"
 
 
 def _read_with_datasets(section: DatasetSection) -> Numbered:

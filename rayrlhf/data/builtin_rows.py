@@ -1,0 +1,75 @@
+"""Datasets that are made on the spot: `builtin:NAME`, with `?seed=N&count=N` behind it.
+
+Each has the splits train and evaluation, whose contents do not overlap whatever the seeds.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import parse_qsl
+
+from rayrlhf.data import sums, word_problems
+from rayrlhf.errors import UserError
+
+BUILTIN = "builtin:"
+Split = Literal["train", "evaluation"]
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltinDataset:
+    """One of them.
+
+    Attributes:
+        generate: (seed, count, split) -> rows.
+        prompt_field: the column that holds the prompt.
+        counts: rows of each split where the name says nothing.
+        most: largest count.
+    """
+
+    generate: Callable[[int, int, Split], Sequence[Mapping[str, Any]]]
+    prompt_field: str
+    counts: Mapping[str, int]
+    most: int
+
+
+BUILTIN_DATASETS = {
+    "word-problems": BuiltinDataset(
+        word_problems.generate, "question", {"train": 4000, "evaluation": 500}, word_problems.MOST_ROWS
+    ),
+    "sums": BuiltinDataset(sums.generate, "prompt", {"train": 6000, "evaluation": 500}, sums.MOST_ROWS),
+    "sum-pairs": BuiltinDataset(sums.generate_pairs, "prompt", {"train": 20_000, "evaluation": 500}, sums.MOST_ROWS),
+}
+
+
+def read_builtin(path: str, split: str, subset: str | None, limit: int | None) -> tuple[list[dict[str, Any]], str]:
+    """Return the rows of a built-in and the field of their prompts.
+
+    Args:
+        path: `builtin:NAME`, with `?seed=1&count=2000` behind it to set seed and size.
+        split: train or evaluation.
+        subset: must be None.
+        limit: most rows.
+
+    Raises:
+        UserError: no such dataset, split or option.
+    """
+    name, _, query = path.removeprefix(BUILTIN).partition("?")
+    dataset = BUILTIN_DATASETS.get(name)
+    if dataset is None:
+        near = difflib.get_close_matches(name, BUILTIN_DATASETS, n=1, cutoff=0.4)
+        known = ", ".join(BUILTIN + other for other in BUILTIN_DATASETS)
+        hint = f"did you mean {BUILTIN}{near[0]}?" if near else f"expected one of {known}"
+        raise UserError(f"{path}: unknown built-in dataset; {hint}")
+    if split not in ("train", "evaluation") or subset is not None:
+        raise UserError(f"{path}: split {split}: expected train or evaluation, and no subset")
+    options = {"seed": 0, "count": dataset.counts[split]}
+    for option, text in parse_qsl(query, keep_blank_values=True):
+        if option not in options or not text.isdecimal():
+            raise UserError(f"{path}: expected options seed=N and count=N, found {option}={text}")
+        options[option] = int(text)
+    if options["count"] > dataset.most:
+        raise UserError(f"{path}: count: expected at most {dataset.most}, found {options['count']}")
+    count = min(options["count"], limit or options["count"])
+    rows = dataset.generate(options["seed"], count, "train" if split == "train" else "evaluation")
+    return [dict(row) for row in rows], dataset.prompt_field
