@@ -49,7 +49,7 @@ class ProbeScorer:
         """Load the BLEU tokenizer, and the model for likelihoods."""
         self._probe = probe
         self._bleu = BleuScorer(probe.tokenize)
-        self._model = "given" if plan is None else plan.model.path
+        self._model = "given" if plan is None else plan.label
         self._sampling = "{}" if plan is None else sampling_text(plan)
         self._likelihood = LikelihoodEngine(plan, data) if probe.likelihood and plan is not None else None
 

@@ -121,7 +121,7 @@ class Judge:
             "candidate_scores": scores,
             "refusals": [refused or "" for refused in refusals],
             "new_tokens": sum(response.tokens for response in row["responses"]),
-            "relabel_model": self._plan.model.path if texts and self._plan is not None else row["model"] if texts else None,
+            "relabel_model": self._plan.label if texts and self._plan is not None else row["model"] if texts else None,
             "relabel_sampling": sampling_text(self._plan) if texts and self._plan is not None else None,
         }
 

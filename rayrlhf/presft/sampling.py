@@ -26,6 +26,7 @@ class SamplingPlan:
     """What is sampled for each row: small and picklable, equal in every process.
 
     Attributes:
+        label: the model's name in tables, the same wherever the run folder lies.
         model: the sampled model.
         generate: backend and limits.
         data: how prompts become tokens.
@@ -35,6 +36,7 @@ class SamplingPlan:
         temperature: 0 is greedy.
     """
 
+    label: str
     model: ModelSection
     generate: GenerateSection
     data: PairsSection

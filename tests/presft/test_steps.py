@@ -1,0 +1,103 @@
+"""Rows in, scores, decisions and a repaired dataset out, through real stages on Ray."""
+
+import pyarrow.parquet as pq
+import pytest
+import sacrebleu
+
+from rayrlhf.presft.dataset import repair, write_dataset
+from rayrlhf.presft.intake import take_in
+from rayrlhf.presft.layout import Layout
+from rayrlhf.presft.selection import Cut
+from rayrlhf.presft.steps import Sampled, read_cut, relabel_pairs, score_pairs, select_pairs
+from tests.presft.runs import presft_config
+
+pytestmark = pytest.mark.usefixtures("small_ray")
+
+
+def take(config, layout):
+    field = config.probe.response_field
+    part = config.pipeline.rows_per_part
+    take_in(config.data, layout.rows, layout.rejected, rows_per_part=part, tokenizer=None, longest=None, given_field=field)
+
+
+def score(config, layout, model=None):
+    written = []
+    score_pairs(config, layout.rows, layout.round(1).scores, model, config.probe, 2, written.append)
+    return written
+
+
+def test_given_responses_are_scored_selected_and_put_in_place_of_the_originals(tmp_path):
+    config = presft_config(tmp_path, "probe.response_field=answer")
+    layout = Layout(tmp_path / "run")
+    folder = layout.round(1)
+    take(config, layout)
+    assert sorted(score(config, layout)) == [2, 16, 16, 16]
+    rows = list(folder.scores.rows())
+    assert [row["row"] for row in rows] == list(range(50))
+    for row in rows:
+        assert row["bleu"] == sacrebleu.sentence_bleu(row["probes"][0], [row["response"]]).score
+    facts = select_pairs(config, folder.scores, folder.selection)
+    assert facts["selected"] == 17  # every third answer has no idea
+    relabel_pairs(config, config.relabel, folder.scores, folder.relabeled, read_cut(folder.selection), None, 3, lambda _: None)
+    decided = list(folder.relabeled.rows())
+    assert [row["decision"] for row in decided] == ["keep" if row % 3 else "replace" for row in range(50)]
+    assert repair(folder.relabeled, folder.repaired) == 50
+    write_dataset(folder.repaired, folder.dataset)
+    repaired = pq.read_table(folder.dataset).to_pylist()
+    assert repaired[0] == {"prompt": "question 0?", "completion": "no idea about 0", "source": 1}
+    assert repaired[1]["completion"] == "the answer to 1 is 7"
+    assert decided[0]["response"] == "the answer to 0 is 0", "the original stays in the provenance"
+
+
+def test_the_model_is_asked_twice_the_same_and_a_missing_part_comes_back_alike(tmp_path):
+    config = presft_config(tmp_path, "probe.temperature=1.0", "probe.samples=2", "probe.likelihood=true", count=20)
+    model = Sampled("tuned", config.model)
+    layout = Layout(tmp_path / "run")
+    take(config, layout)
+    score(config, layout, model)
+    scores = layout.round(1).scores
+    before = {file.name: file.read_bytes() for file in scores.files()}
+    first = list(scores.rows())
+    assert len({text for row in first for text in row["probes"]}) > 20, "rows and samples have seeds of their own"
+    assert all(row["likelihood"] < 0 and len(row["probe_bleu"]) == 2 for row in first)
+    assert scores.facts()["probe_tokens"] == sum(sum(row["probe_tokens"]) for row in first)
+    scores.part(1).unlink()
+    (scores.path / "done.json").unlink()
+    assert score(config, layout, model) == [4], "only the missing part is made"
+    assert {file.name: file.read_bytes() for file in scores.files()} == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "check"),
+    [
+        (["relabel.method=mbr", "relabel.samples=3"], lambda row: len(row["candidates"]) == 3 and row["new_tokens"] >= 3),
+        (["relabel.method=likelihood", "relabel.samples=2"], lambda row: max(row["candidate_scores"]) < 0),
+        (
+            [
+                "relabel.method=verifier",
+                "relabel.samples=2",
+                "relabel.verifier.functions=[{name: tests.presft.runs:digit_share}]",
+            ],
+            lambda row: all(0 <= score <= 1 for score in row["candidate_scores"]),
+        ),
+        (["relabel.struggling=drop"], lambda row: row["decision"] == "drop" and row["candidates"] == []),
+    ],
+    ids=["mbr", "likelihood", "verifier", "drop"],
+)
+def test_struggling_pairs_alone_are_sampled_and_judged_by_the_method(tmp_path, settings, check):
+    config = presft_config(
+        tmp_path, "probe.response_field=answer", f"probe.model.path={presft_config(tmp_path).model.path}", *settings, count=6
+    )
+    layout = Layout(tmp_path / "run")
+    take(config, layout)
+    score(config, layout)
+    folder = layout.round(1)
+    model = Sampled("given", config.model)
+    relabel_pairs(config, config.relabel, folder.scores, folder.relabeled, Cut(50.0), model, 3, lambda _: None)
+    for row in folder.relabeled.rows():
+        assert row["struggling"] == (row["row"] % 3 == 0)
+        if row["struggling"]:
+            assert check(row), row
+        else:
+            assert row["candidates"] == []
+            assert row["decision"] == "keep"
