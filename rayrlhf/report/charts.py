@@ -1,0 +1,76 @@
+"""Charts as plain Plotly figures: dictionaries without colours, which the page takes from its style sheet."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Figure = dict[str, Any]
+
+
+def histogram(
+    counts: Sequence[int], edges: Sequence[float], *, title: str, x: str, y: str, mark: float | None = None
+) -> Figure:
+    """Return bars over intervals, with a dashed vertical line at `mark`.
+
+    Args:
+        counts: [N].
+        edges: [N + 1], rising.
+        title: of the chart.
+        x: title of the horizontal axis.
+        y: title of the vertical axis.
+        mark: where the line stands; none when None.
+    """
+    intervals = list(zip(edges[:-1], edges[1:], strict=True))
+    trace = {
+        "type": "bar",
+        "x": [(low + high) / 2 for low, high in intervals],
+        "y": list(counts),
+        "width": [high - low for low, high in intervals],
+        "customdata": [f"{low:g} to {high:g}" for low, high in intervals],
+        "hovertemplate": "%{customdata}: %{y}<extra></extra>",
+    }
+    shapes = [] if mark is None else [{"type": "line", "x0": mark, "x1": mark, "yref": "paper", "y0": 0, "y1": 1}]
+    return {"data": [trace], "layout": _layout(title, x, y) | {"bargap": 0, "shapes": shapes}}
+
+
+def bars(series: Mapping[str, Sequence[float]], names: Sequence[str], *, title: str, y: str) -> Figure:
+    """Return groups of bars: one group a name, one colour a series."""
+    data = [{"type": "bar", "name": label, "x": list(names), "y": list(values)} for label, values in series.items()]
+    return {"data": data, "layout": _layout(title, "", y) | {"barmode": "group", "showlegend": len(data) > 1}}
+
+
+def shares(parts: Mapping[str, int], *, title: str) -> Figure:
+    """Return one horizontal bar divided into parts of a whole, labelled with count and percentage."""
+    total = sum(parts.values()) or 1
+    data = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": f"{name} {count / total:.1%}",
+            "x": [count],
+            "y": [""],
+            "hovertemplate": f"{name}: {count} of {total}<extra></extra>",
+        }
+        for name, count in parts.items()
+    ]
+    layout = _layout(title, "pairs", "") | {"barmode": "stack", "showlegend": True}
+    return {"data": data, "layout": layout}
+
+
+def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, title: str, x: str, y: str) -> Figure:
+    """Return one line a series of (x values, y values)."""
+    data = [
+        {"type": "scatter", "mode": "lines", "name": label, "x": list(xs), "y": list(ys)} for label, (xs, ys) in series.items()
+    ]
+    return {"data": data, "layout": _layout(title, x, y) | {"showlegend": len(data) > 1}}
+
+
+def points(xs: Sequence[float], ys: Sequence[float], *, title: str, x: str, y: str) -> Figure:
+    """Return a cloud of points."""
+    marker = {"size": 5, "opacity": 0.45}
+    trace = {"type": "scatter", "mode": "markers", "x": list(xs), "y": list(ys), "marker": marker}
+    return {"data": [trace], "layout": _layout(title, x, y) | {"showlegend": False}}
+
+
+def _layout(title: str, x: str, y: str) -> dict[str, Any]:
+    # The title is text: Plotly reads a few tags in it, which its own figures never hold here.
+    return {"title": {"text": title, "font": {"size": 15}}, "xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
