@@ -66,7 +66,7 @@ def _kept(config: TuningConfig) -> Iterator[str]:
         amount = f"the first {evaluation.rows} of what is held out" if evaluation.rows else "all that is held out"
         yield f"evaluation: {amount}, before{often} and after"
     often = f"every {checkpoint.every} steps and " if checkpoint.every else ""
-    yield f"checkpoints: {often}at the end, the last {_count(checkpoint.keep, 'one')} kept"
+    yield f"checkpoints: {often}at the end, the last {checkpoint.keep} kept"
     best = f"the best by held-out {checkpoint.best_metric}" if checkpoint.best_metric else "the last weights"
     unless = ", unless not better than chance" if isinstance(config, RewardTrainingConfig) and not config.export_anyway else ""
     yield f"export: {best}{unless}"
