@@ -1,7 +1,8 @@
 """The command line: thin commands over the functions that users can also call from Python.
 
 A user's mistake ends with one line and exit code 2, a run that stopped itself or lost its machines with one line and exit
-code 1. Anything else is a bug and keeps its traceback. Heavy imports happen inside the commands, so that help is instant.
+code 1, one that was asked to stop and can be resumed with exit code 75. Anything else is a bug and keeps its traceback.
+Heavy imports happen inside the commands, so that help is instant.
 """
 
 import os
@@ -11,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, UserError
+from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, StoppedError, UserError
 
 app = typer.Typer(
     name="rayrlhf",
@@ -20,6 +21,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+EXIT_STOPPED = 75
+"""Exit code of a run that was asked to stop and can be resumed by the same command (`EX_TEMPFAIL` of sysexits.h)."""
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that replace those of the file: section.key=value ...")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")]
@@ -51,6 +55,40 @@ def quickstart(overrides: Overrides = None, dry_run: DryRun = False) -> None:
     run_quickstart(overrides or [], dry_run=dry_run)
 
 
+@app.command(name="run")
+def run_command(
+    chain: Annotated[Path, typer.Argument(help="A YAML file with the stages of a chain.")],
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Run a chain of stages (SFT, reward model, PPO, evaluation); finished stages are skipped on a rerun."""
+    from rayrlhf.chain.run import load_chain, plan_chain, run_chain, summary
+
+    config = load_chain(chain, overrides or [])
+    if dry_run:
+        for stage in plan_chain(config, chain.parent):
+            typer.echo(f"{stage.section.name}: {stage.section.kind} -> {stage.folder}")
+        return
+    for line in summary(run_chain(config, chain.parent)):
+        typer.echo(line)
+
+
+@app.command()
+def evaluate(
+    config: Annotated[Path, typer.Argument(help="A YAML file with an evaluation's configuration.")],
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Answer a dataset with one model and judge the answers, with intervals."""
+    from rayrlhf.config.evaluate import EvaluateConfig
+    from rayrlhf.config.load import load_config
+    from rayrlhf.evaluation.run import check_evaluation, evaluate_model
+
+    loaded = load_config(EvaluateConfig, config, overrides or [])
+    for line in [check_evaluation(loaded)] if dry_run else evaluate_model(loaded).lines():
+        typer.echo(line)
+
+
 @app.command()
 def chat(
     run: Annotated[Path, typer.Argument(help="A run folder, or any Hugging Face model folder.")],
@@ -78,6 +116,9 @@ def main() -> None:
     except (AlarmError, DeadlineError, ActorLostError) as error:
         print(f"rayrlhf: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(1)
+    except StoppedError as error:
+        print(f"rayrlhf: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(EXIT_STOPPED)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from rayrlhf.config.section import Section
 from rayrlhf.config.yaml_text import dump, parse, problem_of
 from rayrlhf.errors import UserError
 
-__all__ = ["describe", "differences", "dump_config", "load_config"]
+__all__ = ["describe", "differences", "dump_config", "load_config", "load_tree"]
 
 T = TypeVar("T", bound=Section)
 _COMMAND_LINE = "command line"
@@ -44,15 +44,35 @@ def load_config(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) 
     """
     tree = _read(path) if path is not None else {}
     given = [apply_override(tree, override) for override in overrides]
-    file = str(path) if path is not None else _COMMAND_LINE
+    return _validated(cls, tree, given, str(path) if path is not None else _COMMAND_LINE, _COMMAND_LINE)
+
+
+def load_tree(cls: type[T], settings: dict[str, Any], path: Path | None, place: str) -> T:
+    """Validate settings that stand inside another file, such as a chain's, laid over a configuration file if one is given.
+
+    Args:
+        cls: the root section.
+        settings: a tree of sections and keys.
+        path: a YAML file below them; None for the settings alone.
+        place: what to call the settings in messages.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    tree = _merged(_read(path), settings) if path is not None else dict(settings)
+    return _validated(cls, tree, list(_flat(settings)), str(path) if path is not None else place, place)
+
+
+def _validated(cls: type[T], tree: dict[str, Any], given: Sequence[str], file: str, over: str) -> T:
+    """Validate a merged tree; `given` are the dotted keys that came from `over`, everything else came from `file`."""
     name = tree.pop("preset", None)
     if name is not None:
-        tree = _merged(_preset(name, _COMMAND_LINE if "preset" in given else file), tree)
+        tree = _merged(_preset(name, over if "preset" in given else file), tree)
     try:
         return cls.model_validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
         lines = [
-            f"{_source(dotted, given, file)}: {dotted and dotted + ': '}{message}"
+            f"{_source(dotted, given, file, over)}: {dotted and dotted + ': '}{message}"
             for dotted, message in problems(error, tree, cls).items()
         ]
         if len(lines) > _MOST_LINES:
@@ -112,11 +132,11 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _source(dotted: str, given: Sequence[str], file: str) -> str:
-    """Return who gave a key: the command line where an override set it, its section, or something in it."""
+def _source(dotted: str, given: Sequence[str], file: str, over: str) -> str:
+    """Return who gave a key: what lies over the file where that set it, its section, or something in it."""
     for key in given:
         if dotted and (f"{dotted}.".startswith(f"{key}.") or f"{key}.".startswith(f"{dotted}.")):
-            return _COMMAND_LINE
+            return over
     return file
 
 

@@ -1,0 +1,77 @@
+"""What a stage can be: its configuration, its run, and what it leaves for later stages.
+
+A new kind is one function and one line in `STAGES`. The drivers are imported inside: a check needs none of them.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayrlhf.config.chain import StageKind
+from rayrlhf.config.evaluate import EvaluateConfig
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.section import Section
+from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
+
+
+@dataclass(frozen=True, slots=True)
+class StageType:
+    """One kind of stage.
+
+    Attributes:
+        config: the root of its configuration.
+        run: runs it, or finishes what an interrupted chain began; returns its result in one line.
+        exports: whether it leaves a model in `export/`.
+    """
+
+    config: type[Section]
+    run: Callable[[Any], str]
+    exports: bool = True
+
+    def outputs(self, folder: Path) -> Mapping[str, str]:
+        """What later stages may name, known before the stage runs."""
+        return {"folder": str(folder)} | ({"export": str(folder / "export")} if self.exports else {})
+
+
+def _sft(config: SFTConfig) -> str:
+    from rayrlhf.tuning.run import train_sft
+
+    return _numbers(train_sft(config).metrics)
+
+
+def _reward(config: RewardTrainingConfig) -> str:
+    from rayrlhf.tuning.run import train_reward
+
+    return _numbers(train_reward(config).metrics)
+
+
+def _ppo(config: PPOConfig) -> str:
+    from rayrlhf.observe.metrics import read_metrics
+    from rayrlhf.ppo.run import train_ppo
+
+    result = train_ppo(config)
+    scores = [row["evaluation/score"] for row in read_metrics(result.folder) if "evaluation/score" in row]
+    change = f", held-out score {scores[0]:.3f} -> {scores[-1]:.3f}" if scores else ""
+    return f"{result.steps} steps{change}"
+
+
+def _evaluate(config: EvaluateConfig) -> str:
+    from rayrlhf.evaluation.run import evaluate_model
+
+    result = evaluate_model(config)
+    parts = result.parts or {"score": result.score}
+    return ", ".join(f"{name} {interval}" for name, interval in parts.items()) + f" over {result.prompts} prompts"
+
+
+STAGES: Mapping[StageKind, StageType] = {
+    "sft": StageType(SFTConfig, _sft),
+    "reward": StageType(RewardTrainingConfig, _reward),
+    "ppo": StageType(PPOConfig, _ppo),
+    "evaluate": StageType(EvaluateConfig, _evaluate, exports=False),
+}
+
+
+def _numbers(metrics: Mapping[str, float]) -> str:
+    """Held-out numbers of a tuning run, in one line."""
+    return ", ".join(f"{name.rpartition('/')[2]} {value:.3f}" for name, value in metrics.items())

@@ -1,0 +1,47 @@
+"""The root of an evaluation's configuration file: one model, one dataset, and what its answers are judged by."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from rayrlhf.config.data import DatasetSection
+from rayrlhf.config.model import ModelSection
+from rayrlhf.config.reward import RewardSection
+from rayrlhf.config.rollout import RolloutSection
+from rayrlhf.config.section import Section
+
+
+class EvaluateRunSection(Section):
+    """Identity of an evaluation. Its folder is `root/name`."""
+
+    name: str = Field("evaluation", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    root: Path = Path("runs")
+    seed: int = Field(0, ge=0)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.root / self.name
+
+
+class EvaluateDataSection(DatasetSection):
+    """The prompts to answer, and how they become tokens."""
+
+    chat: bool = True
+    """Put a standard prompt into the chat template as one user turn."""
+    system_prompt: str | None = None
+    """First message of every conversation that does not bring a system message of its own."""
+    max_prompt_tokens: int | None = Field(None, ge=1)
+    """Longer prompts are an error; the model's context less `rollout.max_new_tokens` when not given."""
+
+
+class EvaluateConfig(Section):
+    """Everything `rayrlhf evaluate` needs."""
+
+    run: EvaluateRunSection = EvaluateRunSection()
+    model: ModelSection
+    data: EvaluateDataSection
+    reward: RewardSection
+    rollout: RolloutSection = RolloutSection()
+    temperature: float = Field(0.0, ge=0)
+    """0 is greedy."""

@@ -1,0 +1,158 @@
+"""Judging a model on one dataset: every prompt answered, every answer scored, every mean with its interval.
+
+One process, one engine, no Ray: an evaluation is a few minutes of sampling. Answers go to `answers/` as Parquet, the numbers to
+`evaluation.json`. An evaluation that is done is read, not repeated; the same name with another configuration is refused.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import yaml
+
+from rayrlhf.config.data import DataSection
+from rayrlhf.config.evaluate import EvaluateConfig
+from rayrlhf.config.load import differences, dump_config
+from rayrlhf.data.atomic import write_atomically
+from rayrlhf.data.prompts import load_prompt_dataset
+from rayrlhf.data.records import Prompt, Rollout, RolloutRequest, SampleKey
+from rayrlhf.data.seeds import sample_seed
+from rayrlhf.engines.reward_model import RewardModelEngine
+from rayrlhf.engines.rollout import RolloutSpec, build_rollout_engine, context_length
+from rayrlhf.errors import UserError
+from rayrlhf.models.load import load_architecture, load_tokenizer
+from rayrlhf.observe.run_folder import open_run
+from rayrlhf.observe.samples import Sample, SampleSink
+from rayrlhf.observe.statistics import Interval, bootstrap_mean, distinct_share
+from rayrlhf.rewards.functions import ScoringBatch, load_functions
+from rayrlhf.rewards.score import RewardBatch, run_functions, weighted_sum
+
+RESULT = "evaluation.json"
+ANSWERS = "answers"
+MODEL_PART = "reward_model"
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationResult:
+    """What an evaluation found.
+
+    Attributes:
+        folder: the run folder.
+        prompts: how many were answered.
+        score: mean score with its bootstrap interval over prompts.
+        parts: the same for each part of the reward that applies to every answer.
+        distinct: share of different answers.
+    """
+
+    folder: Path
+    prompts: int
+    score: Interval
+    parts: dict[str, Interval]
+    distinct: float
+
+    def lines(self) -> list[str]:
+        """The result in words."""
+        parts = [f"{name}: {interval}" for name, interval in self.parts.items()]
+        return [f"score over {self.prompts} prompts: {self.score}", *parts, f"distinct answers: {self.distinct:.0%}"]
+
+
+def check_evaluation(config: EvaluateConfig) -> str:
+    """Check a configuration without loading the model; returns the plan in words.
+
+    Raises:
+        UserError: a mistake in data, reward functions or lengths.
+    """
+    load_functions(config.reward)
+    prompts = _load_prompts(config)
+    return f"evaluation: {config.run.folder}\nmodel: {config.model.path}\nprompts: {len(prompts)} of {config.data.path}"
+
+
+def evaluate_model(config: EvaluateConfig) -> EvaluationResult:
+    """Answer and score the dataset, or return what an earlier call with this configuration found.
+
+    Raises:
+        UserError: a mistake in the configuration, the data or the reward functions; or the folder holds another evaluation.
+    """
+    functions = load_functions(config.reward)
+    prompts = _load_prompts(config)
+    with open_run(config.run.folder, dump_config(config), _stored_differences) as folder:
+        if (folder.path / RESULT).is_file():
+            return read_result(folder.path)
+        rollouts = _answer(config, prompts)
+        batch = ScoringBatch.of_rollouts(prompts, rollouts)
+        parts = run_functions(functions, batch, timeout_seconds=config.reward.timeout_seconds)
+        weights = {function.name: function.weight for function in functions}
+        if config.reward.model is not None:
+            parts[MODEL_PART] = RewardModelEngine(config.reward.model).score(batch.prompts, batch.responses)
+            weights[MODEL_PART] = config.reward.model.weight
+        rewards = weighted_sum(parts, weights)
+        SampleSink(folder.path / ANSWERS).write(0, _samples(prompts, rollouts, rewards))
+        return _write_result(folder.path, rollouts, rewards)
+
+
+def read_result(folder: Path) -> EvaluationResult:
+    """The result that a finished evaluation left in its folder."""
+    stored = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    parts = {name: Interval(**values) for name, values in stored["parts"].items()}
+    return EvaluationResult(folder, stored["prompts"], Interval(**stored["score"]), parts, stored["distinct"])
+
+
+def _load_prompts(config: EvaluateConfig) -> list[Prompt]:
+    context = context_length(config.rollout, load_architecture(config.model))
+    longest = config.data.max_prompt_tokens or context - config.rollout.max_new_tokens
+    if longest < 1 or longest + config.rollout.max_new_tokens > context:
+        raise UserError(
+            f"rollout.max_new_tokens {config.rollout.max_new_tokens} and data.max_prompt_tokens {longest} exceed "
+            f"the {context} tokens of the model's context (rollout.max_model_length)"
+        )
+    data = DataSection(train=config.data, chat=config.data.chat, system_prompt=config.data.system_prompt)
+    return load_prompt_dataset(config.data, data, load_tokenizer(config.model), longest)
+
+
+def _answer(config: EvaluateConfig, prompts: Sequence[Prompt]) -> list[Rollout]:
+    """One answer a prompt, in the order of the prompts."""
+    engine = build_rollout_engine(RolloutSpec(config.model, config.rollout, config.run.seed))
+    try:
+        requests = [
+            RolloutRequest(SampleKey(0, prompt.id, 0), prompt.token_ids, sample_seed(config.run.seed, 0, prompt.id, 0))
+            for prompt in prompts
+        ]
+        engine.submit(requests, temperature=config.temperature, max_new_tokens=config.rollout.max_new_tokens)
+        finished: list[Rollout] = []
+        while engine.unfinished:
+            finished += engine.poll(engine.unfinished)
+    finally:
+        engine.close()
+    by_prompt = {rollout.key.prompt: rollout for rollout in finished}
+    return [by_prompt[prompt.id] for prompt in prompts]
+
+
+def _write_result(folder: Path, rollouts: Sequence[Rollout], rewards: RewardBatch) -> EvaluationResult:
+    parts = {name: bootstrap_mean(values) for name, values in rewards.parts.items() if not (values != values).any()}
+    distinct = distinct_share([rollout.text.strip() for rollout in rollouts])
+    result = EvaluationResult(folder, len(rollouts), bootstrap_mean(rewards.scores), parts, distinct)
+    stored = asdict(result) | {"folder": str(folder)}
+    write_atomically(folder / RESULT, json.dumps(stored, indent=2) + "\n")
+    return result
+
+
+def _samples(prompts: Sequence[Prompt], rollouts: Sequence[Rollout], rewards: RewardBatch) -> list[Sample]:
+    return [
+        Sample(
+            prompt_id=prompt.id,
+            sample=0,
+            prompt=prompt.text,
+            response=rollout.text,
+            score=float(rewards.scores[index]),
+            length=len(rollout.response_ids),
+            finish_reason=rollout.finish_reason,
+            version=0,
+            parts={name: float(values[index]) for name, values in rewards.parts.items()},
+        )
+        for index, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True))
+    ]
+
+
+def _stored_differences(stored: str, wanted: str) -> list[str]:
+    return differences(*(EvaluateConfig.model_validate(yaml.safe_load(text)) for text in (stored, wanted)))

@@ -1,0 +1,32 @@
+"""References in a chain's settings: replaced wherever they stand, and every wrong one named."""
+
+import pytest
+
+from rayrlhf.chain.references import fill_in
+from rayrlhf.errors import UserError
+
+OUTPUTS = {"sft": {"folder": "/runs/sft", "export": "/runs/sft/export"}}
+
+
+def test_a_reference_is_replaced_at_any_depth_and_inside_a_text():
+    settings = {"model": {"path": "${sft.export}"}, "list": [{"x": "a${sft.folder}b"}], "number": 3, "none": None}
+    assert fill_in(settings, OUTPUTS, "stage ppo") == {
+        "model": {"path": "/runs/sft/export"},
+        "list": [{"x": "a/runs/sftb"}],
+        "number": 3,
+        "none": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("${stf.export}", "stage ppo.model.path: ${stf.export}: no stage 'stf' before this one; did you mean sft?"),
+        ("${sft.exprot}", "stage 'sft' has no output 'exprot'; did you mean export?"),
+        ("${sft}", "stage 'sft' has no output ''; expected one of folder, export"),
+    ],
+)
+def test_a_wrong_reference_names_its_place_and_the_nearest_right_one(reference, message):
+    with pytest.raises(UserError) as caught:
+        fill_in({"model": {"path": reference}}, OUTPUTS, "stage ppo")
+    assert message in str(caught.value)
