@@ -7,7 +7,7 @@ which the system releases however it ends.
 
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,8 @@ Differences = Callable[[str, str], list[str]]
 """(stored config text, new config text) -> one line per key that differs; empty when both mean the same."""
 
 MOST_DIFFERENCES_SHOWN = 5
+TRAINING_FOLDERS = ("tensorboard", "samples", "checkpoints")
+"""What is in the folder of a training run from the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,12 @@ class RunFolder:
 
 
 def open_run(
-    folder: Path, config_text: str, differences: Differences, *, resume: Literal["auto", "never"] = "auto"
+    folder: Path,
+    config_text: str,
+    differences: Differences,
+    *,
+    resume: Literal["auto", "never"] = "auto",
+    folders: Sequence[str] = TRAINING_FOLDERS,
 ) -> RunFolder:
     """Create a run folder, or take up the run that is in it.
 
@@ -83,6 +90,7 @@ def open_run(
         config_text: the resolved configuration as YAML.
         differences: compares it with the stored one, see `Differences`.
         resume: `never` refuses a folder that holds a run.
+        folders: made in a new run folder.
 
     Raises:
         UserError: the folder holds another configuration, or no run but other files; a process is running in it; resuming is
@@ -96,7 +104,7 @@ def open_run(
         raise UserError(f"run folder {folder} has files in it but no config.yaml: choose another run.name, or empty it")
     with writing(folder):
         if not resumed:
-            _create(folder, config_text)
+            _create(folder, config_text, folders)
         return RunFolder(folder, resumed, _locked(folder))
 
 
@@ -112,18 +120,18 @@ def _check_same(folder: Path, config: Path, config_text: str, differences: Diffe
         raise UserError(f"run folder {folder} holds a run with another configuration ({shown}): choose another run.name")
 
 
-def _create(folder: Path, config_text: str) -> None:
+def _create(folder: Path, config_text: str, folders: Sequence[str]) -> None:
     """Put an empty run in place. An empty folder that the user made is filled in place; it may be a mount point."""
     if folder.is_dir():
-        _fill(folder, config_text)
+        _fill(folder, config_text, folders)
         return
     # Two drivers that start at once agree on one folder; the lock then decides between them.
     with folder_atomically(folder, if_exists="keep") as partial:
-        _fill(partial, config_text)
+        _fill(partial, config_text, folders)
 
 
-def _fill(folder: Path, config_text: str) -> None:
-    for name in ("tensorboard", "samples", "checkpoints"):
+def _fill(folder: Path, config_text: str, folders: Sequence[str]) -> None:
+    for name in folders:
         (folder / name).mkdir(exist_ok=True)
     write_atomically(folder / "config.yaml", config_text)  # last: a folder with a config is complete
 
