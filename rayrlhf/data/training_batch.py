@@ -20,10 +20,12 @@ class TrainingBatch:
         arrays: float32 or bool [B, T] each. The objectives read `old_logprobs`, `advantages`, `action_mask` (policy),
             `old_values`, `returns`, `value_mask` (critic), and where configured `ref_logprobs` and `importance_weights`.
             Numbers behind a mask may be anything, NaN included.
+        group_size: so many consecutive rows share a micro-batch, because the objective compares them; 2 for pairs.
     """
 
     sequences: Sequence[TokenSequence]
     arrays: Mapping[str, NDArray[np.float32] | NDArray[np.bool_]]
+    group_size: int = 1
 
     def __post_init__(self) -> None:
         if not self.sequences or not self.arrays:
@@ -54,4 +56,5 @@ class TrainingBatch:
         """Return the batch of the given rows, in their order, its columns cut to what they need."""
         sequences = [self.sequences[row] for row in rows]
         width = min(self.width, 1 + max(sequence.response_length for sequence in sequences))
-        return TrainingBatch(sequences, {name: array[list(rows), :width] for name, array in self.arrays.items()})
+        arrays = {name: array[list(rows), :width] for name, array in self.arrays.items()}
+        return TrainingBatch(sequences, arrays, self.group_size)

@@ -1,10 +1,11 @@
-"""Sequences of any length into one right-padded batch, and flat network outputs back to where they belong."""
+"""Sequences of any length into one batch, right-padded or packed, and flat network outputs back to where they belong."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rayrlhf.data.records import Sequence as TokenSequence
@@ -12,11 +13,11 @@ from rayrlhf.models.network import Positions
 
 
 @dataclass(frozen=True, slots=True)
-class PaddedBatch:
+class CollatedBatch:
     """A micro-batch on its device.
 
     Attributes:
-        input_ids: int64 [B, L].
+        input_ids: int64 [B, L]; [1, L] where it is packed.
         positions: where the network reads it.
         logprob_slots: int64 [N], the cell b * T + j of a [B, T] table that each log-prob belongs to.
         value_slots: int64 [M], likewise for values.
@@ -35,33 +36,45 @@ class PaddedBatch:
         return flat.new_zeros(rows * columns).index_copy(0, slots, flat).view(rows, columns)
 
 
-def collate(sequences: Sequence[TokenSequence], width: int, device: torch.device) -> PaddedBatch:
-    """Pad sequences on the right.
+def collate(
+    sequences: Sequence[TokenSequence],
+    width: int,
+    device: torch.device,
+    *,
+    targets_mask: NDArray[np.bool_] | None = None,
+    packed: bool = False,
+) -> CollatedBatch:
+    """Pad sequences on the right, or lay them end to end.
 
     Args:
         sequences: B of them.
         width: T, columns of the tables; a value after the last token is read only where it has a column.
         device: where the tensors go.
+        targets_mask: bool [B, T], the response tokens whose log-probs are wanted; all of them when not given.
+        packed: end to end in one row.
     """
-    longest = max(len(sequence.token_ids) for sequence in sequences)
-    input_ids = np.zeros((len(sequences), longest), dtype=np.int64)
+    lengths = [len(sequence.token_ids) for sequence in sequences]
+    longest = sum(lengths) if packed else max(lengths)
+    starts = np.cumsum([0, *lengths[:-1]]) if packed else np.arange(len(sequences)) * longest
+    flat_ids = np.zeros(longest if packed else len(sequences) * longest, dtype=np.int64)
     predictors, targets, values, logprob_slots, value_slots = [], [], [], [], []
     for row, sequence in enumerate(sequences):
         length, prompt, response = len(sequence.token_ids), sequence.prompt_length, sequence.response_length
-        input_ids[row, :length] = sequence.token_ids
-        start, columns = row * longest + prompt - 1, np.arange(min(response + 1, width))
-        predictors.append(start + np.arange(response))
-        targets.append(sequence.token_ids[prompt:])
+        flat_ids[starts[row] : starts[row] + length] = sequence.token_ids
+        start, columns = starts[row] + prompt - 1, np.arange(min(response + 1, width))
+        wanted = np.arange(response) if targets_mask is None else np.flatnonzero(targets_mask[row, :response])
+        predictors.append(start + wanted)
+        targets.append(sequence.token_ids[prompt + wanted])
         values.append(start + columns)
-        logprob_slots.append(row * width + np.arange(response))
+        logprob_slots.append(row * width + wanted)
         value_slots.append(row * width + columns)
 
     def tensor(parts: Sequence[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
 
-    return PaddedBatch(
-        torch.from_numpy(input_ids).to(device),
-        Positions(tensor(predictors), tensor(targets), tensor(values), [len(sequence.token_ids) for sequence in sequences]),
+    return CollatedBatch(
+        torch.from_numpy(flat_ids.reshape(-1, longest)).to(device),
+        Positions(tensor(predictors), tensor(targets), tensor(values), lengths, packed),
         tensor(logprob_slots),
         tensor(value_slots),
         (len(sequences), width),

@@ -42,7 +42,11 @@ class TrainEngine:
         """
         self._spec = spec
         self._device = training_device()
-        self._network = build_network(spec.model, spec.heads, spec.head_init, spec.seed).to(self._device)
+        network = build_network(spec.model, spec.heads, spec.head_init, spec.seed, head_bias=spec.head_bias)
+        network.noise_alpha = spec.noise_alpha
+        if spec.packing:
+            network.accept_packed_rows()
+        self._network = network.to(self._device)
         optimizer = build_optimizer(self._network.parameters(), spec.train.optimizer, spec.learning_rate)
         _remember_frozen_layers(self._network, spec)
         self._engine = wrap(self._network, optimizer, spec.train, resolve_dtype(spec.model.dtype))
@@ -153,6 +157,7 @@ def _remember_frozen_layers(network: Network, spec: TrainEngineSpec) -> None:
         lora is not None
         and lora.last_layers is not None
         and spec.train.zero_stage < 3
+        and not (spec.packing or spec.noise_alpha)
         and not spec.model.gradient_checkpointing
     ):
         network.remember_frozen_layers(network.model.config.num_hidden_layers - lora.last_layers)

@@ -22,6 +22,11 @@ class TrainEngineSpec:
         total_optimizer_steps: of the whole run, for the schedule.
         seed: of adapters and heads.
         parity: quirks of TRL to reproduce.
+        packing: lay the samples of a micro-batch end to end instead of padding them.
+        targets_only: compute no logits behind the masks. Log-probs then differ from those of `score` in their last bits, so
+            this is not for PPO, where a ratio must be exactly 1.
+        head_bias: whether a new value head has a bias.
+        noise_alpha: NEFTune's noise on the embeddings in updates; none when None.
     """
 
     model: ModelSection
@@ -32,3 +37,7 @@ class TrainEngineSpec:
     total_optimizer_steps: int = 1
     seed: int = 0
     parity: ParitySection = field(default_factory=ParitySection)
+    packing: bool = False
+    targets_only: bool = False
+    head_bias: bool = True
+    noise_alpha: float | None = None

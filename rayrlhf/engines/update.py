@@ -7,6 +7,7 @@ equal everywhere: the batch, the plan, and statistics summed over all ranks.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +52,15 @@ class Updater:
     def _mini_batch(self, batch: TrainingBatch, rows: Sequence[int], objective: Objective, meter: UpdateMeter) -> None:
         """Take one optimizer step (one a micro-batch under `parity.no_accumulation`)."""
         parity = self._spec.parity
-        shares = split_mini_batch(rows, batch.lengths, self._ranks, self._spec.train, parity)
+        shares = split_mini_batch(
+            rows,
+            batch.lengths,
+            self._ranks,
+            self._spec.train,
+            parity,
+            group_size=batch.group_size,
+            packing=self._spec.packing,
+        )
         micro_batches = shares[self._rank]
         whole_step = _token_counts(batch, rows, objective)
         for mask, count in whole_step.items():
@@ -88,17 +97,20 @@ class Updater:
             meter.add(terms, counts)
             if self._spec.parity.mini_batch_means and self._exploded(_means(terms, counts)):
                 loss = loss * 0.0
-        meter.add_tokens(batch.lengths, real=bool(micro_batch.weight))
+        meter.add_tokens(batch.lengths, real=bool(micro_batch.weight), packed=self._spec.packing)
         with meter.clock("backward"):
             self._engine.backward(loss, scale_wrt_gas=False)
 
     def _forward(self, batch: TrainingBatch, objective: Objective) -> list[Term]:
-        padded = collate(batch.sequences, batch.width, self._device)
-        output = self._engine(padded.input_ids, padded.positions, objective.want, objective.temperature)
+        learnt = None
+        if self._spec.targets_only:
+            learnt = np.logical_or.reduce([batch.arrays[mask] for mask in objective.masks])
+        collated = collate(batch.sequences, batch.width, self._device, targets_mask=learnt, packed=self._spec.packing)
+        output = self._engine(collated.input_ids, collated.positions, objective.want, objective.temperature)
         tables: dict[str, Tensor] = {}
         for name in objective.want:
-            slots = padded.value_slots if name == "values" else padded.logprob_slots
-            tables[name] = padded.table(getattr(output, name), slots)
+            slots = collated.value_slots if name == "values" else collated.logprob_slots
+            tables[name] = collated.table(getattr(output, name), slots)
         arrays = {name: torch.from_numpy(array).to(self._device) for name, array in batch.arrays.items()}
         return objective.terms(tables, arrays)
 

@@ -47,10 +47,10 @@ class UpdateMeter:
                 before = self._sums.get(name, (0.0, 0.0))
                 self._sums[name] = (before[0] + float(total), before[1] + counts[term.mask])
 
-    def add_tokens(self, lengths: Sequence[int], *, real: bool) -> None:
+    def add_tokens(self, lengths: Sequence[int], *, real: bool, packed: bool = False) -> None:
         """Count the tokens of a forward and backward; those of a filler are padding."""
         self._tokens += sum(lengths) if real else 0
-        self._computed += len(lengths) * max(lengths)
+        self._computed += sum(lengths) if packed else len(lengths) * max(lengths)
 
     def finish_step(self, *, across_ranks: bool) -> None:
         """Sum the step's statistics over the ranks and form its means in `step_means`."""

@@ -13,6 +13,7 @@ import numpy as np
 from rayrlhf.config.algorithm import ParitySection
 from rayrlhf.config.train import TrainSection
 from rayrlhf.data.batching import balance, micro_batches
+from rayrlhf.data.packing import best_fit_decreasing
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,14 @@ class UpdateReport:
 
 
 def split_mini_batch(
-    rows: Sequence[int], lengths: Sequence[int], ranks: int, train: TrainSection, parity: ParitySection
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    ranks: int,
+    train: TrainSection,
+    parity: ParitySection,
+    *,
+    group_size: int = 1,
+    packing: bool = False,
 ) -> list[list[MicroBatch]]:
     """Share one optimizer step out to the ranks and into micro-batches.
 
@@ -76,6 +84,8 @@ def split_mini_batch(
         ranks: data-parallel processes.
         train: micro-batch size, or token budget.
         parity: with TRL's per-micro-batch means the split matters, so micro-batches are then consecutive rows.
+        group_size: so many consecutive rows stay together; they divide `rows`.
+        packing: a micro-batch costs the sum of its lengths, not its padded size.
 
     Returns:
         For each rank its micro-batches, equally many on every rank.
@@ -83,13 +93,17 @@ def split_mini_batch(
     if parity.mini_batch_means or parity.no_accumulation:
         shares = [[list(part) for part in _consecutive(share, train)] for share in _runs(rows, ranks)]
     else:
-        own = [lengths[row] for row in rows]
+        groups = [rows[start : start + group_size] for start in range(0, len(rows), group_size)]
+        cost = _packed_cost if packing else _padded_cost
+        own = [cost([lengths[row] for row in group]) for group in groups]
+        split = _into_packs if packing else _by_budget
         shares = [
-            [[rows[part[index]] for index in batch] for batch in _by_budget([own[index] for index in part], train)]
+            [[row for index in batch for row in groups[part[index]]] for batch in split([own[index] for index in part], train)]
             for part in balance(own, ranks)
         ]
     count = max(len(share) for share in shares)
-    filler = MicroBatch((min(rows, key=lambda row: lengths[row]),), weight=0.0)
+    start = min(range(0, len(rows), group_size), key=lambda index: lengths[rows[index]])
+    filler = MicroBatch(tuple(rows[start : start + group_size]), weight=0.0)
     return [[MicroBatch(tuple(part)) for part in share] + [filler] * (count - len(share)) for share in shares]
 
 
@@ -100,6 +114,18 @@ def _runs(rows: Sequence[int], parts: int) -> list[list[int]]:
 def _consecutive(share: Sequence[int], train: TrainSection) -> list[Sequence[int]]:
     size = train.micro_batch_size or max(1, len(share))
     return [share[start : start + size] for start in range(0, len(share), size)]
+
+
+def _padded_cost(lengths: Sequence[int]) -> int:
+    return len(lengths) * max(lengths)
+
+
+def _packed_cost(lengths: Sequence[int]) -> int:
+    return sum(lengths)
+
+
+def _into_packs(lengths: list[int], train: TrainSection) -> list[list[int]]:
+    return best_fit_decreasing(lengths, max(train.micro_batch_tokens, *lengths)) if lengths else []
 
 
 def _by_budget(lengths: list[int], train: TrainSection) -> list[list[int]]:

@@ -2,12 +2,13 @@
 
 It reads a right-padded batch and returns only what was asked for, only at the positions asked for, as flat [N] tensors. Padding
 stands on the right and attention is causal, so no real token ever sees a padded one: no attention mask is needed (the fast
-causal kernel runs) and positions count from 0 by themselves.
+causal kernel runs) and positions count from 0 by themselves. Or it reads samples packed end to end in one row, without padding.
 """
 
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from rayrlhf.config.model import ModelSection
@@ -16,6 +17,7 @@ from rayrlhf.models.frozen_prefix import FrozenPrefix
 from rayrlhf.models.load import disable_dropout, load_causal_model, load_trunk, resolve_path
 from rayrlhf.models.logprobs import logprobs_and_entropy
 from rayrlhf.models.lora import add_lora
+from rayrlhf.models.packed_attention import attend_within_segments
 from rayrlhf.models.value_head import HeadInit, ValueHead, find_head, make_head
 
 Head = Literal["lm", "value"]
@@ -29,13 +31,15 @@ class Positions(NamedTuple):
         predictors: int64 [N], the position that predicts each response token.
         targets: int64 [N], the response tokens.
         values: int64 [M], the positions values are read from: before each response token, and after the last one.
-        lengths: tokens of each row without padding, B of them.
+        lengths: tokens of each sample without padding.
+        packed: the samples lie end to end in one row [1, sum of lengths], and not in a row each.
     """
 
     predictors: Tensor
     targets: Tensor
     values: Tensor
     lengths: list[int]
+    packed: bool = False
 
 
 class NetworkOutput(NamedTuple):
@@ -61,6 +65,7 @@ class Network(nn.Module):
         model: the transformers model: causal language model where there is an "lm" head, bare trunk otherwise.
         v_head: the value head, or None.
         prefix: the frozen lower layers, where they are remembered (`remember_frozen_layers`).
+        noise_alpha: strength of NEFTune's noise on the embeddings wherever a gradient is computed; none when None.
     """
 
     def __init__(self, model: Any, v_head: ValueHead | None) -> None:
@@ -69,6 +74,8 @@ class Network(nn.Module):
         self.v_head = v_head
         self.has_lm_head = model.get_output_embeddings() is not None
         self.prefix: FrozenPrefix | None = None
+        self.noise_alpha: float | None = None
+        self._by_segments = False
 
     @property
     def trunk(self) -> Any:
@@ -80,13 +87,17 @@ class Network(nn.Module):
         if FrozenPrefix.supports(self.trunk, count):
             self.prefix = FrozenPrefix(self.trunk, count)
 
+    def accept_packed_rows(self) -> None:
+        """Prepare for packed rows. Not together with `remember_frozen_layers`, which reads padded ones."""
+        self._by_segments = attend_within_segments(self.trunk)
+
     def forward(
         self, input_ids: Tensor, positions: Positions, want: frozenset[Want], temperature: float = 1.0
     ) -> NetworkOutput:
         """Read a batch.
 
         Args:
-            input_ids: int64 [B, L], right-padded with any valid token id.
+            input_ids: int64 [B, L], right-padded with any valid token id; [1, L] packed.
             positions: where to read.
             want: which fields of the output to compute.
             temperature: of the distribution that log-probs and entropy are taken from.
@@ -98,7 +109,7 @@ class Network(nn.Module):
         if self.prefix is not None:
             hidden = self.prefix.run(input_ids, positions.lengths).flatten(0, 1)
         else:
-            hidden = self.trunk(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+            hidden = self.trunk(**self._trunk_inputs(input_ids, positions), use_cache=False).last_hidden_state.flatten(0, 1)
         logprobs = entropy = values = predicting = None
         if want & {"logprobs", "entropy", "hidden"}:
             predicting = hidden.index_select(0, positions.predictors)
@@ -116,6 +127,18 @@ class Network(nn.Module):
             predicting if "hidden" in want else None,
         )
 
+    def _trunk_inputs(self, input_ids: Tensor, positions: Positions) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": input_ids}
+        if positions.packed:
+            starts = [torch.arange(length, device=input_ids.device) for length in positions.lengths]
+            inputs["position_ids"] = torch.cat(starts)[None]
+        if self._by_segments:
+            inputs["segments"] = positions.lengths if positions.packed else None
+        if self.noise_alpha is not None and torch.is_grad_enabled():
+            embedded = self.trunk.get_input_embeddings()(inputs.pop("input_ids"))
+            inputs["inputs_embeds"] = embedded + _noise(embedded, positions, self.noise_alpha)
+        return inputs
+
     def _check(self, want: frozenset[Want]) -> None:
         if "values" in want and self.v_head is None:
             raise ValueError("values were asked of a network without a value head")
@@ -123,7 +146,9 @@ class Network(nn.Module):
             raise ValueError("log-probs were asked of a network without an output layer")
 
 
-def build_network(model: ModelSection, heads: frozenset[Head], head_init: HeadInit, seed: int) -> Network:
+def build_network(
+    model: ModelSection, heads: frozenset[Head], head_init: HeadInit, seed: int, *, head_bias: bool = True
+) -> Network:
     """Load a role's network in float32 on the CPU, without dropout (as in TRL): log-probs must not depend on a coin.
 
     Args:
@@ -131,6 +156,7 @@ def build_network(model: ModelSection, heads: frozenset[Head], head_init: HeadIn
         heads: {"lm"} a policy or reference, {"lm", "value"} a policy with the critic on its trunk, {"value"} a separate critic.
         head_init: how a value head that the checkpoint does not hold is filled.
         seed: for the head and the adapters; equal on every rank.
+        head_bias: whether a new value head has a bias.
 
     Raises:
         UserError: the model cannot be loaded, or its value head has another width.
@@ -143,7 +169,8 @@ def build_network(model: ModelSection, heads: frozenset[Head], head_init: HeadIn
     if "value" in heads:
         folder = Path(resolve_path(model))
         try:
-            v_head = make_head(backbone.config.hidden_size, find_head(folder) if folder.is_dir() else None, head_init, seed)
+            stored = find_head(folder) if folder.is_dir() else None
+            v_head = make_head(backbone.config.hidden_size, stored, head_init, seed, bias=head_bias)
         except ValueError as error:
             raise UserError(f"model.path {model.path!r}: {error}") from error
     if model.lora is not None:
@@ -153,6 +180,13 @@ def build_network(model: ModelSection, heads: frozenset[Head], head_init: HeadIn
     if model.gradient_checkpointing:
         _checkpoint_activations(backbone)
     return Network(backbone, v_head)
+
+
+def _noise(embedded: Tensor, positions: Positions, alpha: float) -> Tensor:
+    """Uniform in +-alpha / sqrt(L x H) with L the sample's own tokens (Jain et al. 2023, section 2.1); [B, T, H]."""
+    lengths = torch.tensor(positions.lengths, dtype=embedded.dtype, device=embedded.device)
+    tokens = lengths.repeat_interleave(lengths.long())[None, :, None] if positions.packed else lengths[:, None, None]
+    return torch.empty_like(embedded).uniform_(-1, 1) * (alpha / (tokens * embedded.shape[-1]).sqrt())
 
 
 def _checkpoint_activations(backbone: Any) -> None:

@@ -76,14 +76,14 @@ def find_head(folder: Path) -> dict[str, Tensor] | None:
     return None
 
 
-def make_head(hidden_size: int, stored: dict[str, Tensor] | None, kind: HeadInit, seed: int) -> ValueHead:
-    """Build a head from stored weights if there are any, else initialise it by `kind` (see `ValueHead.initialize`).
+def make_head(hidden_size: int, stored: dict[str, Tensor] | None, kind: HeadInit, seed: int, *, bias: bool = True) -> ValueHead:
+    """Build a head from stored weights if there are any, else a new one, filled by `kind` (see `ValueHead.initialize`).
 
     Raises:
         ValueError: the stored head belongs to another hidden size.
     """
     if stored is None:
-        head = ValueHead(hidden_size)
+        head = ValueHead(hidden_size, bias=bias)
         head.initialize(kind, seed)
         return head
     if stored["weight"].shape[1] != hidden_size:
