@@ -100,7 +100,9 @@ def margin_histogram(differences: Tensor, bins: int = 20) -> MarginHistogram:
     reach = differences.abs().max().item() or 1.0
     half = bins // 2
     index = ((differences / reach) * half).floor().long().clamp(-half, half - 1) + half
-    edges = [reach * (number - half) / half for number in range(bins + 1)]
+    # A negative difference so small that the division made it 0 is still one of a wrong pair.
+    index = torch.where(differences < 0, index.clamp(max=half - 1), index)
+    edges = [reach * ((number - half) / half) for number in range(bins + 1)]
     return MarginHistogram(edges, torch.bincount(index, minlength=bins).tolist())
 
 

@@ -28,8 +28,10 @@ class BatchSize:
     def __post_init__(self) -> None:
         if (self.samples is None) == (self.tokens is None):
             raise ValueError("give samples or tokens")
-        if min(self.samples or 1, self.tokens or 1, self.fewest) < 1:
-            raise ValueError(f"samples {self.samples}, tokens {self.tokens} and fewest {self.fewest} must be >= 1")
+        if self.fewest < 1 or (self.tokens is not None and self.tokens < 1):
+            raise ValueError(f"tokens {self.tokens} and fewest {self.fewest} must be >= 1")
+        if self.samples is not None and self.samples < self.fewest:
+            raise ValueError(f"samples {self.samples} must be >= fewest {self.fewest}")
 
 
 def epoch_batches(lengths: Sequence[int], size: BatchSize, *, seed: int, epoch: int, shuffle: bool = True) -> list[list[int]]:
@@ -56,7 +58,8 @@ def epoch_batches(lengths: Sequence[int], size: BatchSize, *, seed: int, epoch: 
     else:
         batches = _by_tokens(order, lengths, size.tokens or 1, size.fewest)
     if len(batches) > 1 and len(batches[-1]) < size.fewest:
-        batches[-2] += batches.pop()
+        end = batches.pop()
+        batches[-1] += end
     return batches
 
 
