@@ -14,4 +14,16 @@ class AlarmError(Exception):
 
 
 class ActorLostError(Exception):
-    """A process that served a call is gone: names the actor and the call."""
+    """A process that served a call is gone: names the actor and the call.
+
+    Attributes:
+        actor: name of the lost actor, `<run>/<role>/<rank>`; empty where several could be meant.
+    """
+
+    def __init__(self, message: str, actor: str = "") -> None:
+        super().__init__(message)
+        self.actor = actor
+
+
+class StoppedError(Exception):
+    """A run that was asked to stop (SIGTERM, Ctrl-C) and did so at a step's end; the same command resumes it."""

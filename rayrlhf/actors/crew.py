@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from rayrlhf.actors.group import ActorGroup, create_group
+from rayrlhf.actors.group import ActorGroup, create_actor, create_group
 from rayrlhf.actors.placement import Machine, ResourcePlan, Role
 from rayrlhf.actors.reference_actor import ReferenceActor
 from rayrlhf.actors.reward_actor import RewardActor
@@ -18,7 +18,7 @@ from rayrlhf.actors.specs import RoleSpecs
 from rayrlhf.actors.train_actor import CriticActor, PolicyActor, TrainActor
 from rayrlhf.actors.waiting import wait_all
 from rayrlhf.engines.process_group import ProcessGroupSpec
-from rayrlhf.errors import DeadlineError, UserError
+from rayrlhf.errors import ActorLostError, DeadlineError, UserError
 
 ACTOR_CLASSES: Mapping[Role, type] = {
     "policy": PolicyActor,
@@ -31,11 +31,21 @@ ACTOR_CLASSES: Mapping[Role, type] = {
 
 @dataclass(frozen=True, slots=True)
 class Crew:
-    """The actors of a run by role; a role the objective does not need is absent. They are there, but empty until `build`."""
+    """The actors of a run by role; a role the objective does not need is absent. They are there, but empty until `build`.
 
-    groups: Mapping[Role, ActorGroup]
+    Attributes:
+        groups: the actors that are there now; `restart` exchanges some.
+        plan: where everybody sits.
+        specs: what everybody is built from.
+        run_name: first part of every actor's name.
+        placed: placement groups by name.
+    """
+
+    groups: dict[Role, ActorGroup]
     plan: ResourcePlan
     specs: RoleSpecs
+    run_name: str
+    placed: Mapping[str, PlacementGroup]
 
     def __getitem__(self, role: Role) -> ActorGroup:
         """The actors of one role."""
@@ -53,16 +63,44 @@ class Crew:
             DeadlineError: a role was not ready in time.
         """
         calls: dict[str, ray.ObjectRef] = {}
-        for role, group in self.groups.items():
-            if issubclass(ACTOR_CLASSES[role], TrainActor):
-                members = _process_groups(group, self.specs.backend(role), seconds)
-                calls |= group.call_each("build", [(member, self.specs.train(role)) for member in members])
-            else:
-                calls |= group.call("build", *self.specs.arguments(role))
+        for role in self.groups:
+            calls |= self.start_building(role, seconds)
         try:
             wait_all(calls, "start", seconds)
         except DeadlineError as error:
             raise DeadlineError(f"{error}; is the model still downloading, or the machine short of memory?") from error
+
+    def start_building(self, role: Role, seconds: float) -> dict[str, ray.ObjectRef]:
+        """Let a role load its models; a role that learns first agrees on a meeting point, within `seconds`."""
+        group = self.groups[role]
+        if issubclass(ACTOR_CLASSES[role], TrainActor):
+            members = _process_groups(group, self.specs.backend(role), seconds)
+            return group.call_each("build", [(member, self.specs.train(role)) for member in members])
+        return group.call("build", *self.specs.arguments(role))
+
+    def restart(self, role: Role, rank: int) -> ray.ObjectRef:
+        """Put a new process at one rank of a role that does not learn; returns its `build`, without waiting."""
+        self._exchange(role, rank)
+        return self.groups[role].handles[rank].build.remote(*self.specs.arguments(role))
+
+    def restart_gang(self, role: Role, seconds: float) -> None:
+        """Put new processes at all ranks of a role that learns: a process group cannot lose a member and go on.
+
+        Raises:
+            ActorLostError: a new process died as well.
+            DeadlineError: they were not ready in time.
+        """
+        for rank in range(len(self.groups[role])):
+            self._exchange(role, rank)
+        wait_all(self.start_building(role, seconds), f"rebuilding the {role}", seconds)
+
+    def _exchange(self, role: Role, rank: int) -> None:
+        group, seat = self.groups[role], self.plan.seats[role][rank]
+        ray.kill(group.handles[rank])
+        handle = create_actor(
+            group.names[rank], ACTOR_CLASSES[role], seat, self.placed[seat.group], self.specs.environment(role)
+        )
+        self.groups[role] = group.with_handle(rank, handle)
 
 
 def read_machine() -> Machine:
@@ -91,7 +129,7 @@ def started_crew(run_name: str, specs: RoleSpecs, placement_seconds: float) -> I
             environment = specs.environment(role)
             groups[role] = create_group(role, ACTOR_CLASSES[role], seats, placement_groups, run_name, environment)
             groups[role].call("preload")
-        yield Crew(groups, plan, specs)
+        yield Crew(groups, plan, specs, run_name, placement_groups)
         _close(groups)
     finally:
         for actors in groups.values():
@@ -121,4 +159,5 @@ def _process_groups(group: ActorGroup, backend: Literal["gloo", "nccl"], seconds
 def _close(groups: Mapping[Role, ActorGroup]) -> None:
     """Let engines free what they hold outside their process; bounded, since killing follows anyway."""
     if "rollout" in groups:
-        groups["rollout"].all("close", seconds=30)
+        with suppress(ActorLostError, DeadlineError):
+            groups["rollout"].all("close", seconds=30)

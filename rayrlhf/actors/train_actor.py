@@ -1,5 +1,6 @@
 """The actors of the models that learn: one process a rank, a DeepSpeed engine inside, a process group per role."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -7,9 +8,11 @@ from typing import Literal
 import ray
 
 from rayrlhf.actors.worker import Worker
+from rayrlhf.data.manifest import FileRecord
 from rayrlhf.data.records import Sequence as TokenSequence
 from rayrlhf.data.records import TokenScores
 from rayrlhf.data.training_batch import TrainingBatch
+from rayrlhf.engines import train_state
 from rayrlhf.engines.interfaces import Want
 from rayrlhf.engines.objectives import Objective
 from rayrlhf.engines.process_group import ProcessGroupSpec, join
@@ -25,6 +28,7 @@ class TrainActor(Worker):
     PRELOADED = ("deepspeed", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama")
 
     _engine: TrainEngine
+    _captured: train_state.StateFiles
 
     def build(self, group: ProcessGroupSpec, spec: TrainEngineSpec) -> None:
         """Join the role's process group and load the model. Every rank must be called before any answers."""
@@ -52,9 +56,32 @@ class TrainActor(Worker):
         for _ in self._engine.weight_buckets(bucket_bytes, dtype=dtype):
             pass
 
-    def save_state(self, folder: Path) -> None:
-        """Write this rank's part of the training state."""
-        self._engine.save_state(folder)
+    def capture_state(self) -> None:
+        """Copy this rank's part of the training state, for `write_state`; every rank must be called."""
+        self._captured = self._engine.capture_state()
+
+    @ray.method(concurrency_group="storage")
+    def write_state(self, folder: Path) -> dict[str, FileRecord]:
+        """Write the copied state, beside whatever else the actor does; returns what lies where in the folder."""
+        captured, self._captured = self._captured, {}
+        return train_state.write(captured, folder)
+
+    def snapshot(self) -> train_state.StateFiles:
+        """Return this rank's part of the training state; the value belongs to the driver and outlives this actor."""
+        return self._engine.capture_state()
+
+    def load_snapshot(self, *parts: train_state.StateFiles) -> None:
+        """Continue from the snapshots of all ranks, bit for bit."""
+        self._engine.load_captured(parts)
+
+    def checksum(self) -> int:
+        """A 48-bit number that two models share only if all their merged weights are equal bit for bit; on every rank."""
+        digest = hashlib.sha256()
+        for bucket in self._engine.weight_buckets(dtype="float32"):
+            for name, tensor in bucket:
+                digest.update(name.encode())
+                digest.update(tensor.detach().numpy().data.cast("B"))
+        return int.from_bytes(digest.digest()[:6], "big")
 
     def load_state(self, folder: Path) -> None:
         """Continue from a saved training state, bit for bit."""

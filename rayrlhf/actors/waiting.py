@@ -73,7 +73,13 @@ def fetch(ref: ray.ObjectRef, what: str, name: str) -> Any:
     except RayTaskError as error:
         _raise_cause(error)
     except INFRASTRUCTURE_ERRORS as error:
-        raise ActorLostError(f"{name} was lost during {what}: {str(error).splitlines()[0]}") from error
+        raise ActorLostError(f"{name} was lost during {what}: {lost_because(error)}", name) from error
+
+
+def lost_because(error: BaseException) -> str:
+    """Ray's reason in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def overrun(what: str, names: list[str], seconds: float) -> DeadlineError:

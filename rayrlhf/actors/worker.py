@@ -5,10 +5,18 @@ import importlib.util
 import os
 import socket
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import psutil
 import ray
+
+
+class Place(NamedTuple):
+    """Where a process runs: its id, the Ray node's id, and the node's address."""
+
+    pid: int
+    node: str
+    address: str
 
 
 class Worker:
@@ -24,9 +32,10 @@ class Worker:
                 importlib.import_module(name)
 
     @ray.method(concurrency_group="health")
-    def ping(self) -> int:
-        """The process id. Runs on a thread of its own, so that a busy actor still answers."""
-        return os.getpid()
+    def ping(self) -> Place:
+        """Where this process is. Runs on a thread of its own, so that a busy actor still answers."""
+        context = ray.get_runtime_context()
+        return Place(os.getpid(), context.get_node_id(), ray.util.get_node_ip_address())
 
     def where(self) -> tuple[str, str]:
         """(Ray node id, node address)."""

@@ -9,6 +9,7 @@ from pydantic import model_validator
 from rayrlhf.config.algorithm import AlgorithmSection
 from rayrlhf.config.data import DataSection
 from rayrlhf.config.model import CriticSection, ModelSection, ReferenceSection
+from rayrlhf.config.recovery import RecoverySection
 from rayrlhf.config.reward import RewardSection
 from rayrlhf.config.rollout import RolloutSection
 from rayrlhf.config.run import (
@@ -40,6 +41,7 @@ class PPOConfig(Section):
     """A short supervised start; none when not given."""
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    recovery: RecoverySection = RecoverySection()
     placement: PlacementSection = PlacementSection()
     deadlines: DeadlineSection = DeadlineSection()
     observe: ObserveSection = ObserveSection()
@@ -107,6 +109,14 @@ class PPOConfig(Section):
             raise ValueError(
                 f"rollout.max_model_length {longest} cannot hold a prompt of {prompt} tokens (data.max_prompt_tokens) "
                 f"and rollout.max_new_tokens {new}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _enough_replicas(self) -> Self:
+        if self.recovery.min_replicas > self.rollout.replicas:
+            raise ValueError(
+                f"recovery.min_replicas {self.recovery.min_replicas} is more than the {self.rollout.replicas} of rollout.replicas"
             )
         return self
 

@@ -17,7 +17,8 @@ class RunSection(Section):
     steps: int = Field(100, ge=1)
     resume: Literal["auto", "never"] = "auto"
     determinism: Literal["fast", "exact"] = "fast"
-    """`exact` makes every batch depend on (step, sample) only, so that a resumed run repeats bit for bit on a CPU."""
+    """`exact` makes every batch depend on (step, sample) only, so that a resumed run repeats bit for bit on a CPU: roles take
+    turns, every replica gets the same batch again, and each step's metrics hold a checksum of the policy's weights."""
 
     @property
     def folder(self) -> Path:
@@ -42,6 +43,13 @@ class CheckpointSection(Section):
     every: int = Field(50, ge=0)
     """Steps between checkpoints; 0 writes one at the end only."""
     keep: int = Field(2, ge=1)
+    """Newest checkpoints that stay."""
+    best_metric: str | None = None
+    """A metric (`objective/scores`, `evaluation/score`, ...) whose best checkpoint stays as well."""
+    best_mode: Literal["max", "min"] = "max"
+    """Whether a higher or a lower `best_metric` is better."""
+    asynchronous: bool = True
+    """Copy the state in memory and write it while training goes on; False waits for the disk."""
 
 
 class RolePlacement(Section):

@@ -62,20 +62,56 @@ def folder_atomically(path: Path | str, *, if_exists: Literal["error", "replace"
         FileExistsError: `path` exists and `if_exists` is "error".
         OSError: the disk is full or not writable.
     """
-    path = Path(path)
-    if if_exists == "error" and path.exists():
-        raise FileExistsError(f"{path} exists")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial_sibling(path)
-    partial.mkdir()
+    pending = PendingFolder(path, if_exists=if_exists)
     try:
-        yield partial
-        _fsync_tree(partial)
-        _take_name(partial, path, if_exists)
+        yield pending.partial
+        pending.commit()
     finally:
-        # Gone after a successful rename; what is left otherwise is of no use to anybody.
-        shutil.rmtree(partial, ignore_errors=True)
-    fsync(path.parent)
+        pending.discard()
+
+
+class PendingFolder:
+    """A folder that is filled over a longer time, under a temporary name, and then committed or discarded.
+
+    Attributes:
+        path: the final name.
+        partial: the folder to fill meanwhile.
+    """
+
+    def __init__(self, path: Path | str, *, if_exists: Literal["error", "replace", "keep"] = "error") -> None:
+        """Create the temporary folder; arguments and errors as in `folder_atomically`."""
+        self.path = Path(path)
+        self._if_exists = if_exists
+        if if_exists == "error" and self.path.exists():
+            raise FileExistsError(f"{self.path} exists")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.partial = _partial_sibling(self.path)
+        self.partial.mkdir()
+
+    def commit(self) -> None:
+        """Make everything durable and give the folder its name.
+
+        Raises:
+            OSError: the disk is full or not writable.
+        """
+        _fsync_tree(self.partial)
+        _take_name(self.partial, self.path, self._if_exists)
+        fsync(self.path.parent)
+
+    def discard(self) -> None:
+        """Remove what has not been committed; after a commit there is nothing to remove."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path | str) -> int:
+    """Delete what killed processes left half-written in a folder that nobody else writes to; returns how many things."""
+    leftovers = list(Path(folder).glob(f".*{TEMPORARY_SUFFIX}"))
+    for leftover in leftovers:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+    return len(leftovers)
 
 
 def fsync(path: Path | str) -> None:

@@ -114,6 +114,14 @@ class TrainEngine:
         """
         train_state.save(self._engine, self._updater, folder)
 
+    def capture_state(self) -> train_state.StateFiles:
+        """Copy what `save_state` would write into memory; every rank takes part. No later update changes the copy."""
+        return train_state.capture(self._engine, self._updater)
+
+    def load_captured(self, parts: Sequence[train_state.StateFiles]) -> None:
+        """Continue from what all ranks captured, as `load_state` does from their files."""
+        train_state.load_captured(self._engine, self._updater, parts)
+
     def load_state(self, folder: Path) -> None:
         """Continue from a saved state: on the same number of ranks the next update is the same bit for bit.
 

@@ -1,11 +1,21 @@
-"""Training state on disk: everything the next optimizer step depends on, and the model alone in Hugging Face form."""
+"""Training state: everything the next optimizer step depends on, in memory or on disk, and the model alone for others.
 
+DeepSpeed writes its checkpoints through an engine that can be exchanged. The one here keeps the files in memory, so that a
+rank is free again after one copy; the bytes then go to a disk in the background, or to another process.
+"""
+
+import io
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from rayrlhf.data.manifest import FileRecord, write_hashed
 from rayrlhf.engines.update import Updater
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import save_model_folder
@@ -14,16 +24,91 @@ from rayrlhf.models.value_head import HEAD_FILE
 
 _TAG = "state"
 
+StateFiles = dict[str, NDArray[np.uint8]]
+"""One rank's part of the state: path relative to the state's folder -> content as bytes [size]."""
+
+
+class _MemoryFiles:
+    """The part of DeepSpeed's checkpoint engine that saving calls, writing to memory."""
+
+    def __init__(self, root: Path) -> None:
+        self.files: StateFiles = {}
+        self._root = root
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[str(Path(path).relative_to(self._root))] = _serialised(state_dict)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Nothing to make."""
+
+    def create(self, info: Any) -> None:
+        """Nothing to prepare."""
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+    def is_data_parallel_writer(self, dp_rank: int) -> bool:
+        return dp_rank == 0
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    def preserves_storage_sharing(self) -> bool:
+        return True
+
+
+def capture(engine: Any, updater: Updater) -> StateFiles:
+    """Copy this rank's part of weights, optimizer, counters and random state; every rank takes part.
+
+    What replicas have in common is in rank 0's part only.
+    """
+    root = Path("/state")
+    memory = _MemoryFiles(root)
+    counters = {"optimizer_steps": updater.optimizer_steps, "ranks": torch.distributed.get_world_size()}
+    disk, script = engine.checkpoint_engine, engine._copy_recovery_script
+    engine.checkpoint_engine = memory
+    engine._copy_recovery_script = lambda _: None  # scripts for people who have DeepSpeed's files and nothing else
+    try:
+        engine.save_checkpoint(
+            str(root), tag=_TAG, client_state=counters, save_latest=False, exclude_frozen_parameters=_has_frozen(engine)
+        )
+    finally:
+        engine.checkpoint_engine, engine._copy_recovery_script = disk, script
+    return memory.files | {_random_name(): _serialised(_random_state())}
+
+
+def write(files: Mapping[str, NDArray[np.uint8]], folder: Path) -> dict[str, FileRecord]:
+    """Write captured files durably; returns the record of each by its path relative to `folder`.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    try:
+        records = {}
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            records[name] = write_hashed(folder / name, content.data)
+        return records
+    except OSError as error:
+        raise UserError(f"cannot write checkpoint {folder}: {error.strerror or error}") from error
+
 
 def save(engine: Any, updater: Updater, folder: Path) -> None:
     """Write this rank's part of the state (see `TrainEngine.save_state`)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    counters = {"optimizer_steps": updater.optimizer_steps, "ranks": torch.distributed.get_world_size()}
-    engine.save_checkpoint(
-        str(folder), tag=_TAG, client_state=counters, save_latest=False, exclude_frozen_parameters=_has_frozen(engine)
-    )
-    torch.save(_random_state(), _random_file(folder))
+    write(capture(engine, updater), folder)
     torch.distributed.barrier()
+
+
+def load_captured(engine: Any, updater: Updater, parts: Sequence[Mapping[str, NDArray[np.uint8]]]) -> None:
+    """Continue from what all ranks captured.
+
+    Raises:
+        UserError: the parts are of another number of ranks.
+    """
+    with tempfile.TemporaryDirectory(prefix="rayrlhf-state-") as folder:
+        for part in parts:
+            write(part, Path(folder))
+        load(engine, updater, Path(folder))
 
 
 def load(engine: Any, updater: Updater, folder: Path) -> None:
@@ -32,7 +117,7 @@ def load(engine: Any, updater: Updater, folder: Path) -> None:
     Raises:
         UserError: the folder holds no complete state for this rank, or one of another number of ranks.
     """
-    if not _random_file(folder).is_file():
+    if not (folder / _random_name()).is_file():
         raise UserError(f"{folder}: no training state of rank {torch.distributed.get_rank()} in it")
     path, counters = engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=not _has_frozen(engine))
     if path is None:
@@ -41,7 +126,7 @@ def load(engine: Any, updater: Updater, folder: Path) -> None:
     if counters["ranks"] != ranks:
         raise UserError(f"{folder}: the training state is of {counters['ranks']} ranks, this run has {ranks}")
     updater.optimizer_steps = counters["optimizer_steps"]
-    state = torch.load(_random_file(folder), weights_only=True)
+    state = torch.load(folder / _random_name(), weights_only=True)
     torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
@@ -55,6 +140,12 @@ def export(network: Network, state: dict[str, Tensor], tokenizer: Any, folder: P
     save_model_folder(folder, network.model, state, tokenizer, extra)
 
 
+def _serialised(value: Any) -> NDArray[np.uint8]:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return np.frombuffer(stream.getbuffer(), dtype=np.uint8)
+
+
 def _random_state() -> dict[str, Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -62,8 +153,8 @@ def _random_state() -> dict[str, Tensor]:
     return state
 
 
-def _random_file(folder: Path) -> Path:
-    return folder / f"random-{torch.distributed.get_rank():05d}.pt"
+def _random_name() -> str:
+    return f"random-{torch.distributed.get_rank():05d}.pt"
 
 
 def _has_frozen(engine: Any) -> bool:

@@ -1,13 +1,17 @@
 """Durable state of a run, whole or not at all.
 
 A checkpoint is one folder, `checkpoints/step-000010`: `state.json` (step, weight version, data cursor, KL coefficient,
-running moments) and one sub-folder a learning role, written by its ranks. It is built under a temporary name and renamed
-when complete, so whatever has the final name can be resumed from. On several nodes the run folder must be shared storage.
+running moments), one sub-folder a learning role, written by its ranks, and last a manifest with the checksum of every file.
+Ranks copy their state in memory and write it while training goes on; the folder gets its name when all of it is on the
+disk. Whatever has the final name and agrees with its manifest can be resumed from. On several nodes the run folder must be
+shared storage.
 """
 
 import json
 import re
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,63 +20,210 @@ import ray
 from rayrlhf.actors.crew import Crew
 from rayrlhf.actors.placement import Role
 from rayrlhf.actors.waiting import wait_all
-from rayrlhf.data.atomic import folder_atomically, write_atomically
+from rayrlhf.config.run import CheckpointSection
+from rayrlhf.data.atomic import PendingFolder, remove_leftovers
+from rayrlhf.data.manifest import (
+    DamagedError,
+    FileRecord,
+    Manifest,
+    fingerprint_differences,
+    read_manifest,
+    verify,
+    write_hashed,
+    write_manifest,
+)
 from rayrlhf.errors import UserError
 
 LEARNING_ROLES: tuple[Role, ...] = ("policy", "critic")
+STATE_FILE = "state.json"
 _NAME = re.compile(r"step-(\d{6,})")
 
 
 class Checkpoint(NamedTuple):
-    """A complete checkpoint on disk."""
+    """A checkpoint on disk."""
 
     step: int
     folder: Path
 
 
+class _Writing(NamedTuple):
+    """A checkpoint on its way: the folder to be, who is writing what, and what the driver has written itself."""
+
+    step: int
+    folder: PendingFolder
+    calls: Mapping[str, ray.ObjectRef]
+    roles: Sequence[str]
+    own: Mapping[str, FileRecord]
+    metric: float | None
+
+
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """Complete checkpoints of a run folder's `checkpoints/`, oldest first. Temporary folders do not match the name."""
+    """Checkpoints of a run folder's `checkpoints/`, oldest first. Temporary folders do not match the name."""
     found = []
     for child in folder.glob("step-*"):
         match = _NAME.fullmatch(child.name)
-        if match and (child / "state.json").is_file():
+        if match and child.is_dir():
             found.append(Checkpoint(int(match[1]), child))
     return sorted(found)
 
 
-def save_checkpoint(folder: Path, step: int, crew: Crew, state: dict[str, Any], keep: int, seconds: float) -> Path:
-    """Write a checkpoint and remove all but the newest `keep`.
+def newest_usable(folder: Path, fingerprint: Mapping[str, str]) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that agrees with its manifest, and a line about each newer one that does not.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; earlier checkpoints stay usable.
-        DeadlineError: a rank did not finish writing in time.
+        UserError: it is of another model or another set-up, or there are checkpoints and all of them are damaged.
     """
-    target = folder / f"step-{step:06d}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with folder_atomically(target, if_exists="replace") as partial:
-            calls: dict[str, ray.ObjectRef] = {}
-            for role in LEARNING_ROLES:
-                if role in crew:
-                    (partial / role).mkdir()
-                    calls |= crew[role].call("save_state", (partial / role).absolute())
-            wait_all(calls, "checkpoint", seconds)
-            write_atomically(partial / "state.json", json.dumps(state))
-    except OSError as error:
-        raise UserError(
-            f"cannot write checkpoint {target}: {error.strerror or error}; earlier checkpoints are untouched"
-        ) from error
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old.folder)
-    return target
+    lines: list[str] = []
+    found = list_checkpoints(folder)
+    for checkpoint in reversed(found):
+        try:
+            manifest = verify(checkpoint.folder)
+        except DamagedError as error:
+            lines.append(f"checkpoint {checkpoint.folder} is damaged and not used: {error}")
+            continue
+        differing = fingerprint_differences(manifest.fingerprint, fingerprint)
+        if differing:
+            raise UserError(
+                f"checkpoint {checkpoint.folder} does not fit this run ({'; '.join(differing[:5])}): "
+                "choose another run.name, or remove it"
+            )
+        return checkpoint, lines
+    if found:
+        raise UserError(f"{'; '.join(lines)}: remove {folder} to begin anew")
+    return None, lines
+
+
+class Checkpointer:
+    """Writes the checkpoints of one run, one at a time.
+
+    Args:
+        folder: `checkpoints/` of the run folder, which this process alone writes to.
+        crew: the running actors.
+        section: how many to keep, and how to write.
+        fingerprint: what a run must agree on to load them.
+        seconds: deadline of each wait.
+    """
+
+    def __init__(
+        self, folder: Path, crew: Crew, section: CheckpointSection, fingerprint: Mapping[str, str], seconds: float
+    ) -> None:
+        self._folder = folder
+        self._crew = crew
+        self._section = section
+        self._fingerprint = dict(fingerprint)
+        self._seconds = seconds
+        self._writing: _Writing | None = None
+        remove_leftovers(folder)
+
+    def start(self, step: int, state: Mapping[str, Any], metric: float | None = None) -> list[Checkpoint]:
+        """Copy the state of all ranks and let them write it; returns what `finish` made of the checkpoint before.
+
+        Args:
+            step: PPO steps done.
+            state: the driver's part, plain JSON.
+            metric: value of `checkpoint.best_metric`.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written; earlier checkpoints stay usable.
+            ActorLostError: a rank died.
+            DeadlineError: a rank did not copy or write in time.
+        """
+        done = self.finish()
+        groups = [self._crew[role] for role in LEARNING_ROLES if role in self._crew]
+        captured = [(group, group.call("capture_state")) for group in groups]
+        for group, pending in captured:
+            group.wait(pending, "checkpoint: copying the state", self._seconds)
+        with _disk(self._target(step)):
+            folder = PendingFolder(self._target(step), if_exists="replace")
+        calls: dict[str, ray.ObjectRef] = {}
+        roles: list[str] = []
+        own: dict[str, FileRecord] = {}
+        self._writing = _Writing(step, folder, calls, roles, own, metric)
+        with _disk(folder.path):
+            own[STATE_FILE] = write_hashed(folder.partial / STATE_FILE, json.dumps(dict(state)).encode())
+            for group in groups:
+                (folder.partial / group.role).mkdir()
+                calls.update(group.call("write_state", (folder.partial / group.role).absolute()))
+                roles += [group.role] * len(group)
+        return done if self._section.asynchronous else done + self.finish()
+
+    def poll(self) -> list[Checkpoint]:
+        """Commit the checkpoint that is being written if all ranks are done; what became complete, at most one."""
+        if self._writing is None:
+            return []
+        calls = list(self._writing.calls.values())
+        ready, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
+        return self.finish() if len(ready) == len(calls) else []
+
+    def finish(self) -> list[Checkpoint]:
+        """Wait for the checkpoint that is being written and commit it; errors as in `start`."""
+        if self._writing is None:
+            return []
+        writing = self._writing
+        try:
+            parts = wait_all(writing.calls, "checkpoint: writing", self._seconds)
+            files = dict(writing.own)
+            for role, part in zip(writing.roles, parts, strict=True):
+                files |= {f"{role}/{name}": record for name, record in part.items()}
+            with _disk(writing.folder.path):
+                write_manifest(writing.folder.partial, Manifest(writing.step, self._fingerprint, files, writing.metric))
+                writing.folder.commit()
+        finally:
+            self.abandon()
+        self._remove_old()
+        return [Checkpoint(writing.step, writing.folder.path)]
+
+    def find(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest checkpoint that this run can go back to, see `newest_usable`."""
+        return newest_usable(self._folder, self._fingerprint)
+
+    def abandon(self) -> None:
+        """Forget the checkpoint that is being written, because a rank that writes it is lost."""
+        if self._writing is not None:
+            self._writing.folder.discard()
+            self._writing = None
+
+    def _target(self, step: int) -> Path:
+        return self._folder / f"step-{step:06d}"
+
+    def _remove_old(self) -> None:
+        found = list_checkpoints(self._folder)
+        best = self._best(found)
+        for old in found[: -self._section.keep]:
+            if old != best:
+                shutil.rmtree(old.folder, ignore_errors=True)
+
+    def _best(self, found: list[Checkpoint]) -> Checkpoint | None:
+        if self._section.best_metric is None:
+            return None
+        sign = 1.0 if self._section.best_mode == "max" else -1.0
+        scored = []
+        for checkpoint in found:
+            try:
+                metric = read_manifest(checkpoint.folder).metric
+            except DamagedError:
+                continue
+            if metric is not None:
+                scored.append((sign * metric, checkpoint))
+        return max(scored)[1] if scored else None
 
 
 def load_checkpoint(checkpoint: Checkpoint, crew: Crew, seconds: float) -> dict[str, Any]:
     """Bring every learning role back to a checkpoint; returns the driver's state."""
-    calls: dict[str, ray.ObjectRef] = {}
-    for role in LEARNING_ROLES:
-        if role in crew:
-            calls |= crew[role].call("load_state", (checkpoint.folder / role).absolute())
-    wait_all(calls, "resume", seconds)
-    state: dict[str, Any] = json.loads((checkpoint.folder / "state.json").read_text())
+    groups = [crew[role] for role in LEARNING_ROLES if role in crew]
+    loading = [(group, group.call("load_state", (checkpoint.folder / group.role).absolute())) for group in groups]
+    for group, pending in loading:
+        group.wait(pending, "resume", seconds)
+    state: dict[str, Any] = json.loads((checkpoint.folder / STATE_FILE).read_text(encoding="utf-8"))
     return state
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """Turn the disk's refusal into the user's one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write checkpoint {path}: {error.strerror or error}; earlier checkpoints are untouched"
+        ) from error

@@ -1,18 +1,27 @@
 """Sampling responses on the rollout replicas, streamed back as they finish.
 
 Requests go out in one message a replica and come back in batches, because a Ray call per sample would cost more than the
-sample's tokens on a small model. All samples of one prompt go to the same replica, where they share its prefix cache.
+sample's tokens on a small model. All samples of one prompt go to the same replica, where they share its prefix cache. A
+replica that is lost meanwhile costs time and nothing else: its open requests are sampled again, with the same seeds.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-from rayrlhf.actors.group import ActorGroup
-from rayrlhf.actors.waiting import fetch, wait_all, wait_any
+import ray
+
+from rayrlhf.actors.replicas import Replica, ReplicaPool
+from rayrlhf.actors.waiting import fetch, overrun
 from rayrlhf.data.records import Prompt, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import sample_seed
+from rayrlhf.errors import ActorLostError
+from rayrlhf.ppo.requeue import WorkBook
 
 MESSAGE_SIZE = 32
 """Fewest finished rollouts worth one Ray message."""
+TICK_SECONDS = 1.0
+"""How often a wait looks at replicas that are being rebuilt."""
 
 
 def make_requests(prompts: Sequence[Prompt], samples_per_prompt: int, step: int, run_seed: int) -> list[RolloutRequest]:
@@ -28,35 +37,106 @@ def make_requests(prompts: Sequence[Prompt], samples_per_prompt: int, step: int,
     return requests
 
 
-def assign(requests: Sequence[RolloutRequest], replicas: int) -> list[list[RolloutRequest]]:
-    """Split requests over replicas by prompt, evenly in number; the same requests always split the same way."""
-    groups: dict[int, list[RolloutRequest]] = {}
-    for request in requests:
-        groups.setdefault(request.key.prompt, []).append(request)
-    shares: list[list[RolloutRequest]] = [[] for _ in range(replicas)]
-    for group in groups.values():
-        min(shares, key=len).extend(group)
-    return shares
+class _Poll(NamedTuple):
+    """A pending `poll`, and the process it was sent to: the replica may have another one since."""
+
+    answer: ray.ObjectRef
+    handle: Any
 
 
-def generate(
-    replicas: ActorGroup, requests: Sequence[RolloutRequest], temperature: float, max_new_tokens: int, seconds: float
-) -> Iterator[list[Rollout]]:
-    """Sample all requests; yields batches of finished rollouts in the order they finish.
+class Generation:
+    """One call's way through the replicas.
 
-    Raises:
-        DeadlineError: a replica did not finish a batch within `seconds`.
-        ActorLostError: a replica died.
+    Args:
+        pool: the replicas.
+        refresh: gives the current weights to rebuilt replicas, which then count as serving.
+        temperature: 0 is greedy.
+        max_new_tokens: longest response.
+        seconds: longest time in which no replica finishes anything.
+        sticky: see `WorkBook`.
     """
-    shares = assign(requests, len(replicas))
-    wait_all(replicas.call_each("submit", [(share, temperature, max_new_tokens) for share in shares]), "submit", seconds)
-    handles = dict(zip(replicas.names, replicas.handles, strict=True))
-    pending = {
-        name: handles[name].poll.remote(MESSAGE_SIZE) for name, share in zip(replicas.names, shares, strict=True) if share
-    }
-    while pending:
-        name = wait_any(pending, "generate", seconds)
-        finished, unfinished = fetch(pending.pop(name), "generate", name)
-        if unfinished:
-            pending[name] = handles[name].poll.remote(MESSAGE_SIZE)
-        yield finished
+
+    def __init__(
+        self,
+        pool: ReplicaPool,
+        refresh: Callable[[Sequence[Replica]], None],
+        temperature: float,
+        max_new_tokens: int,
+        seconds: float,
+        *,
+        sticky: bool = False,
+    ) -> None:
+        self._pool = pool
+        self._refresh = refresh
+        self._sampling = (temperature, max_new_tokens)
+        self._seconds = seconds
+        self._sticky = sticky
+        self._polls: dict[int, _Poll] = {}
+        self._submits: dict[int, list[ray.ObjectRef]] = {}
+
+    def run(self, requests: Sequence[RolloutRequest]) -> Iterator[list[Rollout]]:
+        """Sample all requests; yields batches of finished rollouts in the order they finish, each request's once.
+
+        Raises:
+            DeadlineError: nothing was finished for too long, and rebuilding did not help.
+            ActorLostError: too few replicas are left.
+        """
+        book = WorkBook(requests, len(self._pool.replicas), sticky=self._sticky)
+        progress = time.monotonic()
+        while not book.done:
+            self._pool.tend()
+            if self._pool.stale:
+                self._refresh(self._pool.stale)
+            self._hand_out(book)
+            replica = self._next_answer(time.monotonic() - progress)
+            if replica is None:
+                continue
+            progress = time.monotonic()
+            finished = self._answer(replica, book)
+            if finished:
+                yield finished
+
+    def _hand_out(self, book: WorkBook) -> None:
+        serving = {replica.rank: replica for replica in self._pool.serving}
+        for replica in self._pool.replicas:
+            if replica.health.state == "abandoned":
+                book.release(replica.rank)
+        for rank, share in book.hand_out(list(serving)).items():
+            self._submits.setdefault(rank, []).append(serving[rank].handle.submit.remote(share, *self._sampling))
+        for rank, replica in serving.items():
+            if rank not in self._polls and book.holds(rank):
+                self._polls[rank] = _Poll(replica.handle.poll.remote(MESSAGE_SIZE), replica.handle)
+
+    def _next_answer(self, idle: float) -> Replica | None:
+        """The next replica with an answer; None where a rebuild needs attention first, or nothing happened for a moment."""
+        waited = [*(poll.answer for poll in self._polls.values()), *self._pool.building.values()]
+        if idle > self._seconds:
+            late = [self._pool.replicas[rank] for rank in self._polls]
+            error = overrun("generate", [replica.name for replica in late], self._seconds)
+            if not late:
+                raise error
+            for replica in late:
+                self._pool.lost(replica, error)
+            return late[0]
+        left = max(self._seconds - idle, 0.0) + 0.01
+        if self._pool.losses:
+            left = min(left, TICK_SECONDS)
+        if not waited:
+            time.sleep(min(left, TICK_SECONDS))
+            return None
+        ready, _ = ray.wait(waited, num_returns=1, timeout=left)
+        return next((self._pool.replicas[rank] for rank, poll in self._polls.items() if poll.answer in ready), None)
+
+    def _answer(self, replica: Replica, book: WorkBook) -> list[Rollout]:
+        """Take a replica's answer; if it was lost, its open requests go back to the book."""
+        poll, submits = self._polls.pop(replica.rank), self._submits.pop(replica.rank, [])
+        try:
+            for submit in submits:
+                fetch(submit, "generate", replica.name)
+            finished, _ = fetch(poll.answer, "generate", replica.name)
+        except ActorLostError as error:
+            if poll.handle is replica.handle:
+                self._pool.lost(replica, error)
+            book.lost(replica.rank)
+            return []
+        return book.finished(finished)

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Prompt, Rollout
+from rayrlhf.observe.journal import RecoveryJournal
 from rayrlhf.observe.live import LiveView
 from rayrlhf.observe.memory import PeakMemory
 from rayrlhf.observe.metrics import MetricsSink
@@ -52,6 +53,7 @@ class Recorder(Callback):
         self._samples = SampleSink(self.folder.samples)
         self._evaluations = SampleSink(self.folder.path / EVALUATIONS)
         self._trace = TraceWriter(self.folder.path) if config.observe.trace else None
+        self._journal = RecoveryJournal(self.folder.path)
         self._tensorboard: TensorBoardSink | None = None
 
     def __enter__(self) -> Self:
@@ -90,6 +92,21 @@ class Recorder(Callback):
         if self._config.observe.tensorboard:
             self._tensorboard = TensorBoardSink(self.folder.tensorboard, resumed_after=step if step else None)
         self._view.start(self._config.run.steps, step)
+
+    def rewind(self, step: int) -> None:
+        """Go back within a run: what was written of later steps is dropped, because they will be taken again."""
+        self._metrics.rewind(step)
+        self._samples.rewind(step)
+        self._evaluations.rewind(step)
+        if self._tensorboard:
+            self._tensorboard.close()
+            self._tensorboard = TensorBoardSink(self.folder.tensorboard, resumed_after=step if step else None)
+
+    def recovery(self, event: str, actor: str, reason: str, seconds: float) -> None:
+        """Write down a loss or a recovery, and show it."""
+        self._journal.write(event, actor, reason, seconds)
+        took = f" after {seconds:.1f} s" if seconds else ""
+        self._view.note(f"{actor}: {event}{took}{f' ({reason})' if reason else ''}")
 
     def on_step_end(self, step: int, metrics: Mapping[str, float], scored: ScoredRollouts) -> None:
         """Write the step everywhere."""

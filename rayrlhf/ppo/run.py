@@ -1,16 +1,20 @@
 """A PPO run from start to end: check everything that can be checked cheaply, start the actors, train, leave no trace."""
 
 import importlib.util
+import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from rayrlhf.actors.care import watched
 from rayrlhf.actors.connection import connected, running_crew
 from rayrlhf.config.load import describe, differences, dump_config
+from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.prompts import load_prompt_dataset
 from rayrlhf.data.records import Prompt
@@ -20,10 +24,12 @@ from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_architecture, load_tokenizer
 from rayrlhf.observe.live import LiveView
 from rayrlhf.ppo.callbacks import Callback
-from rayrlhf.ppo.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from rayrlhf.ppo.checkpoint import Checkpointer
+from rayrlhf.ppo.loop import RunLoop
 from rayrlhf.ppo.recorder import GIB, Recorder
+from rayrlhf.ppo.stopping import stop_requests
 from rayrlhf.ppo.trainer import PPOTrainer
-from rayrlhf.ppo.warmup import check_warmup, imitation_batch
+from rayrlhf.ppo.warmup import check_warmup
 from rayrlhf.rewards.functions import load_functions
 
 
@@ -68,6 +74,8 @@ def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResul
         UserError: a mistake in the configuration, the data, the reward functions or the placement.
         AlarmError: the run stopped itself.
         DeadlineError: something did not answer in time.
+        ActorLostError: too many processes were lost, too often in a row.
+        StoppedError: SIGTERM or Ctrl-C asked the run to stop; it did so at a step's end, and the same call resumes it.
     """
     started = time.monotonic()
     _check_backend(config)
@@ -77,6 +85,7 @@ def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResul
         stack.callback(view.stop)
         with view.wait("starting Ray and the actors"):
             stack.enter_context(connected(config.placement.address))
+            stop = stack.enter_context(stop_requests())
             crew = stack.enter_context(running_crew(config))
         with view.wait("reading the prompts"):
             train_prompts, evaluation_prompts = load_prompts(config)
@@ -86,9 +95,14 @@ def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResul
         with view.wait("loading the models"):
             crew.build(config.deadlines.start)
         sampler = PromptSampler(train_prompts, seed=config.run.seed, shuffle=config.data.shuffle)
-        trainer = PPOTrainer(config, crew, sampler, evaluation_prompts, recorder.timer, callbacks=[recorder, *callbacks])
-        _resume(trainer, recorder)
-        _run(trainer, recorder, train_prompts)
+        care = stack.enter_context(watched(config, crew, recorder.recovery))
+        trainer = PPOTrainer(
+            config, crew, sampler, evaluation_prompts, recorder.timer, callbacks=[recorder, *callbacks], care=care
+        )
+        checkpointer = Checkpointer(
+            recorder.folder.checkpoints, crew, config.checkpoint, fingerprint(config), config.deadlines.update
+        )
+        RunLoop(trainer, recorder, checkpointer, train_prompts, stop).run()
     return PPOResult(recorder.folder.path, trainer.steps_done, time.monotonic() - started, recorder.memory.peak_bytes / GIB)
 
 
@@ -126,65 +140,22 @@ def _check_backend(config: PPOConfig) -> None:
         )
 
 
-def _resume(trainer: PPOTrainer, recorder: Recorder) -> None:
-    """Continue from the newest complete checkpoint, if there is one and resuming is not switched off."""
-    found = list_checkpoints(recorder.folder.checkpoints)
-    if found and trainer.config.run.resume == "auto":
-        with recorder.waiting(f"resuming from step {found[-1].step}"):
-            state = load_checkpoint(found[-1], trainer.crew, trainer.config.deadlines.update)
-            trainer.load_state(state)
-    recorder.resume(trainer.steps_done)
+def fingerprint(config: PPOConfig) -> dict[str, str]:
+    """What two runs must agree on to load each other's training state: networks, heads, adapters, optimizer, sharding."""
+    parts: dict[str, Any] = {"model": _shape(config.model), "critic.kind": config.critic.kind}
+    if config.critic.kind == "separate":
+        parts["critic.model"] = _shape(config.critic.model or config.model)
+        parts["placement.critic.ranks"] = config.placement.critic.ranks
+    parts |= {
+        "model.lora": config.model.lora.model_dump(mode="json") if config.model.lora else None,
+        "train.optimizer.name": config.train.optimizer.name,
+        "train.zero_stage": config.train.zero_stage,
+        "placement.policy.ranks": config.placement.policy.ranks,
+    }
+    return {key: json.dumps(value, sort_keys=True) for key, value in parts.items()}
 
 
-def _run(trainer: PPOTrainer, recorder: Recorder, train_prompts: Sequence[Prompt]) -> None:
-    config = trainer.config
-    for callback in trainer.callbacks:
-        callback.on_start(trainer)
-    if trainer.steps_done == 0:
-        _evaluate(trainer, recorder)
-        _warm_up(trainer, recorder, train_prompts)
-    while trainer.steps_done < config.run.steps:
-        trainer.train_step()
-        step = trainer.steps_done
-        last = step == config.run.steps
-        if last or (config.evaluation.every and step % config.evaluation.every == 0):
-            _evaluate(trainer, recorder)
-        if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            _checkpoint(trainer, recorder)
-    with recorder.waiting("exporting the model"):
-        trainer.export(recorder.folder.export)
-    for callback in trainer.callbacks:
-        callback.on_end(trainer)
-
-
-def _warm_up(trainer: PPOTrainer, recorder: Recorder, train_prompts: Sequence[Prompt]) -> None:
-    """Imitate the given responses, where the configuration asks for it."""
-    if trainer.config.warmup is None:
-        return
-    batch = imitation_batch(trainer.config, train_prompts, load_tokenizer(trainer.config.model))
-    with recorder.waiting(f"warming up on {len(batch)} given responses"):
-        report = trainer.warm_up(batch)
-    first, last = (report.step_metrics[index]["loss/imitation"] for index in (0, -1))
-    recorder.note(f"warm-up: cross-entropy {first:.2f} -> {last:.2f} nats a token over {len(batch)} responses")
-
-
-def _evaluate(trainer: PPOTrainer, recorder: Recorder) -> None:
-    """Answer the held-out prompts, unless a run that this one resumes has done so at this step."""
-    if trainer.evaluation_prompts and not recorder.has_evaluation(trainer.steps_done):
-        with recorder.waiting(f"answering {len(trainer.evaluation_prompts)} held-out prompts"):
-            trainer.evaluate()
-
-
-def _checkpoint(trainer: PPOTrainer, recorder: Recorder) -> None:
-    config = trainer.config
-    with recorder.waiting("writing a checkpoint"):
-        folder = save_checkpoint(
-            recorder.folder.checkpoints,
-            trainer.steps_done,
-            trainer.crew,
-            trainer.state(),
-            config.checkpoint.keep,
-            config.deadlines.update,
-        )
-    for callback in trainer.callbacks:
-        callback.on_checkpoint(trainer.steps_done, folder)
+def _shape(model: ModelSection) -> dict[str, Any]:
+    architecture = load_architecture(model)
+    names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return {name: getattr(architecture, name, None) for name in (*names, "num_key_value_heads", "tie_word_embeddings")}

@@ -11,15 +11,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import ray
 
-from rayrlhf.actors.group import ActorGroup
-from rayrlhf.actors.waiting import wait_all
+from rayrlhf.actors.crew import Crew
+from rayrlhf.actors.healer import Healer
+from rayrlhf.actors.placement import Role
 from rayrlhf.data.batching import balance
 from rayrlhf.data.records import Prompt, Rollout, SampleKey, TokenScores
 from rayrlhf.engines.interfaces import Want
+from rayrlhf.errors import ActorLostError
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.rewards.score import RewardBatch
 
 REWARD = "reward"
+STATELESS: tuple[Role, ...] = ("reward", "reference")
+"""Roles whose lost process another one replaces; the others carry training state."""
 
 
 class Reading(NamedTuple):
@@ -27,7 +31,7 @@ class Reading(NamedTuple):
 
     Attributes:
         name: key of the result.
-        group: the actors that read.
+        role: whose actors read.
         want: what they compute.
         temperature: of the distribution log-probs are taken from.
         reference: adapters off.
@@ -35,7 +39,7 @@ class Reading(NamedTuple):
     """
 
     name: str
-    group: ActorGroup
+    role: Role
     want: frozenset[Want]
     temperature: float = 1.0
     reference: bool = False
@@ -60,10 +64,14 @@ class ScoredRollouts:
 
 
 class _Call(NamedTuple):
-    """Pending answers of one role's ranks, and which rollouts each answer is about."""
+    """A pending answer of one rank, what it was asked, and which rollouts the answer is about."""
 
-    pending: Mapping[str, ray.ObjectRef]
-    keys: list[list[SampleKey]]
+    role: Role
+    rank: int
+    handle: Any
+    answer: ray.ObjectRef
+    arguments: tuple[Any, ...]
+    keys: list[SampleKey]
 
 
 @dataclass
@@ -71,7 +79,8 @@ class Scorer:
     """Collects rollouts and scores them, concurrently or in turns.
 
     Attributes:
-        reward: the reward actors.
+        crew: the actors.
+        healer: replaces lost reward and reference actors, whose calls are then repeated.
         readings: the models that read.
         prompts: prompt id -> prompt, for the reward functions' columns.
         overlap: start calls as rollouts arrive.
@@ -79,7 +88,8 @@ class Scorer:
         timer: counts each reading as a phase.
     """
 
-    reward: ActorGroup
+    crew: Crew
+    healer: Healer
     readings: Sequence[Reading]
     prompts: Mapping[int, Prompt]
     overlap: bool
@@ -114,30 +124,45 @@ class Scorer:
         return ScoredRollouts(tuple(ordered), merged, readings, self.prompts)
 
     def _start_reward(self, rollouts: Sequence[Rollout]) -> None:
-        shares = _shares(rollouts, len(self.reward))
+        shares = _shares(rollouts, len(self.crew["reward"]))
         arguments = [([self.prompts[rollout.key.prompt] for rollout in share], share) for share in shares]
-        self._remember(REWARD, self.reward.call_each("score", arguments), shares)
+        self._call(REWARD, "reward", arguments, shares)
 
     def _start_reading(self, reading: Reading, rollouts: Sequence[Rollout]) -> None:
-        ranks = len(reading.group)
+        ranks = len(self.crew[reading.role])
         shares = [list(rollouts)] * ranks if reading.replicate else _shares(rollouts, ranks)
-        arguments: list[tuple[Any, ...]] = [
+        arguments = [
             ([rollout.sequence() for rollout in share], reading.want, reading.temperature, reading.reference)
             for share in shares
         ]
-        self._remember(reading.name, reading.group.call_each("score", arguments), shares)
+        self._call(reading.name, reading.role, arguments, shares)
 
-    def _remember(self, name: str, pending: Mapping[str, ray.ObjectRef], shares: Sequence[Sequence[Rollout]]) -> None:
-        self._calls.setdefault(name, []).append(_Call(pending, [[rollout.key for rollout in share] for share in shares]))
+    def _call(self, name: str, role: Role, arguments: Sequence[tuple[Any, ...]], shares: Sequence[Sequence[Rollout]]) -> None:
+        calls = self._calls.setdefault(name, [])
+        for rank, (own, share) in enumerate(zip(arguments, shares, strict=True)):
+            handle = self.crew[role].handles[rank]
+            keys = [rollout.key for rollout in share]
+            calls.append(_Call(role, rank, handle, handle.score.remote(*own), own, keys))
 
     def _collect(self, name: str) -> dict[SampleKey, Any]:
         """Wait for all calls of one role; returns what was said of each rollout."""
         answers: dict[SampleKey, Any] = {}
         for call in self._calls.get(name, []):
-            for keys, part in zip(call.keys, wait_all(call.pending, name, self.seconds), strict=True):
-                rows = _rows(part) if isinstance(part, RewardBatch) else part
-                answers |= dict(zip(keys, rows, strict=True))
+            part = self._answer(call, name)
+            rows = _rows(part) if isinstance(part, RewardBatch) else part
+            answers |= dict(zip(call.keys, rows, strict=True))
         return answers
+
+    def _answer(self, call: _Call, what: str) -> Any:
+        """One answer; a process without state is replaced and asked again, as often as the healer lets it."""
+        group = self.crew[call.role]
+        try:
+            return group.wait({group.names[call.rank]: call.answer}, what, self.seconds)[0]
+        except ActorLostError as error:
+            if call.role not in STATELESS:
+                raise
+            handle = self.healer.revive(call.role, call.rank, call.handle, error)
+        return self._answer(call._replace(handle=handle, answer=handle.score.remote(*call.arguments)), what)
 
 
 def _shares(rollouts: Sequence[Rollout], ranks: int) -> list[list[Rollout]]:

@@ -4,18 +4,19 @@ The driver holds references, token ids and per-token scalars; weights and logits
 `generate`, `score` and `step` are public, so that a user can write a loop of their own; `train_step` is the built-in one.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
 import torch
 
+from rayrlhf.actors.care import Care, make_care
 from rayrlhf.actors.crew import Crew
 from rayrlhf.actors.placement import Role
-from rayrlhf.actors.waiting import wait_all
+from rayrlhf.actors.replicas import Replica
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.data.records import Prompt, Rollout
+from rayrlhf.data.records import Prompt, Rollout, RolloutRequest
 from rayrlhf.data.sampler import PromptSampler
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.interfaces import Want
@@ -27,7 +28,7 @@ from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.evaluation import Evaluation
 from rayrlhf.ppo.experience import LOGPROB_GAP, Experience, ExperienceMaker
-from rayrlhf.ppo.generation import generate, make_requests
+from rayrlhf.ppo.generation import Generation, make_requests
 from rayrlhf.ppo.objectives import make_objectives, plan_update
 from rayrlhf.ppo.scoring import Reading, ScoredRollouts, Scorer
 from rayrlhf.ppo.step_metrics import reward_metrics, step_metrics
@@ -45,6 +46,13 @@ class PPOTrainer:
         evaluation_prompts: the held-out prompts; empty for no evaluation.
         timer: collects the phases of a step.
         callbacks: called in order after each step and evaluation.
+        care: what is done about lost processes; without pings when not given.
+
+    Attributes:
+        steps_done: PPO steps completed.
+        weight_version: version that the replicas serve; 0 is the start weights, which nobody was sent.
+        warmed_up: whether the imitation before the first step, if any, is done.
+        consistent: False while a step has changed some of the state and not all of it.
     """
 
     def __init__(
@@ -55,6 +63,7 @@ class PPOTrainer:
         evaluation_prompts: Sequence[Prompt] = (),
         timer: PhaseTimer | None = None,
         callbacks: Iterable[Callback] = (),
+        care: Care | None = None,
     ) -> None:
         self.config = config
         self.crew = crew
@@ -62,8 +71,11 @@ class PPOTrainer:
         self.evaluation_prompts = tuple(evaluation_prompts)
         self.timer = timer or PhaseTimer()
         self.callbacks = list(callbacks)
+        self.care = care or make_care(config, crew)
         self.steps_done = 0
         self.weight_version = 0
+        self.warmed_up = config.warmup is None
+        self.consistent = True
         self._experience = ExperienceMaker(config)
         self._objectives = make_objectives(config)
 
@@ -85,6 +97,7 @@ class PPOTrainer:
         Raises:
             AlarmError: trainer and sampler disagree on the rollouts' log-probs by more than `rollout.mismatch_alarm`.
         """
+        self.consistent = False
         with self.timer.phase("assemble"):
             experience = self._experience.make(scored)
         gap = experience.metrics[LOGPROB_GAP]
@@ -94,11 +107,12 @@ class PPOTrainer:
                 f"mismatch_alarm {self.config.rollout.mismatch_alarm:g}: the rollout engine does not serve the policy's weights"
             )
         reports = self._update(experience)
-        self.steps_done += 1
         with self.timer.phase("weight_sync"):
-            sync = self._sync()
+            sync = self.sync(self.weight_version + 1)
+        self.steps_done += 1
         episodes = self.steps_done * self.config.samples_per_step
-        return step_metrics(experience, reports, sync, episodes) | reward_metrics(scored)
+        metrics = step_metrics(experience, reports, sync, episodes) | reward_metrics(scored)
+        return metrics | self._checksums() if self._exact else metrics
 
     def train_step(self) -> dict[str, float]:
         """Sample prompts and run one whole PPO step, scoring rollouts as they finish where roles do not share devices."""
@@ -112,6 +126,8 @@ class PPOTrainer:
             scored = scorer.finish()
             metrics = self.step(scored)
             self.sampler.consumed([prompt.id for prompt in prompts])
+            self.consistent = True
+        self.care.settled()
         metrics |= self.timer.metrics(generated_tokens=sum(len(rollout.response_ids) for rollout in scored.rollouts))
         for callback in self.callbacks:
             callback.on_step_end(self.steps_done, metrics, scored)
@@ -119,10 +135,13 @@ class PPOTrainer:
 
     def warm_up(self, batch: TrainingBatch) -> UpdateReport:
         """Imitate given responses before the first step, and bring the replicas up to date."""
+        self.consistent = False
         plan = imitation_plan(self.config, len(batch))
-        pending = self.crew["policy"].call("update", ray.put(batch), plan, ImitationObjective(self.config.rollout.temperature))
-        report: UpdateReport = wait_all(pending, "warm-up", self.config.deadlines.update)[0]
-        self._sync()
+        policy = self.crew["policy"]
+        pending = policy.call("update", ray.put(batch), plan, ImitationObjective(self.config.rollout.temperature))
+        report: UpdateReport = policy.wait(pending, "warm-up", self.config.deadlines.update)[0]
+        self.sync(self.weight_version + 1)
+        self.warmed_up = self.consistent = True
         return report
 
     def evaluate(self) -> Evaluation:
@@ -131,7 +150,7 @@ class PPOTrainer:
         stream = self._stream(requests, self.config.evaluation.temperature)
         rollouts = sorted((r for batch in stream for r in batch), key=lambda rollout: rollout.key)
         by_id = {prompt.id: prompt for prompt in self.evaluation_prompts}
-        scorer = Scorer(self.crew["reward"], (), by_id, False, self.config.deadlines.score, self.timer)
+        scorer = Scorer(self.crew, self.care.healer, (), by_id, False, self.config.deadlines.score, self.timer)
         scorer.add(rollouts)
         rewards = scorer.finish().rewards
         prompts = tuple(by_id[rollout.key.prompt] for rollout in rollouts)
@@ -142,7 +161,8 @@ class PPOTrainer:
 
     def export(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder (adapters merged) that transformers and vLLM load unchanged."""
-        self.crew["policy"].all("export", folder.absolute(), seconds=self.config.deadlines.update)
+        policy = self.crew["policy"]
+        policy.wait(policy.call("export", folder.absolute()), "export", self.config.deadlines.update)
 
     @property
     def sync_dtype(self) -> Literal["float32", "bfloat16"]:
@@ -154,6 +174,7 @@ class PPOTrainer:
         return {
             "step": self.steps_done,
             "weight_version": self.weight_version,
+            "warmed_up": self.warmed_up,
             "sampler": self.sampler.state_dict(),
             "experience": self._experience.state_dict(),
         }
@@ -161,28 +182,56 @@ class PPOTrainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint; the replicas get the policy's weights before they sample."""
         self.steps_done = state["step"]
-        self.weight_version = state["weight_version"]
+        self.warmed_up = state["warmed_up"]
         self.sampler.load_state_dict(state["sampler"])
         self._experience.load_state_dict(state["experience"])
-        sync_weights(
-            self.crew["policy"], self.crew["rollout"], self.weight_version, self.sync_dtype, self.config.deadlines.sync
-        )
+        self.sync(state["weight_version"])
+        self.consistent = True
 
-    def _sync(self, version: int | None = None) -> SyncReport:
-        """Bring every replica to the policy's weights, as the next version if none is given."""
-        self.weight_version = self.weight_version + 1 if version is None else version
-        policy, replicas = self.crew["policy"], self.crew["rollout"]
-        return sync_weights(policy, replicas, self.weight_version, self.sync_dtype, self.config.deadlines.sync)
+    def sync(self, version: int) -> SyncReport:
+        """Bring every replica that is there to the policy's weights; one that is being rebuilt gets them later."""
+        pool = self.care.pool
+        pool.tend()
+        self.weight_version = version
+        return self._send_weights([*pool.serving, *pool.stale])
 
-    def _stream(self, requests: list[Any], temperature: float | None) -> Iterable[list[Rollout]]:
+    @property
+    def _exact(self) -> bool:
+        return self.config.run.determinism == "exact"
+
+    def _send_weights(self, replicas: Sequence[Replica]) -> SyncReport:
+        seconds = self.config.deadlines.sync
+        return sync_weights(self.crew["policy"], self.care.pool, replicas, self.weight_version, self.sync_dtype, seconds)
+
+    def _refresh(self, replicas: Sequence[Replica]) -> None:
+        """Bring rebuilt replicas up to date; before the first sync they are so by themselves."""
+        if self.weight_version:
+            self._send_weights(replicas)
+        else:
+            for replica in replicas:
+                self.care.pool.synced(replica)
+
+    def _stream(self, requests: list[RolloutRequest], temperature: float | None) -> Iterator[list[Rollout]]:
         rollout = self.config.rollout
         wanted = rollout.temperature if temperature is None else temperature
-        return generate(self.crew["rollout"], requests, wanted, rollout.max_new_tokens, self.config.deadlines.generate)
+        seconds = self.config.deadlines.generate
+        generation = Generation(self.care.pool, self._refresh, wanted, rollout.max_new_tokens, seconds, sticky=self._exact)
+        return generation.run(requests)
+
+    def _checksums(self) -> dict[str, float]:
+        """A checksum of every learning role's weights, so that two runs can be told apart by one bit."""
+        checksums = {}
+        for role in self._objectives:
+            group = self.crew[role]
+            value = group.wait(group.call("checksum"), "checksum", self.config.deadlines.update)[0]
+            checksums[f"{role}/weights_checksum"] = float(value)
+        return checksums
 
     def _scorer(self, prompts: Sequence[Prompt]) -> Scorer:
         by_id = {prompt.id: prompt for prompt in prompts}
         seconds = self.config.deadlines.score
-        return Scorer(self.crew["reward"], self._readings(), by_id, self.crew.plan.overlap, seconds, self.timer)
+        overlap = self.crew.plan.overlap
+        return Scorer(self.crew, self.care.healer, self._readings(), by_id, overlap, seconds, self.timer)
 
     def _readings(self) -> list[Reading]:
         """Which models read the rollouts, and what for. Forwards that nothing needs are not among them."""
@@ -193,13 +242,13 @@ class PPOTrainer:
         replicate = config.train.zero_stage == 3
         readings = []
         if config.needs_reference:
-            owner = crew["policy"] if config.reference_in_policy else crew["reference"]
+            owner: Role = "policy" if config.reference_in_policy else "reference"
             shared_copy = config.reference_in_policy and replicate
             readings.append(Reading("reference", owner, logprobs, temperature, True, shared_copy))
         if "critic" in crew:
-            readings.append(Reading("critic", crew["critic"], values, replicate=replicate))
+            readings.append(Reading("critic", "critic", values, replicate=replicate))
         own = logprobs | values if config.critic.kind == "shared" else logprobs
-        readings.append(Reading("policy", crew["policy"], own, temperature, replicate=replicate))
+        readings.append(Reading("policy", "policy", own, temperature, replicate=replicate))
         return readings
 
     def _update(self, experience: Experience) -> dict[Role, UpdateReport]:
@@ -217,5 +266,5 @@ class PPOTrainer:
         for role, objective in self._objectives.items():
             with self.timer.phase(f"update_{role}", tokens):
                 pending = calls[role] if overlap else self.crew[role].call("update", batch, plan, objective)
-                reports[role] = wait_all(pending, f"{role} update", config.deadlines.update)[0]
+                reports[role] = self.crew[role].wait(pending, f"{role} update", config.deadlines.update)[0]
         return reports

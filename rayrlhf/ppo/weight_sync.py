@@ -5,14 +5,18 @@ reference is handed to all replicas, which read the bytes in place: one copy a n
 """
 
 import time
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import ray
 
 from rayrlhf.actors.group import ActorGroup
-from rayrlhf.actors.waiting import overrun, wait_all
+from rayrlhf.actors.replicas import Replica, ReplicaPool
+from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS, lost_because, overrun, wait_all
+from rayrlhf.errors import ActorLostError, DeadlineError
 
 BUCKET_BYTES = 256 * 2**20
+SYNC = "weight sync"
 
 
 class SyncReport(NamedTuple):
@@ -23,11 +27,16 @@ class SyncReport(NamedTuple):
     seconds: float
 
 
-def sync_weights(policy: ActorGroup, replicas: ActorGroup, version: int, dtype: str, seconds: float) -> SyncReport:
-    """Bring every replica to `version`; returns when all serve it.
+def sync_weights(
+    policy: ActorGroup, pool: ReplicaPool, replicas: Sequence[Replica], version: int, dtype: str, seconds: float
+) -> SyncReport:
+    """Bring replicas to `version`; returns when all of them that are still there serve it.
+
+    A replica that is lost meanwhile is left to the pool; it will get the weights when it has been rebuilt.
 
     Raises:
-        DeadlineError: a bucket was not produced or taken in within `seconds`.
+        DeadlineError: a bucket was not produced within `seconds`.
+        ActorLostError: a rank of the policy is lost.
     """
     started = time.monotonic()
     others = {
@@ -35,20 +44,39 @@ def sync_weights(policy: ActorGroup, replicas: ActorGroup, version: int, dtype: 
         for name, handle in zip(policy.names[1:], policy.handles[1:], strict=True)
     }
     stream = policy.handles[0].weights.remote(BUCKET_BYTES, dtype)
-    pending = [replicas.call("begin_weights", version)]
+    pending = {replica.rank: [replica.handle.begin_weights.remote(version)] for replica in replicas}
     buckets = 0
+    for bucket in _buckets(stream, policy.names[0], seconds):
+        for replica in replicas:
+            pending[replica.rank].append(replica.handle.receive_weights.remote(bucket))
+        buckets += 1
+    policy.wait(others, SYNC, seconds)
+    for replica in replicas:
+        pending[replica.rank].append(replica.handle.finish_weights.remote())
+    for replica in replicas:
+        try:
+            for call in pending[replica.rank]:
+                wait_all({replica.name: call}, SYNC, seconds)
+            pool.synced(replica)
+        except (ActorLostError, DeadlineError) as error:
+            # A bucket that was never made fails where it arrives: then the policy is to blame, not the replica.
+            name = policy.gone()
+            if name is not None:
+                raise ActorLostError(f"{name} was lost during {SYNC}", name) from error
+            pool.lost(replica, error)
+    return SyncReport(version, buckets, time.monotonic() - started)
+
+
+def _buckets(stream: Any, name: str, seconds: float) -> Iterator[ray.ObjectRef]:
+    """References to the policy's buckets; the end of the stream, or the reason why there is none."""
     while True:
         ready, _ = ray.wait([stream], timeout=seconds)
         if not ready:
-            raise overrun("weight sync: next bucket", [policy.names[0]], seconds)
+            raise overrun(f"{SYNC}: next bucket", [name], seconds)
         try:
             bucket = next(stream)
         except StopIteration:
-            break
-        pending.append(replicas.call("receive_weights", bucket))
-        buckets += 1
-    pending.append(replicas.call("finish_weights"))
-    for calls in pending:
-        wait_all(calls, "weight sync", seconds)
-    wait_all(others, "weight sync", seconds)
-    return SyncReport(version, buckets, time.monotonic() - started)
+            return
+        except INFRASTRUCTURE_ERRORS as error:
+            raise ActorLostError(f"{name} was lost during {SYNC}: {lost_because(error)}", name) from error
+        yield bucket

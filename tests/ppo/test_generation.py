@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrlhf.data.records import Prompt
-from rayrlhf.ppo.generation import assign, make_requests
+from rayrlhf.ppo.generation import make_requests
+from rayrlhf.ppo.requeue import assign
 
 
 def prompts(*ids):

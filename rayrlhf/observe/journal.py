@@ -1,0 +1,41 @@
+"""`recovery.jsonl`: one JSON object a line for each process that was lost, rebuilt, or took the run back to an earlier step."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rayrlhf.observe.disk import writing
+
+FILE_NAME = "recovery.jsonl"
+
+
+class RecoveryJournal:
+    """Appends to a run folder's `recovery.jsonl`; the file is there once something happened."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE_NAME
+
+    def write(self, event: str, actor: str, reason: str, seconds: float) -> None:
+        """Append one event.
+
+        Args:
+            event: "lost", "recovered", "hung", "replayed" or "resumed".
+            actor: `<run>/<role>/<rank>`.
+            reason: in one line.
+            seconds: since the loss, for a recovery.
+
+        Raises:
+            UserError: the disk refuses.
+        """
+        row = {"time": time.time(), "event": event, "actor": actor, "seconds": round(seconds, 3), "reason": reason}
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_journal(folder: Path) -> list[dict[str, Any]]:
+    """The events of a run, oldest first; a half-written last line is left out."""
+    path = folder / FILE_NAME
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]

@@ -1,0 +1,87 @@
+"""Who has which requests of a step: the books by which no sample is lost and none is taken twice. Pure, without Ray.
+
+Work is keyed by (step, prompt, sample). A rollout whose key is not open is a late duplicate and is dropped. When a replica
+is lost, its open requests go to the others; with `sticky` they wait for the same rank instead and its whole share is sampled
+again, so that every batch keeps its composition and with it its bits.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from rayrlhf.data.records import Rollout, RolloutRequest, SampleKey
+
+
+def assign(requests: Sequence[RolloutRequest], replicas: int) -> list[list[RolloutRequest]]:
+    """Split requests over replicas by prompt, evenly in number; the same requests always split the same way."""
+    groups: dict[int, list[RolloutRequest]] = {}
+    for request in requests:
+        groups.setdefault(request.key.prompt, []).append(request)
+    shares: list[list[RolloutRequest]] = [[] for _ in range(replicas)]
+    for group in groups.values():
+        min(shares, key=len).extend(group)
+    return shares
+
+
+class WorkBook:
+    """The requests of one call of `generate`.
+
+    Args:
+        requests: all of them, keys distinct.
+        ranks: replicas of the run, whether they serve or not.
+        sticky: a share belongs to its rank, come what may.
+    """
+
+    def __init__(self, requests: Sequence[RolloutRequest], ranks: int, *, sticky: bool) -> None:
+        self._open = {request.key: request for request in requests}
+        self._sticky = sticky
+        self._shares = dict(enumerate(assign(requests, ranks)))
+        self._waiting: list[RolloutRequest] = [] if sticky else list(requests)
+        self._due: set[int] = {rank for rank, share in self._shares.items() if share} if sticky else set()
+        self._holder: dict[SampleKey, int] = {}
+
+    @property
+    def done(self) -> bool:
+        """Whether every request has its rollout."""
+        return not self._open
+
+    def hand_out(self, serving: Sequence[int]) -> dict[int, list[RolloutRequest]]:
+        """What to send to the ranks that serve now; what is sent is theirs until `finished` or `lost`."""
+        given = {rank: list(self._shares[rank]) for rank in serving if rank in self._due}
+        self._due -= set(given)
+        if serving and self._waiting:
+            for rank, part in zip(serving, assign(self._waiting, len(serving)), strict=True):
+                if part:
+                    given.setdefault(rank, []).extend(part)
+            self._waiting = []
+        for rank, share in given.items():
+            self._holder |= {request.key: rank for request in share if request.key in self._open}
+        return given
+
+    def holds(self, rank: int) -> bool:
+        """Whether a rank still owes something."""
+        return rank in self._holder.values()
+
+    def finished(self, rollouts: Iterable[Rollout]) -> list[Rollout]:
+        """Close the requests of these rollouts; returns those that were open, so late duplicates are not among them."""
+        fresh = []
+        for rollout in rollouts:
+            if self._open.pop(rollout.key, None) is not None:
+                self._holder.pop(rollout.key, None)
+                fresh.append(rollout)
+        return fresh
+
+    def release(self, rank: int) -> None:
+        """Let the others have the share of a rank that will not come back."""
+        if rank in self._due:
+            self._due.discard(rank)
+            self._waiting += [request for request in self._shares[rank] if request.key in self._open]
+
+    def lost(self, rank: int) -> int:
+        """Take back what a rank owes; returns how many requests."""
+        owed = [key for key, holder in self._holder.items() if holder == rank]
+        for key in owed:
+            del self._holder[key]
+        if self._sticky and owed:
+            self._due.add(rank)
+        else:
+            self._waiting += [self._open[key] for key in owed]
+        return len(owed)
