@@ -6,17 +6,21 @@ import pickle
 
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from rayrlhf.config.tuning_data import PreferenceDataSection, SupervisedDataSection
 from rayrlhf.data.supervised import (
     encode_batch,
     encode_preference_batch,
     load_preference_data,
+    load_preferences,
     load_supervised_data,
     preference_recipe,
     supervised_recipe,
 )
 from rayrlhf.errors import UserError
+from rayrlhf.models.tiny import byte_tokenizer
 from tests.data.supervised_files import (
     assistant,
     error_of,
@@ -248,3 +252,53 @@ def test_held_out_rows_come_from_one_place(tmp_path, tokenizer):
     alone = SupervisedDataSection.model_validate({"train": {"path": path, "limit": 1}, "evaluation_share": 0.5})
     with pytest.raises(UserError, match=r"evaluation_share 0.5: expected rows of at least two groups, found 1"):
         load_supervised_data(alone, tokenizer)
+
+
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=12)
+answers = texts.filter(str.strip)
+opened = st.just([]) | texts.map(lambda text: [system(text)])
+
+
+@given(opened, st.lists(st.tuples(texts, answers), min_size=1, max_size=4))
+def test_what_is_learnt_is_what_the_assistant_wrote_whatever_it_is(tmp_path_factory, opening, turns):
+    tokenizer = byte_tokenizer()
+    messages = opening + [message for said, answer in turns for message in (user(said), assistant(answer))]
+    (sample,) = supervised(tmp_path_factory.mktemp("rows"), [{"messages": messages}], tokenizer, max_length=4096).samples
+    assert learnt(tokenizer, sample) == "".join(f"{answer}<|im_end|>\n" for _, answer in turns)
+
+
+@given(texts.filter(str.strip), answers, answers)
+def test_a_pairs_answers_are_marked_whatever_they_are(tmp_path_factory, prompt, chosen, rejected):
+    tokenizer = byte_tokenizer()
+    assume(chosen != rejected)
+    rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected}]
+    (pair,) = preferences(tmp_path_factory.mktemp("rows"), rows, tokenizer, max_length=4096).samples
+    assert [learnt(tokenizer, part) for part in (pair.chosen, pair.rejected)] == [
+        f"{answer}<|im_end|>\n" for answer in (chosen, rejected)
+    ]
+
+
+def test_parquet_files_give_what_lines_of_json_give(tmp_path, tokenizer):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"prompt": f"{n}", "chosen": [user("q"), assistant(f"{n}")], "rejected": [user("q"), assistant("no")], "margin": n}
+            for n in range(3)]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    section = PreferenceDataSection.model_validate({"train": {"path": str(tmp_path / "rows.parquet")}})
+    from_parquet = load_preferences(section.train, section, tokenizer).samples
+    from_lines = preferences(tmp_path, rows, tokenizer).samples
+    for one, two in zip(from_parquet, from_lines, strict=True):
+        assert np.array_equal(one.chosen.token_ids, two.chosen.token_ids)
+        assert (one.margin, one.row) == (two.margin, two.row)
+    mixed = [{"text": "a"}, {"messages": [user("q"), assistant("a")]}]
+    pq.write_table(pa.Table.from_pylist(mixed), tmp_path / "rows.parquet")
+    mixed_section = SupervisedDataSection.model_validate({"train": {"path": str(tmp_path / "rows.parquet")}})
+    with pytest.raises(UserError, match=r"rows.parquet: row 2: text: missing or null, expected as in the first row \(text\)"):
+        load_supervised_data(mixed_section, tokenizer)
+
+
+def test_the_built_in_pairs_make_a_reward_models_data(tokenizer):
+    section = PreferenceDataSection.model_validate({"train": {"path": "builtin:sum-pairs?count=30"}})
+    train, held = load_preference_data(section, tokenizer)
+    assert len(train.samples) + len(held.samples) == 30
