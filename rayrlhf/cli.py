@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, StoppedError, UserError
+from rayrlhf.presft.commands import app as presft_app
 
 app = typer.Typer(
     name="rayrlhf",
@@ -100,6 +101,9 @@ def chat(
     from rayrlhf.ppo.chat import chat_with
 
     chat_with(run, prompt, max_new_tokens=max_new_tokens, temperature=temperature)
+
+
+app.add_typer(presft_app, name="presft")
 
 
 def main() -> None:

@@ -87,7 +87,8 @@ def take_in(
     if bad:
         _write_rejected(rejected, bad_index, bad)
     _check_share(section, reasons, total, count, rejected.path)
-    rows.seal({"rows": count, "read": total, "rejected": dict(reasons), "fingerprint": fingerprint})
+    facts = {"rows": count, "read": total, "rejected": dict(reasons), "fingerprint": fingerprint}
+    rows.seal(facts | (_longest(rows) if tokenizer is not None else {}))
 
 
 def _checked(section: PairsSection, given_field: str | None) -> Iterator[Row]:
@@ -200,6 +201,17 @@ def _check_share(section: PairsSection, reasons: Counter[str], total: int, usabl
             f"{section.path}: {bad} of {total} rows are unusable, expected at most {section.max_rejected_share:.1%} "
             f"(data.max_rejected_share): {shown}; all of them are in {folder}"
         )
+
+
+def _longest(rows: PartFolder) -> dict[str, int]:
+    """Tokens of the longest prompt and of the longest response."""
+    import pyarrow.compute as pc
+
+    longest = {"longest_prompt": 0, "longest_response": 0}
+    for table in rows.tables(["prompt_tokens", "response_tokens"]):
+        for key, column in zip(longest, table.columns, strict=True):
+            longest[key] = max(longest[key], int(pc.max(column).as_py()))
+    return longest
 
 
 def _fingerprint(path: str) -> str | None:

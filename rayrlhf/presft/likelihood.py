@@ -7,7 +7,7 @@ from rayrlhf.config.presft import PairsSection
 from rayrlhf.engines.score_engine import FrozenEngine
 from rayrlhf.models.load import load_tokenizer
 from rayrlhf.presft.prompts import encode_prompts, response_sequences
-from rayrlhf.presft.sampling import SamplingPlan
+from rayrlhf.presft.sampling_plan import SamplingPlan
 
 BATCH_TOKENS = 8192
 """Token budget of one forward."""

@@ -1,16 +1,21 @@
-"""The first pass, as stages over part tables: answer every prompt, then score the answers against the originals."""
+"""The first pass, as stages over part tables: answer every prompt, then score the answers against the originals.
+
+Engines are imported by the processes that run one, so that a scorer is a small process.
+"""
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rayrlhf.config.presft import PairsSection, ProbeSection
 from rayrlhf.presft.bleu import BleuScorer, aggregate
 from rayrlhf.presft.intake import GIVEN
-from rayrlhf.presft.likelihood import LikelihoodEngine
-from rayrlhf.presft.sampling import Sampler, SamplingPlan
+from rayrlhf.presft.sampling_plan import SamplingPlan
 from rayrlhf.presft.schema import extended
+
+if TYPE_CHECKING:
+    from rayrlhf.presft.likelihood import LikelihoodEngine
 
 
 class Prober:
@@ -18,6 +23,8 @@ class Prober:
 
     def __init__(self, plan: SamplingPlan) -> None:
         """Start the model."""
+        from rayrlhf.presft.sampling import Sampler
+
         self._sampler = Sampler(plan)
 
     def __call__(self, table: Any) -> Any:
@@ -45,13 +52,18 @@ def given_probes(table: Any) -> Any:
 class ProbeScorer:
     """Adds BLEU, and the likelihood of the original where it is asked for, to a probed part."""
 
+    _likelihood: "LikelihoodEngine | None" = None
+
     def __init__(self, probe: ProbeSection, data: PairsSection, plan: SamplingPlan | None) -> None:
         """Load the BLEU tokenizer, and the model for likelihoods."""
         self._probe = probe
         self._bleu = BleuScorer(probe.tokenize)
         self._model = "given" if plan is None else plan.label
         self._sampling = "{}" if plan is None else sampling_text(plan)
-        self._likelihood = LikelihoodEngine(plan, data) if probe.likelihood and plan is not None else None
+        if probe.likelihood and plan is not None:
+            from rayrlhf.presft.likelihood import LikelihoodEngine
+
+            self._likelihood = LikelihoodEngine(plan, data)
 
     def __call__(self, table: Any) -> Any:
         """Return the part with `probe_bleu`, `bleu`, `likelihood`, `model` and `sampling`."""

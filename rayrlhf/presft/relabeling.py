@@ -1,20 +1,22 @@
 """The second pass, as stages over part tables: new responses for the struggling pairs, then the decision on every pair."""
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayrlhf.config.presft import PairsSection, ProbeSection, RelabelSection
-from rayrlhf.engines.reward_model import RewardModelEngine
 from rayrlhf.presft.bleu import BleuScorer
 from rayrlhf.presft.choices import agreement
 from rayrlhf.presft.decisions import LEARNED, Candidate, Decision, decide
 from rayrlhf.presft.guard import refusal
-from rayrlhf.presft.likelihood import LikelihoodEngine
 from rayrlhf.presft.probing import sampling_text
-from rayrlhf.presft.sampling import Response, Sampler, SamplingPlan
+from rayrlhf.presft.sampling_plan import Response, SamplingPlan
 from rayrlhf.presft.schema import extended
 from rayrlhf.presft.selection import Cut
 from rayrlhf.presft.verification import Verifier
+
+if TYPE_CHECKING:
+    from rayrlhf.engines.reward_model import RewardModelEngine
+    from rayrlhf.presft.likelihood import LikelihoodEngine
 
 CANDIDATES = "_candidates"
 """Column of JSON that carries candidates from the sampler to the judge."""
@@ -26,6 +28,8 @@ class CandidateSampler:
 
     def __init__(self, plan: SamplingPlan, cut: Cut) -> None:
         """Start the model."""
+        from rayrlhf.presft.sampling import Sampler
+
         self._sampler = Sampler(plan)
         self._cut = cut
 
@@ -68,6 +72,9 @@ def with_candidates(table: Any, candidates: dict[int, list[Response]]) -> Any:
 class Judge:
     """Decides on every pair of a part."""
 
+    _reward_model: "RewardModelEngine | None" = None
+    _likelihood: "LikelihoodEngine | None" = None
+
     def __init__(
         self, relabel: RelabelSection, probe: ProbeSection, data: PairsSection, plan: SamplingPlan | None, cut: Cut
     ) -> None:
@@ -79,10 +86,14 @@ class Judge:
         self._relabel, self._cut = relabel, cut
         self._bleu = BleuScorer(probe.tokenize)
         self._verifier = Verifier(relabel.verifier) if relabel.verifier is not None else None
-        reward_model = relabel.reward_model if relabel.method == "reward_model" else None
-        self._reward_model = RewardModelEngine(reward_model) if reward_model is not None else None
-        likelihood = relabel.method == "likelihood" and plan is not None
-        self._likelihood = LikelihoodEngine(plan, data) if likelihood and plan is not None else None
+        if relabel.method == "reward_model" and relabel.reward_model is not None:
+            from rayrlhf.engines.reward_model import RewardModelEngine
+
+            self._reward_model = RewardModelEngine(relabel.reward_model)
+        if relabel.method == "likelihood" and plan is not None:
+            from rayrlhf.presft.likelihood import LikelihoodEngine
+
+            self._likelihood = LikelihoodEngine(plan, data)
         self._plan = plan
 
     def __call__(self, table: Any) -> Any:

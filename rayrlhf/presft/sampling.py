@@ -5,63 +5,16 @@ a part that is made again after a crash asks for the same things in the same com
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from rayrlhf.config.model import ModelSection
-from rayrlhf.config.presft import PairsSection
-from rayrlhf.config.presft_pipeline import GenerateSection
-from rayrlhf.config.rollout import RolloutSection
 from rayrlhf.data.records import Int32, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import sample_seed
 from rayrlhf.engines.interfaces import RolloutEngine
 from rayrlhf.engines.rollout import RolloutSpec, build_rollout_engine
 from rayrlhf.models.load import load_tokenizer
 from rayrlhf.presft.prompts import encode_prompts
+from rayrlhf.presft.sampling_plan import Response, SamplingPlan
 from rayrlhf.presft.schema import storable
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingPlan:
-    """What is sampled for each row: small and picklable, equal in every process.
-
-    Attributes:
-        label: the model's name in tables, the same wherever the run folder lies.
-        model: the sampled model.
-        generate: backend and limits.
-        data: how prompts become tokens.
-        seed: of the run.
-        step: number of the pass over the data, so that no two passes share seeds.
-        samples: responses per row.
-        temperature: 0 is greedy.
-    """
-
-    label: str
-    model: ModelSection
-    generate: GenerateSection
-    data: PairsSection
-    seed: int
-    step: int
-    samples: int
-    temperature: float
-
-    def spec(self) -> RolloutSpec:
-        """Return what a rollout engine is built from."""
-        names = (
-            "backend", "max_new_tokens", "stop", "max_model_length", "max_concurrent", "memory_gib", "gpu_memory_utilization",
-            "tensor_parallel_size",
-        )  # fmt: skip
-        rollout = RolloutSection(**{name: getattr(self.generate, name) for name in names})
-        return RolloutSpec(self.model, rollout, self.seed)
-
-
-@dataclass(frozen=True, slots=True)
-class Response:
-    """One sampled response: its text, "stop" or "length", and how many tokens it took."""
-
-    text: str
-    finish_reason: str
-    tokens: int
 
 
 class Sampler:
@@ -74,7 +27,7 @@ class Sampler:
             UserError: backend or model cannot be used.
         """
         self._plan = plan
-        self._engine: RolloutEngine = build_rollout_engine(plan.spec())
+        self._engine: RolloutEngine = build_rollout_engine(RolloutSpec(plan.model, plan.rollout(), plan.seed))
         self._tokenizer: Any = load_tokenizer(plan.model)
 
     def answer(self, rows: Sequence[dict[str, Any]]) -> list[list[Response]]:

@@ -22,7 +22,7 @@ from rayrlhf.presft.pipeline import Limits, Pool, Stage, run_pipeline
 from rayrlhf.presft.probing import Prober, ProbeScorer, correlation, given_probes
 from rayrlhf.presft.relabeling import CandidateSampler, Judge, ProbesAsCandidates, with_candidates
 from rayrlhf.presft.resources import StageResources, stage_resources
-from rayrlhf.presft.sampling import SamplingPlan
+from rayrlhf.presft.sampling_plan import SamplingPlan
 from rayrlhf.presft.selection import Cut, find_cut
 
 Done = Callable[[int], None]
@@ -169,7 +169,7 @@ def _resources(config: PreSFTConfig, *, generating: bool) -> StageResources:
 
 def _generator(name: str, worker: type, arguments: tuple[Any, ...], config: PreSFTConfig, resources: StageResources) -> Pool:
     plan: SamplingPlan = arguments[0]
-    environment = rollout_environment(plan.spec().rollout, threads=resources.generator_threads)
+    environment = rollout_environment(plan.rollout(), threads=resources.generator_threads)
     return Pool(
         name,
         worker,
@@ -187,7 +187,8 @@ def _limits(config: PreSFTConfig) -> Limits:
 
 def _column(parts: PartFolder, name: str, kind: Any) -> NDArray[Any]:
     pieces: list[NDArray[Any]] = [table.column(name).to_numpy() for table in parts.tables([name])]
-    return np.concatenate(pieces).astype(kind, copy=False)
+    column: NDArray[Any] = np.concatenate(pieces).astype(kind, copy=False)
+    return column
 
 
 def _score_facts(scores: PartFolder, signature: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rayrlhf.config.reward import RewardSection
-from rayrlhf.presft.sampling import Response
+from rayrlhf.presft.sampling_plan import Response
 from rayrlhf.rewards.functions import ScoringBatch, load_functions
 from rayrlhf.rewards.score import score_batch
 

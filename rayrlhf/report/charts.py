@@ -1,6 +1,7 @@
 """Charts as plain Plotly figures: dictionaries without colours, which the page takes from its style sheet."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 Figure = dict[str, Any]
@@ -19,7 +20,7 @@ def histogram(
         y: title of the vertical axis.
         mark: where the line stands; none when None.
     """
-    intervals = list(zip(edges[:-1], edges[1:], strict=True))
+    intervals = list(pairwise(edges))
     trace = {
         "type": "bar",
         "x": [(low + high) / 2 for low, high in intervals],

@@ -1,5 +1,4 @@
-"""A report as one HTML file: it opens anywhere, offline, on paper or a phone, in light or dark, and nothing in it is executed
-but its own script.
+"""A report as one HTML file: it opens anywhere, offline, on paper or a phone, in light or dark.
 
 A page is a list of blocks. Whatever text a block is given appears as text: model output is hostile input to a browser, too.
 """
