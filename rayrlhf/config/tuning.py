@@ -9,6 +9,7 @@ from rayrlhf.config.section import Section
 from rayrlhf.config.tuning_data import PreferenceDataSection, SupervisedDataSection
 from rayrlhf.config.tuning_run import (
     RewardRunSection,
+    SupervisedCheckpointSection,
     SupervisedEvaluationSection,
     TuningCheckpointSection,
     TuningEvaluationSection,
@@ -27,7 +28,7 @@ class SFTConfig(Section):
     data: SupervisedDataSection
     train: SupervisedTrainSection = SupervisedTrainSection()
     evaluation: SupervisedEvaluationSection = SupervisedEvaluationSection()
-    checkpoint: TuningCheckpointSection = TuningCheckpointSection()
+    checkpoint: SupervisedCheckpointSection = SupervisedCheckpointSection()
     workers: WorkersSection = WorkersSection()
     observe: TuningObserveSection = TuningObserveSection()
 

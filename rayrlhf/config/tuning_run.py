@@ -60,6 +60,13 @@ class TuningCheckpointSection(Section):
     """Also keep, and export, the checkpoint that is best by this held-out metric; the last one when not given."""
 
 
+class SupervisedCheckpointSection(TuningCheckpointSection):
+    """Durable state of SFT, which has a loss on held-out samples and no accuracy."""
+
+    best_metric: Literal["loss"] | None = None
+    """Also keep, and export, the checkpoint that is best by the held-out loss; the last one when not given."""
+
+
 class WorkersSection(Section):
     """Processes that train together, and what each asks Ray for."""
 

@@ -101,6 +101,7 @@ def test_the_engine_gets_what_was_set_and_takes_one_step_a_batch():
         ),
         (SFTConfig, ["train.packing=true", "train.micro_batch_tokens=1000"], "cannot hold data.max_length 1024"),
         (SFTConfig, ["evaluation.every=5"], "evaluation.every 5 needs held-out rows: set data.evaluation or"),
+        (SFTConfig, ["checkpoint.best_metric=accuracy"], "checkpoint.best_metric: expected 'loss', found \"accuracy\""),
         (SFTConfig, ["checkpoint.best_metric=loss"], "checkpoint.best_metric loss needs held-out rows"),
     ],
 )
