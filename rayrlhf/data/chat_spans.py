@@ -85,6 +85,12 @@ def tokens_in_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> Bool:
     return inside
 
 
+def crosses_a_start(offsets: Sequence[Span], spans: Sequence[Span]) -> bool:
+    """Return whether a token begins before a span and ends in it, so that the text before the span has other tokens alone."""
+    edges = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    return any(bool(((edges[:, 0] < start) & (edges[:, 1] > start)).any()) for start, _ in spans)
+
+
 def _marked_spans(tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[Message]]) -> list[list[Span]]:
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -7,7 +7,7 @@ stop having the same tokens: both are tokenised whole, since tokens can merge ac
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +18,7 @@ from rayrlhf.config.tuning_data import (
     SupervisedDataSection,
     SupervisedDatasetSection,
 )
-from rayrlhf.data.chat_spans import assistant_spans, tokens_in_spans
+from rayrlhf.data.chat_spans import assistant_spans, crosses_a_start, tokens_in_spans
 from rayrlhf.data.records import Bool, Int32
 from rayrlhf.data.row_formats import Row, RowShape
 from rayrlhf.data.supervised_records import DatasetReport, PreferencePair, SupervisedSample, count_tokens
@@ -71,7 +71,7 @@ class _Encoded:
     shared: int
     """Tokens that prompt and whole have in common at their start."""
     rewritten: bool
-    """The prompt alone is not a beginning of the whole."""
+    """What stands before an answer is not, alone, a beginning of the whole."""
 
 
 def encode_batch(
@@ -93,7 +93,7 @@ def encode_batch(
     written, dropped = _write(rows, numbers, recipe)
     encoded = _encode([(row.prompt, row.answers[0], row.place) for row in written], recipe.loss_on, tokenizer)
     samples: list[SupervisedSample] = []
-    truncated = rewritten = 0
+    truncated = rewritten = endless = 0
     for row, one in zip(written, encoded, strict=True):
         if not one.loss_mask.any():
             _drop(dropped, NOTHING, f"{row.place}: not one token to learn with data.loss_on {recipe.loss_on}", data.invalid)
@@ -106,8 +106,10 @@ def encode_batch(
             continue
         truncated += len(ids) < len(one.token_ids)
         rewritten += one.rewritten
+        endless += not (ids[mask] == tokenizer.eos_token_id).any()
         samples.append(SupervisedSample(ids, mask, row.row))
-    return samples, _report(recipe.section.path, len(rows), samples, truncated, rewritten, dropped)
+    report = _report(recipe.section.path, len(rows), samples, truncated, rewritten, dropped)
+    return samples, replace(report, endless=endless)
 
 
 def encode_preference_batch(
@@ -182,20 +184,22 @@ def _encode(
         texts, add_special_tokens=plain, return_attention_mask=False, return_offsets_mapping=loss_on == "assistant"
     )
     head_ids = tokenizer(heads, add_special_tokens=plain, return_attention_mask=False)["input_ids"] if heads else []
+    crossed = [False] * len(items)
     masks: list[Bool] = [np.ones(len(ids), dtype=np.bool_) for ids in batch["input_ids"]]
     if loss_on == "assistant":
         conversations = [whole for _, whole, _ in items if not isinstance(whole, str)]
         spans = assistant_spans(tokenizer, conversations, texts, places)
         masks = [tokens_in_spans(*both) for both in zip(batch["offset_mapping"], spans, strict=True)]
+        crossed = [crosses_a_start(*both) for both in zip(batch["offset_mapping"], spans, strict=True)]
     heads_left = iter(head_ids)
     result = []
-    for (prompt, _, _), ids, mask in zip(items, batch["input_ids"], masks, strict=True):
+    for (prompt, _, _), ids, mask, across in zip(items, batch["input_ids"], masks, crossed, strict=True):
         head = [] if prompt is None else next(heads_left)
         shared = common_length(head, ids)
         if loss_on != "all":
             mask[:shared] = False
         mask[:1] = False
-        result.append(_Encoded(np.asarray(ids, dtype=np.int32), mask, shared, shared < len(head)))
+        result.append(_Encoded(np.asarray(ids, dtype=np.int32), mask, shared, across or shared < len(head)))
     return result
 
 

@@ -52,8 +52,9 @@ class DatasetReport:
         dropped: rows left out, by reason.
         tokens: of all kept samples; both of a pair.
         target_tokens: of them, the tokens to learn; for pairs the tokens of the answers.
-        rewritten: kept rows whose prompt reads differently alone than with its answer behind it (tokens merge across the
+        rewritten: kept rows with a prompt that reads differently alone than with its answer behind it (tokens merge across the
             border, or the template changes it), so that the model trains on another prompt than it will meet.
+        endless: kept samples that learn no end-of-sequence token; they do not teach the model to stop. Not counted for pairs.
         held_out: samples that went to evaluation and are not among those kept.
     """
 
@@ -65,6 +66,7 @@ class DatasetReport:
     tokens: int = 0
     target_tokens: int = 0
     rewritten: int = 0
+    endless: int = 0
     held_out: int = 0
 
     def __add__(self, other: "DatasetReport") -> "DatasetReport":
@@ -77,6 +79,7 @@ class DatasetReport:
             self.tokens + other.tokens,
             self.target_tokens + other.target_tokens,
             self.rewritten + other.rewritten,
+            self.endless + other.endless,
             self.held_out + other.held_out,
         )
 
@@ -93,6 +96,8 @@ class DatasetReport:
             lines.append(f"{self.source}: {self.held_out} held out for evaluation")
         if self.rewritten:
             lines.append(f"{self.source}: {self.rewritten} whose prompt has other tokens alone than with its answer behind it")
+        if self.endless:
+            lines.append(f"{self.source}: {self.endless} that learn no end-of-sequence token, and so do not teach to stop")
         return lines + [f"{self.source}: {count} dropped: {reason}" for reason, count in sorted(self.dropped.items())]
 
 

@@ -77,7 +77,9 @@ def test_one_turn_is_learnt_alike_as_a_conversation_and_as_a_completion(tmp_path
 
 def test_an_answer_that_merges_with_its_turns_opening_is_learnt_from_the_token_across_the_border(tmp_path):
     tokenizer = merging_tokenizer()
-    (sample,) = supervised(tmp_path, [{"messages": [user("a"), assistant("\nb")]}], tokenizer).samples
+    dataset = supervised(tmp_path, [{"messages": [user("a"), assistant("\nb")]}], tokenizer)
+    (sample,) = dataset.samples
+    assert dataset.report.rewritten == 1
     assert learnt(tokenizer, sample) == "t\n\nb<|im_end|>\n"
 
 
@@ -160,6 +162,7 @@ def test_the_report_says_all_that_happened(tmp_path, tokenizer):
     assert report.lines() == [
         f"{source}: 2 of 3 rows, 9 tokens, 7 of them to learn (78 %)",
         f"{source}: 1 cut to data.max_length",
+        f"{source}: 1 that learn no end-of-sequence token, and so do not teach to stop",
         f"{source}: 1 dropped: empty answer",
     ]
 
@@ -172,6 +175,17 @@ def test_prompts_that_read_differently_alone_are_counted(tmp_path):
     assert "1 whose prompt has other tokens alone" in dataset.report.lines()[1]
     assert learnt(tokenizer, dataset.samples[0]) == "ion: 42 + 42<|im_end|>"
     assert learnt(tokenizer, dataset.samples[1]) == "b<|im_end|>"
+
+
+def test_samples_that_do_not_teach_to_stop_are_counted(tmp_path, tokenizer):
+    rows = [{"messages": [user("a"), assistant("b")]}]
+    assert supervised(tmp_path, rows, tokenizer).report.endless == 0
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ':' + m.content + ';' }}{% endfor %}"
+    rows = [{"prompt": [user("a")], "completion": [assistant("b")]}]
+    report = supervised(tmp_path, rows, tokenizer).report
+    assert report.endless == 1
+    assert "1 that learn no end-of-sequence token, and so do not teach to stop" in report.lines()[-1]
+    assert supervised(tmp_path, [{"text": "abcdefgh"}], tokenizer, max_length=4, overlong="truncate").report.endless == 1
 
 
 def test_pairs_that_only_the_tokenizer_makes_equal_are_refused(tmp_path, tokenizer):
