@@ -3,12 +3,14 @@
 import json
 from collections import Counter
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from rayrlhf.config.presft import PreSFTConfig
 from rayrlhf.data.atomic import write_atomically
 from rayrlhf.presft.layout import Layout, RoundFolder
 from rayrlhf.presft.quality import read_quality
+from rayrlhf.tuning.result import read_result
 
 RFT_SAMPLES = (4, 8)
 """Samples per prompt of rejection-sampling fine-tuning, to compare the cost with."""
@@ -27,6 +29,7 @@ def write_datasheet(config: PreSFTConfig, layout: Layout) -> dict[str, Any]:
         "dataset": {"path": config.data.path, "read": facts["read"], "usable": facts["rows"], "rejected": facts["rejected"]},
         "rounds": [round_figures(config, layout.round(number), number) for number in numbers],
         "quality": [read_quality(summary) for summary in summaries if summary.is_file()],
+        "losses": {label: losses for number, label in enumerate(labels) if (losses := _losses(layout.tuned(number)))},
     }
     write_atomically(layout.path / "datasheet.json", json.dumps(sheet, indent=1, ensure_ascii=False) + "\n")
     return sheet
@@ -70,6 +73,12 @@ def rft_tokens(rows: int, probe_tokens: int, responses: int) -> dict[str, int | 
 
 def _tokens(probe: int, relabel: int) -> dict[str, int | None]:
     return {"probe": probe, "relabel": relabel, "total": probe + relabel}
+
+
+def _losses(tuned: Path) -> dict[str, float]:
+    """The last training loss of an SFT run, and what it measured on held-out rows; nothing where it has not finished."""
+    result = read_result(tuned)
+    return {} if result is None else {name: value for name, value in result.metrics.items() if name.endswith("loss")}
 
 
 def _decisions(folder: RoundFolder) -> dict[str, Any]:

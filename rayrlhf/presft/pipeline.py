@@ -5,6 +5,8 @@ under its own name, whole or not at all. Parts that are there already are not as
 their part to another. That makes the pipeline safe to kill anywhere, as long as every stage is a pure function of its part.
 """
 
+import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -73,7 +75,10 @@ def run_pipeline(
     if not missing:
         return
     target.path.mkdir(parents=True, exist_ok=True)
-    with _data_context(limits):
+    with _data_context(limits), warnings.catch_warnings():
+        # Ray Data has no other way yet to bound the restarts of its actors.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         try:
             for row in _dataset(source, target, missing, stages, limits).iter_rows():
                 done(row[ROWS])

@@ -118,19 +118,23 @@ def _pairs(view: RoundView, prefix: str) -> Iterator[Block]:
 
 
 def _quality(config: PreSFTConfig, sheet: dict[str, Any]) -> Iterator[Block]:
-    if not sheet["quality"]:
+    if not sheet["quality"] and not sheet["losses"]:
         return
-    yield Heading("Held-out quality before and after")
-    columns = [name for name in ("score", "bleu", "loss") if any(name in facts for facts in sheet["quality"])]
-    titles = {"score": "verifier's mean score", "bleu": "mean BLEU", "loss": "loss (nats a token)"}
-    rows = [[facts["model"], facts["rows"], *(facts.get(name) for name in columns)] for facts in sheet["quality"]]
-    yield DataTable(["model", "prompts", *(titles[name] for name in columns)], rows)
-    how = (
-        "greedy"
-        if config.quality is None or config.quality.temperature == 0
-        else f"at temperature {config.quality.temperature:g}"
-    )
-    yield Paragraph(f"One response a prompt, {how}. The model named tuned learned from the original dataset.", note=True)
+    yield Heading("Loss and quality before and after")
+    quality = {facts["model"]: facts for facts in sheet["quality"]}
+    columns = {"loss": "last training loss", "evaluation/loss": "held-out loss", "score": "verifier's mean score"}
+    columns["bleu"] = "held-out mean BLEU"
+    models = list(dict.fromkeys([*sheet["losses"], *quality]))
+    facts = {model: sheet["losses"].get(model, {}) | quality.get(model, {}) for model in models}
+    shown = [name for name in columns if any(name in facts[model] for model in models)]
+    rows = [[model, *(facts[model].get(name) for name in shown)] for model in models]
+    yield DataTable(["model", *(columns[name] for name in shown)], rows)
+    yield Paragraph("The model named tuned learned from the original dataset. Losses are nats a token.", note=True)
+    if quality:
+        temperature = config.quality.temperature if config.quality else 0.0
+        how = f"at temperature {temperature:g}" if temperature else "greedy"
+        count = next(iter(quality.values()))["rows"]
+        yield Paragraph(f"Quality: one response to each of {count:,} held-out prompts, {how}.", note=True)
 
 
 def _data(sheet: dict[str, Any]) -> Iterator[Block]:

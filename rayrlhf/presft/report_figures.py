@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from rayrlhf.presft.layout import RoundFolder
+from rayrlhf.presft.selection import HIGHEST
 
 BINS = 50
 MOST_POINTS = 2000
@@ -35,7 +36,7 @@ class RoundView:
 
 def read_round(folder: RoundFolder, figures: dict[str, Any]) -> RoundView:
     """Read a round from its decisions, or from its scores where there are none yet."""
-    edges = np.linspace(0.0, 100.0, BINS + 1)
+    edges = np.linspace(0.0, HIGHEST, BINS + 1)
     counts = np.zeros(BINS, dtype=np.int64)
     lowest: list[tuple[float, int, dict[str, Any]]] = []
     lengths: list[int] = []
@@ -43,7 +44,7 @@ def read_round(folder: RoundFolder, figures: dict[str, Any]) -> RoundView:
     step = max(1, -(-figures["rows"] // MOST_POINTS))
     parts = folder.relabeled if folder.relabeled.sealed else folder.scores
     for table in parts.tables():
-        counts += np.histogram(table.column("bleu").to_numpy(), bins=edges)[0]
+        counts += np.histogram(np.minimum(table.column("bleu").to_numpy(), HIGHEST), bins=edges)[0]
         order = np.argsort(table.column("bleu").to_numpy(), kind="stable")[:MOST_STRUGGLING]
         for row in table.take(order).to_pylist():
             heapq.heappush(lowest, (-row["bleu"], -row["row"], row))

@@ -18,7 +18,7 @@ from rayrlhf.presft.progress import PartProgress
 from rayrlhf.presft.quality import measure_quality
 from rayrlhf.presft.report import write_report
 from rayrlhf.presft.steps import Sampled, read_cut, relabel_pairs, score_pairs, select_pairs
-from rayrlhf.presft.tune import sft_config, tuned_model
+from rayrlhf.presft.tune import MERGED, sft_config, tuned_model
 
 Step = Literal["score", "select", "relabel", "tune"]
 STEPS: tuple[Step, ...] = ("score", "select", "relabel", "tune")
@@ -165,13 +165,16 @@ class Run:
 
     def tune(self, number: int, dataset: Path) -> None:
         """Tune the base model on a dataset, and measure what came of it."""
-        from rayrlhf.tuning.sft import train_sft
+        from rayrlhf.tuning.merge import exported_model
+        from rayrlhf.tuning.run import train_sft
 
         config, layout = self.config, self.layout
         folder = layout.tuned(number)
         if not (folder / "export").is_dir():
             held_out = self._held_out_dataset() if config.quality is not None else None
             train_sft(sft_config(config, folder, dataset, held_out, longest=self._longest()))
+        if config.model.lora is not None and not (folder / MERGED).is_dir():
+            exported_model(folder, merge=True)
         if config.quality is not None:
             model = Sampled(layout.label(number), tuned_model(config, folder))
             done = self.progress.rows(f"{model.label}: held-out answers", layout.held_out.facts()["rows"])
@@ -183,7 +186,7 @@ class Run:
         sheet = write_datasheet(self.config, layout)
         write_report(self.config, layout, sheet)
         finished = [number for number in range(1, self.config.run.rounds + 1) if layout.round(number).dataset.is_file()]
-        export = layout.tuned(finished[-1]) / "export" if finished else None
+        export = Path(tuned_model(self.config, layout.tuned(finished[-1])).path) if finished else None
         return PreSFTResult(
             layout.path,
             layout.round(finished[-1]).dataset if finished else None,

@@ -60,7 +60,8 @@ def otsu_threshold(scores: NDArray[np.float64]) -> float | None:
     Otsu 1979, "A threshold selection method from gray-level histograms": of all edges the one with the largest variance between
     the two sides, w0 w1 (m0 - m1)^2. Where several edges divide the pairs alike (an empty stretch), the middle one.
     """
-    counts, edges = np.histogram(scores, bins=HISTOGRAM_BINS, range=(0.0, HIGHEST))
+    # Equal texts score 100.00000000000004, which a histogram would leave out.
+    counts, edges = np.histogram(np.minimum(scores, HIGHEST), bins=HISTOGRAM_BINS, range=(0.0, HIGHEST))
     centres = (edges[:-1] + edges[1:]) / 2
     below, mass = np.cumsum(counts)[:-1], np.cumsum(counts * centres)[:-1]
     above = len(scores) - below

@@ -8,6 +8,8 @@ from rayrlhf.config.tuning import SFTConfig
 from rayrlhf.config.tuning_data import SupervisedDataSection, SupervisedDatasetSection
 from rayrlhf.config.tuning_run import SupervisedEvaluationSection, TuningRunSection
 
+MERGED = "export-merged"
+"""Folder of an SFT run with adapters for its whole model."""
 TEMPLATE_TOKENS = 16
 """What a chat template may close a response with."""
 
@@ -42,5 +44,6 @@ def sft_config(config: PreSFTConfig, folder: Path, dataset: Path, held_out: Path
 
 
 def tuned_model(config: PreSFTConfig, folder: Path) -> ModelSection:
-    """Return where a finished tuning left its model."""
-    return config.model.model_copy(update={"path": str(folder / "export"), "revision": None, "lora": None})
+    """Return where a finished tuning left its model, whole: adapters are merged for sampling."""
+    export = folder / ("export" if config.model.lora is None else MERGED)
+    return config.model.model_copy(update={"path": str(export), "revision": None, "lora": None})

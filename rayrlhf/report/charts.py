@@ -1,4 +1,7 @@
-"""Charts as plain Plotly figures: dictionaries without colours, which the page takes from its style sheet."""
+"""Charts as plain Plotly figures: dictionaries without colours, which the page takes from its style sheet.
+
+Names and axis titles are the program's own words: Plotly reads a few tags in them. The title is text that the page shows.
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -73,5 +76,4 @@ def points(xs: Sequence[float], ys: Sequence[float], *, title: str, x: str, y: s
 
 
 def _layout(title: str, x: str, y: str) -> dict[str, Any]:
-    # The title is text: Plotly reads a few tags in it, which its own figures never hold here.
-    return {"title": {"text": title, "font": {"size": 15}}, "xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
+    return {"title": title, "xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}

@@ -71,8 +71,11 @@ class Chart:
     def html(self, ids: Ids) -> str:
         """Return the chart."""
         name, caption = f"figure-{next(ids)}", escape(self.caption)
+        layout = dict(self.figure["layout"])
+        title = escape(layout.pop("title"))
         plot = f'<div class="plot" role="img" aria-label="{caption}" data-figure="{name}"></div>'
-        return f'<figure class="chart">{plot}<figcaption class="note">{caption}</figcaption>{_data(name, self.figure)}</figure>'
+        words = f'<figcaption class="note">{caption}</figcaption>{_data(name, {"data": self.figure["data"], "layout": layout})}'
+        return f'<figure class="chart"><h3>{title}</h3>{plot}{words}</figure>'
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ function themed(layout) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: colour("--ink"), family: "system-ui, sans-serif", size: 13 },
     colorway: ["--accent", "--second", "--third", "--fourth"].map(colour),
-    margin: { l: 50, r: 12, t: 36, b: 44 },
+    margin: { l: 50, r: 12, t: layout.showlegend ? 40 : 12, b: 44 },
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
   });
   for (const key of Object.keys(layout)) {
@@ -46,5 +46,7 @@ for (const button of document.querySelectorAll("th button")) button.addEventList
 for (const input of document.querySelectorAll("input[data-table]")) input.addEventListener("input", () => filterRows(input));
 if (document.querySelector(".plot")) {
   drawCharts();
+  const resized = new ResizeObserver((entries) => { for (const entry of entries) Plotly.Plots.resize(entry.target); });
+  for (const plot of document.querySelectorAll(".plot")) resized.observe(plot);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawCharts);
 }

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrlhf.config.presft import SelectSection
+from rayrlhf.presft.bleu import BleuScorer
 from rayrlhf.presft.selection import HISTOGRAM_BINS, Cut, find_cut, otsu_threshold
 
 SCORES = st.lists(st.integers(0, 100).map(float), min_size=1, max_size=60)
@@ -61,6 +62,13 @@ def test_the_gap_minimises_the_spread_within_both_sides(scores):
 
 def test_an_empty_stretch_is_cut_in_its_middle():
     assert otsu_threshold(np.array([10.0] * 5 + [90.0] * 20)) == pytest.approx(50.0, abs=1.0)
+
+
+def test_equal_texts_which_score_a_trace_above_100_count_as_100():
+    equal = BleuScorer().score("the same four words and more", "the same four words and more")
+    assert equal > 100
+    scores = np.array([equal] * 50 + [80.0] * 50 + [10.0] * 50)
+    assert otsu_threshold(scores) == otsu_threshold(np.minimum(scores, 100.0)) == pytest.approx(45.0, abs=1.0)
 
 
 def test_a_cut_without_row_leaves_out_its_own_score():
