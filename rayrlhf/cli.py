@@ -49,6 +49,56 @@ def ppo(
 
 
 @app.command()
+def sft(
+    config: Annotated[Path, typer.Argument(help="A YAML file with an SFT configuration.")],
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Fine-tune a model on given texts; the same command resumes a run that was interrupted."""
+    from rayrlhf.config.load import load_config
+    from rayrlhf.config.tuning import SFTConfig
+    from rayrlhf.tuning.run import check_sft, train_sft
+
+    loaded = load_config(SFTConfig, config, overrides or [])
+    if dry_run:
+        typer.echo(check_sft(loaded))
+    else:
+        train_sft(loaded)
+
+
+@app.command()
+def reward(
+    config: Annotated[Path, typer.Argument(help="A YAML file with a reward model's configuration.")],
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a reward model on preference pairs; the same command resumes a run that was interrupted."""
+    from rayrlhf.config.load import load_config
+    from rayrlhf.config.tuning import RewardTrainingConfig
+    from rayrlhf.tuning.run import check_reward, train_reward
+
+    loaded = load_config(RewardTrainingConfig, config, overrides or [])
+    if dry_run:
+        typer.echo(check_reward(loaded))
+    else:
+        train_reward(loaded)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Fold adapters into their base model.")] = False,
+    to: Annotated[
+        Path | None, typer.Option(help="Where the model goes; `export-merged` in the run folder if not given.")
+    ] = None,
+) -> None:
+    """Say where a run's model lies, or merge its adapters into a model that loads without them."""
+    from rayrlhf.tuning.merge import exported_model
+
+    typer.echo(exported_model(run, merge=merge, target=to))
+
+
+@app.command()
 def quickstart(overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """PPO of a real chat model on built-in word problems: two CPU cores, minutes, no network."""
     from rayrlhf.ppo.quickstart import run_quickstart

@@ -27,6 +27,8 @@ class RewardModelSection(Section):
     """Text given to the model, with `{prompt}` and `{response}`; its own chat template when not given."""
     max_length: int = Field(1024, ge=1)
     """Longest text in tokens."""
+    normalise: bool = False
+    """Shift and scale rewards to mean 0 and spread 1 by the statistics that `rayrlhf reward` stored with the model."""
 
     @model_validator(mode="after")
     def _the_template_holds_the_response(self) -> Self:

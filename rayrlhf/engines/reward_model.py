@@ -3,6 +3,7 @@
 It never sees the policy's token ids, so policy and reward model may come from different families.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
 from rayrlhf.models.network import build_network
 from rayrlhf.models.value_head import find_head
 
+STATISTICS_FILE = "reward_statistics.json"
+"""Beside a reward model's weights: `mean` and `spread` (standard deviation) of its rewards on held-out answers."""
 BATCH_TOKENS = 8192
 """Token budget of one forward."""
 
@@ -43,13 +46,17 @@ class RewardModelEngine:
                 f"reward.model {section.model.path!r}: no scalar head in the folder, expected weights named "
                 "`score.weight` or `v_head.summary.weight` (train one with a sequence-classification head of one label)"
             )
+        self._mean, self._spread = _statistics(section, folder) if section.normalise else (0.0, 1.0)
         self._device = training_device()
         self._dtype = resolve_dtype(section.model.dtype)
         network = build_network(section.model, frozenset({"value"}), "zero", 0)
         self._network = network.requires_grad_(False).to(self._device)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float32:
-        """One reward a pair, float32 [B]. Texts longer than `reward.model.max_length` tokens lose their left end."""
+        """One reward a pair, float32 [B]. Texts longer than `reward.model.max_length` tokens lose their left end.
+
+        With `reward.model.normalise` rewards have the mean 0 and the spread 1 that the model's held-out answers had.
+        """
         sequences = [self._sequence(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         with autocast(self._device, self._dtype):
             scores = score_sequences(
@@ -60,7 +67,8 @@ class RewardModelEngine:
                 token_budget=BATCH_TOKENS,
                 device=self._device,
             )
-        return np.array([score.values[-1] for score in scores if score.values is not None], dtype=np.float32)
+        values = np.array([score.values[-1] for score in scores if score.values is not None], dtype=np.float32)
+        return (values - np.float32(self._mean)) / np.float32(self._spread)
 
     def _sequence(self, prompt: str, response: str) -> TokenSequence:
         if self._section.template is not None:
@@ -71,3 +79,23 @@ class RewardModelEngine:
             ids = self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
         kept = np.asarray(ids, dtype=np.int32)[-self._section.max_length :]
         return TokenSequence(kept, len(kept) - 1)
+
+
+def _statistics(section: RewardModelSection, folder: Path) -> tuple[float, float]:
+    """Mean and spread stored with the model.
+
+    Raises:
+        UserError: there are none, or they cannot be used.
+    """
+    path = folder / STATISTICS_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        mean, spread = float(found["mean"]), float(found["spread"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"reward.model.normalise: {path}: expected the mean and spread that `rayrlhf reward` stores beside the model; "
+            "set reward.model.normalise=false for other models"
+        ) from error
+    if not spread > 0:
+        raise UserError(f"reward.model.normalise: {path}: spread {spread:g}, expected > 0")
+    return mean, spread

@@ -20,13 +20,16 @@ from rayrlhf.engines.deepspeed_setup import whole, wrap
 from rayrlhf.engines.interfaces import WeightBucket, bucketed
 from rayrlhf.engines.objectives import Objective
 from rayrlhf.engines.optimizers import build_optimizer
+from rayrlhf.engines.replicated_state import load_replicated
 from rayrlhf.engines.score_engine import score_sequences, training_device
 from rayrlhf.engines.train_spec import TrainEngineSpec
 from rayrlhf.engines.update import Updater
 from rayrlhf.engines.update_plan import UpdatePlan, UpdateReport
+from rayrlhf.models.adapter_folder import adapter_parameters, save_adapters
 from rayrlhf.models.load import load_tokenizer, resolve_dtype
 from rayrlhf.models.lora import adapters_disabled, checkpoint_tensors, has_lora
 from rayrlhf.models.network import Network, Want, build_network
+from rayrlhf.models.reward_folder import is_reward_model, save_reward_model
 
 __all__ = ["TrainEngine", "TrainEngineSpec", "UpdatePlan", "UpdateReport"]
 
@@ -122,16 +125,25 @@ class TrainEngine:
         """Continue from what all ranks captured, as `load_state` does from their files."""
         train_state.load_captured(self._engine, self._updater, parts)
 
-    def load_state(self, folder: Path) -> None:
+    def load_state(self, folder: Path, *, resized: bool = False) -> None:
         """Continue from a saved state: on the same number of ranks the next update is the same bit for bit.
+
+        Args:
+            folder: where every rank's part lies.
+            resized: the state is of another number of ranks; only at ZeRO-0, where rank 0's part is the whole.
 
         Raises:
             UserError: the folder holds no complete state for this rank.
         """
-        train_state.load(self._engine, self._updater, folder)
+        if resized:
+            load_replicated(self._engine, self._updater, folder)
+        else:
+            train_state.load(self._engine, self._updater, folder)
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder with merged weights and the tokenizer, and the value head beside them where there is one.
+
+        A network with nothing but a head without bias is a reward model, and becomes a sequence classifier of one label.
 
         Every rank takes part; rank 0 writes. The folder appears whole, and an older one is replaced.
 
@@ -140,7 +152,28 @@ class TrainEngine:
         """
         state = {name: tensor.clone() for name, tensor in self._checkpoint(torch.float32)}
         if torch.distributed.get_rank() == 0:
-            train_state.export(self._network, state, load_tokenizer(self._spec.model), folder)
+            tokenizer = load_tokenizer(self._spec.model)
+            if is_reward_model(self._network):
+                save_reward_model(self._network, state, tokenizer, folder)
+            else:
+                train_state.export(self._network, state, tokenizer, folder)
+        torch.distributed.barrier()
+
+    def export_adapters(self, folder: Path) -> None:
+        """Write the adapters alone as a PEFT folder beside the tokenizer, as `export` does the whole.
+
+        Raises:
+            ValueError: the network has none.
+            UserError: the model has no tokenizer.
+        """
+        if self._spec.model.lora is None:
+            raise ValueError("a network without adapters has none to export")
+        state = {}
+        for name, parameter in adapter_parameters(self._network.model):
+            with whole((parameter,)):
+                state[name] = parameter.detach().cpu().clone()
+        if torch.distributed.get_rank() == 0:
+            save_adapters(self._network.model, self._spec.model, state, load_tokenizer(self._spec.model), folder)
         torch.distributed.barrier()
 
     def output_layer(self) -> tuple[torch.Tensor, torch.Tensor | None]:

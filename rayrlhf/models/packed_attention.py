@@ -49,7 +49,7 @@ def _segment_attention(
     if segments is None:
         output, _ = sdpa_attention_forward(module, query, key, value, None, **rest)
         return output, None
-    parts = zip(*(tensor.split(segments, dim=2) for tensor in (query, key, value)), strict=True)
+    parts = zip(*(torch.split(tensor, segments, dim=2) for tensor in (query, key, value)), strict=True)
     return torch.cat([sdpa_attention_forward(module, *part, None, **rest)[0] for part in parts], dim=1), None
 
 

@@ -8,6 +8,9 @@ from rayrlhf.observe.phases import SHARE_PREFIX, TOKENS_PER_SECOND
 
 SHOWN = (
     ("score", "objective/scores", "{:.3f}"),
+    ("loss", "loss", "{:.3f}"),
+    ("accuracy", "accuracy", "{:.2f}"),
+    ("margin", "margin", "{:.2f}"),
     ("KL", "objective/kl", "{:.3f}"),
     ("entropy", "policy/entropy_avg", "{:.3f}"),
     ("length", "tokens/responses_len_mean", "{:.0f}"),

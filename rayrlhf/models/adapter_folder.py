@@ -1,0 +1,78 @@
+"""Adapters as a PEFT folder, which transformers, PEFT and vLLM load beside the base model; and merged into it."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rayrlhf.config.model import ModelSection
+from rayrlhf.data.atomic import folder_atomically
+from rayrlhf.errors import UserError
+from rayrlhf.models.load import load_causal_model, resolve_path, save_model_folder
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_ADAPTER = ".default."
+
+
+def adapter_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the adapters' parameters under the names of PEFT's files."""
+    for name, parameter in network.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            yield "base_model.model." + name.replace(_ADAPTER, "."), parameter
+
+
+def save_adapters(network: Any, model: ModelSection, state: Mapping[str, Tensor], tokenizer: Any, folder: Path) -> None:
+    """Write a PEFT folder, whole or not at all.
+
+    Args:
+        network: the transformers model that carries the adapters.
+        model: where the base lies, and the adapters' settings.
+        state: the adapters by name, see `adapter_parameters`.
+        tokenizer: saved beside them.
+        folder: where it goes; an older one is replaced.
+    """
+    from peft import LoraConfig
+
+    if model.lora is None:
+        raise ValueError("a model without adapters has none to save")
+    suffix = ".lora_A.weight"
+    targets = sorted({name.removesuffix(suffix).rpartition(".")[2] for name in state if name.endswith(suffix)})
+    total = int(network.config.num_hidden_layers)
+    last = model.lora.last_layers
+    config = LoraConfig(
+        r=model.lora.rank,
+        lora_alpha=model.lora.alpha,
+        lora_dropout=model.lora.dropout,
+        target_modules=targets,
+        layers_to_transform=None if last is None else list(range(total - last, total)),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=resolve_path(model),
+        inference_mode=True,
+    )
+    with folder_atomically(folder, if_exists="replace") as partial:
+        config.save_pretrained(partial)
+        save_file(dict(state), partial / WEIGHTS_FILE, {"format": "pt"})
+        tokenizer.save_pretrained(partial)
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether a folder holds adapters and no whole model."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def merge_adapters(folder: Path, target: Path) -> None:
+    """Write the base model with the adapters of a folder folded in, as an ordinary Hugging Face folder.
+
+    Raises:
+        UserError: the folder holds no adapters, or the base model cannot be loaded.
+    """
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoTokenizer
+
+    if not is_adapter_folder(folder):
+        raise UserError(f"{folder}: no {CONFIG_FILE} in it, expected a folder of adapters")
+    base = ModelSection(path=str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path), dtype="float32")
+    merged = PeftModel.from_pretrained(load_causal_model(base), str(folder)).merge_and_unload()
+    save_model_folder(target, merged, dict(merged.state_dict()), AutoTokenizer.from_pretrained(str(folder)))

@@ -1,0 +1,60 @@
+"""The trained model as others load it: an SFT model, its adapters alone, or a reward model with its statistics."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
+from rayrlhf.data.atomic import write_atomically
+from rayrlhf.engines.reward_model import STATISTICS_FILE
+from rayrlhf.engines.train_engine import TrainEngine
+from rayrlhf.errors import AlarmError
+from rayrlhf.tuning.evaluation import CHANCE_LEVEL, PreferenceScores
+
+
+def export_model(
+    config: SFTConfig | RewardTrainingConfig, engine: TrainEngine, scores: PreferenceScores | None, folder: Path
+) -> None:
+    """Write the engine's weights to a Hugging Face folder; every worker takes part.
+
+    SFT with adapters writes the adapters (`rayrlhf export --merge` merges them); everything else is a whole model.
+
+    Args:
+        config: of the run.
+        engine: every worker's own.
+        scores: of a reward model, on held-out pairs.
+        folder: where it goes; an older one is replaced.
+
+    Raises:
+        AlarmError: a reward model that is not better than chance, unless `export_anyway`.
+    """
+    if isinstance(config, SFTConfig):
+        if config.model.lora is not None:
+            engine.export_adapters(folder)
+        else:
+            engine.export(folder)
+        return
+    if scores is not None:
+        check_better_than_chance(scores, anyway=config.export_anyway)
+    engine.export(folder)
+    if torch.distributed.get_rank() == 0 and scores is not None:
+        statistics = {"mean": scores.mean, "spread": scores.spread} | scores.metrics() | scores.details()
+        write_atomically(folder / STATISTICS_FILE, json.dumps(statistics, indent=1))
+
+
+def check_better_than_chance(scores: PreferenceScores, *, anyway: bool) -> None:
+    """Refuse a reward model that fair coins could replace (one-sided binomial test at `CHANCE_LEVEL`).
+
+    Raises:
+        AlarmError: with accuracy, pairs and probability.
+    """
+    if anyway or scores.chance < CHANCE_LEVEL:
+        return
+    pairs = len(scores.chosen)
+    correct = int((scores.differences > 0).sum())
+    raise AlarmError(
+        f"the reward model prefers the better answer in {correct} of {pairs} held-out pairs, which fair coins reach with "
+        f"probability {scores.chance:.2f} (expected below {CHANCE_LEVEL}): not exported; train longer, give more or cleaner "
+        "pairs, or set export_anyway=true"
+    )

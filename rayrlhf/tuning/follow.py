@@ -1,0 +1,76 @@
+"""The live view of a run whose numbers are made elsewhere: it follows the run folder's `metrics.jsonl`."""
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rayrlhf.observe.live import LiveView
+from rayrlhf.observe.metrics import FILE_NAME, read_metrics
+
+POLL_SECONDS = 0.5
+
+
+class Follower:
+    """Reads what was appended since the last look; a file that was rewound is read again from its start."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Whole lines that are new."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            if file.seek(0, 2) < self._offset:
+                self._offset = 0
+            file.seek(self._offset)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._offset += len(whole) + len(newline)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+@contextmanager
+def following(folder: Path, view: LiveView, total: int) -> Iterator[None]:
+    """Show a run's steps and evaluations while the block runs.
+
+    Args:
+        folder: the run folder.
+        view: where to show them.
+        total: optimizer steps of the run.
+    """
+    earlier = [int(row["step"]) for row in read_metrics(folder) if "loss" in row]
+    view.start(total, max(earlier, default=0))
+    follower, done, shown = Follower(folder / FILE_NAME), threading.Event(), set(earlier)
+
+    def show() -> None:
+        for row in follower.rows():
+            step = int(row["step"])
+            if "loss" in row and step not in shown:
+                shown.add(step)
+                view.step(step, row)
+            elif "evaluation/loss" in row and row["evaluation/loss"] is not None:
+                view.note(f"step {step}: held-out {evaluation_text(row)}")
+
+    def watch() -> None:
+        while not done.wait(POLL_SECONDS):
+            show()
+
+    thread = threading.Thread(target=watch, name="follow-metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        show()
+
+
+def evaluation_text(row: Mapping[str, Any]) -> str:
+    """Return the held-out numbers of a line for people."""
+    shown = ("loss", "accuracy", "calibration_error")
+    found = [(name, row.get(f"evaluation/{name}")) for name in shown]
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found if value is not None)

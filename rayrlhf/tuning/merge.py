@@ -1,0 +1,34 @@
+"""The model that a finished run left, with its adapters merged where that is asked for."""
+
+from pathlib import Path
+
+from rayrlhf.errors import UserError
+from rayrlhf.models.adapter_folder import is_adapter_folder, merge_adapters
+
+MERGED = "export-merged"
+"""Folder of a run for its model with adapters merged in."""
+
+
+def exported_model(run: Path, *, merge: bool, target: Path | None = None) -> Path:
+    """Return the folder of a run's model.
+
+    Args:
+        run: the run folder.
+        merge: fold adapters into their base model, in a folder of its own.
+        target: that folder; `export-merged` of the run folder when not given. An older one is replaced.
+
+    Raises:
+        UserError: the run has no model yet, or `merge` (or a target) is asked of one without adapters.
+    """
+    export = run / "export"
+    if not export.is_dir():
+        raise UserError(f"{run}: no model in {export}, expected the folder of a finished run")
+    if not merge:
+        if target is not None:
+            raise UserError(f"--to {target}: of use with --merge only")
+        return export
+    if not is_adapter_folder(export):
+        raise UserError(f"{export}: a whole model without adapters; use it as it is, without --merge")
+    merged = target or run / MERGED
+    merge_adapters(export, merged)
+    return merged

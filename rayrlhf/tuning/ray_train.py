@@ -1,0 +1,86 @@
+"""Ray Train's settings, from ours: how many workers, what each gets, what is kept, and how often to start again."""
+
+from dataclasses import dataclass
+
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from rayrlhf.actors.crew import read_machine
+from rayrlhf.actors.placement import Machine
+from rayrlhf.config.tuning_run import TuningCheckpointSection, WorkersSection
+from rayrlhf.errors import UserError
+from rayrlhf.tuning.loop import TuningJob, train_loop
+from rayrlhf.tuning.plan import TRAIN_NAME
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerResources:
+    """What one worker asks Ray for, and its compute threads."""
+
+    cpus: float
+    gpus: float
+    threads: int
+
+
+def worker_resources(workers: WorkersSection, machine: Machine | None = None) -> WorkerResources:
+    """Fill in what the configuration leaves open.
+
+    Args:
+        workers: the section.
+        machine: what there is; the connected cluster when not given.
+
+    Raises:
+        UserError: the cluster cannot hold the fewest workers.
+    """
+    machine = machine or read_machine()
+    gpus = workers.gpus if workers.gpus is not None else float(machine.gpus >= workers.fewest)
+    share = machine.cpus / workers.most
+    cpus = workers.cpus if workers.cpus is not None else (float(int(share)) if share >= 1 else share)
+    for name, wanted, there in (("cpus", cpus, machine.node_cpus), ("gpus", gpus, machine.node_gpus)):
+        room = sum(int(amount / wanted + 1e-9) for amount in there) if wanted else workers.fewest
+        if room < workers.fewest:
+            raise UserError(
+                f"workers: {workers.fewest} x {wanted:g} {name} asked for, but the cluster's nodes have "
+                f"{', '.join(f'{amount:g}' for amount in there)}"
+            )
+    threads = workers.threads or max(1, int(cpus))
+    return WorkerResources(cpus, gpus, threads)
+
+
+def make_trainer(job: TuningJob, resources: WorkerResources) -> TorchTrainer:
+    """Return the trainer; its checkpoints lie in the run folder, and the same folder resumes."""
+    config = job.task.config
+    workers = config.workers
+    elastic = workers.fewest != workers.most
+    environment = {"OMP_NUM_THREADS": str(resources.threads)}
+    if workers.most > 1 and not resources.gpus:
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"  # workers that spin would take the cores from each other
+    return TorchTrainer(
+        train_loop,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=(workers.fewest, workers.most) if elastic else workers.most,
+            use_gpu=resources.gpus > 0,
+            resources_per_worker={"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {}),
+        ),
+        run_config=RunConfig(
+            name=TRAIN_NAME,
+            storage_path=str(job.folder / "checkpoints"),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            checkpoint_config=checkpoint_config(config.checkpoint),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )
+
+
+def checkpoint_config(section: TuningCheckpointSection) -> CheckpointConfig:
+    """Keep the last ones, or the best ones by a held-out metric; Ray Train keeps the last one in any case."""
+    if section.best_metric is None:
+        return CheckpointConfig(num_to_keep=section.keep)
+    order = "min" if section.best_metric == "loss" else "max"
+    return CheckpointConfig(
+        num_to_keep=section.keep,
+        checkpoint_score_attribute=f"evaluation/{section.best_metric}",
+        checkpoint_score_order=order,
+    )

@@ -1,0 +1,33 @@
+"""A worker's way to tell the driver that retrying is of no use: the message lies in the run folder, and all workers end."""
+
+import json
+from pathlib import Path
+
+from rayrlhf.data.atomic import write_atomically
+from rayrlhf.errors import AlarmError, UserError
+
+_FILE = ".refusal.json"
+_KINDS: dict[str, type[Exception]] = {"UserError": UserError, "AlarmError": AlarmError}
+
+
+def write_refusal(folder: Path, error: UserError | AlarmError) -> None:
+    """Write it down; the first of several workers is as good as the last."""
+    write_atomically(folder / _FILE, json.dumps({"kind": type(error).__name__, "message": str(error)}))
+
+
+def has_refusal(folder: Path) -> bool:
+    """Whether a worker of this attempt refused."""
+    return (folder / _FILE).exists()
+
+
+def clear_refusal(folder: Path) -> None:
+    """Begin a new attempt."""
+    (folder / _FILE).unlink(missing_ok=True)
+
+
+def raise_refusal(folder: Path) -> None:
+    """Raise what a worker wrote down, if any did, as the error it was."""
+    if has_refusal(folder):
+        found = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        clear_refusal(folder)
+        raise _KINDS[found["kind"]](found["message"])

@@ -1,0 +1,146 @@
+"""What SFT and reward modelling do differently: data, loss, heads and evaluation. The loop around them is one and the same."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
+from rayrlhf.data.supervised import DatasetReport, load_preference_data, load_supervised_data
+from rayrlhf.data.training_batch import TrainingBatch
+from rayrlhf.engines.objectives import ImitationObjective, Objective
+from rayrlhf.engines.preference_objective import PreferenceObjective
+from rayrlhf.engines.train_engine import TrainEngine, TrainEngineSpec
+from rayrlhf.engines.tuning_batches import preference_batch, supervised_batch
+from rayrlhf.tuning.evaluation import PreferenceScores, held_out_loss, held_out_rewards
+from rayrlhf.tuning.table import PairTable, SampleTable, Table
+
+Datasets = tuple[Table, Table | None, DatasetReport]
+"""What to train on, what is held out, and what became of the rows."""
+
+
+class Task(Protocol):
+    """One way of tuning a model; picklable."""
+
+    @property
+    def config(self) -> SFTConfig | RewardTrainingConfig:
+        """The run's configuration."""
+        ...
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        ...
+
+    def load(self, tokenizer: Any) -> Datasets:
+        """Read, check and encode the data; errors as `load_supervised_data` and `load_preference_data`."""
+        ...
+
+    def spec(self, total_steps: int) -> TrainEngineSpec:
+        """What every worker's engine is built from."""
+        ...
+
+    def batch(self, samples: Sequence[Any]) -> TrainingBatch:
+        """Samples as the engine takes them."""
+        ...
+
+    def loss(self, metrics: Mapping[str, float]) -> float:
+        """What was minimised in an optimizer step, from its statistics."""
+        ...
+
+    def evaluate(self, engine: TrainEngine, held_out: Table) -> "tuple[dict[str, float], PreferenceScores | None]":
+        """Measure on held-out samples; every worker takes part and gets the same answer."""
+        ...
+
+
+@dataclass(frozen=True)
+class SupervisedTask:
+    """Cross-entropy of given tokens."""
+
+    config: SFTConfig
+
+    @property
+    def objective(self) -> Objective:
+        """Imitation."""
+        return ImitationObjective()
+
+    def load(self, tokenizer: Any) -> Datasets:
+        """See `Task.load`."""
+        train, held_out = load_supervised_data(self.config.data, tokenizer)
+        rows = self.config.evaluation.rows
+        return SampleTable.of(train.samples), SampleTable.of(held_out.samples[:rows]) if held_out else None, train.report
+
+    def spec(self, total_steps: int) -> TrainEngineSpec:
+        """See `Task.spec`."""
+        train = self.config.train
+        return TrainEngineSpec(
+            self.config.model,
+            frozenset({"lm"}),
+            train.engine_section(),
+            train.learning_rate,
+            total_optimizer_steps=total_steps,
+            seed=self.config.run.seed,
+            packing=train.packing,
+            targets_only=True,
+            noise_alpha=train.neftune_alpha,
+        )
+
+    def batch(self, samples: Sequence[Any]) -> TrainingBatch:
+        """See `Task.batch`."""
+        return supervised_batch(samples)
+
+    def loss(self, metrics: Mapping[str, float]) -> float:
+        """Mean over the tokens to learn, in nats."""
+        return metrics["loss/imitation"]
+
+    def evaluate(self, engine: TrainEngine, held_out: Table) -> tuple[dict[str, float], PreferenceScores | None]:
+        """The same mean on held-out samples."""
+        samples = held_out.take(range(len(held_out))) if isinstance(held_out, SampleTable) else []
+        return {"evaluation/loss": held_out_loss(engine, samples, sharded=self.config.train.zero_stage < 3)}, None
+
+
+@dataclass(frozen=True)
+class PreferenceTask:
+    """Bradley-Terry loss of pairs, with a scalar head without bias."""
+
+    config: RewardTrainingConfig
+
+    @property
+    def objective(self) -> Objective:
+        """Preference."""
+        return PreferenceObjective(self.config.train.center_coefficient)
+
+    def load(self, tokenizer: Any) -> Datasets:
+        """See `Task.load`."""
+        train, held_out = load_preference_data(self.config.data, tokenizer)
+        rows = self.config.evaluation.rows
+        return PairTable.of(train.samples), PairTable.of(held_out.samples[:rows]) if held_out else None, train.report
+
+    def spec(self, total_steps: int) -> TrainEngineSpec:
+        """See `Task.spec`."""
+        train = self.config.train
+        return TrainEngineSpec(
+            self.config.model,
+            frozenset({"value"}),
+            train.engine_section(),
+            train.learning_rate,
+            head_init=train.head_init,
+            head_bias=False,
+            total_optimizer_steps=total_steps,
+            seed=self.config.run.seed,
+            packing=train.packing,
+            targets_only=True,
+        )
+
+    def batch(self, samples: Sequence[Any]) -> TrainingBatch:
+        """See `Task.batch`."""
+        return preference_batch(samples)
+
+    def loss(self, metrics: Mapping[str, float]) -> float:
+        """Mean over pairs, centering included."""
+        return metrics["loss/bradley_terry"] + self.config.train.center_coefficient * metrics["loss/centering"]
+
+    def evaluate(self, engine: TrainEngine, held_out: Table) -> tuple[dict[str, float], PreferenceScores | None]:
+        """Accuracy, calibration and loss on held-out pairs."""
+        pairs = held_out.take(range(len(held_out))) if isinstance(held_out, PairTable) else []
+        scores = held_out_rewards(engine, pairs, sharded=self.config.train.zero_stage < 3)
+        return scores.metrics(), scores
