@@ -1,0 +1,131 @@
+"""A small real PPO job as a subprocess, with everything needed to hurt it and to look at what it leaves.
+
+The victim is the command line itself: a driver that is killed is started again with the same command, as a scheduler would.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from rayrlhf.config.load import dump_config
+from rayrlhf.observe.metrics import read_metrics
+from tests.ppo.runs import run_config
+
+ROOT = Path(__file__).parents[2]
+ACTOR_CLASSES = {
+    "policy": "PolicyActor",
+    "critic": "CriticActor",
+    "reference": "ReferenceActor",
+    "reward": "RewardActor",
+    "rollout": "RolloutActor",
+}
+NOT_REPEATABLE = ("time", "speed/", "memory/", "sync/seconds", "sampling/")
+"""Metrics that say how long something took, or what the sampler thought of its own tokens."""
+
+
+class Job:
+    """One run: `start` it, hurt it, `wait` for it, look at its folder."""
+
+    def __init__(self, folder, *overrides):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config = run_config(folder, *overrides)
+        self.folder = self.config.run.folder
+        self._yaml = folder / "run.yaml"
+        self._yaml.write_text(dump_config(self.config))
+        self._log = folder / "log.txt"
+        self.driver = None
+
+    def start(self):
+        command = [str(Path(sys.executable).with_name("rayrlhf")), "ppo", str(self._yaml)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        with self._log.open("ab") as log:
+            self.driver = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
+        return self
+
+    def wait(self, seconds):
+        """The exit code; a driver that is still there after `seconds` is ended and fails the test."""
+        try:
+            return self.driver.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.end()
+            raise AssertionError(f"the run did not end within {seconds} s:\n{self.log[-3000:]}") from None
+
+    def end(self):
+        for process in [*self.processes(), psutil.Process(self.driver.pid)] if self.driver.poll() is None else []:
+            process.kill()
+        self.driver.wait(30)
+
+    @property
+    def log(self):
+        return self._log.read_text(errors="replace")
+
+    def processes(self):
+        """Everything the driver started, Ray's own processes included."""
+        return psutil.Process(self.driver.pid).children(recursive=True)
+
+    def actors(self, role):
+        """Processes of one role, which Ray titles `ray::ClassName` and, while they work, `ray::ClassName.method`."""
+        title = f"ray::{ACTOR_CLASSES[role]}"
+        found = []
+        for process in self.processes():
+            try:
+                if process.cmdline() and process.cmdline()[0].startswith(title) and process.status() != psutil.STATUS_STOPPED:
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return sorted(found, key=lambda process: process.pid)
+
+    def steps(self):
+        """Whole PPO steps in the metrics file."""
+        return [row for row in read_metrics(self.folder) if "lr" in row] if self.folder.exists() else []
+
+    def wait_for_step(self, step, seconds):
+        """Wait until a step's metrics are written; False when the run ended first."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if any(row["step"] >= step for row in self.steps()):
+                return True
+            if self.driver.poll() is not None:
+                return False
+            time.sleep(0.1)
+        raise AssertionError(f"step {step} was not reached within {seconds} s:\n{self.log[-3000:]}")
+
+    def hurt(self, role, kind=signal.SIGKILL, seconds=60):
+        """Send a signal to one process of a role (or to the driver), as soon as there is one."""
+        if role == "driver":
+            self.driver.send_signal(kind)
+            return
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.driver.poll() is None:
+            found = self.actors(role)
+            if found:
+                found[-1].send_signal(kind)
+                return
+            time.sleep(0.2)
+        raise AssertionError(f"no process of the {role}:\n{self.log[-3000:]}")
+
+
+def repeatable(row):
+    """The part of a step's metrics that two runs must agree on bit for bit."""
+    return {name: value for name, value in row.items() if not name.startswith(NOT_REPEATABLE)}
+
+
+def alive(processes):
+    """Those of some processes that still run; a zombie or a new process with an old number does not count."""
+    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def shared_memory(processes):
+    """Paths under /dev/shm that some processes have mapped."""
+    paths = set()
+    for process in processes:
+        try:
+            paths |= {mapped.path for mapped in process.memory_maps() if mapped.path.startswith("/dev/shm/")}
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return {path.removesuffix(" (deleted)") for path in paths if Path(path).exists()}

@@ -1,0 +1,87 @@
+"""A run that is stopped or killed and started again gives what the run would have given, bit for bit."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from rayrlhf.observe.samples import read_samples
+from tests.chaos.arena import Job, alive, repeatable, shared_memory
+
+SETTINGS = [
+    "rollout.backend=transformers",
+    "rollout.replicas=2",
+    "run.determinism=exact",
+    "run.steps=9",
+    "checkpoint.every=2",
+    "observe.samples_per_step=16",
+    "evaluation.enabled=false",
+]
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    """The undisturbed run."""
+    job = Job(tmp_path_factory.mktemp("twin"), *SETTINGS).start()
+    assert job.wait(200) == 0, job.log[-3000:]
+    return job
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """Killed after step 3 (one step beyond its checkpoint), asked to stop after step 4, and finished by a third start."""
+    job = Job(tmp_path_factory.mktemp("resumed"), *SETTINGS).start()
+    job.wait_for_step(3, 200)
+    processes = job.processes()
+    shared = shared_memory(processes)
+    job.driver.kill()
+    job.driver.wait(30)
+    job.left = processes, shared
+    job.start()
+    job.wait_for_step(4, 200)
+    job.hurt("driver", signal.SIGTERM)
+    job.stop_code = job.wait(100)
+    job.stop_log = job.log
+    job.start()
+    assert job.wait(200) == 0, job.log[-3000:]
+    return job
+
+
+@pytest.mark.slow
+def test_a_killed_and_a_stopped_run_end_with_the_metrics_of_the_undisturbed_one_bit_for_bit(twin, resumed):
+    assert [row["step"] for row in resumed.steps()] == list(range(1, 10))
+    for mine, other in zip(resumed.steps(), twin.steps(), strict=True):
+        assert repeatable(mine) == repeatable(other)
+        assert mine["policy/weights_checksum"] != 0
+
+
+@pytest.mark.slow
+def test_the_checksum_of_the_weights_moves_with_every_step(twin):
+    checksums = [row["policy/weights_checksum"] for row in twin.steps()]
+    assert len(set(checksums)) == len(checksums)
+
+
+@pytest.mark.slow
+def test_every_sample_of_the_undisturbed_run_is_there_once_with_the_same_tokens_and_score(twin, resumed):
+    def rows(job):
+        keys = ("step", "prompt_id", "sample", "response", "score")
+        return [tuple(row[key] for key in keys) for row in read_samples(job.folder / "samples")]
+
+    assert rows(twin) == rows(resumed)
+    assert len(set(rows(twin))) == 9 * 16
+
+
+@pytest.mark.slow
+def test_sigterm_ends_with_code_75_a_line_that_says_how_to_go_on_and_a_checkpoint(resumed):
+    assert resumed.stop_code == 75
+    assert "as SIGTERM asked; the same command resumes" in resumed.stop_log
+    assert "Traceback" not in resumed.log
+
+
+@pytest.mark.slow
+def test_nothing_of_a_killed_driver_is_left_alive_or_in_shared_memory(resumed):
+    processes, shared = resumed.left
+    assert processes
+    assert alive(processes) == []
+    assert shared_memory(processes) == set()
+    assert not [path for path in shared if Path(path).exists()]
