@@ -1,5 +1,6 @@
 """Whole PPO runs with real Ray actors, real DeepSpeed and real vLLM: all five roles, and what a run leaves behind."""
 
+import json
 import os
 import subprocess
 import sys
@@ -20,13 +21,16 @@ from tests.ppo.runs import run_config
 
 
 class Watch(Callback):
-    """Notes which actors are up, and every rollout's weight version."""
+    """Notes what `ray list actors` shows while the run goes, and every rollout's weight version."""
 
     def __init__(self):
-        self.names, self.versions = set(), []
+        self.actors, self.versions = {}, []
 
     def on_start(self, trainer):
-        self.names = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+        command = [sys.executable, "-m", "ray.scripts.scripts", "list", "actors", "--format=json"]
+        environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        listed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120).stdout
+        self.actors = {actor["name"]: actor["class_name"] for actor in json.loads(listed) if actor["state"] == "ALIVE"}
 
     def on_step_end(self, step, metrics, scored):
         self.versions.append({int(version) for rollout in scored.rollouts for version in rollout.versions})
@@ -55,9 +59,11 @@ def finished_run(tmp_path_factory, reward_model):
     return config, result, watch
 
 
-def test_all_five_roles_are_actors_named_by_role_and_rank(finished_run):
+def test_ray_lists_all_five_roles_by_role_and_rank(finished_run):
     _, _, watch = finished_run
-    assert watch.names == {f"ppo/{role}/0" for role in ("policy", "critic", "reference", "reward", "rollout")}
+    assert watch.actors == {
+        f"ppo/{role}/0": f"{role.title()}Actor" for role in ("policy", "critic", "reference", "reward", "rollout")
+    }
 
 
 def test_every_step_samples_with_the_weights_of_the_step_before(finished_run):

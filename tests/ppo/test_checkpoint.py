@@ -1,0 +1,94 @@
+"""Which checkpoint a run takes up: the newest whole one that fits, and never a torn one."""
+
+import pytest
+
+from rayrlhf.data.atomic import PendingFolder, remove_leftovers
+from rayrlhf.data.manifest import Manifest, write_hashed, write_manifest
+from rayrlhf.engines.train_state import write
+from rayrlhf.errors import UserError
+from rayrlhf.ppo.checkpoint import Checkpoint, list_checkpoints, newest_usable
+from rayrlhf.ppo.loop import best_metric
+from rayrlhf.ppo.run import fingerprint
+from tests.ppo.runs import run_config
+
+FITS = {"train.zero_stage": "0"}
+
+
+def make(folder, step, content=b"{}"):
+    path = folder / f"step-{step:06d}"
+    path.mkdir(parents=True)
+    write_manifest(path, Manifest(step, FITS, {"state.json": write_hashed(path / "state.json", content)}))
+    return Checkpoint(step, path)
+
+
+def test_the_newest_whole_checkpoint_is_used(tmp_path):
+    make(tmp_path, 5)
+    newest = make(tmp_path, 10)
+    assert newest_usable(tmp_path, FITS) == (newest, [])
+
+
+def test_a_damaged_checkpoint_is_named_in_a_line_and_the_one_before_is_used(tmp_path):
+    before, torn, cut = (make(tmp_path, step) for step in (5, 10, 15))
+    (torn.folder / "state.json").write_bytes(b"[]")
+    (cut.folder / "manifest.json").unlink()
+    found, lines = newest_usable(tmp_path, FITS)
+    assert found == before
+    assert len(lines) == 2
+    assert "step-000015 is damaged and not used: manifest.json: No such file" in lines[0]
+    assert "step-000010 is damaged and not used: state.json: its SHA-256 differs" in lines[1]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_by_itself(tmp_path):
+    (make(tmp_path, 5).folder / "state.json").write_bytes(b"")
+    with pytest.raises(UserError, match=r"state\.json: 0 bytes, expected 2: remove .* to begin anew"):
+        newest_usable(tmp_path, FITS)
+
+
+def test_a_checkpoint_of_another_set_up_is_refused_with_the_difference(tmp_path):
+    make(tmp_path, 5)
+    with pytest.raises(UserError, match=r"step-000005 does not fit this run \(train\.zero_stage: 0 -> 3\)"):
+        newest_usable(tmp_path, {"train.zero_stage": "3"})
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("model.path=builtin:tiny?layers=1&hidden=64&context=64", "model"),
+        ("model.lora={rank: 4}", "model.lora"),
+        ("critic.kind=shared", "critic.kind"),
+        ("train.optimizer.name=sgd", "train.optimizer.name"),
+        ("train.zero_stage=2", "train.zero_stage"),
+        ("placement.policy.ranks=2", "placement.policy.ranks"),
+    ],
+)
+def test_what_cannot_load_the_state_is_in_the_fingerprint(tmp_path, override, key):
+    one, other = fingerprint(run_config(tmp_path)), fingerprint(run_config(tmp_path, override))
+    assert one[key] != other[key]
+
+
+def test_what_does_not_matter_for_loading_is_not(tmp_path):
+    assert fingerprint(run_config(tmp_path)) == fingerprint(run_config(tmp_path, "run.seed=4", "rollout.temperature=0.5"))
+
+
+def test_half_written_folders_are_neither_listed_nor_kept(tmp_path):
+    make(tmp_path, 5)
+    pending = PendingFolder(tmp_path / "step-000010")
+    (pending.partial / "state.json").write_text("{}")
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [5]
+    assert remove_leftovers(tmp_path) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
+
+
+def test_a_disk_that_is_full_while_a_rank_writes_is_the_users_one_line(tmp_path):
+    import numpy as np
+
+    (tmp_path / "model.pt").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=f"cannot write checkpoint {tmp_path}: No space left on device"):
+        write({"model.pt": np.zeros(8, np.uint8)}, tmp_path)
+
+
+def test_a_metric_that_does_not_exist_is_named_with_the_nearest_that_does():
+    assert best_metric({"objective/scores": 0.5}, "objective/scores") == 0.5
+    assert best_metric({}, None) is None
+    with pytest.raises(UserError, match=r"checkpoint\.best_metric: no metric 'objective/score'; did you mean objective/scores"):
+        best_metric({"objective/scores": 0.5}, "objective/score")
