@@ -23,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+bench = typer.Typer(help="Measure speeds side by side on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
 EXIT_STOPPED = 75
 """Exit code of a run that was asked to stop and can be resumed by the same command (`EX_TEMPFAIL` of sysexits.h)."""
 
@@ -154,6 +157,20 @@ def chat(
 
 
 app.add_typer(presft_app, name="presft")
+
+
+@bench.command(name="sft")
+def bench_sft_command(
+    precision: Annotated[list[str] | None, typer.Option(help="float32, bfloat16; both if not given.")] = None,
+    packing: Annotated[bool | None, typer.Option("--packing/--no-packing", help="Both if not given.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each trainer.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Timed optimizer steps of a run.")] = 6,
+    output: Annotated[Path | None, typer.Option(help="Folder for the numbers as JSON and Markdown.")] = None,
+) -> None:
+    """Training tokens a second of our SFT against TRL's, side by side on this machine."""
+    from rayrlhf.bench.run import run_bench_sft
+
+    run_bench_sft(precision or [], packing, rounds=rounds, steps=steps, output=output, echo=typer.echo)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import ray.train
 import torch
 
 from rayrlhf.engines.process_group import leave
-from rayrlhf.engines.train_engine import TrainEngine, UpdatePlan
+from rayrlhf.engines.train_engine import TrainEngine
 from rayrlhf.errors import AlarmError, UserError
 from rayrlhf.tuning.answers import AnswerSampler
 from rayrlhf.tuning.evaluation import PreferenceScores
@@ -24,6 +24,7 @@ from rayrlhf.tuning.export import export_model
 from rayrlhf.tuning.plan import STATE_FILE, TRAIN_NAME, batch_plan, best_step, checkpoint_name
 from rayrlhf.tuning.refusal import has_refusal, write_refusal
 from rayrlhf.tuning.step_recorder import StepRecorder
+from rayrlhf.tuning.step_trainer import StepTrainer
 from rayrlhf.tuning.task import Task
 
 
@@ -68,8 +69,8 @@ class _Worker:
         self._train, self._held_out = ray.get(job.data)
         self._plan = batch_plan(self._task, self._train)
         self._engine = TrainEngine(self._task.spec(self._plan.total_steps))
+        self._trainer = StepTrainer(self._task, self._engine, self._train, self._plan)
         self._answers: AnswerSampler | None = None
-        self._tokens = 0
         self._scores: PreferenceScores | None = None
 
     def run(self) -> None:
@@ -81,7 +82,7 @@ class _Worker:
         if done == 0:
             self._evaluate(0)
         for step in range(done + 1, total + 1):
-            self._step(step)
+            self._trainer.take(step, self._recorder)
             last = step == total
             saving = last or _due(step, self._config.checkpoint.every)
             needed = saving and self._config.checkpoint.best_metric is not None
@@ -91,25 +92,6 @@ class _Worker:
         self._export()
         if self._recorder is not None:
             self._recorder.close()
-
-    def _step(self, step: int) -> None:
-        """Take one optimizer step, and write its numbers."""
-        batch = self._task.batch(self._train.take(self._plan.batch(step - 1)))
-        report = self._engine.update(batch, UpdatePlan([[range(len(batch))]]), self._task.objective)
-        tokens = sum(batch.lengths)
-        self._tokens += tokens
-        if self._recorder is not None:
-            numbers = {
-                "loss": self._task.loss(report.metrics),
-                **report.metrics,
-                "grad_norm": report.grad_norms[-1],
-                "learning_rate": report.learning_rates[-1],
-                "epoch": self._plan.epoch_of(step - 1),
-                "num_tokens": self._tokens,
-                "padding_share": report.padding_share,
-                **{f"time/{name}": seconds for name, seconds in report.seconds.items()},
-            }
-            self._recorder.step(step, numbers, tokens)
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Measure on what is held out, let the model write, and return the numbers."""
@@ -128,7 +110,7 @@ class _Worker:
         with tempfile.TemporaryDirectory(prefix="rayrlhf-checkpoint-") as folder:
             self._engine.save_state(Path(folder))
             if self._rank == 0:
-                state = {"step": step, "tokens": self._tokens, "workers": self._ranks}
+                state = {"step": step, "tokens": self._trainer.tokens, "workers": self._ranks}
                 Path(folder, STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
             checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report({"step": step, **metrics}, checkpoint=checkpoint, checkpoint_dir_name=checkpoint_name(step))
@@ -141,7 +123,7 @@ class _Worker:
 
     def _load(self, folder: Path) -> None:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        self._tokens = state["tokens"]
+        self._trainer.tokens = state["tokens"]
         self._engine.load_state(folder, resized=state["workers"] != self._ranks)
 
     def _export(self) -> None:

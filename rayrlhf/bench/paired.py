@@ -1,0 +1,109 @@
+"""Comparing speeds on a machine that is not quiet: runs take turns, and each is judged against its neighbour in time.
+
+A machine's speed drifts by tens of percent over minutes, for all programs alike. So contenders run one after the other in every
+round, speeds are compared within rounds, and the median over rounds is reported with a bootstrap interval (Efron 1979).
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Contender = Callable[[], float]
+"""Runs once and returns its speed."""
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """How many times as fast one contender is: the median over rounds, and a 95 % interval of that median."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The speeds of some contenders in some rounds.
+
+    Attributes:
+        title: what was compared, and under what conditions.
+        unit: of a speed.
+        speeds: contender -> its speed in each round; the first is the baseline.
+    """
+
+    title: str
+    unit: str
+    speeds: Mapping[str, Sequence[float]]
+
+    @property
+    def baseline(self) -> str:
+        """The contender that the others are compared with."""
+        return next(iter(self.speeds))
+
+    def median(self, name: str) -> float:
+        """Median speed of a contender."""
+        return float(np.median(self.speeds[name]))
+
+    def ratio(self, name: str) -> Ratio:
+        """How many times as fast as the baseline a contender is, from speeds of the same round."""
+        return paired_ratio(self.speeds[name], self.speeds[self.baseline])
+
+    def as_json(self) -> str:
+        """Everything measured, and what follows from it."""
+        others = [name for name in self.speeds if name != self.baseline]
+        ratios = {name: self.ratio(name) for name in others}
+        values = {
+            "title": self.title,
+            "unit": self.unit,
+            "speeds": {name: list(speeds) for name, speeds in self.speeds.items()},
+            "medians": {name: self.median(name) for name in self.speeds},
+            "ratios": {name: [ratio.median, ratio.low, ratio.high] for name, ratio in ratios.items()},
+        }
+        return json.dumps(values, indent=1)
+
+    def as_markdown(self) -> str:
+        """A table for people."""
+        lines = [f"**{self.title}**", "", f"| | median {self.unit} | times as fast (95 %) |", "|---|---|---|"]
+        for name in self.speeds:
+            ratio = self.ratio(name)
+            times = "1" if name == self.baseline else f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+            lines.append(f"| {name} | {self.median(name):,.0f} | {times} |")
+        return "\n".join(lines)
+
+
+def compare(
+    title: str,
+    unit: str,
+    contenders: Mapping[str, Contender],
+    rounds: int,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Comparison:
+    """Let the contenders take turns, in another order every other round.
+
+    Args:
+        title: what is compared.
+        unit: of a speed, for example `tokens/s`.
+        contenders: name -> one run of it; the first is the baseline.
+        rounds: runs of each.
+        progress: told each speed as it is measured.
+    """
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        order = list(contenders)[:: 1 if number % 2 == 0 else -1]
+        for name in order:
+            speed = contenders[name]()
+            speeds[name].append(speed)
+            progress(f"{title}: round {number + 1} of {rounds}: {name} {speed:,.0f} {unit}")
+    return Comparison(title, unit, speeds)
+
+
+def paired_ratio(speeds: Sequence[float], baseline: Sequence[float]) -> Ratio:
+    """Return the median of speeds[i] / baseline[i] with the 2.5 % and 97.5 % quantiles of its bootstrap distribution."""
+    ratios = np.asarray(speeds, dtype=np.float64) / np.asarray(baseline, dtype=np.float64)
+    draws = np.random.default_rng(0).integers(0, len(ratios), size=(RESAMPLES, len(ratios)))
+    low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
+    return Ratio(float(np.median(ratios)), float(low), float(high))

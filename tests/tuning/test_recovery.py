@@ -1,0 +1,58 @@
+"""A training worker is killed: the run goes on from its last committed checkpoint, and ends where it would have ended."""
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+
+from rayrlhf.observe.metrics import read_metrics
+from rayrlhf.tuning.run import train_sft
+from tests.tuning.runs import sft_config
+
+TOLERANCE = 1e-5
+STEPS, EVERY, KILL_AFTER = 160, 20, 50
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
+
+
+def losses(folder):
+    return [row["loss"] for row in read_metrics(folder) if "loss" in row]
+
+
+def train_workers():
+    """Processes of Ray Train's workers below this one's Ray."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return sorted(found)
+
+
+def kill_one_after(folder, step, killed):
+    while not (folder / "metrics.jsonl").exists() or len(losses(folder)) < step:
+        time.sleep(0.01)
+    killed.append(len(losses(folder)))
+    os.kill(train_workers()[0], signal.SIGKILL)
+
+
+@pytest.mark.parametrize("workers", [2, "[1, 2]"])
+def test_a_run_that_lost_a_worker_ends_with_the_losses_of_an_undisturbed_one(tmp_path, workers):
+    settings = [f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "evaluation.generations=0", f"workers.count={workers}"]
+    quiet, disturbed = (sft_config(tmp_path, *settings, f"run.name={name}") for name in ("quiet", "disturbed"))
+    expected = train_sft(quiet)
+    killed = []
+    killer = threading.Thread(target=kill_one_after, args=(disturbed.run.folder, KILL_AFTER, killed), daemon=True)
+    killer.start()
+    result = train_sft(disturbed)
+    killer.join()
+    assert killed
+    assert killed[0] < STEPS
+    np.testing.assert_allclose(losses(result.folder), losses(expected.folder), rtol=0, atol=TOLERANCE)
+    assert result.metrics["evaluation/loss"] == pytest.approx(expected.metrics["evaluation/loss"], abs=TOLERANCE)
