@@ -41,16 +41,18 @@ class CriticSection(Section):
 
     kind: Literal["separate", "shared", "none"] = "separate"
     model: ModelSection | None = None
-    """Where a separate critic starts; the policy's own start when not given."""
+    """Where a separate critic starts, for example the export of a reward model; the policy's own start when not given."""
     head_init: Literal["normal", "zero", "default"] = "zero"
     """`default` is torch's Linear initialisation, `normal` draws N(0, 1/(hidden+1))."""
     learning_rate: float | None = Field(None, gt=0)
     """A separate critic's own learning rate; `train.learning_rate` when not given."""
+    warmup_steps: int = Field(0, ge=0)
+    """PPO steps at the start in which a separate critic learns alone, so that the first advantages mean something."""
 
     @model_validator(mode="after")
     def _only_a_separate_critic_has_settings_of_its_own(self) -> Self:
-        for name in ("model", "learning_rate"):
-            if self.kind != "separate" and getattr(self, name) is not None:
+        for name in ("model", "learning_rate", "warmup_steps"):
+            if self.kind != "separate" and getattr(self, name):
                 raise ValueError(f"{name} is of no use with kind '{self.kind}': remove it, or set kind to 'separate'")
         return self
 

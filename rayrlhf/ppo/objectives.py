@@ -21,6 +21,13 @@ def make_objectives(config: PPOConfig) -> dict[Role, Objective]:
     return {"policy": policy}
 
 
+def learning_roles(objectives: dict[Role, Objective], config: PPOConfig, step: int) -> dict[Role, Objective]:
+    """The objectives of those that learn in a step, counted from 0: the critic alone during its warm-up."""
+    if step < config.critic.warmup_steps:
+        return {role: objective for role, objective in objectives.items() if role == "critic"}
+    return objectives
+
+
 def plan_update(samples: int, epochs: int, mini_batch_size: int, run_seed: int, step: int) -> UpdatePlan:
     """Shuffle the step's samples anew for each epoch and cut them into optimizer steps; depends on (run seed, step) only."""
     random = np.random.default_rng((run_seed, step))

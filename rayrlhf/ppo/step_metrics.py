@@ -34,7 +34,7 @@ def step_metrics(
         metrics |= {f"time/{role}/{part}": seconds for part, seconds in report.seconds.items()}
     if "ppo/val/error" in metrics and "ppo/returns/var" in metrics:
         metrics["ppo/val/var_explained"] = explained_variance(metrics["ppo/val/error"], metrics["ppo/returns/var"])
-    if reports["policy"].learning_rates:
+    if "policy" in reports and reports["policy"].learning_rates:
         metrics["lr"] = reports["policy"].learning_rates[-1]
     metrics |= {"episode": float(episodes), "sync/seconds": sync.seconds, "sync/version": float(sync.version)}
     return metrics

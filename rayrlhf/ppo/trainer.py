@@ -29,7 +29,7 @@ from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.evaluation import Evaluation
 from rayrlhf.ppo.experience import LOGPROB_GAP, Experience, ExperienceMaker
 from rayrlhf.ppo.generation import Generation, make_requests
-from rayrlhf.ppo.objectives import make_objectives, plan_update
+from rayrlhf.ppo.objectives import learning_roles, make_objectives, plan_update
 from rayrlhf.ppo.scoring import Reading, ScoredRollouts, Scorer
 from rayrlhf.ppo.step_metrics import reward_metrics, step_metrics
 from rayrlhf.ppo.warmup import imitation_plan
@@ -261,9 +261,10 @@ class PPOTrainer:
         calls: dict[Role, dict[str, ray.ObjectRef]] = {}
         reports: dict[Role, UpdateReport] = {}
         overlap = self.crew.plan.overlap
+        objectives = learning_roles(self._objectives, config, self.steps_done)
         if overlap:
-            calls = {role: self.crew[role].call("update", batch, plan, goal) for role, goal in self._objectives.items()}
-        for role, objective in self._objectives.items():
+            calls = {role: self.crew[role].call("update", batch, plan, goal) for role, goal in objectives.items()}
+        for role, objective in objectives.items():
             with self.timer.phase(f"update_{role}", tokens):
                 pending = calls[role] if overlap else self.crew[role].call("update", batch, plan, objective)
                 reports[role] = self.crew[role].wait(pending, f"{role} update", config.deadlines.update)[0]

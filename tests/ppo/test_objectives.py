@@ -1,9 +1,12 @@
 """What each role minimises, and which samples each optimizer step sees."""
 
+import pytest
+
 from rayrlhf.config.load import load_config
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.engines.objectives import PolicyObjective, SharedObjective, ValueObjective
-from rayrlhf.ppo.objectives import make_objectives, plan_update
+from rayrlhf.errors import UserError
+from rayrlhf.ppo.objectives import learning_roles, make_objectives, plan_update
 
 REQUIRED = ["model.path=builtin:tiny", "reward.functions=[{name: length}]", "data.train.path=prompts.jsonl"]
 
@@ -17,6 +20,17 @@ def test_a_shared_trunk_has_one_objective_and_a_separate_critic_one_of_its_own()
     apart = objectives("critic.kind=separate")
     assert isinstance(apart["policy"], PolicyObjective)
     assert isinstance(apart["critic"], ValueObjective)
+
+
+def test_only_the_critic_learns_during_its_warm_up():
+    config = load_config(PPOConfig, None, [*REQUIRED, "critic.warmup_steps=2"])
+    roles = [set(learning_roles(make_objectives(config), config, step)) for step in range(4)]
+    assert roles == [{"critic"}, {"critic"}, {"policy", "critic"}, {"policy", "critic"}]
+
+
+def test_a_critic_on_the_policys_trunk_has_no_warm_up_of_its_own():
+    with pytest.raises(UserError, match="warmup_steps is of no use with kind 'shared'"):
+        objectives("critic.kind=shared", "critic.warmup_steps=2")
 
 
 def test_every_epoch_sees_every_sample_once_in_an_order_of_its_own():
