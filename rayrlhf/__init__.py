@@ -12,9 +12,13 @@ _PUBLIC = {
     "Callback": "rayrlhf.ppo.callbacks",
     "PPOConfig": "rayrlhf.config.ppo",
     "PPOTrainer": "rayrlhf.ppo.trainer",
+    "RewardTrainingConfig": "rayrlhf.config.tuning",
+    "SFTConfig": "rayrlhf.config.tuning",
     "load_config": "rayrlhf.config.load",
     "register_reward": "rayrlhf.rewards.registry",
     "train_ppo": "rayrlhf.ppo.run",
+    "train_reward": "rayrlhf.tuning.run",
+    "train_sft": "rayrlhf.tuning.run",
 }
 _NAMES = {"register_reward": "register"}
 

@@ -6,7 +6,10 @@ round, speeds are compared within rounds, and the median over rounds is reported
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 
@@ -99,6 +102,17 @@ def compare(
             speeds[name].append(speed)
             progress(f"{title}: round {number + 1} of {rounds}: {name} {speed:,.0f} {unit}")
     return Comparison(title, unit, speeds)
+
+
+def in_new_process(function: Callable[..., float], *arguments: Any) -> float:
+    """Run a contender where no earlier one left threads, caches or a process group behind; its errors are raised here.
+
+    Args:
+        function: defined at the top level of a module.
+        arguments: picklable.
+    """
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def paired_ratio(speeds: Sequence[float], baseline: Sequence[float]) -> Ratio:

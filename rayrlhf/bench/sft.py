@@ -1,6 +1,6 @@
 """`rayrlhf bench sft`: training tokens a second of our SFT and of TRL's `SFTTrainer`, on the same model, texts and cores.
 
-Both train all tokens of the same texts with the same optimizer, in the same process, in turns. What is timed is optimizer
+Both train all tokens of the same texts with AdamW, in turns, every run in a process of its own. What is timed is optimizer
 steps after the first, with everything that a run does between them; loading and tokenising are not. A token counts once,
 however it was padded. TRL runs without gradient checkpointing, which it has on by default and which would make it slower.
 """
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from rayrlhf.bench.paired import Comparison, compare
+from rayrlhf.bench.paired import Comparison, compare, in_new_process
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.tuning import SFTConfig
 from rayrlhf.config.tuning_data import SupervisedDataSection, SupervisedDatasetSection
@@ -74,26 +74,26 @@ def bench_sft(
         import trl
     except ImportError as error:
         raise UserError("bench sft: TRL is not installed; expected `pip install 'rayrlhf[test]'`") from error
-    if not torch.distributed.is_initialized():
-        join(ProcessGroupSpec(0, 1, "127.0.0.1", _free_port()))
     written = texts((steps + 2) * (2 * BATCH if packing else BATCH) + BATCH)
     contenders: Mapping[str, Callable[[], float]] = {
-        f"TRL {trl.__version__}": lambda: _run_trl(written, precision, packing=packing, steps=steps),
-        "rayrlhf": lambda: _run_ours(written, precision, packing=packing, steps=steps),
+        f"TRL {trl.__version__}": lambda: in_new_process(_run_trl, written, precision, packing, steps),
+        "rayrlhf": lambda: in_new_process(_run_ours, written, precision, packing, steps),
     }
     title = f"SFT of {MODEL}, {precision}, packing {'on' if packing else 'off'}, {torch.get_num_threads()} threads"
     return compare(title, "tokens/s", contenders, rounds, progress)
 
 
-def _run_ours(written: list[str], precision: Precision, *, packing: bool, steps: int) -> float:
+def _run_ours(written: list[str], precision: Precision, packing: bool, steps: int) -> float:
     """Take the steps as a worker does, numbers written to a run folder included."""
+    join(ProcessGroupSpec(0, 1, "127.0.0.1", _free_port()))
     train = SupervisedTrainSection(
         learning_rate=LEARNING_RATE,
         steps=steps + 1,
         packing=packing,
         batch_size=None if packing else BATCH,
         batch_tokens=BATCH * MAX_LENGTH if packing else None,
-        micro_batch_tokens=4096,
+        # Small micro-batches of like lengths need little padding; packs have none, and the larger the better.
+        micro_batch_tokens=4096 if packing else MAX_LENGTH,
     )
     data = SupervisedDataSection(train=SupervisedDatasetSection(path="made"), max_length=MAX_LENGTH)
     config = SFTConfig(model=ModelSection(path=MODEL, dtype=precision), data=data, train=train)
@@ -124,7 +124,7 @@ def _token_ids(written: list[str], tokenizer: Any) -> list[list[int]]:
     return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(written)["input_ids"]]
 
 
-def _run_trl(written: list[str], precision: Precision, *, packing: bool, steps: int) -> float:
+def _run_trl(written: list[str], precision: Precision, packing: bool, steps: int) -> float:
     from datasets import Dataset, disable_progress_bars
     from transformers import AutoModelForCausalLM
     from trl.trainer.sft_config import SFTConfig as TrlConfig
