@@ -1,4 +1,4 @@
-"""Datasets that are made on the spot: `builtin:NAME`, with `?seed=N&count=N` behind it.
+"""Datasets that are made on the spot: `builtin:NAME`, with options such as `?seed=1&count=2000` behind it.
 
 Each has the splits train and evaluation, whose contents do not overlap whatever the seeds.
 """
@@ -21,24 +21,26 @@ class BuiltinDataset:
     """One of them.
 
     Attributes:
-        generate: (seed, count, split) -> rows.
+        generate: called with seed, count and split, and with the own options by name; returns rows.
         prompt_field: the column that holds the prompt.
         counts: rows of each split where the name says nothing.
-        most: largest count.
+        most: largest value of each option, `count` among them.
     """
 
-    generate: Callable[[int, int, Split], Sequence[Mapping[str, Any]]]
+    generate: Callable[..., Sequence[Mapping[str, Any]]]
     prompt_field: str
     counts: Mapping[str, int]
-    most: int
+    most: Mapping[str, int]
 
 
 BUILTIN_DATASETS = {
     "word-problems": BuiltinDataset(
-        word_problems.generate, "question", {"train": 4000, "evaluation": 500}, word_problems.MOST_ROWS
+        word_problems.generate, "question", {"train": 4000, "evaluation": 500}, {"count": word_problems.MOST_ROWS}
     ),
-    "sums": BuiltinDataset(sums.generate, "prompt", {"train": 6000, "evaluation": 500}, sums.MOST_ROWS),
-    "sum-pairs": BuiltinDataset(sums.generate_pairs, "prompt", {"train": 20_000, "evaluation": 500}, sums.MOST_ROWS),
+    "sums": BuiltinDataset(
+        sums.generate, "prompt", {"train": 6000, "evaluation": 500}, {"count": sums.MOST_ROWS, "careless": 100}
+    ),
+    "sum-pairs": BuiltinDataset(sums.generate_pairs, "prompt", {"train": 20_000, "evaluation": 500}, {"count": sums.MOST_ROWS}),
 }
 
 
@@ -63,13 +65,14 @@ def read_builtin(path: str, split: str, subset: str | None, limit: int | None) -
         raise UserError(f"{path}: unknown built-in dataset; {hint}")
     if split not in ("train", "evaluation") or subset is not None:
         raise UserError(f"{path}: split {split}: expected train or evaluation, and no subset")
-    options = {"seed": 0, "count": dataset.counts[split]}
+    options = {"seed": 0} | dict.fromkeys(dataset.most, 0) | {"count": dataset.counts[split]}
     for option, text in parse_qsl(query, keep_blank_values=True):
         if option not in options or not text.isdecimal():
-            raise UserError(f"{path}: expected options seed=N and count=N, found {option}={text}")
+            expected = " and ".join(f"{name}=N" for name in options)
+            raise UserError(f"{path}: expected options {expected}, found {option}={text}")
+        if int(text) > dataset.most.get(option, int(text)):
+            raise UserError(f"{path}: {option}: expected at most {dataset.most[option]}, found {text}")
         options[option] = int(text)
-    if options["count"] > dataset.most:
-        raise UserError(f"{path}: count: expected at most {dataset.most}, found {options['count']}")
-    count = min(options["count"], limit or options["count"])
-    rows = dataset.generate(options["seed"], count, "train" if split == "train" else "evaluation")
+    options["count"] = min(options["count"], limit or options["count"])
+    rows = dataset.generate(split="train" if split == "train" else "evaluation", **options)
     return [dict(row) for row in rows], dataset.prompt_field

@@ -2,7 +2,8 @@
 
 `37+58=` asks for `95`. Which split a sum belongs to follows from a hash of its numbers, so no held-out sum is ever trained on,
 whatever seeds and counts are used. The wrong answers of a pair are the mistakes that learners make: a carry dropped or added, a
-digit off by one, digits swapped.
+digit off by one, digits swapped. Demonstrations can be careless: `careless` percent of those with a carry then drop it, so what
+imitates them is wrong on most of these sums if it is more than half, though it has seen how they are done.
 """
 
 import hashlib
@@ -19,18 +20,22 @@ MOST_ROWS = 100_000
 """There are 8,100 different sums; more rows repeat them."""
 
 
-def generate(seed: int, count: int, split: Split) -> list[dict[str, str]]:
-    """Return rows with `prompt`, `completion` and `answer`.
+def generate(seed: int, count: int, split: Split, careless: int = 0) -> list[dict[str, str]]:
+    """Return rows with `prompt`, `completion` and the right `answer`.
 
     Args:
         seed: of the draw; equal arguments give equal rows, and a smaller count the first of them.
         count: number of rows.
         split: which side of the hash.
+        careless: percent of the sums with a carry from ones to tens whose completion drops it.
     """
     rows = []
+    slips = random.Random(f"careless {seed} {split}")
     for left, right in _take(count, split, random.Random(f"sums {seed} {split}")):
-        answer = str(left + right)
-        rows.append({"prompt": f"{left}+{right}=", "completion": answer, "answer": answer})
+        answer = left + right
+        carries = left % 10 + right % 10 >= 10
+        slip = slips.random() * 100 < careless and carries
+        rows.append({"prompt": f"{left}+{right}=", "completion": str(answer - 10 * slip), "answer": str(answer)})
     return rows
 
 
