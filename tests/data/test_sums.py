@@ -31,6 +31,16 @@ def test_pairs_prefer_the_sum_to_a_mistake():
         assert row["rejected"] in mistakes(*numbers(row["prompt"]))
 
 
+def test_careless_demonstrations_drop_carries_and_nothing_else():
+    rows = generate(0, 4000, "train", careless=60)
+    carrying = [row for row in rows if sum(number % 10 for number in numbers(row["prompt"])) >= 10]
+    dropped = [row for row in rows if row["completion"] != row["answer"]]
+    assert all(row["answer"] == str(sum(numbers(row["prompt"]))) for row in rows)
+    assert all(int(row["completion"]) == int(row["answer"]) - 10 for row in dropped)
+    assert all(row in carrying for row in dropped)
+    assert len(dropped) / len(carrying) == pytest.approx(0.6, abs=0.03)
+
+
 def test_no_sum_is_in_both_splits_whatever_the_seeds():
     train = {row["prompt"] for row in generate(1, 20_000, "train")} | {
         row["prompt"] for row in generate_pairs(2, 9000, "train")
