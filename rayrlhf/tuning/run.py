@@ -19,6 +19,7 @@ from rayrlhf.observe.live import LiveView
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.observe.run_folder import RunFolder, open_run
 from rayrlhf.tuning.follow import following
+from rayrlhf.tuning.interrupt import stoppable
 from rayrlhf.tuning.plan import batch_plan, best_step
 from rayrlhf.tuning.refusal import clear_refusal, raise_refusal
 from rayrlhf.tuning.result import TuningResult, read_result
@@ -51,6 +52,7 @@ def train_sft(config: SFTConfig) -> TuningResult:
     Raises:
         UserError: a mistake in the configuration, the data or the resources asked for.
         ActorLostError: workers were lost more often than `workers.max_failures`.
+        StoppedError: SIGTERM or Ctrl-C; the same call resumes.
     """
     return _train(SupervisedTask(config))
 
@@ -150,7 +152,7 @@ def _fit(task: Task, data: _Data, folder: RunFolder, view: LiveView, stack: Exit
         trainer = make_trainer(job, resources)
     clear_refusal(job.folder)
     total = batch_plan(task, data.train).total_steps
-    with following(job.folder, view, total):
+    with following(job.folder, view, total), stoppable():
         try:
             trainer.fit()
         except TrainingFailedError as error:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -9,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
+from rayrlhf.config.load import dump_config
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.tuning.run import train_sft
 from tests.tuning.runs import sft_config
@@ -56,3 +59,23 @@ def test_a_run_that_lost_a_worker_ends_with_the_losses_of_an_undisturbed_one(tmp
     assert killed[0] < STEPS
     np.testing.assert_allclose(losses(result.folder), losses(expected.folder), rtol=0, atol=TOLERANCE)
     assert result.metrics["evaluation/loss"] == pytest.approx(expected.metrics["evaluation/loss"], abs=TOLERANCE)
+
+
+def test_a_run_that_was_asked_to_stop_goes_on_when_it_is_started_again(tmp_path):
+    settings = [f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "evaluation.generations=0"]
+    config = sft_config(tmp_path, *settings, "run.name=stopped", "train.learning_rate=1e-4")
+    path = tmp_path / "sft.yaml"
+    path.write_text(dump_config(config))
+    command = [sys.executable, "-m", "rayrlhf.cli", "sft", str(path)]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (config.run.folder / "metrics.jsonl").exists() or len(losses(config.run.folder)) < KILL_AFTER:
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.send_signal(signal.SIGTERM)
+    _, errors = first.communicate(timeout=120)
+    assert first.returncode == 75, errors
+    assert "the same command goes on from the last checkpoint" in errors
+    assert len(losses(config.run.folder)) < STEPS
+    subprocess.run(command, check=True, timeout=300)
+    undisturbed = train_sft(sft_config(tmp_path, *settings, "run.name=quiet", "train.learning_rate=1e-4"))
+    np.testing.assert_allclose(losses(config.run.folder), losses(undisturbed.folder), rtol=0, atol=TOLERANCE)

@@ -103,6 +103,7 @@ def test_a_reward_model_is_exported_with_its_statistics_and_scores_as_a_classifi
     assert classifier(**inputs).logits.item() == pytest.approx(plain[0], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_reward_model_no_better_than_chance_is_not_exported(tmp_path):
     config = reward_config(tmp_path, "train.steps=2", "checkpoint.every=0", learnable=False)
     with pytest.raises(AlarmError, match="fair coins reach with probability"):
