@@ -159,6 +159,19 @@ def chat(
 app.add_typer(presft_app, name="presft")
 
 
+@bench.command(name="presft")
+def bench_presft_command(
+    what: Annotated[str, typer.Argument(help="scoring, generation or memory.")],
+    rows: Annotated[int, typer.Option(min=0, help="Rows of a run; 200,000, 2,048 or 1,000,000 when not given.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each contender.")] = 15,
+    output: Annotated[Path | None, typer.Option(help="Folder for the results as JSON and Markdown.")] = None,
+) -> None:
+    """Pre-SFT's scoring against a bare loop, its generation against bare vLLM, and the memory of a million rows."""
+    from rayrlhf.bench.run_presft import run_bench_presft
+
+    run_bench_presft(what, rows, rounds=rounds, output=output, echo=typer.echo)
+
+
 @bench.command(name="sft")
 def bench_sft_command(
     precision: Annotated[list[str] | None, typer.Option(help="float32, bfloat16; both if not given.")] = None,
