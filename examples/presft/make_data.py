@@ -2,7 +2,7 @@
 
     3 4 9 2 8 8 1 5=3 7 6 8 6 4 5 0
 
-Each number of the response is the one before plus the next number of the prompt, modulo 10. Half of the wrong responses make the
+Each number of the response is the one before plus the next number of the prompt, modulo 10. Half of the wrong ones make the
 same slip (they skip the fifth number), the other half a random one (one step is off by 1 to 9); what comes after a slip
 follows from it. Which rows are wrong cannot be told from their prompts.
 """

@@ -47,11 +47,11 @@ def _summary(sheet: dict[str, Any]) -> Iterator[Block]:
 
 def _round(figures: dict[str, Any], view: RoundView, several: bool) -> Iterator[Block]:
     prefix = f"Round {figures['round']}: " if several else ""
-    yield Heading(f"{prefix}what the model had learned")
+    yield Heading(f"{prefix}What the model had learned")
     cut = figures.get("selection", {}).get("score")
     yield Chart(
         histogram(
-            view.counts, view.edges, title="Pairs by score", x="sentence BLEU of the model's response", y="pairs", mark=cut
+            view.counts, view.edges, title="Pairs by score", x="sentence BLEU", y="pairs", mark=cut
         ),
         f"{figures['rows']:,} pairs by BLEU between the dataset's response and the model's own."
         + (f" Pairs left of the line at {cut:.1f} struggle." if cut is not None else ""),
@@ -74,7 +74,7 @@ def _round(figures: dict[str, Any], view: RoundView, several: bool) -> Iterator[
 def _decisions(figures: dict[str, Any], prefix: str) -> Iterator[Block]:
     if "decisions" not in figures:
         return
-    yield Heading(f"{prefix}what became of the pairs")
+    yield Heading(f"{prefix}What became of the pairs")
     decisions, guarded = figures["decisions"], sum(figures["guarded"].values())
     learned = figures["rows"] - figures["struggling"]
     parts = {"learned: kept": learned, "replaced": decisions.get("replace", 0), "mixed": decisions.get("mix", 0)}
@@ -89,7 +89,7 @@ def _cost(figures: dict[str, Any], prefix: str) -> Iterator[Block]:
     tokens = figures["tokens"]
     if not tokens["rft_4"]:
         return
-    yield Heading(f"{prefix}what it cost")
+    yield Heading(f"{prefix}What it cost")
     names = ["this run", "RFT, k = 4", "RFT, k = 8"]
     values = {"probes": [tokens["probe"], 0, 0], "new responses": [tokens["relabel"] or 0, 0, 0]}
     values["RFT (estimated)"] = [0, tokens["rft_4"], tokens["rft_8"]]
@@ -101,7 +101,7 @@ def _cost(figures: dict[str, Any], prefix: str) -> Iterator[Block]:
 
 
 def _pairs(view: RoundView, prefix: str) -> Iterator[Block]:
-    yield Heading(f"{prefix}the pairs that struggle most")
+    yield Heading(f"{prefix}The pairs that struggle most")
     for row in view.lowest[:10]:
         facts = [f"BLEU {row['bleu']:.1f}", f"row {row['source']} of the dataset"]
         if "decision" in row:
