@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, StoppedError, UserError
+from rayrlhf.launch.commands import plan, submit
 from rayrlhf.presft.commands import app as presft_app
 
 app = typer.Typer(
@@ -156,6 +157,8 @@ def chat(
     chat_with(run, prompt, max_new_tokens=max_new_tokens, temperature=temperature)
 
 
+app.command()(plan)
+app.command()(submit)
 app.add_typer(presft_app, name="presft")
 
 

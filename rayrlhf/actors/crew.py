@@ -10,7 +10,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from rayrlhf.actors.group import ActorGroup, create_actor, create_group
-from rayrlhf.actors.placement import Machine, ResourcePlan, Role
+from rayrlhf.actors.placement import GroupPlan, Machine, ResourcePlan, Role
 from rayrlhf.actors.reference_actor import ReferenceActor
 from rayrlhf.actors.reward_actor import RewardActor
 from rayrlhf.actors.rollout_actor import RolloutActor
@@ -123,7 +123,11 @@ def started_crew(run_name: str, specs: RoleSpecs, placement_seconds: float) -> I
     groups: dict[Role, ActorGroup] = {}
     try:
         for name, group in plan.groups.items():
-            placement_groups[name] = placement_group([dict(bundle) for bundle in group.bundles], group.strategy)
+            placement_groups[name] = placement_group(
+                [dict(bundle) for bundle in group.bundles],
+                group.strategy,
+                bundle_label_selector=[dict(group.labels)] * len(group.bundles) if group.labels else None,
+            )
         _await_placement(placement_groups, plan, placement_seconds)
         for role, seats in plan.seats.items():
             environment = specs.environment(role)
@@ -145,9 +149,14 @@ def _await_placement(placed: Mapping[str, PlacementGroup], plan: ResourcePlan, s
             asked = [dict(bundle) for bundle in plan.groups[name].bundles]
             available = {key: value for key, value in ray.available_resources().items() if key in ("CPU", "GPU")}
             raise UserError(
-                f"placement group {name!r}: asked for bundles {asked} ({plan.groups[name].strategy}), "
+                f"placement group {name!r}: asked for bundles {asked} ({_terms(plan.groups[name])}), "
                 f"not granted within {seconds:.0f} s; free in the cluster now: {available}"
             )
+
+
+def _terms(group: GroupPlan) -> str:
+    labels = ", ".join(f"{key}={value}" for key, value in group.labels.items())
+    return f"{group.strategy}, on nodes labelled {labels}" if labels else group.strategy
 
 
 def _process_groups(group: ActorGroup, backend: Literal["gloo", "nccl"], seconds: float) -> list[ProcessGroupSpec]:

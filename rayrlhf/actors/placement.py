@@ -6,7 +6,7 @@ tensor-parallel replica always has a group of its own on one node, so that it ca
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rayrlhf.config.ppo import PPOConfig
@@ -46,6 +46,8 @@ class Demand:
     uses_gpu: bool = True
     devices: int = 1
     """GPUs a process spans (tensor parallelism)."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Labels of the nodes it may sit on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,8 @@ class GroupPlan:
 
     strategy: Strategy
     bundles: tuple[Mapping[str, float], ...]
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What a node of every bundle must be labelled with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,7 @@ def demands(config: PPOConfig) -> list[Demand]:
         if needed:
             part = getattr(place, role)
             uses_gpu = role != "reward" or config.reward.model is not None
-            wanted.append(Demand(role, part.ranks, part.cpus, part.gpus, part.threads, uses_gpu))
+            wanted.append(Demand(role, part.ranks, part.cpus, part.gpus, part.threads, uses_gpu, labels=part.labels))
     tensor_parallel = config.rollout.tensor_parallel_size
     rollout = Demand(
         "rollout",
@@ -99,6 +103,7 @@ def demands(config: PPOConfig) -> list[Demand]:
         place.rollout_gpus,
         place.rollout_threads,
         devices=tensor_parallel,
+        labels=place.rollout_labels,
     )
     return [*wanted, rollout]
 
@@ -135,6 +140,7 @@ class _Settled:
     gpus: float
     threads: int
     devices: int
+    labels: Mapping[str, str]
 
 
 def _settle(demand: Demand, wanted: Sequence[Demand], machine: Machine, colocated: bool, overlap: bool) -> _Settled:
@@ -151,7 +157,7 @@ def _settle(demand: Demand, wanted: Sequence[Demand], machine: Machine, colocate
         gpus = _floor(1.0 / sum(other.uses_gpu and other.devices == 1 for other in wanted))
     node_cpus = int(min(machine.node_cpus, default=1.0))
     threads = demand.threads or max(1, int(cpus) if overlap or machine.gpus else node_cpus)
-    return _Settled(demand.role, demand.ranks, cpus, gpus, threads, demand.devices)
+    return _Settled(demand.role, demand.ranks, cpus, gpus, threads, demand.devices, demand.labels)
 
 
 def _floor(value: float) -> float:
@@ -189,7 +195,7 @@ def _disaggregated(settled: Sequence[_Settled], overlap: bool) -> ResourcePlan:
         if part.role == "rollout":
             seats[part.role] = _replica_groups(part, groups)
             continue
-        groups[part.role] = GroupPlan("PACK", tuple(_bundle(part.cpus, part.gpus) for _ in range(part.ranks)))
+        groups[part.role] = GroupPlan("PACK", tuple(_bundle(part.cpus, part.gpus) for _ in range(part.ranks)), part.labels)
         seats[part.role] = tuple(Seat(part.role, (i,), part.cpus, part.gpus, part.threads) for i in range(part.ranks))
     return ResourcePlan(groups, seats, overlap)
 
@@ -201,7 +207,7 @@ def _replica_groups(part: _Settled, groups: dict[str, GroupPlan]) -> tuple[Seat,
         name = f"{part.role}-{index}"
         per_device = part.gpus / part.devices
         bundles = tuple(_bundle(part.cpus, per_device) for _ in range(part.devices))
-        groups[name] = GroupPlan("STRICT_PACK", bundles)
+        groups[name] = GroupPlan("STRICT_PACK", bundles, part.labels)
         seats.append(Seat(name, tuple(range(part.devices)), part.cpus, per_device, part.threads))
     return tuple(seats)
 

@@ -1,9 +1,9 @@
 """The run itself: its folder, seed, evaluation, checkpoints, placement and deadlines."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayrlhf.config.section import Section
 
@@ -62,6 +62,8 @@ class RolePlacement(Section):
     """Per process; 0 on a machine without GPUs, and a fair fraction under `colocated`, when not given."""
     threads: int | None = Field(None, ge=1)
     """OpenMP threads per process; when not given, all CPUs of the node if phases take turns, else the share of CPUs."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that a node must have (`ray start --labels`), with `placement.mode: disaggregated`; any node when empty."""
 
 
 class PlacementSection(Section):
@@ -78,8 +80,21 @@ class PlacementSection(Section):
     rollout_cpus: float | None = Field(None, gt=0)
     rollout_gpus: float | None = Field(None, ge=0)
     rollout_threads: int | None = Field(None, ge=1)
+    rollout_labels: dict[str, str] = Field(default_factory=dict)
+    """As `labels` of the other roles."""
     address: str | None = None
     """Ray address; a job's own cluster, or a new local one, when not given."""
+
+    @model_validator(mode="after")
+    def _labels_need_groups_of_their_own(self) -> Self:
+        roles = [name for name in ("policy", "critic", "reference", "reward") if getattr(self, name).labels]
+        if self.mode == "colocated" and (roles or self.rollout_labels):
+            raise ValueError(
+                f"{roles[0]}.labels: roles that share bundles share nodes; set mode to 'disaggregated'"
+                if roles
+                else "rollout_labels: roles that share bundles share nodes; set mode to 'disaggregated'"
+            )
+        return self
 
 
 class DeadlineSection(Section):

@@ -1,0 +1,128 @@
+"""Which process lands on which node and devices: Ray's packing, played through on paper.
+
+Placement groups are granted in the order in which a run asks for them. Ray fills one node before it opens the next (PACK) and
+keeps a STRICT_PACK group on one; first fit over nodes in order is what that comes to on a cluster that nobody else uses.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rayrlhf.actors.placement import GroupPlan, Machine, ResourcePlan, Role
+from rayrlhf.errors import UserError
+
+_LITTLE = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one process sits.
+
+    Attributes:
+        role: its role.
+        rank: its number in the role.
+        node: index of the node that holds it.
+        devices: indices of the node's GPUs that it uses; empty on a CPU.
+    """
+
+    role: Role
+    rank: int
+    node: int
+    devices: tuple[int, ...]
+
+
+class _Node:
+    """What is left of one node."""
+
+    def __init__(self, cpus: float, gpus: float) -> None:
+        self.cpus = cpus
+        self.devices = [1.0] * int(gpus)
+
+    def take(self, bundle_cpus: float, bundle_gpus: float) -> tuple[int, ...] | None:
+        """Take one bundle; returns its devices, or None where it does not fit."""
+        if bundle_cpus > self.cpus + _LITTLE:
+            return None
+        if bundle_gpus >= 1:
+            found = [index for index, left in enumerate(self.devices) if left > 1 - _LITTLE][: round(bundle_gpus)]
+            if len(found) < round(bundle_gpus):
+                return None
+        elif bundle_gpus > 0:
+            found = [index for index, left in enumerate(self.devices) if left >= bundle_gpus - _LITTLE][:1]
+            if not found:
+                return None
+        else:
+            found = []
+        self.cpus -= bundle_cpus
+        for index in found:
+            self.devices[index] -= min(bundle_gpus, 1.0)
+        return tuple(found)
+
+    def copy(self) -> "_Node":
+        """A node as much used as this one."""
+        twin = _Node(self.cpus, 0)
+        twin.devices = list(self.devices)
+        return twin
+
+
+def lay_out(plan: ResourcePlan, machine: Machine) -> tuple[Place, ...]:
+    """Seat all processes of a run on the nodes of a cluster that nobody else uses.
+
+    Raises:
+        UserError: a placement group finds no room; says what it asked for and what the nodes have left.
+    """
+    nodes = [_Node(cpus, gpus) for cpus, gpus in zip(machine.node_cpus, machine.node_gpus, strict=True)]
+    granted = {name: _grant(name, group, nodes) for name, group in plan.groups.items()}
+    used: dict[tuple[int, int], float] = {}
+    places = []
+    for role, seats in plan.seats.items():
+        for rank, seat in enumerate(seats):
+            bundles = [granted[seat.group][index] for index in seat.bundles]
+            devices: list[int] = []
+            for node, offered in bundles:
+                devices.extend(_devices(seat.gpus, node, offered, used))
+            places.append(Place(role, rank, bundles[0][0], tuple(devices)))
+    return tuple(places)
+
+
+def _grant(name: str, group: GroupPlan, nodes: list[_Node]) -> list[tuple[int, tuple[int, ...]]]:
+    """Node and devices of every bundle of a group."""
+    wanted = [(bundle.get("CPU", 0.0), bundle.get("GPU", 0.0)) for bundle in group.bundles]
+    for index, node in enumerate(nodes):
+        trial = node.copy()
+        taken = [trial.take(*bundle) for bundle in wanted]
+        if all(devices is not None for devices in taken):
+            nodes[index] = trial
+            return [(index, devices) for devices in taken if devices is not None]
+    if group.strategy == "PACK":
+        spread = [_first(nodes, bundle) for bundle in wanted]
+        if all(place is not None for place in spread):
+            return [place for place in spread if place is not None]
+    largest = max(wanted, key=lambda bundle: (bundle[1], bundle[0]))
+    together = " on one node" if group.strategy == "STRICT_PACK" else ""
+    left = "; ".join(f"node {index}: {node.cpus:g} CPUs, {sum(node.devices):g} GPUs" for index, node in enumerate(nodes))
+    raise UserError(
+        f"placement group {name!r}: asked for {len(wanted)} bundles of up to {largest[0]:g} CPUs and {largest[1]:g} GPUs"
+        f"{together}, but what is left is {left}"
+    )
+
+
+def _first(nodes: Sequence[_Node], bundle: tuple[float, float]) -> tuple[int, tuple[int, ...]] | None:
+    for index, node in enumerate(nodes):
+        devices = node.take(*bundle)
+        if devices is not None:
+            return index, devices
+    return None
+
+
+def _devices(gpus: float, node: int, offered: Sequence[int], used: dict[tuple[int, int], float]) -> list[int]:
+    """Of a bundle's devices, those that one process gets: whole ones, or a share of the first that has it left."""
+    if gpus <= 0:
+        return []
+    chosen: list[int] = []
+    left = gpus
+    for device in offered:
+        share = min(left, 1.0)
+        if used.get((node, device), 0.0) + share <= 1 + _LITTLE and left > _LITTLE:
+            used[(node, device)] = used.get((node, device), 0.0) + share
+            chosen.append(device)
+            left -= share
+    return chosen

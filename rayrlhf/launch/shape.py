@@ -1,0 +1,111 @@
+"""What of a model matters for planning: counts and widths, read from its architecture on the `meta` device, without weights.
+
+Counting the parameters of a network that was really built, only without memory, is exact for every architecture, where a
+formula would be right for the one it was written for.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from rayrlhf.config.model import LoraSection, ModelSection
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.|\.h\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The numbers of one model.
+
+    Attributes:
+        parameters: of the whole checkpoint, tied tensors once.
+        linear: of these, those of linear layers other than the output layer.
+        output: those of the output layer, tied or not.
+        trainable: what learns: all, or the adapters.
+        layers: decoder layers.
+        hidden: width of the residual stream.
+        query: width of all query heads together.
+        key_value: width of all key heads together (the values have the same).
+        intermediate: width of the feed-forward layer.
+        vocabulary: tokens.
+        context: longest sequence the model was made for, in tokens.
+        learned_layers: decoder layers through which the backward pass runs.
+    """
+
+    parameters: int
+    linear: int
+    output: int
+    trainable: int
+    layers: int
+    hidden: int
+    query: int
+    key_value: int
+    intermediate: int
+    vocabulary: int
+    context: int
+    learned_layers: int
+
+    @property
+    def adapters(self) -> bool:
+        """Whether only adapters learn."""
+        return self.trainable < self.parameters
+
+
+def read_shape(model: ModelSection) -> ModelShape:
+    """Read a model's numbers from its configuration alone.
+
+    Raises:
+        UserError: nothing can be loaded from the path.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from rayrlhf.models.load import load_architecture
+
+    architecture = load_architecture(model)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(architecture, trust_remote_code=model.trust_remote_code)
+    return shape_of(network, model.lora)
+
+
+def shape_of(network: Any, lora: LoraSection | None = None) -> ModelShape:
+    """Count a causal language model of transformers; its tensors may lie on the `meta` device.
+
+    Args:
+        network: the model with its output layer.
+        lora: the adapters it will get; None trains everything.
+    """
+    from torch import nn
+
+    text = network.config.get_text_config()
+    head = network.get_output_embeddings()
+    linear = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    heads = text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    layers = int(text.num_hidden_layers)
+    adapted = None if lora is None else {name: module for name, module in linear.items() if _is_adapted(name, lora, layers)}
+    return ModelShape(
+        parameters=parameters,
+        linear=sum(module.weight.numel() for module in linear.values()),
+        output=head.weight.numel(),
+        trainable=parameters
+        if lora is None or adapted is None
+        else lora.rank * sum(module.in_features + module.out_features for module in adapted.values()),
+        layers=layers,
+        hidden=int(text.hidden_size),
+        query=heads * head_size,
+        key_value=(getattr(text, "num_key_value_heads", None) or heads) * head_size,
+        intermediate=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
+        vocabulary=int(text.vocab_size),
+        context=int(getattr(text, "max_position_embeddings", None) or 2048),
+        learned_layers=layers if lora is None or lora.last_layers is None else min(lora.last_layers, layers),
+    )
+
+
+def _is_adapted(name: str, lora: LoraSection, layers: int) -> bool:
+    if lora.target_modules != "all-linear" and name.rpartition(".")[2] not in lora.target_modules:
+        return False
+    found = _LAYER.search(f".{name}.")
+    layer = int(next(filter(None, found.groups()))) if found else 0
+    return lora.last_layers is None or layer >= layers - lora.last_layers

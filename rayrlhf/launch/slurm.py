@@ -1,0 +1,63 @@
+"""A run under Slurm: an sbatch script in which one `ray symmetric-run` a node starts Ray, runs the command, and ends all of it.
+
+Nodes are exclusive, because the end of `ray symmetric-run` stops every Ray process it finds on its node. The token is a file of
+mode 0600 in the user's home that all nodes see; before its time is over Slurm signals the run, which writes a checkpoint.
+"""
+
+import shlex
+
+from rayrlhf.launch.emit import Launch, header
+
+SIGNAL_SECONDS = 600
+"""How long before the end of its time the run is asked to stop."""
+
+
+def slurm_script(launch: Launch, source: str) -> str:
+    """Return the script for `sbatch`."""
+    cluster, nodes, slurm = launch.cluster, launch.cluster.nodes, launch.cluster.slurm
+    options = [
+        f"--job-name={cluster.name}",
+        f"--nodes={nodes.count}",
+        "--ntasks-per-node=1",
+        "--exclusive",
+        f"--cpus-per-task={nodes.cpus}",
+        f"--mem={int(nodes.main_memory_gib)}G",
+        *([f"--gpus-per-node={nodes.gpus}"] if nodes.gpus else []),
+        *([f"--partition={slurm.partition}"] if slurm.partition else []),
+        f"--time={slurm.time}",
+        f"--signal=TERM@{SIGNAL_SECONDS}",
+        "--requeue",
+        "--open-mode=append",
+        "--output=%x-%j.log",
+    ]
+    text = header("Batch script for `sbatch`. See cluster/README.md first.", launch, "slurm", source)
+    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options), text.rstrip(), *_BODY_START]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in launch.environment.items()]
+    lines += [f"source {shlex.quote(slurm.environment)}/bin/activate", *_BODY_ADDRESS]
+    gpus = f" --num-gpus={nodes.gpus}" if nodes.gpus else ""
+    lines += [
+        'srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --kill-on-bad-exit=1 \\',
+        '  ray symmetric-run --address "$head_address:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \\',
+        f"  --num-cpus={nodes.cpus}{gpus} -- \\",
+        f"  {shlex.join(launch.command)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_BODY_START = [
+    "set -euo pipefail",
+    "umask 077",
+    "# Everybody on the network of the nodes could use a Ray without a token.",
+    "export RAY_AUTH_MODE=token",
+    'export RAY_AUTH_TOKEN_PATH="$HOME/.ray/auth_token"',
+    'if [[ ! -s "$RAY_AUTH_TOKEN_PATH" ]]; then',
+    '  echo "no token in $RAY_AUTH_TOKEN_PATH: run  ray get-auth-token --generate > /dev/null  once" >&2',
+    "  exit 2",
+    "fi",
+    "# Nodes start cold: 30 seconds are too short for the last of them.",
+    "export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600",
+]
+_BODY_ADDRESS = [
+    'head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+    "head_address=$(srun --nodes=1 --ntasks=1 --nodelist=\"$head_node\" hostname -I | awk '{print $1}')",
+]
