@@ -1,10 +1,10 @@
-"""Worked running sums of which a fifth are wrong: a dataset in which every mistake is known.
+"""Number after number plus three, and a fifth of the responses wrong: a dataset in which every mistake is known.
 
-    3 4 9 2 8 8 1 5=3 7 6 8 6 4 5 0
+    5 6 4 1 3 4 9 1=8 9 7 4 6 7 2 4
 
-Each number of the response is the one before plus the next number of the prompt, modulo 10. Half of the wrong ones make the
-same slip (they skip the fifth number), the other half a random one (one step is off by 1 to 9); what comes after a slip
-follows from it. Which rows are wrong cannot be told from their prompts.
+Each number of the response is that of the prompt plus three, modulo 10. Half of the wrong ones make the same slip (the fifth
+number is copied as it is), the other half a random one (one number is off by 1 to 9). Which rows are wrong cannot be told from
+their prompts.
 """
 
 import argparse
@@ -14,31 +14,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 NUMBERS = 8
-SKIPPED = 4
-"""Place of the number that the systematic slip skips."""
+ADDED = 3
+COPIED = 4
+"""Place of the number that the systematic slip leaves as it is."""
 WRONG_SHARE = 0.2
 HELD_OUT = 2000
 
 
 def worked(numbers: Sequence[int], slip_at: int | None = None, slip: int = 0) -> str:
-    """Return the running sums; `slip` is added at step `slip_at`."""
-    total, steps = 0, []
-    for place, number in enumerate(numbers):
-        total = (total + number + (slip if place == slip_at else 0)) % 10
-        steps.append(str(total))
-    return " ".join(steps)
+    """Return the response; `slip` is added at one place."""
+    return " ".join(str((number + ADDED + (slip if place == slip_at else 0)) % 10) for place, number in enumerate(numbers))
 
 
 def wrong(numbers: Sequence[int], draw: random.Random) -> tuple[str, str]:
     """Return a wrong response and the kind of its mistake."""
-    if numbers[SKIPPED] and draw.random() < 0.5:
-        return worked(numbers, SKIPPED, -numbers[SKIPPED]), "systematic"
+    if draw.random() < 0.5:
+        return worked(numbers, COPIED, -ADDED), "systematic"
     return worked(numbers, draw.randrange(NUMBERS), draw.randrange(1, 10)), "random"
 
 
 def make(folder: Path, count: int, seed: int) -> None:
     """Write `noisy.jsonl`, `clean.jsonl` and `held_out.jsonl` into a folder; no prompt occurs twice in them."""
-    draw = random.Random(f"running sums {seed}")
+    draw = random.Random(f"plus three {seed}")
     every = [[int(digit) for digit in f"{number:08}"] for number in draw.sample(range(10**NUMBERS), count + HELD_OUT)]
     clean = [row(numbers, worked(numbers), "none") for numbers in every]
     noisy = [
