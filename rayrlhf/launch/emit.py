@@ -1,6 +1,7 @@
 """Manifests that fit a configuration: one renderer a way to start a cluster, by name."""
 
 import difflib
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +45,8 @@ class Launch:
 
 def header(what: str, launch: Launch, emit: str, cluster: str) -> str:
     """The comment that a generated file begins with: what it is and how it is made again."""
-    return (
-        f"# {what}\n"
-        f"# Generated: rayrlhf plan {launch.path.as_posix()}{''.join(f' {item}' for item in launch.overrides)}"
-        f" --cluster {cluster} --emit {emit}\n"
-    )
+    command = ["rayrlhf", "plan", launch.path.as_posix(), *launch.overrides, "--cluster", cluster, "--emit", emit]
+    return f"# {what}\n# Generated: {shlex.join(command)}\n"
 
 
 def emit_manifest(
@@ -80,7 +78,8 @@ def emit_manifest(
     }
     if kind not in kinds:
         near = difflib.get_close_matches(kind, kinds, n=1)
-        raise UserError(f"--emit {kind}: {f'did you mean {near[0]}?' if near else f'expected one of {", ".join(kinds)}'}")
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(kinds)}"
+        raise UserError(f"--emit {kind}: {hint}")
     if path.is_absolute():
         raise UserError(f"{path}: a manifest needs the path from the folder that the job runs in, not an absolute one")
     problems = plan_run(config, cluster.nodes).problems

@@ -1,4 +1,4 @@
-"""What is sent to a cluster for one run: entrypoint, working folder, environment, metadata. Pure, and nothing in it is secret."""
+"""What is sent to a cluster for one run: entrypoint, working folder, environment, metadata. Pure, and none of it is secret."""
 
 import re
 import shlex

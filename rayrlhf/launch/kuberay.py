@@ -20,9 +20,11 @@ HEAD_CPUS, HEAD_GIB = 4, 16
 SHARED_MEMORY_SHARE = 0.3
 """Share of a node's memory that Ray's object store may take."""
 DASHBOARD, METRICS = 8265, 8080
+CODE = "/home/ray/rayrlhf"
+"""Where the image has the examples and the code; jobs begin elsewhere."""
 SUBMITTER_LABELS = {"rayrlhf/part": "submitter"}
-STOP_SCRIPT = "/opt/rayrlhf/stop-jobs.sh"
-"""Part of the image: asks Ray to stop the running job and waits for it."""
+STOP_SCRIPT = "/opt/rayrlhf/before-stop.sh"
+"""Part of the image: the head asks the running job to stop and waits for it, a worker stays as long as the head is there."""
 
 
 def kuberay_manifest(launch: Launch, source: str) -> str:
@@ -48,7 +50,7 @@ def _ray_job(launch: Launch, cluster: dict[str, Any]) -> dict[str, Any]:
         "kind": "RayJob",
         "metadata": _metadata(launch, queue),
         "spec": {
-            "entrypoint": shlex.join(launch.command),
+            "entrypoint": f"cd {CODE} && {shlex.join(launch.command)}",
             "submissionMode": "K8sJobMode",
             "backoffLimit": kubernetes.retries,
             "shutdownAfterJobFinishes": True,
@@ -91,12 +93,11 @@ def _groups(launch: Launch) -> list[tuple[str, int, dict[str, str]]]:
     labelled: dict[tuple[tuple[str, str], ...], set[int]] = {}
     for place in lay_out(plan, machine):
         group = plan.groups[plan.seats[place.role][place.rank].group]
-        labelled.setdefault(tuple(sorted(group.labels.items())), set()).add(place.node)
-    if set(labelled) == {()}:
-        return [("workers", nodes.count, {})]
-    sizes = {labels: len(used) for labels, used in labelled.items() if labels}
-    # Roles without labels may sit on any node, so they open no group of their own.
-    return [("-".join(value for _, value in labels), size, dict(labels)) for labels, size in sorted(sizes.items())]
+        if group.labels:
+            labelled.setdefault(tuple(sorted(group.labels.items())), set()).add(place.node)
+    groups = [("-".join(value for _, value in labels), len(used), dict(labels)) for labels, used in sorted(labelled.items())]
+    rest = nodes.count - sum(size for _, size, _ in groups)
+    return [*groups, ("workers", rest, {})] if rest else groups
 
 
 def _group(launch: Launch, name: str, size: int, labels: dict[str, str]) -> dict[str, Any]:
@@ -130,8 +131,7 @@ def _pod(launch: Launch, resources: dict[str, Any], *, head: bool) -> dict[str, 
         "volumeMounts": [{"name": name, "mountPath": path.as_posix()} for name, _, path in _volumes(launch)]
         + [{"name": "scratch", "mountPath": "/tmp"}],  # noqa: S108 - Ray's session folder
     }
-    stop = [STOP_SCRIPT] if head else ["sleep", "15"]
-    container["lifecycle"] = {"preStop": {"exec": {"command": stop}}}
+    container["lifecycle"] = {"preStop": {"exec": {"command": [STOP_SCRIPT, "head" if head else "worker"]}}}
     if head:
         container["ports"] = [
             {"name": "gcs", "containerPort": 6379},

@@ -4,7 +4,7 @@ Placement groups are granted in the order in which a run asks for them. Ray fill
 keeps a STRICT_PACK group on one; first fit over nodes in order is what that comes to on a cluster that nobody else uses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rayrlhf.actors.placement import GroupPlan, Machine, ResourcePlan, Role
@@ -36,6 +36,7 @@ class _Node:
     def __init__(self, cpus: float, gpus: float) -> None:
         self.cpus = cpus
         self.devices = [1.0] * int(gpus)
+        self.labels: Mapping[str, str] | None = None
 
     def take(self, bundle_cpus: float, bundle_gpus: float) -> tuple[int, ...] | None:
         """Take one bundle; returns its devices, or None where it does not fit."""
@@ -56,10 +57,15 @@ class _Node:
             self.devices[index] -= min(bundle_gpus, 1.0)
         return tuple(found)
 
+    def may_hold(self, labels: Mapping[str, str]) -> bool:
+        """Whether a group that asks for labels may sit here: a node gets those of the first that does."""
+        return not labels or self.labels in (None, labels)
+
     def copy(self) -> "_Node":
-        """A node as much used as this one."""
+        """A node as much used as this one, with the same labels."""
         twin = _Node(self.cpus, 0)
         twin.devices = list(self.devices)
+        twin.labels = self.labels
         return twin
 
 
@@ -87,13 +93,16 @@ def _grant(name: str, group: GroupPlan, nodes: list[_Node]) -> list[tuple[int, t
     """Node and devices of every bundle of a group."""
     wanted = [(bundle.get("CPU", 0.0), bundle.get("GPU", 0.0)) for bundle in group.bundles]
     for index, node in enumerate(nodes):
+        if not node.may_hold(group.labels):
+            continue
         trial = node.copy()
+        trial.labels = group.labels or node.labels
         taken = [trial.take(*bundle) for bundle in wanted]
         if all(devices is not None for devices in taken):
             nodes[index] = trial
             return [(index, devices) for devices in taken if devices is not None]
     if group.strategy == "PACK":
-        spread = [_first(nodes, bundle) for bundle in wanted]
+        spread = [_first(nodes, bundle, group.labels) for bundle in wanted]
         if all(place is not None for place in spread):
             return [place for place in spread if place is not None]
     largest = max(wanted, key=lambda bundle: (bundle[1], bundle[0]))
@@ -105,10 +114,13 @@ def _grant(name: str, group: GroupPlan, nodes: list[_Node]) -> list[tuple[int, t
     )
 
 
-def _first(nodes: Sequence[_Node], bundle: tuple[float, float]) -> tuple[int, tuple[int, ...]] | None:
+def _first(
+    nodes: Sequence[_Node], bundle: tuple[float, float], labels: Mapping[str, str]
+) -> tuple[int, tuple[int, ...]] | None:
     for index, node in enumerate(nodes):
-        devices = node.take(*bundle)
+        devices = node.take(*bundle) if node.may_hold(labels) else None
         if devices is not None:
+            node.labels = labels or node.labels
             return index, devices
     return None
 

@@ -1,7 +1,7 @@
 """A run on machines that `ray up` starts in a cloud, or on machines that are there: its cluster file.
 
-No port of Ray is open to the network outside of the cluster. The token is made on the head on its first start, with mode 0600,
-and reaches the workers over ssh; people reach the dashboard through `ray dashboard`, which is an ssh tunnel.
+No port of Ray is open to the network outside of the cluster: people reach the dashboard through `ray dashboard`, an ssh tunnel.
+The token is a file that the user makes once; `ray up` copies it over ssh, and it appears in no file here and no command line.
 """
 
 from typing import Any
@@ -12,7 +12,6 @@ from rayrlhf.errors import UserError
 from rayrlhf.launch.emit import Launch, header
 
 _TOKEN = "~/.ray/auth_token"  # noqa: S105 - a path
-_STOP = "ray stop"
 
 
 def ray_up_manifest(launch: Launch, source: str) -> str:
@@ -22,6 +21,7 @@ def ray_up_manifest(launch: Launch, source: str) -> str:
         UserError: the provider needs a setting that the cluster's file does not have.
     """
     cloud, nodes = launch.cluster.cloud, launch.cluster.nodes
+    ray = f"{launch.cluster.slurm.environment}/bin/ray" if cloud.provider == "local" else "ray"
     tree: dict[str, Any] = {"cluster_name": launch.cluster.name}
     if cloud.provider != "local":
         tree["max_workers"] = nodes.count
@@ -30,8 +30,14 @@ def ray_up_manifest(launch: Launch, source: str) -> str:
         "auth": {"ssh_user": cloud.user},
         "file_mounts": {_TOKEN: f"~/.ray/{launch.cluster.name}-token"},
         "setup_commands": [f"chmod 600 {_TOKEN}"],
-        "head_start_ray_commands": [_STOP, _start("--head --port=6379 --dashboard-host=127.0.0.1 --num-cpus=0")],
-        "worker_start_ray_commands": [_STOP, _start("--address=$RAY_HEAD_IP:6379")],
+        "head_start_ray_commands": [
+            f"{ray} stop",
+            _start(
+                ray,
+                "--head --port=6379 --dashboard-host=127.0.0.1 --num-cpus=0 --autoscaling-config=~/ray_bootstrap_config.yaml",
+            ),
+        ],
+        "worker_start_ray_commands": [f"{ray} stop", _start(ray, "--address=$RAY_HEAD_IP:6379")],
     }
     if cloud.provider == "local":
         environment = launch.cluster.slurm.environment
@@ -56,8 +62,8 @@ def ray_up_manifest(launch: Launch, source: str) -> str:
     return text + yaml.safe_dump(tree, sort_keys=False, width=120)
 
 
-def _start(arguments: str) -> str:
-    return f"ulimit -n 65536; RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={_TOKEN} ray start {arguments}"
+def _start(ray: str, arguments: str) -> str:
+    return f"ulimit -n 65536; RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={_TOKEN} {ray} start {arguments}"
 
 
 def _provider(launch: Launch) -> dict[str, Any]:

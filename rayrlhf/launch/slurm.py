@@ -25,21 +25,26 @@ def slurm_script(launch: Launch, source: str) -> str:
         *([f"--gpus-per-node={nodes.gpus}"] if nodes.gpus else []),
         *([f"--partition={slurm.partition}"] if slurm.partition else []),
         f"--time={slurm.time}",
-        f"--signal=TERM@{SIGNAL_SECONDS}",
+        f"--signal=B:TERM@{SIGNAL_SECONDS}",
         "--requeue",
         "--open-mode=append",
         "--output=%x-%j.log",
     ]
-    text = header("Batch script for `sbatch`. See cluster/README.md first.", launch, "slurm", source)
-    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options), text.rstrip(), *_BODY_START]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in launch.environment.items()]
-    lines += [f"source {shlex.quote(slurm.environment)}/bin/activate", *_BODY_ADDRESS]
     gpus = f" --num-gpus={nodes.gpus}" if nodes.gpus else ""
-    lines += [
+    lines = [
+        "#!/bin/bash",
+        *(f"#SBATCH {option}" for option in options),
+        header("Batch script for `sbatch`. See cluster/README.md first.", launch, "slurm", source).rstrip(),
+        *_BODY_START,
+        *(f"export {name}={shlex.quote(value)}" for name, value in launch.environment.items()),
+        "# shellcheck disable=SC1091",
+        f"source {shlex.quote(slurm.environment)}/bin/activate",
+        *_BODY_ADDRESS,
         'srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --kill-on-bad-exit=1 \\',
         '  ray symmetric-run --address "$head_address:6379" --min-nodes "$SLURM_JOB_NUM_NODES" \\',
         f"  --num-cpus={nodes.cpus}{gpus} -- \\",
-        f"  {shlex.join(launch.command)}",
+        f"  {shlex.join(launch.command)} &",
+        *_BODY_END,
     ]
     return "\n".join(lines) + "\n"
 
@@ -60,4 +65,22 @@ _BODY_START = [
 _BODY_ADDRESS = [
     'head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
     "head_address=$(srun --nodes=1 --ntasks=1 --nodelist=\"$head_node\" hostname -I | awk '{print $1}')",
+]
+_BODY_END = [
+    "run=$!",
+    "# Only the driver is signalled: it writes a checkpoint with the help of all actors, which therefore must not end before it.",
+    "# shellcheck disable=SC2329",
+    "ask_to_stop() {",
+    '  srun --overlap --nodes=1 --ntasks=1 --nodelist="$head_node" pkill -TERM -u "$USER" -f "bin/rayrlhf ppo" || true',
+    "}",
+    "trap ask_to_stop TERM",
+    "status=0",
+    'while kill -0 "$run" 2> /dev/null; do',
+    '  wait "$run" && status=0 || status=$?',
+    "done",
+    "# 75: the run was stopped and can be resumed by the same command.",
+    'if [[ "$status" == 75 ]]; then',
+    '  scontrol requeue "$SLURM_JOB_ID"',
+    "fi",
+    'exit "$status"',
 ]
