@@ -9,7 +9,7 @@ from rayrlhf.config.model import ModelSection
 from rayrlhf.config.presft_pipeline import GenerateSection, PipelineSection
 from rayrlhf.config.reward import RewardModelSection, RewardSection
 from rayrlhf.config.section import Section
-from rayrlhf.config.tuning_run import TuningCheckpointSection, WorkersSection
+from rayrlhf.config.tuning_run import SupervisedCheckpointSection, WorkersSection
 from rayrlhf.config.tuning_train import SupervisedTrainSection
 
 
@@ -167,7 +167,7 @@ class PreSFTConfig(Section):
     relabel: RelabelSection = RelabelSection()
     train: SupervisedTrainSection = SupervisedTrainSection()
     """Of every tuning."""
-    checkpoint: TuningCheckpointSection = TuningCheckpointSection()
+    checkpoint: SupervisedCheckpointSection = SupervisedCheckpointSection()
     workers: WorkersSection = WorkersSection()
     quality: QualitySection | None = None
     """Measured after every tuning when given."""
