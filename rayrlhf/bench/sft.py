@@ -93,7 +93,7 @@ def _run_ours(written: list[str], precision: Precision, packing: bool, steps: in
         batch_size=None if packing else BATCH,
         batch_tokens=BATCH * MAX_LENGTH if packing else None,
         # Small micro-batches of like lengths need little padding; packs have none, and the larger the better.
-        micro_batch_tokens=4096 if packing else MAX_LENGTH,
+        micro_batch_tokens=4096 if packing else 2 * MAX_LENGTH,
     )
     data = SupervisedDataSection(train=SupervisedDatasetSection(path="made"), max_length=MAX_LENGTH)
     config = SFTConfig(model=ModelSection(path=MODEL, dtype=precision), data=data, train=train)

@@ -47,7 +47,7 @@ class TrainEngine:
         self._device = training_device()
         network = build_network(spec.model, spec.heads, spec.head_init, spec.seed, head_bias=spec.head_bias)
         network.noise_alpha = spec.noise_alpha
-        if spec.packing:
+        if spec.packing or spec.targets_only:
             network.accept_packed_rows()
         self._network = network.to(self._device)
         optimizer = build_optimizer(self._network.parameters(), spec.train.optimizer, spec.learning_rate)
@@ -198,7 +198,7 @@ def _remember_frozen_layers(network: Network, spec: TrainEngineSpec) -> None:
         lora is not None
         and lora.last_layers is not None
         and spec.train.zero_stage < 3
-        and not (spec.packing or spec.noise_alpha)
+        and not (spec.packing or spec.targets_only or spec.noise_alpha)
         and not spec.model.gradient_checkpointing
     ):
         network.remember_frozen_layers(network.model.config.num_hidden_layers - lora.last_layers)

@@ -5,10 +5,13 @@ length, which is what transformers makes of positions that restart. It takes the
 reads the restarts itself, and models with a window on their attention keep the mask of transformers.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rayrlhf.models.block_attention import LONGEST, block_attention
 
 NAME = "rayrlhf_segments"
 """Under which transformers knows the function."""
@@ -44,13 +47,22 @@ def _segment_attention(
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of [B, heads, T, d]; a row of several segments has B = 1. `segments` missing is a bug of the model."""
+    if segments is None:
+        return _attention(module, query, key, value, rest), None
+    split = (torch.split(tensor, segments, dim=2) for tensor in (query, key, value))
+    return torch.cat([_attention(module, q, k, v, rest) for q, k, v in zip(*split, strict=True)], dim=1), None
+
+
+def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, rest: Mapping[str, Any]) -> Tensor:
+    """Attention of whole sequences, [B, L, heads, d]."""
+    scaling = rest.get("scaling")
+    fits = value.dtype == torch.bfloat16 and query.device.type == "cpu" and query.shape[2] <= LONGEST
+    if fits and not rest.get("dropout"):
+        return block_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if segments is None:
-        output, _ = sdpa_attention_forward(module, query, key, value, None, **rest)
-        return output, None
-    parts = zip(*(torch.split(tensor, segments, dim=2) for tensor in (query, key, value)), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *part, None, **rest)[0] for part in parts], dim=1), None
+    output: Tensor = sdpa_attention_forward(module, query, key, value, None, **rest)[0]
+    return output
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -62,7 +62,8 @@ def train_loop(settings: dict[str, Any]) -> None:
 class _Worker:
     def __init__(self, job: TuningJob) -> None:
         self._job, self._task, self._config = job, job.task, job.task.config
-        os.chdir(job.working_folder)
+        if job.working_folder.is_dir():  # on the driver's node, or one that shares its disk
+            os.chdir(job.working_folder)
         torch.set_num_threads(job.threads)
         self._rank, self._ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         torch.manual_seed(self._config.run.seed * self._ranks + self._rank)
