@@ -36,8 +36,10 @@ def run(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False
     """Tune, score, select, relabel, and tune again from the base; the same command resumes what was interrupted."""
     loaded = _load(config, overrides)
     if dry_run:
+        from rayrlhf.presft.check import check_presft
         from rayrlhf.presft.describe import describe
 
+        check_presft(loaded)
         typer.echo(describe(loaded))
         return
     from rayrlhf.presft.run import run_presft

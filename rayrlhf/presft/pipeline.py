@@ -69,6 +69,7 @@ def run_pipeline(
         DeadlineError: nothing moved for too long.
     """
     import ray
+    import ray.data.exceptions
 
     missing = sorted(set(source.indices()) - set(target.indices()))
     target.clear_leftovers()
@@ -86,7 +87,7 @@ def run_pipeline(
             _raise_cause(error)
         except INFRASTRUCTURE_ERRORS as error:
             raise ActorLostError(f"a stage lost its process too often: {_first_line(error)}") from error
-        except TimeoutError as error:
+        except ray.data.exceptions.ExecutionTimeoutError as error:
             raise DeadlineError(f"no part was finished within {limits.stall_seconds:.0f} s: {_first_line(error)}") from error
 
 
@@ -164,7 +165,8 @@ def _data_context(limits: Limits) -> Iterator[None]:
         "enable_progress_bars": False,
         "execution_no_progress_timeout_s": limits.stall_seconds,
         "max_consecutive_actor_init_deaths": limits.max_restarts + 1,
-        "raise_original_map_exception": False,
+        # Else an error arrives as text, and a user's mistake could not be told from a bug.
+        "raise_original_map_exception": True,
     }
     before = {name: getattr(context, name) for name in changed}
     resource_limits = context.execution_options.resource_limits

@@ -50,9 +50,7 @@ def _round(figures: dict[str, Any], view: RoundView, several: bool) -> Iterator[
     yield Heading(f"{prefix}What the model had learned")
     cut = figures.get("selection", {}).get("score")
     yield Chart(
-        histogram(
-            view.counts, view.edges, title="Pairs by score", x="sentence BLEU", y="pairs", mark=cut
-        ),
+        histogram(view.counts, view.edges, title="Pairs by score", x="sentence BLEU", y="pairs", mark=cut),
         f"{figures['rows']:,} pairs by BLEU between the dataset's response and the model's own."
         + (f" Pairs left of the line at {cut:.1f} struggle." if cut is not None else ""),
     )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.presft import PreSFTConfig
 from rayrlhf.errors import UserError
+from rayrlhf.presft.check import check_presft
 from rayrlhf.presft.dataset import repair, write_dataset
 from rayrlhf.presft.datasheet import write_datasheet
 from rayrlhf.presft.folder import open_presft
@@ -223,6 +224,7 @@ def _running(config: PreSFTConfig) -> Iterator[Run]:
     from rayrlhf.actors.connection import connected
     from rayrlhf.observe.live import LiveView
 
+    check_presft(config)
     view = LiveView(f"rayrlhf presft {config.run.name}", live=False)
     with open_presft(config):
         run = Run(config, Layout(config.run.folder), PartProgress(view))

@@ -72,3 +72,16 @@ def test_a_wrong_setting_is_named(overrides, message):
 )
 def test_the_plan_says_what_will_be_done(tmp_path, overrides, line):
     assert line in describe(presft_config(tmp_path, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["relabel.verifier.functions=[{name: gsm8q}]"], "did you mean 'gsm8k'"),
+        (["quality.data.path=h.jsonl", "quality.verifier.functions=[{name: no.module:f}]"], "no.module"),
+    ],
+)
+def test_what_would_fail_in_another_process_fails_before_one_is_started(tmp_path, overrides, message):
+    shown = CliRunner().invoke(app, [write_config(tmp_path), "--dry-run", *overrides])
+    assert isinstance(shown.exception, UserError)
+    assert message in str(shown.exception)

@@ -1,12 +1,17 @@
 """Rows in, scores, decisions and a repaired dataset out, through real stages on Ray."""
 
+import os
+import time
+
 import pyarrow.parquet as pq
 import pytest
 import sacrebleu
 
+from rayrlhf.errors import ActorLostError, DeadlineError, UserError
 from rayrlhf.presft.dataset import repair, write_dataset
 from rayrlhf.presft.intake import take_in
 from rayrlhf.presft.layout import Layout
+from rayrlhf.presft.pipeline import Limits, Pool, run_pipeline
 from rayrlhf.presft.selection import Cut
 from rayrlhf.presft.steps import Sampled, read_cut, relabel_pairs, score_pairs, select_pairs
 from tests.presft.runs import MODEL, presft_config
@@ -81,3 +86,44 @@ def test_struggling_pairs_alone_are_sampled_anew(tmp_path):
         assert row["struggling"] == struggling
         assert len(row["candidates"]) == (3 if struggling else 0)
         assert (row["new_tokens"] > 0) == struggling
+
+
+class Refuser:
+    def __call__(self, table):
+        raise UserError(f"row {table.column('row')[0].as_py()}: not like this")
+
+
+class Broken:
+    def __call__(self, table):
+        return table.column("no such column")
+
+
+class Stuck:
+    def __call__(self, table):
+        time.sleep(60)
+        return table
+
+
+class Dying:
+    def __call__(self, table):
+        os._exit(1)
+
+
+@pytest.mark.parametrize(
+    ("worker", "error", "message"),
+    [
+        (Refuser, UserError, "row 0: not like this"),
+        (Broken, KeyError, "no such column"),
+        (Stuck, DeadlineError, "no part was finished within 6 s"),
+        (Dying, ActorLostError, "lost its process too often"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_goes_wrong_in_a_stage_arrives_as_what_it_is(tmp_path, worker, error, message):
+    config = presft_config(tmp_path, "probe.response_field=answer", count=4)
+    layout = Layout(tmp_path / "run")
+    take(config, layout)
+    pool = Pool("stage", worker, (), 1, 0.5)
+    with pytest.raises(error, match=message):
+        run_pipeline(layout.rows, layout.round(1).scores, [pool], Limits(1, 6.0), lambda _: None)
+    assert layout.round(1).scores.indices() == []
