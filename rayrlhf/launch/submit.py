@@ -23,6 +23,7 @@ def connect(address: str | None) -> Any:
     Raises:
         UserError: no address, nobody answers there, or the cluster wants another token.
     """
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS")
@@ -34,8 +35,10 @@ def connect(address: str | None) -> Any:
         return JobSubmissionClient(address)
     except ConnectionError as error:
         raise UserError(f"{address}: no answer from a Ray dashboard; is the tunnel or port-forward open?") from error
+    except AuthenticationError as error:
+        raise UserError(f"{address}: {_refusal(error.message)}") from error
     except RuntimeError as error:
-        raise _refused(address, error) from error
+        raise UserError(f"{address}: {_first_line(error)}") from error
 
 
 def run_job(
@@ -126,14 +129,11 @@ def _reason(client: Any, name: str) -> str:
     return message.strip().splitlines()[0]
 
 
-def _refused(address: str, error: RuntimeError) -> UserError:
-    text = str(error)
-    if "401" in text or "Unauthenticated" in text or "403" in text or "Unauthorized" in text:
-        code = "403, the token is not the cluster's" if "403" in text else "401, it wants a token"
-        return UserError(
-            f"{address}: refused ({code}); set RAY_AUTH_MODE=token and put the cluster's token into RAY_AUTH_TOKEN_PATH's file"
-        )
-    return UserError(f"{address}: {_first_line(error)}")
+def _refusal(text: str) -> str:
+    """What a cluster's refusal means, and what to do."""
+    wrong = text.startswith("Authentication failed")
+    code = "403: the token is not the cluster's" if wrong else "401: the cluster wants a token"
+    return f"refused with {code}; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file that holds the cluster's token"
 
 
 def _first_line(error: Exception) -> str:

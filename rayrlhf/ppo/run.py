@@ -25,6 +25,7 @@ from rayrlhf.models.load import load_architecture, load_tokenizer
 from rayrlhf.observe.live import LiveView
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.checkpoint import Checkpointer
+from rayrlhf.ppo.cluster_metrics import ClusterMetrics
 from rayrlhf.ppo.loop import RunLoop
 from rayrlhf.ppo.recorder import GIB, Recorder
 from rayrlhf.ppo.stopping import stop_requests
@@ -96,8 +97,9 @@ def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResul
             crew.build(config.deadlines.start)
         sampler = PromptSampler(train_prompts, seed=config.run.seed, shuffle=config.data.shuffle)
         care = stack.enter_context(watched(config, crew, recorder.recovery))
+        gauges = ClusterMetrics(config.run.name)
         trainer = PPOTrainer(
-            config, crew, sampler, evaluation_prompts, recorder.timer, callbacks=[recorder, *callbacks], care=care
+            config, crew, sampler, evaluation_prompts, recorder.timer, callbacks=[recorder, gauges, *callbacks], care=care
         )
         checkpointer = Checkpointer(
             recorder.folder.checkpoints, crew, config.checkpoint, fingerprint(config), config.deadlines.update

@@ -1,0 +1,71 @@
+"""The Grafana dashboard and the alert rules use names that runs really export."""
+
+import json
+import re
+import shutil
+import subprocess
+import urllib.request
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+
+from rayrlhf.ppo.cluster_metrics import OTHER_GAUGES, STEP_GAUGES, ClusterMetrics
+
+FOLDER = Path(__file__).parent.parent.parent / "cluster" / "grafana"
+NAME = re.compile(r"\bray_(rayrlhf_\w+)")
+
+
+def used(path):
+    return set(NAME.findall(path.read_text()))
+
+
+def test_the_dashboard_and_the_alerts_use_only_names_that_exist_and_every_name_is_shown():
+    exported = {*STEP_GAUGES, *OTHER_GAUGES}
+    assert used(FOLDER / "dashboard.json") == exported
+    assert used(FOLDER / "alerts.yaml") <= exported
+
+
+def test_panels_do_not_overlap_and_every_alert_says_what_to_do():
+    panels = json.loads((FOLDER / "dashboard.json").read_text())["panels"]
+    cells = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels]
+    assert len(set(cells)) == len(cells)
+    (group,) = yaml.safe_load((FOLDER / "alerts.yaml").read_text())["groups"]
+    for rule in group["rules"]:
+        assert {"summary", "action"} <= set(rule["annotations"])
+
+
+def test_promtool_accepts_scrape_configuration_and_rules():
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian: apt install prometheus)")
+    checked = subprocess.run([promtool, "check", "config", FOLDER / "prometheus.yaml"], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "4 rules found" in checked.stdout + checked.stderr
+
+
+@pytest.mark.slow
+def test_a_nodes_metrics_port_shows_the_gauges_with_the_runs_name(tmp_path):
+    import time
+
+    from ray._common.network_utils import find_free_port
+
+    port = find_free_port()
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, _metrics_export_port=port)
+    try:
+        metrics = ClusterMetrics("my-run")
+        step = {key: 0.5 for key, _ in STEP_GAUGES.values()}
+        metrics.on_step_end(7, step, None)
+        end, text = time.monotonic() + 40, ""
+        while "rayrlhf_step" not in text and time.monotonic() < end:
+            time.sleep(1)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+                text = reply.read().decode()
+        shown = {match for match in NAME.findall(text) if 'run="my-run"' in text}
+        assert {*STEP_GAUGES, "rayrlhf_step", "rayrlhf_last_step_timestamp_seconds"} <= shown
+        (line,) = [line for line in text.splitlines() if line.startswith("ray_rayrlhf_step{")]
+        assert 'run="my-run"' in line
+        assert line.endswith(" 7.0")
+    finally:
+        ray.shutdown()
