@@ -45,6 +45,16 @@ def test_promtool_accepts_scrape_configuration_and_rules():
     assert "4 rules found" in checked.stdout + checked.stderr
 
 
+def test_alerts_fire_for_their_trouble_and_not_for_a_healthy_run(tmp_path):
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian: apt install prometheus)")
+    cases = Path(__file__).with_name("alerts.test.yaml").read_text().replace("ALERTS", str(FOLDER / "alerts.yaml"))
+    (tmp_path / "cases.yaml").write_text(cases)
+    tested = subprocess.run([promtool, "test", "rules", tmp_path / "cases.yaml"], capture_output=True, text=True)
+    assert tested.returncode == 0, tested.stdout + tested.stderr
+
+
 @pytest.mark.slow
 def test_a_nodes_metrics_port_shows_the_gauges_with_the_runs_name(tmp_path):
     import time

@@ -55,6 +55,26 @@ def test_colocated_roles_share_the_device_of_their_rank(folder):
         assert [place.devices for place in places(config, role)] == [(device,) for device in range(8)]
 
 
+def test_roles_with_labels_keep_to_nodes_of_their_own_and_others_sit_anywhere(folder):
+    labels = ["placement.policy.labels={rayrlhf/role: train}", "placement.rollout_labels={rayrlhf/role: rollout}"]
+    config = ppo(folder / "7b", DISAGGREGATED, *labels)
+    assert {place.node for place in places(config, "policy")} == {0}
+    assert {place.node for place in places(config, "rollout")} == {1}
+    assert {place.node for place in places(config, "critic")} == {0}
+    assert make_plan(config, MACHINE).groups["policy"].labels == {"rayrlhf/role": "train"}
+
+
+@pytest.mark.parametrize("key", ["placement.policy.labels", "placement.rollout_labels"])
+def test_labels_are_refused_where_roles_share_bundles(folder, key):
+    with pytest.raises(UserError, match="disaggregated"):
+        ppo(folder / "7b", f"{key}={{rayrlhf/role: train}}")
+
+
+def test_a_bundle_larger_than_any_node_is_refused_before_a_cluster_would_wait_for_it(folder):
+    with pytest.raises(UserError, match=r"up to 32 CPUs .*node 1: 16 CPUs"):
+        plan_run(ppo("builtin:tiny"), NodeSection(count=2, cpus=16))
+
+
 def test_a_group_that_must_stay_together_and_cannot_is_refused_with_what_is_left():
     seats = {"rollout": (Seat("rollout-0", (0, 1, 2), 1.0, 1.0, 1),)}
     plan = ResourcePlan({"rollout-0": GroupPlan("STRICT_PACK", ({"CPU": 1.0, "GPU": 1.0},) * 3)}, seats, overlap=False)
