@@ -130,16 +130,18 @@ def _dataset(source: PartFolder, target: PartFolder, missing: list[int], stages:
     dataset = task(read, ray.data.from_items([{PART: part} for part in missing], override_num_blocks=len(missing)))
     for stage in stages:
         dataset = (
-            _pooled(stage, dataset, limits) if isinstance(stage, Pool) else task(partial(_with_part, stage=stage), dataset)
+            _pooled(stage, dataset, min(stage.size, len(missing)), limits)
+            if isinstance(stage, Pool)
+            else task(partial(_with_part, stage=stage), dataset)
         )
     return task(write, dataset)
 
 
-def _pooled(pool: Pool, dataset: Any, limits: Limits) -> Any:
+def _pooled(pool: Pool, dataset: Any, size: int, limits: Limits) -> Any:
     import ray
 
     # One part in work and one waiting: more would only be handed out again if the process died.
-    compute = ray.data.ActorPoolStrategy(size=pool.size, max_tasks_in_flight_per_actor=2)
+    compute = ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2)
     hidden = {} if pool.gpus else {"CUDA_VISIBLE_DEVICES": ""}
     return dataset.map_batches(
         _Worker,

@@ -1,6 +1,7 @@
 """Probes are scored as configured, and a dataset that is mostly unusable costs no process."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -62,7 +63,7 @@ def test_too_many_bad_rows_stop_the_run_before_anything_is_started(tmp_path, mon
 
     monkeypatch.setattr("rayrlhf.actors.connection.connected", refuse)
     config = presft_config(tmp_path)
-    with open(config.data.path, "a") as file:
+    with Path(config.data.path).open("a") as file:
         file.write('{"prompt": "without completion"}\n' * 5)
     with pytest.raises(UserError, match="5 of 55 rows are unusable"):
         run.run_presft(config)
