@@ -27,6 +27,15 @@ def test_the_dashboard_and_the_alerts_use_only_names_that_exist_and_every_name_i
     assert used(FOLDER / "alerts.yaml") <= exported
 
 
+def test_gauges_take_a_step_and_leave_out_what_it_did_not_measure():
+    metrics = ClusterMetrics("run")
+    shown = {}
+    metrics._set = lambda name, value: shown.__setitem__(name, value)
+    metrics.on_step_end(3, {"objective/scores": 0.5, "time/step": 2.0, "something/else": 1.0}, None)
+    assert shown.pop("rayrlhf_last_step_timestamp_seconds") > 1e9
+    assert shown == {"rayrlhf_score": 0.5, "rayrlhf_step_seconds": 2.0, "rayrlhf_step": 3}
+
+
 def test_panels_do_not_overlap_and_every_alert_says_what_to_do():
     panels = json.loads((FOLDER / "dashboard.json").read_text())["panels"]
     cells = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels]
