@@ -20,6 +20,7 @@ from rayrlhf.presft.quality import measure_quality
 from rayrlhf.presft.report import write_report
 from rayrlhf.presft.steps import Sampled, read_cut, relabel_pairs, score_pairs, select_pairs
 from rayrlhf.presft.tune import MERGED, sft_config, tuned_model
+from rayrlhf.tuning.result import read_result
 
 Step = Literal["score", "select", "relabel", "tune"]
 STEPS: tuple[Step, ...] = ("score", "select", "relabel", "tune")
@@ -171,7 +172,7 @@ class Run:
 
         config, layout = self.config, self.layout
         folder = layout.tuned(number)
-        if not (folder / "export").is_dir():
+        if read_result(folder) is None:
             held_out = self._held_out_dataset() if config.quality is not None else None
             train_sft(sft_config(config, folder, dataset, held_out, longest=self._longest()))
         if config.model.lora is not None and not (folder / MERGED).is_dir():
