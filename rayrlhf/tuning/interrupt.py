@@ -4,26 +4,33 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from rayrlhf.errors import StoppedError
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Turn the exits that the handlers of Ray and Ray Train make into a `StoppedError`.
+    """Turn a request to stop into a `StoppedError`. Enter it after `ray.init`, whose own handler of SIGTERM aborts the process.
 
-    Ray leaves the process with `SystemExit` on SIGTERM; Ray Train ends the run and does the same on Ctrl-C, and leaves its
-    handler in place.
+    Ray Train takes Ctrl-C for itself: it ends the run, leaves by `SystemExit`, and leaves its handler in place.
 
     Raises:
         StoppedError: the run was asked to stop; its last committed checkpoint is there to go on from.
     """
     main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    if main:
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as error:
         raise StoppedError("stopped as asked; the same command goes on from the last checkpoint") from error
     finally:
         if main:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -19,7 +19,7 @@ from tests.tuning.runs import sft_config
 TOLERANCE = 1e-5
 STEPS, EVERY, KILL_AFTER = 160, 20, 50
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
+pytestmark = pytest.mark.usefixtures("cluster")
 
 
 def losses(folder):
@@ -45,7 +45,9 @@ def kill_one_after(folder, step, killed):
     os.kill(train_workers()[0], signal.SIGKILL)
 
 
-@pytest.mark.parametrize("workers", [2, "[1, 2]"])
+@pytest.mark.parametrize(
+    "workers", [pytest.param(2, marks=pytest.mark.slow), pytest.param("[1, 2]", marks=pytest.mark.nightly)]
+)
 def test_a_run_that_lost_a_worker_ends_with_the_losses_of_an_undisturbed_one(tmp_path, workers):
     settings = [f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "evaluation.generations=0", f"workers.count={workers}"]
     quiet, disturbed = (sft_config(tmp_path, *settings, f"run.name={name}") for name in ("quiet", "disturbed"))
@@ -61,6 +63,7 @@ def test_a_run_that_lost_a_worker_ends_with_the_losses_of_an_undisturbed_one(tmp
     assert result.metrics["evaluation/loss"] == pytest.approx(expected.metrics["evaluation/loss"], abs=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_asked_to_stop_goes_on_when_it_is_started_again(tmp_path):
     settings = [f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "evaluation.generations=0"]
     config = sft_config(tmp_path, *settings, "run.name=stopped", "train.learning_rate=1e-4")
