@@ -2,14 +2,14 @@
 # Runs before a pod goes (preStop), within its grace period. The token comes from the environment, as for every Ray process.
 #   before-stop.sh head    asks every running job to stop and waits until it wrote its checkpoint
 #   before-stop.sh worker  stays as long as the head is there, because the checkpoint needs the actors on this node
-set -uo pipefail
+set -u
 case "${1:-}" in
   head)
     export RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265
     ray job list 2> /dev/null | grep -oE "submission_id='[^']+'" | cut -d "'" -f 2 | sort -u | while read -r job; do
-      if ray job status "$job" 2> /dev/null | grep -q RUNNING; then
-        ray job stop "$job"
-      fi
+      case "$(ray job status "$job" 2> /dev/null)" in
+        *RUNNING*) ray job stop "$job" ;;
+      esac
     done
     ;;
   worker)

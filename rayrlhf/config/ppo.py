@@ -116,7 +116,7 @@ class PPOConfig(Section):
     def _enough_replicas(self) -> Self:
         if self.recovery.min_replicas > self.rollout.replicas:
             raise ValueError(
-                f"recovery.min_replicas {self.recovery.min_replicas} is more than the {self.rollout.replicas} of rollout.replicas"
+                f"recovery.min_replicas {self.recovery.min_replicas} is more than rollout.replicas {self.rollout.replicas}"
             )
         return self
 

@@ -63,7 +63,7 @@ _BODY_START = [
     "export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600",
 ]
 _BODY_ADDRESS = [
-    'head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+    'head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | awk "NR == 1")',
     "head_address=$(srun --nodes=1 --ntasks=1 --nodelist=\"$head_node\" hostname -I | awk '{print $1}')",
 ]
 _BODY_END = [
@@ -71,12 +71,16 @@ _BODY_END = [
     "# Only the driver is signalled: it writes a checkpoint with the help of all actors, which must not end before it.",
     "# shellcheck disable=SC2329",
     "ask_to_stop() {",
+    "  interrupted=1",
     '  srun --overlap --nodes=1 --ntasks=1 --nodelist="$head_node" pkill -TERM -u "$USER" -f "bin/rayrlhf ppo" || true',
     "}",
     "trap ask_to_stop TERM",
-    "status=0",
-    'while kill -0 "$run" 2> /dev/null; do',
-    '  wait "$run" && status=0 || status=$?',
+    "# A signal ends `wait` early; then the run's own status is still to come.",
+    "interrupted=1",
+    'while [[ "$interrupted" == 1 ]]; do',
+    "  interrupted=0",
+    "  status=0",
+    '  wait "$run" || status=$?',
     "done",
     "# 75: the run was stopped and can be resumed by the same command.",
     'if [[ "$status" == 75 ]]; then',
