@@ -1,6 +1,7 @@
 """What all tests share: no network, no telemetry, and Ray as a user's machine would run it, but without a token in HOME."""
 
 import os
+import signal
 
 from hypothesis import settings
 
@@ -12,3 +13,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # are drawn every time, so that a change is judged by what it changes; elsewhere every run looks at new ones.
 settings.register_profile("rayrlhf", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("rayrlhf")
+
+# A shell that runs the tests in the background lets them ignore Ctrl-C, and what they start inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,6 +1,7 @@
 """Joining and leaving the process group of a role: a `torch.distributed` world of its own."""
 
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -38,6 +39,9 @@ def join(spec: ProcessGroupSpec) -> None:
     """
     if torch.distributed.is_initialized():
         raise ValueError("this process has joined a process group already")
+    if "deepspeed.utils.groups" in sys.modules:
+        # It remembers the groups of a world that somebody has left, and would ask them.
+        vars(sys.modules["deepspeed.utils.groups"])["_WORLD_GROUP"] = None
     # DeepSpeed and the launchers it imitates read the place from the environment.
     os.environ.update(
         RANK=str(spec.rank),

@@ -9,11 +9,12 @@ file registers more with `@register("name")`.
 import difflib
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, TypeVar
 
 from rayrlhf.errors import UserError
@@ -92,6 +93,13 @@ def import_files(files: Iterable[Path]) -> None:
         import_file(file)
 
 
+class _FromSource(importlib.machinery.SourceFileLoader):
+    """Compiles the file as it is now: Python's cache goes by size and whole seconds, and would lie beside the user's file."""
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def import_file(path: Path) -> ModuleType:
     """Import a Python file under a private name made of its path and content: once while unchanged, again after an edit.
 
@@ -104,7 +112,9 @@ def import_file(path: Path) -> ModuleType:
     private_name = f"_rayrlhf_reward_file_{digest}"
     if private_name in sys.modules:
         return sys.modules[private_name]
-    spec = importlib.util.spec_from_file_location(private_name, path.resolve())
+    spec = importlib.util.spec_from_file_location(
+        private_name, path.resolve(), loader=_FromSource(private_name, str(path.resolve()))
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -34,14 +34,18 @@ START_TOLERANCE = 2e-6
 MODERN_TOLERANCE = 1.2e-6
 DRIFT = {
     "base_kl_adaptive": (4e-6, 5e-7),
-    "adam_default": (5e-6, 5e-6),
+    "adam_default": (5e-6, 1e-5),
     "mse_fixed_accum_gamma": (1e-5, 1e-6),
     "full_gpt2_scale_only": (4e-6, 5e-7),
     "early_stop": (1e-3, 5e-3),
 }
 """(log-probs and values, weights) after up to eight optimizer steps. Changing the start weights by one unit in the last place
 moves the results by as much, so no closer agreement can be asked of another order of operations; `early_stop` learns at rate 1.
+In `adam_default` one weight of 4,160 has a gradient as small as Adam's epsilon and differs by 1e-7 to 5e-6 from processor to
+processor; `BULK_TOLERANCE` holds the rest.
 """
+BULK_TOLERANCE = 1e-6
+"""99.9 % of the weights, where the learning rate is one that anybody would use."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -129,11 +133,11 @@ def plan_of(permutations: Sequence[Sequence[int]], size: int, epochs: int) -> Up
     return UpdatePlan([[order[start : start + size] for start in range(0, len(order), size)] for order in orders])
 
 
-def flat_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+def flat_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], quantile: float = 1.0) -> float:
     missing = set(expected) - set(found)
     assert set(found) <= set(expected)
     assert missing <= {"lm_head.weight"}, "only a tied output layer has no weights of its own"
-    return max(float((found[name] - expected[name]).abs().max()) for name in found)
+    return max(float((found[name] - expected[name]).abs().flatten().quantile(quantile)) for name in found)
 
 
 def check_scores(engine: TrainEngine, step: ClassicStep, sequences: Sequence[TokenSequence], tolerance: float) -> None:
@@ -180,6 +184,8 @@ def test_two_classic_steps_replay_forwards_gradients_norms_and_weights(name: str
             assert flat_error(gradients, step.first_gradients) <= START_TOLERANCE
     found = weights_of(engine) | {f"v_head.{key}": value for key, value in engine._network.v_head.state_dict().items()}
     assert flat_error(found, case.steps[-1].weights_after) <= weight_tolerance
+    if name != "early_stop":
+        assert flat_error(found, case.steps[-1].weights_after, quantile=0.999) <= BULK_TOLERANCE
 
 
 def modern_engine(case: ModernCase, folder: Path, role: str) -> TrainEngine:

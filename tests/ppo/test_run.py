@@ -139,7 +139,7 @@ def test_two_policy_ranks_with_a_shared_critic_and_adapters_run_without_vllm(tmp
     )
     watch = Watch()
     train_ppo(config, [watch])
-    assert watch.names == {f"ppo/{name}" for name in ("policy/0", "policy/1", "reward/0", "rollout/0", "rollout/1")}
+    assert set(watch.actors) == {f"ppo/{name}" for name in ("policy/0", "policy/1", "reward/0", "rollout/0", "rollout/1")}
     (row,) = (row for row in read_metrics(config.run.folder) if "lr" in row)
     assert row["sampling/sampling_logp_difference/mean"] < 1e-3
 

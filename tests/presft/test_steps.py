@@ -124,6 +124,7 @@ def test_what_goes_wrong_in_a_stage_arrives_as_what_it_is(tmp_path, worker, erro
     layout = Layout(tmp_path / "run")
     take(config, layout)
     pool = Pool("stage", worker, (), 1, 0.5)
+    limits = Limits(1, 6.0 if worker is Stuck else 60.0)
     with pytest.raises(error, match=message):
-        run_pipeline(layout.rows, layout.round(1).scores, [pool], Limits(1, 6.0), lambda _: None)
+        run_pipeline(layout.rows, layout.round(1).scores, [pool], limits, lambda _: None)
     assert layout.round(1).scores.indices() == []
