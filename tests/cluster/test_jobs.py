@@ -23,7 +23,7 @@ RUN = {
     "run": {"name": "job", "steps": STEPS},
     "model": {"path": "builtin:tiny?layers=1&hidden=64&context=64", "dtype": "float32"},
     "critic": {"kind": "shared"},
-    "reward": {"functions": [{"name": "length"}]},
+    "reward": {"functions": [{"name": "length", "arguments": {"soft_limit": 1, "hard_limit": 4}}]},
     "data": {"train": {"path": "prompts.jsonl"}},
     "rollout": {"backend": "transformers", "prompts_per_step": 8, "max_new_tokens": 4, "max_model_length": 64},
     "algorithm": {"kl": {"coefficient": 0}},
