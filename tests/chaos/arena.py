@@ -96,16 +96,16 @@ class Job:
         raise AssertionError(f"step {step} was not reached within {seconds} s:\n{self.log[-3000:]}")
 
     def hurt(self, role, kind=signal.SIGKILL, seconds=60):
-        """Send a signal to one process of a role (or to the driver), as soon as there is one."""
+        """Send a signal to one process of a role (or to the driver), as soon as there is one; returns its number."""
         if role == "driver":
             self.driver.send_signal(kind)
-            return
+            return self.driver.pid
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.driver.poll() is None:
             found = self.actors(role)
             if found:
                 found[-1].send_signal(kind)
-                return
+                return found[-1].pid
             time.sleep(0.2)
         raise AssertionError(f"no process of the {role}:\n{self.log[-3000:]}")
 
@@ -113,11 +113,6 @@ class Job:
 def repeatable(row):
     """The part of a step's metrics that two runs must agree on bit for bit."""
     return {name: value for name, value in row.items() if not name.startswith(NOT_REPEATABLE)}
-
-
-def alive(processes):
-    """Those of some processes that still run; a zombie or a new process with an old number does not count."""
-    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
 def shared_memory(processes):

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import statistics
 import time
@@ -45,13 +46,15 @@ def run_pair(folder, steps, hurts, seconds, *overrides):
     assert twin.wait(seconds) == 0, twin.log[-3000:]
     victim = Job(folder / "victim", *settings).start()
     step_seconds = statistics.median(row["time/step"] for row in twin.steps())
+    hurt = {}
     for index, (role, kind) in enumerate(hurts):
         if not victim.wait_for_step(1 + index * (steps - 2) // len(hurts), seconds):
             break
         time.sleep(generator.random() * step_seconds)
-        victim.hurt(role, kind)
+        hurt[role, kind] = victim.hurt(role, kind)
         if role == "driver" and victim.wait(60) != 0:
             victim.start()
+    victim.hurt_processes = hurt
     code = victim.wait(seconds)
     return twin, victim, code
 
@@ -92,7 +95,8 @@ def test_a_stopped_replica_is_found_within_its_deadline_and_named_with_process_a
     _, victim, _ = pair
     hung = [event["reason"] for event in read_journal(victim.folder) if event["event"] == "hung"]
     assert len(hung) == 1
-    assert "ppo/rollout/1 (process " in hung[0]
+    process = victim.hurt_processes["rollout", signal.SIGSTOP]
+    assert re.search(rf"ppo/rollout/\d \(process {process} on node ", hung[0])
     assert "no answer to a ping for 8 s; the process is ended" in hung[0]
 
 

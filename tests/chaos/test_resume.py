@@ -3,10 +3,11 @@
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from rayrlhf.observe.samples import read_samples
-from tests.chaos.arena import Job, alive, repeatable, shared_memory
+from tests.chaos.arena import Job, repeatable, shared_memory
 
 SETTINGS = [
     "rollout.backend=transformers",
@@ -82,6 +83,7 @@ def test_sigterm_ends_with_code_75_a_line_that_says_how_to_go_on_and_a_checkpoin
 def test_nothing_of_a_killed_driver_is_left_alive_or_in_shared_memory(resumed):
     processes, shared = resumed.left
     assert processes
-    assert alive(processes) == []
+    # Ray's own agents look for their raylet about once a minute; everything of ours is gone within seconds.
+    assert psutil.wait_procs(processes, timeout=90)[1] == []
     assert shared_memory(processes) == set()
     assert not [path for path in shared if Path(path).exists()]
