@@ -50,13 +50,14 @@ class AdvantageSection(Section):
     """From token rewards and values to advantages and returns."""
 
     estimator: str = "gae"
-    """A name in `rayrlhf.algorithms.advantages.ADVANTAGE_ESTIMATORS`."""
+    """A name in `rayrlhf.algorithms.advantages.ADVANTAGE_ESTIMATORS`; all but gae do without a critic."""
     gamma: float = Field(1.0, ge=0, le=1)
-    """Discount per token."""
+    """Discount per token; of no use to grpo, dr_grpo and rloo, which give a response one advantage."""
     lam: float = Field(0.95, ge=0, le=1)
-    """Between one-step differences (0) and whole returns (1), Schulman et al. 2016."""
-    whiten: bool = True
-    """Shift and scale advantages to mean 0 and variance 1 over all samples of the step."""
+    """Between one-step differences (0) and whole returns (1), Schulman et al. 2016; only gae has a use for it."""
+    whiten: bool | None = None
+    """Shift and scale advantages to mean 0 and variance 1 over all samples of the step. When not given, gae, reinforce++ and
+    reinforce++-baseline do and the others do not."""
     skip_masked: bool = True
     """Bootstrap across tool or environment tokens; false treats them as steps of value 0 (TRL classic)."""
 

@@ -40,6 +40,7 @@ class CriticSection(Section):
     """The value function: its own model, a head on the policy's trunk, or none."""
 
     kind: Literal["separate", "shared", "none"] = "separate"
+    """`none` where the whole section is left out and the advantage estimator reads no values."""
     model: ModelSection | None = None
     """Where a separate critic starts, for example the export of a reward model; the policy's own start when not given."""
     head_init: Literal["normal", "zero", "default"] = "zero"

@@ -97,8 +97,37 @@ class PPOConfig(Section):
 
     @model_validator(mode="after")
     def _critic_fits_the_estimator(self) -> Self:
-        if self.algorithm.advantage.estimator == "gae" and self.critic.kind == "none":
-            raise ValueError("algorithm.advantage.estimator 'gae' needs a critic: set critic.kind to 'separate' or 'shared'")
+        from rayrlhf.algorithms.advantages import ADVANTAGE_ESTIMATORS
+
+        name = self.algorithm.advantage.estimator
+        needed = ADVANTAGE_ESTIMATORS[name].critic
+        if needed and self.critic.kind == "none":
+            raise ValueError(
+                f"algorithm.advantage.estimator '{name}' needs a critic: set critic.kind to 'separate' or 'shared'"
+            )
+        if not needed and not self.critic.model_fields_set:
+            # The one default that follows another section; a section is frozen from here on.
+            object.__setattr__(self, "critic", CriticSection(kind="none"))
+        if not needed and self.critic.kind != "none":
+            raise ValueError(f"algorithm.advantage.estimator '{name}' has no use for a critic: set critic.kind to 'none'")
+        return self
+
+    @model_validator(mode="after")
+    def _samples_fit_the_estimator(self) -> Self:
+        from rayrlhf.algorithms.advantages import ADVANTAGE_ESTIMATORS
+
+        name, shaping = self.algorithm.advantage.estimator, self.algorithm.shaping
+        method, samples = ADVANTAGE_ESTIMATORS[name], self.rollout.samples_per_prompt
+        if samples < method.smallest_group:
+            raise ValueError(
+                f"algorithm.advantage.estimator '{name}' compares responses to one prompt: set rollout.samples_per_prompt to "
+                f"{method.smallest_group} or more, found {samples}"
+            )
+        if method.greedy and (shaping.scale or shaping.center):
+            raise ValueError(
+                f"algorithm.shaping.scale and center move the scores away from the greedy response's, which is the baseline of "
+                f"algorithm.advantage.estimator '{name}': switch them off"
+            )
         return self
 
     @model_validator(mode="after")

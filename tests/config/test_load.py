@@ -139,6 +139,10 @@ def test_a_wrong_value_is_one_line_that_names_key_and_expectation(minimal, overr
         ("train.mini_batch_size=48", "train.mini_batch_size 48 does not divide the 64 samples of a step"),
         ("placement.policy.ranks=100", "train.mini_batch_size 64 is smaller than placement.policy.ranks 100"),
         ("critic.kind=none", "algorithm.advantage.estimator 'gae' needs a critic"),
+        (
+            "algorithm.advantage.estimator=grpo",
+            "algorithm.advantage.estimator 'grpo' compares responses to one prompt: set rollout",
+        ),
         ("rollout.max_model_length=256", "rollout.max_model_length 256 cannot hold a prompt of 1 tokens"),
         ("evaluation.every=5", "evaluation.every 5 needs prompts in data.evaluation"),
         ("algorithm.advantage.estimator=gea", "algorithm.advantage.estimator: unknown name 'gea'; did you mean gae?"),
@@ -195,3 +199,19 @@ def test_a_key_with_two_letters_swapped_is_found_again(minimal, key, data):
     found = message_of(minimal, f"{dotted}=1")
     assert f"{dotted}: unknown key; did you mean" in found
     assert leaf in found.partition("did you mean")[2]
+
+
+def test_an_estimator_without_values_starts_no_critic_and_refuses_one(minimal):
+    grouped = ["algorithm.advantage.estimator=rloo", "rollout.samples_per_prompt=2"]
+    config = load_config(PPOConfig, minimal, grouped)
+    assert config.critic.kind == "none"
+    written = minimal.with_name("written.yaml")
+    written.write_text(dump_config(config))
+    assert load_config(PPOConfig, written) == config
+    found = message_of(minimal, *grouped, "critic.kind=shared")
+    assert found.endswith("algorithm.advantage.estimator 'rloo' has no use for a critic: set critic.kind to 'none'")
+
+
+def test_scores_of_greedy_responses_are_compared_on_one_scale(minimal):
+    found = message_of(minimal, "algorithm.advantage.estimator=remax", "algorithm.shaping.scale=true")
+    assert "which is the baseline of algorithm.advantage.estimator 'remax'" in found

@@ -1,0 +1,207 @@
+"""Estimators without a critic, against TRL 1.16's trainers where it has them, else against sums written out by hand."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rayrlhf.algorithms.advantages import ADVANTAGE_ESTIMATORS, estimate_advantages
+from rayrlhf.algorithms.estimator import AdvantageInputs
+from rayrlhf.algorithms.groups import group_moments, has_contrast
+from rayrlhf.algorithms.rewards import token_rewards
+from tests.algorithms.batches import Batch, batches
+
+GROUPED = ["grpo", "dr_grpo", "rloo"]
+WITHOUT_CRITIC = [name for name, method in ADVANTAGE_ESTIMATORS.items() if not method.critic]
+
+
+def inputs_of(batch: Batch, scores: Tensor, groups: Tensor, kl: Tensor | None = None, beta: float = 0.0) -> AdvantageInputs:
+    earned = token_rewards(kl, scores, batch.mask, beta)
+    baselines = torch.linspace(-1, 1, len(scores), dtype=torch.float64)
+    return AdvantageInputs(earned.rewards, scores, groups, batch.mask, earned.value_mask, None, baselines)
+
+
+def advantages_of(
+    name: str, inputs: AdvantageInputs, *, gamma: float = 1.0, skip_masked: bool = True, whitened: bool | None = None
+) -> Tensor:
+    result = estimate_advantages(name, inputs, gamma=gamma, lam=0.5, skip_masked=skip_masked, whitened=whitened)
+    assert result.returns is None
+    return result.advantages
+
+
+@st.composite
+def grouped(draw: st.DrawFn, *, size: int = 4) -> tuple[Batch, Tensor, Tensor]:
+    """Whole groups of `size` consecutive responses, some of which may have failed (NaN)."""
+    count = draw(st.integers(1, 3)) * size
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    lengths = torch.randint(1, 8, (count,), generator=generator)
+    scores = torch.randn(count, generator=generator, dtype=torch.float64)
+    if draw(st.booleans()):
+        scores[torch.rand(count, generator=generator) < 0.3] = torch.nan
+    return Batch(torch.arange(7) < lengths[:, None], generator), scores, torch.arange(count) // size
+
+
+@given(grouped())
+def test_grpo_and_dr_grpo_are_those_of_trls_trainer(drawn: tuple[Batch, Tensor, Tensor]) -> None:
+    from trl import GRPOTrainer
+
+    from tests.algorithms.trl_group import trl_experience
+
+    batch, scores, groups = drawn
+    for name, scale in (("grpo", "group"), ("dr_grpo", "none")):
+        theirs = trl_experience(GRPOTrainer, scores, batch.mask, batch.logprobs(), scale_rewards=scale)["advantages"]
+        ours = advantages_of(name, inputs_of(batch, scores, groups))
+        torch.testing.assert_close(ours[:, 0], theirs, atol=1e-5, rtol=1e-5)
+        assert torch.equal(ours, torch.where(batch.mask, ours[:, :1], 0.0))
+
+
+@given(grouped(), st.sampled_from([0.0, 0.3]))
+def test_rloo_is_that_of_trls_trainer_with_the_kl_in_the_reward(drawn: tuple[Batch, Tensor, Tensor], beta: float) -> None:
+    from trl import RLOOTrainer
+
+    from tests.algorithms.trl_group import trl_experience
+
+    batch, scores, groups = drawn
+    policy, reference = batch.logprobs(), batch.logprobs()
+    theirs = trl_experience(RLOOTrainer, scores, batch.mask, policy, reference=reference, beta=beta)["advantages"]
+    ours = advantages_of("rloo", inputs_of(batch, scores, groups, policy - reference, beta))
+    torch.testing.assert_close(ours[:, 0], theirs, atol=1e-5, rtol=1e-5)
+
+
+@given(grouped(), st.sampled_from(GROUPED))
+def test_the_advantages_of_a_group_sum_to_zero(drawn: tuple[Batch, Tensor, Tensor], name: str) -> None:
+    batch, scores, groups = drawn
+    first_tokens = advantages_of(name, inputs_of(batch, scores, groups))[:, 0]
+    for group in groups.unique():
+        assert abs(first_tokens[groups == group].sum()) < 1e-9
+
+
+@pytest.mark.parametrize("name", WITHOUT_CRITIC)
+def test_a_failed_response_counts_as_never_sampled(name: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    batch = Batch(torch.ones(5, 3, dtype=torch.bool), generator)
+    scores, groups = torch.tensor([1.0, torch.nan, 2.0, 4.0, 5.0]).double(), torch.tensor([0, 0, 0, 1, 1])
+    inputs = inputs_of(batch, scores, groups)
+    kept = torch.tensor([0, 2, 3, 4])
+    assert inputs.baselines is not None
+    without = AdvantageInputs(
+        inputs.rewards[kept],
+        scores[kept],
+        groups[kept],
+        batch.mask[kept],
+        inputs.value_mask[kept],
+        None,
+        inputs.baselines[kept],
+    )
+    advantages = advantages_of(name, inputs)
+    torch.testing.assert_close(advantages[kept], advantages_of(name, without))
+    assert not advantages[1].any()
+
+
+@pytest.mark.parametrize("name", [*GROUPED, "reinforce++-baseline"])
+def test_a_group_of_one_known_response_teaches_nothing(name: str) -> None:
+    batch = Batch(torch.ones(4, 2, dtype=torch.bool), torch.Generator())
+    scores = torch.tensor([3.0, torch.nan, torch.nan, torch.nan]).double()
+    inputs = inputs_of(batch, scores, torch.tensor([0, 0, 1, 1]))
+    assert not advantages_of(name, inputs, whitened=False).any()
+
+
+def test_tables_computed_by_hand() -> None:
+    # Two prompts of three and two responses; scores 1, 2, 6 and 4, 4; KL 0.5 a token at beta 0.2 costs 0.1 a token.
+    batch = Batch(torch.tensor([[1, 1], [1, 0], [1, 1], [1, 1], [1, 0]]).bool(), torch.Generator())
+    scores, groups = torch.tensor([1.0, 2.0, 6.0, 4.0, 4.0]).double(), torch.tensor([7, 7, 7, 2, 2])
+    plain = inputs_of(batch, scores, groups)
+    with_kl = inputs_of(batch, scores, groups, torch.full((5, 2), 0.5).double(), 0.2)
+    spread = 7**0.5  # of 1, 2, 6 around 3, unbiased
+    tables = {
+        "grpo": [-2 / (spread + 1e-4), -1 / (spread + 1e-4), 3 / (spread + 1e-4), 0.0, 0.0],
+        "dr_grpo": [-2.0, -1.0, 3.0, 0.0, 0.0],
+        "rloo": [1 - 4.0, 2 - 3.5, 6 - 1.5, 0.0, 0.0],
+        "reinforce": scores.tolist(),
+        "reinforce++-baseline": [-2.0, -1.0, 3.0, 0.0, 0.0],
+        "remax": [2.0, 2.5, 6.0, 3.5, 3.0],  # baselines -1, -0.5, 0, 0.5, 1
+    }
+    for name, expected in tables.items():
+        assert advantages_of(name, plain, whitened=False)[:, 0].tolist() == pytest.approx(expected, abs=1e-12), name
+    to_go = [[0.8, 0.9], [1.9, 0.0], [5.8, 5.9], [3.8, 3.9], [3.9, 0.0]]
+    assert advantages_of("reinforce", with_kl).tolist() == [pytest.approx(row, abs=1e-12) for row in to_go]
+    baseline = [3.0, 3.0, 3.0, 4.0, 4.0]
+    own = advantages_of("reinforce++-baseline", with_kl, whitened=False)
+    for row, rewards, mean in zip(own, to_go, baseline, strict=True):
+        assert row[0].item() == pytest.approx(rewards[0] - mean, abs=1e-12)
+    assert advantages_of("rloo", with_kl)[:2, 0].tolist() == pytest.approx([0.8 - (1.9 + 5.8) / 2, 1.9 - (0.8 + 5.8) / 2])
+    discounted = advantages_of("reinforce", with_kl, gamma=0.5)
+    assert discounted[0].tolist() == pytest.approx([-0.1 + 0.5 * 0.9, 0.9])
+
+
+@given(batches(), st.sampled_from(["reinforce", "remax"]), st.floats(0, 1))
+def test_rewards_to_go_skip_tool_tokens_and_stay_off_them(batch: Batch, name: str, gamma: float) -> None:
+    scores, kl = batch.scores(), batch.floats()
+    inputs = inputs_of(batch, scores, torch.arange(len(scores)), kl, 0.1)
+    ours = advantages_of(name, inputs, gamma=gamma)
+    assert inputs.baselines is not None
+    for row in range(len(scores)):
+        places = batch.mask[row].nonzero().flatten().tolist()
+        running = 0.0
+        for step, place in enumerate(reversed(places)):
+            running = gamma * running - 0.1 * kl[row, place].item() + (scores[row].item() if step == 0 else 0.0)
+            baseline = inputs.baselines[row].item() if name == "remax" else 0.0
+            assert ours[row, place].item() == pytest.approx(running - baseline, abs=1e-9)
+    assert not ours[~batch.mask].any()
+
+
+@given(grouped(), st.sampled_from(WITHOUT_CRITIC))
+def test_order_padding_and_what_stands_behind_a_mask_change_nothing(drawn: tuple[Batch, Tensor, Tensor], name: str) -> None:
+    batch, scores, groups = drawn
+    scores = scores.nan_to_num(nan=0.5)
+    kl = batch.floats()
+    inputs = inputs_of(batch, scores, groups, kl, 0.1)
+    advantages = advantages_of(name, inputs)
+    order = torch.randperm(len(scores), generator=batch.generator)
+    assert inputs.baselines is not None
+    mixed = AdvantageInputs(
+        batch.behind_nan(inputs.rewards)[order], scores[order], 9 - groups[order], batch.mask[order],
+        inputs.value_mask[order], None, inputs.baselines[order],
+    )  # fmt: skip
+    torch.testing.assert_close(advantages_of(name, mixed), advantages[order], atol=1e-9, rtol=1e-9)
+    wide = AdvantageInputs(
+        pad(inputs.rewards, (0, 2), value=torch.nan), scores, groups, pad(batch.mask, (0, 2)),
+        pad(inputs.value_mask, (0, 2)), None, inputs.baselines,
+    )  # fmt: skip
+    torch.testing.assert_close(advantages_of(name, wide)[:, :-2], advantages, atol=1e-9, rtol=1e-9)
+
+
+@given(grouped())
+def test_reinforce_plus_plus_is_reinforce_whitened_over_the_step(drawn: tuple[Batch, Tensor, Tensor]) -> None:
+    batch, scores, groups = drawn
+    inputs = inputs_of(batch, scores.nan_to_num(nan=0.5), groups)
+    plain, white = advantages_of("reinforce", inputs), advantages_of("reinforce++", inputs)
+    chosen = plain[batch.mask]
+    if len(chosen) > 1:
+        torch.testing.assert_close(white[batch.mask], (chosen - chosen.mean()) / (chosen.var() + 1e-8).sqrt())
+
+
+@given(grouped())
+def test_moments_are_those_of_each_group_alone(drawn: tuple[Batch, Tensor, Tensor]) -> None:
+    _, scores, groups = drawn
+    size, mean, std = group_moments(scores, groups)
+    contrast = has_contrast(scores, groups)
+    for group in groups.unique():
+        rows = groups == group
+        known = scores[rows][~scores[rows].isnan()]
+        assert (size[rows] == len(known)).all()
+        torch.testing.assert_close(mean[rows], known.mean().expand(4), equal_nan=True)
+        torch.testing.assert_close(
+            std[rows], (known.std() if len(known) > 1 else mean.new_tensor(torch.nan)).expand(4), equal_nan=True
+        )
+        assert (contrast[rows] == (len(known.unique()) > 1)).all()
+
+
+def test_remax_without_greedy_scores_is_an_error() -> None:
+    batch = Batch(torch.ones(1, 1, dtype=torch.bool), torch.Generator())
+    mask = batch.mask
+    bare = AdvantageInputs(torch.ones(1, 1), torch.ones(1), torch.zeros(1, dtype=torch.long), mask, mask, None)
+    with pytest.raises(ValueError, match="needs the scores of greedy responses"):
+        advantages_of("remax", bare)
