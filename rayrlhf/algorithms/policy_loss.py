@@ -42,18 +42,55 @@ def clipped_policy_loss(
     """
     log_ratio = zero_masked(logprobs - old_logprobs, mask)
     advantages = zero_masked(advantages, mask)
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    ratio = bounded_ratio(log_ratio)
+    loss, clipped = clipped_surrogate(ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    return LossTerms(loss, policy_statistics(loss, clipped, ratio, log_ratio, advantages, mask))
+
+
+def bounded_ratio(log_ratio: Tensor) -> Tensor:
+    """e^log_ratio, any shape, of a log-ratio clamped to +-`MAX_LOG_RATIO`."""
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """The clipped objective, negated, and where the clipped branch is the larger (bool), both [B, T].
+
+    Args:
+        ratio: float [B, T], with gradient.
+        advantages: float [B, T], 0 behind the mask.
+        clip_low: see `clipped_policy_loss`, as the other two.
+        clip_high: likewise.
+        dual_clip: likewise.
+    """
     free = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = torch.maximum(free, clipped)
+    bounded = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(free, bounded)
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
+    return loss, bounded > free
+
+
+def policy_statistics(
+    loss: Tensor, clipped: Tensor, ratio: Tensor, log_ratio: Tensor, advantages: Tensor, mask: Tensor
+) -> dict[str, Tensor]:
+    """The statistics that every policy loss reports (see `clipped_policy_loss`), detached, all [B, T].
+
+    Args:
+        loss: float [B, T].
+        clipped: bool [B, T], where the clip took hold.
+        ratio: float [B, T], the one that the loss weighs with.
+        log_ratio: float [B, T], of each token by itself, 0 behind the mask.
+        advantages: float [B, T], 0 behind the mask.
+        mask: bool [B, T], the action mask.
+    """
     statistics = {
         "loss/policy_avg": loss,
         "policy/approxkl_avg": 0.5 * log_ratio.square(),
-        "policy/clipfrac_avg": (clipped > free).to(loss.dtype),
+        "policy/clipfrac_avg": clipped.to(loss.dtype),
         "val/ratio": zero_masked(ratio, mask),
         "ppo/policy/policykl": -log_ratio,
         "ppo/policy/advantages_mean": advantages,
     }
-    return LossTerms(loss, {name: values.detach() for name, values in statistics.items()})
+    return {name: values.detach() for name, values in statistics.items()}

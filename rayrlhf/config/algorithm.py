@@ -26,6 +26,8 @@ class KlSection(Section):
     def _a_target_needs_a_start(self) -> Self:
         if self.target is not None and self.coefficient == 0:
             raise ValueError("target adapts the coefficient by factors, so a coefficient of 0 would stay 0: give one above 0")
+        if self.target is not None and self.placement == "loss":
+            raise ValueError("target adapts the coefficient of the reward; with placement 'loss' it is fixed: remove target")
         return self
 
 
@@ -63,16 +65,31 @@ class AdvantageSection(Section):
 
 
 class PolicyLossSection(Section):
-    """The clipped surrogate."""
+    """The surrogate that the policy minimises."""
 
     name: str = "ppo"
     """A name in `rayrlhf.algorithms.losses.POLICY_LOSSES`."""
     clip_low: float = Field(0.2, gt=0, lt=1)
-    """The ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+    """The ratio is clipped to [1 - clip_low, 1 + clip_high]. gspo needs far less, such as 3e-4; cispo has no lower bound."""
     clip_high: float = Field(0.2, gt=0)
+    """Above `clip_low` it is DAPO's clip-higher (0.28). The weight of cispo is bounded by 1 + this, for which 5 is usual."""
     dual_clip: float | None = Field(None, gt=1)
     """Bound on the loss of a token with a negative advantage, in multiples of it (Ye et al. 2020)."""
     entropy_coefficient: float = Field(0.0, ge=0)
+    """Weight of the mean entropy per token, which is subtracted from the loss whatever its normalisation."""
+    normalisation: Literal["token", "sequence", "constant"] | None = None
+    """Divide an optimizer step's sum by its tokens; or each response by its length and then by the number of responses; or by
+    the number of responses times `normalisation_length` (Dr. GRPO). When not given, gspo takes `sequence`, others `token`."""
+    normalisation_length: int | None = Field(None, ge=1)
+    """Tokens that `constant` divides a response by; `rollout.max_new_tokens` when not given."""
+
+    @model_validator(mode="after")
+    def _no_key_is_without_effect(self) -> Self:
+        if self.name == "cispo" and self.dual_clip is not None:
+            raise ValueError("dual_clip is of no use with name 'cispo', whose weight is bounded by clip_high: remove it")
+        if self.normalisation_length is not None and self.normalisation != "constant":
+            raise ValueError("normalisation_length is of no use without normalisation 'constant': remove it, or set that")
+        return self
 
 
 class ValueLossSection(Section):

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from rayrlhf.algorithms.kl import kl_loss
 from rayrlhf.algorithms.loss_terms import LossTerms
-from rayrlhf.algorithms.losses import POLICY_LOSSES, clipped_value_loss
+from rayrlhf.algorithms.losses import POLICY_LOSSES, USUAL_NORMALISATION, clipped_value_loss, normalised
 from rayrlhf.algorithms.masking import zero_masked
+from rayrlhf.algorithms.policy_loss import bounded_ratio
 from rayrlhf.config.algorithm import KlSection, PolicyLossSection, ValueLossSection
 from rayrlhf.models.network import Want
 
@@ -30,11 +31,18 @@ class Term:
         mask: name of the array [B, T] whose True places it is averaged over.
         coefficient: its weight in the objective.
         terms: loss and statistics per token [B, T], 0 behind the mask.
+        per_response: the loss, but no statistic, is averaged over responses with a True place instead of over True places.
     """
 
     mask: str
     coefficient: float
     terms: LossTerms
+    per_response: bool = False
+
+    @property
+    def denominator(self) -> str:
+        """Name of what the loss is divided by, see `weighted_loss`."""
+        return responses_under(self.mask) if self.per_response else self.mask
 
 
 class Objective(Protocol):
@@ -65,9 +73,14 @@ class Objective(Protocol):
         ...
 
 
+def responses_under(mask: str) -> str:
+    """Name of the number of responses that have a True place under a mask."""
+    return f"responses under {mask}"
+
+
 @dataclass(frozen=True)
 class PolicyObjective:
-    """The clipped surrogate, and where configured an entropy bonus, a KL penalty and importance weights.
+    """The surrogate, and where configured an entropy bonus, a KL penalty and importance weights.
 
     Attributes:
         loss: the surrogate's settings.
@@ -75,6 +88,7 @@ class PolicyObjective:
         temperature: the rollout's.
         importance: multiply the surrogate by the array `importance_weights` (sampler correction, TRL 1.16 vLLM correction).
         entropy: report the policy's entropy; computed anyway where there is a bonus.
+        longest: tokens that the normalisation `constant` divides a response by, unless the loss's settings give a number.
     """
 
     loss: PolicyLossSection = field(default_factory=PolicyLossSection)
@@ -82,6 +96,7 @@ class PolicyObjective:
     temperature: float = 1.0
     importance: bool = False
     entropy: bool = True
+    longest: int = 1
 
     @property
     def want(self) -> frozenset[Want]:
@@ -111,18 +126,23 @@ class PolicyObjective:
         loss, statistics = surrogate.loss, dict(surrogate.statistics)
         if self.importance:
             loss = loss * zero_masked(arrays["importance_weights"], mask)
-        if "entropy" in outputs:
-            entropy = zero_masked(outputs["entropy"], mask)
-            statistics["policy/entropy_avg"] = entropy.detach()
-            if self.loss.entropy_coefficient:
-                loss = loss - self.loss.entropy_coefficient * entropy
         if self.kl is not None and self.kl.placement == "loss" and self.kl.coefficient:
             penalty = kl_loss(logprobs, arrays["ref_logprobs"], mask, self.kl.estimator)
             # The tokens came from an older policy; the ratio makes the estimate one of the present policy's KL.
-            weight = zero_masked(surrogate.statistics[RATIO], mask)
+            weight = bounded_ratio(zero_masked(logprobs.detach() - arrays["old_logprobs"], mask))
             statistics["loss/kl_avg"] = penalty.detach()
             loss = loss + self.kl.coefficient * weight * penalty
-        return [Term("action_mask", 1.0, LossTerms(loss, statistics))]
+        normalisation = self.loss.normalisation or USUAL_NORMALISATION[self.loss.name]
+        loss = normalised(loss, mask, normalisation, self.loss.normalisation_length or self.longest)
+        terms = [Term("action_mask", 1.0, LossTerms(loss, statistics), per_response=normalisation != "token")]
+        return [*terms, self._bonus(outputs["entropy"], mask)] if "entropy" in outputs else terms
+
+    def _bonus(self, entropy: Tensor, mask: Tensor) -> Term:
+        """Minus the entropy; it is a mean over tokens whatever the surrogate is divided by (so is TRL 1.16's)."""
+        entropy = zero_masked(entropy, mask)
+        coefficient = self.loss.entropy_coefficient
+        loss = -entropy if coefficient else torch.zeros_like(entropy)
+        return Term("action_mask", coefficient, LossTerms(loss, {"policy/entropy_avg": entropy.detach()}))
 
 
 @dataclass(frozen=True)
@@ -200,6 +220,6 @@ class ImitationObjective:
 
 
 def weighted_loss(terms: Sequence[Term], denominators: Mapping[str, float]) -> Tensor:
-    """Return the scalar sum of coefficient * (sum of a term's losses) / (its denominator, by mask name)."""
-    parts = [term.coefficient / denominators[term.mask] * term.terms.loss.sum() for term in terms]
+    """Return the scalar sum of coefficient * (sum of a term's losses) / (its denominator, by `Term.denominator`)."""
+    parts = [term.coefficient / denominators[term.denominator] * term.terms.loss.sum() for term in terms]
     return torch.stack(parts).sum()

@@ -15,7 +15,7 @@ from rayrlhf.algorithms.guards import moved_too_far, ratio_exploded
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.collate import collate
 from rayrlhf.engines.deepspeed_setup import zero_gradients
-from rayrlhf.engines.objectives import POLICY_KL, RATIO, Objective, Term, weighted_loss
+from rayrlhf.engines.objectives import POLICY_KL, RATIO, Objective, Term, responses_under, weighted_loss
 from rayrlhf.engines.optimizers import learning_rate_factor
 from rayrlhf.engines.train_spec import TrainEngineSpec
 from rayrlhf.engines.update_meter import UpdateMeter
@@ -62,16 +62,16 @@ class Updater:
             packing=self._spec.packing,
         )
         micro_batches = shares[self._rank]
-        whole_step = _token_counts(batch, rows, objective)
-        for mask, count in whole_step.items():
-            if count == 0:
+        whole_step = _counts(batch, rows, objective)
+        for mask in objective.masks:
+            if whole_step[mask] == 0:
                 raise ValueError(f"no token under {mask!r} in the {len(rows)} samples of an optimizer step")
         meter.begin_step()
         for index, micro_batch in enumerate(micro_batches):
             last = parity.no_accumulation or index == len(micro_batches) - 1
             denominators = whole_step
             if parity.mini_batch_means:
-                own = _token_counts(batch, micro_batch.rows, objective)
+                own = _counts(batch, micro_batch.rows, objective)
                 denominators = {mask: max(count, 1.0) * len(micro_batches) * self._ranks for mask, count in own.items()}
             self._engine.set_gradient_accumulation_boundary(last)
             self._micro_batch(batch.select(micro_batch.rows), micro_batch, objective, denominators, meter)
@@ -93,7 +93,7 @@ class Updater:
             # DeepSpeed averages gradients over the ranks; the denominators are global, so the gradient is a sum.
             loss = weighted_loss(terms, denominators) * (self._ranks * micro_batch.weight)
         if micro_batch.weight:
-            counts = _token_counts(batch, range(len(batch)), objective)
+            counts = _counts(batch, range(len(batch)), objective)
             meter.add(terms, counts)
             if self._spec.parity.mini_batch_means and self._exploded(_means(terms, counts)):
                 loss = loss * 0.0
@@ -151,9 +151,14 @@ class Updater:
         return guard is not None and RATIO in means and ratio_exploded(means[RATIO], guard)
 
 
-def _token_counts(batch: TrainingBatch, rows: Sequence[int], objective: Objective) -> dict[str, float]:
-    """Tokens under each of the objective's masks."""
-    return {mask: float(batch.arrays[mask][list(rows)].sum()) for mask in objective.masks}
+def _counts(batch: TrainingBatch, rows: Sequence[int], objective: Objective) -> dict[str, float]:
+    """Tokens under each of the objective's masks, and responses that have any (see `Term.denominator`)."""
+    counts = {}
+    for mask in objective.masks:
+        places = batch.arrays[mask][list(rows)].reshape(len(rows), -1)
+        counts[mask] = float(places.sum())
+        counts[responses_under(mask)] = float(places.any(1).sum())
+    return counts
 
 
 def _means(terms: Sequence[Term], counts: dict[str, float]) -> dict[str, float]:

@@ -12,7 +12,7 @@ def make_objectives(config: PPOConfig) -> dict[Role, Objective]:
     """One objective per learning role: policy and critic apart, or both on the policy's trunk."""
     algorithm = config.algorithm
     temperature = config.rollout.temperature
-    policy = PolicyObjective(algorithm.policy_loss, algorithm.kl, temperature)
+    policy = PolicyObjective(algorithm.policy_loss, algorithm.kl, temperature, longest=config.rollout.max_new_tokens)
     value = ValueObjective(algorithm.value_loss, temperature)
     if config.critic.kind == "shared":
         return {"policy": SharedObjective(policy, value)}

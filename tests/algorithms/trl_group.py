@@ -18,7 +18,7 @@ class _OneProcess:
     """The part of `accelerate.Accelerator` that matters where there is one process."""
 
     device = torch.device("cpu")
-    num_processes, process_index = 1, 0
+    num_processes, process_index, sync_gradients = 1, 0, True
 
     def gather(self, tensor: Tensor) -> Tensor:
         return tensor
