@@ -20,18 +20,22 @@ def importance_weights(
     mask: Tensor,
     *,
     mode: Literal["truncate", "mask"] = "truncate",
+    level: Literal["token", "sequence"] = "token",
     low: float = 0.0,
     high: float = 3.0,
 ) -> Tensor:
-    """Token weights w = p_trainer / p_sampler, bounded, to multiply the policy loss by.
+    """Weights w = p_trainer / p_sampler, bounded, to multiply the policy loss by.
 
-    The two modes are TRL 1.16.0's `token_truncate` and `token_mask`.
+    Modes and levels are TRL 1.16.0's `token_truncate`, `token_mask`, `sequence_truncate` and `sequence_mask`. Token weights
+    have a small bias and little variance; a sequence's weight is the product over its tokens, without bias until it is bounded,
+    and for long responses nearly always out of bounds.
 
     Args:
         trainer_logprobs: float [B, T], of the policy that sampled, by the trainer.
         sampler_logprobs: float [B, T], the sampler's own.
         mask: bool [B, T], the action mask.
-        mode: `truncate` clamps w to [low, high]; `mask` gives a token outside it the weight 0.
+        mode: `truncate` clamps w to [low, high]; `mask` gives a token or sequence outside it the weight 0.
+        level: whose w: each token's own, or the whole response's for all of its tokens.
         low: lower bound.
         high: upper bound.
 
@@ -39,10 +43,36 @@ def importance_weights(
         Float [B, T], detached. 1 behind the mask, and 1 (no correction) where a log-prob is NaN.
     """
     log_ratio = zero_masked(trainer_logprobs - sampler_logprobs, mask).detach().nan_to_num(nan=0.0)
+    if level == "sequence":
+        log_ratio = log_ratio.sum(1, keepdim=True).expand(log_ratio.shape)
     weights = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    if mode == "truncate":
-        return weights.clamp(low, high)
-    return torch.where((weights >= low) & (weights <= high), weights, torch.zeros_like(weights))
+    bounded = weights.clamp(low, high)
+    if mode == "mask":
+        bounded = torch.where(bounded == weights, weights, 0.0)
+    return torch.where(mask, bounded, 1.0)
+
+
+def weight_statistics(weights: Tensor, unbounded: Tensor, mask: Tensor) -> dict[str, float]:
+    """What the correction does to a step.
+
+    Args:
+        weights: float [B, T], of `importance_weights`.
+        unbounded: float [B, T], the same without bounds.
+        mask: bool [B, T], the action mask.
+
+    Returns:
+        `sampling/importance_sampling_ratio/min`, `/mean` and `/max` of the weights over tokens (TRL 1.16.0's names), and
+        `sampling/importance_bounded`, the share of tokens that a bound took hold of.
+
+    Raises:
+        ValueError: the mask is False everywhere.
+    """
+    return {
+        "sampling/importance_sampling_ratio/min": weights[mask].min().item(),
+        "sampling/importance_sampling_ratio/mean": masked_mean(weights, mask).item(),
+        "sampling/importance_sampling_ratio/max": weights[mask].max().item(),
+        "sampling/importance_bounded": masked_mean((weights != unbounded).to(weights.dtype), mask).item(),
+    }
 
 
 def mismatch(trainer_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> dict[str, float]:

@@ -131,6 +131,13 @@ class PPOConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _the_overlong_buffer_fits(self) -> Self:
+        buffer, longest = self.algorithm.shaping.overlong_buffer, self.rollout.max_new_tokens
+        if buffer is not None and buffer > longest:
+            raise ValueError(f"algorithm.shaping.overlong_buffer {buffer} is more than rollout.max_new_tokens {longest}")
+        return self
+
+    @model_validator(mode="after")
     def _lengths_fit(self) -> Self:
         longest, new = self.rollout.max_model_length, self.rollout.max_new_tokens
         prompt = self.data.max_prompt_tokens or 1

@@ -4,8 +4,10 @@ Everything here is per-token scalars on the driver, so whitening and running mom
 how many ranks train. The maths is in `rayrlhf.algorithms`; this is the order in which it is applied.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,11 @@ from torch import Tensor
 from rayrlhf.algorithms.advantages import estimate_advantages
 from rayrlhf.algorithms.controllers import kl_controller
 from rayrlhf.algorithms.estimator import AdvantageInputs
-from rayrlhf.algorithms.importance import mismatch
+from rayrlhf.algorithms.groups import has_contrast
+from rayrlhf.algorithms.importance import importance_weights, mismatch, weight_statistics
 from rayrlhf.algorithms.kl import kl_penalty
 from rayrlhf.algorithms.moments import RunningMoments, penalise_missing_stop, shape_scores
+from rayrlhf.algorithms.overlong import overlong_penalty
 from rayrlhf.algorithms.rewards import slot_count, token_rewards
 from rayrlhf.algorithms.statistics import length_statistics, objective_statistics, value_statistics
 from rayrlhf.algorithms.whitening import whiten
@@ -46,6 +50,11 @@ class Experience:
 
     def __len__(self) -> int:
         return len(self.batch)
+
+    @property
+    def learnable(self) -> list[int]:
+        """Rows of the batch that something is learned from."""
+        return [int(row) for row in np.flatnonzero(self.batch.arrays["action_mask"].any(1))]
 
 
 class ExperienceMaker:
@@ -93,13 +102,19 @@ class ExperienceMaker:
             skip_masked=section.skip_masked,
             whitened=section.whiten,
         )
-        arrays = {"old_logprobs": logprobs, "advantages": result.advantages, "action_mask": mask}
+        kept = self._kept(rollouts)[:, None]
+        arrays = {"old_logprobs": logprobs, "advantages": result.advantages, "action_mask": mask & kept}
         if values is not None and result.returns is not None:
-            arrays |= {"old_values": values, "returns": result.returns, "value_mask": earned.value_mask}
+            arrays |= {"old_values": values, "returns": result.returns, "value_mask": earned.value_mask & kept}
         if "reference" in scored.readings:
             arrays["ref_logprobs"] = _readings(scored, "reference", "logprobs", width)
-        batch = TrainingBatch([rollout.sequence() for rollout in rollouts], {k: v.numpy() for k, v in arrays.items()})
-        metrics = self._metrics(rollouts, logprobs, kl, earned.non_score, scores, mask, width)
+        weights, weight_metrics = self._corrected(logprobs, rollouts, mask)
+        batch = TrainingBatch(
+            [rollout.sequence() for rollout in rollouts], {k: v.numpy() for k, v in (arrays | weights).items()}
+        )
+        metrics = self._metrics(rollouts, logprobs, kl, earned.non_score, scores, mask) | weight_metrics
+        if self._config.rollout.samples_per_prompt > 1:
+            metrics["frac_reward_zero_std"] = 1 - has_contrast(scores, groups).float().mean().item()
         if values is not None and result.returns is not None:
             metrics |= value_statistics(values, result.returns, earned.value_mask)
         sequence_kl = torch.zeros(len(rollouts)) if kl is None else torch.where(mask, kl, torch.zeros_like(kl)).sum(1)
@@ -116,11 +131,32 @@ class ExperienceMaker:
         self._moments.load_state_dict(state["moments"])
 
     def _shape(self, scores: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
-        shaping = self._config.algorithm.shaping
+        shaping, limit = self._config.algorithm.shaping, self._config.rollout.max_new_tokens
+        if shaping.overlong_buffer is not None:
+            lengths = torch.tensor([len(rollout.response_ids) for rollout in rollouts])
+            scores = scores + shaping.overlong_penalty * overlong_penalty(lengths, limit, shaping.overlong_buffer)
         if shaping.missing_eos_penalty is not None:
             stopped = torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
             scores = penalise_missing_stop(scores, stopped, shaping.missing_eos_penalty)
         return shape_scores(scores, self._moments, scale=shaping.scale, center=shaping.center, clip=shaping.clip)
+
+    def _kept(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Which responses are learned from, bool [B]."""
+        if self._config.algorithm.shaping.truncated == "keep":
+            return torch.ones(len(rollouts), dtype=torch.bool)
+        return torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
+
+    def _corrected(
+        self, logprobs: Tensor, rollouts: Sequence[Rollout], mask: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Importance weights as an array of the batch, and their metrics; nothing where they are switched off."""
+        section = self._config.algorithm.correction
+        if section.level == "none":
+            return {}, {}
+        sampler = _padded([rollout.logprobs for rollout in rollouts], mask.shape[1])
+        weigh = partial(importance_weights, logprobs, sampler, mask, level=section.level)
+        weights = weigh(mode=section.mode, low=section.low, high=section.high)
+        return {"importance_weights": weights}, weight_statistics(weights, weigh(low=0.0, high=math.inf), mask)
 
     def _values(self, scored: ScoredRollouts, width: int) -> Tensor | None:
         if self._config.critic.kind == "none":
@@ -136,9 +172,8 @@ class ExperienceMaker:
         non_score: Tensor,
         scores: Tensor,
         mask: Tensor,
-        width: int,
     ) -> dict[str, float]:
-        sampler = _padded([rollout.logprobs for rollout in rollouts], width)
+        sampler = _padded([rollout.logprobs for rollout in rollouts], mask.shape[1])
         queries = torch.tensor([len(rollout.prompt_ids) for rollout in rollouts])
         responses = torch.tensor([len(rollout.response_ids) for rollout in rollouts])
         stopped = torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])

@@ -1,5 +1,7 @@
 """What each learning role minimises, from the config; and which samples each optimizer step sees."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from rayrlhf.actors.placement import Role
@@ -12,7 +14,10 @@ def make_objectives(config: PPOConfig) -> dict[Role, Objective]:
     """One objective per learning role: policy and critic apart, or both on the policy's trunk."""
     algorithm = config.algorithm
     temperature = config.rollout.temperature
-    policy = PolicyObjective(algorithm.policy_loss, algorithm.kl, temperature, longest=config.rollout.max_new_tokens)
+    corrected = algorithm.correction.level != "none"
+    policy = PolicyObjective(
+        algorithm.policy_loss, algorithm.kl, temperature, importance=corrected, longest=config.rollout.max_new_tokens
+    )
     value = ValueObjective(algorithm.value_loss, temperature)
     if config.critic.kind == "shared":
         return {"policy": SharedObjective(policy, value)}
@@ -28,11 +33,14 @@ def learning_roles(objectives: dict[Role, Objective], config: PPOConfig, step: i
     return objectives
 
 
-def plan_update(samples: int, epochs: int, mini_batch_size: int, run_seed: int, step: int) -> UpdatePlan:
-    """Shuffle the step's samples anew for each epoch and cut them into optimizer steps; depends on (run seed, step) only."""
+def plan_update(rows: Sequence[int], epochs: int, mini_batch_size: int, run_seed: int, step: int) -> UpdatePlan:
+    """Shuffle rows of the step's batch anew for each epoch and cut them into optimizer steps.
+
+    The order depends on (rows, run seed, step) only. Without rows there is no optimizer step.
+    """
     random = np.random.default_rng((run_seed, step))
     plan = []
     for _ in range(epochs):
-        order = random.permutation(samples).tolist()
-        plan.append([order[start : start + mini_batch_size] for start in range(0, samples, mini_batch_size)])
+        order = random.permutation(rows).tolist()
+        plan.append([order[start : start + mini_batch_size] for start in range(0, len(order), mini_batch_size)])
     return UpdatePlan(plan)

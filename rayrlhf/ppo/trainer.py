@@ -255,9 +255,9 @@ class PPOTrainer:
         """Run the optimizer steps of every learning role: side by side on devices of their own, else in turns."""
         config = self.config
         train = config.train
-        plan = plan_update(len(experience), train.epochs, config.mini_batch_size, config.run.seed, self.steps_done)
+        plan = plan_update(experience.learnable, train.epochs, config.mini_batch_size, config.run.seed, self.steps_done)
         batch = ray.put(experience.batch)
-        tokens = sum(experience.batch.lengths) * train.epochs
+        tokens = sum(experience.batch.lengths[row] for row in experience.learnable) * train.epochs
         calls: dict[Role, dict[str, ray.ObjectRef]] = {}
         reports: dict[Role, UpdateReport] = {}
         overlap = self.crew.plan.overlap

@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrlhf.algorithms.importance import importance_weights, mismatch
+from rayrlhf.algorithms.importance import importance_weights, mismatch, weight_statistics
 from tests.algorithms.batches import Batch, batches
 
 
@@ -48,3 +48,38 @@ def test_mismatch_is_0_between_equals_and_measures_the_gap_otherwise(batch: Batc
 def test_a_nan_inside_the_mask_shows() -> None:
     values = mismatch(torch.tensor([[torch.nan, 0.0]]), torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool))
     assert all(math.isnan(value) for value in values.values())
+
+
+@settings(max_examples=20)
+@given(batches(holes=False), st.sampled_from(["token", "sequence"]), st.sampled_from(["truncate", "mask"]))
+def test_every_level_and_mode_is_that_of_trls_trainer(batch: Batch, level: str, mode: str) -> None:
+    from trl import GRPOTrainer
+
+    from tests.algorithms.trl_group import trl_experience
+
+    width = int(batch.mask.sum(1).max())
+    mask = batch.mask[:, :width]
+    trainer, sampler = batch.logprobs()[:, :width], batch.logprobs()[:, :width]
+    sampler[0, 0] = torch.nan
+    theirs = trl_experience(
+        GRPOTrainer, torch.ones(len(mask)), mask, trainer, sampler=sampler, num_generations=1,
+        vllm_importance_sampling_mode=f"{level}_{mode}", vllm_importance_sampling_clip_min=0.25,
+    )["importance_sampling_ratio"]  # fmt: skip
+    ours = importance_weights(trainer, sampler, mask, mode=mode, level=level, low=0.25, high=3.0)
+    torch.testing.assert_close(ours, torch.where(mask, theirs.expand(mask.shape), 1.0), atol=1e-5, rtol=1e-5)
+
+
+def test_statistics_count_what_the_bounds_took_hold_of() -> None:
+    trainer = torch.tensor([[0.0, 2.0, 9.0]]).double().log()
+    mask = torch.tensor([[True, True, True]])
+    trainer[0, 0] = 0.0
+    nothing = torch.zeros(1, 3).double()
+    weights, raw = (importance_weights(trainer, nothing, mask, high=high) for high in (3.0, math.inf))
+    assert weight_statistics(weights, raw, mask) == pytest.approx(
+        {
+            "sampling/importance_sampling_ratio/min": 1.0,
+            "sampling/importance_sampling_ratio/mean": 2.0,
+            "sampling/importance_sampling_ratio/max": 3.0,
+            "sampling/importance_bounded": 1 / 3,
+        }
+    )

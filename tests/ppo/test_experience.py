@@ -1,5 +1,7 @@
 """The order in which the maths is applied, held to TRL's recorded steps under the two presets."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from rayrlhf.config.load import load_config
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Prompt, Rollout, SampleKey, TokenScores
 from rayrlhf.ppo.experience import LOGPROB_GAP, ExperienceMaker
+from rayrlhf.ppo.objectives import make_objectives, plan_update
 from rayrlhf.ppo.scoring import ScoredRollouts
 from rayrlhf.rewards.score import RewardBatch
 from tests.fixtures.oracle_cases import classic_case, modern_case
@@ -148,3 +151,61 @@ def test_a_resumed_maker_continues_with_the_same_coefficient_and_moments():
     ours, theirs = first.make(rows), second.make(rows)
     np.testing.assert_array_equal(ours.batch.arrays["advantages"], theirs.batch.arrays["advantages"])
     assert ours.metrics == theirs.metrics
+
+
+def two_prompts(scores, policy_shift=0.0):
+    """Two responses to each of two prompts, 2 to 4 tokens of at most 4; the last one was cut off by the limit."""
+    responses = [[1, 2], [3, 4, 5], [6, 7], [8, 9, 8, 9]]
+    logprobs = [[-1.0] * len(response) for response in responses]
+    shifted = [[value + policy_shift for value in row] for row in logprobs]
+    rows = scored(responses, [True, True, True, False], scores, logprobs, logprobs, [[0.0] * 5] * 4)
+    keys = [SampleKey(0, index // 2, index % 2) for index in range(4)]
+    rollouts = tuple(replace(rollout, key=key) for rollout, key in zip(rows.rollouts, keys, strict=True))
+    policy = [TokenScores(logprobs=np.asarray(row, np.float32)) for row in shifted]
+    return ScoredRollouts(rollouts, rows.rewards, {"policy": policy}, rows.prompts)
+
+
+GROUPED = [
+    "algorithm.advantage.estimator=grpo", "algorithm.kl.coefficient=0", "rollout.prompts_per_step=2",
+    "rollout.samples_per_prompt=2", "rollout.max_new_tokens=4",
+]  # fmt: skip
+
+
+def test_responses_are_compared_with_those_to_the_same_prompt_and_no_critic_is_fed():
+    experience = ExperienceMaker(load(*GROUPED)).make(two_prompts([1.0, 3.0, 5.0, 5.0]))
+    half = 1 / (np.sqrt(2) + 1e-4)
+    assert experience.batch.arrays["advantages"][:, 0].tolist() == pytest.approx([-half, half, 0.0, 0.0])
+    assert set(experience.batch.arrays) == {"old_logprobs", "advantages", "action_mask"}
+    assert experience.metrics["frac_reward_zero_std"] == 0.5
+    assert experience.learnable == [0, 1, 2, 3]
+
+
+def test_a_response_that_was_cut_off_is_not_learned_from_but_counts_in_its_group():
+    maker = ExperienceMaker(load(*GROUPED, "algorithm.shaping.truncated=mask", "algorithm.advantage.estimator=dr_grpo"))
+    experience = maker.make(two_prompts([1.0, 3.0, 5.0, 7.0]))
+    assert experience.learnable == [0, 1, 2]
+    assert not experience.batch.arrays["action_mask"][3].any()
+    assert experience.batch.arrays["advantages"][2, 0] == -1.0
+    plan = plan_update(experience.learnable, 2, 2, run_seed=0, step=0)
+    assert [sorted(row for rows in epoch for row in rows) for epoch in plan.epochs] == [[0, 1, 2]] * 2
+
+
+def test_length_costs_before_the_limit_cuts_off():
+    settings = ["algorithm.shaping.overlong_buffer=2", "algorithm.shaping.overlong_penalty=3"]
+    experience = ExperienceMaker(load(*GROUPED, *settings, "algorithm.advantage.estimator=rloo")).make(two_prompts([0.0] * 4))
+    assert experience.metrics["objective/scores"] == pytest.approx((0 - 1.5 + 0 - 3.0) / 4)
+    assert experience.batch.arrays["advantages"][:, 0].tolist() == pytest.approx([1.5, -1.5, 3.0, -3.0])
+
+
+@pytest.mark.parametrize(
+    ("level", "weights"), [("none", None), ("token", [1.5] * 4), ("sequence", [1.5**2, 1.5**3, 1.5**2, 4])]
+)
+def test_the_samplers_logprobs_are_corrected_where_asked_for(level, weights):
+    settings = [f"algorithm.correction.level={level}", "algorithm.correction.high=4"]
+    config = load(*GROUPED, *settings)
+    experience = ExperienceMaker(config).make(two_prompts([1.0, 3.0, 5.0, 5.0], policy_shift=float(np.log(1.5))))
+    assert make_objectives(config)["policy"].importance == (weights is not None)
+    assert ("importance_weights" in experience.batch.arrays) == (weights is not None)
+    if weights is not None:
+        assert experience.batch.arrays["importance_weights"][:, 0].tolist() == pytest.approx(weights)
+        assert experience.metrics["sampling/importance_bounded"] == pytest.approx(4 / 11 if level == "sequence" else 0.0)

@@ -34,7 +34,7 @@ def test_a_critic_on_the_policys_trunk_has_no_warm_up_of_its_own():
 
 
 def test_every_epoch_sees_every_sample_once_in_an_order_of_its_own():
-    plan = plan_update(12, epochs=3, mini_batch_size=4, run_seed=1, step=5)
+    plan = plan_update(range(12), epochs=3, mini_batch_size=4, run_seed=1, step=5)
     orders = [[row for step in epoch for row in step] for epoch in plan.epochs]
     assert all(sorted(order) == list(range(12)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
@@ -42,5 +42,5 @@ def test_every_epoch_sees_every_sample_once_in_an_order_of_its_own():
 
 
 def test_the_plan_depends_on_seed_and_step_alone():
-    assert plan_update(12, 2, 4, run_seed=1, step=5) == plan_update(12, 2, 4, run_seed=1, step=5)
-    assert plan_update(12, 2, 4, run_seed=1, step=5) != plan_update(12, 2, 4, run_seed=1, step=6)
+    assert plan_update(range(12), 2, 4, run_seed=1, step=5) == plan_update(range(12), 2, 4, run_seed=1, step=5)
+    assert plan_update(range(12), 2, 4, run_seed=1, step=5) != plan_update(range(12), 2, 4, run_seed=1, step=6)
