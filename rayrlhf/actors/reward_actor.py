@@ -9,6 +9,7 @@ from rayrlhf.config.reward import RewardSection
 from rayrlhf.data.records import Prompt, Rollout
 from rayrlhf.engines.reward_model import RewardModelEngine
 from rayrlhf.rewards.functions import BoundFunction, ScoringBatch, load_functions
+from rayrlhf.rewards.memory_limit import memory_limit
 from rayrlhf.rewards.score import RewardBatch, run_functions, weighted_sum
 
 MODEL_PART = "reward_model"
@@ -37,7 +38,8 @@ class RewardActor(Worker):
         if not rollouts:
             return RewardBatch(np.zeros(0, np.float32), {})
         batch = ScoringBatch.of_rollouts(prompts, rollouts)
-        parts = run_functions(self._functions, batch, timeout_seconds=self._section.timeout_seconds)
+        with memory_limit(self._section.memory_gib):
+            parts = run_functions(self._functions, batch, timeout_seconds=self._section.timeout_seconds)
         weights = {function.name: function.weight for function in self._functions}
         if self._model and self._section.model:
             parts[MODEL_PART] = self._model.score(batch.prompts, batch.responses)

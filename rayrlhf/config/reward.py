@@ -43,6 +43,10 @@ class RewardSection(Section):
     functions: list[RewardFunctionSection] = Field(default_factory=list)
     model: RewardModelSection | None = None
     timeout_seconds: float = Field(120.0, gt=0)
+    """Longest time an asynchronous function may take; one that is not is bounded by `deadlines.score`."""
+    memory_gib: float | None = Field(None, gt=0)
+    """Most memory, in GiB, that the functions may take while they score, beyond what their process holds; no bound when not
+    given."""
     files: list[Path] = Field(default_factory=list)
     """Python files to import first, so that they can register functions of their own."""
 
