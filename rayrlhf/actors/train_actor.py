@@ -83,9 +83,9 @@ class TrainActor(Worker):
                 digest.update(tensor.detach().numpy().data.cast("B"))
         return int.from_bytes(digest.digest()[:6], "big")
 
-    def load_state(self, folder: Path) -> None:
-        """Continue from a saved training state, bit for bit."""
-        self._engine.load_state(folder)
+    def load_state(self, folder: Path, resized: bool) -> None:
+        """Continue from a saved training state: bit for bit, unless `resized`, where it is of another number of ranks."""
+        self._engine.load_state(folder, resized=resized)
 
     def export(self, folder: Path) -> None:
         """Write the model as a Hugging Face folder."""

@@ -50,6 +50,10 @@ class CheckpointSection(Section):
     """Whether a higher or a lower `best_metric` is better."""
     asynchronous: bool = True
     """Copy the state in memory and write it while training goes on; False waits for the disk."""
+    mirror: str | None = Field(None, pattern=r"^[a-z0-9+.-]+://[^@]*$")
+    """A folder on other storage (`s3://bucket/runs`, `gs://...`, `file:///...`, or another that fsspec knows): every checkpoint
+    is copied to `mirror/run.name` as well, and a run folder that has none as new, on whichever machine, begins with it.
+    Credentials come from the environment, never from the URI."""
 
 
 class RolePlacement(Section):

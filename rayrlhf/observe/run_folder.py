@@ -105,7 +105,10 @@ def open_run(
     with writing(folder):
         if not resumed:
             _create(folder, config_text, folders)
-        return RunFolder(folder, resumed, _locked(folder))
+        lock = _locked(folder)
+        if resumed and config.read_text(encoding="utf-8") != config_text:
+            write_atomically(config, config_text)  # what may differ is from now on as it is now
+        return RunFolder(folder, resumed, lock)
 
 
 def _check_same(folder: Path, config: Path, config_text: str, differences: Differences, resume: str) -> None:

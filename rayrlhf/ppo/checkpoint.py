@@ -32,6 +32,7 @@ from rayrlhf.data.manifest import (
     write_hashed,
     write_manifest,
 )
+from rayrlhf.data.mirror import Mirror
 from rayrlhf.errors import UserError
 
 LEARNING_ROLES: tuple[Role, ...] = ("policy", "critic")
@@ -102,16 +103,24 @@ class Checkpointer:
         section: how many to keep, and how to write.
         fingerprint: what a run must agree on to load them.
         seconds: deadline of each wait.
+        mirror: where every checkpoint is copied to.
     """
 
     def __init__(
-        self, folder: Path, crew: Crew, section: CheckpointSection, fingerprint: Mapping[str, str], seconds: float
+        self,
+        folder: Path,
+        crew: Crew,
+        section: CheckpointSection,
+        fingerprint: Mapping[str, str],
+        seconds: float,
+        mirror: Mirror | None = None,
     ) -> None:
         self._folder = folder
         self._crew = crew
         self._section = section
         self._fingerprint = dict(fingerprint)
         self._seconds = seconds
+        self._mirror = mirror
         self._writing: _Writing | None = None
         remove_leftovers(folder)
 
@@ -140,7 +149,8 @@ class Checkpointer:
         own: dict[str, FileRecord] = {}
         self._writing = _Writing(step, folder, calls, roles, own, metric)
         with _disk(folder.path):
-            own[STATE_FILE] = write_hashed(folder.partial / STATE_FILE, json.dumps(dict(state)).encode())
+            content = dict(state) | {"ranks": {group.role: len(group) for group in groups}}
+            own[STATE_FILE] = write_hashed(folder.partial / STATE_FILE, json.dumps(content).encode())
             for group in groups:
                 (folder.partial / group.role).mkdir()
                 calls.update(group.call("write_state", (folder.partial / group.role).absolute()))
@@ -170,8 +180,30 @@ class Checkpointer:
                 writing.folder.commit()
         finally:
             self.abandon()
-        self._remove_old()
+        kept = self._to_keep()
+        if self._mirror:
+            self._mirror.push(writing.folder.path, [checkpoint.folder.name for checkpoint in kept])
+        for old in list_checkpoints(self._folder):
+            if old not in kept:
+                shutil.rmtree(old.folder, ignore_errors=True)
         return [Checkpoint(writing.step, writing.folder.path)]
+
+    def copied(self) -> str | None:
+        """Wait for the copy of the newest checkpoint; why there is none, in a line, or None."""
+        return self._mirror.wait() if self._mirror else None
+
+    def fetch(self) -> str | None:
+        """Bring the mirror's newest checkpoint here if it is newer than all that are; a line about it, or None.
+
+        Raises:
+            UserError: the mirror does not answer, or the disk cannot take it.
+        """
+        names = self._mirror.names() if self._mirror else []
+        here = [checkpoint.folder.name for checkpoint in list_checkpoints(self._folder)]
+        if not self._mirror or not names or names[-1] in here or (here and names[-1] < here[-1]):
+            return None
+        self._mirror.fetch(names[-1], self._folder / names[-1])
+        return f"checkpoint {names[-1]} brought from {self._mirror.uri}"
 
     def find(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that this run can go back to, see `newest_usable`."""
@@ -186,12 +218,10 @@ class Checkpointer:
     def _target(self, step: int) -> Path:
         return self._folder / f"step-{step:06d}"
 
-    def _remove_old(self) -> None:
+    def _to_keep(self) -> list[Checkpoint]:
         found = list_checkpoints(self._folder)
         best = self._best(found)
-        for old in found[: -self._section.keep]:
-            if old != best:
-                shutil.rmtree(old.folder, ignore_errors=True)
+        return [checkpoint for checkpoint in found if checkpoint in found[-self._section.keep :] or checkpoint == best]
 
     def _best(self, found: list[Checkpoint]) -> Checkpoint | None:
         if self._section.best_metric is None:
@@ -209,12 +239,18 @@ class Checkpointer:
 
 
 def load_checkpoint(checkpoint: Checkpoint, crew: Crew, seconds: float) -> dict[str, Any]:
-    """Bring every learning role back to a checkpoint; returns the driver's state."""
+    """Bring every learning role back to a checkpoint; returns the driver's state.
+
+    A role may have another number of ranks than it had, where the fingerprint lets it (ZeRO-0).
+    """
+    state: dict[str, Any] = json.loads((checkpoint.folder / STATE_FILE).read_text(encoding="utf-8"))
     groups = [crew[role] for role in LEARNING_ROLES if role in crew]
-    loading = [(group, group.call("load_state", (checkpoint.folder / group.role).absolute())) for group in groups]
+    loading = []
+    for group in groups:
+        resized = state["ranks"][group.role] != len(group)
+        loading.append((group, group.call("load_state", (checkpoint.folder / group.role).absolute(), resized)))
     for group, pending in loading:
         group.wait(pending, "resume", seconds)
-    state: dict[str, Any] = json.loads((checkpoint.folder / STATE_FILE).read_text(encoding="utf-8"))
     return state
 
 

@@ -79,7 +79,7 @@ class RunLoop:
         if due and step != self._saved_step:
             self._checkpoint(step)
         if last:
-            self._announce(self._checkpointer.finish())
+            self._finish_checkpoint()
             with self._recorder.waiting("exporting the model"):
                 trainer.export(self._recorder.folder.export)
             return True
@@ -93,8 +93,10 @@ class RunLoop:
         """Continue from the newest usable checkpoint, if there is one and resuming is not switched off."""
         trainer, recorder = self._trainer, self._recorder
         if self._config.run.resume == "auto":
-            checkpoint, damaged = self._checkpointer.find()
-            for line in damaged:
+            with recorder.waiting("looking for a checkpoint"):
+                fetched = self._checkpointer.fetch()
+                checkpoint, lines = self._checkpointer.find()
+            for line in [fetched, *lines] if fetched else lines:
                 recorder.note(line)
             if checkpoint:
                 with recorder.waiting(f"resuming from step {checkpoint.step}"):
@@ -133,6 +135,14 @@ class RunLoop:
             self._announce(self._checkpointer.start(step, self._trainer.state(), metric))
         self._saved_step = step
 
+    def _finish_checkpoint(self) -> None:
+        """Wait until the newest checkpoint is in the run folder and, as far as the storage lets it, in its mirror."""
+        self._announce(self._checkpointer.finish())
+        with self._recorder.waiting("copying the checkpoint to its mirror"):
+            failed = self._checkpointer.copied()
+        if failed:
+            self._recorder.note(f"{failed}; the checkpoints in the run folder are whole")
+
     def _announce(self, complete: Sequence[Checkpoint]) -> None:
         for checkpoint in complete:
             for callback in self._trainer.callbacks:
@@ -142,7 +152,7 @@ class RunLoop:
         step = self._trainer.steps_done
         if step != self._saved_step:
             self._checkpoint(step)
-        self._announce(self._checkpointer.finish())
+        self._finish_checkpoint()
         raise StoppedError(f"stopped after step {step}, as {self._stop.signal_name} asked; the same command resumes")
 
     def _save_before_the_end(self, error: ActorLostError) -> None:
@@ -152,7 +162,7 @@ class RunLoop:
         if self._trainer.consistent and gangs_alive and self._trainer.steps_done != self._saved_step:
             self._recorder.note(f"{error}; writing a checkpoint before the end")
             self._checkpoint(self._trainer.steps_done)
-            self._announce(self._checkpointer.finish())
+            self._finish_checkpoint()
 
 
 def best_metric(metrics: Mapping[str, float], name: str | None) -> float | None:

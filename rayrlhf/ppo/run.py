@@ -16,6 +16,7 @@ from rayrlhf.actors.connection import connected, running_crew
 from rayrlhf.config.load import describe, differences, dump_config
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.data.mirror import Mirror
 from rayrlhf.data.prompts import load_prompt_dataset
 from rayrlhf.data.records import Prompt
 from rayrlhf.data.sampler import PromptSampler
@@ -32,6 +33,9 @@ from rayrlhf.ppo.stopping import stop_requests
 from rayrlhf.ppo.trainer import PPOTrainer
 from rayrlhf.ppo.warmup import check_warmup
 from rayrlhf.rewards.functions import load_functions
+
+MAY_CHANGE = ("run.root:", "placement.", "rollout.replicas:", "deadlines.", "recovery.", "observe.", "checkpoint.mirror:")
+"""Settings of where and how a run is carried out, which a resumed one may have otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,7 @@ def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResul
         with view.wait("reading the prompts"):
             train_prompts, evaluation_prompts = load_prompts(config)
             check_warmup(config, train_prompts)
+        mirror = _open_mirror(config)
         # Only a run that can start leaves a folder behind.
         recorder = stack.enter_context(Recorder(config, dump_config(config), stored_differences, view))
         with view.wait("loading the models"):
@@ -102,15 +107,31 @@ def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResul
             config, crew, sampler, evaluation_prompts, recorder.timer, callbacks=[recorder, gauges, *callbacks], care=care
         )
         checkpointer = Checkpointer(
-            recorder.folder.checkpoints, crew, config.checkpoint, fingerprint(config), config.deadlines.update
+            recorder.folder.checkpoints, crew, config.checkpoint, fingerprint(config), config.deadlines.update, mirror
         )
         RunLoop(trainer, recorder, checkpointer, train_prompts, stop).run()
     return PPOResult(recorder.folder.path, trainer.steps_done, time.monotonic() - started, recorder.memory.peak_bytes / GIB)
 
 
+def _open_mirror(config: PPOConfig) -> Mirror | None:
+    """The storage that checkpoints are copied to; it holds this run or none."""
+    if config.checkpoint.mirror is None:
+        return None
+    mirror = Mirror(config.checkpoint.mirror, config.run.name)
+    mirror.claim(dump_config(config), stored_differences, resume=config.run.resume == "auto")
+    return mirror
+
+
 def stored_differences(stored: str, wanted: str) -> list[str]:
-    """Lines that tell a run folder's configuration from the wanted one."""
-    return differences(*(PPOConfig.model_validate(yaml.safe_load(text)) for text in (stored, wanted)))
+    """Lines that tell a run folder's configuration from the wanted one, as far as they make it another run.
+
+    A run may go on elsewhere and on more or fewer processes; one that is `exact` may not, because its bits depend on them.
+    """
+    before, after = (PPOConfig.model_validate(yaml.safe_load(text)) for text in (stored, wanted))
+    found = differences(before, after)
+    if "exact" in (before.run.determinism, after.run.determinism):
+        return found
+    return [line for line in found if not line.startswith(MAY_CHANGE)]
 
 
 def load_prompts(config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
@@ -147,13 +168,14 @@ def fingerprint(config: PPOConfig) -> dict[str, str]:
     parts: dict[str, Any] = {"model": _shape(config.model), "critic.kind": config.critic.kind}
     if config.critic.kind == "separate":
         parts["critic.model"] = _shape(config.critic.model or config.model)
-        parts["placement.critic.ranks"] = config.placement.critic.ranks
     parts |= {
         "model.lora": config.model.lora.model_dump(mode="json") if config.model.lora else None,
         "train.optimizer.name": config.train.optimizer.name,
         "train.zero_stage": config.train.zero_stage,
-        "placement.policy.ranks": config.placement.policy.ranks,
     }
+    if config.train.zero_stage:  # sharded state belongs to its number of ranks
+        roles = ("policy", "critic") if config.critic.kind == "separate" else ("policy",)
+        parts |= {f"placement.{role}.ranks": getattr(config.placement, role).ranks for role in roles}
     return {key: json.dumps(value, sort_keys=True) for key, value in parts.items()}
 
 

@@ -2,13 +2,14 @@
 
 import pytest
 
+from rayrlhf.config.load import dump_config
 from rayrlhf.data.atomic import PendingFolder, remove_leftovers
 from rayrlhf.data.manifest import Manifest, write_hashed, write_manifest
 from rayrlhf.engines.train_state import write
 from rayrlhf.errors import UserError
 from rayrlhf.ppo.checkpoint import Checkpoint, list_checkpoints, newest_usable
 from rayrlhf.ppo.loop import best_metric
-from rayrlhf.ppo.run import fingerprint
+from rayrlhf.ppo.run import fingerprint, stored_differences
 from tests.ppo.runs import run_config
 
 FITS = {"train.zero_stage": "0"}
@@ -58,7 +59,6 @@ def test_a_checkpoint_of_another_set_up_is_refused_with_the_difference(tmp_path)
         ("critic.kind=shared", "critic.kind"),
         ("train.optimizer.name=sgd", "train.optimizer.name"),
         ("train.zero_stage=2", "train.zero_stage"),
-        ("placement.policy.ranks=2", "placement.policy.ranks"),
     ],
 )
 def test_what_cannot_load_the_state_is_in_the_fingerprint(tmp_path, override, key):
@@ -66,8 +66,31 @@ def test_what_cannot_load_the_state_is_in_the_fingerprint(tmp_path, override, ke
     assert one[key] != other[key]
 
 
+@pytest.mark.parametrize("role", ["policy", "critic"])
+def test_the_number_of_ranks_matters_for_loading_where_the_state_is_sharded_and_only_there(tmp_path, role):
+    for stage, matters in ((0, False), (1, True), (3, True)):
+        one, other = (
+            fingerprint(run_config(tmp_path, f"train.zero_stage={stage}", f"placement.{role}.ranks={ranks}"))
+            for ranks in (1, 2)
+        )
+        assert (one != other) == matters
+
+
 def test_what_does_not_matter_for_loading_is_not(tmp_path):
     assert fingerprint(run_config(tmp_path)) == fingerprint(run_config(tmp_path, "run.seed=4", "rollout.temperature=0.5"))
+
+
+ELSEWHERE = ["placement.policy.ranks=2", "rollout.replicas=3", "observe.live=true", "deadlines.sync=5", "recovery.attempts=9"]
+
+
+def test_a_run_may_go_on_elsewhere_but_not_as_another_and_an_exact_one_not_at_all(tmp_path):
+    def lines(before, after):
+        return stored_differences(*(dump_config(run_config(tmp_path, *overrides)) for overrides in (before, after)))
+
+    assert lines([], ELSEWHERE) == []
+    assert lines([], [*ELSEWHERE, "run.seed=4"]) == ["run.seed: 0 -> 4"]
+    exact = "run.determinism=exact"
+    assert lines([exact], [exact, "rollout.replicas=3"]) == ["rollout.replicas: 1 -> 3"]
 
 
 def test_half_written_folders_are_neither_listed_nor_kept(tmp_path):

@@ -1,0 +1,47 @@
+"""A run whose folder is gone, as on another machine, goes on from the copy of its checkpoint on S3."""
+
+import shutil
+import time
+
+import pytest
+
+from rayrlhf.data.mirror import Mirror
+from rayrlhf.observe.metrics import read_metrics
+from rayrlhf.ppo.callbacks import Callback
+from rayrlhf.ppo.checkpoint import list_checkpoints
+from rayrlhf.ppo.run import train_ppo
+from tests.data.test_mirror import bucket  # noqa: F401 - a fixture
+from tests.ppo.runs import run_config
+
+SETTINGS = [
+    "rollout.backend=transformers",
+    "critic.kind=shared",
+    "evaluation.enabled=false",
+    "run.steps=3",
+    "checkpoint.every=2",
+    "checkpoint.asynchronous=false",
+]
+
+
+class StopOnceCopied(Callback):
+    def __init__(self, mirror):
+        self.mirror = mirror
+
+    def on_checkpoint(self, step, folder):
+        end = time.monotonic() + 30
+        while folder.name not in self.mirror.names() and time.monotonic() < end:
+            time.sleep(0.1)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_its_mirror_when_its_folder_is_gone_on_more_ranks_and_replicas(tmp_path, bucket):  # noqa: F811
+    config = run_config(tmp_path, *SETTINGS, f"checkpoint.mirror='{bucket('here')}'")
+    with pytest.raises(KeyboardInterrupt):
+        train_ppo(config, [StopOnceCopied(Mirror(bucket("here"), "ppo"))])
+    shutil.rmtree(config.run.root)
+    elsewhere = ["placement.policy.ranks=2", "rollout.replicas=2"]
+    result = train_ppo(run_config(tmp_path, *SETTINGS, f"checkpoint.mirror='{bucket('here')}'", *elsewhere))
+    assert result.steps == 3
+    assert [row["step"] for row in read_metrics(config.run.folder) if "lr" in row] == [3]
+    assert [checkpoint.step for checkpoint in list_checkpoints(config.run.folder / "checkpoints")] == [2, 3]
