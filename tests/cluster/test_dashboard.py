@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -87,4 +88,59 @@ def test_a_nodes_metrics_port_shows_the_gauges_with_the_runs_name(tmp_path):
         assert 'run="my-run"' in line
         assert line.endswith(" 7.0")
     finally:
+        ray.shutdown()
+
+
+@pytest.mark.slow
+def test_prometheus_scrapes_a_run_and_answers_every_query_of_the_dashboard(tmp_path):
+    import time
+    import urllib.parse
+
+    from ray._common.network_utils import find_free_port
+
+    prometheus = shutil.which("prometheus")
+    if prometheus is None:
+        pytest.skip("prometheus is not installed (Debian: apt install prometheus)")
+    port, own = find_free_port(), find_free_port()
+    settings = yaml.safe_load((FOLDER / "prometheus.yaml").read_text())
+    settings["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    settings["rule_files"] = [str(FOLDER / "alerts.yaml")]
+    settings["scrape_configs"][0].pop("file_sd_configs")
+    settings["scrape_configs"][0]["static_configs"] = [{"targets": [f"127.0.0.1:{port}"]}]
+    (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(settings))
+
+    def ask(path):
+        with urllib.request.urlopen(f"http://127.0.0.1:{own}/api/v1/{path}", timeout=10) as reply:
+            return json.load(reply)["data"]
+
+    def query(expression):
+        return ask(f"query?query={urllib.parse.quote(expression)}")["result"]
+
+    command = [prometheus, f"--config.file={tmp_path}/prometheus.yaml", f"--storage.tsdb.path={tmp_path}/data"]
+    server = subprocess.Popen(
+        [*command, f"--web.listen-address=127.0.0.1:{own}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, _metrics_export_port=port)
+    try:
+        metrics = ClusterMetrics("my-run")
+        metrics.on_step_end(7, {key: 0.5 for key, _ in STEP_GAUGES.values()}, None)
+        metrics.on_evaluation(7, SimpleNamespace(mean_score=0.5))
+        end, found = time.monotonic() + 60, []
+        while not found and time.monotonic() < end:
+            time.sleep(1)
+            try:
+                found = query('ray_rayrlhf_step{run="my-run"}')
+            except OSError:
+                continue  # not up yet
+        assert found[0]["value"][1] == "7"
+        panels = json.loads((FOLDER / "dashboard.json").read_text())["panels"]
+        expressions = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+        assert expressions
+        for expression in expressions:
+            assert query(expression.replace("$run", "my-run")), expression
+        groups = ask("rules")["groups"]
+        assert [rule["health"] for group in groups for rule in group["rules"]] == ["ok"] * 4
+    finally:
+        server.terminate()
+        server.wait(30)
         ray.shutdown()

@@ -1,0 +1,80 @@
+"""Eight nodes of eight GPUs that are numbers only, but known to a real Ray: roles land where `plan` says, or are refused."""
+
+import time
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.util import placement_group, placement_group_table, remove_placement_group
+
+from rayrlhf.actors.crew import read_machine
+from rayrlhf.actors.placement import Machine, make_plan
+from rayrlhf.errors import UserError
+from rayrlhf.launch.layout import lay_out
+from tests.actors.test_placement import config
+
+pytestmark = pytest.mark.slow
+NODES, GPUS, CPUS = 8, 8.0, 32.0
+DISAGGREGATED = {
+    "placement": {"mode": "disaggregated", "policy": {"ranks": 16}, "critic": {"ranks": 8}, "reference": {"ranks": 4}},
+    "rollout": {"replicas": 6, "tensor_parallel_size": 4},
+}
+COLOCATED = {
+    "placement": {role: {"ranks": 16} for role in ("policy", "critic", "reference")},
+    "rollout": {"replicas": 4, "tensor_parallel_size": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    cluster = Cluster()
+    for _ in range(NODES):
+        cluster.add_node(num_cpus=CPUS, num_gpus=GPUS, include_dashboard=False, object_store_memory=80 * 2**20)
+    ray.init(address=cluster.address, log_to_driver=False)
+    cluster.wait_for_nodes(60)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def granted(plan):
+    """Node of every bundle of every group, as Ray grants them."""
+    groups = {}
+    try:
+        for name, group in plan.groups.items():
+            groups[name] = placement_group([dict(bundle) for bundle in group.bundles], group.strategy)
+        assert all(group.wait(30) for group in groups.values())
+        return {name: placement_group_table(group)["bundles_to_node_id"] for name, group in groups.items()}
+    finally:
+        for group in groups.values():
+            remove_placement_group(group)
+
+
+@pytest.mark.parametrize("sections", [DISAGGREGATED, COLOCATED], ids=["disaggregated", "colocated"])
+def test_ray_seats_processes_together_as_the_plan_does_and_packs_every_replica(cluster, sections):
+    machine = read_machine()
+    assert machine == Machine((CPUS,) * NODES, (GPUS,) * NODES)
+    plan = make_plan(config(**sections), machine)
+    nodes = granted(plan)
+    for name, group in plan.groups.items():
+        assert len(nodes[name]) == len(group.bundles)
+        if group.strategy == "STRICT_PACK":
+            assert len(set(nodes[name].values())) == 1
+    # Nodes have no order in Ray, so what must agree is how many nodes each role's processes fill.
+    seated = {}
+    for role, seats in plan.seats.items():
+        seated[role] = len({nodes[seat.group][seat.bundles[0]] for seat in seats})
+    for role in plan.seats:
+        planned = len({place.node for place in lay_out(plan, machine) if place.role == role})
+        assert seated[role] == planned, role
+
+
+def test_a_plan_that_cannot_be_is_refused_within_seconds_with_asked_against_available(cluster):
+    started = time.monotonic()
+    too_many = config(placement={"mode": "disaggregated", "policy": {"ranks": 40}, "critic": {"ranks": 30}})
+    with pytest.raises(UserError, match=r"asked for .* and 72 GPUs .*but the cluster has 256 CPUs and 64 GPUs"):
+        make_plan(too_many, read_machine())
+    wide = config(rollout={"replicas": 1, "tensor_parallel_size": 16}, placement={"mode": "disaggregated"})
+    with pytest.raises(UserError, match="on one node, but what is left is"):
+        lay_out(make_plan(wide, read_machine()), read_machine())
+    assert time.monotonic() - started < 5
