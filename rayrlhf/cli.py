@@ -157,6 +157,18 @@ def chat(
     chat_with(run, prompt, max_new_tokens=max_new_tokens, temperature=temperature)
 
 
+@app.command()
+def scale(
+    run: Annotated[Path, typer.Argument(help="The folder of a running PPO job.")],
+    rollout: Annotated[int, typer.Option(min=1, help="Rollout replicas it shall have from its next step on.")],
+) -> None:
+    """Let rollout replicas join or leave a running job; those that find no room wait for a node that has some."""
+    from rayrlhf.ppo.scaling import want_replicas
+
+    want_replicas(run, rollout)
+    typer.echo(f"{run}: {rollout} rollout replicas are wanted from the next step on")
+
+
 app.command()(plan)
 app.command()(submit)
 app.add_typer(presft_app, name="presft")

@@ -3,14 +3,14 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from rayrlhf.actors.group import ActorGroup, create_actor, create_group
-from rayrlhf.actors.placement import GroupPlan, Machine, ResourcePlan, Role
+from rayrlhf.actors.placement import GroupPlan, Machine, ResourcePlan, Role, Seat, replica_group
 from rayrlhf.actors.reference_actor import ReferenceActor
 from rayrlhf.actors.reward_actor import RewardActor
 from rayrlhf.actors.rollout_actor import RolloutActor
@@ -35,7 +35,8 @@ class Crew:
 
     Attributes:
         groups: the actors that are there now; `restart` exchanges some.
-        plan: where everybody sits.
+        plan: where everybody sat at first.
+        seats: where everybody sits now.
         specs: what everybody is built from.
         run_name: first part of every actor's name.
         placed: placement groups by name.
@@ -43,9 +44,10 @@ class Crew:
 
     groups: dict[Role, ActorGroup]
     plan: ResourcePlan
+    seats: dict[Role, tuple[Seat, ...]]
     specs: RoleSpecs
     run_name: str
-    placed: Mapping[str, PlacementGroup]
+    placed: dict[str, PlacementGroup]
 
     def __getitem__(self, role: Role) -> ActorGroup:
         """The actors of one role."""
@@ -95,12 +97,41 @@ class Crew:
         wait_all(self.start_building(role, seconds), f"rebuilding the {role}", seconds)
 
     def _exchange(self, role: Role, rank: int) -> None:
-        group, seat = self.groups[role], self.plan.seats[role][rank]
+        group = self.groups[role]
         ray.kill(group.handles[rank])
-        handle = create_actor(
-            group.names[rank], ACTOR_CLASSES[role], seat, self.placed[seat.group], self.specs.environment(role)
-        )
-        self.groups[role] = group.with_handle(rank, handle)
+        self.groups[role] = group.with_handle(rank, self._create(role, group.names[rank], self.seats[role][rank]))
+
+    def ask_for_room(self, name: str) -> PlacementGroup:
+        """Ask the cluster for the room of one more rollout replica, under a name; nothing waits for it."""
+        group = replica_group(self.plan)
+        self.placed[name] = _asked(group)
+        return self.placed[name]
+
+    def give_back_room(self, name: str) -> None:
+        """Return a room, or withdraw a request for one."""
+        remove_placement_group(self.placed.pop(name))
+
+    def add_replica(self, room: str) -> ray.ObjectRef:
+        """Put one more rollout replica into a room that was granted; returns its `build`, without waiting."""
+        group, first = self.groups["rollout"], self.plan.seats["rollout"][0]
+        seat = replace(first, group=room, bundles=tuple(range(len(first.bundles))))
+        name = f"{self.run_name}/rollout/{len(group)}"
+        handle = self._create("rollout", name, seat)
+        self.seats["rollout"] = (*self.seats["rollout"], seat)
+        self.groups["rollout"] = replace(group, names=(*group.names, name), handles=(*group.handles, handle))
+        return handle.build.remote(*self.specs.arguments("rollout"))
+
+    def remove_replica(self) -> None:
+        """End the rollout replica of the highest rank, and return its room if it had one of its own."""
+        group, seat = self.groups["rollout"], self.seats["rollout"][-1]
+        ray.kill(group.handles[-1])
+        self.groups["rollout"] = replace(group, names=group.names[:-1], handles=group.handles[:-1])
+        self.seats["rollout"] = self.seats["rollout"][:-1]
+        if not any(seat.group == other.group for seats in self.seats.values() for other in seats):
+            self.give_back_room(seat.group)
+
+    def _create(self, role: Role, name: str, seat: Seat) -> Any:
+        return create_actor(name, ACTOR_CLASSES[role], seat, self.placed[seat.group], self.specs.environment(role))
 
 
 def read_machine() -> Machine:
@@ -123,23 +154,24 @@ def started_crew(run_name: str, specs: RoleSpecs, placement_seconds: float) -> I
     groups: dict[Role, ActorGroup] = {}
     try:
         for name, group in plan.groups.items():
-            placement_groups[name] = placement_group(
-                [dict(bundle) for bundle in group.bundles],
-                group.strategy,
-                bundle_label_selector=[dict(group.labels)] * len(group.bundles) if group.labels else None,
-            )
+            placement_groups[name] = _asked(group)
         _await_placement(placement_groups, plan, placement_seconds)
         for role, seats in plan.seats.items():
             environment = specs.environment(role)
             groups[role] = create_group(role, ACTOR_CLASSES[role], seats, placement_groups, run_name, environment)
             groups[role].call("preload")
-        yield Crew(groups, plan, specs, run_name, placement_groups)
+        yield Crew(groups, plan, dict(plan.seats), specs, run_name, placement_groups)
         _close(groups)
     finally:
         for actors in groups.values():
             actors.kill()
         for placed in placement_groups.values():
             remove_placement_group(placed)
+
+
+def _asked(group: GroupPlan) -> PlacementGroup:
+    labels = [dict(group.labels)] * len(group.bundles) if group.labels else None
+    return placement_group([dict(bundle) for bundle in group.bundles], group.strategy, bundle_label_selector=labels)
 
 
 def _await_placement(placed: Mapping[str, PlacementGroup], plan: ResourcePlan, seconds: float) -> None:

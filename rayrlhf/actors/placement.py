@@ -212,6 +212,14 @@ def _replica_groups(part: _Settled, groups: dict[str, GroupPlan]) -> tuple[Seat,
     return tuple(seats)
 
 
+def replica_group(plan: ResourcePlan) -> GroupPlan:
+    """Room for one more rollout replica like those of the plan."""
+    seat = plan.seats["rollout"][0]
+    group = plan.groups[seat.group]
+    bundles = tuple(_bundle(seat.cpus, seat.gpus) for _ in seat.bundles)
+    return GroupPlan("STRICT_PACK", bundles, group.labels)
+
+
 def _check_fits(plan: ResourcePlan, settled: Sequence[_Settled], machine: Machine) -> None:
     asked_cpus = sum(bundle["CPU"] for group in plan.groups.values() for bundle in group.bundles)
     asked_gpus = sum(bundle.get("GPU", 0) for group in plan.groups.values() for bundle in group.bundles)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup
 
 from rayrlhf.actors.crew import Crew
 from rayrlhf.actors.healer import LossNote
@@ -86,6 +87,9 @@ class ReplicaPool:
             Replica(rank, name, handle, Health(since=now))
             for rank, (name, handle) in enumerate(zip(group.names, group.handles, strict=True))
         ]
+        self._rooms: dict[str, PlacementGroup] = {}
+        self._rooms_asked = 0
+        self._joining: set[int] = set()
         self._down_since: dict[int, float] = {}
         self._short_since: float | None = None
 
@@ -136,6 +140,7 @@ class ReplicaPool:
             ActorLostError: for too long too few replicas serve.
         """
         now = time.monotonic()
+        self._let_in(now)
         for replica in self.replicas:
             if replica.health.is_due(now):
                 replica.building = self._crew.restart("rollout", replica.rank)
@@ -152,12 +157,46 @@ class ReplicaPool:
         if replica.health.state == "stale":
             self._event(replica, Synced())
             seconds = time.monotonic() - self._down_since.pop(replica.rank, time.monotonic())
-            self._note("recovered", replica.name, "", seconds)
+            self._note("joined" if replica.rank in self._joining else "recovered", replica.name, "", seconds)
+            self._joining.discard(replica.rank)
+
+    def scale(self, wanted: int) -> None:
+        """Let replicas join or leave until there are `wanted`; call it between steps, when nobody owes anything.
+
+        Those that join ask the cluster for room and come when it has some, be it on a node that is yet to appear.
+        """
+        while len(self.replicas) + len(self._rooms) > wanted:
+            if self._rooms:
+                self._crew.give_back_room(self._rooms.popitem()[0])
+                continue
+            replica = self.replicas.pop()
+            if self._watch:
+                self._watch.remove(replica.name)
+            self._down_since.pop(replica.rank, None)
+            self._joining.discard(replica.rank)
+            self._crew.remove_replica()
+            self._note("left", replica.name, f"{wanted} replicas are wanted", 0.0)
+        while len(self.replicas) + len(self._rooms) < wanted:
+            self._rooms_asked += 1
+            name = f"rollout-joining-{self._rooms_asked}"
+            self._rooms[name] = self._crew.ask_for_room(name)
 
     def settled(self) -> None:
         """Take note that a step was completed."""
         for replica in self.replicas:
             self._event(replica, Settled())
+
+    def _let_in(self, now: float) -> None:
+        """Start a replica in every room that was granted meanwhile."""
+        for name in [name for name, room in self._rooms.items() if room.wait(0)]:
+            del self._rooms[name]
+            building = self._crew.add_replica(name)
+            group = self._crew["rollout"]
+            rank = len(group) - 1
+            health = Health("rebuilding", since=now)
+            self.replicas.append(Replica(rank, group.names[rank], group.handles[rank], health, building))
+            self._joining.add(rank)
+            self._down_since[rank] = now
 
     def _built(self, replica: Replica) -> None:
         building, replica.building = replica.building, None

@@ -20,7 +20,7 @@ class RecoveryJournal:
         """Append one event.
 
         Args:
-            event: "lost", "recovered", "hung", "replayed" or "resumed".
+            event: "lost", "recovered", "hung", "replayed", "resumed", "joined" or "left".
             actor: `<run>/<role>/<rank>`.
             reason: in one line.
             seconds: since the loss, for a recovery.

@@ -13,6 +13,7 @@ from rayrlhf.models.load import load_tokenizer
 from rayrlhf.ppo.checkpoint import Checkpoint, Checkpointer, load_checkpoint
 from rayrlhf.ppo.recorder import Recorder
 from rayrlhf.ppo.recovery import Recovery
+from rayrlhf.ppo.scaling import wanted_replicas
 from rayrlhf.ppo.stopping import StopRequest
 from rayrlhf.ppo.trainer import PPOTrainer
 from rayrlhf.ppo.warmup import imitation_batch
@@ -85,6 +86,9 @@ class RunLoop:
             return True
         if self._stop:
             self._end_as_asked()
+        wanted = wanted_replicas(self._recorder.folder.path)
+        if wanted is not None:
+            trainer.care.pool.scale(wanted)
         self._metrics |= trainer.train_step()
         self._announce(self._checkpointer.poll())
         return False
