@@ -28,6 +28,8 @@ SETTINGS = [
     "recovery.ping_every=1",
     "recovery.ping_deadline=8",
 ]
+LONGEST_MEDIAN = {"rollout": 40, "policy": 45, "critic": 45}
+"""Seconds on two cores."""
 HURTS = [
     ("rollout", signal.SIGKILL),
     ("policy", signal.SIGKILL),
@@ -38,9 +40,9 @@ HURTS = [
 ]
 
 
-def run_pair(folder, steps, hurts, seconds, *overrides):
+def run_pair(folder, steps, hurts, seconds, *overrides, seed=5):
     """The twin and the victim, one after the other; each hurt falls at a random moment of a step of its own."""
-    generator = random.Random(5)
+    generator = random.Random(seed)
     settings = [*SETTINGS, f"run.steps={steps}", *overrides]
     twin = Job(folder / "twin", *settings).start()
     assert twin.wait(seconds) == 0, twin.log[-3000:]
@@ -75,19 +77,25 @@ def test_the_job_ends_by_itself_after_six_kills(pair):
 
 @pytest.mark.slow
 def test_every_step_has_the_metrics_of_the_undisturbed_twin_bit_for_bit(pair):
-    twin, victim, _ = pair
-    assert [row["step"] for row in victim.steps()] == list(range(1, STEPS + 1))
+    same_metrics(*pair[:2], STEPS)
+
+
+def same_metrics(twin, victim, steps):
+    assert [row["step"] for row in victim.steps()] == list(range(1, steps + 1))
     for mine, other in zip(victim.steps(), twin.steps(), strict=True):
         assert repeatable(mine) == repeatable(other)
 
 
 @pytest.mark.slow
 def test_no_prompt_is_lost_or_used_twice_and_no_failure_becomes_a_reward(pair):
-    twin, victim, _ = pair
+    same_samples(*pair[:2], STEPS)
+
+
+def same_samples(twin, victim, steps):
     keys = ("step", "prompt_id", "sample", "response", "score")
     mine, other = ([tuple(row[key] for key in keys) for row in read_samples(job.folder / "samples")] for job in (victim, twin))
     assert mine == other
-    assert len(set(mine)) == len(mine) == STEPS * 32
+    assert len(set(mine)) == len(mine) == steps * 32
 
 
 @pytest.mark.slow
@@ -113,3 +121,23 @@ def print_table(victim):
     for role, seconds in recovery_seconds(read_journal(victim.folder)).items():
         print(f"{role}: {len(seconds)} recoveries, median {statistics.median(seconds):.1f} s, longest {max(seconds):.1f} s")
     return True
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("piece", [0, 1, 2])
+def test_thirty_random_kills_in_three_runs_change_nothing(tmp_path, piece):
+    """Ten a run, so that each takes less than nine minutes; `-s` shows the table of recovery times."""
+    generator = random.Random(piece)
+    roles = ["rollout", "rollout", "policy", "policy", "reward", "critic", "reference", "driver"]
+    kinds = [signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP]
+    hurts = [(role, signal.SIGKILL if role == "driver" else generator.choice(kinds)) for role in generator.choices(roles, k=10)]
+    steps = 2 * len(hurts) + 4
+    twin, victim, code = run_pair(tmp_path, steps, hurts, 400, seed=piece)
+    assert code == 0, victim.log[-3000:]
+    same_metrics(twin, victim, steps)
+    same_samples(twin, victim, steps)
+    medians = {role: statistics.median(seconds) for role, seconds in recovery_seconds(read_journal(victim.folder)).items()}
+    print_table(victim)
+    hurt = {role for role, _ in hurts}
+    assert all(medians[role] < longest for role, longest in LONGEST_MEDIAN.items() if role in hurt)
