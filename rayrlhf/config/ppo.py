@@ -67,6 +67,13 @@ class PPOConfig(Section):
         return self.algorithm.kl.coefficient > 0
 
     @property
+    def needs_greedy(self) -> bool:
+        """Whether the advantage estimator reads the score of a greedy response to each prompt."""
+        from rayrlhf.algorithms.advantages import ADVANTAGE_ESTIMATORS
+
+        return ADVANTAGE_ESTIMATORS[self.algorithm.advantage.estimator].greedy
+
+    @property
     def reference_in_policy(self) -> bool:
         """Whether the policy without its adapters serves as the reference."""
         return self.needs_reference and self.model.lora is not None and self.reference.model is None
@@ -127,6 +134,15 @@ class PPOConfig(Section):
             raise ValueError(
                 f"algorithm.shaping.scale and center move the scores away from the greedy response's, which is the baseline of "
                 f"algorithm.advantage.estimator '{name}': switch them off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _refilling_compares_responses(self) -> Self:
+        if self.rollout.refill_rounds and self.rollout.samples_per_prompt == 1:
+            raise ValueError(
+                f"rollout.refill_rounds {self.rollout.refill_rounds} replaces prompts whose responses all score the same, as "
+                "a single one always does: set rollout.samples_per_prompt to 2 or more"
             )
         return self
 

@@ -15,6 +15,9 @@ class RolloutSection(Section):
     tensor_parallel_size: int = Field(1, ge=1)
     prompts_per_step: int = Field(64, ge=1)
     samples_per_prompt: int = Field(1, ge=1)
+    refill_rounds: int = Field(0, ge=0)
+    """Rounds in which other prompts replace those whose responses all scored the same (DAPO's dynamic sampling). When they are
+    used up, the step is filled with such prompts."""
     max_new_tokens: int = Field(256, ge=1)
     temperature: float = Field(1.0, gt=0)
     stop: list[str] = Field(default_factory=list)

@@ -80,7 +80,7 @@ class ExperienceMaker:
         width = slot_count(longest, self._config.rollout.max_new_tokens, position)
         mask = _padded([rollout.action_mask for rollout in rollouts], width).bool()
         logprobs = _readings(scored, "policy", "logprobs", width)
-        scores = self._shape(torch.from_numpy(scored.rewards.scores), rollouts)
+        scores = self._shape(scored)
         kl = None
         if "reference" in scored.readings:
             kl = kl_penalty(logprobs, _readings(scored, "reference", "logprobs", width), algorithm.kl.estimator)
@@ -92,7 +92,7 @@ class ExperienceMaker:
             rewards = whiten(rewards, earned.value_mask, shift_mean=False)
         values = self._values(scored, width)
         groups = torch.tensor([rollout.key.prompt for rollout in rollouts])
-        inputs = AdvantageInputs(rewards, scores, groups, mask, earned.value_mask, values)
+        inputs = AdvantageInputs(rewards, scores, groups, mask, earned.value_mask, values, self._baselines(scored))
         section = algorithm.advantage
         result = estimate_advantages(
             section.estimator,
@@ -130,7 +130,23 @@ class ExperienceMaker:
         self._controller.load_state_dict(state["controller"])
         self._moments.load_state_dict(state["moments"])
 
-    def _shape(self, scores: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
+    def _shape(self, scored: ScoredRollouts) -> Tensor:
+        shaping = self._config.algorithm.shaping
+        charged = self._charged(scored)
+        return shape_scores(charged, self._moments, scale=shaping.scale, center=shaping.center, clip=shaping.clip)
+
+    def _baselines(self, scored: ScoredRollouts) -> Tensor | None:
+        """The shaped score of the greedy response to each rollout's prompt, float [B]; the config has no scaling beside it."""
+        if scored.greedy is None:
+            return None
+        clip = self._config.algorithm.shaping.clip
+        shaped = shape_scores(self._charged(scored.greedy), self._moments, clip=clip)
+        by_prompt = {rollout.key.prompt: score for rollout, score in zip(scored.greedy.rollouts, shaped, strict=True)}
+        return torch.stack([by_prompt[rollout.key.prompt] for rollout in scored.rollouts])
+
+    def _charged(self, scored: ScoredRollouts) -> Tensor:
+        """Scores minus what each response pays for its own length, float [B]."""
+        scores, rollouts = torch.from_numpy(scored.rewards.scores), scored.rollouts
         shaping, limit = self._config.algorithm.shaping, self._config.rollout.max_new_tokens
         if shaping.overlong_buffer is not None:
             lengths = torch.tensor([len(rollout.response_ids) for rollout in rollouts])
@@ -138,7 +154,7 @@ class ExperienceMaker:
         if shaping.missing_eos_penalty is not None:
             stopped = torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
             scores = penalise_missing_stop(scores, stopped, shaping.missing_eos_penalty)
-        return shape_scores(scores, self._moments, scale=shaping.scale, center=shaping.center, clip=shaping.clip)
+        return scores
 
     def _kept(self, rollouts: Sequence[Rollout]) -> Tensor:
         """Which responses are learned from, bool [B]."""

@@ -24,9 +24,19 @@ TICK_SECONDS = 1.0
 """How often a wait looks at replicas that are being rebuilt."""
 
 
-def make_requests(prompts: Sequence[Prompt], samples_per_prompt: int, step: int, run_seed: int) -> list[RolloutRequest]:
-    """One request per (prompt, sample). A prompt that occurs again in the step continues the sample numbers of its group."""
-    seen: dict[int, int] = {}
+def make_requests(
+    prompts: Sequence[Prompt], samples_per_prompt: int, step: int, run_seed: int, seen: dict[int, int] | None = None
+) -> list[RolloutRequest]:
+    """One request per (prompt, sample). A prompt that occurs again in the step continues the sample numbers of its group.
+
+    Args:
+        prompts: in the order of the stream.
+        samples_per_prompt: requests for each of them.
+        step: of the run.
+        run_seed: of the run.
+        seen: prompt id -> its first free sample number, kept up to date, for a step that samples in several calls.
+    """
+    seen = {} if seen is None else seen
     requests = []
     for prompt in prompts:
         first = seen.get(prompt.id, 0)

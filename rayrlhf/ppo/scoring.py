@@ -46,6 +46,13 @@ class Reading(NamedTuple):
     replicate: bool = False
 
 
+class RewardRow(NamedTuple):
+    """A response's score and its parts (see `RewardBatch`)."""
+
+    score: float
+    parts: dict[str, float]
+
+
 @dataclass(frozen=True, slots=True)
 class ScoredRollouts:
     """Rollouts of a step in the order of their keys, with everything the models said of them.
@@ -55,12 +62,18 @@ class ScoredRollouts:
         rewards: scores and their parts, [B].
         readings: reading name -> TokenScores of each rollout.
         prompts: prompt id -> prompt, for all prompts of the step.
+        greedy: one greedy response to each prompt, with rewards alone; None where no estimator compares with it.
     """
 
     rollouts: tuple[Rollout, ...]
     rewards: RewardBatch
     readings: Mapping[str, list[TokenScores]]
     prompts: Mapping[int, Prompt]
+    greedy: "ScoredRollouts | None" = None
+
+    def reward_rows(self) -> dict[SampleKey, RewardRow]:
+        """What each response scored, by its key."""
+        return dict(zip((rollout.key for rollout in self.rollouts), _rows(self.rewards), strict=True))
 
 
 class _Call(NamedTuple):
@@ -86,6 +99,7 @@ class Scorer:
         overlap: start calls as rollouts arrive.
         seconds: deadline of each wait.
         timer: counts each reading as a phase.
+        known: rewards that are known already; the reward actors are not asked then.
     """
 
     crew: Crew
@@ -95,6 +109,7 @@ class Scorer:
     overlap: bool
     seconds: float
     timer: PhaseTimer
+    known: Mapping[SampleKey, RewardRow] | None = None
     _rollouts: list[Rollout] = field(default_factory=list)
     _calls: dict[str, list[_Call]] = field(default_factory=dict)
 
@@ -102,17 +117,15 @@ class Scorer:
         """Take finished rollouts; starts their scoring at once where roles overlap."""
         self._rollouts.extend(finished)
         if self.overlap:
-            self._start_reward(finished)
+            if self.known is None:
+                self._start_reward(finished)
             for reading in self.readings:
                 self._start_reading(reading, finished)
 
     def finish(self) -> ScoredRollouts:
         """Wait for every score; the result does not depend on the order in which rollouts finished."""
         ordered = sorted(self._rollouts, key=lambda rollout: rollout.key)
-        with self.timer.phase(REWARD):
-            if not self.overlap:
-                self._start_reward(ordered)
-            rewards = self._collect(REWARD)
+        rewards = self.known or self._rewards(ordered)
         readings = {}
         for reading in self.readings:
             with self.timer.phase(reading.name):
@@ -122,6 +135,12 @@ class Scorer:
             readings[reading.name] = [scores[rollout.key] for rollout in ordered]
         merged = _merged([rewards[rollout.key] for rollout in ordered])
         return ScoredRollouts(tuple(ordered), merged, readings, self.prompts)
+
+    def _rewards(self, ordered: Sequence[Rollout]) -> Mapping[SampleKey, RewardRow]:
+        with self.timer.phase(REWARD):
+            if not self.overlap:
+                self._start_reward(ordered)
+            return self._collect(REWARD)
 
     def _start_reward(self, rollouts: Sequence[Rollout]) -> None:
         shares = _shares(rollouts, len(self.crew["reward"]))
@@ -171,19 +190,14 @@ def _shares(rollouts: Sequence[Rollout], ranks: int) -> list[list[Rollout]]:
     return [[rollouts[index] for index in part] for part in balance(lengths, ranks)]
 
 
-class _RewardRow(NamedTuple):
-    score: float
-    parts: dict[str, float]
-
-
-def _rows(batch: RewardBatch) -> list[_RewardRow]:
+def _rows(batch: RewardBatch) -> list[RewardRow]:
     return [
-        _RewardRow(float(score), {name: float(values[index]) for name, values in batch.parts.items()})
+        RewardRow(float(score), {name: float(values[index]) for name, values in batch.parts.items()})
         for index, score in enumerate(batch.scores)
     ]
 
 
-def _merged(rows: Sequence[_RewardRow]) -> RewardBatch:
+def _merged(rows: Sequence[RewardRow]) -> RewardBatch:
     names = rows[0].parts if rows else {}
     return RewardBatch(
         np.array([row.score for row in rows], dtype=np.float32),

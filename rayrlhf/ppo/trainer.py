@@ -4,7 +4,8 @@ The driver holds references, token ids and per-token scalars; weights and logits
 `generate`, `score` and `step` are public, so that a user can write a loop of their own; `train_step` is the built-in one.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from rayrlhf.actors.crew import Crew
 from rayrlhf.actors.placement import Role
 from rayrlhf.actors.replicas import Replica
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.data.records import Prompt, Rollout, RolloutRequest
+from rayrlhf.data.records import Prompt, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.sampler import PromptSampler
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.interfaces import Want
@@ -26,14 +27,18 @@ from rayrlhf.errors import AlarmError
 from rayrlhf.models.load import resolve_dtype
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.ppo.callbacks import Callback
+from rayrlhf.ppo.dynamic_sampling import SAMPLED_TOKENS, Harvest
 from rayrlhf.ppo.evaluation import Evaluation
 from rayrlhf.ppo.experience import LOGPROB_GAP, Experience, ExperienceMaker
 from rayrlhf.ppo.generation import Generation, make_requests
 from rayrlhf.ppo.objectives import learning_roles, make_objectives, plan_update
-from rayrlhf.ppo.scoring import Reading, ScoredRollouts, Scorer
+from rayrlhf.ppo.scoring import Reading, RewardRow, ScoredRollouts, Scorer
 from rayrlhf.ppo.step_metrics import reward_metrics, step_metrics
 from rayrlhf.ppo.warmup import imitation_plan
 from rayrlhf.ppo.weight_sync import SyncReport, sync_weights
+
+GREEDY_SAMPLE = 2**20
+"""Sample number of a greedy response; a late answer to another request can then not be taken for it."""
 
 
 class PPOTrainer:
@@ -117,18 +122,15 @@ class PPOTrainer:
     def train_step(self) -> dict[str, float]:
         """Sample prompts and run one whole PPO step, scoring rollouts as they finish where roles do not share devices."""
         with self.timer.step():
-            prompts = self.sampler.next(self.config.rollout.prompts_per_step)
-            requests = make_requests(prompts, self.config.rollout.samples_per_prompt, self.steps_done, self.config.run.seed)
-            scorer = self._scorer(prompts)
-            with self.timer.phase("generate"):
-                for finished in self._stream(requests, None):
-                    scorer.add(finished)
-            scored = scorer.finish()
-            metrics = self.step(scored)
+            prompts, scored, sampled = self._sampled()
+            if self.config.needs_greedy:
+                scored = replace(scored, greedy=self._greedy(scored))
+            metrics = self.step(scored) | sampled
             self.sampler.consumed([prompt.id for prompt in prompts])
             self.consistent = True
         self.care.settled()
-        metrics |= self.timer.metrics(generated_tokens=sum(len(rollout.response_ids) for rollout in scored.rollouts))
+        tokens = sampled.get(SAMPLED_TOKENS, sum(len(rollout.response_ids) for rollout in scored.rollouts))
+        metrics |= self.timer.metrics(generated_tokens=int(tokens))
         for callback in self.callbacks:
             callback.on_step_end(self.steps_done, metrics, scored)
         return metrics
@@ -147,14 +149,9 @@ class PPOTrainer:
     def evaluate(self) -> Evaluation:
         """Answer and score the held-out prompts, one response each at `evaluation.temperature`."""
         requests = make_requests(self.evaluation_prompts, 1, 0, self.config.run.seed)
-        stream = self._stream(requests, self.config.evaluation.temperature)
-        rollouts = sorted((r for batch in stream for r in batch), key=lambda rollout: rollout.key)
-        by_id = {prompt.id: prompt for prompt in self.evaluation_prompts}
-        scorer = Scorer(self.crew, self.care.healer, (), by_id, False, self.config.deadlines.score, self.timer)
-        scorer.add(rollouts)
-        rewards = scorer.finish().rewards
-        prompts = tuple(by_id[rollout.key.prompt] for rollout in rollouts)
-        evaluation = Evaluation(self.steps_done, prompts, tuple(rollouts), rewards)
+        scored = self._rewarded(self.evaluation_prompts, requests, self.config.evaluation.temperature)
+        prompts = tuple(scored.prompts[rollout.key.prompt] for rollout in scored.rollouts)
+        evaluation = Evaluation(self.steps_done, prompts, scored.rollouts, scored.rewards)
         for callback in self.callbacks:
             callback.on_evaluation(self.steps_done, evaluation)
         return evaluation
@@ -227,11 +224,57 @@ class PPOTrainer:
             checksums[f"{role}/weights_checksum"] = float(value)
         return checksums
 
-    def _scorer(self, prompts: Sequence[Prompt]) -> Scorer:
+    def _sampled(self) -> tuple[list[Prompt], ScoredRollouts, dict[str, float]]:
+        """The prompts that a step took from the stream, its scored rollouts, and metrics of the sampling."""
+        config = self.config.rollout
+        if config.refill_rounds:
+            return self._refilled()
+        prompts = self.sampler.next(config.prompts_per_step)
+        requests = make_requests(prompts, config.samples_per_prompt, self.steps_done, self.config.run.seed)
+        scorer = self._scorer(prompts)
+        with self.timer.phase("generate"):
+            for finished in self._stream(requests, None):
+                scorer.add(finished)
+        return prompts, scorer.finish(), {}
+
+    def _refilled(self) -> tuple[list[Prompt], ScoredRollouts, dict[str, float]]:
+        """As `_sampled`, with prompts that teach nothing replaced; models read only the responses that are kept."""
+        config, seen = self.config.rollout, dict[int, int]()
+        harvest = Harvest(config.prompts_per_step, config.samples_per_prompt, config.refill_rounds)
+        prompts: list[Prompt] = []
+        rewards: dict[SampleKey, RewardRow] = {}
+        while harvest.missing:
+            drawn = self.sampler.next(harvest.missing)
+            requests = make_requests(drawn, config.samples_per_prompt, self.steps_done, self.config.run.seed, seen)
+            judged = self._rewarded(drawn, requests, config.temperature)
+            rewards |= judged.reward_rows()
+            harvest.add(judged.rollouts, {key: row.score for key, row in rewards.items()})
+            prompts += drawn
+        kept = harvest.rollouts()
+        scorer = self._scorer(prompts, rewards)
+        scorer.add(kept)
+        return prompts, scorer.finish(), harvest.metrics()
+
+    def _greedy(self, scored: ScoredRollouts) -> ScoredRollouts:
+        """A greedy response to each prompt of these rollouts, under a sample number that no sampled one has."""
+        numbers = dict.fromkeys((rollout.key.prompt for rollout in scored.rollouts), GREEDY_SAMPLE)
+        prompts = [scored.prompts[prompt] for prompt in numbers]
+        return self._rewarded(prompts, make_requests(prompts, 1, self.steps_done, self.config.run.seed, numbers), 0.0)
+
+    def _rewarded(self, prompts: Sequence[Prompt], requests: list[RolloutRequest], temperature: float) -> ScoredRollouts:
+        """Responses with rewards alone."""
+        with self.timer.phase("generate"):
+            rollouts = [rollout for batch in self._stream(requests, temperature) for rollout in batch]
+        by_id = {prompt.id: prompt for prompt in prompts}
+        scorer = Scorer(self.crew, self.care.healer, (), by_id, False, self.config.deadlines.score, self.timer)
+        scorer.add(rollouts)
+        return scorer.finish()
+
+    def _scorer(self, prompts: Sequence[Prompt], known: Mapping[SampleKey, RewardRow] | None = None) -> Scorer:
         by_id = {prompt.id: prompt for prompt in prompts}
         seconds = self.config.deadlines.score
         overlap = self.crew.plan.overlap
-        return Scorer(self.crew, self.care.healer, self._readings(), by_id, overlap, seconds, self.timer)
+        return Scorer(self.crew, self.care.healer, self._readings(), by_id, overlap, seconds, self.timer, known)
 
     def _readings(self) -> list[Reading]:
         """Which models read the rollouts, and what for. Forwards that nothing needs are not among them."""

@@ -209,3 +209,17 @@ def test_the_samplers_logprobs_are_corrected_where_asked_for(level, weights):
     if weights is not None:
         assert experience.batch.arrays["importance_weights"][:, 0].tolist() == pytest.approx(weights)
         assert experience.metrics["sampling/importance_bounded"] == pytest.approx(4 / 11 if level == "sequence" else 0.0)
+
+
+def test_a_greedy_response_pays_for_its_length_as_the_others_do_and_is_the_baseline_of_its_prompt():
+    settings = [
+        "algorithm.advantage.estimator=remax",
+        "algorithm.shaping.missing_eos_penalty=1",
+        "rollout.samples_per_prompt=2",
+    ]
+    rows = two_prompts([1.0, 3.0, 5.0, 5.0])
+    # The greedy responses stand in the opposite order; the second prompt's was cut off.
+    taken = [replace(rows.rollouts[3], key=SampleKey(0, 1, 2**20)), replace(rows.rollouts[0], key=SampleKey(0, 0, 2**20))]
+    greedy = ScoredRollouts(tuple(taken), RewardBatch(np.asarray([4.0, 2.0], np.float32), {}), {}, rows.prompts)
+    experience = ExperienceMaker(load(*GROUPED, *settings)).make(replace(rows, greedy=greedy))
+    assert experience.batch.arrays["advantages"][:, 0].tolist() == pytest.approx([-1.0, 1.0, 2.0, 1.0])
