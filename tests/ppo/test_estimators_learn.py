@@ -1,0 +1,39 @@
+"""Every estimator learns the tiny task: eight tokens that should be digits, paid by the share of characters that are."""
+
+import numpy as np
+import pytest
+
+from rayrlhf.algorithms.advantages import ADVANTAGE_ESTIMATORS
+from rayrlhf.observe.metrics import read_metrics
+from rayrlhf.ppo.run import train_ppo
+from tests.ppo.runs import run_config
+
+SEEDS = (0, 1, 2)
+STEPS = 12
+WITHOUT_CRITIC = [name for name, method in ADVANTAGE_ESTIMATORS.items() if not method.critic]
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("estimator", WITHOUT_CRITIC)
+def test_the_tiny_model_learns_its_reward_without_a_critic(tmp_path, estimator, seed):
+    config = run_config(
+        tmp_path,
+        "rollout.backend=transformers",
+        "rollout.prompts_per_step=16",
+        "rollout.samples_per_prompt=4",
+        "train.mini_batch_size=16",
+        "train.epochs=2",
+        "train.learning_rate=3e-3",
+        f"algorithm.advantage.estimator={estimator}",
+        "algorithm.kl.coefficient=0",
+        "evaluation.enabled=false",
+        f"run.steps={STEPS}",
+        f"run.seed={seed}",
+    )
+    result = train_ppo(config)
+    scores = [row["objective/scores"] for row in read_metrics(config.run.folder) if "objective/scores" in row]
+    start, end = np.mean(scores[:2]), np.mean(scores[-3:])
+    print(f"{estimator:22} seed {seed}: {start:.3f} -> {end:.3f} in {STEPS} steps, {result.seconds:.0f} s")
+    assert end > start + 0.3
