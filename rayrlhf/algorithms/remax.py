@@ -1,6 +1,7 @@
 """ReMax: the score of the greedy response to a prompt is its baseline (Li et al. 2024, algorithm 1).
 
-One sample a prompt is enough, and one greedy response beside it.
+One sample a prompt is enough, and one greedy response beside it. Where greedy responses are far better or worse than samples,
+as with a model that knows next to nothing, all advantages have one sign and drown the signal; `whiten: true` takes it out.
 """
 
 from rayrlhf.algorithms.estimator import AdvantageInputs, Advantages

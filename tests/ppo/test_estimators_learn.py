@@ -10,6 +10,11 @@ from tests.ppo.runs import run_config
 
 SEEDS = (0, 1, 2)
 STEPS = 12
+OWN_SETTINGS = {
+    # An untrained model's samples score 0.05 where its greedy response scores 1 or 0: unwhitened, the task is not learned in
+    # these steps (0.049 -> 0.081 with seed 0).
+    "remax": ["algorithm.advantage.whiten=true"],
+}
 WITHOUT_CRITIC = [name for name, method in ADVANTAGE_ESTIMATORS.items() if not method.critic]
 
 
@@ -31,6 +36,7 @@ def test_the_tiny_model_learns_its_reward_without_a_critic(tmp_path, estimator, 
         "evaluation.enabled=false",
         f"run.steps={STEPS}",
         f"run.seed={seed}",
+        *OWN_SETTINGS.get(estimator, []),
     )
     result = train_ppo(config)
     scores = [row["objective/scores"] for row in read_metrics(config.run.folder) if "objective/scores" in row]
