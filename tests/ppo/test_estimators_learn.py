@@ -9,8 +9,9 @@ from rayrlhf.ppo.run import train_ppo
 from tests.ppo.runs import run_config
 
 SEEDS = (0, 1, 2)
-STEPS = 12
 OWN_SETTINGS = {
+    # Without a baseline it learns more slowly: in 12 steps by 0.28 to 0.43, depending on the seed.
+    "reinforce": ["run.steps=20"],
     # An untrained model's samples score 0.05 where its greedy response scores 1 or 0: unwhitened, the task is not learned in
     # these steps (0.049 -> 0.081 with seed 0).
     "remax": ["algorithm.advantage.whiten=true"],
@@ -34,12 +35,12 @@ def test_the_tiny_model_learns_its_reward_without_a_critic(tmp_path, estimator, 
         f"algorithm.advantage.estimator={estimator}",
         "algorithm.kl.coefficient=0",
         "evaluation.enabled=false",
-        f"run.steps={STEPS}",
+        "run.steps=12",
         f"run.seed={seed}",
         *OWN_SETTINGS.get(estimator, []),
     )
     result = train_ppo(config)
     scores = [row["objective/scores"] for row in read_metrics(config.run.folder) if "objective/scores" in row]
     start, end = np.mean(scores[:2]), np.mean(scores[-3:])
-    print(f"{estimator:22} seed {seed}: {start:.3f} -> {end:.3f} in {STEPS} steps, {result.seconds:.0f} s")
+    print(f"{estimator:22} seed {seed}: {start:.3f} -> {end:.3f} in {result.steps} steps, {result.seconds:.0f} s")
     assert end > start + 0.3
