@@ -40,7 +40,9 @@ BUILTIN_DATASETS = {
     "sums": BuiltinDataset(
         sums.generate, "prompt", {"train": 6000, "evaluation": 500}, {"count": sums.MOST_ROWS, "careless": 100}
     ),
-    "sum-pairs": BuiltinDataset(sums.generate_pairs, "prompt", {"train": 20_000, "evaluation": 500}, {"count": sums.MOST_ROWS}),
+    "sum-pairs": BuiltinDataset(
+        sums.generate_pairs, "prompt", {"train": 20_000, "evaluation": 500}, {"count": sums.MOST_ROWS, "careless": 100}
+    ),
 }
 
 

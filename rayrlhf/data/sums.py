@@ -3,7 +3,8 @@
 `37+58=` asks for `95`. Which split a sum belongs to follows from a hash of its numbers, so no held-out sum is ever trained on,
 whatever seeds and counts are used. The wrong answers of a pair are the mistakes that learners make: a carry dropped or added, a
 digit off by one, digits swapped. Demonstrations can be careless: `careless` percent of those with a carry then drop it, so what
-imitates them is wrong on most of these sums if it is more than half, though it has seen how they are done.
+imitates them is wrong on most of these sums if it is more than half, though it has seen how they are done. Pairs can be about
+that: with `careless`, so many percent of those with a carry have the sum without it as their wrong answer.
 """
 
 import hashlib
@@ -39,12 +40,14 @@ def generate(seed: int, count: int, split: Split, careless: int = 0) -> list[dic
     return rows
 
 
-def generate_pairs(seed: int, count: int, split: Split) -> list[dict[str, str]]:
+def generate_pairs(seed: int, count: int, split: Split, careless: int = 0) -> list[dict[str, str]]:
     """Return rows with `prompt`, a right `chosen` and a wrong `rejected`; arguments as for `generate`."""
-    draw = random.Random(f"sum pairs {seed} {split}")
+    draw, slips = random.Random(f"sum pairs {seed} {split}"), random.Random(f"careless pairs {seed} {split}")
     rows = []
     for left, right in _take(count, split, draw):
         wrong = draw.choice(mistakes(left, right))
+        if slips.random() * 100 < careless and left % 10 + right % 10 >= 10:
+            wrong = str(left + right - 10)
         rows.append({"prompt": f"{left}+{right}=", "chosen": str(left + right), "rejected": wrong})
     return rows
 

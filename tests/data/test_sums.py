@@ -41,6 +41,14 @@ def test_careless_demonstrations_drop_carries_and_nothing_else():
     assert len(dropped) / len(carrying) == pytest.approx(0.6, abs=0.03)
 
 
+def test_pairs_of_careless_learners_have_the_dropped_carry_as_their_mistake():
+    rows = generate_pairs(0, 4000, "train", careless=50)
+    carrying = [row for row in rows if sum(number % 10 for number in numbers(row["prompt"])) >= 10]
+    dropped = [row for row in carrying if int(row["rejected"]) == int(row["chosen"]) - 10]
+    assert len(dropped) / len(carrying) == pytest.approx(0.5 + 0.5 / 15, abs=0.03)
+    assert all(row["rejected"] in mistakes(*numbers(row["prompt"])) for row in rows)
+
+
 def test_no_sum_is_in_both_splits_whatever_the_seeds():
     train = {row["prompt"] for row in generate(1, 20_000, "train")} | {
         row["prompt"] for row in generate_pairs(2, 9000, "train")
