@@ -39,6 +39,13 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes text that either YAML would read as something else, so that other tools read the same."""
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # Line breaks of YAML 1.1 that are not a newline: between single quotes they would be folded to a space.
+        return self.represent_scalar("tag:yaml.org,2002:str", data, '"' if re.search("[\x85\u2028\u2029]", data) else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
 
 for _kind, _pattern, _first in _RESOLVERS:
     for _class in (_Loader, _Dumper):

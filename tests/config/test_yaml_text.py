@@ -31,6 +31,8 @@ looks_like_something_else = st.sampled_from(
         "- a",
         "a: b",
         "1_000",
+        "\x85",
+        "a\u2028b",
     ]
 )
 scalar = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | text | looks_like_something_else
