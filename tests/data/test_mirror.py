@@ -1,27 +1,35 @@
 """Checkpoints on another storage: a real S3 server, a folder, and fsspec's memory behave alike."""
 
+import subprocess
+import sys
+
+import boto3
 import pytest
+from botocore.config import Config
 
 from rayrlhf.data.manifest import Manifest, verify, write_hashed, write_manifest
 from rayrlhf.data.mirror import Mirror
 from rayrlhf.errors import UserError
+from tests.engines.training import free_port
 
 
 @pytest.fixture(scope="module")
 def bucket():
-    """A local S3 server; the URI of an empty bucket on it."""
-    server_module = pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    boto3 = pytest.importorskip("boto3")
+    """A local S3 server; the URI of an empty bucket on it. A process of its own: vLLM trips over Flask in this one."""
     keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    address = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", address.partition(":")[2]]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in keys.items():
             patch.setenv(name, value)
-        server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="runs")
-        yield lambda path: f"s3://runs/{path}?endpoint_override={host}:{port}&scheme=http"
-        server.stop()
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            retries = Config(retries={"total_max_attempts": 30})
+            boto3.client("s3", endpoint_url=f"http://{address}", config=retries).create_bucket(Bucket="runs")
+            yield lambda path: f"s3://runs/{path}?endpoint_override={address}&scheme=http"
+        finally:
+            server.terminate()
+            server.wait(30)
 
 
 @pytest.fixture(params=["s3", "file", "memory"])
