@@ -20,6 +20,8 @@ from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.observe.run_folder import RunFolder, open_run
 from rayrlhf.tuning.follow import following
 from rayrlhf.tuning.interrupt import stoppable
+from rayrlhf.tuning.length_baseline import METRIC as LENGTH_METRIC
+from rayrlhf.tuning.length_baseline import LengthBaseline, length_baseline
 from rayrlhf.tuning.plan import batch_plan, best_step
 from rayrlhf.tuning.refusal import clear_refusal, raise_refusal
 from rayrlhf.tuning.result import TuningResult, read_result
@@ -74,9 +76,17 @@ class _Data:
     held_out: Table | None
     report: DatasetReport
 
+    @property
+    def baseline(self) -> LengthBaseline | None:
+        """What a reward model has to beat; None where there are no held-out pairs."""
+        if isinstance(self.train, PairTable) and isinstance(self.held_out, PairTable):
+            return length_baseline(self.train, self.held_out)
+        return None
+
     def lines(self) -> list[str]:
         held_out = len(self.held_out) if self.held_out is not None else 0
-        return [*self.report.lines(), f"to train on: {len(self.train)}, held out for evaluation: {held_out}"]
+        lines = [*self.report.lines(), f"to train on: {len(self.train)}, held out for evaluation: {held_out}"]
+        return lines if self.baseline is None else [*lines, self.baseline.line()]
 
 
 def _check(task: Task) -> str:
@@ -128,9 +138,15 @@ def _train(task: Task) -> TuningResult:
             view.note(line)
         _fit(task, data, folder, view, stack)
         result = TuningResult(
-            folder.path, folder.export, _last_step(folder.path), _final_metrics(config, folder.path), time.monotonic() - started
+            folder.path,
+            folder.export,
+            _last_step(folder.path),
+            _final_metrics(config, folder.path) | _baseline_metric(data),
+            time.monotonic() - started,
         )
         result.write()
+        if data.baseline is not None:
+            view.note(f"held-out accuracy {result.metrics['evaluation/accuracy']:.1%}; {data.baseline.line()}")
         view.note(f"exported to {folder.export}")
         return result
 
@@ -185,6 +201,10 @@ def _differences(stored: str, wanted: str) -> list[str]:
 
 def _last_step(folder: Path) -> int:
     return max(int(row["step"]) for row in read_metrics(folder))
+
+
+def _baseline_metric(data: _Data) -> dict[str, float]:
+    return {} if data.baseline is None else {LENGTH_METRIC: data.baseline.accuracy}
 
 
 def _final_metrics(config: SFTConfig | RewardTrainingConfig, folder: Path) -> dict[str, float]:
