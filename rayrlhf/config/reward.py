@@ -24,7 +24,8 @@ class RewardModelSection(Section):
     model: ModelSection
     weight: float = 1.0
     template: str | None = None
-    """Text given to the model, with `{prompt}` and `{response}`; its own chat template when not given."""
+    """Text given to the model, with `{prompt}` and `{response}`. When not given: the format that `rayrlhf reward` stored with
+    the model (system prompt, end of sequence), or the chat template of its tokenizer."""
     max_length: int = Field(1024, ge=1)
     """Longest text in tokens."""
     normalise: bool = False

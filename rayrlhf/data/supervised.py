@@ -7,6 +7,7 @@ samples travel unpadded, and what pads a batch later is behind every mask.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from rayrlhf.config.tuning_data import (
@@ -16,6 +17,7 @@ from rayrlhf.config.tuning_data import (
     SupervisedDatasetSection,
     TuningDataSection,
 )
+from rayrlhf.data.answer_format import AnswerFormat
 from rayrlhf.data.holdout import group_key, held_out
 from rayrlhf.data.row_formats import Row, RowShape, preference_shape, supervised_shape
 from rayrlhf.data.rows import Rows, read_rows
@@ -58,11 +60,13 @@ class SampleDataset(Generic[T]):
         samples: `SupervisedSample` or `PreferencePair`.
         report: what became of the rows.
         groups: the group of each sample, by which rows are held out.
+        format: of pairs: what stands around a prompt and its answer.
     """
 
     samples: list[T]
     report: DatasetReport
     groups: list[str]
+    format: AnswerFormat | None = None
 
 
 SupervisedDataset = SampleDataset[SupervisedSample]
@@ -81,7 +85,7 @@ def load_supervised(
     # Built-in datasets bring a prompt column of their own.
     section = section.model_copy(update={"prompt_field": rows.prompt_field})
     recipe = supervised_recipe(rows.values[0], rows.numbers[0], section, data, tokenizer)
-    return _load(rows, section.group_field, lambda values, numbers: encode_batch(values, numbers, recipe, tokenizer))
+    return _load(rows, section.group_field, partial(encode_batch, recipe=recipe, tokenizer=tokenizer))
 
 
 def load_preferences(
@@ -95,7 +99,8 @@ def load_preferences(
     rows = read_rows(section)
     section = section.model_copy(update={"prompt_field": rows.prompt_field})
     recipe = preference_recipe(rows.values[0], rows.numbers[0], section, data, tokenizer)
-    return _load(rows, section.group_field, lambda values, numbers: encode_preference_batch(values, numbers, recipe, tokenizer))
+    encode = partial(encode_preference_batch, recipe=recipe, tokenizer=tokenizer)
+    return replace(_load(rows, section.group_field, encode), format=answer_format(recipe, tokenizer))
 
 
 def load_supervised_data(
@@ -180,6 +185,13 @@ def preference_recipe(
     return PreferenceRecipe(section, data, shape)
 
 
+def answer_format(recipe: PreferenceRecipe, tokenizer: "PreTrainedTokenizerBase") -> AnswerFormat:
+    """Return what stands around prompts and answers of a preference dataset, for those who score with the model."""
+    if _is_chat(recipe.shape, recipe.data):
+        return AnswerFormat(system_prompt=recipe.data.system_prompt)
+    return AnswerFormat(chat=False, end=str(tokenizer.eos_token))
+
+
 def _is_chat(shape: RowShape, data: TuningDataSection) -> bool:
     """Whether samples go through the chat template. A text with no prompt apart from it has no turns."""
     has_prompt = shape.format == "prompt-completion" or (shape.format == "preference" and shape.explicit_prompt)
@@ -242,4 +254,4 @@ def _select(dataset: SampleDataset[T], indices: Sequence[int]) -> SampleDataset[
     tokens, targets = count_tokens(samples)
     source = f"{dataset.report.source} (held out)"
     report = DatasetReport(source, len(samples), len(samples), tokens=tokens, target_tokens=targets)
-    return SampleDataset(samples, report, [dataset.groups[index] for index in indices])
+    return SampleDataset(samples, report, [dataset.groups[index] for index in indices], dataset.format)

@@ -1,6 +1,7 @@
 """A reward model: a scalar head on a trunk that reads prompt and response as text, with its own tokenizer and template.
 
-It never sees the policy's token ids, so policy and reward model may come from different families.
+It never sees the policy's token ids, so policy and reward model may come from different families. Prompt and response are
+joined as the configuration says, else as the format stored with the model does, else by its chat template.
 """
 
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from rayrlhf.config.reward import RewardModelSection
+from rayrlhf.data.answer_format import AnswerFormat
 from rayrlhf.data.records import Float32
 from rayrlhf.data.records import Sequence as TokenSequence
 from rayrlhf.engines.score_engine import autocast, score_sequences, training_device
@@ -35,12 +37,13 @@ class RewardModelEngine:
         """
         self._section = section
         self._tokenizer = load_tokenizer(section.model)
-        if section.template is None and not self._tokenizer.chat_template:
+        folder = Path(resolve_path(section.model))
+        self._format = AnswerFormat.read(folder) or AnswerFormat()
+        if section.template is None and self._format.chat and not self._tokenizer.chat_template:
             raise UserError(
                 f"reward.model {section.model.path!r}: its tokenizer has no chat template; "
                 "set reward.model.template to a text with {prompt} and {response}"
             )
-        folder = Path(resolve_path(section.model))
         if folder.is_dir() and find_head(folder) is None:
             raise UserError(
                 f"reward.model {section.model.path!r}: no scalar head in the folder, expected weights named "
@@ -75,8 +78,7 @@ class RewardModelEngine:
             text = self._section.template.replace("{prompt}", prompt).replace("{response}", response)
             ids = self._tokenizer(text)["input_ids"]
         else:
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            ids = self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
+            ids = self._format.token_ids(self._tokenizer, prompt, response)
         kept = np.asarray(ids, dtype=np.int32)[-self._section.max_length :]
         return TokenSequence(kept, len(kept) - 1)
 

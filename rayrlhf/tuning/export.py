@@ -1,4 +1,4 @@
-"""The trained model as others load it: an SFT model, its adapters alone, or a reward model with its statistics."""
+"""The trained model as others load it: an SFT model, its adapters alone, or a reward model with its statistics and format."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
+from rayrlhf.data.answer_format import AnswerFormat
 from rayrlhf.data.atomic import write_atomically
 from rayrlhf.engines.reward_model import STATISTICS_FILE
 from rayrlhf.engines.train_engine import TrainEngine
@@ -14,7 +15,11 @@ from rayrlhf.tuning.evaluation import CHANCE_LEVEL, PreferenceScores
 
 
 def export_model(
-    config: SFTConfig | RewardTrainingConfig, engine: TrainEngine, scores: PreferenceScores | None, folder: Path
+    config: SFTConfig | RewardTrainingConfig,
+    engine: TrainEngine,
+    scores: PreferenceScores | None,
+    answer_format: AnswerFormat | None,
+    folder: Path,
 ) -> None:
     """Write the engine's weights to a Hugging Face folder; every worker takes part.
 
@@ -24,6 +29,7 @@ def export_model(
         config: of the run.
         engine: every worker's own.
         scores: of a reward model, on held-out pairs.
+        answer_format: of a reward model: how it was trained to read.
         folder: where it goes; an older one is replaced.
 
     Raises:
@@ -38,7 +44,11 @@ def export_model(
     if scores is not None:
         check_better_than_chance(scores, anyway=config.export_anyway)
     engine.export(folder)
-    if torch.distributed.get_rank() == 0 and scores is not None:
+    if torch.distributed.get_rank() != 0:
+        return
+    if answer_format is not None:
+        answer_format.write(folder)
+    if scores is not None:
         statistics = {"mean": scores.mean, "spread": scores.spread} | scores.metrics() | scores.details()
         write_atomically(folder / STATISTICS_FILE, json.dumps(statistics, indent=1))
 

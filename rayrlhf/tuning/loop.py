@@ -25,6 +25,7 @@ from rayrlhf.tuning.plan import STATE_FILE, TRAIN_NAME, batch_plan, best_step, c
 from rayrlhf.tuning.refusal import has_refusal, write_refusal
 from rayrlhf.tuning.step_recorder import StepRecorder
 from rayrlhf.tuning.step_trainer import StepTrainer
+from rayrlhf.tuning.table import PairTable
 from rayrlhf.tuning.task import Task
 
 
@@ -135,7 +136,8 @@ class _Worker:
             self._scores = None
         if self._scores is None and self._held_out is not None:
             _, self._scores = self._task.evaluate(self._engine, self._held_out)
-        export_model(self._config, self._engine, self._scores, self._job.folder / "export")
+        answer_format = self._train.format if isinstance(self._train, PairTable) else None
+        export_model(self._config, self._engine, self._scores, answer_format, self._job.folder / "export")
 
 
 def _due(step: int, every: int) -> bool:

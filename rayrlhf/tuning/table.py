@@ -8,6 +8,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from rayrlhf.data.answer_format import AnswerFormat
 from rayrlhf.data.records import Bool, Float32, Int32
 from rayrlhf.data.supervised import PreferencePair, SupervisedSample
 
@@ -60,17 +61,19 @@ class PairTable:
     Attributes:
         answers: 2N samples.
         margins: float32 [N]; NaN where a pair has none.
+        format: what stands around a prompt and its answer.
     """
 
     answers: SampleTable
     margins: Float32
+    format: AnswerFormat
 
     @classmethod
-    def of(cls, pairs: Sequence[PreferencePair]) -> Self:
+    def of(cls, pairs: Sequence[PreferencePair], answer_format: AnswerFormat | None = None) -> Self:
         """Return the table of some pairs, at least one."""
         margins = [float("nan") if pair.margin is None else pair.margin for pair in pairs]
         answers = SampleTable.of([answer for pair in pairs for answer in (pair.chosen, pair.rejected)])
-        return cls(answers, np.array(margins, dtype=np.float32))
+        return cls(answers, np.array(margins, dtype=np.float32), answer_format or AnswerFormat())
 
     def __len__(self) -> int:
         return len(self.margins)

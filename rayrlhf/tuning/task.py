@@ -113,7 +113,8 @@ class PreferenceTask:
         """See `Task.load`."""
         train, held_out = load_preference_data(self.config.data, tokenizer)
         rows = self.config.evaluation.rows
-        return PairTable.of(train.samples), PairTable.of(held_out.samples[:rows]) if held_out else None, train.report
+        held_out_table = PairTable.of(held_out.samples[:rows], held_out.format) if held_out else None
+        return PairTable.of(train.samples, train.format), held_out_table, train.report
 
     def spec(self, total_steps: int) -> TrainEngineSpec:
         """See `Task.spec`."""

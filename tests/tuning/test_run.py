@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from rayrlhf.data.answer_format import AnswerFormat
 from rayrlhf.engines.reward_model import STATISTICS_FILE
 from rayrlhf.errors import AlarmError, UserError
 from rayrlhf.observe.metrics import read_metrics
@@ -78,16 +79,17 @@ def test_two_workers_and_packed_rows_have_the_loss_curve_of_one_worker(one_worke
     assert both.metrics["evaluation/loss"] == pytest.approx(alone.metrics["evaluation/loss"], abs=CURVE_TOLERANCE)
 
 
-def test_a_reward_model_is_exported_with_its_statistics_and_scores_as_a_classifier(tmp_path):
+def test_a_reward_model_is_exported_with_its_statistics_and_format_and_scores_as_a_classifier(tmp_path):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from rayrlhf.config.model import ModelSection
     from rayrlhf.config.reward import RewardModelSection
     from rayrlhf.engines.reward_model import RewardModelEngine
 
-    result = train_reward(reward_config(tmp_path))
+    result = train_reward(reward_config(tmp_path, "data.system_prompt=Say it."))
     assert result.metrics["evaluation/accuracy"] > 0.9
     assert result.metrics["evaluation/calibration_error"] < 0.5
+    assert result.metrics["evaluation/length_accuracy"] == 1.0
     statistics = json.loads((result.export / STATISTICS_FILE).read_text())
     assert sum(statistics["margins"]["counts"]) == statistics["pairs"]
 
@@ -98,9 +100,17 @@ def test_a_reward_model_is_exported_with_its_statistics_and_scores_as_a_classifi
 
     tokenizer = AutoTokenizer.from_pretrained(result.export)
     turns = [{"role": "user", "content": "is it 3?"}, {"role": "assistant", "content": "yes"}]
+    turns.insert(0, {"role": "system", "content": "Say it."})
     inputs = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt")
     classifier = AutoModelForSequenceClassification.from_pretrained(result.export)
     assert classifier(**inputs).logits.item() == pytest.approx(plain[0], abs=1e-5)
+
+    AnswerFormat(chat=False, end="<|im_end|>").write(result.export)
+    without_turns = RewardModelEngine(RewardModelSection(model=section)).score(["is it 3?"], ["yes"])
+    inputs = tokenizer("is it 3?yes<|im_end|>", return_tensors="pt")
+    assert classifier(**inputs).logits.item() == pytest.approx(without_turns[0], abs=1e-5)
+    said = RewardModelSection(model=section, template="{prompt} {response}")
+    assert RewardModelEngine(said).score(["is it 3?"], ["yes"])[0] != pytest.approx(without_turns[0], abs=1e-5)
 
 
 @pytest.mark.slow
