@@ -4,14 +4,39 @@ from pathlib import Path
 
 import pytest
 
+from rayrlhf.chain.run import load_chain, plan_chain
 from rayrlhf.config.load import load_config
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.presft import PreSFTConfig
+from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
 
 ROOT = Path(__file__).parent.parent
-PPO_FILES = [*sorted((ROOT / "examples").glob("gsm8k/*.yaml")), ROOT / "rayrlhf" / "ppo" / "quickstart.yaml"]
+PPO_FILES = ["examples/gsm8k/cpu.yaml", "examples/gsm8k/ppo.yaml", "rayrlhf/ppo/quickstart.yaml"]
+OTHER_FILES = {
+    "examples/gsm8k/sft.yaml": SFTConfig,
+    "examples/gsm8k/reward.yaml": RewardTrainingConfig,
+    "examples/presft/presft.yaml": PreSFTConfig,
+    "examples/presft/gsm8k.yaml": PreSFTConfig,
+}
+CHAINS = ["examples/arithmetic/chain.yaml"]
 
 
-@pytest.mark.parametrize("path", PPO_FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_an_example_is_a_valid_configuration(path):
-    config = load_config(PPOConfig, path, [])
+@pytest.mark.parametrize("path", PPO_FILES)
+def test_an_example_of_ppo_is_a_valid_configuration_whose_batches_divide(path):
+    config = load_config(PPOConfig, ROOT / path, [])
     assert config.samples_per_step % config.mini_batch_size == 0
+
+
+@pytest.mark.parametrize("path", OTHER_FILES)
+def test_an_example_is_a_valid_configuration(path):
+    load_config(OTHER_FILES[path], ROOT / path, [])
+
+
+@pytest.mark.parametrize("path", CHAINS)
+def test_the_stages_of_an_example_fit_together(path, tmp_path):
+    assert plan_chain(load_chain(ROOT / path, [f"run.root={tmp_path}"]), (ROOT / path).parent)
+
+
+def test_no_example_is_left_out():
+    found = {str(path.relative_to(ROOT)) for path in (ROOT / "examples").rglob("*.yaml")}
+    assert found == {path for path in (*PPO_FILES, *OTHER_FILES, *CHAINS) if path.startswith("examples/")}
