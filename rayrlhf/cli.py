@@ -187,6 +187,20 @@ def bench_presft_command(
     run_bench_presft(what, rows, rounds=rounds, output=output, echo=typer.echo)
 
 
+@bench.command(name="ppo")
+def bench_ppo_command(
+    precision: Annotated[list[str] | None, typer.Option(help="float32, bfloat16; both if not given.")] = None,
+    model: Annotated[str, typer.Option(help="Policy; critic, reference and reward model are of its size.")] = "builtin:tiny",
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each contender.")] = 5,
+    updates: Annotated[int, typer.Option(min=1, help="Timed PPO steps of a run.")] = 3,
+    output: Annotated[Path | None, typer.Option(help="Folder for the numbers as JSON and Markdown.")] = None,
+) -> None:
+    """A PPO step of ours against TRL's PPOTrainer and against its bare torch and vLLM calls, side by side on this machine."""
+    from rayrlhf.bench.run import run_bench_ppo
+
+    run_bench_ppo(precision or [], model=model, rounds=rounds, updates=updates, output=output, echo=typer.echo)
+
+
 @bench.command(name="sft")
 def bench_sft_command(
     precision: Annotated[list[str] | None, typer.Option(help="float32, bfloat16; both if not given.")] = None,

@@ -9,12 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 Contender = Callable[[], float]
 """Runs once and returns its speed."""
+
+Precision = Literal["float32", "bfloat16"]
+"""What is computed in; weights and optimizer states stay in float32."""
 
 RESAMPLES = 2000
 

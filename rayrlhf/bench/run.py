@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import get_args
 
-from rayrlhf.bench.paired import Comparison
+from rayrlhf.bench.paired import Comparison, Precision
 from rayrlhf.data.atomic import write_atomically
 from rayrlhf.errors import UserError
 
@@ -31,16 +32,11 @@ def run_bench_sft(
     Raises:
         UserError: an unknown precision, or TRL is not installed.
     """
-    from rayrlhf.bench.sft import Precision, bench_sft
+    from rayrlhf.bench.sft import bench_sft
 
-    known: tuple[Precision, ...] = get_args(Precision)
-    for name in precisions:
-        if name not in known:
-            raise UserError(f"--precision {name}: expected {' or '.join(known)}")
-    chosen = [name for name in known if name in precisions or not precisions]
     found = [
         bench_sft(precision=precision, packing=packed, rounds=rounds, steps=steps, progress=echo)
-        for precision in chosen
+        for precision in _chosen(precisions)
         for packed in ([False, True] if packing is None else [packing])
     ]
     for comparison in found:
@@ -48,6 +44,50 @@ def run_bench_sft(
     if output is not None:
         write_comparisons(found, output, "sft")
     return found
+
+
+def run_bench_ppo(
+    precisions: Sequence[str],
+    *,
+    model: str,
+    rounds: int,
+    updates: int,
+    output: Path | None,
+    echo: Callable[[str], None],
+) -> list[Comparison]:
+    """Compare our PPO step, with a critic of its own and with a shared trunk, with TRL's and with its bare model calls.
+
+    Args:
+        precisions: `float32`, `bfloat16`; both when empty.
+        model: of the policy; its critic, reference and reward model are of the same size.
+        rounds: runs of each contender.
+        updates: timed PPO steps of a run.
+        output: folder for `ppo.json` and `ppo.md`.
+        echo: told what is measured.
+
+    Raises:
+        UserError: an unknown precision, or TRL's release cannot be installed.
+    """
+    from rayrlhf.bench.ppo import PPOWork, bench_ppo, write_reward_model
+
+    found = []
+    with TemporaryDirectory() as folder:
+        policy, reward = write_reward_model(model, Path(folder) / "reward")
+        for precision in _chosen(precisions):
+            work = PPOWork(policy, reward, precision, updates=updates)
+            found.append(bench_ppo(work, critics=("separate", "shared"), rounds=rounds, progress=echo))
+            echo(found[-1].as_markdown())
+    if output is not None:
+        write_comparisons(found, output, "ppo")
+    return found
+
+
+def _chosen(precisions: Sequence[str]) -> list[Precision]:
+    known: tuple[Precision, ...] = get_args(Precision)
+    for name in precisions:
+        if name not in known:
+            raise UserError(f"--precision {name}: expected {' or '.join(known)}")
+    return [name for name in known if name in precisions or not precisions]
 
 
 def write_comparisons(found: Sequence[Comparison], folder: Path, name: str) -> None:

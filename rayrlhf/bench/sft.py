@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from rayrlhf.bench.paired import Comparison, compare, in_new_process
+from rayrlhf.bench.paired import Comparison, Precision, compare, in_new_process
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.tuning import SFTConfig
 from rayrlhf.config.tuning_data import SupervisedDataSection, SupervisedDatasetSection
@@ -38,8 +38,6 @@ MODEL = "builtin:tiny"
 BATCH, MAX_LENGTH, LEARNING_RATE = 8, 1024, 1e-4
 MEDIAN_CHARACTERS, SPREAD = 480, 0.45
 """Of a log-normal distribution of lengths: close to those of GSM8K's questions with their solutions."""
-
-Precision = Literal["float32", "bfloat16"]
 
 
 def texts(count: int, seed: int = 0) -> list[str]:

@@ -1,0 +1,76 @@
+"""TRL's PPOTrainer on one job, as a script: it runs in an interpreter that finds that release of TRL first.
+
+Reads a job as JSON from standard input (the fields of `PPOWork` and `token_ids`); the last line it prints is a JSON list with
+the seconds of each update after the first.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from typing import Any
+
+
+def run(job: dict[str, Any]) -> list[float]:
+    """Train as many updates as the job says, and return the seconds of each after the first."""
+    import torch
+    from datasets import Dataset, disable_progress_bars
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        TrainerCallback,
+    )
+    from trl.experimental.ppo import PPOConfig, PPOTrainer  # type: ignore[import-not-found]
+
+    disable_progress_bars()
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(time.perf_counter())
+
+    def classifier(path: str) -> Any:
+        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        return model
+
+    tokenizer = AutoTokenizer.from_pretrained(job["policy"], padding_side="left")
+    rows = Dataset.from_dict({"input_ids": job["token_ids"]})
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = PPOConfig(
+            output_dir=folder,
+            use_cpu=not torch.cuda.is_available(),
+            bf16=job["precision"] == "bfloat16",
+            gradient_checkpointing=False,
+            per_device_train_batch_size=job["prompts"],
+            num_ppo_epochs=job["epochs"],
+            response_length=job["new_tokens"],
+            temperature=1.0,
+            stop_token="eos",  # noqa: S106
+            total_episodes=job["prompts"] * (job["updates"] + 1),
+            num_sample_generations=0,
+            learning_rate=1e-5,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = PPOTrainer(
+            args=arguments,
+            processing_class=tokenizer,
+            model=AutoModelForCausalLM.from_pretrained(job["policy"], dtype=torch.float32),
+            ref_model=AutoModelForCausalLM.from_pretrained(job["policy"], dtype=torch.float32),
+            reward_model=classifier(job["reward"]),
+            value_model=classifier(job["policy"]),
+            train_dataset=rows,
+            eval_dataset=rows.select(range(job["prompts"])),
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    return [after - before for before, after in pairwise(ends)]
+
+
+if __name__ == "__main__":
+    seconds = run(json.load(sys.stdin))
+    print("\n" + json.dumps(seconds))  # noqa: T201 - what the caller reads
