@@ -201,6 +201,32 @@ def bench_ppo_command(
     run_bench_ppo(precision or [], model=model, rounds=rounds, updates=updates, output=output, echo=typer.echo)
 
 
+@bench.command(name="rollout")
+def bench_rollout_command(
+    model: Annotated[str, typer.Option(help="The sampled model.")] = "builtin:smollm2-135m-instruct",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each contender.")] = 15,
+    transformers: Annotated[bool, typer.Option("--transformers", help="Measure transformers' generate too.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for the numbers as JSON and Markdown.")] = None,
+) -> None:
+    """Sampled tokens a second through our actors against bare vLLM."""
+    from rayrlhf.bench.run import run_bench_rollout
+
+    run_bench_rollout(model, new_tokens=new_tokens, rounds=rounds, transformers=transformers, output=output, echo=typer.echo)
+
+
+@bench.command(name="sync")
+def bench_sync_command(
+    model: Annotated[str, typer.Option(help="The model whose weights travel.")] = "builtin:smollm2-135m-instruct",
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each way.")] = 15,
+    output: Annotated[Path | None, typer.Option(help="Folder for the numbers as JSON and Markdown.")] = None,
+) -> None:
+    """A weight sync and its transport against a copy in memory."""
+    from rayrlhf.bench.run import run_bench_sync
+
+    run_bench_sync(model, rounds=rounds, output=output, echo=typer.echo)
+
+
 @bench.command(name="sft")
 def bench_sft_command(
     precision: Annotated[list[str] | None, typer.Option(help="float32, bfloat16; both if not given.")] = None,

@@ -82,6 +82,30 @@ def run_bench_ppo(
     return found
 
 
+def run_bench_rollout(
+    model: str, *, new_tokens: int, rounds: int, transformers: bool, output: Path | None, echo: Callable[[str], None]
+) -> Comparison:
+    """Compare sampling through our actors with bare vLLM, and with transformers if asked for; `output` gets `rollout.*`."""
+    from rayrlhf.bench.rollout import bench_rollout
+
+    found = bench_rollout(model, new_tokens=new_tokens, rounds=rounds, transformers=transformers, progress=echo)
+    return _shown(found, output, "rollout", echo)
+
+
+def run_bench_sync(model: str, *, rounds: int, output: Path | None, echo: Callable[[str], None]) -> Comparison:
+    """Compare a weight sync and its transport with a copy in memory; `output` gets `sync.*`."""
+    from rayrlhf.bench.sync import bench_sync
+
+    return _shown(bench_sync(model, rounds=rounds, progress=echo), output, "sync", echo)
+
+
+def _shown(found: Comparison, output: Path | None, name: str, echo: Callable[[str], None]) -> Comparison:
+    echo(found.as_markdown())
+    if output is not None:
+        write_comparisons([found], output, name)
+    return found
+
+
 def _chosen(precisions: Sequence[str]) -> list[Precision]:
     known: tuple[Precision, ...] = get_args(Precision)
     for name in precisions:
