@@ -5,10 +5,10 @@ samples travel unpadded, and what pads a batch later is behind every mask.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from rayrlhf.config.tuning_data import (
     PreferenceDataSection,
@@ -20,7 +20,8 @@ from rayrlhf.config.tuning_data import (
 from rayrlhf.data.answer_format import AnswerFormat
 from rayrlhf.data.holdout import group_key, held_out
 from rayrlhf.data.row_formats import Row, RowShape, preference_shape, supervised_shape
-from rayrlhf.data.rows import Rows, read_rows
+from rayrlhf.data.row_slices import RowSlice
+from rayrlhf.data.rows import RowSource, open_rows
 from rayrlhf.data.supervised_encoding import PreferenceRecipe, SupervisedRecipe, encode_batch, encode_preference_batch
 from rayrlhf.data.supervised_records import DatasetReport, PreferencePair, SupervisedSample, count_tokens
 from rayrlhf.data.templates import require_chat_template
@@ -48,8 +49,6 @@ __all__ = [
 
 T = TypeVar("T", SupervisedSample, PreferencePair)
 _logger = logging.getLogger(__name__)
-_CHUNK = 4096
-"""Rows rendered and encoded at once: enough to keep all cores of the tokenizer busy, few enough to keep memory flat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,61 +72,82 @@ SupervisedDataset = SampleDataset[SupervisedSample]
 PreferenceDataset = SampleDataset[PreferencePair]
 
 
+class Spread(Protocol):
+    """Who encodes the slices of a dataset: this process, one after the other, or many."""
+
+    def __call__(self, work: Callable[[RowSlice], SampleDataset[T]], slices: Sequence[RowSlice]) -> Iterable[SampleDataset[T]]:
+        """Return what `work`, which is pure and picklable, makes of each slice, in order; errors as `work`."""
+        ...
+
+
+def in_turn(work: Callable[[RowSlice], SampleDataset[T]], slices: Sequence[RowSlice]) -> Iterable[SampleDataset[T]]:
+    """Encode one slice after the other in this process."""
+    return map(work, slices)
+
+
 def load_supervised(
-    section: SupervisedDatasetSection, data: SupervisedDataSection, tokenizer: "PreTrainedTokenizerBase"
+    section: SupervisedDatasetSection,
+    data: SupervisedDataSection,
+    tokenizer: "PreTrainedTokenizerBase",
+    spread: Spread = in_turn,
 ) -> SupervisedDataset:
     """Read, check and encode one dataset for SFT, and log what was cut or left out.
 
     Raises:
-        UserError: naming file, row and field: see `read_rows`, `supervised_recipe` and `encode_batch`; or nothing is left.
+        UserError: naming file, row and field: see `open_rows`, `supervised_recipe` and `encode_batch`; or nothing is left.
     """
-    rows = read_rows(section)
+    rows = open_rows(section)
     # Built-in datasets bring a prompt column of their own.
     section = section.model_copy(update={"prompt_field": rows.prompt_field})
-    recipe = supervised_recipe(rows.values[0], rows.numbers[0], section, data, tokenizer)
-    return _load(rows, section.group_field, partial(encode_batch, recipe=recipe, tokenizer=tokenizer))
+    number, row = rows.first()
+    recipe = supervised_recipe(row, number, section, data, tokenizer)
+    return _load(rows, section.group_field, partial(encode_batch, recipe=recipe, tokenizer=tokenizer), spread)
 
 
 def load_preferences(
-    section: PreferenceDatasetSection, data: PreferenceDataSection, tokenizer: "PreTrainedTokenizerBase"
+    section: PreferenceDatasetSection,
+    data: PreferenceDataSection,
+    tokenizer: "PreTrainedTokenizerBase",
+    spread: Spread = in_turn,
 ) -> PreferenceDataset:
     """Read, check and encode one dataset of pairs; see `load_supervised`.
 
     Raises:
-        UserError: naming file, row and field: see `read_rows`, `preference_recipe` and `encode_preference_batch`.
+        UserError: naming file, row and field: see `open_rows`, `preference_recipe` and `encode_preference_batch`.
     """
-    rows = read_rows(section)
+    rows = open_rows(section)
     section = section.model_copy(update={"prompt_field": rows.prompt_field})
-    recipe = preference_recipe(rows.values[0], rows.numbers[0], section, data, tokenizer)
+    number, row = rows.first()
+    recipe = preference_recipe(row, number, section, data, tokenizer)
     encode = partial(encode_preference_batch, recipe=recipe, tokenizer=tokenizer)
-    return replace(_load(rows, section.group_field, encode), format=answer_format(recipe, tokenizer))
+    return replace(_load(rows, section.group_field, encode, spread), format=answer_format(recipe, tokenizer))
 
 
 def load_supervised_data(
-    data: SupervisedDataSection, tokenizer: "PreTrainedTokenizerBase"
+    data: SupervisedDataSection, tokenizer: "PreTrainedTokenizerBase", spread: Spread = in_turn
 ) -> tuple[SupervisedDataset, SupervisedDataset | None]:
     """Return the samples to train on, and those held out, if any: `data.evaluation`, or a share of `data.train`.
 
     Raises:
         UserError: see `load_supervised`; or there is too little to hold something out.
     """
-    train = load_supervised(data.train, data, tokenizer)
+    train = load_supervised(data.train, data, tokenizer, spread)
     if data.evaluation is not None:
-        return train, load_supervised(data.evaluation, data, tokenizer)
+        return train, load_supervised(data.evaluation, data, tokenizer, spread)
     return _divide(train, data.held_out_share) if data.held_out_share else (train, None)
 
 
 def load_preference_data(
-    data: PreferenceDataSection, tokenizer: "PreTrainedTokenizerBase"
+    data: PreferenceDataSection, tokenizer: "PreTrainedTokenizerBase", spread: Spread = in_turn
 ) -> tuple[PreferenceDataset, PreferenceDataset | None]:
     """Return the pairs to train on, and those held out; see `load_supervised_data`.
 
     Raises:
         UserError: see `load_preferences`; or there is too little to hold something out.
     """
-    train = load_preferences(data.train, data, tokenizer)
+    train = load_preferences(data.train, data, tokenizer, spread)
     if data.evaluation is not None:
-        return train, load_preferences(data.evaluation, data, tokenizer)
+        return train, load_preferences(data.evaluation, data, tokenizer, spread)
     return _divide(train, data.held_out_share) if data.held_out_share else (train, None)
 
 
@@ -211,28 +231,39 @@ def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", chat: bool, data: Tun
         )
 
 
-def _load(
-    rows: Rows,
-    group_field: str | None,
-    encode: Callable[[Sequence[Row], Sequence[int]], tuple[list[T], DatasetReport]],
-) -> SampleDataset[T]:
-    samples: list[T] = []
-    report = DatasetReport(rows.source)
-    for start in range(0, len(rows.values), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        encoded, of_part = encode(rows.values[part], rows.numbers[part])
-        samples += encoded
-        report += of_part
-    for line in report.lines()[1:]:
+Encode = Callable[[Sequence[Row], Sequence[int]], tuple[list[T], DatasetReport]]
+
+
+def _load(rows: RowSource, group_field: str | None, encode: Encode[T], spread: Spread) -> SampleDataset[T]:
+    whole: SampleDataset[T] = SampleDataset([], DatasetReport(rows.source), [])
+    for part in spread(partial(_encode_slice, source=rows.source, group_field=group_field, encode=encode), rows.slices):
+        whole = _joined(whole, part)
+    for line in whole.report.lines()[1:]:
         _logger.warning(line)
-    if not samples:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(report.dropped.items()))
-        raise UserError(f"{rows.source}: all {report.rows} rows were dropped: {reasons}")
-    by_row = {
-        number: group_key(number if group_field is None else value[group_field])
-        for number, value in zip(rows.numbers, rows.values, strict=True)
-    }
-    return SampleDataset(samples, report, [by_row[sample.row] for sample in samples])
+    if not whole.samples:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(whole.report.dropped.items()))
+        raise UserError(f"{rows.source}: all {whole.report.rows} rows were dropped: {reasons}")
+    return whole
+
+
+def _encode_slice(one: RowSlice, source: str, group_field: str | None, encode: Encode[T]) -> SampleDataset[T]:
+    """Read and encode a slice: pure, so that it may run anywhere."""
+    whole: SampleDataset[T] = SampleDataset([], DatasetReport(source), [])
+    for numbers, values in one.chunks():
+        samples, report = encode(values, numbers)
+        by_row = {
+            number: group_key(number if group_field is None else value[group_field])
+            for number, value in zip(numbers, values, strict=True)
+        }
+        whole = _joined(whole, SampleDataset(samples, report, [by_row[sample.row] for sample in samples]))
+    return whole
+
+
+def _joined(whole: SampleDataset[T], part: SampleDataset[T]) -> SampleDataset[T]:
+    """Put a part behind what is there, whose lists grow."""
+    whole.samples.extend(part.samples)
+    whole.groups.extend(part.groups)
+    return replace(whole, report=whole.report + part.report)
 
 
 def _divide(dataset: SampleDataset[T], share: float) -> tuple[SampleDataset[T], SampleDataset[T]]:

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from rayrlhf.config.data import DatasetSection
 from rayrlhf.config.presft import PairsSection
-from rayrlhf.data.rows import JSON_LINES, PARQUET, read_rows
+from rayrlhf.data.rows import JSON_LINES, PARQUET, open_rows
 from rayrlhf.errors import UserError
 
 
@@ -46,8 +46,8 @@ def _stream(section: PairsSection) -> Iterator[SourceRow]:
     if path.is_file() and path.suffix.lower() in PARQUET:
         return _parquet(path)
     named = DatasetSection(path=section.path, split=section.split, subset=section.subset, limit=section.limit)
-    rows = read_rows(named)  # Of a hub dataset as much as `limit` says is read at once.
-    return (SourceRow(number, fields) for number, fields in zip(rows.numbers, rows.values, strict=True))
+    chunks = chain.from_iterable(one.chunks() for one in open_rows(named).slices)
+    return (SourceRow(number, fields) for numbers, rows in chunks for number, fields in zip(numbers, rows, strict=True))
 
 
 def _json_lines(path: Path) -> Iterator[SourceRow]:

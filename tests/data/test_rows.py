@@ -13,6 +13,7 @@ from rayrlhf.config.data import DatasetSection
 from rayrlhf.data import word_problems
 from rayrlhf.data.rows import read_rows
 from rayrlhf.errors import UserError
+from tests.data.hub_folder import write_hub_folder
 
 texts = st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=8)
 
@@ -125,3 +126,39 @@ def test_an_unknown_hub_name_is_one_line(monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     assert "no-such-owner/no-such-set: cannot load it as a file" in message_of(section("no-such-owner/no-such-set"))
+
+
+def test_a_hub_name_has_subsets_and_splits_in_shards(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    values = [{"prompt": f"p{number}", "n": number} for number in range(7)]
+    write_hub_folder(tmp_path / "openai" / "sums", values, shards=3)
+    rows = read_rows(section("openai/sums", subset="main"))
+    assert rows.values == values
+    assert rows.place(6) == "openai/sums: row 7: prompt"
+    assert read_rows(section("openai/sums", subset="main", limit=5)).values == values[:5]
+    for fields in ({"subset": "main", "split": "test"}, {"subset": "other"}):
+        assert read_rows(section("openai/sums", **fields)).values == values[:1]
+    message = message_of(section("openai/sums", subset="mian"))
+    assert message.startswith("openai/sums: cannot load it as a file, folder or hub dataset (subset mian, split train): ")
+    assert "'main', 'other'" in message
+
+
+def test_a_saved_dataset_is_read_with_and_without_splits(tmp_path):
+    from datasets import Dataset, DatasetDict, disable_progress_bars
+
+    disable_progress_bars()
+    values = [{"prompt": "a"}, {"prompt": "b"}]
+    Dataset.from_list(values).save_to_disk(tmp_path / "one")
+    DatasetDict({"train": Dataset.from_list(values), "rest": Dataset.from_list(values[1:])}).save_to_disk(tmp_path / "more")
+    assert read_rows(section(tmp_path / "one")).values == values
+    assert read_rows(section(tmp_path / "more", split="rest")).values == values[1:]
+    assert message_of(section(tmp_path / "one", split="test")).endswith(
+        "one: a saved dataset without splits; expected no subset and no split"
+    )
+    assert message_of(section(tmp_path / "more", split="test")).endswith(
+        "more: a saved dataset; expected split train or rest, found test"
+    )
+    assert message_of(section(tmp_path / "more", subset="main")).endswith("more: a saved dataset; expected no subset")

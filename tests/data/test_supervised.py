@@ -21,6 +21,7 @@ from rayrlhf.data.supervised import (
 )
 from rayrlhf.errors import UserError
 from rayrlhf.models.tiny import byte_tokenizer
+from tests.data.hub_folder import write_hub_folder
 from tests.data.supervised_files import (
     assistant,
     error_of,
@@ -310,6 +311,24 @@ def test_parquet_files_give_what_lines_of_json_give(tmp_path, tokenizer):
     mixed_section = SupervisedDataSection.model_validate({"train": {"path": str(tmp_path / "rows.parquet")}})
     with pytest.raises(UserError, match=r"rows.parquet: row 2: text: missing or null, expected as in the first row \(text\)"):
         load_supervised_data(mixed_section, tokenizer)
+
+
+def test_a_hub_dataset_gives_what_lines_of_json_give(tmp_path, tokenizer, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": [user(f"q{n}")], "completion": [assistant(f"{n}")]} for n in range(5)]
+    folder = write_hub_folder(tmp_path / "some" / "set", rows)
+    hub = SupervisedDataSection.model_validate({"train": {"path": str(folder), "subset": "main"}})
+    (found, _), expected = load_supervised_data(hub, tokenizer), supervised(tmp_path, rows, tokenizer)
+    assert [sample.row for sample in found.samples] == [sample.row for sample in expected.samples] == [1, 2, 3, 4, 5]
+    for one, two in zip(found.samples, expected.samples, strict=True):
+        assert np.array_equal(one.token_ids, two.token_ids)
+        assert np.array_equal(one.loss_mask, two.loss_mask)
+    bad = write_hub_folder(tmp_path / "some" / "bad", [*rows, {"prompt": [user("q")], "completion": []}])
+    hub = SupervisedDataSection.model_validate({"train": {"path": str(bad), "subset": "main"}})
+    with pytest.raises(UserError, match=r"some/bad: row 6: completion: "):
+        load_supervised_data(hub, tokenizer)
 
 
 def test_the_built_in_pairs_make_a_reward_models_data(tokenizer):

@@ -12,6 +12,7 @@ from rayrlhf.presft.dataset import repair, write_dataset
 from rayrlhf.presft.intake import take_in
 from rayrlhf.presft.parts import PartFolder, merge
 from rayrlhf.presft.schema import schemas
+from tests.data.hub_folder import write_hub_folder
 
 GOOD = {"prompt": "p", "completion": "c", "extra": [1, {"deep": None}]}
 BAD = [
@@ -100,6 +101,21 @@ def test_parquet_reads_as_json_lines_do(tmp_path):
     take_in(section, rows, PartFolder(tmp_path / "rejected"), rows_per_part=1000, tokenizer=None, longest=None)
     assert [row["prompt"] for row in rows.rows()] == [row["prompt"] for row in given]
     assert rows.indices() == [0, 1, 2]
+
+
+def test_a_hub_dataset_reads_as_json_lines_do_bad_rows_included(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    given = [{"prompt": None if index == 3 else f"p{index}", "completion": "c", "id": index} for index in range(9)]
+    folder = write_hub_folder(tmp_path / "some" / "set", given)
+    section = PairsSection(path=str(folder), subset="main", chat=False, max_rejected_share=1.0)
+    rows, rejected = PartFolder(tmp_path / "hub" / "rows"), PartFolder(tmp_path / "hub" / "rejected")
+    take_in(section, rows, rejected, rows_per_part=4, tokenizer=None, longest=None)
+    expected, expected_rejected = intake(tmp_path, given)
+    assert list(rows.rows()) == list(expected.rows())
+    assert [(row["source"], row["reason"]) for row in rejected.rows()] == [(4, "no field prompt")]
+    assert list(rejected.rows()) == list(expected_rejected.rows())
 
 
 def test_a_missing_file_is_named_and_a_limit_is_kept(tmp_path):

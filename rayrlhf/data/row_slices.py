@@ -1,0 +1,201 @@
+"""A dataset in slices that can be read apart, in any order and process: lines of a JSONL file, row groups of a Parquet file.
+
+A slice knows where its rows lie and what they are called, not what they say: it is small and picklable, and reads them when it
+is asked. Every reader of rows goes through slices, so one process or a cluster sees the same rows under the same numbers.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from rayrlhf.errors import UserError
+
+CHUNK_ROWS = 4096
+"""Rows read at once: enough to keep all cores of a tokenizer busy, few enough to keep memory flat."""
+
+Chunk = tuple[list[int], list[dict[str, Any]]]
+"""What messages call some rows, and the rows."""
+
+
+class RowSlice(Protocol):
+    """Consecutive rows of a dataset."""
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the rows in order, at most `CHUNK_ROWS` at once.
+
+        Raises:
+            UserError: a row cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LinesSlice:
+    """Lines of a JSONL file; blank ones are no rows.
+
+    Attributes:
+        source: the file as messages name it.
+        file: the file, absolute.
+        start: byte at which the first line begins.
+        number: of the first line, from 1.
+        rows: how many lines that are not blank.
+    """
+
+    source: str
+    file: Path
+    start: int
+    number: int
+    rows: int
+
+    def chunks(self) -> Iterator[Chunk]:
+        """See `RowSlice.chunks`."""
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            lines = islice(((number, line) for number, line in enumerate(file, self.number) if line.strip()), self.rows)
+            while part := list(islice(lines, CHUNK_ROWS)):
+                yield [number for number, _ in part], [_parse(line, f"{self.source}: row {number}") for number, line in part]
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroupSlice:
+    """One row group of a Parquet file, or its beginning.
+
+    Attributes:
+        source: the file as messages name it.
+        file: the file, absolute.
+        group: of the file, from 0.
+        number: of its first row, from 1.
+        rows: how many.
+    """
+
+    source: str
+    file: Path
+    group: int
+    number: int
+    rows: int
+
+    def chunks(self) -> Iterator[Chunk]:
+        """See `RowSlice.chunks`."""
+        import pyarrow
+        import pyarrow.parquet
+
+        left, number = self.rows, self.number
+        try:
+            with pyarrow.parquet.ParquetFile(self.file) as file:
+                for batch in file.iter_batches(CHUNK_ROWS, row_groups=[self.group]):
+                    values = batch.slice(0, left).to_pylist()
+                    yield list(range(number, number + len(values))), values
+                    left, number = left - len(values), number + len(values)
+                    if not left:
+                        return
+        except (pyarrow.ArrowInvalid, OSError) as error:  # damaged pages come as either
+            raise UserError(f"{self.source}: row {number}: cannot be read: {str(error).splitlines()[0]}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class ListSlice:
+    """Rows that are in memory already.
+
+    Attributes:
+        values: the rows, these alone: they travel with the slice.
+        number: of the first, from 1.
+    """
+
+    values: list[dict[str, Any]]
+    number: int
+
+    def chunks(self) -> Iterator[Chunk]:
+        """See `RowSlice.chunks`."""
+        for start in range(0, len(self.values), CHUNK_ROWS):
+            part = self.values[start : start + CHUNK_ROWS]
+            yield list(range(self.number + start, self.number + start + len(part))), part
+
+
+@dataclass(frozen=True, slots=True)
+class TableSlice:
+    """Rows of a table that the `datasets` package keeps in files.
+
+    Attributes:
+        table: the whole; only the names of its files are pickled.
+        number: of the first row, from 1.
+        rows: how many.
+    """
+
+    table: Any
+    number: int
+    rows: int
+
+    def chunks(self) -> Iterator[Chunk]:
+        """See `RowSlice.chunks`."""
+        end = self.number + self.rows
+        for start in range(self.number, end, CHUNK_ROWS):
+            numbers = range(start, min(start + CHUNK_ROWS, end))
+            yield list(numbers), self.table.select(range(start - 1, numbers.stop - 1)).to_list()
+
+
+def slice_lines(source: str, file: Path, limit: int | None) -> Sequence[LinesSlice]:
+    """Cut a JSONL file into slices of `CHUNK_ROWS` rows; reads it once for the ends of its lines."""
+    slices: list[LinesSlice] = []
+    start = position = rows = total = 0
+    first = 1
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if total == limit:
+                break
+            position += len(line)
+            if line.strip():
+                rows, total = rows + 1, total + 1
+            if rows == CHUNK_ROWS:
+                slices.append(LinesSlice(source, file, start, first, rows))
+                start, first, rows = position, number + 1, 0
+    return [*slices, LinesSlice(source, file, start, first, rows)] if rows else slices
+
+
+def slice_row_groups(source: str, file: Path, limit: int | None) -> Sequence[RowGroupSlice]:
+    """Cut a Parquet file into its row groups.
+
+    Raises:
+        UserError: not a Parquet file.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_metadata(file)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{source}: not a Parquet file: {str(error).splitlines()[0]}") from error
+    slices: list[RowGroupSlice] = []
+    total = 0
+    for group in range(metadata.num_row_groups):
+        there = metadata.row_group(group).num_rows
+        rows = there if limit is None else min(there, limit - total)
+        if rows:
+            slices.append(RowGroupSlice(source, file, group, total + 1, rows))
+        total += rows
+    return slices
+
+
+def slice_list(values: list[dict[str, Any]]) -> Sequence[ListSlice]:
+    """Cut rows in memory into slices of `CHUNK_ROWS` rows."""
+    return [ListSlice(values[start : start + CHUNK_ROWS], start + 1) for start in range(0, len(values), CHUNK_ROWS)]
+
+
+def slice_table(table: Any, limit: int | None) -> Sequence[TableSlice]:
+    """Cut a `datasets` table into slices of `CHUNK_ROWS` rows."""
+    total = len(table) if limit is None else min(limit, len(table))
+    return [TableSlice(table, start + 1, min(CHUNK_ROWS, total - start)) for start in range(0, total, CHUNK_ROWS)]
+
+
+def _parse(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line.rstrip())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: not UTF-8 ({error.reason} at byte {error.start + 1})") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: expected a JSON object, found {type(value).__name__}")
+    return value
