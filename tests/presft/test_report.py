@@ -80,6 +80,32 @@ def test_scores_alone_make_a_report_too(finished):
     assert "Decisions" not in page
 
 
+def test_the_report_says_how_likelihood_goes_with_bleu_and_what_the_repair_brought(finished):
+    config, layout = finished
+    scores = layout.round(1).scores
+    sheet = write_datasheet(config, layout)
+    write_report(config, layout, sheet)
+    assert "Pearson" not in (layout.path / "report.html").read_text()
+    scores.seal(scores.facts() | {"likelihood_correlation": 0.4241})
+    sheet = write_datasheet(config, layout)
+    sheet["losses"] = {"tuned": {"loss": 1.25}, "round-1/tuned": {"loss": 0.75}}
+    sheet["quality"] = [
+        {"model": model, "rows": 40, "bleu": 50.0, "score": score}
+        for model, score in (("tuned", 0.5), ("round-1/tuned", 0.875))
+    ]
+    sheet["rounds"].append(sheet["rounds"][0] | {"likelihood_correlation": None})
+    write_report(config, layout, sheet)
+    page = (layout.path / "report.html").read_text()
+    for words in (
+        "correlates with BLEU at 0.42 (Pearson)",
+        "Round 1: What the model had learned",
+        "0.5 → 0.875",
+        "1.25",
+        "0.75",
+    ):
+        assert words in page
+
+
 def test_every_pair_is_in_the_histogram_and_the_lowest_come_first(finished):
     _, layout = finished
     view = read_round(layout.round(1), {"rows": ROWS})
