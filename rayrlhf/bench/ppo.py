@@ -24,6 +24,7 @@ from rayrlhf.bench.trl_release import installed_trl
 from rayrlhf.config.load import load_config
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.word_problems import generate
+from rayrlhf.engines.rollout import rollout_environment
 from rayrlhf.models.builtin import resolve_model
 from rayrlhf.models.load import load_tokenizer
 
@@ -151,6 +152,8 @@ def _run_ours(work: PPOWork, critic: Critic) -> float:
 
 
 def _run_bare(work: PPOWork) -> float:
+    # Must be there before vLLM is imported. The engine stays in this process, as it does in our actors.
+    os.environ.update(rollout_environment(work.config("none", Path()).rollout, threads=os.cpu_count() or 1))
     from rayrlhf.bench.bare_ppo import BarePPO
 
     return 3600 / BarePPO(work).seconds()
