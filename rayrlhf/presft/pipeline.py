@@ -5,16 +5,14 @@ under its own name, whole or not at all. Parts that are there already are not as
 their part to another. That makes the pipeline safe to kill anywhere, as long as every stage is a pure function of its part.
 """
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
+from rayrlhf.actors.ray_data import data_context, raise_cause
 from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS
-from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, UserError
+from rayrlhf.errors import ActorLostError, DeadlineError, UserError
 from rayrlhf.presft.parts import PartFolder
 from rayrlhf.presft.resources import TASK_CPUS
 
@@ -76,15 +74,16 @@ def run_pipeline(
     if not missing:
         return
     target.path.mkdir(parents=True, exist_ok=True)
-    with _data_context(limits), warnings.catch_warnings():
-        # Ray Data has no other way yet to bound the restarts of its actors.
-        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+    settings = {
+        "execution_no_progress_timeout_s": limits.stall_seconds,
+        "max_consecutive_actor_init_deaths": limits.max_restarts + 1,
+    }
+    with data_context(buffer_bytes=BUFFER_BYTES, **settings):
         try:
             for row in _dataset(source, target, missing, stages, limits).iter_rows():
                 done(row[ROWS])
         except (ray.exceptions.RayTaskError, UserError) as error:
-            _raise_cause(error)
+            raise_cause(error)
         except INFRASTRUCTURE_ERRORS as error:
             raise ActorLostError(f"a stage lost its process too often: {_first_line(error)}") from error
         except ray.data.exceptions.ExecutionTimeoutError as error:
@@ -155,40 +154,6 @@ def _pooled(pool: Pool, dataset: Any, size: int, limits: Limits) -> Any:
         max_task_retries=limits.max_restarts,
         runtime_env={"env_vars": hidden | {"TOKENIZERS_PARALLELISM": "false"} | pool.environment},
     )
-
-
-@contextmanager
-def _data_context(limits: Limits) -> Iterator[None]:
-    """Set what this pipeline needs on Ray Data's context, which is the process's own, and put it back."""
-    import ray
-
-    context = ray.data.DataContext.get_current()
-    changed = {
-        "enable_progress_bars": False,
-        "execution_no_progress_timeout_s": limits.stall_seconds,
-        "max_consecutive_actor_init_deaths": limits.max_restarts + 1,
-        # Else an error arrives as text, and a user's mistake could not be told from a bug.
-        "raise_original_map_exception": True,
-    }
-    before = {name: getattr(context, name) for name in changed}
-    resource_limits = context.execution_options.resource_limits
-    context.execution_options.resource_limits = resource_limits.copy(object_store_memory=BUFFER_BYTES)
-    try:
-        for name, value in changed.items():
-            setattr(context, name, value)
-        yield
-    finally:
-        context.execution_options.resource_limits = resource_limits
-        for name, value in before.items():
-            setattr(context, name, value)
-
-
-def _raise_cause(error: Exception) -> NoReturn:
-    cause = getattr(error, "cause", None)
-    for known in (error, cause, error.__cause__):
-        if isinstance(known, UserError | AlarmError):
-            raise type(known)(*known.args) from None
-    raise error
 
 
 def _first_line(error: Exception) -> str:

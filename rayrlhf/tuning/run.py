@@ -12,7 +12,7 @@ import yaml
 from rayrlhf.config.describe_tuning import describe_tuning
 from rayrlhf.config.load import differences, dump_config
 from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
-from rayrlhf.data.supervised import DatasetReport
+from rayrlhf.data.supervised import DatasetReport, Spread, in_turn
 from rayrlhf.errors import ActorLostError, UserError
 from rayrlhf.models.load import load_architecture, load_tokenizer
 from rayrlhf.observe.live import LiveView
@@ -70,6 +70,21 @@ def train_reward(config: RewardTrainingConfig) -> TuningResult:
     return _train(PreferenceTask(config))
 
 
+def _read(task: Task, view: LiveView, stack: ExitStack) -> "_Data":
+    """Read the data here, or on the cluster, which is then connected to for the rest of the run."""
+    from rayrlhf.tuning.reading import over_cluster, through_ray_data
+
+    if not through_ray_data(task.config.data):
+        with view.wait("reading the data"):
+            return _load(task)
+    with view.wait("starting Ray"):
+        from rayrlhf.actors.connection import connected
+
+        stack.enter_context(connected(task.config.workers.address))
+    with view.wait("reading the data through Ray Data"):
+        return _load(task, over_cluster)
+
+
 @dataclass(frozen=True)
 class _Data:
     train: Table
@@ -95,7 +110,7 @@ def _check(task: Task) -> str:
     return "\n".join([describe_tuning(task.config), *data.lines(), f"optimizer steps: {steps}"])
 
 
-def _load(task: Task) -> _Data:
+def _load(task: Task, spread: Spread = in_turn) -> _Data:
     """Read everything that can be wrong before a model is loaded."""
     config = task.config
     fewest, most, stage = config.workers.fewest, config.workers.most, config.train.zero_stage
@@ -106,7 +121,7 @@ def _load(task: Task) -> _Data:
         )
     tokenizer = load_tokenizer(config.model)
     positions = getattr(load_architecture(config.model), "max_position_embeddings", None)
-    data = _Data(*task.load(tokenizer))
+    data = _Data(*task.load(tokenizer, spread))
     longest = max(_longest(table) for table in (data.train, data.held_out) if table is not None)
     if positions is not None and longest > positions:
         raise UserError(
@@ -126,8 +141,7 @@ def _train(task: Task) -> TuningResult:
     view = LiveView(f"rayrlhf {kind} {config.run.name}", live=None if config.observe.live else False)
     with ExitStack() as stack:
         stack.callback(view.stop)
-        with view.wait("reading the data"):
-            data = _load(task)
+        data = _read(task, view, stack)
         # Only a run that can start leaves a folder behind.
         folder = stack.enter_context(open_run(config.run.folder, dump_config(config), _differences, resume=config.run.resume))
         finished = read_result(folder.path)

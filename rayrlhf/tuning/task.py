@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
-from rayrlhf.data.supervised import DatasetReport, load_preference_data, load_supervised_data
+from rayrlhf.data.supervised import DatasetReport, Spread, in_turn, load_preference_data, load_supervised_data
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives import ImitationObjective, Objective
 from rayrlhf.engines.preference_objective import PreferenceObjective
@@ -31,8 +31,8 @@ class Task(Protocol):
         """What is minimised."""
         ...
 
-    def load(self, tokenizer: Any) -> Datasets:
-        """Read, check and encode the data; errors as `load_supervised_data` and `load_preference_data`."""
+    def load(self, tokenizer: Any, spread: Spread = in_turn) -> Datasets:
+        """Read, check and encode the data by `spread`; errors as `load_supervised_data` and `load_preference_data`."""
         ...
 
     def spec(self, total_steps: int) -> TrainEngineSpec:
@@ -63,9 +63,9 @@ class SupervisedTask:
         """Imitation."""
         return ImitationObjective()
 
-    def load(self, tokenizer: Any) -> Datasets:
+    def load(self, tokenizer: Any, spread: Spread = in_turn) -> Datasets:
         """See `Task.load`."""
-        train, held_out = load_supervised_data(self.config.data, tokenizer)
+        train, held_out = load_supervised_data(self.config.data, tokenizer, spread)
         rows = self.config.evaluation.rows
         return SampleTable.of(train.samples), SampleTable.of(held_out.samples[:rows]) if held_out else None, train.report
 
@@ -109,9 +109,9 @@ class PreferenceTask:
         """Preference."""
         return PreferenceObjective(self.config.train.center_coefficient)
 
-    def load(self, tokenizer: Any) -> Datasets:
+    def load(self, tokenizer: Any, spread: Spread = in_turn) -> Datasets:
         """See `Task.load`."""
-        train, held_out = load_preference_data(self.config.data, tokenizer)
+        train, held_out = load_preference_data(self.config.data, tokenizer, spread)
         rows = self.config.evaluation.rows
         held_out_table = PairTable.of(held_out.samples[:rows], held_out.format) if held_out else None
         return PairTable.of(train.samples, train.format), held_out_table, train.report

@@ -72,6 +72,21 @@ def test_the_model_is_asked_twice_the_same_and_a_missing_part_comes_back_alike(t
     assert {file.name: file.read_bytes() for file in scores.files()} == before
 
 
+def test_parts_of_one_row_make_every_row_a_checkpoint(tmp_path):
+    config = presft_config(tmp_path, "probe.temperature=1.0", "pipeline.rows_per_part=1", count=5)
+    model = Sampled("tuned", config.model)
+    layout = Layout(tmp_path / "run")
+    take(config, layout)
+    assert score(config, layout, model) == [1] * 5
+    scores = layout.round(1).scores
+    before = {file.name: file.read_bytes() for file in scores.files()}
+    for row in (1, 4):
+        scores.part(row).unlink()
+    (scores.path / "done.json").unlink()
+    assert score(config, layout, model) == [1, 1], "only the two missing rows are asked again"
+    assert {file.name: file.read_bytes() for file in scores.files()} == before
+
+
 def test_struggling_pairs_alone_are_sampled_anew(tmp_path):
     settings = ["probe.response_field=answer", f"probe.model.path={MODEL}", "relabel.method=mbr", "relabel.samples=3"]
     config = presft_config(tmp_path, *settings, count=6)
@@ -125,6 +140,7 @@ def test_what_goes_wrong_in_a_stage_arrives_as_what_it_is(tmp_path, worker, erro
     take(config, layout)
     pool = Pool("stage", worker, (), 1, 0.5)
     limits = Limits(1, 6.0 if worker is Stuck else 60.0)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as raised:
         run_pipeline(layout.rows, layout.round(1).scores, [pool], limits, lambda _: None)
+    assert error is KeyError or "\n" not in str(raised.value), "what is not a bug is one line"
     assert layout.round(1).scores.indices() == []
