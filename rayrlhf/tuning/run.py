@@ -30,7 +30,7 @@ from rayrlhf.tuning.task import PreferenceTask, SupervisedTask, Task
 
 __all__ = ["TuningResult", "check_reward", "check_sft", "train_reward", "train_sft"]
 
-_FREE_KEYS = ("export_anyway", "observe.", "workers.", "run.resume", "checkpoint.keep")
+_FREE_KEYS = ("export_anyway", "observe.", "workers.", "run.resume", "checkpoint.keep", "data.reader")
 """Beginnings of keys that may change between a run and its resumption: they change no number of the training."""
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rayrlhf.actors.placement import Machine
-from rayrlhf.config.load import load_config
+from rayrlhf.config.load import dump_config, load_config
 from rayrlhf.config.tuning import SFTConfig
 from rayrlhf.config.tuning_run import TuningCheckpointSection, WorkersSection
 from rayrlhf.data.supervised import PreferencePair, SupervisedSample
@@ -19,7 +19,7 @@ from rayrlhf.tuning.plan import STATE_FILE, best_step, checkpoint_name
 from rayrlhf.tuning.ray_train import checkpoint_config, worker_resources
 from rayrlhf.tuning.refusal import has_refusal, raise_refusal, write_refusal
 from rayrlhf.tuning.result import TuningResult, read_result
-from rayrlhf.tuning.run import check_sft
+from rayrlhf.tuning.run import _differences, check_sft
 from rayrlhf.tuning.table import PairTable, SampleTable
 from tests.tuning.runs import sft_config
 
@@ -160,3 +160,23 @@ def test_samples_longer_than_the_model_are_found_before_it_is_loaded(tmp_path):
     settings = ["model.path=builtin:tiny?context=128", f"data.train.path={path}", f"run.root={tmp_path}"]
     with pytest.raises(UserError, match="a sample has 201 tokens, the model 128 positions"):
         check_sft(load_config(SFTConfig, None, settings))
+
+
+@pytest.mark.parametrize(
+    ("setting", "may_change"),
+    [
+        ("workers.count=2", True),
+        ("data.reader=ray", True),
+        ("observe.tensorboard=true", True),
+        ("checkpoint.keep=5", True),
+        ("train.learning_rate=0.5", False),
+        ("data.max_length=77", False),
+        ("run.seed=9", False),
+    ],
+)
+def test_only_what_changes_no_number_of_the_training_may_change_in_a_run(tmp_path, setting, may_change):
+    stored, wanted = (dump_config(sft_config(tmp_path, *settings)) for settings in ((), (setting,)))
+    assert stored != wanted
+    differing = _differences(stored, wanted)
+    assert (differing == []) == may_change
+    assert may_change or differing[0].startswith(setting.partition("=")[0])
