@@ -29,7 +29,8 @@ class PipelineSection(Section):
     """Processes of the streaming stages, and how work is cut."""
 
     rows_per_part: int = Field(1024, ge=1)
-    """Rows of one part file: what a generator takes at a time, and the most that a crash makes it do again."""
+    """Rows of one part file: what a generator samples as one batch, and the most that a crash makes it do again. 1 makes every
+    row a checkpoint of its own, at the price of sampling one at a time."""
     generators: int = Field(1, ge=1)
     generator_cpus: float | None = Field(None, gt=0)
     """Per generator; an equal share of what the other stages leave, when not given."""
