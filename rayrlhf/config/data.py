@@ -8,7 +8,8 @@ from rayrlhf.config.section import Section
 
 
 class DatasetSection(Section):
-    """One prompt dataset: JSONL, Parquet, a built-in (`builtin:word-problems`), or a hub name."""
+    """One prompt dataset: JSONL, Parquet, a built-in (`builtin:word-problems`), a folder of the `datasets` package,
+    or a hub name."""
 
     path: str
     split: str = "train"

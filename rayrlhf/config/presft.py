@@ -34,7 +34,8 @@ class PreSFTRunSection(Section):
 
 
 class PairsSection(Section):
-    """The dataset to repair: JSONL, Parquet, a built-in (`builtin:word-problems`), or a hub name."""
+    """The dataset to repair: JSONL, Parquet, a built-in (`builtin:word-problems`), a folder of the `datasets` package,
+    or a hub name."""
 
     path: str
     split: str = "train"
