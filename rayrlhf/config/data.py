@@ -8,10 +8,10 @@ from rayrlhf.config.section import Section
 
 
 class DatasetSection(Section):
-    """One prompt dataset: JSONL, Parquet, a built-in (`builtin:word-problems`), a folder of the `datasets` package,
-    or a hub name."""
+    """One prompt dataset: JSONL, Parquet, a built-in (`builtin:word-problems`), or a hub name."""
 
     path: str
+    """Also a folder in the hub's layout, or one that `save_to_disk` of the `datasets` package wrote."""
     split: str = "train"
     """Split of a hub dataset, or of a built-in."""
     subset: str | None = None

@@ -34,10 +34,10 @@ class PreSFTRunSection(Section):
 
 
 class PairsSection(Section):
-    """The dataset to repair: JSONL, Parquet, a built-in (`builtin:word-problems`), a folder of the `datasets` package,
-    or a hub name."""
+    """The dataset to repair: JSONL, Parquet, a built-in (`builtin:word-problems`), or a hub name."""
 
     path: str
+    """Also a folder in the hub's layout, or one that `save_to_disk` of the `datasets` package wrote."""
     split: str = "train"
     subset: str | None = None
     """Configuration name of a hub dataset (`main` for `openai/gsm8k`)."""

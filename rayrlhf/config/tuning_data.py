@@ -12,8 +12,7 @@ DEFAULT_PAIR_SHARE = 0.1
 
 
 class SupervisedDatasetSection(DatasetSection):
-    """One dataset of texts, conversations, or prompts with completions: JSONL, Parquet, a built-in, a folder of the `datasets` package, or
-    a hub name."""
+    """One dataset of texts, conversations, or prompts with completions: JSONL, Parquet, a built-in, or a hub name."""
 
     format: Literal["auto", "text", "messages", "prompt-completion"] = "auto"
     """`auto` reads it off the columns of the first row."""
