@@ -31,12 +31,16 @@ def data_context(*, buffer_bytes: int, **settings: Any) -> Iterator[None]:
     with warnings.catch_warnings():
         # Ray Data has no other way yet to bound the restarts of its actors.
         warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        # It would print the traceback of every error that is raised here anyway.
+        logger = logging.getLogger("ray.data")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)
         try:
             for name, value in changed.items():
                 setattr(context, name, value)
             yield
         finally:
+            logger.setLevel(level)
             context.execution_options.resource_limits = resource_limits
             for name, value in before.items():
                 setattr(context, name, value)
@@ -55,6 +59,7 @@ def raise_cause(error: Exception) -> NoReturn:
     while found is not None:
         # Ray's error is an instance of the cause's class too, with the whole remote traceback as its text.
         if isinstance(found, UserError | AlarmError) and not isinstance(found, RayTaskError):
-            raise type(found)(*found.args) from None
+            # Ours are one line; Ray Data puts advice on retries behind it.
+            raise type(found)(str(found).partition("\n")[0]) from None
         found = getattr(found, "cause", None) or found.__cause__
     raise error

@@ -56,7 +56,7 @@ class TuningDataSection(Section):
     """`drop` leaves out, and counts by reason, rows with an empty answer, nothing to learn, or a pair of equals."""
     reader: Literal["auto", "driver", "ray"] = "auto"
     """Who reads and encodes rows: this process, or all CPUs of the cluster through Ray Data, which need to see the files under
-    the same paths. `auto` takes Ray Data for files of 64 MiB or more."""
+    the same paths; on one machine both take as long. `auto` takes Ray Data for files of 64 MiB or more."""
     shuffle: bool = True
     """A new order every epoch, from `run.seed`; false keeps the order of the dataset."""
 

@@ -62,7 +62,7 @@ def test_pairs_keep_their_margins_and_their_format(tmp_path):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_bad_row_is_the_same_line_as_in_one_process(tmp_path):
+def test_a_bad_row_is_the_same_line_as_in_one_process_and_nothing_else_is_printed(tmp_path, capfd):
     rows = [{"prompt": "a", "completion": "b"}] * 4999 + [{"prompt": "a", "completion": 3}]
     data = section(SupervisedDataSection, write(tmp_path / "rows.jsonl", rows))
     with pytest.raises(UserError) as here:
@@ -71,6 +71,7 @@ def test_a_bad_row_is_the_same_line_as_in_one_process(tmp_path):
         load_supervised_data(data, byte_tokenizer(), over_cluster)
     assert str(there.value) == str(here.value)
     assert "rows.jsonl: row 5000: completion: expected text" in str(there.value)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_parts_are_handed_out_in_order_and_as_soon_as_they_may():
