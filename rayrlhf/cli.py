@@ -215,6 +215,18 @@ def bench_rollout_command(
     run_bench_rollout(model, new_tokens=new_tokens, rounds=rounds, transformers=transformers, output=output, echo=typer.echo)
 
 
+@bench.command(name="driver")
+def bench_driver_command(
+    samples: Annotated[list[int] | None, typer.Option(help="Samples of a step; 1,000 to 100,000 if not given.")] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Simulated rollout replicas.")] = 1000,
+    output: Annotated[Path | None, typer.Option(help="Folder for the numbers as JSON.")] = None,
+) -> None:
+    """What the driver itself costs a sample, with simulated replicas that answer at once."""
+    from rayrlhf.bench.run import run_bench_driver
+
+    run_bench_driver(samples or [1_000, 10_000, 100_000], replicas=replicas, output=output, echo=typer.echo)
+
+
 @bench.command(name="sync")
 def bench_sync_command(
     model: Annotated[str, typer.Option(help="The model whose weights travel.")] = "builtin:smollm2-135m-instruct",

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from rayrlhf.actors.worker import Worker
 from rayrlhf.config.model import ModelSection
+from rayrlhf.data.records import Records, TokenScores
 from rayrlhf.data.records import Sequence as TokenSequence
-from rayrlhf.data.records import TokenScores
 from rayrlhf.engines.interfaces import Want
 from rayrlhf.engines.score_engine import FrozenEngine
 
@@ -23,4 +23,4 @@ class ReferenceActor(Worker):
         self, sequences: Sequence[TokenSequence], want: frozenset[Want], temperature: float, reference: bool
     ) -> list[TokenScores]:
         """Score this rank's share of the sequences."""
-        return self._engine.score(sequences, want, temperature=temperature, reference=reference)
+        return Records(self._engine.score(sequences, want, temperature=temperature, reference=reference))

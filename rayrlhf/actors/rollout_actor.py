@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from rayrlhf.actors.worker import Worker
-from rayrlhf.data.records import Rollout, RolloutRequest
+from rayrlhf.data.records import Records, Rollout, RolloutRequest
 from rayrlhf.engines.interfaces import RolloutEngine
 from rayrlhf.engines.rollout import RolloutSpec, build_rollout_engine
 from rayrlhf.engines.shared_weights import SharedTensor, from_shared
@@ -26,7 +26,7 @@ class RolloutActor(Worker):
 
     def poll(self, minimum: int) -> tuple[list[Rollout], int]:
         """Decode until `minimum` more are finished or none is left; returns (finished, still unfinished)."""
-        return self._engine.poll(minimum), self._engine.unfinished
+        return Records(self._engine.poll(minimum)), self._engine.unfinished
 
     def begin_weights(self, version: int) -> None:
         """Start receiving a weight version."""

@@ -9,8 +9,8 @@ import ray
 
 from rayrlhf.actors.worker import Worker
 from rayrlhf.data.manifest import FileRecord
+from rayrlhf.data.records import Records, TokenScores
 from rayrlhf.data.records import Sequence as TokenSequence
-from rayrlhf.data.records import TokenScores
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines import train_state
 from rayrlhf.engines.interfaces import Want
@@ -39,7 +39,7 @@ class TrainActor(Worker):
         self, sequences: Sequence[TokenSequence], want: frozenset[Want], temperature: float, reference: bool
     ) -> list[TokenScores]:
         """Score this rank's share of the sequences."""
-        return self._engine.score(sequences, want, temperature=temperature, reference=reference)
+        return Records(self._engine.score(sequences, want, temperature=temperature, reference=reference))
 
     def update(self, batch: TrainingBatch, plan: UpdatePlan, objective: Objective) -> UpdateReport:
         """Run a PPO step's optimizer steps; every rank gets the same batch and plan and takes its own share."""

@@ -3,11 +3,14 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from rayrlhf.bench.paired import Comparison, Precision
 from rayrlhf.data.atomic import write_atomically
 from rayrlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from rayrlhf.bench.driver import DriverCost
 
 
 def run_bench_sft(
@@ -97,6 +100,19 @@ def run_bench_sync(model: str, *, rounds: int, output: Path | None, echo: Callab
     from rayrlhf.bench.sync import bench_sync
 
     return _shown(bench_sync(model, rounds=rounds, progress=echo), output, "sync", echo)
+
+
+def run_bench_driver(
+    samples: Sequence[int], *, replicas: int, output: Path | None, echo: Callable[[str], None]
+) -> "list[DriverCost]":
+    """Measure what steps of so many samples cost the driver; `output` gets `driver.json`."""
+    from rayrlhf.bench.driver import bench_driver, costs_as_json
+
+    found = bench_driver(samples, replicas=replicas, progress=echo)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / "driver.json", costs_as_json(found) + "\n")
+    return found
 
 
 def _shown(found: Comparison, output: Path | None, name: str, echo: Callable[[str], None]) -> Comparison:

@@ -69,8 +69,8 @@ def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
     _check_lengths(lengths)
     if parts < 1:
         raise ValueError(f"parts must be >= 1, not {parts}")
-    if not lengths:
-        return [[] for _ in range(parts)]
+    if parts == 1 or not lengths:
+        return [list(range(len(lengths))), *([] for _ in range(parts - 1))]
     # A partial solution: its sums and index lists by falling sum. The heap gives the most uneven one; `birth` breaks ties.
     heap: list[tuple[int, int, list[int], list[list[int]]]] = []
     for birth, length in enumerate(lengths):

@@ -3,8 +3,9 @@
 All of them are plain NumPy and Python, so that they are cheap to ship in batches and never carry weights or logits.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,59 @@ from numpy.typing import NDArray
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
+
+
+class Record:
+    """A record that is pickled as its class and its fields in order: three times as fast as a dataclass pickles itself."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How to make the record again."""
+        names: tuple[str, ...] = type(self).__slots__
+        return type(self), tuple([getattr(self, name) for name in names])
+
+
+RecordType = TypeVar("RecordType", bound=Record)
+
+
+class Records(list[RecordType]):
+    """A list of records of one kind that travels as columns: arrays laid end to end, so that a message is a few buffers.
+
+    Ray packs every array of a message apart, which costs a driver with many short arrays more than all of its own work. The
+    arrays of the list that arrives are views of the columns, read-only.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How to make the list again, from columns."""
+        if not self:
+            return Records, ()
+        kind = type(self[0])
+        names: tuple[str, ...] = kind.__slots__
+        return _from_columns, (kind, tuple(_Column.of([getattr(one, name) for one in self]) for name in names))
+
+
+class _Column(NamedTuple):
+    """One field of all records. With `ends` the values are arrays end to end along their first axis, else a list."""
+
+    values: Any
+    ends: NDArray[np.int64] | None
+
+    @classmethod
+    def of(cls, values: list[Any]) -> "_Column":
+        if not all(isinstance(value, np.ndarray) and value.ndim for value in values):
+            return cls(values, None)
+        return cls(np.concatenate(values), np.cumsum([len(value) for value in values]))
+
+    def rows(self) -> list[Any]:
+        if self.ends is None:
+            return list(self.values)
+        ends = self.ends.tolist()
+        return [self.values[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _from_columns(kind: Callable[..., RecordType], columns: tuple[_Column, ...]) -> Records[RecordType]:
+    return Records(map(kind, *(column.rows() for column in columns)))
 
 
 class SampleKey(NamedTuple):
@@ -25,7 +79,7 @@ class SampleKey(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(Record):
     """One prompt, tokenised.
 
     Attributes:
@@ -42,7 +96,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class RolloutRequest:
+class RolloutRequest(Record):
     """One response to sample. `seed` derives from (run seed, step, prompt, sample), so a retry asks for the same thing."""
 
     key: SampleKey
@@ -51,7 +105,7 @@ class RolloutRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Rollout:
+class Rollout(Record):
     """One sampled response.
 
     Attributes:
@@ -82,7 +136,7 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
+class Sequence(Record):
     """Tokens of one sample. Response token j stands at `token_ids[prompt_length + j]` and is predicted one place before.
 
     Attributes:
@@ -100,7 +154,7 @@ class Sequence:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenScores:
+class TokenScores(Record):
     """What one model says of one sequence, aligned to its response tokens. A field that was not asked for is None.
 
     Attributes:

@@ -26,7 +26,7 @@ from rayrlhf.algorithms.rewards import slot_count, token_rewards
 from rayrlhf.algorithms.statistics import length_statistics, objective_statistics, value_statistics
 from rayrlhf.algorithms.whitening import whiten
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.data.records import Rollout, TokenScores
+from rayrlhf.data.records import Records, Rollout, TokenScores
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.ppo.scoring import ScoredRollouts
 
@@ -110,7 +110,7 @@ class ExperienceMaker:
             arrays["ref_logprobs"] = _readings(scored, "reference", "logprobs", width)
         weights, weight_metrics = self._corrected(logprobs, rollouts, mask)
         batch = TrainingBatch(
-            [rollout.sequence() for rollout in rollouts], {k: v.numpy() for k, v in (arrays | weights).items()}
+            Records(rollout.sequence() for rollout in rollouts), {k: v.numpy() for k, v in (arrays | weights).items()}
         )
         metrics = self._metrics(rollouts, logprobs, kl, earned.non_score, scores, mask) | weight_metrics
         if self._config.rollout.samples_per_prompt > 1:
@@ -203,9 +203,9 @@ class ExperienceMaker:
 def _padded(rows: Sequence[np.ndarray], width: int) -> Tensor:
     """Rows of different lengths as float32 or bool [B, width], zeros behind; longer rows lose what is beyond `width`."""
     padded = np.zeros((len(rows), width), dtype=rows[0].dtype)
-    for index, row in enumerate(rows):
-        kept = row[:width]
-        padded[index, : len(kept)] = kept
+    kept = [row[:width] for row in rows]
+    lengths = np.array([len(row) for row in kept])
+    padded[np.arange(width) < lengths[:, None]] = np.concatenate(kept)
     return torch.from_numpy(padded)
 
 

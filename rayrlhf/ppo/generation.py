@@ -13,7 +13,7 @@ import ray
 
 from rayrlhf.actors.replicas import Replica, ReplicaPool
 from rayrlhf.actors.waiting import fetch, overrun
-from rayrlhf.data.records import Prompt, Rollout, RolloutRequest, SampleKey
+from rayrlhf.data.records import Prompt, Records, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import sample_seed
 from rayrlhf.errors import ActorLostError
 from rayrlhf.ppo.requeue import WorkBook
@@ -98,11 +98,10 @@ class Generation:
             if self._pool.stale:
                 self._refresh(self._pool.stale)
             self._hand_out(book)
-            replica = self._next_answer(time.monotonic() - progress)
-            if replica is None:
-                continue
-            progress = time.monotonic()
-            finished = self._answer(replica, book)
+            finished: list[Rollout] = []
+            for replica in self._next_answers(time.monotonic() - progress):
+                finished += self._answer(replica, book)
+                progress = time.monotonic()
             if finished:
                 yield finished
 
@@ -112,13 +111,13 @@ class Generation:
             if replica.health.state == "abandoned":
                 book.release(replica.rank)
         for rank, share in book.hand_out(list(serving)).items():
-            self._submits.setdefault(rank, []).append(serving[rank].handle.submit.remote(share, *self._sampling))
+            self._submits.setdefault(rank, []).append(serving[rank].handle.submit.remote(Records(share), *self._sampling))
         for rank, replica in serving.items():
             if rank not in self._polls and book.holds(rank):
                 self._polls[rank] = _Poll(replica.handle.poll.remote(MESSAGE_SIZE), replica.handle)
 
-    def _next_answer(self, idle: float) -> Replica | None:
-        """The next replica with an answer; None where a rebuild needs attention first, or nothing happened for a moment."""
+    def _next_answers(self, idle: float) -> list[Replica]:
+        """All replicas with an answer, once there is one; none where a rebuild needs attention first, or nothing happened."""
         waited = [*(poll.answer for poll in self._polls.values()), *self._pool.building.values()]
         if idle > self._seconds:
             late = [self._pool.replicas[rank] for rank in self._polls]
@@ -127,15 +126,17 @@ class Generation:
                 raise error
             for replica in late:
                 self._pool.lost(replica, error)
-            return late[0]
+            return late[:1]
         left = max(self._seconds - idle, 0.0) + 0.01
         if self._pool.losses:
             left = min(left, TICK_SECONDS)
         if not waited:
             time.sleep(min(left, TICK_SECONDS))
-            return None
-        ready, _ = ray.wait(waited, num_returns=1, timeout=left)
-        return next((self._pool.replicas[rank] for rank, poll in self._polls.items() if poll.answer in ready), None)
+            return []
+        ray.wait(waited, num_returns=1, timeout=left)
+        # A thousand replicas answer in bursts: one look at all of them costs no more than at one.
+        ready = set(ray.wait(waited, num_returns=len(waited), timeout=0)[0])
+        return [self._pool.replicas[rank] for rank, poll in self._polls.items() if poll.answer in ready]
 
     def _answer(self, replica: Replica, book: WorkBook) -> list[Rollout]:
         """Take a replica's answer; if it was lost, its open requests go back to the book."""

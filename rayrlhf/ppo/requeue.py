@@ -5,6 +5,8 @@ is lost, its open requests go to the others; with `sticky` they wait for the sam
 again, so that every batch keeps its composition and with it its bits.
 """
 
+import heapq
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from rayrlhf.data.records import Rollout, RolloutRequest, SampleKey
@@ -16,8 +18,11 @@ def assign(requests: Sequence[RolloutRequest], replicas: int) -> list[list[Rollo
     for request in requests:
         groups.setdefault(request.key.prompt, []).append(request)
     shares: list[list[RolloutRequest]] = [[] for _ in range(replicas)]
+    shortest = [(0, index) for index in range(replicas)]
     for group in groups.values():
-        min(shares, key=len).extend(group)
+        size, index = shortest[0]
+        heapq.heapreplace(shortest, (size + len(group), index))
+        shares[index].extend(group)
     return shares
 
 
@@ -37,6 +42,7 @@ class WorkBook:
         self._waiting: list[RolloutRequest] = [] if sticky else list(requests)
         self._due: set[int] = {rank for rank, share in self._shares.items() if share} if sticky else set()
         self._holder: dict[SampleKey, int] = {}
+        self._owed: Counter[int] = Counter()
 
     @property
     def done(self) -> bool:
@@ -53,19 +59,23 @@ class WorkBook:
                     given.setdefault(rank, []).extend(part)
             self._waiting = []
         for rank, share in given.items():
-            self._holder |= {request.key: rank for request in share if request.key in self._open}
+            held = {request.key: rank for request in share if request.key in self._open}
+            self._owed[rank] += len(held)
+            self._holder |= held
         return given
 
     def holds(self, rank: int) -> bool:
         """Whether a rank still owes something."""
-        return rank in self._holder.values()
+        return self._owed[rank] > 0
 
     def finished(self, rollouts: Iterable[Rollout]) -> list[Rollout]:
         """Close the requests of these rollouts; returns those that were open, so late duplicates are not among them."""
         fresh = []
         for rollout in rollouts:
             if self._open.pop(rollout.key, None) is not None:
-                self._holder.pop(rollout.key, None)
+                holder = self._holder.pop(rollout.key, None)
+                if holder is not None:
+                    self._owed[holder] -= 1
                 fresh.append(rollout)
         return fresh
 
@@ -80,6 +90,7 @@ class WorkBook:
         owed = [key for key, holder in self._holder.items() if holder == rank]
         for key in owed:
             del self._holder[key]
+        self._owed[rank] = 0
         if self._sticky and owed:
             self._due.add(rank)
         else:

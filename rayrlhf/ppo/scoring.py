@@ -15,7 +15,7 @@ from rayrlhf.actors.crew import Crew
 from rayrlhf.actors.healer import Healer
 from rayrlhf.actors.placement import Role
 from rayrlhf.data.batching import balance
-from rayrlhf.data.records import Prompt, Rollout, SampleKey, TokenScores
+from rayrlhf.data.records import Prompt, Records, Rollout, SampleKey, TokenScores
 from rayrlhf.engines.interfaces import Want
 from rayrlhf.errors import ActorLostError
 from rayrlhf.observe.phases import PhaseTimer
@@ -144,14 +144,14 @@ class Scorer:
 
     def _start_reward(self, rollouts: Sequence[Rollout]) -> None:
         shares = _shares(rollouts, len(self.crew["reward"]))
-        arguments = [([self.prompts[rollout.key.prompt] for rollout in share], share) for share in shares]
+        arguments = [(Records(self.prompts[rollout.key.prompt] for rollout in share), Records(share)) for share in shares]
         self._call(REWARD, "reward", arguments, shares)
 
     def _start_reading(self, reading: Reading, rollouts: Sequence[Rollout]) -> None:
         ranks = len(self.crew[reading.role])
         shares = [list(rollouts)] * ranks if reading.replicate else _shares(rollouts, ranks)
         arguments = [
-            ([rollout.sequence() for rollout in share], reading.want, reading.temperature, reading.reference)
+            (Records(rollout.sequence() for rollout in share), reading.want, reading.temperature, reading.reference)
             for share in shares
         ]
         self._call(reading.name, reading.role, arguments, shares)

@@ -300,7 +300,8 @@ class PPOTrainer:
         train = config.train
         plan = plan_update(experience.learnable, train.epochs, config.mini_batch_size, config.run.seed, self.steps_done)
         batch = ray.put(experience.batch)
-        tokens = sum(experience.batch.lengths[row] for row in experience.learnable) * train.epochs
+        lengths = experience.batch.lengths
+        tokens = sum(lengths[row] for row in experience.learnable) * train.epochs
         calls: dict[Role, dict[str, ray.ObjectRef]] = {}
         reports: dict[Role, UpdateReport] = {}
         overlap = self.crew.plan.overlap
