@@ -52,7 +52,6 @@ def add_lora(network: Any, section: LoraSection, seed: int) -> None:
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
         target_modules=_targets(network, section),
-        layers_to_transform=_last_layers(network, section.last_layers),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -116,21 +115,26 @@ def _layers(network: nn.Module) -> Iterator[Any]:
 
 
 def _targets(network: Any, section: LoraSection) -> list[str]:
-    """Names of the modules to adapt; `all-linear` is every linear layer but the output layer."""
+    """Names of the modules to adapt, or their ends; `all-linear` is every linear layer but the output layer."""
     from transformers.pytorch_utils import Conv1D
 
-    if section.target_modules != "all-linear":
-        return section.target_modules
-    output_layer = network.get_output_embeddings()
-    linear = (nn.Linear, Conv1D)
-    names = {name for name, module in network.named_modules() if isinstance(module, linear) and module is not output_layer}
-    return sorted({name.rpartition(".")[2] for name in names})
-
-
-def _last_layers(network: Any, count: int | None) -> list[int] | None:
-    if count is None:
-        return None
+    ends = section.target_modules
+    if ends == "all-linear":
+        output_layer = network.get_output_embeddings()
+        linear = (nn.Linear, Conv1D)
+        names = {name for name, module in network.named_modules() if isinstance(module, linear) and module is not output_layer}
+        ends = sorted({name.rpartition(".")[2] for name in names})
+    if section.last_layers is None:
+        return ends
     total = int(network.config.num_hidden_layers)
-    if count > total:
-        raise UserError(f"model.lora.last_layers {count}: the model has {total} layers")
-    return list(range(total - count, total))
+    if section.last_layers > total:
+        raise UserError(f"model.lora.last_layers {section.last_layers}: the model has {total} layers")
+    # PEFT's own choice of layers finds none in a model without output layer, whose names begin with `layers`.
+    layers = range(total - section.last_layers, total)
+    named = [name for name, _ in network.named_modules() if _layer_of(name) in layers]
+    return [name for name in named if any(f".{name}".endswith(f".{end}") for end in ends)]
+
+
+def _layer_of(name: str) -> int | None:
+    """Number of the decoder layer that a module lies in; None for what lies in none."""
+    return next((int(part) for part in name.split(".")[:-1] if part.isdecimal()), None)

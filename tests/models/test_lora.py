@@ -60,6 +60,19 @@ def test_the_last_layers_alone_are_adapted_and_the_backward_pass_stops_there() -
     assert reached == [False, False, True]
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "mlp.up_proj"]])
+def test_a_model_without_output_layer_gets_the_adapters_of_one_with(targets) -> None:
+    section = LoraSection(rank=2, last_layers=2, target_modules=targets)
+    trunk = load_causal_model(TINY).model
+    add_lora(trunk, section, seed=0)
+    whole = with_lora(section, randomise=False)
+    names = {name: parameter for name, parameter in whole.named_parameters() if "lora_" in name}
+    assert {name.split(".")[2] for name in names} == {"1", "2"}
+    found = {f"model.{name}": parameter for name, parameter in trunk.named_parameters() if "lora_" in name}
+    assert found.keys() == names.keys()
+    assert all(torch.equal(found[name], names[name]) for name in names)
+
+
 def test_merged_weights_equal_pefts_merge_and_leave_the_network_alone() -> None:
     section = LoraSection(rank=3, alpha=7.0)
     network = with_lora(section)
