@@ -21,6 +21,9 @@ def plan(
     cpus_per_node: Annotated[int | None, typer.Option(min=1, help="CPU cores of a node.")] = None,
     node_memory: Annotated[float | None, typer.Option(help="Main memory of a node in GiB.")] = None,
     emit: Annotated[str | None, typer.Option(help="Print a manifest instead: kuberay, ray-up or slurm.")] = None,
+    simulate: Annotated[
+        Path | None, typer.Option(help="Simulate the run's steps instead, with the rates of this YAML file.")
+    ] = None,
 ) -> None:
     """Say where every process of a run sits on a cluster, what memory it takes, and what does not fit; starts nothing."""
     from rayrlhf.config.launch import ClusterConfig
@@ -40,6 +43,9 @@ def plan(
     loaded = load_config(PPOConfig, config, overrides or [])
     if emit is not None:
         typer.echo(emit_manifest(emit, loaded, machines, config, overrides or []), nl=False)
+        return
+    if simulate is not None:
+        _print_simulation(loaded, simulate)
         return
     _print_plan(loaded, machines.nodes)
 
@@ -61,6 +67,24 @@ def _print_plan(config: Any, nodes: Any) -> None:
         typer.echo(line)
     if planned.problems:
         raise UserError(f"the run does not fit: {len(planned.problems)} problems above; {advice(config, nodes)}")
+
+
+def _print_simulation(config: Any, rates: Path) -> None:
+    """Print what simulated steps of the run take."""
+    from rayrlhf.config.load import load_config
+    from rayrlhf.config.simulation import SimulationConfig
+    from rayrlhf.launch.simulate import simulate
+
+    settings, rollout = load_config(SimulationConfig, rates, []), config.rollout
+    report = simulate(
+        settings,
+        samples=config.samples_per_step,
+        replicas=settings.replicas or rollout.replicas,
+        places=rollout.max_concurrent,
+        longest=rollout.max_new_tokens,
+    )
+    for line in report.lines():
+        typer.echo(line)
 
 
 def submit(
