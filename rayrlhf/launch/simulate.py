@@ -188,8 +188,8 @@ class _Simulation:
     def _draw(self) -> NDArray[np.float64]:
         lengths = self._config.lengths
         drawn = np.exp(self._random.normal(np.log(lengths.median), lengths.spread, self._samples))
-        drawn: NDArray[np.float64] = np.clip(np.rint(drawn), 1, self._longest)
-        return drawn
+        cut: NDArray[np.float64] = np.clip(np.rint(drawn), 1, self._longest)
+        return cut
 
     def _fill(self) -> None:
         """Put waiting responses on the replicas with most room."""
