@@ -18,6 +18,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from rayrlhf.actors.asked import asked
 from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, UserError
 
 Key = TypeVar("Key")
@@ -47,10 +48,13 @@ def wait_all(pending: Mapping[str, ray.ObjectRef], what: str, seconds: float) ->
 def as_completed(pending: Mapping[str, ray.ObjectRef], what: str, seconds: float) -> Iterator[tuple[str, Any]]:
     """Yield (actor name, answer) as answers come; errors as in `wait_all`."""
     left = dict(pending)
-    end = time.monotonic() + seconds
-    while left:
-        name = wait_any(left, what, seconds, end)
-        yield name, fetch(left.pop(name), what, name)
+    began = time.monotonic()
+    since = dict.fromkeys(left, began)
+    with asked(what, since):
+        while left:
+            name = wait_any(left, what, seconds, began + seconds)
+            del since[name]
+            yield name, fetch(left.pop(name), what, name)
 
 
 def wait_any(pending: Mapping[str, ray.ObjectRef], what: str, seconds: float, end: float | None = None) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from rayrlhf.actors.asked import waited_for
 from rayrlhf.actors.supervisor import Health, Pong, RetryPolicy, Silent, advance
 from rayrlhf.actors.worker import Place
 
@@ -98,7 +99,9 @@ class Watch:
 
     def _end_hung(self, name: str, actor: _Watched) -> None:
         where = f" (process {actor.place.pid} on node {actor.place.address})" if actor.place else ""
-        self._note(name, f"{name}{where}: {actor.health.reason}; the process is ended")
+        call = waited_for(name)
+        owed = f"the run waits for {call}; " if call else ""
+        self._note(name, f"{name}{where}: {actor.health.reason}; {owed}the process is ended")
         self._forget(name, actor)
         ray.kill(actor.handle)
 

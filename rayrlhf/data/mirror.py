@@ -37,6 +37,7 @@ class Mirror:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rayrlhf-mirror")
         self._copying: Future[None] | None = None
         self._failure: OSError | None = None
+        self._untold: list[str] = []
         with self._refusal("read"):
             self._names()
 
@@ -106,7 +107,15 @@ class Mirror:
                 self._failure = None
             except OSError as error:
                 self._failure = error
-        return f"cannot write {self.uri}: {_brief(self._failure)}" if self._failure else None
+                self._untold.append(self._line(error))
+        return self._line(self._failure) if self._failure else None
+
+    def failures(self) -> list[str]:
+        """Why copies failed since the last call, a line each; never waits."""
+        if self._copying is not None and self._copying.done():
+            self.wait()
+        untold, self._untold = self._untold, []
+        return untold
 
     def close(self) -> None:
         """Let the background thread end."""
@@ -124,6 +133,9 @@ class Mirror:
         for name in self._names():
             if name not in keep:
                 self._remove(name)
+
+    def _line(self, error: OSError) -> str:
+        return f"cannot write {self.uri}: {_brief(error)}"
 
     def _names(self) -> list[str]:
         from pyarrow.fs import FileSelector, FileType

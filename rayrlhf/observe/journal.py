@@ -8,6 +8,8 @@ from typing import Any
 from rayrlhf.observe.disk import writing
 
 FILE_NAME = "recovery.jsonl"
+MIRROR = "mirror"
+"""Event of a checkpoint whose copy to its mirror failed."""
 
 
 class RecoveryJournal:
@@ -20,8 +22,8 @@ class RecoveryJournal:
         """Append one event.
 
         Args:
-            event: "lost", "recovered", "hung", "replayed", "resumed", "joined" or "left".
-            actor: `<run>/<role>/<rank>`.
+            event: "lost", "recovered", "hung", "replayed", "resumed", "joined" or "left", or `MIRROR`.
+            actor: `<run>/<role>/<rank>`; the run for a copy.
             reason: in one line.
             seconds: since the loss, for a recovery.
 

@@ -188,6 +188,10 @@ class Checkpointer:
                 shutil.rmtree(old.folder, ignore_errors=True)
         return [Checkpoint(writing.step, writing.folder.path)]
 
+    def mirror_failures(self) -> list[str]:
+        """Why copies to the mirror failed since the last call, a line each; never waits."""
+        return self._mirror.failures() if self._mirror else []
+
     def copied(self) -> str | None:
         """Wait for the copy of the newest checkpoint; why there is none, in a line, or None."""
         return self._mirror.wait() if self._mirror else None

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import ray
 
+from rayrlhf.actors.asked import asked
 from rayrlhf.actors.replicas import Replica, ReplicaPool
 from rayrlhf.actors.waiting import fetch, overrun
 from rayrlhf.data.records import Prompt, Records, Rollout, RolloutRequest, SampleKey
@@ -18,6 +19,7 @@ from rayrlhf.data.seeds import sample_seed
 from rayrlhf.errors import ActorLostError
 from rayrlhf.ppo.requeue import WorkBook
 
+GENERATE = "generate"
 MESSAGE_SIZE = 32
 """Fewest finished rollouts worth one Ray message."""
 TICK_SECONDS = 1.0
@@ -83,6 +85,7 @@ class Generation:
         self._sticky = sticky
         self._polls: dict[int, _Poll] = {}
         self._submits: dict[int, list[ray.ObjectRef]] = {}
+        self._asked: dict[str, float] = {}
 
     def run(self, requests: Sequence[RolloutRequest]) -> Iterator[list[Rollout]]:
         """Sample all requests; yields batches of finished rollouts in the order they finish, each request's once.
@@ -93,17 +96,18 @@ class Generation:
         """
         book = WorkBook(requests, len(self._pool.replicas), sticky=self._sticky)
         progress = time.monotonic()
-        while not book.done:
-            self._pool.tend()
-            if self._pool.stale:
-                self._refresh(self._pool.stale)
-            self._hand_out(book)
-            finished: list[Rollout] = []
-            for replica in self._next_answers(time.monotonic() - progress):
-                finished += self._answer(replica, book)
-                progress = time.monotonic()
-            if finished:
-                yield finished
+        with asked(GENERATE, self._asked):
+            while not book.done:
+                self._pool.tend()
+                if self._pool.stale:
+                    self._refresh(self._pool.stale)
+                self._hand_out(book)
+                finished: list[Rollout] = []
+                for replica in self._next_answers(time.monotonic() - progress):
+                    finished += self._answer(replica, book)
+                    progress = time.monotonic()
+                if finished:
+                    yield finished
 
     def _hand_out(self, book: WorkBook) -> None:
         serving = {replica.rank: replica for replica in self._pool.serving}
@@ -115,13 +119,14 @@ class Generation:
         for rank, replica in serving.items():
             if rank not in self._polls and book.holds(rank):
                 self._polls[rank] = _Poll(replica.handle.poll.remote(MESSAGE_SIZE), replica.handle)
+                self._asked[replica.name] = time.monotonic()
 
     def _next_answers(self, idle: float) -> list[Replica]:
         """All replicas with an answer, once there is one; none where a rebuild needs attention first, or nothing happened."""
         waited = [*(poll.answer for poll in self._polls.values()), *self._pool.building.values()]
         if idle > self._seconds:
             late = [self._pool.replicas[rank] for rank in self._polls]
-            error = overrun("generate", [replica.name for replica in late], self._seconds)
+            error = overrun(GENERATE, [replica.name for replica in late], self._seconds)
             if not late:
                 raise error
             for replica in late:
@@ -141,10 +146,11 @@ class Generation:
     def _answer(self, replica: Replica, book: WorkBook) -> list[Rollout]:
         """Take a replica's answer; if it was lost, its open requests go back to the book."""
         poll, submits = self._polls.pop(replica.rank), self._submits.pop(replica.rank, [])
+        self._asked.pop(replica.name, None)
         try:
             for submit in submits:
-                fetch(submit, "generate", replica.name)
-            finished, _ = fetch(poll.answer, "generate", replica.name)
+                fetch(submit, GENERATE, replica.name)
+            finished, _ = fetch(poll.answer, GENERATE, replica.name)
         except ActorLostError as error:
             if poll.handle is replica.handle:
                 self._pool.lost(replica, error)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from rayrlhf.data.records import Prompt
 from rayrlhf.errors import ActorLostError, StoppedError, UserError
 from rayrlhf.models.load import load_tokenizer
+from rayrlhf.observe.journal import MIRROR
 from rayrlhf.ppo.checkpoint import Checkpoint, Checkpointer, load_checkpoint
 from rayrlhf.ppo.recorder import Recorder
 from rayrlhf.ppo.recovery import Recovery
@@ -91,6 +92,7 @@ class RunLoop:
             trainer.care.pool.scale(wanted)
         self._metrics |= trainer.train_step()
         self._announce(self._checkpointer.poll())
+        self._tell_mirror_failures()
         return False
 
     def _resume(self) -> None:
@@ -143,9 +145,13 @@ class RunLoop:
         """Wait until the newest checkpoint is in the run folder and, as far as the storage lets it, in its mirror."""
         self._announce(self._checkpointer.finish())
         with self._recorder.waiting("copying the checkpoint to its mirror"):
-            failed = self._checkpointer.copied()
-        if failed:
-            self._recorder.note(f"{failed}; the checkpoints in the run folder are whole")
+            self._checkpointer.copied()
+        self._tell_mirror_failures()
+
+    def _tell_mirror_failures(self) -> None:
+        """Write down copies that failed as soon as that is known: who relies on the mirror must hear of it during the run."""
+        for line in self._checkpointer.mirror_failures():
+            self._recorder.recovery(MIRROR, self._config.run.name, f"{line}; the checkpoints in the run folder are whole", 0.0)
 
     def _announce(self, complete: Sequence[Checkpoint]) -> None:
         for checkpoint in complete:

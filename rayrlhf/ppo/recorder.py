@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Prompt, Rollout
-from rayrlhf.observe.journal import RecoveryJournal
+from rayrlhf.observe.journal import MIRROR, RecoveryJournal
 from rayrlhf.observe.live import LiveView
 from rayrlhf.observe.memory import PeakMemory
 from rayrlhf.observe.metrics import MetricsSink
@@ -55,6 +55,7 @@ class Recorder(Callback):
         self._trace = TraceWriter(self.folder.path) if config.observe.trace else None
         self._journal = RecoveryJournal(self.folder.path)
         self._tensorboard: TensorBoardSink | None = None
+        self._failed_copies = 0
 
     def __enter__(self) -> Self:
         self.memory.__enter__()
@@ -105,12 +106,15 @@ class Recorder(Callback):
     def recovery(self, event: str, actor: str, reason: str, seconds: float) -> None:
         """Write down a loss or a recovery, and show it."""
         self._journal.write(event, actor, reason, seconds)
+        self._failed_copies += event == MIRROR
         took = f" after {seconds:.1f} s" if seconds else ""
         self._view.note(f"{actor}: {event}{took}{f' ({reason})' if reason else ''}")
 
     def on_step_end(self, step: int, metrics: Mapping[str, float], scored: ScoredRollouts) -> None:
         """Write the step everywhere."""
         row = dict(metrics) | {"memory/peak_gib": self.memory.peak_bytes / GIB}
+        if self._config.checkpoint.mirror is not None:
+            row["checkpoint/failed_copies"] = float(self._failed_copies)
         self._write(step, row)
         self._samples.write(step, self._step_samples(scored))
         if self._trace:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import RayTaskError
 
+from rayrlhf.actors.asked import asked
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.actors.healer import LossNote
 from rayrlhf.actors.placement import Role
@@ -145,7 +146,8 @@ class Recovery:
 
 def _await_values(group: ActorGroup, pending: list[ray.ObjectRef], seconds: float) -> None:
     """Wait until values are there, without bringing them into this process."""
-    _, late = ray.wait(pending, num_returns=len(pending), timeout=seconds, fetch_local=False)
+    with asked("snapshot", dict.fromkeys(group.names, time.monotonic())):
+        _, late = ray.wait(pending, num_returns=len(pending), timeout=seconds, fetch_local=False)
     if late:
         raise overrun("snapshot", [group.names[pending.index(ref)] for ref in late], seconds)
     name = group.gone()  # a lost rank's value counts as ready, and tells so only when it is read

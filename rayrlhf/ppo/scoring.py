@@ -17,7 +17,7 @@ from rayrlhf.actors.placement import Role
 from rayrlhf.data.batching import balance
 from rayrlhf.data.records import Prompt, Records, Rollout, SampleKey, TokenScores
 from rayrlhf.engines.interfaces import Want
-from rayrlhf.errors import ActorLostError
+from rayrlhf.errors import ActorLostError, DeadlineError
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.rewards.score import RewardBatch
 
@@ -177,10 +177,12 @@ class Scorer:
         group = self.crew[call.role]
         try:
             return group.wait({group.names[call.rank]: call.answer}, what, self.seconds)[0]
-        except ActorLostError as error:
+        except (ActorLostError, DeadlineError) as error:
             if call.role not in STATELESS:
                 raise
-            handle = self.healer.revive(call.role, call.rank, call.handle, error)
+            # A process that answers pings but not this call (a reward function that hangs) is no better than a lost one.
+            lost = error if isinstance(error, ActorLostError) else ActorLostError(str(error), group.names[call.rank])
+            handle = self.healer.revive(call.role, call.rank, call.handle, lost)
         return self._answer(call._replace(handle=handle, answer=handle.score.remote(*call.arguments)), what)
 
 

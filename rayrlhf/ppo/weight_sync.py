@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import ray
 
+from rayrlhf.actors.asked import asked
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.actors.replicas import Replica, ReplicaPool
 from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS, lost_because, overrun, wait_all
@@ -70,7 +71,8 @@ def sync_weights(
 def _buckets(stream: Any, name: str, seconds: float) -> Iterator[ray.ObjectRef]:
     """References to the policy's buckets; the end of the stream, or the reason why there is none."""
     while True:
-        ready, _ = ray.wait([stream], timeout=seconds)
+        with asked(SYNC, {name: time.monotonic()}):
+            ready, _ = ray.wait([stream], timeout=seconds)
         if not ready:
             raise overrun(f"{SYNC}: next bucket", [name], seconds)
         try:

@@ -3,6 +3,7 @@
 The victim is the command line itself: a driver that is killed is started again with the same command, as a scheduler would.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -28,12 +29,53 @@ NOT_REPEATABLE = ("time", "speed/", "memory/", "sync/seconds", "sampling/")
 """Metrics that say how long something took, or what the sampler thought of its own tokens."""
 
 
-class Job:
-    """One run: `start` it, hurt it, `wait` for it, look at its folder."""
+class StandingCluster:
+    """A cluster of its own process (`tests.chaos.two_nodes`), which outlives the drivers that come to it."""
 
-    def __init__(self, folder, *overrides):
+    def __init__(self, **environment):
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.chaos.two_nodes"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        )
+        self.pid = self._process.pid
+        self.environment = environment
+        self.address = self._answer()
+
+    def ask(self, *command):
+        """Give a command of `tests.chaos.two_nodes`; returns its answer."""
+        self._process.stdin.write(" ".join(command) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def end(self):
+        """Let it shut down; what is still there after a minute is killed."""
+        members = psutil.Process(self.pid).children(recursive=True)
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        finally:
+            for process in psutil.wait_procs([*members, psutil.Process(self.pid)], timeout=5)[1]:
+                process.kill()
+
+    def _answer(self):
+        line = self._process.stdout.readline()
+        assert line, "the cluster has ended"
+        return json.loads(line)
+
+
+class Job:
+    """One run: `start` it, hurt it, `wait` for it, look at its folder. Its actors are the driver's or a cluster's children."""
+
+    def __init__(self, folder, *overrides, cluster=None):
         folder.mkdir(parents=True, exist_ok=True)
-        self.config = run_config(folder, *overrides)
+        self.cluster = cluster
+        placed = [f"placement.address='{cluster.address}'"] if cluster else []
+        self.config = run_config(folder, *placed, *overrides)
         self.folder = self.config.run.folder
         self._yaml = folder / "run.yaml"
         self._yaml.write_text(dump_config(self.config))
@@ -42,7 +84,7 @@ class Job:
 
     def start(self):
         command = [str(Path(sys.executable).with_name("rayrlhf")), "ppo", str(self._yaml)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | (self.cluster.environment if self.cluster else {})
         with self._log.open("ab") as log:
             self.driver = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
         return self
@@ -56,7 +98,8 @@ class Job:
             raise AssertionError(f"the run did not end within {seconds} s:\n{self.log[-3000:]}") from None
 
     def end(self):
-        for process in [*self.processes(), psutil.Process(self.driver.pid)] if self.driver.poll() is None else []:
+        own = psutil.Process(self.driver.pid) if self.driver.poll() is None else None
+        for process in [*own.children(recursive=True), own] if own else []:
             process.kill()
         self.driver.wait(30)
 
@@ -65,8 +108,9 @@ class Job:
         return self._log.read_text(errors="replace")
 
     def processes(self):
-        """Everything the driver started, Ray's own processes included."""
-        return psutil.Process(self.driver.pid).children(recursive=True)
+        """Everything the driver or the cluster started, Ray's own processes included."""
+        root = self.cluster.pid if self.cluster else self.driver.pid
+        return psutil.Process(root).children(recursive=True)
 
     def actors(self, role):
         """Processes of one role, which Ray titles `ray::ClassName` and, while they work, `ray::ClassName.method`."""

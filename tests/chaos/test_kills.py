@@ -5,29 +5,14 @@ import random
 import re
 import signal
 import statistics
-import time
 
 import pytest
 
 from rayrlhf.observe.journal import read_journal
-from rayrlhf.observe.samples import read_samples
-from tests.chaos.arena import Job, repeatable
+from tests.chaos.duel import Hurt, healing_seconds, print_table, recovery_seconds, run_pair, same_metrics, same_samples
 
 STEPS = 14
-SETTINGS = [
-    "rollout.backend=transformers",
-    "rollout.replicas=2",
-    "rollout.prompts_per_step=32",
-    "rollout.max_new_tokens=24",
-    "placement.policy.ranks=2",
-    "run.determinism=exact",
-    "checkpoint.every=3",
-    "observe.samples_per_step=32",
-    "evaluation.enabled=false",
-    "recovery.snapshot=step",
-    "recovery.ping_every=1",
-    "recovery.ping_deadline=8",
-]
+TWO_POLICIES = "placement.policy.ranks=2"
 LONGEST_MEDIAN = {"rollout": 40, "policy": 45, "critic": 45}
 """Seconds on two cores."""
 HURTS = [
@@ -40,30 +25,9 @@ HURTS = [
 ]
 
 
-def run_pair(folder, steps, hurts, seconds, *overrides, seed=5):
-    """The twin and the victim, one after the other; each hurt falls at a random moment of a step of its own."""
-    generator = random.Random(seed)
-    settings = [*SETTINGS, f"run.steps={steps}", *overrides]
-    twin = Job(folder / "twin", *settings).start()
-    assert twin.wait(seconds) == 0, twin.log[-3000:]
-    victim = Job(folder / "victim", *settings).start()
-    step_seconds = statistics.median(row["time/step"] for row in twin.steps())
-    hurt = {}
-    for index, (role, kind) in enumerate(hurts):
-        if not victim.wait_for_step(1 + index * (steps - 2) // len(hurts), seconds):
-            break
-        time.sleep(generator.random() * step_seconds)
-        hurt[role, kind] = victim.hurt(role, kind)
-        if role == "driver" and victim.wait(60) != 0:
-            victim.start()
-    victim.hurt_processes = hurt
-    code = victim.wait(seconds)
-    return twin, victim, code
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    return run_pair(tmp_path_factory.mktemp("chaos"), STEPS, HURTS, 240)
+    return run_pair(tmp_path_factory.mktemp("chaos"), STEPS, HURTS, 240, TWO_POLICIES)
 
 
 @pytest.mark.slow
@@ -80,22 +44,9 @@ def test_every_step_has_the_metrics_of_the_undisturbed_twin_bit_for_bit(pair):
     same_metrics(*pair[:2], STEPS)
 
 
-def same_metrics(twin, victim, steps):
-    assert [row["step"] for row in victim.steps()] == list(range(1, steps + 1))
-    for mine, other in zip(victim.steps(), twin.steps(), strict=True):
-        assert repeatable(mine) == repeatable(other)
-
-
 @pytest.mark.slow
 def test_no_prompt_is_lost_or_used_twice_and_no_failure_becomes_a_reward(pair):
     same_samples(*pair[:2], STEPS)
-
-
-def same_samples(twin, victim, steps):
-    keys = ("step", "prompt_id", "sample", "response", "score")
-    mine, other = ([tuple(row[key] for key in keys) for row in read_samples(job.folder / "samples")] for job in (victim, twin))
-    assert mine == other
-    assert len(set(mine)) == len(mine) == steps * 32
 
 
 @pytest.mark.slow
@@ -103,24 +54,11 @@ def test_a_stopped_replica_is_found_within_its_deadline_and_named_with_process_a
     _, victim, _ = pair
     hung = [event["reason"] for event in read_journal(victim.folder) if event["event"] == "hung"]
     assert len(hung) == 1
-    process = victim.hurt_processes["rollout", signal.SIGSTOP]
+    process = next(hurt.process for hurt in victim.hurts if hurt.kind == "SIGSTOP")
     assert re.search(rf"ppo/rollout/\d \(process {process} on node ", hung[0])
-    assert "no answer to a ping for 8 s; the process is ended" in hung[0]
-
-
-def recovery_seconds(journal):
-    """Seconds from loss to recovery by role."""
-    table = {}
-    for event in journal:
-        if event["event"] in ("recovered", "replayed"):
-            table.setdefault(event["actor"].split("/")[-2], []).append(event["seconds"])
-    return table
-
-
-def print_table(victim):
-    for role, seconds in recovery_seconds(read_journal(victim.folder)).items():
-        print(f"{role}: {len(seconds)} recoveries, median {statistics.median(seconds):.1f} s, longest {max(seconds):.1f} s")
-    return True
+    assert re.search(
+        r"no answer to a ping for 8 s; (the run waits for [a-z ]+ asked \d+ s ago; )?the process is ended", hung[0]
+    )
 
 
 @pytest.mark.nightly
@@ -133,7 +71,7 @@ def test_thirty_random_kills_in_three_runs_change_nothing(tmp_path, piece):
     kinds = [signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP]
     hurts = [(role, signal.SIGKILL if role == "driver" else generator.choice(kinds)) for role in generator.choices(roles, k=10)]
     steps = 2 * len(hurts) + 4
-    twin, victim, code = run_pair(tmp_path, steps, hurts, 400, seed=piece)
+    twin, victim, code = run_pair(tmp_path, steps, hurts, 400, TWO_POLICIES, seed=piece)
     assert code == 0, victim.log[-3000:]
     same_metrics(twin, victim, steps)
     same_samples(twin, victim, steps)
@@ -141,3 +79,15 @@ def test_thirty_random_kills_in_three_runs_change_nothing(tmp_path, piece):
     print_table(victim)
     hurt = {role for role, _ in hurts}
     assert all(medians[role] < longest for role, longest in LONGEST_MEDIAN.items() if role in hurt)
+
+
+def test_healing_is_counted_from_each_harm_to_the_last_recovery_before_the_next():
+    hurts = [Hurt("policy", "SIGKILL", 10.0, 1), Hurt("driver", "SIGKILL", 50.0, 2), Hurt("node", "lost", 90.0, "train")]
+    journal = [
+        {"event": "lost", "time": 11.0},
+        {"event": "recovered", "time": 15.0},
+        {"event": "replayed", "time": 22.0},
+        {"event": "replayed", "time": 95.0},
+    ]
+    table = healing_seconds(hurts, journal, [5.0, 40.0, 70.0, 80.0, 99.0])
+    assert table == {("policy", "SIGKILL"): [12.0], ("driver", "SIGKILL"): [20.0], ("node", "lost"): [5.0]}

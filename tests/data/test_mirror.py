@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import boto3
 import pytest
@@ -100,6 +101,21 @@ def test_a_storage_that_refuses_a_copy_is_one_line_and_forgiven_after_the_next(t
     (tmp_path / "elsewhere").unlink()
     mirror.push(tmp_path / "step-000002", [])
     assert mirror.wait() is None
+
+
+def test_a_failed_copy_is_told_once_and_without_waiting_for_the_next(tmp_path):
+    mirror = Mirror(f"file://{tmp_path}", "elsewhere")
+    (tmp_path / "elsewhere").write_text("in the way")
+    mirror.push(checkpoint(tmp_path, 2), [])
+    end, told = time.monotonic() + 10, []
+    while not told and time.monotonic() < end:
+        told = mirror.failures()
+    assert len(told) == 1
+    assert told[0].startswith(f"cannot write file://{tmp_path}/elsewhere: ")
+    assert mirror.failures() == []
+    mirror.push(tmp_path / "step-000002", [])
+    mirror.push(tmp_path / "step-000002", [])
+    assert len(mirror.failures()) >= 1
 
 
 @pytest.mark.parametrize("uri", ["elsewhere", "nowhere://runs/x"])

@@ -1,6 +1,7 @@
 """Processes of a real run are killed from inside it: the run heals, goes back to a checkpoint, or ends with the reason."""
 
 import os
+import re
 import signal
 
 import pytest
@@ -83,6 +84,11 @@ def test_a_lost_policy_takes_the_run_back_to_its_newest_checkpoint(healed):
 def test_a_stopped_process_is_ended_after_its_ping_deadline(healed):
     config, _, _ = healed
     assert events(config, "hung") == ["ppo/reference/0"]
+    (hung,) = (event["reason"] for event in read_journal(config.run.folder) if event["event"] == "hung")
+    said = (
+        r"ppo/reference/0 \(process \d+ on node [\d.]+\): no answer to a ping for 3 s; the run waits for .+ asked \d+ s ago; "
+    )
+    assert re.match(said, hung)
 
 
 def test_every_rollout_is_of_the_weights_of_the_step_before_also_from_rebuilt_replicas(healed):
