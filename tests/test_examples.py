@@ -11,7 +11,13 @@ from rayrlhf.config.presft import PreSFTConfig
 from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
 
 ROOT = Path(__file__).parent.parent
-PPO_FILES = ["examples/gsm8k/cpu.yaml", "examples/gsm8k/ppo.yaml", "rayrlhf/ppo/quickstart.yaml"]
+PPO_FILES = [
+    "examples/from_trl/classic.yaml",
+    "examples/from_trl/modern.yaml",
+    "examples/gsm8k/cpu.yaml",
+    "examples/gsm8k/ppo.yaml",
+    "rayrlhf/ppo/quickstart.yaml",
+]
 OTHER_FILES = {
     "examples/gsm8k/sft.yaml": SFTConfig,
     "examples/gsm8k/reward.yaml": RewardTrainingConfig,
