@@ -169,6 +169,20 @@ def scale(
     typer.echo(f"{run}: {rollout} rollout replicas are wanted from the next step on")
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder of a run: finished, going, or broken off.")],
+    compare: Annotated[Path | None, typer.Option(help="Another run's folder, to draw beside this one.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The file to write; `report.html` in the run folder if not given.")
+    ] = None,
+) -> None:
+    """Write what a run did as one HTML file that opens offline."""
+    from rayrlhf.report.run_page import write_run_report
+
+    typer.echo(f"report: {write_run_report(run, compare=compare, output=output)}")
+
+
 app.command()(plan)
 app.command()(submit)
 app.add_typer(presft_app, name="presft")

@@ -13,6 +13,8 @@ from rayrlhf.observe.disk import writing
 
 PART_PREFIX = "reward/"
 """Starts the name of each reward part's column."""
+TOKENS, TOKEN_KL = "tokens", "token_kl"
+"""Columns that are there where a step has them: the response's tokens as text, and what each adds to the KL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class Sample:
         kl: summed over the response, in nats; None where no reference is used.
         length: response tokens.
         version: newest weight version that sampled a token of it.
+        tokens: each token of the response as text; None where nobody decoded them.
+        token_kl: policy's log-prob less the reference's at each token, nats; equally many.
     """
 
     prompt_id: int
@@ -39,6 +43,8 @@ class Sample:
     version: int
     kl: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
+    tokens: Sequence[str] | None = None
+    token_kl: Sequence[float] | None = None
 
 
 class SampleSink:
@@ -64,7 +70,8 @@ class SampleSink:
         import pyarrow.parquet as pq
 
         path = self.folder / f"step-{step:06d}.parquet"
-        schema = _schema(sorted({name for sample in samples for name in sample.parts}))
+        by_token = any(sample.tokens is not None and sample.token_kl is not None for sample in samples)
+        schema = _schema(sorted({name for sample in samples for name in sample.parts}), by_token=by_token)
         table = pa.Table.from_pylist([_row(step, sample) for sample in samples], schema=schema)
         with writing(path), file_atomically(path) as partial:
             pq.write_table(table, partial)
@@ -84,14 +91,15 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     return [row for path in sorted(folder.glob("step-*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
-def _schema(parts: Sequence[str]) -> Any:
+def _schema(parts: Sequence[str], *, by_token: bool) -> Any:
     import pyarrow as pa
 
     integers = [("step", pa.int64()), ("prompt_id", pa.int64()), ("sample", pa.int32())]
     texts = [("prompt", pa.string()), ("response", pa.string())]
     numbers = [("score", pa.float32()), *((PART_PREFIX + name, pa.float32()) for name in parts), ("kl", pa.float32())]
     rest = [("length", pa.int32()), ("finish_reason", pa.string()), ("version", pa.int64())]
-    return pa.schema([*integers, *texts, *numbers, *rest])
+    tokens = [(TOKENS, pa.list_(pa.string())), (TOKEN_KL, pa.list_(pa.float32()))] if by_token else []
+    return pa.schema([*integers, *texts, *numbers, *rest, *tokens])
 
 
 def _row(step: int, sample: Sample) -> dict[str, Any]:
@@ -107,6 +115,8 @@ def _row(step: int, sample: Sample) -> dict[str, Any]:
         "length": sample.length,
         "finish_reason": sample.finish_reason,
         "version": sample.version,
+        TOKENS: None if sample.tokens is None else [_storable(token) for token in sample.tokens],
+        TOKEN_KL: None if sample.token_kl is None else list(sample.token_kl),
     }
 
 

@@ -33,13 +33,13 @@ def histogram(
         "hovertemplate": "%{customdata}: %{y}<extra></extra>",
     }
     shapes = [] if mark is None else [{"type": "line", "x0": mark, "x1": mark, "yref": "paper", "y0": 0, "y1": 1}]
-    return {"data": [trace], "layout": _layout(title, x, y) | {"bargap": 0, "shapes": shapes}}
+    return {"data": [trace], "layout": axes(title, x, y) | {"bargap": 0, "shapes": shapes}}
 
 
 def bars(series: Mapping[str, Sequence[float]], names: Sequence[str], *, title: str, y: str) -> Figure:
     """Return groups of bars: one group a name, one colour a series."""
     data = [{"type": "bar", "name": label, "x": list(names), "y": list(values)} for label, values in series.items()]
-    return {"data": data, "layout": _layout(title, "", y) | {"barmode": "group", "showlegend": len(data) > 1}}
+    return {"data": data, "layout": axes(title, "", y) | {"barmode": "group", "showlegend": len(data) > 1}}
 
 
 def shares(parts: Mapping[str, int], *, title: str) -> Figure:
@@ -56,7 +56,7 @@ def shares(parts: Mapping[str, int], *, title: str) -> Figure:
         }
         for name, count in parts.items()
     ]
-    layout = _layout(title, "pairs", "") | {"barmode": "stack", "showlegend": True}
+    layout = axes(title, "pairs", "") | {"barmode": "stack", "showlegend": True}
     return {"data": data, "layout": layout}
 
 
@@ -65,15 +65,16 @@ def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, titl
     data = [
         {"type": "scatter", "mode": "lines", "name": label, "x": list(xs), "y": list(ys)} for label, (xs, ys) in series.items()
     ]
-    return {"data": data, "layout": _layout(title, x, y) | {"showlegend": len(data) > 1}}
+    return {"data": data, "layout": axes(title, x, y) | {"showlegend": len(data) > 1}}
 
 
 def points(xs: Sequence[float], ys: Sequence[float], *, title: str, x: str, y: str) -> Figure:
     """Return a cloud of points."""
     marker = {"size": 5, "opacity": 0.45}
     trace = {"type": "scatter", "mode": "markers", "x": list(xs), "y": list(ys), "marker": marker}
-    return {"data": [trace], "layout": _layout(title, x, y) | {"showlegend": False}}
+    return {"data": [trace], "layout": axes(title, x, y) | {"showlegend": False}}
 
 
-def _layout(title: str, x: str, y: str) -> dict[str, Any]:
+def axes(title: str, x: str, y: str) -> dict[str, Any]:
+    """Return a layout with a title and titles of the axes; an empty one is none."""
     return {"title": title, "xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}

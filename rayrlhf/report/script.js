@@ -1,12 +1,17 @@
 "use strict";
-// Charts take their colours from the style sheet, so that they follow the reader's light or dark mode.
+// Charts take their colours from the style sheet, so that they follow the reader's light or dark mode. They are drawn when they
+// come into sight, so that a page with many of them answers at once.
+const FEWEST_TO_SMOOTH = 12;
+const seen = new Set();
 function colour(name) { return getComputedStyle(document.documentElement).getPropertyValue(name).trim(); }
+function palette() { return ["--accent", "--second", "--third", "--fourth", "--fifth", "--sixth", "--seventh", "--eighth", "--ninth"].map(colour); }
 function themed(layout) {
   const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line"), automargin: true };
   const themed = Object.assign({}, layout, {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: colour("--ink"), family: "system-ui, sans-serif", size: 13 },
-    colorway: ["--accent", "--second", "--third", "--fourth"].map(colour),
+    colorway: palette(),
+    hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
     margin: { l: 50, r: 12, t: layout.showlegend ? 40 : 12, b: 44 },
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
   });
@@ -17,36 +22,73 @@ function themed(layout) {
   themed.shapes = (layout.shapes || []).map((shape) => Object.assign({ line: { color: colour("--bad"), width: 2, dash: "dash" } }, shape));
   return themed;
 }
-function drawCharts() {
-  for (const plot of document.querySelectorAll(".plot")) {
-    const figure = JSON.parse(document.getElementById(plot.dataset.figure).textContent);
-    Plotly.react(plot, figure.data, themed(figure.layout), { responsive: true, displaylogo: false, displayModeBar: false });
-  }
+// The exponential mean with its start corrected, so that the first points are not pulled to 0.
+function smoothed(values, weight) {
+  let mean = 0, total = 0;
+  return values.map((value) => {
+    mean = weight * mean + (1 - weight) * value; total = weight * total + (1 - weight);
+    return mean / total;
+  });
 }
+// A trace with `means` is a curve: its points faint, its smoothed means over them. One with `compare` is the other run's.
+function drawn(data) {
+  const slider = document.getElementById("smoothing"), box = document.getElementById("compare"), colours = palette();
+  const wanted = slider ? Number(slider.value) : 0, traces = [];
+  for (const trace of data) {
+    if (trace.compare && box && !box.checked) continue;
+    if (!trace.means) { traces.push(trace); continue; }
+    const { means, compare, ...raw } = trace;
+    const line = { color: colours[compare ? 1 : 0], width: 2, dash: compare ? "dash" : "solid" };
+    const weight = raw.x.length < FEWEST_TO_SMOOTH ? 0 : wanted;
+    if (weight > 0) traces.push(Object.assign({}, raw, { mode: "lines", line: { color: line.color, width: 1 }, opacity: 0.3, showlegend: false, hoverinfo: "skip" }));
+    const lone = raw.x.length === 1 ? { mode: "markers", marker: { color: line.color, size: 7 } } : { mode: "lines" };
+    traces.push(Object.assign({}, raw, lone, { line }, weight > 0 ? { x: means.x, y: smoothed(means.y, weight) } : {}));
+  }
+  return traces;
+}
+function draw(plot) {
+  const figure = JSON.parse(document.getElementById(plot.dataset.figure).textContent);
+  seen.add(plot);
+  Plotly.react(plot, drawn(figure.data), themed(figure.layout), { responsive: true, displaylogo: false, displayModeBar: false });
+}
+function redraw() { for (const plot of seen) if (plot.isConnected) draw(plot); else seen.delete(plot); }
 function value(cell) { return cell.dataset.value === undefined ? cell.textContent.toLowerCase() : Number(cell.dataset.value); }
-function sortBy(header) {
+function sortRows(header, down) {
   const table = header.closest("table"), body = table.tBodies[0], column = header.cellIndex;
-  const down = header.getAttribute("aria-sort") === "ascending";
   for (const other of table.querySelectorAll("th")) other.removeAttribute("aria-sort");
   header.setAttribute("aria-sort", down ? "descending" : "ascending");
-  const rows = Array.from(body.rows).sort((one, two) => {
-    const a = value(one.cells[column]), b = value(two.cells[column]);
-    const order = a < b ? -1 : a > b ? 1 : 0;
+  const rows = Array.from(body.rows, (row) => ({ row, key: value(row.cells[column]) })).sort((one, two) => {
+    const order = one.key < two.key ? -1 : one.key > two.key ? 1 : 0;
     return down ? -order : order;
   });
-  body.append(...rows);
+  body.append(...rows.map((entry) => entry.row));
 }
 function filterRows(input) {
-  const wanted = input.value.toLowerCase();
-  for (const row of document.getElementById(input.dataset.table).tBodies[0].rows) {
-    row.hidden = !row.textContent.toLowerCase().includes(wanted);
-  }
+  const wanted = input.value.toLowerCase(), rows = document.getElementById(input.dataset.table).tBodies[0].rows;
+  let shown = 0;
+  for (const row of rows) { row.hidden = !row.textContent.toLowerCase().includes(wanted); shown += row.hidden ? 0 : 1; }
+  const count = document.querySelector(`output[data-count="${input.dataset.table}"]`);
+  if (count) count.textContent = wanted ? `${shown} of ${rows.length} rows` : `${rows.length} rows`;
 }
-for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => sortBy(button.parentElement));
-for (const input of document.querySelectorAll("input[data-table]")) input.addEventListener("input", () => filterRows(input));
-if (document.querySelector(".plot")) {
-  drawCharts();
-  const resized = new ResizeObserver((entries) => { for (const entry of entries) Plotly.Plots.resize(entry.target); });
-  for (const plot of document.querySelectorAll(".plot")) resized.observe(plot);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawCharts);
+function showWhole(box) { document.getElementById(box.dataset.whole).classList.toggle("clamped", !box.checked); }
+const inSight = new IntersectionObserver((entries) => {
+  for (const entry of entries) if (entry.isIntersecting && !seen.has(entry.target)) draw(entry.target);
+}, { rootMargin: "200px" });
+const resized = new ResizeObserver((entries) => { for (const entry of entries) if (seen.has(entry.target)) Plotly.Plots.resize(entry.target); });
+function watchPlots(within) { for (const plot of within.querySelectorAll(".plot")) { inSight.observe(plot); resized.observe(plot); } }
+// One listener a kind on the whole page: parts of a live page come and go.
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("th button");
+  if (button) sortRows(button.parentElement, button.parentElement.getAttribute("aria-sort") === "ascending");
+});
+document.addEventListener("input", (event) => {
+  const input = event.target;
+  if (input.dataset.table) filterRows(input);
+  else if (input.dataset.whole) showWhole(input);
+  else if (input.id === "smoothing" || input.id === "compare") redraw();
+});
+if (window.Plotly) {
+  watchPlots(document);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  window.addEventListener("beforeprint", () => { for (const plot of document.querySelectorAll(".plot")) draw(plot); });
 }

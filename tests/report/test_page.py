@@ -1,5 +1,7 @@
 """A page is one file that needs nothing else, and text in it stays text."""
 
+import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -67,7 +69,8 @@ def test_a_title_is_escaped_too():
 def test_a_page_loads_nothing_from_elsewhere():
     page = render("title", "subtitle", [Chart(FIGURE, "words"), DataTable(["a"], [[1]])])
     for _tag, attributes in outline(page).elements:
-        assert not {"src", "href", "srcset", "data", "action"} & set(attributes)
+        assert not {"src", "srcset", "data", "action"} & set(attributes)
+        assert attributes.get("href", "#").startswith("#"), "a link leads to a section of the page"
     assert "@import" not in page
     assert not re.search(r"url\(\s*['\"]?http", page.split("<script>", maxsplit=1)[0])
 
@@ -106,3 +109,26 @@ def test_charts_are_plain_figures():
     assert lines({"a": ([0.0], [1.0])}, title="t", x="x", y="y")["data"][0]["x"] == [0.0]
     with pytest.raises(KeyError):
         render("t", "s", [Chart({"data": [], "layout": {}}, "a figure without a title")])
+
+
+def test_no_script_runs_but_the_pages_own():
+    page = render("t", "s", [Chart(FIGURE, HOSTILE)])
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)[1]
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    hashes = {f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts}
+    assert set(re.search(r"script-src ([^;]*)", policy)[1].split()) == hashes
+    assert policy.startswith("default-src 'none';")
+
+
+def test_contents_are_listed_where_a_page_has_many_sections():
+    few, many = (render("t", "s", [Heading(f"part {number}") for number in range(count)]) for count in (4, 5))
+    assert "<nav" not in few
+    assert '<a href="#section-5">part 4</a>' in many
+    assert '<section id="section-5"><h2>part 4</h2>' in many
+
+
+def test_numbers_that_are_none_are_empty_cells_and_small_ones_keep_their_digits():
+    page = render("t", "s", [DataTable(["a"], [[float("nan")], [0.0000123], [0.0]], clamped=True)])
+    assert page.count("<td></td>") == 1
+    assert '<td class="number" data-value="1.23e-05">1.23e-05</td>' in page
+    assert 'data-whole="table-1"' in page
