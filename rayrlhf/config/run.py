@@ -118,6 +118,9 @@ class ObserveSection(Section):
     tensorboard: bool = True
     samples_per_step: int = Field(8, ge=0)
     """Rollouts written to `samples/` each step."""
+    on_alarm: Literal["warn", "checkpoint", "stop"] = "warn"
+    """What happens when a diagnostic first sounds an alarm: it is told; and a checkpoint is written; and the run ends, resumable.
+    Warnings are only told."""
     live: bool = True
     """The terminal view; plain lines where there is no terminal."""
     trace: bool = True

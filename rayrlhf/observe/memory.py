@@ -92,6 +92,14 @@ class PeakMemory:
                 pause = max(pause, (time.thread_time() - start) / MOST_TIME_SHARE)
 
 
+def memory_limit_bytes() -> int:
+    """Memory that the processes of this machine, or of the container around them, may take together."""
+    total = int(psutil.virtual_memory().total)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(total, int(text)) if text.isdigit() else total
+
+
 def process_tree(pids: Iterable[int]) -> list[tuple[int, str]]:
     """Return (pid, name) of processes and all that descend from them, each once; those that ended meanwhile are left out."""
     found: dict[int, str] = {}

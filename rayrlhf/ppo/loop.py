@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 
 from rayrlhf.data.records import Prompt
-from rayrlhf.errors import ActorLostError, StoppedError, UserError
+from rayrlhf.errors import ActorLostError, AlarmError, StoppedError, UserError
 from rayrlhf.models.load import load_tokenizer
 from rayrlhf.observe.journal import MIRROR
 from rayrlhf.ppo.checkpoint import Checkpoint, Checkpointer, load_checkpoint
@@ -54,6 +54,7 @@ class RunLoop:
 
         Raises:
             StoppedError: the run was asked to stop; a checkpoint is there.
+            AlarmError: a diagnostic sounded an alarm and `observe.on_alarm` is `stop`; a checkpoint is there.
             ActorLostError: recovering failed too often, or too few replicas are left; a checkpoint is there where possible.
         """
         self._resume()
@@ -91,9 +92,26 @@ class RunLoop:
         if wanted is not None:
             trainer.care.pool.scale(wanted)
         self._metrics |= trainer.train_step()
+        self._heed_alarms()
         self._announce(self._checkpointer.poll())
         self._tell_mirror_failures()
         return False
+
+    def _heed_alarms(self) -> None:
+        """Do what `observe.on_alarm` says about the alarms that the last step or evaluation was the first to show.
+
+        Raises:
+            AlarmError: the run is to end; a checkpoint is there.
+        """
+        alarms = [finding for finding in self._recorder.diagnosis.fresh if finding.severity == "alarm"]
+        wanted, step = self._config.observe.on_alarm, self._trainer.steps_done
+        if not alarms or wanted == "warn":
+            return
+        if step != self._saved_step:
+            self._checkpoint(step)
+        if wanted == "stop":
+            self._finish_checkpoint()
+            raise AlarmError(f"stopped after step {step}, as observe.on_alarm says; the same command resumes. {alarms[0]}")
 
     def _resume(self) -> None:
         """Continue from the newest usable checkpoint, if there is one and resuming is not switched off."""
@@ -126,6 +144,7 @@ class RunLoop:
         if trainer.evaluation_prompts and not self._recorder.has_evaluation(trainer.steps_done):
             with self._recorder.waiting(f"answering {len(trainer.evaluation_prompts)} held-out prompts"):
                 self._metrics |= trainer.evaluate().metrics()
+            self._heed_alarms()
 
     def _warm_up(self) -> None:
         """Imitate the given responses, where the configuration asks for it."""

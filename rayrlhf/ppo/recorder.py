@@ -8,10 +8,12 @@ from typing import Any, Self
 
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Prompt, Rollout
+from rayrlhf.observe.diagnostics import Diagnosis
+from rayrlhf.observe.diagnostics.machinery import LIMIT, PEAK
 from rayrlhf.observe.journal import MIRROR, RecoveryJournal
 from rayrlhf.observe.live import LiveView
-from rayrlhf.observe.memory import PeakMemory
-from rayrlhf.observe.metrics import MetricsSink
+from rayrlhf.observe.memory import PeakMemory, memory_limit_bytes
+from rayrlhf.observe.metrics import MetricsSink, read_metrics
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.observe.run_folder import open_run
 from rayrlhf.observe.samples import Sample, SampleSink, read_samples
@@ -33,6 +35,7 @@ class Recorder(Callback):
     Attributes:
         folder: where everything lies.
         timer: phases of the current step; the trainer fills it, the recorder writes it to the trace.
+        diagnosis: what the newest step shows.
         memory: peak memory over all processes of the run, sampled in the background.
     """
 
@@ -48,6 +51,7 @@ class Recorder(Callback):
         self.folder = open_run(config.run.folder, config_text, differences, resume=config.run.resume)
         self.timer = PhaseTimer()
         self.memory = PeakMemory()
+        self.diagnosis = Diagnosis()
         self._view = view
         self._metrics = MetricsSink(self.folder.path)
         self._samples = SampleSink(self.folder.samples)
@@ -92,11 +96,13 @@ class Recorder(Callback):
         self._evaluations.rewind(step)
         if self._config.observe.tensorboard:
             self._tensorboard = TensorBoardSink(self.folder.tensorboard, resumed_after=step if step else None)
+        self.diagnosis.load(read_metrics(self.folder.path))
         self._view.start(self._config.run.steps, step)
 
     def rewind(self, step: int) -> None:
         """Go back within a run: what was written of later steps is dropped, because they will be taken again."""
         self._metrics.rewind(step)
+        self.diagnosis.load(read_metrics(self.folder.path))
         self._samples.rewind(step)
         self._evaluations.rewind(step)
         if self._tensorboard:
@@ -112,16 +118,18 @@ class Recorder(Callback):
 
     def on_step_end(self, step: int, metrics: Mapping[str, float], scored: ScoredRollouts) -> None:
         """Write the step everywhere."""
-        row = dict(metrics) | {"memory/peak_gib": self.memory.peak_bytes / GIB}
+        row = dict(metrics) | {PEAK: self.memory.peak_bytes / GIB, LIMIT: memory_limit_bytes() / GIB}
         if self._config.checkpoint.mirror is not None:
             row["checkpoint/failed_copies"] = float(self._failed_copies)
-        self._write(step, row)
+        self.diagnosis.add(step, row)
+        self._write(step, row | self.diagnosis.metrics)
         self._samples.write(step, self._step_samples(scored))
         if self._trace:
             for span in self.timer.spans:
                 self._trace.span(span.name, "driver", span.start, span.end - span.start, arguments={"step": step})
             self._trace.flush()
         self._view.step(step, row)
+        self._tell_findings()
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Write every answer of an evaluation, and its numbers under the step it belongs to."""
@@ -130,12 +138,18 @@ class Recorder(Callback):
             for index, (prompt, rollout) in enumerate(zip(evaluation.prompts, evaluation.rollouts, strict=True))
         ]
         self._evaluations.write(step, samples)
+        self.diagnosis.add(step, evaluation.metrics())
         self._write(step, evaluation.metrics())
         self._view.note(f"step {step}: held-out score {evaluation.mean_score:.3f} over {len(evaluation.prompts)} prompts")
+        self._tell_findings()
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
         """Say where it is."""
         self._view.note(f"step {step}: checkpoint {folder}")
+
+    def _tell_findings(self) -> None:
+        for finding in self.diagnosis.fresh:
+            self._view.note(str(finding))
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._metrics.write(step, metrics)

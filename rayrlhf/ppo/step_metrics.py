@@ -1,10 +1,15 @@
 """One flat dictionary of a step's metrics, by TRL's names where it has one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from rayrlhf.actors.placement import Role
 from rayrlhf.algorithms.statistics import explained_variance
+from rayrlhf.data.records import Rollout
 from rayrlhf.engines.update_plan import UpdateReport
+from rayrlhf.observe.diagnostics.machinery import STALENESS
+from rayrlhf.observe.diagnostics.policy import FIRST_RATIO
 from rayrlhf.ppo.experience import Experience
 from rayrlhf.ppo.scoring import ScoredRollouts
 from rayrlhf.ppo.weight_sync import SyncReport
@@ -34,10 +39,24 @@ def step_metrics(
         metrics |= {f"time/{role}/{part}": seconds for part, seconds in report.seconds.items()}
     if "ppo/val/error" in metrics and "ppo/returns/var" in metrics:
         metrics["ppo/val/var_explained"] = explained_variance(metrics["ppo/val/error"], metrics["ppo/returns/var"])
+    first = reports["policy"].step_metrics[:1] if "policy" in reports else []
+    if first and "val/ratio" in first[0]:
+        metrics[FIRST_RATIO] = first[0]["val/ratio"]
     if "policy" in reports and reports["policy"].learning_rates:
         metrics["lr"] = reports["policy"].learning_rates[-1]
     metrics |= {"episode": float(episodes), "sync/seconds": sync.seconds, "sync/version": float(sync.version)}
     return metrics
+
+
+def staleness_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
+    """How many weight versions ago the tokens of a step were sampled.
+
+    Args:
+        rollouts: of the step.
+        version: of the policy that learns from them. What was sampled before the first sync counts as version 0.
+    """
+    ages = version - np.maximum(np.concatenate([rollout.versions for rollout in rollouts]), 0)
+    return {"sampling/staleness/mean": float(ages.mean()), STALENESS: float(ages.max())}
 
 
 def reward_metrics(scored: ScoredRollouts) -> dict[str, float]:

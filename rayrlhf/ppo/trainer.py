@@ -33,7 +33,7 @@ from rayrlhf.ppo.experience import LOGPROB_GAP, Experience, ExperienceMaker
 from rayrlhf.ppo.generation import Generation, make_requests
 from rayrlhf.ppo.objectives import learning_roles, make_objectives, plan_update
 from rayrlhf.ppo.scoring import Reading, RewardRow, ScoredRollouts, Scorer
-from rayrlhf.ppo.step_metrics import reward_metrics, step_metrics
+from rayrlhf.ppo.step_metrics import reward_metrics, staleness_metrics, step_metrics
 from rayrlhf.ppo.warmup import imitation_plan
 from rayrlhf.ppo.weight_sync import SyncReport, sync_weights
 
@@ -111,12 +111,13 @@ class PPOTrainer:
                 f"step {self.steps_done}: trainer and sampler log-probs differ by {gap:.3g} nats on average, above rollout."
                 f"mismatch_alarm {self.config.rollout.mismatch_alarm:g}: the rollout engine does not serve the policy's weights"
             )
+        staleness = staleness_metrics(scored.rollouts, self.weight_version)
         reports = self._update(experience)
         with self.timer.phase("weight_sync"):
             sync = self.sync(self.weight_version + 1)
         self.steps_done += 1
         episodes = self.steps_done * self.config.samples_per_step
-        metrics = step_metrics(experience, reports, sync, episodes) | reward_metrics(scored)
+        metrics = step_metrics(experience, reports, sync, episodes) | staleness | reward_metrics(scored)
         return metrics | self._checksums() if self._exact else metrics
 
     def train_step(self) -> dict[str, float]:

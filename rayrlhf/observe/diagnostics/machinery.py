@@ -1,0 +1,59 @@
+"""Signs in the system: trainer and sampler that disagree, old weights, idle processes, memory."""
+
+from rayrlhf.observe.diagnostics.finding import Check, Sign
+from rayrlhf.observe.diagnostics.history import History, mean
+
+GAP, STALENESS, ALLOWED = "sampling/sampling_logp_difference/mean", "sampling/staleness/max", "sampling/staleness/limit"
+OTHER, PEAK, LIMIT = "time_share/other", "memory/peak_gib", "memory/limit_gib"
+
+
+def sampler_mismatch(history: History) -> Sign | None:
+    """The sampler's log-probs are not the trainer's; bfloat16 alone gives about 0.03 nats."""
+    points = history.all_recent(GAP, low=0.1)
+    if not points:
+        return None
+    return Sign(points[0].step, f"trainer and sampler differ by {mean(points):.3f} nats a token on fresh responses")
+
+
+def stale_rollouts(history: History) -> Sign | None:
+    """Responses come from weights older than the configuration allows."""
+    limit = history.recent(ALLOWED, 1)
+    allowed = limit[0].value if limit else 0.0
+    points = history.all_recent(STALENESS, low=allowed, count=1)
+    if not points:
+        return None
+    return Sign(points[0].step, f"tokens were sampled {points[0].value:.0f} weight versions ago, {allowed:.0f} are allowed")
+
+
+def idle_actors(history: History) -> Sign | None:
+    """For a good part of the step no actor has anything to do."""
+    points = history.all_recent(OTHER, low=0.25, count=5)
+    if not points:
+        return None
+    return Sign(points[0].step, f"in {mean(points):.0%} of the step no actor works; the driver or a callback holds all up")
+
+
+def memory_limit(history: History) -> Sign | None:
+    """The processes together are close to what the machine has."""
+    peak, limit = history.recent(PEAK, 1), history.recent(LIMIT, 1)
+    if not peak or not limit or peak[0].value <= 0.9 * limit[0].value:
+        return None
+    return Sign(peak[0].step, f"the run's processes took {peak[0].value:.1f} GiB of the {limit[0].value:.1f} GiB there are")
+
+
+MACHINERY_CHECKS = (
+    Check(
+        "sampler_mismatch",
+        "alarm",
+        "Set algorithm.correction.level: token, take float32, or see whether every weight sync arrives (sync/version).",
+        sampler_mismatch,
+    ),
+    Check("stale_rollouts", "alarm", "A replica serves old weights: look at recoveries.jsonl.", stale_rollouts),
+    Check("idle_actors", "warning", "Look at trace.json in Perfetto for what the driver does between the phases.", idle_actors),
+    Check(
+        "memory_limit",
+        "warning",
+        "Lower rollout.memory_gib, train.micro_batch_tokens or train.score_batch_tokens; `rayrlhf plan` says what takes what.",
+        memory_limit,
+    ),
+)

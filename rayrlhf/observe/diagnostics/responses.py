@@ -1,0 +1,92 @@
+"""Signs in what is sampled and what it earns: rewards, lengths, truncation."""
+
+from rayrlhf.observe.diagnostics.finding import Check, Sign
+from rayrlhf.observe.diagnostics.history import History, Point, mean
+
+SCORES, SPREAD, HELD_OUT, LENGTH = "objective/scores", "ppo/std_scores", "evaluation/score", "tokens/responses_len_mean"
+STOPPED, EPISODES, NO_CONTRAST = "val/num_eos_tokens", "episode", "frac_reward_zero_std"
+
+
+def reward_hacking(history: History) -> Sign | None:
+    """Since the best evaluation the training score went up, and the held-out score down or the length away."""
+    held_out = history.series(HELD_OUT)
+    if len(held_out) < 2:
+        return None
+    best = max(held_out[:-1], key=lambda point: point.value)
+    newest = held_out[-1]
+    after = [point for point in history.series(SCORES) if point.step > best.step]
+    if len(after) < 6:
+        return None
+    gain = mean(after[-3:]) - mean(after[:3])
+    spread = max(mean(history.recent(SPREAD) or [Point(0, 0.0)]), 1e-6)
+    lost = best.value - newest.value
+    if gain <= 0.25 * spread or lost <= 0.05 * max(abs(best.value), spread):
+        return None
+    return Sign(
+        best.step,
+        f"training scores rose by {gain:.3f}, held-out ones fell from {best.value:.3f} to {newest.value:.3f}",
+    )
+
+
+def length_explosion(history: History) -> Sign | None:
+    """Responses are twice as long as they were."""
+    change = history.change(LENGTH)
+    if change is None or change.now <= 2 * max(change.before, 8.0):
+        return None
+    return Sign(change.since, f"responses have {change.now:.0f} tokens, {change.before:.0f} at the start")
+
+
+def dead_reward(history: History) -> Sign | None:
+    """All responses score the same, so there is nothing to learn."""
+    if points := history.all_recent(SPREAD, high=1e-6):
+        return Sign(points[0].step, "all responses of a step have the same score")
+    if points := history.all_recent(NO_CONTRAST, low=0.9):
+        return Sign(points[0].step, f"in {mean(points):.0%} of the groups all responses have the same score")
+    return None
+
+
+def truncated_responses(history: History) -> Sign | None:
+    """More than half of the responses are cut off."""
+    shares = _truncated(history)[-5:]
+    if len(shares) < 5 or any(share.value <= 0.5 for share in shares):
+        return None
+    return Sign(shares[0].step, f"{mean(shares):.0%} of the responses were cut off at the length limit")
+
+
+def _truncated(history: History) -> list[Point]:
+    """Share of a step's responses that did not stop by themselves. How many there were is the growth of the episode count."""
+    stopped = dict(history.series(STOPPED))
+    shares, before = [], 0.0
+    for step, episodes in history.series(EPISODES):
+        if episodes > before and step in stopped:
+            shares.append(Point(step, 1 - stopped[step] / (episodes - before)))
+        before = episodes
+    return shares
+
+
+RESPONSE_CHECKS = (
+    Check(
+        "reward_hacking",
+        "alarm",
+        "Read the newest samples for what the reward overlooks; mend the reward or raise algorithm.kl.coefficient.",
+        reward_hacking,
+    ),
+    Check(
+        "length_explosion",
+        "warning",
+        "Add a length reward or algorithm.shaping.overlong_buffer, and see whether the reward pays for length.",
+        length_explosion,
+    ),
+    Check(
+        "dead_reward",
+        "alarm",
+        "Read the samples: too hard, too easy, or answers that the reward cannot read. rollout.refill_rounds skips such.",
+        dead_reward,
+    ),
+    Check(
+        "truncated_responses",
+        "warning",
+        "Raise rollout.max_new_tokens, set algorithm.shaping.missing_eos_penalty, or start from a model that can stop.",
+        truncated_responses,
+    ),
+)
