@@ -183,6 +183,24 @@ def report(
     typer.echo(f"report: {write_run_report(run, compare=compare, output=output)}")
 
 
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, also one that another machine writes.")],
+    serve: Annotated[bool, typer.Option("--serve", help="Show it as a page on this machine, for a browser.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 takes a free one.")] = 0,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks at the folder.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Show the present state and end.")] = False,
+) -> None:
+    """Follow a run from its folder, on the terminal or as a local page; the run is not touched."""
+    from rayrlhf.watch.server import serve_run
+    from rayrlhf.watch.terminal import watch_terminal
+
+    if serve:
+        serve_run(run, port=port, announce=lambda address: typer.echo(f"{address}\n(only from this machine; Ctrl-C ends it)"))
+    else:
+        watch_terminal(run, every=every, once=once)
+
+
 app.command()(plan)
 app.command()(submit)
 app.add_typer(presft_app, name="presft")

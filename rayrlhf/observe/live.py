@@ -72,6 +72,12 @@ class LiveView:
         else:
             self._print(progress.line(self._clock()))
 
+    def replay(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take in a step that was finished before anybody watched; the next thing shown counts it."""
+        if self._progress is None:
+            raise RuntimeError("replay() before start()")
+        self._progress.finish_step(step, metrics, self._clock())
+
     def note(self, text: str) -> None:
         """Print a line that stays, above the panel."""
         self._print(text)

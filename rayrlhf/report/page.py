@@ -153,7 +153,7 @@ def render(title: str, subtitle: str, blocks: Sequence[Block], *, live: bool = F
     body = "\n".join(_sections(blocks, ids)).replace("\0", "\ufffd")  # no HTML may hold NUL, in any form
     here = files("rayrlhf.report")
     style, script = (here.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
-    scripts = [_plotly()] if not live and has_chart(blocks) else []
+    scripts = [chart_library()] if not live and has_chart(blocks) else []
     scripts += [script, here.joinpath("live.js").read_text(encoding="utf-8")] if live else [script]
     elements = "".join(f"<script>{text}</script>" for text in scripts)
     library = '<script src="plotly.js"></script>' if live else ""
@@ -227,7 +227,8 @@ def _data(name: str, content: Any) -> str:
     return f'<script type="application/json" id="{name}">{text}</script>'
 
 
-def _plotly() -> str:
+def chart_library() -> str:
+    """Return the script that draws charts."""
     from plotly.offline import get_plotlyjs
 
     return str(get_plotlyjs())
