@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import sys
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,8 @@ GIB = 2**30
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return the driver's machine and the versions of what decides the numbers. Nothing of it names the user or a path."""
+    """Return the driver's machine and the versions of what decides the numbers; nothing names the user, a path or a time."""
     return {
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "system": platform.platform(),
         "processor": _processor(),

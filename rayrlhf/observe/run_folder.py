@@ -17,6 +17,7 @@ from typing import IO, Literal, Self
 from rayrlhf.data.atomic import folder_atomically, write_atomically
 from rayrlhf.errors import UserError
 from rayrlhf.observe.disk import writing
+from rayrlhf.observe.environment import write_environment
 
 Differences = Callable[[str, str], list[str]]
 """(stored config text, new config text) -> one line per key that differs; empty when both mean the same."""
@@ -108,6 +109,7 @@ def open_run(
         lock = _locked(folder)
         if resumed and config.read_text(encoding="utf-8") != config_text:
             write_atomically(config, config_text)  # what may differ is from now on as it is now
+        write_environment(folder)
         return RunFolder(folder, resumed, lock)
 
 

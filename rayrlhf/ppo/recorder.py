@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +22,7 @@ from rayrlhf.observe.tensorboard import TensorBoardSink
 from rayrlhf.observe.trace import TraceWriter
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.evaluation import Evaluation
+from rayrlhf.ppo.sample_tokens import SampleTokens, token_kl
 from rayrlhf.ppo.scoring import ScoredRollouts
 from rayrlhf.rewards.score import RewardBatch
 
@@ -55,6 +57,7 @@ class Recorder(Callback):
         self._view = view
         self._metrics = MetricsSink(self.folder.path)
         self._samples = SampleSink(self.folder.samples)
+        self._tokens = SampleTokens(config.model)
         self._evaluations = SampleSink(self.folder.path / EVALUATIONS)
         self._trace = TraceWriter(self.folder.path) if config.observe.trace else None
         self._journal = RecoveryJournal(self.folder.path)
@@ -159,9 +162,16 @@ class Recorder(Callback):
     def _step_samples(self, scored: ScoredRollouts) -> list[Sample]:
         """The first rollouts of the step, with what each was worth."""
         shown = scored.rollouts[: self._config.observe.samples_per_step]
-        return [
-            _sample(scored.prompts[rollout.key.prompt], rollout, scored.rewards, index) for index, rollout in enumerate(shown)
-        ]
+        return [self._trained_sample(scored, index) for index in range(len(shown))]
+
+    def _trained_sample(self, scored: ScoredRollouts, index: int) -> Sample:
+        """A rollout of the step, with its tokens and their KL where a reference read it."""
+        rollout, kl = scored.rollouts[index], token_kl(scored, index)
+        sample = _sample(scored.prompts[rollout.key.prompt], rollout, scored.rewards, index)
+        if kl is None:
+            return sample
+        texts = self._tokens.texts(rollout.response_ids.tolist())
+        return replace(sample, kl=float(kl.sum()), tokens=texts, token_kl=kl.tolist())
 
 
 def read_evaluation(folder: Path, step: int) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from rayrlhf.report.page import Block, DataTable, Heading, Paragraph, Tiles, ren
 from rayrlhf.report.run_answers import answers_section, rollouts_section, tokens_section
 from rayrlhf.report.run_blocks import Folded, Notice
 from rayrlhf.report.run_curves import curve_sections, run_labels, with_derived
+from rayrlhf.report.run_findings import findings_section
 from rayrlhf.report.run_timeline import timeline_section
 from rayrlhf.report.run_view import RunView, read_run
 
@@ -66,6 +67,7 @@ def page_of(view: RunView, other: RunView | None = None) -> tuple[str, str, list
     if view.missing:
         blocks.append(Notice("info", "Not all of this run can be shown", view.missing))
     blocks.append(Tiles(_figures(view)))
+    blocks += findings_section(view)
     blocks += _comparison(view, other)
     blocks += curve_sections(view, other)
     blocks += timeline_section(view)
