@@ -206,6 +206,17 @@ app.command()(submit)
 app.add_typer(presft_app, name="presft")
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="A list of findings for programs.")] = False,
+) -> None:
+    """Check whether this machine can run what is installed on it, and say how to mend what cannot."""
+    from rayrlhf.doctor.run import run_doctor
+
+    if not run_doctor(as_json=as_json, echo=typer.echo):
+        raise typer.Exit(1)
+
+
 @bench.command(name="presft")
 def bench_presft_command(
     what: Annotated[str, typer.Argument(help="scoring, generation or memory.")],

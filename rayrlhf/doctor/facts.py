@@ -1,0 +1,150 @@
+"""What there is to know of a machine, gathered once, so that checks need none."""
+
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+import psutil
+from packaging.requirements import Requirement
+
+from rayrlhf.models.builtin import cache_folder
+
+IMPORT_SECONDS = 180.0
+"""Longest time an import in a process of its own may take; the first one of vLLM reads gigabytes."""
+SHARED = "/dev/shm"  # noqa: S108 - where Ray keeps its objects, looked at only
+VARIABLES = ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "RAY_ADDRESS")
+PORTS = {6379: "Ray's control store (`ray start --head`)", 8265: "Ray's dashboard and job server"}
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One machine.
+
+    Attributes:
+        python: (major, minor).
+        system: `sys.platform`.
+        packages: installed version of every package that ours asks for, None where it is missing.
+        requirements: what ours asks for, as in its metadata (`torch==2.13.0 ; extra == 'cpu'`).
+        imports: module -> None where it can be imported, else the last line of the error.
+        programs: program -> its path, or None.
+        shared_memory: (bytes in all, bytes free) of `SHARED`; None where there is none.
+        processor_flags: of the first core.
+        gpus: names.
+        nccl: whether torch was built with NCCL; None without GPUs.
+        busy_ports: of `PORTS`, those that something listens on.
+        disk_free: folder -> bytes.
+        memory: bytes of main memory.
+        writable: folder -> whether files can be made there.
+        environment: variables that matter.
+    """
+
+    python: tuple[int, int]
+    system: str
+    packages: Mapping[str, str | None]
+    requirements: tuple[str, ...]
+    imports: Mapping[str, str | None]
+    programs: Mapping[str, str | None]
+    shared_memory: tuple[int, int] | None
+    processor_flags: frozenset[str]
+    gpus: tuple[str, ...]
+    nccl: bool | None
+    busy_ports: tuple[int, ...]
+    disk_free: Mapping[str, int]
+    memory: int
+    writable: Mapping[str, bool]
+    environment: Mapping[str, str]
+
+
+def gather(runs: Path = Path("runs")) -> Facts:
+    """Look at this machine; takes as long as vLLM takes to import.
+
+    Args:
+        runs: where runs are to be written.
+    """
+    wanted = tuple(requires("rayrlhf") or ())
+    names = {Requirement(text).name for text in wanted}
+    folders = {"model cache": cache_folder(), "run folders": runs}
+    gpus, nccl = _gpus()
+    return Facts(
+        python=sys.version_info[:2],
+        system=sys.platform,
+        packages={name: _version(name) for name in names},
+        requirements=wanted,
+        imports={name: _import_error(name) for name in ("torch", "torchvision", "transformers", "ray", "deepspeed", "vllm")},
+        programs={name: shutil.which(name) for name in ("g++", "ninja")},
+        shared_memory=_shared_memory(),
+        processor_flags=_processor_flags(),
+        gpus=gpus,
+        nccl=nccl,
+        busy_ports=tuple(port for port in PORTS if _listens(port)),
+        disk_free={name: shutil.disk_usage(_existing(folder)).free for name, folder in folders.items()},
+        memory=psutil.virtual_memory().total,
+        writable={name: os.access(_existing(folder), os.W_OK) for name, folder in folders.items()},
+        environment={name: os.environ[name] for name in VARIABLES if name in os.environ},
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _import_error(name: str) -> str | None:
+    """None where a module imports, or is not installed at all; in a process of its own, since a crash is a finding too."""
+    if importlib.util.find_spec(name) is None:
+        return None
+    command = [sys.executable, "-c", f"import {name}"]
+    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"}
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS, env=environment, check=False)
+    except subprocess.TimeoutExpired:
+        return f"no end after {IMPORT_SECONDS:.0f} s"
+    lines = [line for line in run.stderr.splitlines() if line.strip()]
+    return None if run.returncode == 0 else (lines[-1] if lines else f"exit code {run.returncode}")
+
+
+def _shared_memory() -> tuple[int, int] | None:
+    if not Path(SHARED).is_dir():
+        return None
+    usage = shutil.disk_usage(SHARED)
+    return usage.total, usage.free
+
+
+def _processor_flags() -> frozenset[str]:
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return frozenset()
+    line = next((line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("flags")), ":")
+    return frozenset(line.partition(":")[2].split())
+
+
+def _gpus() -> tuple[tuple[str, ...], bool | None]:
+    if importlib.util.find_spec("torch") is None:
+        return (), None
+    import torch
+
+    if not torch.cuda.is_available():
+        return (), None
+    names = tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    return names, torch.distributed.is_nccl_available()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        client.settimeout(0.5)
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the first above it that is there."""
+    folder = folder.absolute()
+    return folder if folder.exists() or folder == folder.parent else _existing(folder.parent)
