@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 
 from rayrlhf.bench.paired import in_new_process
 from rayrlhf.bench.run import run_bench_sft
-from rayrlhf.bench.sft import MAX_LENGTH, _StepClock, texts
+from rayrlhf.bench.sft import BATCH, MAX_LENGTH, PADDED_TOKENS, _StepClock, texts
 from rayrlhf.cli import app
+from rayrlhf.data.batching import micro_batches
 from rayrlhf.errors import UserError
 
 
@@ -20,6 +21,19 @@ def test_texts_have_the_lengths_of_gsm8k_and_none_is_too_long():
     assert lengths.max() < MAX_LENGTH
     assert np.percentile(lengths, 90) > 1.5 * np.median(lengths)
     assert texts(5) == texts(5)
+
+
+def test_our_padded_micro_batches_have_the_padding_that_is_stated():
+    lengths = [len(text) + 1 for text in texts(40 * BATCH)]
+
+    def padding(tokens):
+        steps = [lengths[start : start + BATCH] for start in range(0, len(lengths), BATCH)]
+        batches = [[step[index] for index in batch] for step in steps for batch in micro_batches(step, tokens)]
+        return 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
+
+    assert padding(PADDED_TOKENS) == pytest.approx(0.03, abs=0.005)
+    assert padding(2 * PADDED_TOKENS) == pytest.approx(0.12, abs=0.005)
+    assert padding(10**6) == pytest.approx(0.4, abs=0.01)
 
 
 def test_the_first_step_and_batches_collated_ahead_are_not_counted(monkeypatch):
