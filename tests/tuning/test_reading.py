@@ -15,12 +15,14 @@ from rayrlhf.errors import UserError
 from rayrlhf.models.tiny import byte_tokenizer
 from rayrlhf.tuning import reading
 from rayrlhf.tuning.reading import over_cluster, through_ray_data
+from tests.data.hub_folder import write_hub_folder
 
 ROWS = 10_000
 
 
-def section(kind, path, **data):
-    return kind.model_validate({"train": {"path": str(path)}, "max_length": 64, "overlong": "drop", **data})
+def section(kind, path, subset=None, **data):
+    train = {"path": str(path), "subset": subset}
+    return kind.model_validate({"train": train, "max_length": 64, "overlong": "drop", **data})
 
 
 def write(path, rows):
@@ -37,11 +39,16 @@ def assert_equal_samples(found, expected):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_samples_and_their_report_are_those_of_one_process(tmp_path):
+def test_samples_and_their_report_are_those_of_one_process(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = [{"prompt": f"say {number}", "completion": str(number) * (1 + number % 23)} for number in range(ROWS)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=1500)
-    for path in (write(tmp_path / "rows.jsonl", rows), tmp_path / "rows.parquet"):
-        data = section(SupervisedDataSection, path, evaluation_share=0.1)
+    files = [write(tmp_path / "rows.jsonl", rows), tmp_path / "rows.parquet"]
+    hub = write_hub_folder(tmp_path / "some" / "set", rows, shards=3)
+    for path, subset in [*((file, None) for file in files), (hub, "main")]:
+        data = section(SupervisedDataSection, path, subset, evaluation_share=0.1)
         found, expected = (load_supervised_data(data, byte_tokenizer(), *spread) for spread in ([over_cluster], []))
         for here, there in zip(found, expected, strict=True):
             assert_equal_samples(here.samples, there.samples)
