@@ -5,6 +5,7 @@ code 1, one that was asked to stop and can be resumed with exit code 75. Anythin
 Heavy imports happen inside the commands, so that help is instant.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -204,6 +205,28 @@ def watch(
 app.command()(plan)
 app.command()(submit)
 app.add_typer(presft_app, name="presft")
+
+
+@app.command()
+def init(
+    task: Annotated[str, typer.Argument(help="ppo, sft, reward, presft or evaluate.")],
+    path: Annotated[Path | None, typer.Argument(help="The file to write; TASK.yaml if not given.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model to begin with: a folder, a hub name or a built-in.")] = None,
+) -> None:
+    """Write a small commented configuration that runs as it is."""
+    from rayrlhf.starters import MODEL, visible_gpus, write_starter
+
+    target = path or Path(f"{task}.yaml")
+    write_starter(task, target, model or MODEL, gpus=visible_gpus())
+    typer.echo(f"{target}: check it with `rayrlhf {task} {target} --dry-run`, then leave --dry-run out")
+
+
+@app.command()
+def schema(task: Annotated[str, typer.Argument(help="ppo, sft, reward, presft or evaluate.")]) -> None:
+    """Print the JSON schema of a configuration, for editors: every key with its meaning, default and bounds."""
+    from rayrlhf.starters import json_schema
+
+    typer.echo(json.dumps(json_schema(task), indent=1))
 
 
 @app.command()

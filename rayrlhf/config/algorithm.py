@@ -14,7 +14,9 @@ class KlSection(Section):
     """The penalty for moving away from the reference."""
 
     estimator: KlEstimator = "k1"
+    """`k1` is the log-ratio, `abs` its size, `k2` half its square, `k3` the unbiased one that is never negative."""
     placement: Literal["reward", "loss"] = "reward"
+    """Subtract it from the token rewards (PPO), or add it to the loss (GRPO)."""
     coefficient: float = Field(0.05, ge=0)
     """0 means no reference model is started."""
     target: float | None = Field(None, gt=0)
@@ -110,7 +112,9 @@ class CorrectionSection(Section):
     mode: Literal["truncate", "mask"] = "truncate"
     """What becomes of a weight outside [low, high]: the bound, or 0."""
     low: float = Field(0.0, ge=0, le=1)
+    """Smallest weight that is let through."""
     high: float = Field(3.0, ge=1)
+    """Largest weight that is let through."""
 
 
 class ValueLossSection(Section):

@@ -15,8 +15,11 @@ class EvaluateRunSection(Section):
     """Identity of an evaluation. Its folder is `root/name`."""
 
     name: str = Field("evaluation", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
     root: Path = Path("runs")
+    """Folder that run folders lie in."""
     seed: int = Field(0, ge=0)
+    """Everything random follows from it."""
 
     @property
     def folder(self) -> Path:

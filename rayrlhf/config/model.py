@@ -14,9 +14,13 @@ class LoraSection(Section):
     """Low-rank adapters (peft) instead of full fine-tuning. The reference is then the same model without adapters."""
 
     rank: int = Field(16, ge=1)
+    """Inner width of an adapter."""
     alpha: float = Field(32.0, gt=0)
+    """An adapter's output is multiplied by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Noted in the exported adapter for others; nothing is dropped here, because log-probs must not depend on a coin."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of linear layers, or all of them but the output layer."""
     last_layers: int | None = Field(None, ge=1)
     """Adapt only the last n decoder layers: the backward pass then stops there."""
 
@@ -25,15 +29,20 @@ class ModelSection(Section):
     """One model: a local folder, a hub name, or a built-in (`builtin:tiny`, `builtin:smollm2-135m-instruct`)."""
 
     path: str
+    """A folder, a hub name, or a built-in."""
     dtype: Precision = "auto"
     """Compute precision. `auto` is bfloat16 on GPUs and on CPUs with AVX512-BF16 or AMX, else float32."""
     revision: str | None = None
+    """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
     chat_template: Path | None = None
     """A Jinja file that replaces the tokenizer's own chat template."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Implementation of attention in training and scoring."""
     lora: LoraSection | None = None
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
 
 
 class CriticSection(Section):

@@ -22,8 +22,11 @@ class PreSFTRunSection(Section):
     """Identity of a run. Its folder is `root/name`."""
 
     name: str = Field("presft", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
     root: Path = Path("runs")
+    """Folder that run folders lie in."""
     seed: int = Field(0, ge=0)
+    """Everything random follows from it."""
     rounds: int = Field(1, ge=1)
     """How often probe, select, relabel and tune are repeated, each round on the dataset of the one before."""
 
@@ -39,6 +42,7 @@ class PairsSection(Section):
     path: str
     """Also a folder in the hub's layout, or one that `save_to_disk` of the `datasets` package wrote."""
     split: str = "train"
+    """Of a hub or built-in dataset."""
     subset: str | None = None
     """Configuration name of a hub dataset (`main` for `openai/gsm8k`)."""
     prompt_field: str = "prompt"

@@ -11,7 +11,9 @@ class GenerateSection(Section):
     """The sampler behind probes and new responses."""
 
     backend: Literal["vllm", "transformers"] = "vllm"
+    """What samples; `transformers` needs no vLLM."""
     max_new_tokens: int = Field(256, ge=1)
+    """Longest response in tokens."""
     stop: list[str] = Field(default_factory=list)
     """Strings that end a response."""
     max_model_length: int | None = Field(None, ge=2)
@@ -23,6 +25,7 @@ class GenerateSection(Section):
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
     """Share of the device a generator may use on a GPU."""
     tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs that share one copy of the model."""
 
 
 class PipelineSection(Section):
@@ -32,6 +35,7 @@ class PipelineSection(Section):
     """Rows of one part file: what a generator samples as one batch, and the most that a crash makes it do again. 1 makes every
     row a checkpoint of its own, at the price of sampling one at a time."""
     generators: int = Field(1, ge=1)
+    """Processes that sample; as many as fit when not given."""
     generator_cpus: float | None = Field(None, gt=0)
     """Per generator; an equal share of what the other stages leave, when not given."""
     generator_gpus: float | None = Field(None, ge=0)

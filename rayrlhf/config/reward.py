@@ -13,7 +13,9 @@ class RewardFunctionSection(Section):
     """One reward function: a registered name, or `module:function`, or `path/to/file.py:function`."""
 
     name: str
+    """Registered name, `module:function` or `path/to/file.py:function`."""
     weight: float = 1.0
+    """Of its part in the sum."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments bound to the function."""
 
@@ -23,6 +25,7 @@ class RewardModelSection(Section):
 
     model: ModelSection
     weight: float = 1.0
+    """Of its part in the sum."""
     template: str | None = None
     """Text given to the model, with `{prompt}` and `{response}`. When not given: the format that `rayrlhf reward` stored with
     the model (system prompt, end of sequence), or the chat template of its tokenizer."""
@@ -42,6 +45,7 @@ class RewardSection(Section):
     """A response's score is the weighted sum of all functions and the reward model."""
 
     functions: list[RewardFunctionSection] = Field(default_factory=list)
+    """Functions whose values are added up."""
     model: RewardModelSection | None = None
     timeout_seconds: float = Field(120.0, gt=0)
     """Longest time an asynchronous function may take; one that is not is bounded by `deadlines.score`."""

@@ -11,15 +11,22 @@ class RolloutSection(Section):
     """Sampling on the rollout replicas. A step samples `prompts_per_step` x `samples_per_prompt` responses."""
 
     backend: Literal["vllm", "transformers"] = "vllm"
+    """What samples; `transformers` needs no vLLM and is slow."""
     replicas: int = Field(1, ge=1)
+    """Copies of the policy that sample."""
     tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs that share one replica."""
     prompts_per_step: int = Field(64, ge=1)
+    """Prompts of a step."""
     samples_per_prompt: int = Field(1, ge=1)
+    """Responses to each of them: a group."""
     refill_rounds: int = Field(0, ge=0)
     """Rounds in which other prompts replace those whose responses all scored the same (DAPO's dynamic sampling). When they are
     used up, the step is filled with such prompts."""
     max_new_tokens: int = Field(256, ge=1)
+    """Longest response in tokens."""
     temperature: float = Field(1.0, gt=0)
+    """Of sampling, and of all log-probs. There is no top-p and no top-k: they would make sampler and trainer disagree."""
     stop: list[str] = Field(default_factory=list)
     """Strings that end a response; the text up to and including the token that completed one is kept."""
     max_model_length: int | None = Field(None, ge=2)

@@ -12,10 +12,15 @@ class RunSection(Section):
     """Identity and length of a run. Its folder is `root/name`."""
 
     name: str = Field("ppo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
     root: Path = Path("runs")
+    """Folder that run folders lie in."""
     seed: int = Field(0, ge=0)
+    """Everything random follows from it."""
     steps: int = Field(100, ge=1)
+    """Steps until the run is done; one that resumes counts those before."""
     resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on from the newest checkpoint of the run folder; `never` refuses a folder that has a run in it."""
     determinism: Literal["fast", "exact"] = "fast"
     """`exact` makes every batch depend on (step, sample) only, so that a resumed run repeats bit for bit on a CPU: roles take
     turns, every replica gets the same batch again, and each step's metrics hold a checksum of the policy's weights."""
@@ -34,7 +39,9 @@ class EvaluationSection(Section):
     prompts: int = Field(128, ge=1)
     """The first n prompts of `data.evaluation`."""
     temperature: float = Field(0.0, ge=0)
+    """0 answers greedily."""
     enabled: bool = True
+    """False answers no held-out prompts at all."""
 
 
 class CheckpointSection(Section):
@@ -60,6 +67,7 @@ class RolePlacement(Section):
     """Processes of one role and what each of them asks Ray for."""
 
     ranks: int = Field(1, ge=1)
+    """Processes that share the role's work."""
     cpus: float | None = Field(None, gt=0)
     """Per process; an equal share of the machine when not given."""
     gpus: float | None = Field(None, ge=0)
@@ -82,8 +90,11 @@ class PlacementSection(Section):
     reference: RolePlacement = RolePlacement()
     reward: RolePlacement = RolePlacement()
     rollout_cpus: float | None = Field(None, gt=0)
+    """CPUs of one replica; a fair share when not given."""
     rollout_gpus: float | None = Field(None, ge=0)
+    """GPUs of one replica; as `gpus` of the other roles when not given."""
     rollout_threads: int | None = Field(None, ge=1)
+    """OpenMP threads of one replica; as `threads` of the other roles when not given."""
     rollout_labels: dict[str, str] = Field(default_factory=dict)
     """As `labels` of the other roles."""
     address: str | None = None
@@ -105,22 +116,30 @@ class DeadlineSection(Section):
     """Longest waits, in seconds. An overrun names what was waited for, on whom, and since when."""
 
     placement: float = Field(120.0, gt=0)
+    """Until the cluster has room for all actors."""
     start: float = Field(600.0, gt=0)
+    """Until all models are loaded."""
     generate: float = Field(1800.0, gt=0)
+    """Until some replica finishes something."""
     score: float = Field(1800.0, gt=0)
+    """One reading of a step by one role."""
     update: float = Field(3600.0, gt=0)
+    """All optimizer steps of a PPO step, or a checkpoint."""
     sync: float = Field(600.0, gt=0)
+    """Each bucket of a weight sync."""
 
 
 class ObserveSection(Section):
     """What a run writes and shows."""
 
     tensorboard: bool = True
+    """Write event files to `tensorboard/`."""
     samples_per_step: int = Field(8, ge=0)
     """Rollouts written to `samples/` each step."""
     on_alarm: Literal["warn", "checkpoint", "stop"] = "warn"
-    """What happens when a diagnostic first sounds an alarm: it is told; and a checkpoint is written; and the run ends, resumable.
-    Warnings are only told."""
+    """What happens when a diagnostic first sounds an alarm: it is told; and a checkpoint is written; and the run ends,
+    resumable. Warnings are only told."""
     live: bool = True
     """The terminal view; plain lines where there is no terminal."""
     trace: bool = True
+    """Write `trace.json` for Perfetto: who did what when."""

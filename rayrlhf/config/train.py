@@ -14,24 +14,33 @@ class OptimizerSection(Section):
     """The optimizer of one model."""
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
+    """`adamw` decays weights apart from the gradient, `adam` through it."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """Decay rates of the gradient's mean and of its square's."""
     epsilon: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
     weight_decay: float = Field(0.0, ge=0)
+    """Share of a weight that a step takes off, times the learning rate."""
 
 
 class ScheduleSection(Section):
     """The learning rate over optimizer steps: linear warm-up, then the shape, down to `floor` x the peak."""
 
     shape: Literal["constant", "linear", "cosine"] = "constant"
+    """What the learning rate does after the warm-up."""
     warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps in which it rises from 0."""
     floor: float = Field(0.0, ge=0, le=1)
+    """Share of the peak that is left at the end."""
 
 
 class TrainSection(Section):
     """One PPO step makes `epochs` passes over the experience, in optimizer steps of `mini_batch_size` samples."""
 
     learning_rate: float = Field(1e-6, gt=0)
+    """Peak of the schedule."""
     epochs: int = Field(1, ge=1)
+    """Passes over the experience of a step."""
     mini_batch_size: int | None = Field(None, ge=1)
     """Samples per optimizer step over all ranks; the whole step's samples when not given."""
     micro_batch_size: int | None = Field(None, ge=1)
@@ -41,10 +50,13 @@ class TrainSection(Section):
     score_batch_tokens: int = Field(8192, ge=1)
     """Token budget of one forward without gradient."""
     max_grad_norm: float | None = Field(1.0, gt=0)
+    """Clip the norm of the whole gradient to this; null clips nothing."""
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     zero_stage: Literal[0, 1, 2, 3] = 0
+    """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too."""
     offload_optimizer: bool = False
+    """Keep optimizer states in main memory."""
     early_stop_kl: float | None = Field(None, gt=0)
     """Stop the epochs of a step once the policy moved further than 1.5 x this from the sampling policy (TRL `target_kl`)."""
     ratio_guard: float | None = Field(None, gt=1)

@@ -14,10 +14,13 @@ class TuningRunSection(Section):
     """Identity of a run. Its folder is `root/name`; the same name and configuration resume it."""
 
     name: str = Field("sft", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
     root: Path = Path("runs")
+    """Folder that run folders lie in."""
     seed: int = Field(0, ge=0)
     """Of the order of samples, of new heads and adapters, and of noise."""
     resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on from the newest checkpoint of the run folder; `never` refuses a folder that has a run in it."""
 
     @property
     def folder(self) -> Path:
@@ -29,6 +32,7 @@ class RewardRunSection(TuningRunSection):
     """Identity of a reward model's run."""
 
     name: str = Field("reward", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
 
 
 class TuningEvaluationSection(Section):
@@ -46,6 +50,7 @@ class SupervisedEvaluationSection(TuningEvaluationSection):
     generations: int = Field(4, ge=0)
     """Prompts of held-out samples to answer at each evaluation."""
     max_new_tokens: int = Field(128, ge=1)
+    """Longest sampled answer in tokens."""
     temperature: float = Field(0.0, ge=0)
     """0 is greedy."""
 
@@ -56,6 +61,7 @@ class TuningCheckpointSection(Section):
     every: int = Field(50, ge=0)
     """Optimizer steps between checkpoints; 0 writes one at the end only."""
     keep: int = Field(2, ge=1)
+    """Newest checkpoints that stay."""
     best_metric: Literal["loss", "accuracy"] | None = None
     """Also keep, and export, the checkpoint that is best by this held-out metric; the last one when not given."""
 
@@ -104,5 +110,6 @@ class TuningObserveSection(Section):
     """What a run writes and shows."""
 
     tensorboard: bool = True
+    """Write event files to `tensorboard/`."""
     live: bool = True
     """The terminal view; plain lines where there is no terminal."""

@@ -14,7 +14,9 @@ class TuningTrainSection(Section):
     """Passes over the data in optimizer steps of a number of samples, or of tokens; for rewards a sample is a pair."""
 
     learning_rate: float = Field(2e-5, gt=0)
+    """Peak of the schedule."""
     epochs: int = Field(1, ge=1)
+    """Passes over the training data."""
     steps: int | None = Field(None, ge=1)
     """Optimizer steps of the run, whatever `epochs` says; the data is passed over as often as needed."""
     batch_size: int | None = Field(None, ge=1)
@@ -28,10 +30,13 @@ class TuningTrainSection(Section):
     packing: bool = False
     """Lay samples end to end instead of padding them, without attention between them; loss and gradients are the same."""
     max_grad_norm: float | None = Field(1.0, gt=0)
+    """Clip the norm of the whole gradient to this; null clips nothing."""
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     zero_stage: Literal[0, 1, 2, 3] = 0
+    """What DeepSpeed shards over the workers: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too."""
     offload_optimizer: bool = False
+    """Keep optimizer states in main memory."""
 
     @property
     def samples_per_step(self) -> int | None:
@@ -66,6 +71,7 @@ class RewardTrainSection(TuningTrainSection):
     """Training of a reward model."""
 
     learning_rate: float = Field(1e-4, gt=0)
+    """Peak of the schedule."""
     center_coefficient: float = Field(0.0, ge=0)
     """Weight of (chosen + rejected)^2, which keeps rewards around 0 (TRL `center_rewards_coefficient`; 0.01 is usual)."""
     head_init: Literal["normal", "zero", "default"] = "normal"
