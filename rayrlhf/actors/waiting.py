@@ -75,6 +75,11 @@ def fetch(ref: ray.ObjectRef, what: str, name: str) -> Any:
     try:
         return ray.get(ref)
     except RayTaskError as error:
+        if isinstance(error.cause, INFRASTRUCTURE_ERRORS):
+            # The call's input was to come from a process that is gone.
+            raise ActorLostError(
+                f"{name} was lost during {what}: its input is gone: {lost_because(error.cause)}", name
+            ) from error
         _raise_cause(error)
     except INFRASTRUCTURE_ERRORS as error:
         raise ActorLostError(f"{name} was lost during {what}: {lost_because(error)}", name) from error

@@ -18,13 +18,16 @@ FLOAT = 4
 LOGIT_BYTES = 24 * 2**20
 """`rayrlhf.models.logprobs.CHUNK_BYTES`, repeated here because that module brings torch; a test compares them."""
 LOGIT_BUFFERS = 3
-"""Buffers of that size alive at once in the backward pass: logits, probabilities, their gradient in compute precision."""
+"""Buffers of that size, or of all logits where they are fewer, alive at once in the backward pass: logits, probabilities, their
+gradient in compute precision."""
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default size of a reduction bucket, in elements; no more than the model has."""
 LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's default of parameters that ZeRO-3 keeps gathered."""
 PROCESS_BYTES = int(0.9 * GIB)
 """What a process takes before it has a model: CUDA context, libraries, NCCL buffers. Published figures lie at 0.5 to 1 GiB."""
+CPU_PROCESS_BYTES = int(0.4 * GIB)
+"""The same without a GPU: Python, torch, transformers, DeepSpeed, and a process group; measured."""
 BASE_UTILIZATION_BYTES = GIB
 """What vLLM's own profiling run takes out of its share before the KV cache: activations of one prefill and its workspace."""
 
@@ -87,6 +90,15 @@ def activation_bytes(shape: ModelShape, tokens: int, precision: Precision, *, ch
     return tokens * (layer * layers + ends)
 
 
+def backward_bytes(shape: ModelShape, tokens: int, precision: Precision) -> int:
+    """Bytes of gradients in flight when the backward pass is in the last layer, where all activations are still there.
+
+    In the feed-forward block they are largest: those of the product and of its two factors (3 I, in compute precision), beside
+    that of the residual stream and its copy after the norm (2 H in float32).
+    """
+    return tokens * (3 * precision.size * shape.intermediate + 2 * FLOAT * shape.hidden)
+
+
 def train_memory(
     shape: ModelShape,
     train: TrainSection,
@@ -97,6 +109,7 @@ def train_memory(
     checkpointing: bool = False,
     language: bool = True,
     states: int = 2,
+    gpu: bool = True,
 ) -> Memory:
     """Memory of one rank of a model that learns, at its peak.
 
@@ -109,6 +122,7 @@ def train_memory(
         checkpointing: whether activations are recomputed.
         language: whether it has the output layer (a separate critic has none).
         states: float32 numbers the optimizer keeps per parameter: 2 for Adam, 0 for SGD.
+        gpu: whether the rank has one.
     """
     stage = train.zero_stage
     frozen_head = 0 if language else _head_parameters(shape)
@@ -123,27 +137,30 @@ def train_memory(
     rounded = precision.size * (min(shape.linear, LIVE_ELEMENTS) if stage == 3 else shape.linear) if precision.reduced else 0
     gathered = FLOAT * min(LIVE_ELEMENTS, everything) if stage == 3 and ranks > 1 else 0
     bucket = FLOAT * min(BUCKET_ELEMENTS, learned) if ranks > 1 else 0
-    logits = LOGIT_BUFFERS * LOGIT_BYTES + precision.size * shape.output if language else 0
+    logits = LOGIT_BUFFERS * _logit_bytes(shape, tokens) + precision.size * shape.output if language else 0
+    process = PROCESS_BYTES if gpu else CPU_PROCESS_BYTES
     running = Memory(
         weights=weights + rounded + gathered,
         gradients=gradients + bucket,
         optimizer=optimizer - offloaded,
-        activations=activation_bytes(shape, tokens, precision, checkpointing=checkpointing) + logits,
-        overhead=PROCESS_BYTES,
+        activations=activation_bytes(shape, tokens, precision, checkpointing=checkpointing)
+        + backward_bytes(shape, tokens, precision)
+        + logits,
+        overhead=process,
         host=max(FLOAT * everything, offloaded),
     )
-    whole = FLOAT * everything + PROCESS_BYTES
+    whole = FLOAT * everything + process
     return replace(running, loading=max(0, whole - running.total))
 
 
-def frozen_memory(shape: ModelShape, precision: Precision, *, tokens: int) -> Memory:
+def frozen_memory(shape: ModelShape, precision: Precision, *, tokens: int, gpu: bool = True) -> Memory:
     """Memory of a model that is only read: linear weights in compute precision, the rest float32, one layer's activations."""
     weights = precision.size * shape.linear + FLOAT * (shape.parameters - shape.linear)
     layer = FLOAT * (4 * shape.hidden + 2 * shape.query + 2 * shape.intermediate)
     return Memory(
         weights=weights,
-        activations=tokens * layer + LOGIT_BYTES + precision.size * shape.output,
-        overhead=PROCESS_BYTES,
+        activations=tokens * layer + _logit_bytes(shape, tokens) + precision.size * shape.output,
+        overhead=PROCESS_BYTES if gpu else CPU_PROCESS_BYTES,
         host=FLOAT * shape.parameters,
     )
 
@@ -165,6 +182,11 @@ def rollout_memory(shape: ModelShape, precision: Precision, *, devices: int, cac
 def sync_bytes(shape: ModelShape, precision: Precision) -> int:
     """Bytes of the merged checkpoint that a weight sync sends, once to every node with a replica."""
     return shape.parameters * precision.size
+
+
+def _logit_bytes(shape: ModelShape, tokens: int) -> int:
+    """One buffer of float32 logits: a chunk, or all that there are."""
+    return min(LOGIT_BYTES, FLOAT * tokens * shape.vocabulary)
 
 
 def _head_parameters(shape: ModelShape) -> int:

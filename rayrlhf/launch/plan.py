@@ -162,7 +162,7 @@ def _memory(
     if role == "rollout":
         return rollout_memory(shape, precision, devices=config.rollout.tensor_parallel_size, cache=max(cache, 0))
     if role in ("reference", "reward"):
-        return frozen_memory(shape, precision, tokens=max(train.score_batch_tokens, longest))
+        return frozen_memory(shape, precision, tokens=max(train.score_batch_tokens, longest), gpu=bool(nodes.gpus))
     samples = -(-config.mini_batch_size // ranks)
     if train.micro_batch_size is not None:
         tokens = min(train.micro_batch_size, samples) * longest
@@ -177,6 +177,7 @@ def _memory(
         checkpointing=model.gradient_checkpointing,
         language=role == "policy",
         states=0 if train.optimizer.name == "sgd" else 2,
+        gpu=bool(nodes.gpus),
     )
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 CHUNK_BYTES = 24 * 2**20
 """Size of the float32 logits that exist at any one time."""
+ROWS = 64
+"""Reduced-precision products on a CPU take a multiple of so many rows, or a whole chunk."""
 
 
 def logprobs_and_entropy(
@@ -130,7 +132,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
                 bias_gradient += gradient.sum(0)
             gradient = gradient.to(ctx.dtype)
             if hidden_gradient is not None:
-                hidden_gradient[rows] = (gradient @ product).to(hidden.dtype)
+                hidden_gradient[rows] = (_padded(gradient, len(weight)) @ product)[: len(inputs)].to(hidden.dtype)
             if weight_gradient is not None:
                 _add_product(weight_gradient, gradient, inputs)
         return hidden_gradient, weight_gradient, bias_gradient, None, None, None
@@ -167,7 +169,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: fl
     if hidden.dtype == weight.dtype == logits.dtype:
         torch.mm(hidden, weight.t(), out=logits)
     else:
-        logits.copy_(hidden.to(weight.dtype) @ weight.t())
+        logits.copy_((_padded(hidden.to(weight.dtype), len(weight)) @ weight.t())[: len(hidden)])
     if bias is not None:
         logits.add_(bias)
     return logits if temperature == 1.0 else logits.div_(temperature)
@@ -177,7 +179,7 @@ def _add_product(total: Tensor, gradient: Tensor, inputs: Tensor) -> None:
     if total.dtype == gradient.dtype:
         total.addmm_(gradient.t(), inputs)
     else:
-        total.add_(gradient.t() @ inputs)
+        total.add_(_padded(gradient, len(total)).t() @ _padded(inputs, len(total)))
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:
@@ -185,8 +187,24 @@ def _product_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
+def _padded(rows: Tensor, vocabulary: int) -> Tensor:
+    """Rows [n, *] with zeros below them, up to one of few numbers of rows.
+
+    oneDNN compiles a kernel for every shape it meets and keeps the last thousand: a policy whose responses add up to another
+    number of tokens each time would grow by tens of kilobytes with every optimizer step, and wait for the compiler.
+    """
+    if rows.device.type != "cpu" or rows.element_size() > 2:
+        return rows
+    wanted = min(-(-len(rows) // ROWS) * ROWS, _chunk_rows(vocabulary))
+    return torch.nn.functional.pad(rows, (0, 0, 0, wanted - len(rows)))
+
+
+def _chunk_rows(vocabulary: int) -> int:
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
+
+
 def _buffer(hidden: Tensor, weight: Tensor) -> Tensor:
-    rows = min(len(hidden), max(1, CHUNK_BYTES // (4 * len(weight))))
+    rows = min(len(hidden), _chunk_rows(len(weight)))
     return torch.empty(rows, len(weight), dtype=torch.float32, device=weight.device)
 
 

@@ -68,3 +68,12 @@ def test_a_dead_actor_is_named_at_once_although_the_others_still_work(group):
     with pytest.raises(ActorLostError, match="run/reward/1 was lost during score"):
         wait_all(calls, "score", 60)
     assert time.monotonic() - started < 8.0
+
+
+def test_a_call_whose_input_died_with_its_maker_counts_as_a_loss_and_not_as_a_bug(group):
+    maker = ray.remote(Subject).options(num_cpus=0.1).remote()
+    call = group.handles[0].answer.remote(maker.die.remote())
+    with pytest.raises(ActorLostError, match="run/reward/0 was lost during answer: its input is gone") as caught:
+        wait_all({"run/reward/0": call}, "answer", 30)
+    assert caught.value.actor == "run/reward/0"
+    assert wait_all({"run/reward/0": group.handles[0].answer.remote("still there")}, "answer", 30) == ["still there"]

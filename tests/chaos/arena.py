@@ -54,12 +54,13 @@ class StandingCluster:
 
     def end(self):
         """Let it shut down; what is still there after a minute is killed."""
-        members = psutil.Process(self.pid).children(recursive=True)
+        own = psutil.Process(self.pid)
+        members = [own, *own.children(recursive=True)]
         self._process.stdin.close()
         try:
             self._process.wait(60)
         finally:
-            for process in psutil.wait_procs([*members, psutil.Process(self.pid)], timeout=5)[1]:
+            for process in psutil.wait_procs(members, timeout=5)[1]:
                 process.kill()
 
     def _answer(self):

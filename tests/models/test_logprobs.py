@@ -1,5 +1,8 @@
 """Chunked log-probs, entropy and KL against the plain formulas on whole logits."""
 
+import ctypes
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -144,3 +147,55 @@ def test_full_kl_is_the_sum_over_the_vocabulary(bias: bool) -> None:
     found = full_kl_from_hidden(hidden, weight, ref_hidden, ref_weight, bias=own_bias, ref_bias=ref_bias, temperature=0.8)
     torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-6)
     assert float(full_kl_from_hidden(hidden, weight, hidden, weight).abs().max()) == 0.0
+
+
+def allocated() -> int:
+    """Bytes that the C allocator has given out in its main arena."""
+
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+
+    class Info(ctypes.Structure):
+        _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallinfo2.restype = Info
+    info = libc.mallinfo2()
+    return int(info.uordblks + info.hblkhd)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
+def test_ever_new_numbers_of_tokens_leave_nothing_behind_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(259, 64, requires_grad=True)
+
+    def read(rows: int) -> None:
+        hidden = torch.randn(rows, 64, requires_grad=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logprobs, entropies = logprobs_and_entropy(hidden, weight, None, torch.randint(0, 259, (rows,)))
+        (logprobs.sum() + entropies.sum()).backward()
+
+    for rows in (64, 128, 192, 200):
+        read(rows)
+    before = allocated()
+    for rows in range(30, 200):
+        read(rows)
+    assert (allocated() - before) / 170 < 2048
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 130])
+def test_padding_of_products_changes_no_row_in_bfloat16(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(rows)
+    weight, hidden = torch.randn(259, 64), torch.randn(rows, 64)
+    targets = torch.randint(0, 259, (rows,))
+
+    def read() -> tuple[torch.Tensor | None, ...]:
+        inputs, matrix = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logprobs, entropies = logprobs_and_entropy(inputs, matrix, None, targets)
+        (logprobs.sum() + entropies.sum()).backward()
+        return logprobs, entropies, inputs.grad, matrix.grad
+
+    padded = read()
+    monkeypatch.setattr(module, "_padded", lambda rows, _: rows)
+    for mine, plain in zip(padded, read(), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-2, atol=1e-2)
