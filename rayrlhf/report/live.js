@@ -45,19 +45,20 @@ function merge(old, fresh) {
     replace(old, fresh);
   }
 }
-function ids(page) { return Array.from(page.querySelectorAll("main [id]"), (node) => node.id).join(" "); }
+// The page's own numbered parts; a drawn chart has more ids inside.
+function shape(main) { return Array.from(main.querySelectorAll("h2, .plot, table[id]"), (node) => node.dataset.figure || node.id || node.textContent).join("|"); }
 function update(text) {
   const fresh = new DOMParser().parseFromString(text, "text/html"), main = document.querySelector("main");
   const news = document.adoptNode(fresh.querySelector("main"));
   document.title = fresh.title;
   // Numbers on the page shift where a chart or a table is new; then all of it is put in anew.
-  if (ids(document) === Array.from(news.querySelectorAll("[id]"), (node) => node.id).join(" ")) merge(main, news);
+  if (shape(main) === shape(news)) merge(main, news);
   else {
     const kept = Array.from(main.querySelectorAll("input"), (input) => [input.type, input.id || input.ariaLabel, input.value, input.checked]);
     remember(news); main.replaceWith(news); watchPlots(news);
     for (const input of news.querySelectorAll("input")) {
-      const old = kept.find(([type, name]) => type === input.type && name === (input.id || input.ariaLabel));
-      if (old) { input.value = old[2]; input.checked = old[3]; }
+      const place = kept.findIndex(([type, name]) => type === input.type && name === (input.id || input.ariaLabel));
+      if (place >= 0) { const [old] = kept.splice(place, 1); input.value = old[2]; input.checked = old[3]; }
     }
   }
   for (const input of document.querySelectorAll("input[data-table]")) filterRows(input);

@@ -147,7 +147,7 @@ def _what_ran(view: RunView) -> Iterator[Block]:
     yield Heading("What was run, and on what")
     facts = [(key, _plain(value)) for key, value in flat(view.environment).items()]
     if facts:
-        yield DataTable(["environment", ""], facts)
+        yield DataTable(["environment", "found"], facts)
     if view.config_text:
         yield Folded("config.yaml", view.config_text)
 

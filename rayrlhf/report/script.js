@@ -49,7 +49,7 @@ function drawn(data) {
 function draw(plot) {
   const figure = JSON.parse(document.getElementById(plot.dataset.figure).textContent);
   seen.add(plot);
-  Plotly.react(plot, drawn(figure.data), themed(figure.layout), { responsive: true, displaylogo: false, displayModeBar: false });
+  Plotly.react(plot, drawn(figure.data), themed(figure.layout), { displaylogo: false, displayModeBar: false });
 }
 function redraw() { for (const plot of seen) if (plot.isConnected) draw(plot); else seen.delete(plot); }
 function value(cell) { return cell.dataset.value === undefined ? cell.textContent.toLowerCase() : Number(cell.dataset.value); }
@@ -74,7 +74,7 @@ function showWhole(box) { document.getElementById(box.dataset.whole).classList.t
 const inSight = new IntersectionObserver((entries) => {
   for (const entry of entries) if (entry.isIntersecting && !seen.has(entry.target)) draw(entry.target);
 }, { rootMargin: "200px" });
-const resized = new ResizeObserver((entries) => { for (const entry of entries) if (seen.has(entry.target)) Plotly.Plots.resize(entry.target); });
+const resized = new ResizeObserver((entries) => { for (const { target } of entries) if (seen.has(target) && target.offsetWidth) Plotly.Plots.resize(target); });
 function watchPlots(within) { for (const plot of within.querySelectorAll(".plot")) { inSight.observe(plot); resized.observe(plot); } }
 // One listener a kind on the whole page: parts of a live page come and go.
 document.addEventListener("click", (event) => {
