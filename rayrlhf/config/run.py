@@ -134,6 +134,8 @@ class ObserveSection(Section):
 
     tensorboard: bool = True
     """Write event files to `tensorboard/`."""
+    trackers: list[Literal["wandb", "mlflow", "trackio"]] = Field(default_factory=list)
+    """Experiment trackers that get the same numbers. Where they keep them is set by their own environment variables."""
     samples_per_step: int = Field(8, ge=0)
     """Rollouts written to `samples/` each step."""
     on_alarm: Literal["warn", "checkpoint", "stop"] = "warn"

@@ -20,6 +20,7 @@ from rayrlhf.observe.run_folder import open_run
 from rayrlhf.observe.samples import Sample, SampleSink, read_samples
 from rayrlhf.observe.tensorboard import TensorBoardSink
 from rayrlhf.observe.trace import TraceWriter
+from rayrlhf.observe.trackers import Tracker, open_tracker
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.evaluation import Evaluation
 from rayrlhf.ppo.sample_tokens import SampleTokens, token_kl
@@ -62,6 +63,7 @@ class Recorder(Callback):
         self._trace = TraceWriter(self.folder.path) if config.observe.trace else None
         self._journal = RecoveryJournal(self.folder.path)
         self._tensorboard: TensorBoardSink | None = None
+        self._trackers: list[Tracker] = []
         self._failed_copies = 0
 
     def __enter__(self) -> Self:
@@ -76,6 +78,8 @@ class Recorder(Callback):
             self._trace.close()
         if self._tensorboard:
             self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close()
         self.folder.close()
 
     @contextmanager
@@ -100,6 +104,8 @@ class Recorder(Callback):
         if self._config.observe.tensorboard:
             self._tensorboard = TensorBoardSink(self.folder.tensorboard, resumed_after=step if step else None)
         self.diagnosis.load(read_metrics(self.folder.path))
+        plain = self._config.model_dump(mode="json")
+        self._trackers = [open_tracker(name, self._config.run.name, plain) for name in self._config.observe.trackers]
         self._view.start(self._config.run.steps, step)
 
     def rewind(self, step: int) -> None:
@@ -158,6 +164,8 @@ class Recorder(Callback):
         self._metrics.write(step, metrics)
         if self._tensorboard:
             self._tensorboard.write(step, metrics)
+        for tracker in self._trackers:
+            tracker.write(step, metrics)
 
     def _step_samples(self, scored: ScoredRollouts) -> list[Sample]:
         """The first rollouts of the step, with what each was worth."""

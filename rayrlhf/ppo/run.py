@@ -24,6 +24,7 @@ from rayrlhf.engines.rollout import context_length
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_architecture, load_tokenizer
 from rayrlhf.observe.live import LiveView
+from rayrlhf.observe.trackers import check_trackers
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.checkpoint import Checkpointer
 from rayrlhf.ppo.cluster_metrics import ClusterMetrics
@@ -156,6 +157,7 @@ def load_prompts(config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def _check_backend(config: PPOConfig) -> None:
+    check_trackers(config.observe.trackers)
     if config.rollout.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UserError(
             "rollout.backend: vllm is not installed; expected `pip install 'rayrlhf[cpu]'` or `'rayrlhf[gpu]'`, "

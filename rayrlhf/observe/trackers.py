@@ -1,0 +1,109 @@
+"""Experiment trackers beside TensorBoard: the same numbers to wandb, MLflow or trackio, through one small door.
+
+A tracker sees a run's name, its configuration and its metrics; where they go, and with what credentials, is the tracker's own
+business and comes from its own environment (`WANDB_MODE=offline`, `MLFLOW_TRACKING_URI`, ...). A run that resumes goes on under
+the same name. None of the packages is installed with this one: pip install 'rayrlhf[trackers]'.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, Protocol, SupportsFloat
+
+from rayrlhf.errors import UserError
+
+TrackerName = Literal["wandb", "mlflow", "trackio"]
+PROJECT = "rayrlhf"
+
+
+class Tracker(Protocol):
+    """Where a run's numbers go."""
+
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Hand over one step's numbers; those that are not finite are left out."""
+
+    def close(self) -> None:
+        """Hand over what is left and end."""
+
+
+def check_trackers(names: Iterable[TrackerName]) -> None:
+    """Say at once, before any model loads, which tracker's package is missing.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"observe.trackers: {name} is not installed; expected `pip install 'rayrlhf[trackers]'`")
+
+
+def open_tracker(name: TrackerName, run_name: str, config: Mapping[str, Any]) -> Tracker:
+    """Begin a run with a tracker, or go on with one of this name.
+
+    Args:
+        name: of the tracker.
+        run_name: of the run.
+        config: its configuration, as plain values.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    check_trackers([name])
+    return _OPEN[name](run_name, config)
+
+
+class _Wandb:
+    def __init__(self, run_name: str, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(project=PROJECT, name=run_name, id=run_name, resume="allow", config=dict(config))
+
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        self._run.log(_finite(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _MLflow:
+    def __init__(self, run_name: str, config: Mapping[str, Any]) -> None:
+        import mlflow
+
+        mlflow.set_experiment(PROJECT)
+        found = mlflow.search_runs(filter_string=f"attributes.run_name = '{run_name}'", output_format="list", max_results=1)
+        self._mlflow = mlflow
+        mlflow.start_run(run_id=found[0].info.run_id if found else None, run_name=run_name)
+        if not found:
+            mlflow.log_dict(dict(config), "config.json")
+
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        self._mlflow.log_metrics({_plain(name): value for name, value in _finite(metrics).items()}, step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+class _Trackio:
+    def __init__(self, run_name: str, config: Mapping[str, Any]) -> None:
+        import trackio
+
+        self._trackio = trackio
+        trackio.init(project=PROJECT, name=run_name, config=dict(config), resume="allow", embed=False)
+
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        self._trackio.log(_finite(metrics), step=step)
+
+    def close(self) -> None:
+        self._trackio.finish()
+
+
+_OPEN: Mapping[str, Callable[[str, Mapping[str, Any]], Tracker]] = {"wandb": _Wandb, "mlflow": _MLflow, "trackio": _Trackio}
+
+
+def _finite(metrics: Mapping[str, SupportsFloat]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if math.isfinite(float(value))}
+
+
+def _plain(name: str) -> str:
+    """MLflow allows fewer characters in a name."""
+    return "".join(letter if letter.isalnum() or letter in "_-./ " else "_" for letter in name)
