@@ -32,12 +32,15 @@ class PreferencePair:
         rejected: the worse one.
         margin: by how much the better one should win, in units of reward; None where the dataset has no margins.
         row: number of its row in the dataset.
+        reference: log-probs of both answers under the model that training began with, summed over their tokens, in nats; None
+            where nobody computed them.
     """
 
     chosen: SupervisedSample
     rejected: SupervisedSample
     margin: float | None
     row: int
+    reference: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

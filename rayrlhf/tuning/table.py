@@ -62,11 +62,13 @@ class PairTable:
         answers: 2N samples.
         margins: float32 [N]; NaN where a pair has none.
         format: what stands around a prompt and its answer.
+        references: float32 [2N], see `PreferencePair.reference`; None where nobody computed them.
     """
 
     answers: SampleTable
     margins: Float32
     format: AnswerFormat
+    references: Float32 | None = None
 
     @classmethod
     def of(cls, pairs: Sequence[PreferencePair], answer_format: AnswerFormat | None = None) -> Self:
@@ -94,6 +96,7 @@ class PairTable:
                 answers[2 * place + 1],
                 None if np.isnan(self.margins[index]) else float(self.margins[index]),
                 answers[2 * place].row,
+                None if self.references is None else (float(self.references[2 * index]), float(self.references[2 * index + 1])),
             )
             for place, index in enumerate(numbers)
         ]
