@@ -102,6 +102,8 @@ class RolloutRequest(Record):
     key: SampleKey
     prompt_ids: Int32
     seed: int
+    prompt: Prompt | None = None
+    """The whole prompt, where an environment wants to know it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,8 @@ class Rollout(Record):
         finish_reason: "stop" (stop token or stop string) or "length".
         text: the response decoded without special tokens.
         seed: the request's seed.
+        rewards: float32 [R], what an environment paid, at the last token of the turn that earned it; None without one.
+        failure: why the environment could not play the sample; nothing is learned from it then. Empty otherwise.
     """
 
     key: SampleKey
@@ -129,6 +133,8 @@ class Rollout(Record):
     finish_reason: Literal["stop", "length"]
     text: str
     seed: int
+    rewards: Float32 | None = None
+    failure: str = ""
 
     def sequence(self) -> "Sequence":
         """The rollout as a token sequence for scoring and training."""

@@ -19,5 +19,14 @@ def sample_seed(run_seed: int, step: int, prompt: int, sample: int) -> int:
     Raises:
         struct.error: a number does not fit into 64 bits.
     """
-    digest = hashlib.blake2b(struct.pack("<4q", run_seed, step, prompt, sample), digest_size=8).digest()
+    return _hashed("<4q", run_seed, step, prompt, sample)
+
+
+def turn_seed(seed: int, turn: int) -> int:
+    """Return the seed of one turn of a sample: the sample's own for turn 0, so that one turn is sampled as without turns."""
+    return _hashed("<2q", seed, turn) if turn else seed
+
+
+def _hashed(layout: str, *numbers: int) -> int:
+    digest = hashlib.blake2b(struct.pack(layout, *numbers), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -5,12 +5,13 @@ not installed and as an oracle for it in tests. A new backend is one more file a
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from rayrlhf.config.environment import EnvironmentSection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.rollout import RolloutSection
 from rayrlhf.data.records import Rollout, RolloutRequest
@@ -32,19 +33,32 @@ VLLM_ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class RolloutSpec:
-    """What one replica is built from. `seed` seeds the backend itself; every request brings its own."""
+    """What one replica is built from. `seed` seeds the backend itself; every request brings its own.
+
+    `environment` answers the policy's turns, if there is one, and `lockstep` lets all samples play turn by turn.
+    """
 
     model: ModelSection
     rollout: RolloutSection
     seed: int
+    environment: EnvironmentSection | None = None
+    lockstep: bool = False
 
 
 def build_rollout_engine(spec: RolloutSpec) -> RolloutEngine:
     """Start the configured sampler on the model's own weights, in this process.
 
     Raises:
-        UserError: the backend is not installed, or it cannot serve this model with these settings.
+        UserError: the backend is not installed, it cannot serve this model with these settings, or there is no such
+            environment.
     """
+    if spec.environment is not None:
+        from rayrlhf.engines.rollout_episodes import EpisodeEngine
+        from rayrlhf.models.load import load_tokenizer
+
+        tokenizer = load_tokenizer(spec.model)
+        turns = build_rollout_engine(replace(spec, environment=None))
+        return EpisodeEngine(turns, spec.environment, tokenizer, lockstep=spec.lockstep)
     if spec.rollout.backend == "vllm":
         from rayrlhf.engines.rollout_vllm import VLLMRolloutEngine
 

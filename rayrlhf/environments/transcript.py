@@ -1,0 +1,95 @@
+"""The tokens of a sample with several turns: what the policy sampled, as it sampled it, and what the environment put between.
+
+Token in, token out: sampled ids and their log-probs go from the sampler into the record untouched. Text is decoded for the
+environment to read and never encoded again, since encoding the same text may give other tokens than those that were sampled.
+The environment's words are encoded once, when they are said.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from rayrlhf.data.records import Int32, Rollout, RolloutRequest
+
+
+class Span(NamedTuple):
+    """Tokens `start` to `end` (exclusive) of the response, and who wrote them."""
+
+    owner: Literal["policy", "environment"]
+    start: int
+    end: int
+
+
+class Transcript:
+    """A response that grows turn by turn.
+
+    Attributes:
+        spans: who wrote what, in order, without gaps.
+        turns: turns of the policy.
+    """
+
+    def __init__(self, request: RolloutRequest) -> None:
+        self.request = request
+        self.spans: list[Span] = []
+        self.turns = 0
+        self._ids: list[Int32] = []
+        self._logprobs: list[np.ndarray] = []
+        self._versions: list[Int32] = []
+        self._rewards: dict[int, float] = {}
+
+    def __len__(self) -> int:
+        return self.spans[-1].end if self.spans else 0
+
+    @property
+    def token_ids(self) -> Int32:
+        """Prompt and response so far, int32 [P + R]: what the next turn is sampled after."""
+        return np.concatenate([self.request.prompt_ids, *self._ids])
+
+    def say(self, turn: Rollout) -> None:
+        """Append a turn of the policy, as the sampler recorded it."""
+        self._append("policy", turn.response_ids, turn.logprobs, turn.versions)
+        self.turns += 1
+
+    def hear(self, token_ids: Int32, version: int) -> None:
+        """Append words of the environment. They carry the weight version in force, so that they age with their neighbours."""
+        if len(token_ids):
+            count = len(token_ids)
+            self._append("environment", token_ids, np.zeros(count, np.float32), np.full(count, version, np.int32))
+
+    def earn(self, reward: float) -> None:
+        """Pay a reward at the last token so far, which must be the policy's."""
+        if not self.spans or self.spans[-1].owner != "policy":
+            raise ValueError("a reward is paid at the end of a turn of the policy")
+        last = len(self) - 1
+        self._rewards[last] = self._rewards.get(last, 0.0) + reward
+
+    def rollout(self, finish_reason: Literal["stop", "length"], tokenizer: Any) -> Rollout:
+        """The whole sample as one record; its text is that of all turns and observations."""
+        response = np.concatenate(self._ids).astype(np.int32)
+        mask = np.zeros(len(response), dtype=np.bool_)
+        for span in self.spans:
+            mask[span.start : span.end] = span.owner == "policy"
+        rewards = np.zeros(len(response), dtype=np.float32)
+        for position, reward in self._rewards.items():
+            rewards[position] = reward
+        return Rollout(
+            key=self.request.key,
+            prompt_ids=self.request.prompt_ids,
+            response_ids=response,
+            action_mask=mask,
+            logprobs=np.concatenate(self._logprobs).astype(np.float32),
+            versions=np.concatenate(self._versions).astype(np.int32),
+            finish_reason=finish_reason,
+            text=tokenizer.decode(response.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            seed=self.request.seed,
+            rewards=rewards,
+        )
+
+    def _append(
+        self, owner: Literal["policy", "environment"], ids: np.ndarray, logprobs: np.ndarray, versions: np.ndarray
+    ) -> None:
+        start = len(self)
+        self.spans.append(Span(owner, start, start + len(ids)))
+        self._ids.append(ids)
+        self._logprobs.append(logprobs)
+        self._versions.append(versions)
