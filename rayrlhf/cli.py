@@ -90,6 +90,24 @@ def reward(
 
 
 @app.command()
+def dpo(
+    config: Annotated[Path, typer.Argument(help="A YAML file with a DPO configuration.")],
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a policy on preference pairs without a reward model; the same command resumes a run that was interrupted."""
+    from rayrlhf.config.load import load_config
+    from rayrlhf.config.tuning import DPOConfig
+    from rayrlhf.tuning.run import check_dpo, train_dpo
+
+    loaded = load_config(DPOConfig, config, overrides or [])
+    if dry_run:
+        typer.echo(check_dpo(loaded))
+    else:
+        train_dpo(loaded)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
     merge: Annotated[bool, typer.Option("--merge", help="Fold adapters into their base model.")] = False,
@@ -117,7 +135,7 @@ def run_command(
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Run a chain of stages (SFT, reward model, PPO, evaluation); finished stages are skipped on a rerun."""
+    """Run a chain of stages (SFT, reward model, DPO, PPO, evaluation); finished stages are skipped on a rerun."""
     from rayrlhf.chain.run import load_chain, plan_chain, run_chain, summary
 
     config = load_chain(chain, overrides or [])
@@ -180,8 +198,16 @@ def report(
 ) -> None:
     """Write what a run did as one HTML file that opens offline."""
     from rayrlhf.report.run_page import write_run_report
+    from rayrlhf.report.run_view import folder_kind
 
-    typer.echo(f"report: {write_run_report(run, compare=compare, output=output)}")
+    if folder_kind(run) != "Pre-SFT":
+        typer.echo(f"report: {write_run_report(run, compare=compare, output=output)}")
+        return
+    from rayrlhf.presft.report_folder import write_presft_report
+
+    if compare is not None:
+        raise UserError("--compare draws curves over steps, which a Pre-SFT run has none of: leave it out")
+    typer.echo(f"report: {write_presft_report(run, output)}")
 
 
 @app.command()

@@ -12,7 +12,7 @@ from rayrlhf.config.chain import StageKind
 from rayrlhf.config.evaluate import EvaluateConfig
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.section import Section
-from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
+from rayrlhf.config.tuning import DPOConfig, RewardTrainingConfig, SFTConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,12 @@ def _reward(config: RewardTrainingConfig) -> str:
     return _numbers(train_reward(config).metrics)
 
 
+def _dpo(config: DPOConfig) -> str:
+    from rayrlhf.tuning.run import train_dpo
+
+    return _numbers(train_dpo(config).metrics)
+
+
 def _ppo(config: PPOConfig) -> str:
     from rayrlhf.observe.metrics import read_metrics
     from rayrlhf.ppo.run import train_ppo
@@ -67,6 +73,7 @@ def _evaluate(config: EvaluateConfig) -> str:
 STAGES: Mapping[StageKind, StageType] = {
     "sft": StageType(SFTConfig, _sft),
     "reward": StageType(RewardTrainingConfig, _reward),
+    "dpo": StageType(DPOConfig, _dpo),
     "ppo": StageType(PPOConfig, _ppo),
     "evaluate": StageType(EvaluateConfig, _evaluate, exports=False),
 }

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from rayrlhf.config.section import Section
 
-StageKind = Literal["sft", "reward", "ppo", "evaluate"]
+StageKind = Literal["sft", "reward", "dpo", "ppo", "evaluate"]
 
 
 class ChainRunSection(Section):

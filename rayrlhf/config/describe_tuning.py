@@ -1,10 +1,8 @@
-"""The plan of an SFT or reward-model run in words, for `--dry-run`: data, steps, workers, and what is left out and why."""
+"""The plan of an SFT, reward-model or DPO run in words, for `--dry-run`: data, steps, workers, and what is left out and why."""
 
 from collections.abc import Iterator
 
-from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
-
-TuningConfig = SFTConfig | RewardTrainingConfig
+from rayrlhf.config.tuning import DPOConfig, RewardTrainingConfig, SFTConfig, TuningConfig
 
 
 def describe_tuning(config: TuningConfig) -> str:
@@ -13,15 +11,20 @@ def describe_tuning(config: TuningConfig) -> str:
 
 
 def _subject(config: TuningConfig) -> Iterator[str]:
-    train, model = config.train, config.model
-    length = f"{train.steps} steps" if train.steps is not None else _count(train.epochs, "epoch")
+    model = config.model
+    length = f"{config.train.steps} steps" if config.train.steps is not None else _count(config.train.epochs, "epoch")
     yield f"run: {config.run.folder}, {length}, seed {config.run.seed}"
     adapters = f", LoRA rank {model.lora.rank}" if model.lora is not None else ""
-    kind = "policy" if isinstance(config, SFTConfig) else "reward model"
-    yield f"{kind}: {model.path}{adapters}, {_workers(config)}, ZeRO stage {train.zero_stage}"
+    kind = "reward model" if isinstance(config, RewardTrainingConfig) else "policy"
+    yield f"{kind}: {model.path}{adapters}, {_workers(config)}, ZeRO stage {config.train.zero_stage}"
     if isinstance(config, SFTConfig):
         noise = f", NEFTune noise {config.train.neftune_alpha:g}" if config.train.neftune_alpha is not None else ""
         yield f"loss: cross-entropy per token to learn ({config.data.loss_on}){noise}"
+    elif isinstance(config, DPOConfig):
+        train = config.train
+        smoothing = f", label smoothing {train.label_smoothing:g}" if train.label_smoothing else ""
+        reference = "the initial model, asked once about all pairs" if train.reference == "initial" else "none"
+        yield f"loss: DPO per pair ({train.loss}, beta {train.beta:g}{smoothing}), reference: {reference}"
     else:
         weight = config.train.center_coefficient
         yield f"loss: Bradley-Terry per pair{f' + {weight:g} x (chosen + rejected)^2' if weight else ''}"

@@ -1,4 +1,4 @@
-"""The roots of SFT's and reward modelling's configuration files, and the checks that span sections."""
+"""The roots of SFT's, reward modelling's and DPO's configuration files, and the checks that span sections."""
 
 from typing import Self
 
@@ -8,6 +8,7 @@ from rayrlhf.config.model import ModelSection
 from rayrlhf.config.section import Section
 from rayrlhf.config.tuning_data import PreferenceDataSection, SupervisedDataSection
 from rayrlhf.config.tuning_run import (
+    DirectPreferenceRunSection,
     RewardRunSection,
     SupervisedCheckpointSection,
     SupervisedEvaluationSection,
@@ -17,7 +18,12 @@ from rayrlhf.config.tuning_run import (
     TuningRunSection,
     WorkersSection,
 )
-from rayrlhf.config.tuning_train import RewardTrainSection, SupervisedTrainSection, TuningTrainSection
+from rayrlhf.config.tuning_train import (
+    DirectPreferenceTrainSection,
+    RewardTrainSection,
+    SupervisedTrainSection,
+    TuningTrainSection,
+)
 
 
 class SFTConfig(Section):
@@ -68,6 +74,38 @@ class RewardTrainingConfig(Section):
         _check_evaluation(self.has_evaluation, self.evaluation, self.checkpoint)
         _check_batch(self.train, self.workers, self.data.max_length, 2)
         return self
+
+
+class DPOConfig(Section):
+    """Everything `rayrlhf dpo` needs."""
+
+    run: DirectPreferenceRunSection = DirectPreferenceRunSection()
+    model: ModelSection
+    data: PreferenceDataSection
+    train: DirectPreferenceTrainSection = DirectPreferenceTrainSection()
+    evaluation: TuningEvaluationSection = TuningEvaluationSection()
+    checkpoint: TuningCheckpointSection = TuningCheckpointSection()
+    workers: WorkersSection = WorkersSection()
+    observe: TuningObserveSection = TuningObserveSection()
+
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether there are held-out pairs."""
+        return self.data.evaluation is not None or self.data.held_out_share > 0
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        _check_evaluation(self.has_evaluation, self.evaluation, self.checkpoint)
+        _check_batch(self.train, self.workers, self.data.max_length, 2)
+        if self.data.overlong == "truncate":
+            raise ValueError(
+                "data.overlong truncate keeps the end of a pair, where DPO needs its prompt: expected error or drop"
+            )
+        return self
+
+
+TuningConfig = SFTConfig | RewardTrainingConfig | DPOConfig
+"""What the tuning loop can run."""
 
 
 def _check_evaluation(has_evaluation: bool, section: TuningEvaluationSection, checkpoint: TuningCheckpointSection) -> None:

@@ -35,6 +35,13 @@ class RewardRunSection(TuningRunSection):
     """Name of the run and of its folder."""
 
 
+class DirectPreferenceRunSection(TuningRunSection):
+    """Identity of a DPO run."""
+
+    name: str = Field("dpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
+
+
 class TuningEvaluationSection(Section):
     """Measuring on held-out rows during and after training."""
 

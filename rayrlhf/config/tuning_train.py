@@ -76,3 +76,24 @@ class RewardTrainSection(TuningTrainSection):
     """Weight of (chosen + rejected)^2, which keeps rewards around 0 (TRL `center_rewards_coefficient`; 0.01 is usual)."""
     head_init: Literal["normal", "zero", "default"] = "normal"
     """A new scalar head: `normal` draws N(0, 1/(hidden+1)), `default` is torch's Linear initialisation."""
+
+
+class DirectPreferenceTrainSection(TuningTrainSection):
+    """Training of a policy on pairs (DPO)."""
+
+    learning_rate: float = Field(1e-6, gt=0)
+    """Peak of the schedule."""
+    loss: Literal["sigmoid", "robust", "ipo"] = "sigmoid"
+    """`sigmoid` is DPO, `robust` its unbiased form for wrong labels, `ipo` the squared loss of mean log-ratios."""
+    beta: float = Field(0.1, gt=0)
+    """Pull towards the reference; tau of IPO."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of the labels that are taken to be wrong; with `sigmoid` this is conservative DPO."""
+    reference: Literal["initial", "none"] = "initial"
+    """`initial`: the model that training begins with, asked once about all pairs; `none` leaves it out."""
+
+    @model_validator(mode="after")
+    def _ipo_smooths_nothing(self) -> Self:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError(f"label_smoothing {self.label_smoothing:g} has no effect on loss ipo; expected sigmoid or robust")
+        return self

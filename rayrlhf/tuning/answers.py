@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from rayrlhf.config.rollout import RolloutSection
-from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
+from rayrlhf.config.tuning import SFTConfig, TuningConfig
 from rayrlhf.data.records import Rollout, RolloutRequest, SampleKey
 from rayrlhf.engines.rollout import RolloutSpec
 from rayrlhf.engines.rollout_transformers import TransformersRolloutEngine
@@ -19,8 +19,8 @@ from rayrlhf.tuning.table import SampleTable, Table
 class AnswerSampler:
     """Samples on the first worker, with a copy of the weights; the others hand theirs over and go on."""
 
-    def __init__(self, config: SFTConfig | RewardTrainingConfig, held_out: Table, folder: Path) -> None:
-        """Choose the prompts: the first held-out samples, up to their first token to learn. A reward model answers none."""
+    def __init__(self, config: TuningConfig, held_out: Table, folder: Path) -> None:
+        """Choose the prompts: the first held-out samples, up to their first token to learn. Only SFT answers any."""
         self._requests: list[RolloutRequest] = []
         if not isinstance(config, SFTConfig) or not isinstance(held_out, SampleTable) or not config.evaluation.generations:
             return

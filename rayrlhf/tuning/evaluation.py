@@ -109,14 +109,29 @@ def held_out_rewards(engine: TrainEngine, pairs: Sequence[PreferencePair], *, sh
     return PreferenceScores(rewards[::2], rewards[1::2], margins)
 
 
-def _scores(engine: TrainEngine, sequences: Sequence[TokenSequence], want: Want, *, sharded: bool) -> list[Float32]:
+def answer_logprobs(
+    engine: TrainEngine, answers: Sequence[SupervisedSample], *, sharded: bool, reference: bool = False
+) -> Float32:
+    """Log-probs summed over the tokens to learn, float32 [N], nats; `reference` switches adapters off. See `held_out_loss`."""
+    sequences = [supervised_sequence(answer) for answer in answers]
+    scores = _scores(engine, sequences, "logprobs", sharded=sharded, reference=reference)
+    sums = [
+        float(score[answer.loss_mask[-len(score) :]].sum(dtype=np.float64))
+        for answer, score in zip(answers, scores, strict=True)
+    ]
+    return np.array(sums, dtype=np.float32)
+
+
+def _scores(
+    engine: TrainEngine, sequences: Sequence[TokenSequence], want: Want, *, sharded: bool, reference: bool = False
+) -> list[Float32]:
     """One field of all sequences' scores, on every worker."""
     ranks = torch.distributed.get_world_size()
     if not sharded or ranks == 1:
-        return [_field(score, want) for score in engine.score(sequences, frozenset({want}))]
+        return [_field(score, want) for score in engine.score(sequences, frozenset({want}), reference=reference)]
     shares = balance([len(sequence.token_ids) for sequence in sequences], ranks)
     mine = [sequences[index] for index in shares[torch.distributed.get_rank()]]
-    own = [_field(score, want) for score in engine.score(mine, frozenset({want}))] if mine else []
+    own = [_field(score, want) for score in engine.score(mine, frozenset({want}), reference=reference)] if mine else []
     parts: list[list[Float32]] = [[] for _ in range(ranks)]
     torch.distributed.all_gather_object(parts, own)
     by_index = {

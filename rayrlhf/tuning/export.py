@@ -1,11 +1,11 @@
-"""The trained model as others load it: an SFT model, its adapters alone, or a reward model with its statistics and format."""
+"""The trained model as others load it: a policy, its adapters alone, or a reward model with its statistics and format."""
 
 import json
 from pathlib import Path
 
 import torch
 
-from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
+from rayrlhf.config.tuning import RewardTrainingConfig, TuningConfig
 from rayrlhf.data.answer_format import AnswerFormat
 from rayrlhf.data.atomic import write_atomically
 from rayrlhf.engines.reward_model import STATISTICS_FILE
@@ -15,7 +15,7 @@ from rayrlhf.tuning.evaluation import CHANCE_LEVEL, PreferenceScores
 
 
 def export_model(
-    config: SFTConfig | RewardTrainingConfig,
+    config: TuningConfig,
     engine: TrainEngine,
     scores: PreferenceScores | None,
     answer_format: AnswerFormat | None,
@@ -23,7 +23,7 @@ def export_model(
 ) -> None:
     """Write the engine's weights to a Hugging Face folder; every worker takes part.
 
-    SFT with adapters writes the adapters (`rayrlhf export --merge` merges them); everything else is a whole model.
+    A policy with adapters writes the adapters (`rayrlhf export --merge` merges them); everything else is a whole model.
 
     Args:
         config: of the run.
@@ -35,7 +35,7 @@ def export_model(
     Raises:
         AlarmError: a reward model that is not better than chance, unless `export_anyway`.
     """
-    if isinstance(config, SFTConfig):
+    if not isinstance(config, RewardTrainingConfig):
         if config.model.lora is not None:
             engine.export_adapters(folder)
         else:

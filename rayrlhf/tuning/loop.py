@@ -71,6 +71,9 @@ class _Worker:
         self._train, self._held_out = ray.get(job.data)
         self._plan = batch_plan(self._task, self._train)
         self._engine = TrainEngine(self._task.spec(self._plan.total_steps))
+        self._train = self._task.prepare(self._engine, self._train, job.folder)
+        if self._held_out is not None:
+            self._held_out = self._task.prepare(self._engine, self._held_out, job.folder)
         self._trainer = StepTrainer(self._task, self._engine, self._train, self._plan)
         self._answers: AnswerSampler | None = None
         self._scores: PreferenceScores | None = None

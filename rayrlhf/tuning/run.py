@@ -1,7 +1,7 @@
-"""SFT and reward modelling from start to end: check the data, let Ray Train run the loop, and say what came of it."""
+"""SFT, reward modelling and DPO from start to end: check the data, let Ray Train run the loop, and say what came of it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,14 @@ import yaml
 
 from rayrlhf.config.describe_tuning import describe_tuning
 from rayrlhf.config.load import differences, dump_config
-from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
+from rayrlhf.config.tuning import DPOConfig, RewardTrainingConfig, SFTConfig, TuningConfig
 from rayrlhf.data.supervised import DatasetReport, Spread, in_turn
 from rayrlhf.errors import ActorLostError, UserError
 from rayrlhf.models.load import load_architecture, load_tokenizer
 from rayrlhf.observe.live import LiveView
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.observe.run_folder import RunFolder, open_run
+from rayrlhf.tuning.direct_preference_task import DirectPreferenceTask
 from rayrlhf.tuning.follow import following
 from rayrlhf.tuning.interrupt import stoppable
 from rayrlhf.tuning.length_baseline import METRIC as LENGTH_METRIC
@@ -28,8 +29,9 @@ from rayrlhf.tuning.result import TuningResult, read_result
 from rayrlhf.tuning.table import PairTable, Table
 from rayrlhf.tuning.task import PreferenceTask, SupervisedTask, Task
 
-__all__ = ["TuningResult", "check_reward", "check_sft", "train_reward", "train_sft"]
+__all__ = ["TuningResult", "check_dpo", "check_reward", "check_sft", "train_dpo", "train_reward", "train_sft"]
 
+_KINDS: Mapping[type[TuningConfig], str] = {SFTConfig: "sft", RewardTrainingConfig: "reward", DPOConfig: "dpo"}
 _FREE_KEYS = ("export_anyway", "observe.", "workers.", "run.resume", "checkpoint.keep", "data.reader")
 """Beginnings of keys that may change between a run and its resumption: they change no number of the training."""
 
@@ -46,6 +48,11 @@ def check_sft(config: SFTConfig) -> str:
 def check_reward(config: RewardTrainingConfig) -> str:
     """Check a configuration and its data without starting anything; returns the plan in words; errors as `check_sft`."""
     return _check(PreferenceTask(config))
+
+
+def check_dpo(config: DPOConfig) -> str:
+    """Check a configuration and its data without starting anything; returns the plan in words; errors as `check_sft`."""
+    return _check(DirectPreferenceTask(config))
 
 
 def train_sft(config: SFTConfig) -> TuningResult:
@@ -70,6 +77,11 @@ def train_reward(config: RewardTrainingConfig) -> TuningResult:
     return _train(PreferenceTask(config))
 
 
+def train_dpo(config: DPOConfig) -> TuningResult:
+    """Train a policy on preference pairs (DPO), as `train_sft` does; errors as `train_sft`."""
+    return _train(DirectPreferenceTask(config))
+
+
 def _read(task: Task, view: LiveView, stack: ExitStack) -> "_Data":
     """Read the data here, or on the cluster, which is then connected to for the rest of the run."""
     from rayrlhf.tuning.reading import over_cluster, through_ray_data
@@ -90,11 +102,12 @@ class _Data:
     train: Table
     held_out: Table | None
     report: DatasetReport
+    rewards: bool
 
     @property
     def baseline(self) -> LengthBaseline | None:
         """What a reward model has to beat; None where there are no held-out pairs."""
-        if isinstance(self.train, PairTable) and isinstance(self.held_out, PairTable):
+        if self.rewards and isinstance(self.train, PairTable) and isinstance(self.held_out, PairTable):
             return length_baseline(self.train, self.held_out)
         return None
 
@@ -121,7 +134,7 @@ def _load(task: Task, spread: Spread = in_turn) -> _Data:
         )
     tokenizer = load_tokenizer(config.model)
     positions = getattr(load_architecture(config.model), "max_position_embeddings", None)
-    data = _Data(*task.load(tokenizer, spread))
+    data = _Data(*task.load(tokenizer, spread), rewards=isinstance(config, RewardTrainingConfig))
     longest = max(_longest(table) for table in (data.train, data.held_out) if table is not None)
     if positions is not None and longest > positions:
         raise UserError(
@@ -137,7 +150,7 @@ def _longest(table: Table) -> int:
 
 def _train(task: Task) -> TuningResult:
     config, started = task.config, time.monotonic()
-    kind = "sft" if isinstance(config, SFTConfig) else "reward"
+    kind = _KINDS[type(config)]
     view = LiveView(f"rayrlhf {kind} {config.run.name}", live=None if config.observe.live else False)
     with ExitStack() as stack:
         stack.callback(view.stop)
@@ -208,7 +221,12 @@ def _lost(error: Any, allowed: int) -> Exception:
 
 def _differences(stored: str, wanted: str) -> list[str]:
     """Lines that tell a run folder's configuration from the wanted one, where it matters."""
-    root = RewardTrainingConfig if "center_coefficient" in wanted else SFTConfig
+    train = yaml.safe_load(wanted)["train"]
+    root: type[TuningConfig] = SFTConfig
+    if "beta" in train:
+        root = DPOConfig
+    elif "center_coefficient" in train:
+        root = RewardTrainingConfig
     found = differences(*(root.model_validate(yaml.safe_load(text)) for text in (stored, wanted)))
     return [line for line in found if not line.startswith(_FREE_KEYS)]
 
@@ -221,7 +239,7 @@ def _baseline_metric(data: _Data) -> dict[str, float]:
     return {} if data.baseline is None else {LENGTH_METRIC: data.baseline.accuracy}
 
 
-def _final_metrics(config: SFTConfig | RewardTrainingConfig, folder: Path) -> dict[str, float]:
+def _final_metrics(config: TuningConfig, folder: Path) -> dict[str, float]:
     """The last loss, and the evaluation of the weights that were exported."""
     rows: Sequence[dict[str, Any]] = read_metrics(folder)
     last = [row["loss"] for row in rows if "loss" in row]

@@ -1,10 +1,14 @@
-"""What SFT and reward modelling do differently: data, loss, heads and evaluation. The loop around them is one and the same."""
+"""What ways of tuning do differently: data, loss, heads and evaluation. The loop around them is one and the same.
+
+SFT and reward modelling are here, DPO in `direct_preference_task.py`.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
+from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig, TuningConfig
 from rayrlhf.data.supervised import DatasetReport, Spread, in_turn, load_preference_data, load_supervised_data
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives import ImitationObjective, Objective
@@ -22,7 +26,7 @@ class Task(Protocol):
     """One way of tuning a model; picklable."""
 
     @property
-    def config(self) -> SFTConfig | RewardTrainingConfig:
+    def config(self) -> TuningConfig:
         """The run's configuration."""
         ...
 
@@ -37,6 +41,10 @@ class Task(Protocol):
 
     def spec(self, total_steps: int) -> TrainEngineSpec:
         """What every worker's engine is built from."""
+        ...
+
+    def prepare(self, engine: TrainEngine, table: Table, folder: Path) -> Table:
+        """Add to the data what only the first weights know of it; every worker takes part, before any checkpoint is loaded."""
         ...
 
     def batch(self, samples: Sequence[Any]) -> TrainingBatch:
@@ -83,6 +91,10 @@ class SupervisedTask:
             targets_only=True,
             noise_alpha=train.neftune_alpha,
         )
+
+    def prepare(self, engine: TrainEngine, table: Table, folder: Path) -> Table:
+        """Nothing to add."""
+        return table
 
     def batch(self, samples: Sequence[Any]) -> TrainingBatch:
         """See `Task.batch`."""
@@ -131,6 +143,10 @@ class PreferenceTask:
             packing=train.packing,
             targets_only=True,
         )
+
+    def prepare(self, engine: TrainEngine, table: Table, folder: Path) -> Table:
+        """Nothing to add."""
+        return table
 
     def batch(self, samples: Sequence[Any]) -> TrainingBatch:
         """See `Task.batch`."""

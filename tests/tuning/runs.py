@@ -1,9 +1,9 @@
-"""Small complete SFT and reward-model runs for tests: the tiny built-in model on real Ray workers."""
+"""Small complete SFT, reward-model and DPO runs for tests: the tiny built-in model on real Ray workers."""
 
 import json
 
 from rayrlhf.config.load import load_config
-from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
+from rayrlhf.config.tuning import DPOConfig, RewardTrainingConfig, SFTConfig
 
 SETTINGS = [
     "model.path=builtin:tiny?layers=2&hidden=64&context=128",
@@ -50,3 +50,11 @@ def reward_config(folder, *overrides, rows=96, learnable=True):
     )
     own = [f"data.train.path={path}", f"run.root={folder / 'runs'}"]
     return load_config(RewardTrainingConfig, None, [*SETTINGS, *own, *overrides])
+
+
+def dpo_config(folder, *overrides):
+    """Pairs where the better answer says yes and is a little longer."""
+    rows = [{"prompt": f"is it {number}?", "chosen": "yes, it is", "rejected": "no"} for number in range(48)]
+    path = write_rows(folder / "pairs.jsonl", rows)
+    own = [f"data.train.path={path}", f"run.root={folder / 'runs'}"]
+    return load_config(DPOConfig, None, [*SETTINGS, *own, *overrides])

@@ -1,0 +1,91 @@
+"""DPO as a task of the tuning loop: pairs as a reward model reads them, a policy instead of the scalar head."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rayrlhf.algorithms.direct_preference import direct_preference_loss
+from rayrlhf.config.tuning import DPOConfig
+from rayrlhf.data.supervised import Spread, in_turn, load_preference_data
+from rayrlhf.data.training_batch import TrainingBatch
+from rayrlhf.engines.direct_preference_objective import DirectPreferenceObjective, direct_preference_batch
+from rayrlhf.engines.train_engine import TrainEngine, TrainEngineSpec
+from rayrlhf.tuning.evaluation import PreferenceScores, answer_logprobs
+from rayrlhf.tuning.reference import with_references
+from rayrlhf.tuning.table import PairTable, Table
+from rayrlhf.tuning.task import Datasets
+
+
+@dataclass(frozen=True)
+class DirectPreferenceTask:
+    """The loss of `rayrlhf.algorithms.direct_preference` against the model that training begins with."""
+
+    config: DPOConfig
+
+    @property
+    def objective(self) -> DirectPreferenceObjective:
+        """Direct preference."""
+        train = self.config.train
+        return DirectPreferenceObjective(train.loss, train.beta, train.label_smoothing)
+
+    def load(self, tokenizer: Any, spread: Spread = in_turn) -> Datasets:
+        """See `Task.load`."""
+        train, held_out = load_preference_data(self.config.data, tokenizer, spread)
+        rows = self.config.evaluation.rows
+        return PairTable.of(train.samples), PairTable.of(held_out.samples[:rows]) if held_out else None, train.report
+
+    def spec(self, total_steps: int) -> TrainEngineSpec:
+        """See `Task.spec`."""
+        train = self.config.train
+        return TrainEngineSpec(
+            self.config.model,
+            frozenset({"lm"}),
+            train.engine_section(),
+            train.learning_rate,
+            total_optimizer_steps=total_steps,
+            seed=self.config.run.seed,
+            packing=train.packing,
+            targets_only=True,
+        )
+
+    def prepare(self, engine: TrainEngine, table: Table, folder: Path) -> Table:
+        """Ask the first weights about all pairs (see `Task.prepare`)."""
+        if self.config.train.reference == "none" or not isinstance(table, PairTable):
+            return table
+        return with_references(
+            engine,
+            table,
+            folder,
+            adapters=self.config.model.lora is not None,
+            sharded=self.config.train.zero_stage < 3,
+        )
+
+    def batch(self, samples: Sequence[Any]) -> TrainingBatch:
+        """See `Task.batch`."""
+        return direct_preference_batch(samples)
+
+    def loss(self, metrics: Mapping[str, float]) -> float:
+        """Mean over pairs."""
+        return metrics["loss/direct_preference"]
+
+    def evaluate(self, engine: TrainEngine, held_out: Table) -> tuple[dict[str, float], PreferenceScores | None]:
+        """Loss, accuracy and rewards on held-out pairs."""
+        pairs = held_out.take(range(len(held_out))) if isinstance(held_out, PairTable) else []
+        answers = [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
+        found = answer_logprobs(engine, answers, sharded=self.config.train.zero_stage < 3)
+        reference = np.array([value for pair in pairs for value in pair.reference or (0.0, 0.0)], dtype=np.float32)
+        lengths = torch.tensor([int(answer.loss_mask.sum()) for answer in answers])
+        train = self.config.train
+        terms = direct_preference_loss(
+            torch.from_numpy(found - reference).view(-1, 2),
+            lengths.view(-1, 2),
+            loss=train.loss,
+            beta=train.beta,
+            label_smoothing=train.label_smoothing,
+        )
+        means = {name: float(values.mean()) for name, values in terms.statistics.items()}
+        return {f"evaluation/{name.removesuffix('/direct_preference')}": mean for name, mean in means.items()}, None
