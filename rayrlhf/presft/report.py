@@ -1,6 +1,7 @@
 """The report of a Pre-SFT run: what the model had learned of the dataset, what was changed, what it cost, what it brought."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rayrlhf.config.presft import PreSFTConfig
@@ -10,8 +11,16 @@ from rayrlhf.report.charts import bars, histogram, points, shares
 from rayrlhf.report.page import Block, Chart, DataTable, Heading, Paragraph, SideBySide, Tiles, write_page
 
 
-def write_report(config: PreSFTConfig, layout: Layout, sheet: dict[str, Any]) -> None:
-    """Write `report.html` from the datasheet and the round folders, as far as the run has come."""
+def write_report(config: PreSFTConfig, layout: Layout, sheet: dict[str, Any], output: Path | None = None) -> Path:
+    """Write the page from the datasheet and the round folders, as far as the run has come; returns its path.
+
+    Args:
+        config: of the run.
+        layout: of its folder.
+        sheet: the content of `datasheet.json`.
+        output: the file; `report.html` in the run folder when None.
+    """
+    path = output or layout.path / "report.html"
     blocks: list[Block] = list(_summary(sheet))
     for figures in sheet["rounds"]:
         blocks += _round(figures, read_round(layout.round(figures["round"]), figures), len(sheet["rounds"]) > 1)
@@ -19,11 +28,12 @@ def write_report(config: PreSFTConfig, layout: Layout, sheet: dict[str, Any]) ->
     blocks += _data(sheet)
     usable = sheet["dataset"]["usable"]
     write_page(
-        layout.path / "report.html",
+        path,
         f"Pre-SFT: {config.run.name}",
         f"{config.data.path}, {usable:,} pairs, {config.model.path}",
         blocks,
     )
+    return path
 
 
 def _summary(sheet: dict[str, Any]) -> Iterator[Block]:

@@ -22,12 +22,12 @@ function mergeChart(old, fresh) {
 function places(node) { return Array.from(node.querySelectorAll("a, button, input, summary, [tabindex]")); }
 function replace(old, fresh) {
   const focused = old.contains(document.activeElement) ? places(old).indexOf(document.activeElement) : -1;
-  const header = old.querySelector("th[aria-sort]"), scrolled = old.scrollLeft;
+  const header = old.querySelector("th[aria-sort]"), left = old.scrollLeft, top = old.scrollTop;
   if (old.matches("details")) fresh.open = old.open;
   old.replaceWith(fresh);
   watchPlots(fresh);
-  fresh.scrollLeft = scrolled;
   if (header) sortRows(fresh.querySelectorAll("th")[header.cellIndex], header.getAttribute("aria-sort") === "descending");
+  fresh.scrollLeft = left; fresh.scrollTop = top;
   if (focused >= 0) places(fresh)[focused]?.focus({ preventScroll: true });
 }
 function merge(old, fresh) {

@@ -22,6 +22,7 @@ from rayrlhf.report.charts import Figure
 
 Ids = Iterator[int]
 MOST_SECTIONS_WITHOUT_CONTENTS = 4
+ROWS_WITHOUT_SCROLLING = 30
 
 
 class Block(Protocol):
@@ -110,7 +111,8 @@ class DataTable:
         kind = ' class="clamped"' if self.clamped else ""
         shown = ", ".join(self.columns[:3])
         table = f'<table id="{name}"{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-        scroll = f'<div class="scroll" tabindex="0" role="region" aria-label="Table: {escape(shown)}">{table}</div>'
+        size = "scroll long" if len(self.rows) > ROWS_WITHOUT_SCROLLING else "scroll"
+        scroll = f'<div class="{size}" tabindex="0" role="region" aria-label="Table: {escape(shown)}">{table}</div>'
         return self._tools(name) + scroll
 
     def _tools(self, name: str) -> str:

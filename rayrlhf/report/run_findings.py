@@ -29,7 +29,11 @@ def findings_section(view: RunView) -> Iterator[Block]:
 def notice(finding: Finding) -> Notice:
     """Return a finding as a notice: its name, what shows it, and what to try."""
     title = f"{finding.name.replace('_', ' ').capitalize()}, since step {finding.since_step:,}"
-    return Notice("bad" if finding.severity == "alarm" else "warning", title, [f"{finding.evidence}.", finding.remedy])
+    return Notice(
+        "bad" if finding.severity == "alarm" else "warning",
+        title,
+        [f"{finding.evidence[:1].upper()}{finding.evidence[1:]}.", finding.remedy],
+    )
 
 
 def earlier_alarms(view: RunView, found: Sequence[Finding]) -> list[tuple[str, int, int, int]]:

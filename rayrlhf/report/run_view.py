@@ -136,6 +136,16 @@ def check_run(folder: Path) -> None:
     raise UserError(f"{folder}: no run here, neither config.yaml nor {METRICS}{below}")
 
 
+def folder_kind(folder: Path) -> str:
+    """Return the kind of the run in a folder, see `kind_of`.
+
+    Raises:
+        UserError: there is no run.
+    """
+    check_run(folder)
+    return kind_of(read_mapping(folder / "config.yaml")[1])
+
+
 def kind_of(config: Mapping[str, Any]) -> str:
     """Return what kind of run a configuration is for, by the sections that only that kind has."""
     for section, kind in (("algorithm", "PPO"), ("probe", "Pre-SFT"), ("export_anyway", "reward model"), ("workers", "SFT")):

@@ -6,7 +6,7 @@ const seen = new Set();
 function colour(name) { return getComputedStyle(document.documentElement).getPropertyValue(name).trim(); }
 function palette() { return ["--accent", "--second", "--third", "--fourth", "--fifth", "--sixth", "--seventh", "--eighth", "--ninth"].map(colour); }
 function themed(layout) {
-  const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line"), automargin: true };
+  const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line") };
   const themed = Object.assign({}, layout, {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: colour("--ink"), family: "system-ui, sans-serif", size: 13 },
@@ -18,7 +18,7 @@ function themed(layout) {
   for (const key of Object.keys(layout)) {
     if (/^[xy]axis/.test(key)) themed[key] = Object.assign({}, axis, layout[key]);
   }
-  themed.xaxis = Object.assign({}, axis, layout.xaxis); themed.yaxis = Object.assign({}, axis, layout.yaxis);
+  themed.xaxis = Object.assign({}, axis, layout.xaxis); themed.yaxis = Object.assign({ automargin: true }, axis, layout.yaxis);
   themed.shapes = (layout.shapes || []).map((shape) => Object.assign({ line: { color: colour("--bad"), width: 2, dash: "dash" } }, shape));
   return themed;
 }

@@ -4,12 +4,17 @@ import json
 
 import pyarrow as pa
 import pytest
+from typer.testing import CliRunner
 
+from rayrlhf.cli import app
+from rayrlhf.config.load import dump_config
+from rayrlhf.errors import UserError
 from rayrlhf.presft.dataset import repair
 from rayrlhf.presft.datasheet import rft_tokens, write_datasheet
 from rayrlhf.presft.layout import Layout
 from rayrlhf.presft.report import write_report
 from rayrlhf.presft.report_figures import MOST_STRUGGLING, read_round
+from rayrlhf.presft.report_folder import write_presft_report
 from rayrlhf.presft.schema import schemas
 from tests.presft.runs import presft_config
 
@@ -119,3 +124,22 @@ def test_every_pair_is_in_the_histogram_and_the_lowest_come_first(finished):
 def test_rejection_sampling_costs_k_responses_for_every_prompt():
     assert rft_tokens(100, 1000, 200) == {"rft_4": 2000, "rft_8": 4000}
     assert rft_tokens(100, 0, 100) == {"rft_4": None, "rft_8": None}
+
+
+def test_the_report_command_tells_a_presft_run_by_its_own_page(finished, tmp_path):
+    config, layout = finished
+    (layout.path / "config.yaml").write_text(dump_config(config))
+    with pytest.raises(UserError, match="nothing to report"):
+        write_presft_report(layout.path)
+    layout.round(1).relabeled.seal({"method": "mbr"})
+    write_datasheet(config, layout)
+    target = tmp_path / "page.html"
+    result = CliRunner().invoke(app, ["report", str(layout.path), "--output", str(target)])
+    assert result.exit_code == 0, result.output
+    assert "Pairs by score" in target.read_text()
+    assert not (layout.path / "report.html").exists()
+    refused = CliRunner().invoke(app, ["report", str(layout.path), "--compare", str(layout.path)])
+    assert isinstance(refused.exception, UserError)
+    (layout.path / "datasheet.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        write_presft_report(layout.path)
