@@ -41,7 +41,7 @@ GROUPS = (
             Curve("margin", "Margin", "reward", "Reward of the chosen response less that of the rejected one."),
             Curve("mean_reward", "Mean reward", "reward", "Where the rewards lie; it should not drift far from 0."),
         ),
-        prefixes=("reward/", "evaluation/"),
+        prefixes=("reward/", "rewards/", "evaluation/"),
     ),
     CurveGroup(
         "How far the policy moved",

@@ -29,7 +29,7 @@ class RunView:
 
     Attributes:
         folder: where it lies.
-        kind: "PPO", "SFT", "reward model", "evaluation", "Pre-SFT" or "run".
+        kind: "PPO", "SFT", "DPO", "reward model", "evaluation", "Pre-SFT" or "run".
         state: how far it is.
         config_text: `config.yaml` as it stands; empty when missing.
         config: its content; empty when missing or damaged.
@@ -150,7 +150,7 @@ def kind_of(config: Mapping[str, Any]) -> str:
     """Return what kind of run a configuration is for, by the sections that only that kind has."""
     for section, kind in (("algorithm", "PPO"), ("probe", "Pre-SFT"), ("export_anyway", "reward model"), ("workers", "SFT")):
         if section in config:
-            return kind
+            return "DPO" if kind == "SFT" and "beta" in _section(config, "train") else kind
     return "evaluation" if "rollout" in config and "temperature" in config else "run"
 
 

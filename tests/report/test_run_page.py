@@ -185,6 +185,10 @@ def test_the_kind_of_a_run_is_told_by_its_configuration(section: str, kind: str)
     assert kind_of({section: {}}) == kind
 
 
+def test_a_dpo_run_is_told_from_sft_by_its_beta():
+    assert kind_of({"workers": {}, "train": {"beta": 0.1}}) == "DPO"
+
+
 def test_a_folder_without_a_run_is_refused_and_the_runs_below_it_are_named(run: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"no run here.*runs below it: .*first"):
         read_run(run.parent)
