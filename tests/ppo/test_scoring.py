@@ -1,0 +1,93 @@
+"""A scoring call that is not answered is asked again of another process, with the same arguments; the actors are stand-ins."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from rayrlhf.data.records import Prompt, Rollout, SampleKey
+from rayrlhf.errors import ActorLostError, DeadlineError
+from rayrlhf.observe.phases import PhaseTimer
+from rayrlhf.ppo.scoring import Reading, Scorer
+from rayrlhf.rewards.score import RewardBatch
+
+ONE = np.ones(1, dtype=np.int32)
+
+
+class Process:
+    """Answers with lengths, or not at all; keeps what it was asked."""
+
+    def __init__(self, answers=True):
+        self.answers, self.asked = answers, []
+        self.score = SimpleNamespace(remote=self._score)
+
+    def _score(self, *arguments):
+        self.asked.append(arguments)
+        scores = np.array([len(rollout.text) for rollout in arguments[-1]], np.float32) if len(arguments) == 2 else None
+        return self, scores
+
+
+class Group:
+    def __init__(self, role, *handles):
+        self.handles, self.names = handles, tuple(f"run/{role}/{rank}" for rank in range(len(handles)))
+
+    def __len__(self):
+        return len(self.handles)
+
+    def wait(self, pending, what, seconds):
+        ((process, scores),) = pending.values()
+        if not process.answers:
+            raise DeadlineError(f"{what}: no answer from {next(iter(pending))} within {seconds:.0f} s")
+        return [RewardBatch(scores, {})]
+
+
+class Healer:
+    """Gives out spare processes; raises when there is none left, as after too many rebuilds in a row."""
+
+    def __init__(self, *spare):
+        self.spare, self.errors = list(spare), []
+
+    def revive(self, role, rank, lost, error):
+        self.errors.append((role, rank, lost, error))
+        if not self.spare:
+            raise error
+        return self.spare.pop(0)
+
+
+def rollouts():
+    prompt = Prompt(0, "a prompt", ONE)
+    made = [
+        Rollout(SampleKey(1, 0, index), ONE, ONE, ONE.astype(bool), ONE.astype(np.float32), ONE, "stop", "x" * index, 0)
+        for index in range(4)
+    ]
+    return {0: prompt}, made
+
+
+def scorer(crew, healer, readings=()):
+    prompts, made = rollouts()
+    found = Scorer(crew, healer, readings, prompts, overlap=False, seconds=15.0, timer=PhaseTimer())
+    found.add(made)
+    return found
+
+
+def test_a_reward_that_does_not_answer_in_time_is_replaced_and_its_call_repeated():
+    stuck, again, good = Process(answers=False), Process(answers=False), Process()
+    healer = Healer(again, good)
+    scored = scorer({"reward": Group("reward", stuck)}, healer).finish()
+    assert scored.rewards.scores.tolist() == [0, 1, 2, 3]
+    assert stuck.asked == again.asked == good.asked
+    assert [(role, rank, lost) for role, rank, lost, _ in healer.errors] == [("reward", 0, stuck), ("reward", 0, again)]
+    assert all(isinstance(error, ActorLostError) and error.actor == "run/reward/0" for *_, error in healer.errors)
+
+
+def test_one_that_never_answers_ends_the_run_with_what_was_waited_for():
+    with pytest.raises(ActorLostError, match="reward: no answer from run/reward/0 within 15 s"):
+        scorer({"reward": Group("reward", Process(answers=False))}, Healer()).finish()
+
+
+def test_a_policy_that_is_late_is_not_replaced_because_it_carries_the_training_state():
+    crew = {"reward": Group("reward", Process()), "policy": Group("policy", Process(answers=False))}
+    healer = Healer(Process())
+    with pytest.raises(DeadlineError, match="old: no answer from run/policy/0"):
+        scorer(crew, healer, [Reading("old", "policy", frozenset({"logprobs"}))]).finish()
+    assert healer.errors == []
