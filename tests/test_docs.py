@@ -2,12 +2,15 @@
 
 import importlib
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from pydantic import BaseModel
 
+from rayrlhf.cli import app
 from rayrlhf.config.ppo import PPOConfig
 
 ROOT = Path(__file__).parents[1]
@@ -85,3 +88,35 @@ def test_every_link_of_a_page_leads_to_a_file(path):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (path.parent / target).exists(), target
+
+
+def commands(path: Path) -> Iterator[list[str]]:
+    """The `rayrlhf` commands in a page's shell blocks, without their comments."""
+    for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            starts = [place for place, word in enumerate(words) if Path(word).name == "rayrlhf"]
+            if starts:
+                yield words[starts[0] + 1 :]
+
+
+COMMANDS = [(path, words) for path in PAGES for words in commands(path)]
+
+
+@pytest.mark.parametrize(
+    ("path", "words"), COMMANDS, ids=[f"{path.relative_to(ROOT)}:{' '.join(words)[:50]}" for path, words in COMMANDS]
+)
+def test_every_command_of_a_page_is_understood_and_its_files_are_there(path, words):
+    command, name, rest = typer.main.get_command(app), "rayrlhf", list(words)
+    while hasattr(command, "commands"):
+        name = rest.pop(0) if rest[0] in command.commands or "run" not in command.commands else "run"  # presft CONFIG
+        assert name in command.commands, f"rayrlhf {' '.join(words)}"
+        command = command.commands[name]
+    command.make_context(name, rest)  # raises where an argument or option is unknown
+    for word in words:
+        if word.startswith(("examples/", "rayrlhf/", "cluster/")):
+            assert (ROOT / word).exists(), word
+
+
+def test_pages_have_commands():
+    assert len(COMMANDS) > 15
