@@ -1,8 +1,9 @@
 """The root of an evaluation's configuration file: one model, one dataset, and what its answers are judged by."""
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayrlhf.config.data import DatasetSection
 from rayrlhf.config.model import ModelSection
@@ -48,3 +49,18 @@ class EvaluateConfig(Section):
     rollout: RolloutSection = RolloutSection()
     temperature: float = Field(0.0, ge=0)
     """0 is greedy."""
+    samples: int = Field(1, ge=1)
+    """Answers to each prompt; from two on, best-of-k and pass@k are told for k = 1, 2, 4, ... and all."""
+    right_from: float = 1.0
+    """An answer with at least this score is right, for pass@k."""
+    best_by: str | None = None
+    """Part of the reward that best-of-k chooses by, a function's name or `reward_model`; the whole score when not given."""
+
+    @model_validator(mode="after")
+    def _answers_can_differ(self) -> Self:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"samples {self.samples} with temperature 0: greedy answers to a prompt are all the same")
+        names = [function.name for function in self.reward.functions] + ["reward_model"] * (self.reward.model is not None)
+        if self.best_by is not None and self.best_by not in names:
+            raise ValueError(f"best_by {self.best_by!r}: expected a part of the reward, one of {', '.join(names)}")
+        return self

@@ -1,14 +1,15 @@
-"""Judging a model on one dataset: every prompt answered, every answer scored, every mean with its interval.
+"""Judging a model on one dataset: every prompt answered once or often, every answer scored, every mean with its interval.
 
 One process, one engine, no Ray: an evaluation is a few minutes of sampling. Answers go to `answers/` as Parquet, the numbers to
 `evaluation.json`. An evaluation that is done is read, not repeated; the same name with another configuration is refused.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from rayrlhf.config.data import DataSection
@@ -16,11 +17,12 @@ from rayrlhf.config.evaluate import EvaluateConfig
 from rayrlhf.config.load import differences, dump_config
 from rayrlhf.data.atomic import write_atomically
 from rayrlhf.data.prompts import load_prompt_dataset
-from rayrlhf.data.records import Prompt, Rollout, RolloutRequest, SampleKey
+from rayrlhf.data.records import Float32, Prompt, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import sample_seed
 from rayrlhf.engines.reward_model import RewardModelEngine
 from rayrlhf.engines.rollout import RolloutSpec, build_rollout_engine, context_length
 from rayrlhf.errors import UserError
+from rayrlhf.evaluation.best_of import best_of, pass_at, powers_of_two
 from rayrlhf.models.load import load_architecture, load_tokenizer
 from rayrlhf.observe.run_folder import open_run
 from rayrlhf.observe.samples import Sample, SampleSink
@@ -40,9 +42,12 @@ class EvaluationResult:
     Attributes:
         folder: the run folder.
         prompts: how many were answered.
-        score: mean score with its bootstrap interval over prompts.
+        score: mean score with its bootstrap interval over prompts; of several answers to a prompt their mean counts.
         parts: the same for each part of the reward that applies to every answer.
         distinct: share of different answers.
+        samples: answers to each prompt.
+        pass_at: k -> chance that one of k answers is right; nothing where there is one answer a prompt.
+        best_of: k -> score of the best of k answers; likewise.
     """
 
     folder: Path
@@ -50,11 +55,16 @@ class EvaluationResult:
     score: Interval
     parts: dict[str, Interval]
     distinct: float
+    samples: int = 1
+    pass_at: Mapping[int, Interval] = field(default_factory=dict)
+    best_of: Mapping[int, Interval] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """The result in words."""
         parts = [f"{name}: {interval}" for name, interval in self.parts.items()]
-        return [f"score over {self.prompts} prompts: {self.score}", *parts, f"distinct answers: {self.distinct:.0%}"]
+        tries = [f"pass@{k}: {interval}" for k, interval in self.pass_at.items()]
+        tries += [f"best of {k}: {interval}" for k, interval in self.best_of.items()]
+        return [f"score over {self.prompts} prompts: {self.score}", *parts, *tries, f"distinct answers: {self.distinct:.0%}"]
 
 
 def check_evaluation(config: EvaluateConfig) -> str:
@@ -80,22 +90,27 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult:
         if (folder.path / RESULT).is_file():
             return read_result(folder.path)
         rollouts = _answer(config, prompts)
-        batch = ScoringBatch.of_rollouts(prompts, rollouts)
+        asked = [prompt for prompt in prompts for _ in range(config.samples)]
+        batch = ScoringBatch.of_rollouts(asked, rollouts)
         parts = run_functions(functions, batch, timeout_seconds=config.reward.timeout_seconds)
         weights = {function.name: function.weight for function in functions}
         if config.reward.model is not None:
             parts[MODEL_PART] = RewardModelEngine(config.reward.model).score(batch.prompts, batch.responses)
             weights[MODEL_PART] = config.reward.model.weight
         rewards = weighted_sum(parts, weights)
-        SampleSink(folder.path / ANSWERS).write(0, _samples(prompts, rollouts, rewards))
-        return _write_result(folder.path, rollouts, rewards)
+        SampleSink(folder.path / ANSWERS).write(0, _samples(asked, rollouts, rewards))
+        return _write_result(config, folder.path, rollouts, rewards)
 
 
 def read_result(folder: Path) -> EvaluationResult:
     """The result that a finished evaluation left in its folder."""
     stored = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     parts = {name: Interval(**values) for name, values in stored["parts"].items()}
-    return EvaluationResult(folder, stored["prompts"], Interval(**stored["score"]), parts, stored["distinct"])
+    tries = {
+        name: {int(k): Interval(**values) for k, values in stored.get(name, {}).items()} for name in ("pass_at", "best_of")
+    }
+    score = Interval(**stored["score"])
+    return EvaluationResult(folder, stored["prompts"], score, parts, stored["distinct"], stored.get("samples", 1), **tries)
 
 
 def _load_prompts(config: EvaluateConfig) -> list[Prompt]:
@@ -111,12 +126,15 @@ def _load_prompts(config: EvaluateConfig) -> list[Prompt]:
 
 
 def _answer(config: EvaluateConfig, prompts: Sequence[Prompt]) -> list[Rollout]:
-    """One answer a prompt, in the order of the prompts."""
+    """`samples` answers to each prompt, in the order of the prompts."""
     engine = build_rollout_engine(RolloutSpec(config.model, config.rollout, config.run.seed))
     try:
         requests = [
-            RolloutRequest(SampleKey(0, prompt.id, 0), prompt.token_ids, sample_seed(config.run.seed, 0, prompt.id, 0))
+            RolloutRequest(
+                SampleKey(0, prompt.id, sample), prompt.token_ids, sample_seed(config.run.seed, 0, prompt.id, sample)
+            )
             for prompt in prompts
+            for sample in range(config.samples)
         ]
         engine.submit(requests, temperature=config.temperature, max_new_tokens=config.rollout.max_new_tokens)
         finished: list[Rollout] = []
@@ -124,24 +142,40 @@ def _answer(config: EvaluateConfig, prompts: Sequence[Prompt]) -> list[Rollout]:
             finished += engine.poll(engine.unfinished)
     finally:
         engine.close()
-    by_prompt = {rollout.key.prompt: rollout for rollout in finished}
-    return [by_prompt[prompt.id] for prompt in prompts]
+    by_key = {rollout.key: rollout for rollout in finished}
+    return [by_key[request.key] for request in requests]
 
 
-def _write_result(folder: Path, rollouts: Sequence[Rollout], rewards: RewardBatch) -> EvaluationResult:
-    parts = {name: bootstrap_mean(values) for name, values in rewards.parts.items() if not (values != values).any()}
-    distinct = distinct_share([rollout.text.strip() for rollout in rollouts])
-    result = EvaluationResult(folder, len(rollouts), bootstrap_mean(rewards.scores), parts, distinct)
+def _write_result(config: EvaluateConfig, folder: Path, rollouts: Sequence[Rollout], rewards: RewardBatch) -> EvaluationResult:
+    def per_prompt(values: Float32) -> Float32:
+        return values.reshape(-1, config.samples)
+
+    scores = per_prompt(rewards.scores)
+    parts = {
+        name: bootstrap_mean(per_prompt(values).mean(1)) for name, values in rewards.parts.items() if not np.isnan(values).any()
+    }
+    judge = None if config.best_by is None else per_prompt(rewards.parts[config.best_by])
+    tries = powers_of_two(config.samples) if config.samples > 1 else []
+    result = EvaluationResult(
+        folder,
+        len(scores),
+        bootstrap_mean(scores.mean(1)),
+        parts,
+        distinct_share([rollout.text.strip() for rollout in rollouts]),
+        config.samples,
+        {k: bootstrap_mean(pass_at(scores, k, right_from=config.right_from)) for k in tries},
+        {k: bootstrap_mean(best_of(scores, k, chosen_by=judge)) for k in tries},
+    )
     stored = asdict(result) | {"folder": str(folder)}
     write_atomically(folder / RESULT, json.dumps(stored, indent=2) + "\n")
     return result
 
 
-def _samples(prompts: Sequence[Prompt], rollouts: Sequence[Rollout], rewards: RewardBatch) -> list[Sample]:
+def _samples(asked: Sequence[Prompt], rollouts: Sequence[Rollout], rewards: RewardBatch) -> list[Sample]:
     return [
         Sample(
             prompt_id=prompt.id,
-            sample=0,
+            sample=rollout.key.sample,
             prompt=prompt.text,
             response=rollout.text,
             score=float(rewards.scores[index]),
@@ -150,7 +184,7 @@ def _samples(prompts: Sequence[Prompt], rollouts: Sequence[Rollout], rewards: Re
             version=0,
             parts={name: float(values[index]) for name, values in rewards.parts.items()},
         )
-        for index, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True))
+        for index, (prompt, rollout) in enumerate(zip(asked, rollouts, strict=True))
     ]
 
 

@@ -1,0 +1,54 @@
+"""What a model reaches with k tries a prompt, estimated from n >= k tries without bias.
+
+The mean over all subsets of k of the n tries has a closed form: the try at place i of n in ascending order is the best of
+C(i - 1, k - 1) of the C(n, k) subsets. For scores that are right or wrong this is pass@k, equation 1 of Chen et al. (2021).
+"""
+
+from math import comb
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def best_of(scores: ArrayLike, k: int, *, chosen_by: ArrayLike | None = None) -> NDArray[np.float64]:
+    """Return the expected score of the best of k tries, for each prompt.
+
+    Args:
+        scores: float [P, n], of n independent tries at each of P prompts.
+        k: tries, 1 <= k <= n.
+        chosen_by: float [P, n], what the best is chosen by; the scores themselves when not given. Of equals the later one wins,
+            which favours none, since tries are independent.
+
+    Returns:
+        Float64 [P]; its mean over prompts is best-of-k.
+
+    Raises:
+        ValueError: k is not between 1 and n.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    tries = values.shape[1]
+    if not 1 <= k <= tries:
+        raise ValueError(f"k {k}: expected 1 to {tries}, the number of tries")
+    order = np.argsort(values if chosen_by is None else np.asarray(chosen_by), axis=1, kind="stable")
+    weights = np.array([comb(place, k - 1) / comb(tries, k) for place in range(tries)])
+    expected: NDArray[np.float64] = np.take_along_axis(values, order, axis=1) @ weights
+    return expected
+
+
+def pass_at(scores: ArrayLike, k: int, *, right_from: float = 1.0) -> NDArray[np.float64]:
+    """Return the chance that one of k tries is right, for each prompt; see `best_of`.
+
+    Args:
+        scores: float [P, n].
+        k: tries, 1 <= k <= n.
+        right_from: a try with at least this score is right.
+
+    Raises:
+        ValueError: k is not between 1 and n.
+    """
+    return best_of(np.asarray(scores) >= right_from, k)
+
+
+def powers_of_two(tries: int) -> list[int]:
+    """Return 1, 2, 4, ... below `tries`, and `tries`: the k that are reported."""
+    return [*(1 << bit for bit in range(tries.bit_length()) if 1 << bit < tries), tries]
