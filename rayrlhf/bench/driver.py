@@ -126,6 +126,7 @@ def _config(samples: int, replicas: int, folder: Path) -> PPOConfig:
             f"run={{name: bench, root: {json.dumps(str(folder))}, steps: 1}}",
             "train.epochs=4",
             "observe.tensorboard=false",
+            "observe.samples_per_step=0",  # their tokens are decoded, and there is no model whose tokenizer could
         ],
     )
 
