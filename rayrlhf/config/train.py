@@ -62,6 +62,16 @@ class TrainSection(Section):
     ratio_guard: float | None = Field(None, gt=1)
     """Zero the loss of a mini-batch whose mean ratio exceeds this (TRL `ratio_threshold`)."""
 
+    ema_decay: float | None = Field(None, ge=0, lt=1)
+    """Keep a moving average of the policy's weights, of which a step keeps this share, and export it beside the policy, in
+    `export-average`; no average when not given."""
+
+    @model_validator(mode="after")
+    def _an_average_needs_whole_weights(self) -> Self:
+        if self.ema_decay is not None and self.zero_stage == 3:
+            raise ValueError(f"ema_decay {self.ema_decay:g} needs whole weights on a rank: expected zero_stage 0, 1 or 2")
+        return self
+
     @model_validator(mode="after")
     def _offloading_needs_sharding(self) -> Self:
         if self.offload_optimizer and self.zero_stage == 0:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from rayrlhf.engines.train_state import load_average
 from rayrlhf.engines.update import Updater
 from rayrlhf.errors import UserError
 
@@ -10,7 +11,7 @@ _TAG = "state"
 
 
 def load_replicated(engine: Any, updater: Updater, folder: Path) -> None:
-    """Restore weights, optimizer and counters from rank 0's part; random states stay as they are.
+    """Restore weights, optimizer, counters and moving average from rank 0's part; random states stay as they are.
 
     Raises:
         UserError: the weights are sharded, so that no rank has the whole; or the folder holds no state.
@@ -26,3 +27,4 @@ def load_replicated(engine: Any, updater: Updater, folder: Path) -> None:
     if path is None:
         raise UserError(f"{folder}: no training state in it")
     updater.optimizer_steps = counters["optimizer_steps"]
+    load_average(updater, folder)

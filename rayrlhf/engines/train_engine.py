@@ -18,6 +18,7 @@ from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines import train_state
 from rayrlhf.engines.deepspeed_setup import whole, wrap
 from rayrlhf.engines.interfaces import WeightBucket, bucketed
+from rayrlhf.engines.moving_average import MovingAverage
 from rayrlhf.engines.objectives import Objective
 from rayrlhf.engines.optimizers import build_optimizer
 from rayrlhf.engines.replicated_state import load_replicated
@@ -55,7 +56,9 @@ class TrainEngine:
         self._engine = wrap(self._network, optimizer, spec.train, resolve_dtype(spec.model.dtype))
         # Recomputing activations needs training mode; there is no dropout in a network that the mode could switch on.
         self._network.train(spec.model.gradient_checkpointing)
-        self._updater = Updater(self._engine, spec, self._device)
+        decay = spec.train.ema_decay if "lm" in spec.heads and torch.distributed.get_rank() == 0 else None
+        self._average = MovingAverage(self._network, decay) if decay is not None else None
+        self._updater = Updater(self._engine, spec, self._device, self._average)
 
     @property
     def optimizer_steps(self) -> int:
@@ -143,13 +146,20 @@ class TrainEngine:
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder with merged weights and the tokenizer, and the value head beside them where there is one.
 
-        A network with nothing but a head without bias is a reward model, and becomes a sequence classifier of one label.
+        A network with nothing but a head without bias is a reward model, and becomes a sequence classifier of one label. Where
+        a moving average of the weights is kept, it goes to a second folder, with `-average` behind the name.
 
         Every rank takes part; rank 0 writes. The folder appears whole, and an older one is replaced.
 
         Raises:
             UserError: the model has no tokenizer.
         """
+        self._export(folder)
+        if self._spec.train.ema_decay is not None and "lm" in self._spec.heads:
+            with self._average.in_place() if self._average is not None else nullcontext():
+                self._export(folder.with_name(f"{folder.name}-average"))
+
+    def _export(self, folder: Path) -> None:
         state = {name: tensor.clone() for name, tensor in self._checkpoint(torch.float32)}
         if torch.distributed.get_rank() == 0:
             tokenizer = load_tokenizer(self._spec.model)

@@ -23,6 +23,7 @@ from rayrlhf.models.network import Network
 from rayrlhf.models.value_head import HEAD_FILE
 
 _TAG = "state"
+_AVERAGE = "average.pt"
 
 StateFiles = dict[str, NDArray[np.uint8]]
 """One rank's part of the state: path relative to the state's folder -> content as bytes [size]."""
@@ -74,7 +75,8 @@ def capture(engine: Any, updater: Updater) -> StateFiles:
         )
     finally:
         engine.checkpoint_engine, engine._copy_recovery_script = disk, script
-    return memory.files | {_random_name(): _serialised(_random_state())}
+    average = {} if updater.average is None else {_AVERAGE: _serialised(updater.average.state())}
+    return memory.files | average | {_random_name(): _serialised(_random_state())}
 
 
 def write(files: Mapping[str, NDArray[np.uint8]], folder: Path) -> dict[str, FileRecord]:
@@ -126,10 +128,24 @@ def load(engine: Any, updater: Updater, folder: Path) -> None:
     if counters["ranks"] != ranks:
         raise UserError(f"{folder}: the training state is of {counters['ranks']} ranks, this run has {ranks}")
     updater.optimizer_steps = counters["optimizer_steps"]
+    load_average(updater, folder)
     state = torch.load(folder / _random_name(), weights_only=True)
     torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def load_average(updater: Updater, folder: Path) -> None:
+    """Restore the moving average of the weights on the rank that keeps one.
+
+    Raises:
+        UserError: the state has none.
+    """
+    if updater.average is None:
+        return
+    if not (folder / _AVERAGE).is_file():
+        raise UserError(f"{folder}: no moving average in it, expected the state of a run with train.ema_decay")
+    updater.average.load(torch.load(folder / _AVERAGE, weights_only=True, map_location="cpu"))
 
 
 def export(network: Network, state: dict[str, Tensor], tokenizer: Any, folder: Path) -> None:

@@ -15,6 +15,7 @@ from rayrlhf.algorithms.guards import moved_too_far, ratio_exploded
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.collate import collate
 from rayrlhf.engines.deepspeed_setup import zero_gradients
+from rayrlhf.engines.moving_average import MovingAverage
 from rayrlhf.engines.objectives import POLICY_KL, RATIO, Objective, Term, responses_under, weighted_loss
 from rayrlhf.engines.optimizers import learning_rate_factor
 from rayrlhf.engines.train_spec import TrainEngineSpec
@@ -27,10 +28,12 @@ class Updater:
 
     Attributes:
         optimizer_steps: steps taken since the run began; part of the saved state.
+        average: of the weights after each of them, where this rank keeps one; likewise.
     """
 
-    def __init__(self, engine: Any, spec: TrainEngineSpec, device: torch.device) -> None:
+    def __init__(self, engine: Any, spec: TrainEngineSpec, device: torch.device, average: MovingAverage | None = None) -> None:
         self.optimizer_steps = 0
+        self.average = average
         self._engine = engine
         self._spec = spec
         self._device = device
@@ -131,6 +134,8 @@ class Updater:
         with meter.clock("optimizer"):
             norm = self._clip_and_step(clip)
         self.optimizer_steps += 1
+        if self.average is not None:
+            self.average.step()
         meter.grad_norms.append(norm)
         meter.learning_rates.append(learning_rate)
 
