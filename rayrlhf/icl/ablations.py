@@ -1,0 +1,61 @@
+"""Whether demonstrations teach the mapping from question to answer, or only what answers look like.
+
+Two ways to spoil them tell. `format` gives each demonstration an answer drawn at random from all answers: form and label space
+stay, the mapping is gone (Min et al. 2022, "Rethinking the Role of Demonstrations"). `flip` exchanges answers by one fixed rule
+for the whole run: the mapping is there and contradicts the truth (Wei et al. 2023, "Larger language models do in-context
+learning differently"). A model that reads the mapping falls to chance under the first and below it under the second.
+
+Beside them stands the control that reads no question at all and copies an answer seen in the context.
+"""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+from rayrlhf.errors import UserError
+from rayrlhf.icl.example import Example
+
+Ablation = Literal["none", "flip", "format"]
+
+
+class Spoiler:
+    """Changes the answers of demonstrations, never those of the questions asked."""
+
+    def __init__(self, ablation: Ablation, answers: Sequence[str], seed: int) -> None:
+        """Fix what happens to every answer.
+
+        Args:
+            ablation: `none` leaves all as it is.
+            answers: the answers of the pool, in any order and number.
+            seed: of the exchange and of the draws.
+
+        Raises:
+            UserError: an ablation of a pool that has only one answer.
+        """
+        self._ablation, self._seed = ablation, seed
+        self._answers = sorted(set(answers))
+        if ablation != "none" and len(self._answers) < 2:
+            raise UserError(f"ablation {ablation}: the pool has {len(self._answers)} different answers, expected at least 2")
+        shuffled = random.Random(seed).sample(self._answers, len(self._answers))
+        self._other = dict(zip(shuffled, [*shuffled[1:], *shuffled[:1]], strict=True))
+
+    def spoil(self, target: Example, demonstrations: Sequence[Example]) -> list[Example]:
+        """Return the demonstrations as the target's context shows them, a function of seed, target and demonstration alone."""
+        if self._ablation == "none":
+            return list(demonstrations)
+        if self._ablation == "flip":
+            return [replace(shown, answer=self._other[shown.answer]) for shown in demonstrations]
+        return [replace(shown, answer=self._drawn(target, shown)) for shown in demonstrations]
+
+    def _drawn(self, target: Example, shown: Example) -> str:
+        key = f"{self._seed}\0{target.identity}\0{shown.identity}".encode()
+        return random.Random(hashlib.sha256(key).digest()).choice(self._answers)
+
+
+def copy_control(demonstrations: Sequence[Example], answer: str) -> float:
+    """Return the expected accuracy of copying the answer of a demonstration drawn at random, in [0, 1]; 0 without any."""
+    if not demonstrations:
+        return 0.0
+    return sum(shown.answer == answer for shown in demonstrations) / len(demonstrations)

@@ -1,0 +1,125 @@
+"""Demonstrations are the nearest that may be shown, in the order asked for."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rayrlhf.errors import UserError
+from rayrlhf.icl.choosing import ChoiceCounts, choose, in_order, require_pool
+from rayrlhf.icl.example import Example, normalized
+from rayrlhf.icl.leaks import Leak, LeakRules, words_of
+from rayrlhf.icl.ranking import Bm25Ranker, RandomRanker, Ranker, VectorRanker
+
+WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "juniper"]
+
+
+def examples(count: int, seed: int, name: str = "train") -> list[Example]:
+    lots = random.Random(seed)
+    return [Example(f"{name}:{row}", " ".join(lots.choices(WORDS, k=5)) + f" {row}", str(row % 3)) for row in range(count)]
+
+
+def vectors(count: int, seed: int) -> np.ndarray:
+    rows = np.random.default_rng(seed).normal(size=(count, 8)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def rankers(pool: list[Example]) -> list[Ranker]:
+    embedded = vectors(len(pool), seed=3)
+    by_identity = {example.identity: embedded[row] for row, example in enumerate(pool)}
+    return [RandomRanker(len(pool), 5), Bm25Ranker.build([e.prompt for e in pool]), VectorRanker(embedded, by_identity)]
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["random", "bm25", "vectors"])
+def test_planted_duplicates_never_reach_a_context_whoever_ranks(which: int) -> None:
+    originals = examples(40, seed=1)
+    copies = [Example(f"{e.identity}:copy {n}", f"  {e.prompt.upper()}", e.answer) for e in originals for n in range(3)]
+    pool = originals + copies
+    counts = ChoiceCounts()
+    chosen = choose(pool, pool, rankers(pool)[which], 6, LeakRules(), counts)
+    for target, shown in zip(pool, chosen, strict=True):
+        texts = [normalized(example.prompt) for example in shown]
+        assert target.identity not in {example.identity for example in shown}
+        assert normalized(target.prompt) not in texts
+        assert len(set(texts)) == len(texts) == 6
+    assert counts.short == 0
+    assert sum(counts.leaks.values()) > 0
+    if which > 0:  # The nearest of all is oneself.
+        assert counts.leaks[Leak.ITSELF] == len(pool)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["random", "bm25", "vectors"])
+def test_a_deeper_ranking_begins_with_the_shallower_one_and_no_position_comes_twice(which: int) -> None:
+    pool = examples(50, seed=2)
+    ranker = rankers(pool)[which]
+    deep = ranker.rank(pool, 99)
+    assert [ranking[:7] for ranking in deep] == ranker.rank(pool, 7) == [ranker.rank([one], 7)[0] for one in pool]
+    assert all(sorted(ranking) == list(range(50)) for ranking in deep)
+
+
+def test_random_ranks_are_uniform_and_change_with_the_seed() -> None:
+    queries = examples(3000, seed=1)
+    firsts = np.bincount([ranking[1] for ranking in RandomRanker(5, seed=7).rank(queries, 2)], minlength=5)
+    assert np.all(np.abs(firsts - 600) < 5 * np.sqrt(3000 * 0.2 * 0.8))
+    assert RandomRanker(50, 1).rank(queries[:3], 5) != RandomRanker(50, 2).rank(queries[:3], 5)
+
+
+def bm25_by_the_book(query: str, texts: Sequence[str]) -> np.ndarray:
+    """BM25 as Lucene writes it (without the constant k1 + 1), straight from its formula."""
+    documents = [words_of(text) for text in texts]
+    mean = sum(map(len, documents)) / len(documents)
+    scores = np.zeros(len(documents))
+    for word in words_of(query):
+        containing = sum(word in document for document in documents)
+        weight = np.log(1 + (len(documents) - containing + 0.5) / (containing + 0.5))
+        for row, document in enumerate(documents):
+            frequency = document.count(word)
+            scores[row] += weight * frequency / (frequency + 1.5 * (1 - 0.75 + 0.75 * len(document) / mean))
+    return scores
+
+
+def test_bm25_ranks_as_the_formula_does_also_from_a_memory_map(tmp_path: Path) -> None:
+    lots = random.Random(4)
+    pool = [Example(str(row), " ".join(lots.choices(WORDS, k=lots.randint(1, 12))), "x") for row in range(60)]
+    texts = [example.prompt for example in pool]
+    Bm25Ranker.build(texts, tmp_path)
+    query = Example("query", "amber birch amber unheard", "x")
+    expected = bm25_by_the_book(query.prompt, texts)
+    for ranker in (Bm25Ranker.build(texts), Bm25Ranker.open(tmp_path)):
+        ranking = ranker.rank([query], 60)[0]
+        assert np.all(np.diff(expected[ranking]) <= 1e-5)
+    assert ranker.rank([Example("q", "unheard of", "")], 3) == [[0, 1, 2]]
+
+
+def test_vectors_rank_by_cosine() -> None:
+    embedded = vectors(30, seed=9)
+    query = vectors(1, seed=10)[0]
+    ranking = VectorRanker(embedded, {"q": query}).rank([Example("q", "", "")], 30)[0]
+    assert ranking == sorted(range(30), key=lambda row: -float(embedded[row] @ query))
+
+
+def test_a_pool_eaten_by_leaks_gives_fewer_and_says_so() -> None:
+    pool = [Example(f"train:{row}", "the same text", "x") for row in range(30)] + [Example("train:30", "another", "y")]
+    counts = ChoiceCounts()
+    [shown] = choose([Example("test:0", "The same text", "x")], pool, RandomRanker(31, 0), 2, LeakRules(), counts)
+    assert [example.identity for example in shown] == ["train:30"]
+    assert (counts.short, counts.leaks) == (1, {Leak.SAME_TEXT: 30})
+
+
+def test_the_order_is_read_from_the_start_of_the_context() -> None:
+    near, far = Example("near", "", ""), Example("far", "", "")
+    assert in_order([near, far], "near_to_far") == [near, far]
+    assert in_order([near, far], "far_to_near") == [far, near]
+
+
+def test_fewer_examples_than_demonstrations_is_one_clear_line() -> None:
+    require_pool(8, 8, "train.jsonl")
+    with pytest.raises(UserError, match=r"train.jsonl: 7 examples cannot give 8 demonstrations"):
+        require_pool(7, 8, "train.jsonl")
+
+
+def test_a_pool_without_words_is_one_clear_line() -> None:
+    with pytest.raises(UserError, match="none of the 2 examples has a word"):
+        Bm25Ranker.build(["", "?!"])
