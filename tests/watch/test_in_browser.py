@@ -259,6 +259,8 @@ def test_the_live_page_says_when_its_server_has_ended(open_page: Open, tmp_path:
         page = open_page(server.address, width=400, scheme="dark")
         page.get_by_text("Live: this page follows the run.").wait_for()
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        found = axe.Axe().run(page, context={"exclude": [[".svg-container"]]}).response["violations"]
+        assert [each["id"] for each in found if each["impact"] in ("serious", "critical")] == []
         server.shutdown()
         thread.join()
     page.get_by_text("The server has ended").wait_for(timeout=15_000)
