@@ -29,6 +29,7 @@ BUILT_IN = {
     "format": "rayrlhf.rewards.format:matches_format",
     "gsm8k": "rayrlhf.rewards.gsm8k:gsm8k",
     "length": "rayrlhf.rewards.length:length_penalty",
+    "remote": "rayrlhf.rewards.remote:remote",
     "word_problems": "rayrlhf.rewards.word_problems:word_problems",
     "word_problems_exact": "rayrlhf.rewards.word_problems:word_problems_exact",
 }

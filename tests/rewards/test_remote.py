@@ -1,0 +1,179 @@
+"""Rewards from real HTTP servers on this machine that misbehave in every way we could think of."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rayrlhf.config.reward import RewardFunctionSection, RewardSection
+from rayrlhf.errors import UserError
+from rayrlhf.rewards import remote as module
+from rayrlhf.rewards.functions import BoundFunction, ScoringBatch, load_functions
+from rayrlhf.rewards.score import score_batch
+
+Answer = Callable[[int, list[str]], tuple[int, bytes]]
+PROMPTS = [f"p{n}" for n in range(10)]
+RESPONSES = ["x" * n for n in range(10)]
+FAST: dict[str, Any] = {"batch_size": 4, "backoff_seconds": 0.01, "request_seconds": 0.5, "attempts": 3}
+
+
+class Server:
+    """Answers the n-th request as `answer(n, responses)` says, and remembers what it was asked."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.asked: list[list[str]] = []
+        self.tokens: list[str | None] = []
+        lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                responses = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["responses"]
+                with lock:
+                    outer.asked.append(responses)
+                    outer.tokens.append(self.headers["Authorization"])
+                    number = len(outer.asked) - 1
+                status, body = answer(number, responses)
+                if status == 0:
+                    self.close_connection = True
+                    return
+                try:
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(body)))
+                    self.end_headers()
+                    self.wfile.write(body)
+                except OSError:
+                    pass  # the client gave up, as it should
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/score"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+
+def right(_: int, responses: list[str]) -> tuple[int, bytes]:
+    return 200, json.dumps({"rewards": [len(response) for response in responses]}).encode()
+
+
+def always(status: int, body: bytes) -> Answer:
+    return lambda _, __: (status, body)
+
+
+def slow(number: int, responses: list[str]) -> tuple[int, bytes]:
+    time.sleep(1.0)
+    return right(number, responses)
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], Server]]:
+    monkeypatch.setattr(module, "_breakers", {})
+    servers: list[Server] = []
+
+    def begin(answer: Answer) -> Server:
+        servers.append(Server(answer))
+        return servers[-1]
+
+    yield begin
+    for server in servers:
+        server.server.shutdown()
+        server.server.server_close()
+
+
+def ask(*urls: str, **changes: Any) -> list[float | None]:
+    return asyncio.run(module.remote(PROMPTS, RESPONSES, list(urls), **{**FAST, **changes}))
+
+
+LENGTHS = [float(n) for n in range(10)]
+
+BAD: dict[str, Answer] = {
+    "slow": slow,
+    "garbage": always(200, b"<html>\xff"),
+    "another shape": always(200, b"[1, 2, 3, 4]"),
+    "wrong lengths": always(200, b'{"rewards": [1]}'),
+    "not a number": lambda _, r: (200, json.dumps({"rewards": [float("nan")] * len(r)}).encode()),
+    "infinite": lambda _, r: (200, json.dumps({"rewards": [1e999] * len(r)}).encode()),
+    "beyond a double": lambda _, r: (200, json.dumps({"rewards": [10**400] * len(r)}).encode()),
+    "text": lambda _, r: (200, json.dumps({"rewards": ["3"] * len(r)}).encode()),
+    "truth": lambda _, r: (200, json.dumps({"rewards": [True] * len(r)}).encode()),
+    "huge": always(200, b" " * 5_000_000),
+    "dies": always(0, b""),
+    "overloaded": always(503, b""),
+}
+
+
+def test_rewards_come_back_in_order_and_two_servers_share_the_work(start):
+    one, two = start(right), start(right)
+    assert ask(one.url, two.url, batch_size=2, concurrency=2) == LENGTHS
+    assert {len(one.asked), len(two.asked)} == {2, 3}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_server_gives_no_reward_after_bounded_attempts_and_the_run_stops(start, kind):
+    server = start(BAD[kind])
+    with pytest.raises(UserError, match=r"reward function 'remote': no usable answer in 3 attempts; last: .+"):
+        ask(server.url, batch_size=10)
+    assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_server_that_is_bad_once_costs_one_more_attempt_and_no_reward(start, kind):
+    server = start(lambda number, responses: BAD[kind](number, responses) if number == 0 else right(number, responses))
+    assert ask(server.url, batch_size=10) == LENGTHS
+    assert len(server.asked) == 2
+
+
+def test_a_dead_server_is_left_alone_and_the_other_does_its_work(start):
+    dead, alive = start(always(0, b"")), start(right)
+    for _ in range(3):
+        assert ask(dead.url, alive.url, batch_size=1, concurrency=1, attempts=4) == LENGTHS
+    assert len(dead.asked) == 3
+    assert len(alive.asked) == 30
+
+
+def test_under_skip_the_step_goes_on_with_the_other_rewards_and_without_them_it_stops(start):
+    url = start(lambda number, responses: right(number, responses) if number == 0 else (500, b"")).url
+    section = RewardSection(
+        functions=[RewardFunctionSection(name="remote", arguments={"urls": [url], "on_failure": "skip", **FAST})]
+    )
+    (function,) = load_functions(section)
+    other = BoundFunction("other", lambda responses: [1.0] * len(responses))
+    batch = ScoringBatch(PROMPTS, RESPONSES)
+    scored = score_batch([function, other], batch)
+    assert np.isnan(scored.parts["remote"]).all()
+    np.testing.assert_array_equal(scored.scores, 1.0)
+    with pytest.raises(UserError, match="no reward applies to sample 0"):
+        score_batch([function], batch)
+
+
+def test_a_refusal_is_not_repeated_and_the_token_is_sent_and_never_shown(start, monkeypatch, caplog):
+    monkeypatch.setenv("JUDGE_TOKEN", "secret-word")
+    caplog.set_level("DEBUG")
+    server = start(always(401, b""))
+    with pytest.raises(UserError, match="answered with status 401, expected 200") as raised:
+        ask(server.url, token_variable="JUDGE_TOKEN", batch_size=10)
+    assert server.tokens == ["Bearer secret-word"]
+    assert "secret-word" not in str(raised.value) + caplog.text
+    with pytest.raises(UserError, match=r"environment variable OTHER_TOKEN \(token_variable\) is not set"):
+        ask(server.url, token_variable="OTHER_TOKEN")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"urls": []}, "urls: expected http"),
+        ({"urls": ["ftp://a"]}, "got .*ftp"),
+        ({"on_failure": "drop"}, "'stop' or 'skip'"),
+        ({"attempts": 0}, "attempts 0: expected at least 1"),
+    ],
+)
+def test_wrong_arguments_are_one_clear_line(changes, message):
+    with pytest.raises(UserError, match=message):
+        asyncio.run(module.remote(PROMPTS, RESPONSES, **{"urls": ["http://a"], **changes}))
