@@ -10,12 +10,14 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Callback": "rayrlhf.ppo.callbacks",
+    "DPOConfig": "rayrlhf.config.tuning",
     "PPOConfig": "rayrlhf.config.ppo",
     "PPOTrainer": "rayrlhf.ppo.trainer",
     "RewardTrainingConfig": "rayrlhf.config.tuning",
     "SFTConfig": "rayrlhf.config.tuning",
     "load_config": "rayrlhf.config.load",
     "register_reward": "rayrlhf.rewards.registry",
+    "train_dpo": "rayrlhf.tuning.run",
     "train_ppo": "rayrlhf.ppo.run",
     "train_reward": "rayrlhf.tuning.run",
     "train_sft": "rayrlhf.tuning.run",
