@@ -1,0 +1,100 @@
+"""Text to vectors with any Hugging Face encoder: hidden states pooled over the text's own tokens, scaled to length 1.
+
+How to pool belongs to how an encoder was trained. Sentence-transformers folders say it in `1_Pooling/config.json`; for any
+other the user has to, because a wrong guess gives vectors that look well and rank badly.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayrlhf.config.model import ModelSection
+from rayrlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Pooling = Literal["mean", "cls"]
+
+
+def pooling_of(folder: Path) -> Pooling:
+    """Return how the encoder in a folder says it pools.
+
+    Raises:
+        UserError: it says nothing, or a way that is not supported.
+    """
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"encoder {folder}: no 1_Pooling/config.json says how its vectors are pooled; set pooling to mean or cls"
+        )
+    said = json.loads(path.read_text())
+    if said.get("pooling_mode_mean_tokens"):
+        return "mean"
+    if said.get("pooling_mode_cls_token"):
+        return "cls"
+    raise UserError(f"{path}: expected pooling by mean or cls, found neither; set pooling to the one that is meant")
+
+
+def pool(hidden: "Tensor", mask: "Tensor", pooling: Pooling) -> "Tensor":
+    """Return one vector of length 1 a text.
+
+    Args:
+        hidden: [texts, tokens, width], the last hidden states.
+        mask: [texts, tokens], 1 on the text's own tokens, padded on the right.
+        pooling: `mean` over these tokens, or the first one (`cls`).
+
+    Returns:
+        [texts, width], float32; a text without tokens gives zeros.
+    """
+    from torch.nn.functional import normalize
+
+    states = hidden.float().masked_fill(~mask.bool().unsqueeze(-1), 0.0)
+    pooled = states[:, 0] if pooling == "cls" else states.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return normalize(pooled, dim=-1)
+
+
+class Encoder:
+    """One encoder in memory."""
+
+    def __init__(self, path: str, pooling: Pooling | None = None, max_tokens: int = 256) -> None:
+        """Load the encoder in float32 on the CPU.
+
+        Args:
+            path: a folder, hub name or built-in.
+            pooling: None asks the folder.
+            max_tokens: longer texts are cut behind.
+
+        Raises:
+            UserError: no such model, or nobody says how to pool.
+        """
+        from transformers import AutoModel, AutoTokenizer
+
+        from rayrlhf.models.load import resolve_path
+
+        folder = resolve_path(ModelSection(path=path))
+        self._pooling = pooling or pooling_of(Path(folder))
+        self._max_tokens = max_tokens
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._model = AutoModel.from_pretrained(folder, dtype="float32").eval()
+
+    def encode(self, texts: Sequence[str], batch: int = 32) -> NDArray[np.float32]:
+        """Return one vector of length 1 a text, [texts, width]; zeros for a text without tokens."""
+        import torch
+
+        tokens = [self._tokenizer(text, truncation=True, max_length=self._max_tokens)["input_ids"] for text in texts]
+        vectors = np.zeros((len(texts), int(self._model.config.hidden_size)), dtype=np.float32)
+        by_length = sorted((row for row in range(len(texts)) if tokens[row]), key=lambda row: len(tokens[row]))
+        for start in range(0, len(by_length), batch):
+            rows = by_length[start : start + batch]
+            width = len(tokens[rows[-1]])
+            ids = torch.tensor([tokens[row] + [0] * (width - len(tokens[row])) for row in rows])
+            mask = torch.tensor([[1] * len(tokens[row]) + [0] * (width - len(tokens[row])) for row in rows])
+            with torch.inference_mode():
+                hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
+                vectors[rows] = pool(hidden, mask, self._pooling).numpy()
+        return vectors
