@@ -123,3 +123,20 @@ def test_fewer_examples_than_demonstrations_is_one_clear_line() -> None:
 def test_a_pool_without_words_is_one_clear_line() -> None:
     with pytest.raises(UserError, match="none of the 2 examples has a word"):
         Bm25Ranker.build(["", "?!"])
+
+
+def test_an_opened_index_lies_in_a_memory_map_that_processes_share(tmp_path: Path) -> None:
+    import bm25s
+
+    Bm25Ranker.build([example.prompt for example in examples(20, seed=1)], tmp_path)
+    opened: list[bm25s.BM25] = []
+    load = bm25s.BM25.load
+
+    def remember(*arguments: object, **options: object) -> bm25s.BM25:
+        opened.append(load(*arguments, **options))
+        return opened[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bm25s.BM25, "load", remember)
+        Bm25Ranker.open(tmp_path)
+    assert all(isinstance(opened[0].scores[part], np.memmap) for part in ("data", "indices", "indptr"))
