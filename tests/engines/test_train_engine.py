@@ -110,7 +110,9 @@ def test_micro_batches_order_and_padding_do_not_change_the_gradient(llama: str, 
         whole.update(batch, one_step(5), BOTH),
         parts.update(batch, UpdatePlan([[order]]), BOTH),
     ]
-    assert largest_difference(all_weights(whole), all_weights(parts)) < 2e-6
+    # Rounding grows with what is rounded: a few of the drawn batches have gradients of norm 40, most of 2 to 10.
+    bound = 2e-6 * max(1.0, reports[0].grad_norms[0] / 10)
+    assert largest_difference(all_weights(whole), all_weights(parts)) < bound
     for name, value in reports[0].metrics.items():
         assert reports[1].metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert reports[0].grad_norms == pytest.approx(reports[1].grad_norms, rel=1e-5)
