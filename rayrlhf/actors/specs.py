@@ -35,7 +35,8 @@ class RoleSpecs:
             return (config.reward,)
         if role == "reference":
             return (config.reference.model or config.model, config.train.score_batch_tokens)
-        return (RolloutSpec(model=config.model, rollout=config.rollout, seed=config.run.seed),)
+        lockstep = config.run.determinism == "exact"
+        return (RolloutSpec(config.model, config.rollout, config.run.seed, config.environment, lockstep),)
 
     def train(self, role: Role) -> TrainEngineSpec:
         """The engine of a role that learns."""

@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from rayrlhf.config.algorithm import AlgorithmSection
 from rayrlhf.config.data import DataSection
+from rayrlhf.config.environment import EnvironmentSection
 from rayrlhf.config.model import CriticSection, ModelSection, ReferenceSection
 from rayrlhf.config.recovery import RecoverySection
 from rayrlhf.config.reward import RewardSection
@@ -33,6 +34,9 @@ class PPOConfig(Section):
     reference: ReferenceSection = ReferenceSection()
     critic: CriticSection = CriticSection()
     reward: RewardSection
+    environment: EnvironmentSection | None = None
+    """What answers the policy's turns; responses have one turn when not given. Its rewards are the reward function
+    `environment`."""
     data: DataSection
     rollout: RolloutSection = RolloutSection()
     algorithm: AlgorithmSection = AlgorithmSection()
@@ -169,6 +173,27 @@ class PPOConfig(Section):
         if self.recovery.min_replicas > self.rollout.replicas:
             raise ValueError(
                 f"recovery.min_replicas {self.recovery.min_replicas} is more than rollout.replicas {self.rollout.replicas}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_environment_fits(self) -> Self:
+        paid = any(function.name == "environment" for function in self.reward.functions)
+        if self.environment is None:
+            if paid:
+                raise ValueError("reward.functions: 'environment' pays what an environment said: give the section environment")
+            return self
+        if self.needs_greedy:
+            name = self.algorithm.advantage.estimator
+            raise ValueError(
+                f"algorithm.advantage.estimator '{name}' compares with a greedy sample, which an environment may fail to play: "
+                "choose another"
+            )
+        shaping = self.algorithm.shaping
+        if paid and self.environment.credit == "turn" and (shaping.scale or shaping.center or shaping.clip is not None):
+            raise ValueError(
+                "algorithm.shaping.scale, center and clip change whole scores, not those of turns: switch them off, or set "
+                "environment.credit to 'episode'"
             )
         return self
 

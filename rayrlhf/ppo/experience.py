@@ -28,6 +28,7 @@ from rayrlhf.algorithms.whitening import whiten
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Records, Rollout, TokenScores
 from rayrlhf.data.training_batch import TrainingBatch
+from rayrlhf.ppo.episodes import turn_weight
 from rayrlhf.ppo.scoring import ScoredRollouts
 
 LOGPROB_GAP = "sampling/sampling_logp_difference/mean"
@@ -86,7 +87,8 @@ class ExperienceMaker:
             kl = kl_penalty(logprobs, _readings(scored, "reference", "logprobs", width), algorithm.kl.estimator)
         in_reward = kl if algorithm.kl.placement == "reward" else None
         coefficient = self._controller.value
-        earned = token_rewards(in_reward, scores, mask, coefficient, position=position)
+        at_end, by_turn = self._credited(scores, rollouts, width)
+        earned = token_rewards(in_reward, at_end, mask, coefficient, position=position, token_scores=by_turn)
         rewards = earned.rewards
         if algorithm.shaping.whiten_rewards:
             rewards = whiten(rewards, earned.value_mask, shift_mean=False)
@@ -134,6 +136,15 @@ class ExperienceMaker:
         shaping = self._config.algorithm.shaping
         charged = self._charged(scored)
         return shape_scores(charged, self._moments, scale=shaping.scale, center=shaping.center, clip=shaping.clip)
+
+    def _credited(self, scores: Tensor, rollouts: Sequence[Rollout], width: int) -> tuple[Tensor, Tensor | None]:
+        """Scores [B] split into what is paid at the end, and what environments paid turn by turn [B, T] (None: nothing)."""
+        weight = turn_weight(self._config)
+        paid = [rollout.rewards for rollout in rollouts if rollout.rewards is not None]
+        if not weight or not paid:
+            return scores, None
+        by_turn = weight * _padded(paid, width)
+        return scores - by_turn.sum(1), by_turn
 
     def _baselines(self, scored: ScoredRollouts) -> Tensor | None:
         """The shaped score of the greedy response to each rollout's prompt, float [B]; the config has no scaling beside it."""
@@ -191,7 +202,7 @@ class ExperienceMaker:
     ) -> dict[str, float]:
         sampler = _padded([rollout.logprobs for rollout in rollouts], mask.shape[1])
         queries = torch.tensor([len(rollout.prompt_ids) for rollout in rollouts])
-        responses = torch.tensor([len(rollout.response_ids) for rollout in rollouts])
+        responses = torch.tensor([int(rollout.action_mask.sum()) for rollout in rollouts])
         stopped = torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
         return (
             objective_statistics(logprobs, kl, non_score, scores, mask)

@@ -28,6 +28,7 @@ from rayrlhf.models.load import resolve_dtype
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.dynamic_sampling import SAMPLED_TOKENS, Harvest
+from rayrlhf.ppo.episodes import episode_metrics, without_failed
 from rayrlhf.ppo.evaluation import Evaluation
 from rayrlhf.ppo.experience import LOGPROB_GAP, Experience, ExperienceMaker
 from rayrlhf.ppo.generation import Generation, make_requests
@@ -86,7 +87,7 @@ class PPOTrainer:
 
     def generate(self, prompts: Sequence[Prompt], *, temperature: float | None = None) -> list[Rollout]:
         """Sample `rollout.samples_per_prompt` responses a prompt, with the current weights, in the order of their keys."""
-        requests = make_requests(prompts, self.config.rollout.samples_per_prompt, self.steps_done, self.config.run.seed)
+        requests = self._requests(prompts, self.config.rollout.samples_per_prompt)
         finished = [rollout for batch in self._stream(requests, temperature) for rollout in batch]
         return sorted(finished, key=lambda rollout: rollout.key)
 
@@ -149,7 +150,7 @@ class PPOTrainer:
 
     def evaluate(self) -> Evaluation:
         """Answer and score the held-out prompts, one response each at `evaluation.temperature`."""
-        requests = make_requests(self.evaluation_prompts, 1, 0, self.config.run.seed)
+        requests = self._requests(self.evaluation_prompts, 1, 0)
         scored = self._rewarded(self.evaluation_prompts, requests, self.config.evaluation.temperature)
         prompts = tuple(scored.prompts[rollout.key.prompt] for rollout in scored.rollouts)
         evaluation = Evaluation(self.steps_done, prompts, scored.rollouts, scored.rewards)
@@ -214,7 +215,20 @@ class PPOTrainer:
         wanted = rollout.temperature if temperature is None else temperature
         seconds = self.config.deadlines.generate
         generation = Generation(self.care.pool, self._refresh, wanted, rollout.max_new_tokens, seconds, sticky=self._exact)
-        return generation.run(requests)
+        finished = generation.run(requests)
+        environment = self.config.environment
+        return without_failed(finished, len(requests), environment.max_failed_share) if environment else finished
+
+    def _requests(
+        self, prompts: Sequence[Prompt], samples: int, step: int | None = None, seen: dict[int, int] | None = None
+    ) -> list[RolloutRequest]:
+        """`make_requests` of a step, this one when not given; an environment gets to see the prompts."""
+        step = self.steps_done if step is None else step
+        requests = make_requests(prompts, samples, step, self.config.run.seed, seen)
+        if self.config.environment is None:
+            return requests
+        by_id = {prompt.id: prompt for prompt in prompts}
+        return [replace(request, prompt=by_id[request.key.prompt]) for request in requests]
 
     def _checksums(self) -> dict[str, float]:
         """A checksum of every learning role's weights, so that two runs can be told apart by one bit."""
@@ -231,12 +245,13 @@ class PPOTrainer:
         if config.refill_rounds:
             return self._refilled()
         prompts = self.sampler.next(config.prompts_per_step)
-        requests = make_requests(prompts, config.samples_per_prompt, self.steps_done, self.config.run.seed)
+        requests = self._requests(prompts, config.samples_per_prompt)
         scorer = self._scorer(prompts)
         with self.timer.phase("generate"):
             for finished in self._stream(requests, None):
                 scorer.add(finished)
-        return prompts, scorer.finish(), {}
+        scored = scorer.finish()
+        return prompts, scored, episode_metrics(scored.rollouts, len(requests)) if self.config.environment else {}
 
     def _refilled(self) -> tuple[list[Prompt], ScoredRollouts, dict[str, float]]:
         """As `_sampled`, with prompts that teach nothing replaced; models read only the responses that are kept."""
@@ -246,7 +261,7 @@ class PPOTrainer:
         rewards: dict[SampleKey, RewardRow] = {}
         while harvest.missing:
             drawn = self.sampler.next(harvest.missing)
-            requests = make_requests(drawn, config.samples_per_prompt, self.steps_done, self.config.run.seed, seen)
+            requests = self._requests(drawn, config.samples_per_prompt, seen=seen)
             judged = self._rewarded(drawn, requests, config.temperature)
             rewards |= judged.reward_rows()
             harvest.add(judged.rollouts, {key: row.score for key, row in rewards.items()})
@@ -260,7 +275,7 @@ class PPOTrainer:
         """A greedy response to each prompt of these rollouts, under a sample number that no sampled one has."""
         numbers = dict.fromkeys((rollout.key.prompt for rollout in scored.rollouts), GREEDY_SAMPLE)
         prompts = [scored.prompts[prompt] for prompt in numbers]
-        return self._rewarded(prompts, make_requests(prompts, 1, self.steps_done, self.config.run.seed, numbers), 0.0)
+        return self._rewarded(prompts, self._requests(prompts, 1, seen=numbers), 0.0)
 
     def _rewarded(self, prompts: Sequence[Prompt], requests: list[RolloutRequest], temperature: float) -> ScoredRollouts:
         """Responses with rewards alone."""
