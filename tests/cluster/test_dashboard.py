@@ -6,13 +6,15 @@ import shutil
 import subprocess
 import urllib.request
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import ray
 import yaml
 
+from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.cluster_metrics import OTHER_GAUGES, STEP_GAUGES, ClusterMetrics
+from rayrlhf.ppo.run import train_ppo
+from tests.ppo.runs import run_config
 
 FOLDER = Path(__file__).parent.parent.parent / "cluster" / "grafana"
 NAME = re.compile(r"\bray_(rayrlhf_\w+)")
@@ -92,7 +94,7 @@ def test_a_nodes_metrics_port_shows_the_gauges_with_the_runs_name(tmp_path):
 
 
 @pytest.mark.slow
-def test_prometheus_scrapes_a_run_and_answers_every_query_of_the_dashboard(tmp_path):
+def test_prometheus_scrapes_a_real_run_and_answers_every_query_of_the_dashboard(tmp_path):
     import time
     import urllib.parse
 
@@ -120,27 +122,33 @@ def test_prometheus_scrapes_a_run_and_answers_every_query_of_the_dashboard(tmp_p
     server = subprocess.Popen(
         [*command, f"--web.listen-address=127.0.0.1:{own}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, _metrics_export_port=port)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _metrics_export_port=port)
+    panels = json.loads((FOLDER / "dashboard.json").read_text())["panels"]
+    expressions = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    asked = {}
+
+    class Ask(Callback):
+        """Asks while the job is there, after its last step."""
+
+        def on_end(self, trainer):
+            end, found = time.monotonic() + 60, []
+            while (not found or found[0]["value"][1] != "3") and time.monotonic() < end:
+                time.sleep(1)
+                try:
+                    found = query('ray_rayrlhf_step{run="ppo"}')
+                except OSError:
+                    continue  # not up yet
+            asked["step"] = found
+            asked.update({expression: query(expression.replace("$run", "ppo")) for expression in expressions})
+            asked["rules"] = [rule["health"] for group in ask("rules")["groups"] for rule in group["rules"]]
+
     try:
-        metrics = ClusterMetrics("my-run")
-        metrics.on_step_end(7, {key: 0.5 for key, _ in STEP_GAUGES.values()}, None)
-        metrics.on_evaluation(7, SimpleNamespace(mean_score=0.5))
-        end, found = time.monotonic() + 60, []
-        while not found and time.monotonic() < end:
-            time.sleep(1)
-            try:
-                found = query('ray_rayrlhf_step{run="my-run"}')
-            except OSError:
-                continue  # not up yet
-        assert found[0]["value"][1] == "7"
-        panels = json.loads((FOLDER / "dashboard.json").read_text())["panels"]
-        expressions = [target["expr"] for panel in panels for target in panel.get("targets", ())]
-        assert expressions
-        for expression in expressions:
-            assert query(expression.replace("$run", "my-run")), expression
-        groups = ask("rules")["groups"]
-        assert [rule["health"] for group in groups for rule in group["rules"]] == ["ok"] * 4
+        train_ppo(run_config(tmp_path, "rollout.backend=transformers", "run.steps=3"), [Ask()])
     finally:
         server.terminate()
         server.wait(30)
         ray.shutdown()
+    assert asked["step"][0]["value"][1] == "3"
+    assert expressions
+    assert [expression for expression in expressions if not asked[expression]] == []
+    assert asked["rules"] == ["ok"] * 4
