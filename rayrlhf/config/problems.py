@@ -121,7 +121,10 @@ def _nearest_key(dotted: str, root: type[Section]) -> str:
 
 def _similar_leaf(leaf: str, keys: list[str]) -> list[str]:
     by_leaf = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    return [by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)]
+    near = difflib.get_close_matches(leaf, by_leaf, n=3, cutoff=0.7)
+    # Of equally near ones (rollout_cpus and rollout_gpus for rollout_pcus) it is the one with the same letters.
+    near.sort(key=lambda match: sorted(match) != sorted(leaf))
+    return [by_leaf[match] for match in near[:1]]
 
 
 def _sections_in(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[Section], bool]]:

@@ -212,6 +212,11 @@ def test_a_key_with_two_letters_swapped_is_found_again(minimal, key, data):
     assert leaf in found.partition("did you mean")[2]
 
 
+def test_of_two_keys_as_near_the_one_with_the_same_letters_is_meant(minimal):
+    assert "did you mean placement.rollout_cpus" in message_of(minimal, "placement.rollout_pcus=1")
+    assert "did you mean placement.rollout_gpus" in message_of(minimal, "placement.rollout_pgus=1")
+
+
 def test_an_estimator_without_values_starts_no_critic_and_refuses_one(minimal):
     grouped = ["algorithm.advantage.estimator=rloo", "rollout.samples_per_prompt=2"]
     config = load_config(PPOConfig, minimal, grouped)
