@@ -28,6 +28,7 @@ BUILT_IN = {
     "environment": "rayrlhf.rewards.environment:environment",
     "format": "rayrlhf.rewards.format:matches_format",
     "gsm8k": "rayrlhf.rewards.gsm8k:gsm8k",
+    "json_schema": "rayrlhf.rewards.json_schema:matches_json_schema",
     "length": "rayrlhf.rewards.length:length_penalty",
     "remote": "rayrlhf.rewards.remote:remote",
     "word_problems": "rayrlhf.rewards.word_problems:word_problems",

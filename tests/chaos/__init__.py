@@ -1,6 +1,6 @@
 """Real small PPO jobs that are hurt while they run; each is compared with an undisturbed twin, bit for bit where it is exact.
 
-`pytest -m slow tests/chaos` runs six kills and a resume. By hand, one piece at a time, each less than nine minutes on two cores,
+`pytest -m slow tests/chaos` runs six kills and a resume. By hand, one piece at a time, each below nine minutes on two cores,
 `-s` for the table of recovery times:
 
     pytest -m nightly -s tests/chaos/test_kills.py -k "thirty and 0"    ten kills a piece, pieces 0 to 2, one machine

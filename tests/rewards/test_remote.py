@@ -103,7 +103,7 @@ BAD: dict[str, Answer] = {
     "beyond a double": lambda _, r: (200, json.dumps({"rewards": [10**400] * len(r)}).encode()),
     "text": lambda _, r: (200, json.dumps({"rewards": ["3"] * len(r)}).encode()),
     "truth": lambda _, r: (200, json.dumps({"rewards": [True] * len(r)}).encode()),
-    "huge": always(200, b" " * 5_000_000),
+    "huge": lambda number, r: (200, right(number, r)[1] + b" " * 5_000_000),
     "dies": always(0, b""),
     "overloaded": always(503, b""),
 }
