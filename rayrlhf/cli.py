@@ -235,7 +235,7 @@ app.add_typer(presft_app, name="presft")
 
 @app.command()
 def init(
-    task: Annotated[str, typer.Argument(help="ppo, sft, reward, presft or evaluate.")],
+    task: Annotated[str, typer.Argument(help="ppo, sft, reward, dpo, presft or evaluate.")],
     path: Annotated[Path | None, typer.Argument(help="The file to write; TASK.yaml if not given.")] = None,
     model: Annotated[str | None, typer.Option(help="The model to begin with: a folder, a hub name or a built-in.")] = None,
 ) -> None:
@@ -248,7 +248,7 @@ def init(
 
 
 @app.command()
-def schema(task: Annotated[str, typer.Argument(help="ppo, sft, reward, presft or evaluate.")]) -> None:
+def schema(task: Annotated[str, typer.Argument(help="ppo, sft, reward, dpo, presft or evaluate.")]) -> None:
     """Print the JSON schema of a configuration, for editors: every key with its meaning, default and bounds."""
     from rayrlhf.starters import json_schema
 

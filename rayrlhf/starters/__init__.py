@@ -14,6 +14,7 @@ ROOTS = {
     "ppo": "rayrlhf.config.ppo:PPOConfig",
     "sft": "rayrlhf.config.tuning:SFTConfig",
     "reward": "rayrlhf.config.tuning:RewardTrainingConfig",
+    "dpo": "rayrlhf.config.tuning:DPOConfig",
     "presft": "rayrlhf.config.presft:PreSFTConfig",
     "evaluate": "rayrlhf.config.evaluate:EvaluateConfig",
 }
