@@ -1,0 +1,65 @@
+"""Which cluster a run joins when it is not told one."""
+
+import os
+import subprocess
+import sys
+from contextlib import closing
+from socket import create_server
+
+import pytest
+import ray
+
+from rayrlhf.actors.connection import ambient_address, connected
+
+
+@pytest.fixture
+def port():
+    """A port on which nobody listens."""
+    with closing(create_server(("127.0.0.1", 0))) as server:
+        return server.getsockname()[1]
+
+
+def test_without_a_note_a_new_cluster_is_started(tmp_path):
+    assert ambient_address(tmp_path / "none") == "local"
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "127.0.0.1", "127.0.0.1:port", "[::1]:", "\x00:1"])
+def test_a_note_that_says_nothing_is_no_cluster(tmp_path, text):
+    (tmp_path / "note").write_text(text)
+    assert ambient_address(tmp_path / "note") == "local"
+
+
+def test_a_cluster_that_answers_is_joined_and_one_that_is_gone_is_not(tmp_path, port):
+    note = tmp_path / "note"
+    note.write_text(f"127.0.0.1:{port}\n")
+    assert ambient_address(note) == "local"
+    with closing(create_server(("127.0.0.1", port))):
+        assert ambient_address(note) == f"127.0.0.1:{port}"
+
+
+def test_the_note_of_a_killed_cluster_costs_no_minutes(tmp_path, port, monkeypatch):
+    note = tmp_path / "note"
+    note.write_text(f"127.0.0.1:{port}")
+    monkeypatch.setattr("rayrlhf.actors.connection.ambient_address", lambda: ambient_address(note))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with connected(None):
+        assert len(ray.nodes()) == 1
+    assert not ray.is_initialized()
+
+
+def test_a_cluster_of_this_machine_is_joined_and_outlives_the_run():
+    code = (
+        "import ray; from rayrlhf.actors.connection import connected\n"
+        "with connected(None): print(ray.get_runtime_context().gcs_address)"
+    )
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        address = ray.get_runtime_context().gcs_address
+        environment = os.environ | {"RAY_ADDRESS": address}
+        run = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True, timeout=120
+        )
+        assert run.stdout.split()[-1] == address
+        assert len(ray.nodes()) == 1
+    finally:
+        ray.shutdown()
