@@ -1,8 +1,10 @@
 """The connection to a Ray cluster, and the actors of a run on it."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 
@@ -13,22 +15,39 @@ from rayrlhf.config.ppo import PPOConfig
 
 NAMESPACE = "rayrlhf"
 """Ray namespace of every actor, so that `ray list actors` tells them from others."""
+CURRENT_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - Ray's own file
+"""Where Ray notes the address of the cluster that was started last on this machine."""
+ANSWER_SECONDS = 3.0
 
 
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
-    """Connect to the given cluster, the submitted job's own, or a new local one that ends with the block.
+    """Connect to the given cluster, the submitted job's own, the one that runs on this machine, or a new one for the block.
 
     A connection that exists already is used and left open.
     """
     if ray.is_initialized():
         yield
         return
-    ray.init(address=address or os.environ.get("RAY_ADDRESS"), namespace=NAMESPACE, log_to_driver=False, logging_level="error")
+    found = address or os.environ.get("RAY_ADDRESS") or ambient_address()
+    ray.init(address=found, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def ambient_address(note: Path = CURRENT_CLUSTER) -> str:
+    """The address of a cluster that runs on this machine (`ray start`, `ray symmetric-run`), or `local` for a new one.
+
+    A cluster that was killed leaves its note behind, and Ray itself would knock at that address for minutes and then give up.
+    """
+    try:
+        host, _, port = note.read_text().strip().rpartition(":")
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS):
+            return f"{host}:{port}"
+    except (OSError, ValueError):
+        return "local"
 
 
 @contextmanager
