@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from rayrlhf.bench.paired import Comparison, Contender, compare
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.presft import PairsSection, ProbeSection
 from rayrlhf.config.presft_pipeline import GenerateSection, PipelineSection
 from rayrlhf.observe.memory import PeakMemory
-from rayrlhf.presft.bleu import BleuScorer
 from rayrlhf.presft.intake import GIVEN
 from rayrlhf.presft.parts import PartFolder
 from rayrlhf.presft.pipeline import Limits, Pool, run_pipeline
@@ -207,10 +207,12 @@ def _bare_scoring(chunks: list[Texts], processes: int) -> float:
 
 
 def _score_chunk(chunk: Texts) -> list[float]:
-    scorer = _scorer()
-    return [scorer.score(hypothesis, reference) for hypothesis, reference in chunk]
+    metric = _metric()
+    return [metric.sentence_score(hypothesis, [reference]).score for hypothesis, reference in chunk]
 
 
 @cache
-def _scorer() -> BleuScorer:
-    return BleuScorer()
+def _metric() -> Any:
+    from sacrebleu.metrics import BLEU
+
+    return BLEU(effective_order=True)
