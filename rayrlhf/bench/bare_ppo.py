@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rayrlhf.bench.arithmetic import Lengths
+
 if TYPE_CHECKING:
     from rayrlhf.bench.ppo import PPOWork
 
@@ -48,6 +50,8 @@ class BarePPO:
         self._optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) for model in self._learning]
         self.parts: dict[str, float] = {}
         """Seconds of each part of the last step."""
+        self.lengths = Lengths([], [])
+        """Of that step's prompts and responses."""
 
     def seconds(self) -> float:
         """Run two steps; return the seconds of the second."""
@@ -63,6 +67,7 @@ class BarePPO:
         self.parts = {}
         with self._clock("generate"):
             responses = self._generate()
+        self.lengths = Lengths([len(ids) for ids in self._prompts], [len(ids) for ids in responses])
         batches = list(self._batches(responses))
         with torch.no_grad():
             for name, model in (("reference", self._reference), ("policy", self._policy)):
@@ -73,10 +78,10 @@ class BarePPO:
                 with self._clock(name):
                     for ids, mask, _ in batches:
                         self._values(model, ids, mask)
-        for epoch in range(self._work.epochs):
-            with self._clock(f"update_policy_{epoch}"):
+        for _ in range(self._work.epochs):
+            with self._clock("update_policy"):
                 self._update(0, [lambda b=b: self._logprobs(self._policy, *b) for b in batches])
-            with self._clock(f"update_critic_{epoch}"):
+            with self._clock("update_critic"):
                 self._update(1, [lambda b=b: self._values(self._critic, *b[:2]) for b in batches])
 
     def _generate(self) -> list[list[int]]:
@@ -123,4 +128,4 @@ class BarePPO:
     def _clock(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self.parts[name] = time.perf_counter() - started
+        self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - started

@@ -25,6 +25,8 @@ def bench_presft_command(
 def bench_ppo_command(
     precision: Annotated[list[str] | None, typer.Option(help="float32, bfloat16; both if not given.")] = None,
     model: Annotated[str, typer.Option(help="Policy; critic, reference and reward model are of its size.")] = "builtin:tiny",
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of a step, one response each.")] = 64,
+    lora: Annotated[int, typer.Option(min=0, help="Rank of adapters on the policy; 0 trains it whole.")] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each contender.")] = 5,
     updates: Annotated[int, typer.Option(min=1, help="Timed PPO steps of a run.")] = 3,
     output: Annotated[Path | None, typer.Option(help="Folder for the numbers as JSON and Markdown.")] = None,
@@ -32,7 +34,16 @@ def bench_ppo_command(
     """A PPO step of ours against TRL's PPOTrainer and against its bare torch and vLLM calls, side by side on this machine."""
     from rayrlhf.bench.run import run_bench_ppo
 
-    run_bench_ppo(precision or [], model=model, rounds=rounds, updates=updates, output=output, echo=typer.echo)
+    run_bench_ppo(
+        precision or [],
+        model=model,
+        prompts=prompts,
+        lora=lora,
+        rounds=rounds,
+        updates=updates,
+        output=output,
+        echo=typer.echo,
+    )
 
 
 @bench.command(name="rollout")
@@ -85,3 +96,30 @@ def bench_sft_command(
     from rayrlhf.bench.run import run_bench_sft
 
     run_bench_sft(precision or [], packing, rounds=rounds, steps=steps, output=output, echo=typer.echo)
+
+
+@bench.command(name="train")
+def bench_train_command(
+    model: Annotated[str, typer.Option(help="The trained model.")] = "builtin:smollm2-135m-instruct",
+    samples: Annotated[int, typer.Option(min=1, help="Word problems with solutions in one optimizer step.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Optimizer steps of each contender.")] = 15,
+    output: Annotated[Path | None, typer.Option(help="Folder for the numbers as JSON and Markdown.")] = None,
+) -> None:
+    """An optimizer step of the policy actor against a bare torch step on the same sequences."""
+    from rayrlhf.bench.run import run_bench_training
+
+    run_bench_training(model, samples=samples, rounds=rounds, output=output, echo=typer.echo)
+
+
+@bench.command(name="overhead")
+def bench_overhead_command(
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    model: Annotated[str, typer.Option(help="Policy; critic, reference and reward model are of its size.")] = "builtin:tiny",
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of a step, one response each.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of some steps each.")] = 3,
+    output: Annotated[Path | None, typer.Option(help="Folder for the numbers as JSON.")] = None,
+) -> None:
+    """The share of a PPO step in which no actor computes."""
+    from rayrlhf.bench.run import run_bench_overhead
+
+    run_bench_overhead(precision, model=model, prompts=prompts, rounds=rounds, output=output, echo=typer.echo)

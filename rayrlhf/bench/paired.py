@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,8 @@ Precision = Literal["float32", "bfloat16"]
 """What is computed in; weights and optimizer states stay in float32."""
 
 RESAMPLES = 2000
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +109,11 @@ def compare(
     return Comparison(title, unit, speeds)
 
 
-def in_new_process(function: Callable[..., float], *arguments: Any) -> float:
+def in_new_process(function: Callable[..., Result], *arguments: Any) -> Result:
     """Run a contender where no earlier one left threads, caches or a process group behind; its errors are raised here.
 
     Args:
-        function: defined at the top level of a module.
+        function: defined at the top level of a module; what it returns is picklable.
         arguments: picklable.
     """
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:

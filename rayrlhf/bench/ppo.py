@@ -4,7 +4,10 @@ All three sample from the same prompts, with policy, critic, reference and rewar
 one optimizer step an epoch. Each runs in a process of its own, in turns; a step is timed from the end of the one before,
 whatever happens in between, and the first is left out. TRL's trainer is that of its last release that had one, with its
 defaults but for gradient checkpointing, which it has on and which would make it slower. Responses end at the end token in all
-three. The bare calls are vLLM's `LLM.generate` and plain torch forwards and backwards on padded batches, one after the other.
+three. The bare calls are vLLM's `LLM.generate` and plain torch forwards and backwards on padded batches, one after the other;
+where the policy learns adapters alone there are none.
+
+What each phase took is told beside the speeds, as seconds and as a share of the fastest matrix product of this machine.
 """
 
 import json
@@ -19,12 +22,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rayrlhf.bench.arithmetic import Lengths, peak_operations, phase_operations, phase_table
 from rayrlhf.bench.paired import Comparison, Precision, compare, in_new_process
 from rayrlhf.bench.trl_release import installed_trl
 from rayrlhf.config.load import load_config
+from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.word_problems import generate
 from rayrlhf.engines.rollout import rollout_environment
+from rayrlhf.launch.shape import read_shape
 from rayrlhf.models.builtin import resolve_model
 from rayrlhf.models.load import load_tokenizer
 
@@ -46,6 +52,7 @@ class PPOWork:
         new_tokens: longest response.
         epochs: optimizer steps on a batch.
         updates: timed PPO steps.
+        lora: rank of adapters on all linear layers of the policy, whose reference is then itself without them; 0 for none.
     """
 
     policy: str
@@ -55,6 +62,7 @@ class PPOWork:
     new_tokens: int = 64
     epochs: int = 4
     updates: int = 3
+    lora: int = 0
 
     def texts(self) -> list[str]:
         """The prompts of all steps, the first included."""
@@ -70,11 +78,15 @@ class PPOWork:
 
     def config(self, critic: str, folder: Path) -> PPOConfig:
         """The same work as a configuration of ours."""
+        adapters = f", lora: {{rank: {self.lora}, alpha: {2 * self.lora}}}" if self.lora else ""
+        own_critic = {
+            "separate": [f"critic={{kind: separate, model: {{path: {json.dumps(self.policy)}, dtype: {self.precision}}}}}"]
+        }
         return load_config(
             PPOConfig,
             None,
             [
-                f"model={{path: {json.dumps(self.policy)}, dtype: {self.precision}}}",
+                f"model={{path: {json.dumps(self.policy)}, dtype: {self.precision}{adapters}}}",
                 f"reward.model.model={{path: {json.dumps(self.reward)}, dtype: {self.precision}}}",
                 'reward.model.template="{prompt}{response}"',
                 f"data={{chat: false, train: {{path: {json.dumps(str(folder / 'prompts.jsonl'))}}}}}",
@@ -84,31 +96,83 @@ class PPOWork:
                 "evaluation.every=0",
                 "checkpoint.every=0",
                 "observe.live=false",
-                *([f"critic.kind={critic}"] if critic != "none" else []),
+                *own_critic.get(critic, [f"critic.kind={critic}"] if critic != "none" else []),
             ],
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one run of a contender took.
+
+    Attributes:
+        step: seconds of a step.
+        phases: phase -> seconds of it in the last step.
+        lengths: of that step's prompts and responses.
+    """
+
+    step: float
+    phases: dict[str, float]
+    lengths: Lengths
+
+
+@dataclass(frozen=True)
+class PPOBench:
+    """Speeds of all contenders, and the last round's phases of those that tell theirs.
+
+    Attributes:
+        comparison: steps an hour.
+        seconds: contender -> phase -> seconds.
+        operations: contender -> phase -> floating-point operations; empty with adapters.
+        peak: floating-point operations a second of this machine.
+    """
+
+    comparison: Comparison
+    seconds: Mapping[str, Mapping[str, float]]
+    operations: Mapping[str, Mapping[str, float]]
+    peak: float
+
+    def as_markdown(self) -> str:
+        """Both tables."""
+        return f"{self.comparison.as_markdown()}\n\n{phase_table(self.seconds, self.operations, self.peak)}"
+
+
 def bench_ppo(
     work: PPOWork, *, critics: tuple[Critic, ...], rounds: int, progress: Callable[[str], None] = lambda _: None
-) -> Comparison:
+) -> PPOBench:
     """Let TRL, the bare calls and ours (once for each kind of critic) take turns.
 
     Returns:
-        Steps an hour, TRL's as the baseline.
+        Steps an hour, TRL's as the baseline, and phases.
 
     Raises:
         UserError: TRL's release cannot be installed.
     """
     release, folder = installed_trl(progress)
-    contenders: dict[str, Callable[[], float]] = {
-        f"TRL {release} PPOTrainer": lambda: _run_trl(work, folder),
-        BARE: lambda: in_new_process(_run_bare, work),
-    }
+    last: dict[str, Measured] = {}
+
+    def measured(name: str, run: Callable[..., Measured], *arguments: Any) -> Callable[[], float]:
+        def speed() -> float:
+            last[name] = in_new_process(run, work, *arguments)
+            return 3600 / last[name].step
+
+        return speed
+
+    contenders: dict[str, Callable[[], float]] = {f"TRL {release} PPOTrainer": lambda: _run_trl(work, folder)}
+    if not work.lora:
+        contenders[BARE] = measured(BARE, _run_bare)
     for critic in critics:
-        contenders[f"rayrlhf, {critic} critic"] = lambda critic=critic: in_new_process(_run_ours, work, critic)  # type: ignore[misc]
-    title = f"PPO step, {work.prompts} prompts x {work.new_tokens} new tokens x {work.epochs} epochs, {work.precision}"
-    return compare(title, "steps/h", contenders, rounds, progress)
+        name = f"rayrlhf, {critic} critic"
+        contenders[name] = measured(name, _run_ours, critic)
+    adapters = f", adapters of rank {work.lora}" if work.lora else ""
+    title = (
+        f"PPO step, {work.prompts} prompts x {work.new_tokens} new tokens x {work.epochs} epochs, {work.precision}{adapters}"
+    )
+    comparison = compare(title, "steps/h", contenders, rounds, progress)
+    shape = read_shape(ModelSection(path=work.policy))
+    operations = {name: {} if work.lora else phase_operations(shape, one.lengths, work.epochs) for name, one in last.items()}
+    peak = in_new_process(peak_operations, work.precision)
+    return PPOBench(comparison, {name: one.phases for name, one in last.items()}, operations, peak)
 
 
 def write_reward_model(model: str, folder: Path) -> tuple[str, str]:
@@ -132,28 +196,35 @@ def _run_trl(work: PPOWork, folder: Path) -> float:
     return 3600 / float(np.median(json.loads(run.stdout.splitlines()[-1])))
 
 
-def _run_ours(work: PPOWork, critic: Critic) -> float:
+def _run_ours(work: PPOWork, critic: Critic) -> Measured:
     from time import perf_counter
 
     from rayrlhf.ppo.callbacks import Callback
     from rayrlhf.ppo.run import train_ppo
 
     ends: list[float] = []
+    last: dict[str, Any] = {}
 
     class Clock(Callback):
         def on_step_end(self, step: int, metrics: Mapping[str, float], scored: Any) -> None:
             ends.append(perf_counter())
+            times = {name.removeprefix("time/"): value for name, value in metrics.items() if name.startswith("time/")}
+            last["phases"] = {name: value for name, value in times.items() if name != "step" and "/" not in name}
+            prompts = [len(scored.prompts[rollout.key.prompt].token_ids) for rollout in scored.rollouts]
+            last["lengths"] = Lengths(prompts, [len(rollout.response_ids) for rollout in scored.rollouts])
 
     with tempfile.TemporaryDirectory() as name:
         rows = "".join(json.dumps({"prompt": text}) + "\n" for text in work.texts())
         (Path(name) / "prompts.jsonl").write_text(rows, encoding="utf-8")
         train_ppo(work.config(critic, Path(name)), [Clock()])
-    return 3600 / float(np.median(np.diff(ends)))
+    return Measured(float(np.median(np.diff(ends))), **last)
 
 
-def _run_bare(work: PPOWork) -> float:
+def _run_bare(work: PPOWork) -> Measured:
     # Must be there before vLLM is imported. The engine stays in this process, as it does in our actors.
     os.environ.update(rollout_environment(work.config("none", Path()).rollout, threads=os.cpu_count() or 1))
     from rayrlhf.bench.bare_ppo import BarePPO
 
-    return 3600 / BarePPO(work).seconds()
+    bare = BarePPO(work)
+    seconds = bare.seconds()
+    return Measured(seconds, bare.parts, bare.lengths)

@@ -1,5 +1,6 @@
 """Running benchmarks and keeping what they found, as JSON for programs and Markdown for people."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +12,7 @@ from rayrlhf.errors import UserError
 
 if TYPE_CHECKING:
     from rayrlhf.bench.driver import DriverCost
+    from rayrlhf.bench.ppo import PPOBench
 
 
 def run_bench_sft(
@@ -53,16 +55,20 @@ def run_bench_ppo(
     precisions: Sequence[str],
     *,
     model: str,
+    prompts: int = 64,
+    lora: int = 0,
     rounds: int,
     updates: int,
     output: Path | None,
     echo: Callable[[str], None],
-) -> list[Comparison]:
+) -> "list[PPOBench]":
     """Compare our PPO step, with a critic of its own and with a shared trunk, with TRL's and with its bare model calls.
 
     Args:
         precisions: `float32`, `bfloat16`; both when empty.
         model: of the policy; its critic, reference and reward model are of the same size.
+        prompts: of a step.
+        lora: rank of adapters on the policy; 0 trains it whole.
         rounds: runs of each contender.
         updates: timed PPO steps of a run.
         output: folder for `ppo.json` and `ppo.md`.
@@ -77,11 +83,14 @@ def run_bench_ppo(
     with TemporaryDirectory() as folder:
         policy, reward = write_reward_model(model, Path(folder) / "reward")
         for precision in _chosen(precisions):
-            work = PPOWork(policy, reward, precision, updates=updates)
+            work = PPOWork(policy, reward, precision, prompts, updates=updates, lora=lora)
             found.append(bench_ppo(work, critics=("separate", "shared"), rounds=rounds, progress=echo))
             echo(found[-1].as_markdown())
     if output is not None:
-        write_comparisons(found, output, "ppo")
+        write_comparisons([one.comparison for one in found], output, "ppo")
+        phases = [{"seconds": one.seconds, "operations": one.operations, "peak": one.peak} for one in found]
+        write_atomically(output / "ppo-phases.json", json.dumps(phases, indent=1) + "\n")
+        write_atomically(output / "ppo.md", "\n\n".join(one.as_markdown() for one in found) + "\n")
     return found
 
 
@@ -113,6 +122,33 @@ def run_bench_driver(
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(output / "driver.json", costs_as_json(found) + "\n")
     return found
+
+
+def run_bench_training(
+    model: str, *, samples: int, rounds: int, output: Path | None, echo: Callable[[str], None]
+) -> Comparison:
+    """Compare an optimizer step of the policy actor with a bare torch step; `output` gets `train.*`."""
+    from rayrlhf.bench.training import bench_training
+
+    return _shown(bench_training(model, samples=samples, rounds=rounds, progress=echo), output, "train", echo)
+
+
+def run_bench_overhead(
+    precision: str, *, model: str, prompts: int, rounds: int, output: Path | None, echo: Callable[[str], None]
+) -> list[float]:
+    """Measure the share of a PPO step in which no actor computes; `output` gets `overhead.json`."""
+    from rayrlhf.bench.overhead import bench_overhead, shares_as_json
+    from rayrlhf.bench.ppo import PPOWork, write_reward_model
+
+    with TemporaryDirectory() as folder:
+        policy, reward = write_reward_model(model, Path(folder) / "reward")
+        work = PPOWork(policy, reward, _chosen([precision])[0], prompts)
+        shares = bench_overhead(work, critic="separate", rounds=rounds, progress=echo)
+    echo(f"{model}: no actor computes in {sorted(shares)[len(shares) // 2]:.1%} of a step (median of {len(shares)})")
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / "overhead.json", shares_as_json(work, shares) + "\n")
+    return shares
 
 
 def _shown(found: Comparison, output: Path | None, name: str, echo: Callable[[str], None]) -> Comparison:

@@ -38,6 +38,13 @@ def run(job: dict[str, Any]) -> list[float]:
 
     tokenizer = AutoTokenizer.from_pretrained(job["policy"], padding_side="left")
     rows = Dataset.from_dict({"input_ids": job["token_ids"]})
+    adapters: dict[str, Any] = {}
+    if job["lora"]:
+        from peft import LoraConfig
+
+        adapters["peft_config"] = LoraConfig(
+            r=job["lora"], lora_alpha=2 * job["lora"], lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
     with tempfile.TemporaryDirectory() as folder:
         arguments = PPOConfig(
             output_dir=folder,
@@ -60,12 +67,13 @@ def run(job: dict[str, Any]) -> list[float]:
             args=arguments,
             processing_class=tokenizer,
             model=AutoModelForCausalLM.from_pretrained(job["policy"], dtype=torch.float32),
-            ref_model=AutoModelForCausalLM.from_pretrained(job["policy"], dtype=torch.float32),
+            ref_model=None if adapters else AutoModelForCausalLM.from_pretrained(job["policy"], dtype=torch.float32),
             reward_model=classifier(job["reward"]),
             value_model=classifier(job["policy"]),
             train_dataset=rows,
             eval_dataset=rows.select(range(job["prompts"])),
             callbacks=[Clock()],
+            **adapters,
         )
         trainer.train()
     return [after - before for before, after in pairwise(ends)]

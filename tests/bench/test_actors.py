@@ -4,6 +4,7 @@ import pytest
 
 from rayrlhf.bench.rollout import bench_rollout
 from rayrlhf.bench.sync import COPY, MANY, ONE, WHOLE, bench_sync
+from rayrlhf.bench.training import bench_training
 
 TINY = "builtin:tiny?layers=1&hidden=64&context=256"
 
@@ -20,3 +21,10 @@ def test_a_weight_sync_is_measured_beside_a_copy_and_its_transport():
     found = bench_sync(TINY, rounds=1)
     assert list(found.speeds) == [COPY, ONE, MANY, WHOLE]
     assert found.median(COPY) > found.median(ONE) > found.median(WHOLE)
+
+
+@pytest.mark.slow
+def test_an_optimizer_step_is_measured_beside_a_bare_one():
+    found = bench_training(TINY, samples=4, rounds=1)
+    assert list(found.speeds) == ["bare torch step", "rayrlhf policy update"]
+    assert all(speed > 0 for (speed,) in found.speeds.values())
