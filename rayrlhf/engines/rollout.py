@@ -35,7 +35,8 @@ VLLM_ENVIRONMENT = {
 class RolloutSpec:
     """What one replica is built from. `seed` seeds the backend itself; every request brings its own.
 
-    `environment` answers the policy's turns, if there is one, and `lockstep` lets all samples play turn by turn.
+    `environment` answers the policy's turns, if there is one, and `lockstep` lets all samples play turn by turn. Without
+    `logprobs` those of the rollouts may be NaN, where texts are all that is wanted: small models are sampled faster then.
     """
 
     model: ModelSection
@@ -43,6 +44,7 @@ class RolloutSpec:
     seed: int
     environment: EnvironmentSection | None = None
     lockstep: bool = False
+    logprobs: bool = True
 
 
 def build_rollout_engine(spec: RolloutSpec) -> RolloutEngine:

@@ -12,6 +12,7 @@ run.
 """
 
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -69,6 +70,7 @@ class VLLMRolloutEngine:
         self._incoming: int | None = None
         self._requests: dict[str, RolloutRequest] = {}
         self._stop = list(spec.rollout.stop)
+        self._logprobs = spec.logprobs
         self._tokenizer = load_tokenizer(spec.model)
         self._stop_ids = stop_token_ids(spec.model, self._tokenizer)
         self._engine = _start(spec, transfer, executor)
@@ -162,7 +164,7 @@ class VLLMRolloutEngine:
             stop=self._stop,
             stop_token_ids=self._stop_ids,
             detokenize=bool(self._stop),
-            logprobs=0,
+            logprobs=0 if self._logprobs else None,
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -175,7 +177,7 @@ class VLLMRolloutEngine:
         versions = np.empty(len(sample.token_ids), dtype=np.int32)
         for span in sample.weight_versions:
             versions[span.start : span.end] = int(span.version)
-        logprobs = sample.logprobs.logprobs
+        logprobs = sample.logprobs.logprobs if self._logprobs else [math.nan] * len(sample.token_ids)
         return make_rollout(request, sample.token_ids, logprobs, versions, sample.finish_reason, self._tokenizer)
 
 

@@ -27,7 +27,7 @@ class Sampler:
             UserError: backend or model cannot be used.
         """
         self._plan = plan
-        self._engine: RolloutEngine = build_rollout_engine(RolloutSpec(plan.model, plan.rollout(), plan.seed))
+        self._engine: RolloutEngine = build_rollout_engine(RolloutSpec(plan.model, plan.rollout(), plan.seed, logprobs=False))
         self._tokenizer: Any = load_tokenizer(plan.model)
 
     def answer(self, rows: Sequence[dict[str, Any]]) -> list[list[Response]]:

@@ -40,13 +40,19 @@ def test_a_cpu_replica_takes_no_more_cache_than_it_can_fill():
     assert 3 * CONTEXT * token_bytes <= taken < 6 * CONTEXT * token_bytes
 
 
-def test_a_closed_engine_gives_its_memory_back_and_another_can_start():
-    for _ in range(2):
-        engine = start("vllm")
+def test_a_closed_engine_gives_its_memory_back_and_another_can_start_which_without_logprobs_samples_the_same():
+    found = []
+    for logprobs in (True, False):
+        engine = start("vllm", logprobs=logprobs)
         (model,) = engine._engine.apply_model(weakref.ref)
         assert model() is not None
-        assert len(sample(engine, make_requests(1), max_new_tokens=2)) == 4
+        found.append(sample(engine, make_requests(1), max_new_tokens=4))
         engine.close()
         gc.collect()
         assert model() is None
         engine.close()
+    assert {key: one.response_ids.tolist() for key, one in found[0].items()} == {
+        key: one.response_ids.tolist() for key, one in found[1].items()
+    }
+    assert all(np.isfinite(one.logprobs).all() for one in found[0].values())
+    assert all(np.isnan(one.logprobs).all() for one in found[1].values())
