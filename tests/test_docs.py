@@ -1,6 +1,7 @@
 """What the documents promise is there: functions, tests, configuration keys, files that links lead to."""
 
 import importlib
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 from pydantic import BaseModel
+from typer.testing import CliRunner
 
 from rayrlhf.cli import app
 from rayrlhf.config.ppo import PPOConfig
@@ -120,3 +122,36 @@ def test_every_command_of_a_page_is_understood_and_its_files_are_there(path, wor
 
 def test_pages_have_commands():
     assert len(COMMANDS) > 15
+
+
+HUB = "openai/gsm8k"
+DRY = [(path, words) for path, words in COMMANDS if words[0] in {"ppo", "sft", "reward", "dpo", "presft", "evaluate", "run"}]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """The examples as in a clone, with files where their pages make or fetch them."""
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    (folder / "data/gsm8k").mkdir(parents=True)
+    solved = [{"question": f"What is {n}+1?", "answer": f"{n}+1=<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(256)]
+    pairs = [{"prompt": f"What is {n}+1?", "chosen": f"{n + 1}", "rejected": "0"} for n in range(256)]
+    for name, rows in {"train.jsonl": solved, "test.jsonl": solved, "gsm8k/pairs.jsonl": pairs}.items():
+        (folder / "data" / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("path", "words"), DRY, ids=[f"{path.relative_to(ROOT)}:{' '.join(words)[:50]}" for path, words in DRY]
+)
+def test_a_command_of_a_page_gets_as_far_as_its_plan(path, words, clone, monkeypatch):
+    monkeypatch.chdir(clone)
+    words = [word for word in words if word != "--dry-run"]
+    given = [word.replace("PATH/", "data/") for word in words]
+    if HUB in (ROOT / given[1]).read_text(encoding="utf-8") and given == words:  # there is no network in a test
+        field = "{path: data/train.jsonl, prompt_field: question%s}"
+        sft, ppo = f"data.train={field % ', completion_field: answer'}", f"data.train={field % ''}"
+        given += [sft] if words[0] == "sft" else [ppo, f"data.evaluation={field % ''}"]
+    result = CliRunner().invoke(app, [*given, "--dry-run"])
+    assert result.exit_code == 0, result.exception
+    assert len(result.output.splitlines()) > 3
