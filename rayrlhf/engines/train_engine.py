@@ -21,7 +21,7 @@ from rayrlhf.engines.interfaces import WeightBucket, bucketed
 from rayrlhf.engines.moving_average import MovingAverage
 from rayrlhf.engines.objectives import Objective
 from rayrlhf.engines.optimizers import build_optimizer
-from rayrlhf.engines.replicated_state import load_replicated
+from rayrlhf.engines.resized_state import load_resized
 from rayrlhf.engines.score_engine import score_sequences, training_device
 from rayrlhf.engines.train_spec import TrainEngineSpec
 from rayrlhf.engines.update import Updater
@@ -133,13 +133,13 @@ class TrainEngine:
 
         Args:
             folder: where every rank's part lies.
-            resized: the state is of another number of ranks; only at ZeRO-0, where rank 0's part is the whole.
+            resized: the state is of another number of ranks; the next update is then the same but for rounding.
 
         Raises:
             UserError: the folder holds no complete state for this rank.
         """
         if resized:
-            load_replicated(self._engine, self._updater, folder)
+            load_resized(self._engine, self._updater, folder)
         else:
             train_state.load(self._engine, self._updater, folder)
 

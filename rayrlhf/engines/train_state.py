@@ -58,6 +58,13 @@ class _MemoryFiles:
         return True
 
 
+class _PlainFiles:
+    """The part of DeepSpeed's checkpoint engine that loading calls, without its trust in what it reads."""
+
+    def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
+        return load_file(Path(path))
+
+
 def capture(engine: Any, updater: Updater) -> StateFiles:
     """Copy this rank's part of weights, optimizer, counters and random state; every rank takes part.
 
@@ -77,6 +84,40 @@ def capture(engine: Any, updater: Updater) -> StateFiles:
         engine.checkpoint_engine, engine._copy_recovery_script = disk, script
     average = {} if updater.average is None else {_AVERAGE: _serialised(updater.average.state())}
     return memory.files | average | {_random_name(): _serialised(_random_state())}
+
+
+def state_folder(folder: Path) -> Path:
+    """Where DeepSpeed's files lie in a state's folder."""
+    return folder / _TAG
+
+
+def load_file(path: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """Read one of DeepSpeed's files, tensors on the CPU; nothing in it is run.
+
+    Args:
+        path: of the file.
+        mapped: leave the tensors on the disk until they are read; the file must stay for as long as they do.
+    """
+    with torch.serialization.safe_globals(_plain_classes()):
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    return content
+
+
+def load_checkpoint(engine: Any, folder: Path, **options: Any) -> dict[str, Any]:
+    """Let DeepSpeed load a state; returns the counters that were saved beside it.
+
+    Raises:
+        UserError: the folder holds no training state.
+    """
+    usual = engine.checkpoint_engine
+    engine.checkpoint_engine = _PlainFiles()
+    try:
+        path, counters = engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=not _has_frozen(engine), **options)
+    finally:
+        engine.checkpoint_engine = usual
+    if path is None:
+        raise UserError(f"{folder}: no training state in it")
+    return dict(counters)
 
 
 def write(files: Mapping[str, NDArray[np.uint8]], folder: Path) -> dict[str, FileRecord]:
@@ -121,9 +162,7 @@ def load(engine: Any, updater: Updater, folder: Path) -> None:
     """
     if not (folder / _random_name()).is_file():
         raise UserError(f"{folder}: no training state of rank {torch.distributed.get_rank()} in it")
-    path, counters = engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=not _has_frozen(engine))
-    if path is None:
-        raise UserError(f"{folder}: no training state in it")
+    counters = load_checkpoint(engine, folder)
     ranks = torch.distributed.get_world_size()
     if counters["ranks"] != ranks:
         raise UserError(f"{folder}: the training state is of {counters['ranks']} ranks, this run has {ranks}")
@@ -154,6 +193,15 @@ def export(network: Network, state: dict[str, Tensor], tokenizer: Any, folder: P
     if network.v_head is not None:
         extra[HEAD_FILE] = {f"v_head.{name}": tensor.detach().cpu() for name, tensor in network.v_head.state_dict().items()}
     save_model_folder(folder, network.model, state, tokenizer, extra)
+
+
+def _plain_classes() -> list[Any]:
+    """What DeepSpeed puts into its files beside tensors and plain values."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, ZeroStageEnum, fragment_address]
 
 
 def _serialised(value: Any) -> NDArray[np.uint8]:

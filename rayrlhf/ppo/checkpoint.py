@@ -245,7 +245,7 @@ class Checkpointer:
 def load_checkpoint(checkpoint: Checkpoint, crew: Crew, seconds: float) -> dict[str, Any]:
     """Bring every learning role back to a checkpoint; returns the driver's state.
 
-    A role may have another number of ranks than it had, where the fingerprint lets it (ZeRO-0).
+    A role may have another number of ranks than it had.
     """
     state: dict[str, Any] = json.loads((checkpoint.folder / STATE_FILE).read_text(encoding="utf-8"))
     groups = [crew[role] for role in LEARNING_ROLES if role in crew]

@@ -166,7 +166,7 @@ def _check_backend(config: PPOConfig) -> None:
 
 
 def fingerprint(config: PPOConfig) -> dict[str, str]:
-    """What two runs must agree on to load each other's training state: networks, heads, adapters, optimizer, sharding."""
+    """What two runs must agree on to load each other's training state: networks, heads, adapters, optimizer, ZeRO stage."""
     parts: dict[str, Any] = {"model": _shape(config.model), "critic.kind": config.critic.kind}
     if config.critic.kind == "separate":
         parts["critic.model"] = _shape(config.critic.model or config.model)
@@ -175,9 +175,6 @@ def fingerprint(config: PPOConfig) -> dict[str, str]:
         "train.optimizer.name": config.train.optimizer.name,
         "train.zero_stage": config.train.zero_stage,
     }
-    if config.train.zero_stage:  # sharded state belongs to its number of ranks
-        roles = ("policy", "critic") if config.critic.kind == "separate" else ("policy",)
-        parts |= {f"placement.{role}.ranks": getattr(config.placement, role).ranks for role in roles}
     return {key: json.dumps(value, sort_keys=True) for key, value in parts.items()}
 
 

@@ -126,12 +126,6 @@ def _check(task: Task) -> str:
 def _load(task: Task, spread: Spread = in_turn) -> _Data:
     """Read everything that can be wrong before a model is loaded."""
     config = task.config
-    fewest, most, stage = config.workers.fewest, config.workers.most, config.train.zero_stage
-    if fewest != most and stage > 0:
-        raise UserError(
-            f"workers.count [{fewest}, {most}] with train.zero_stage {stage}: "
-            "sharded state cannot move to another number of workers; expected one number, or train.zero_stage 0"
-        )
     tokenizer = load_tokenizer(config.model)
     positions = getattr(load_architecture(config.model), "max_position_embeddings", None)
     data = _Data(*task.load(tokenizer, spread), rewards=isinstance(config, RewardTrainingConfig))

@@ -37,12 +37,14 @@ class StopOnceCopied(Callback):
 
 @pytest.mark.slow
 def test_a_run_goes_on_from_its_mirror_when_its_folder_is_gone_on_more_ranks_and_replicas(tmp_path, bucket):  # noqa: F811
-    config = run_config(tmp_path, *SETTINGS, f"checkpoint.mirror='{bucket('here')}'")
+    """With sharded optimizer states, which have to be cut anew."""
+    settings = [*SETTINGS, "train.zero_stage=2", f"checkpoint.mirror='{bucket('here')}'"]
+    config = run_config(tmp_path, *settings)
     with pytest.raises(KeyboardInterrupt):
         train_ppo(config, [StopOnceCopied(Mirror(bucket("here"), "ppo"))])
     shutil.rmtree(config.run.root)
     elsewhere = ["placement.policy.ranks=2", "rollout.replicas=2"]
-    result = train_ppo(run_config(tmp_path, *SETTINGS, f"checkpoint.mirror='{bucket('here')}'", *elsewhere))
+    result = train_ppo(run_config(tmp_path, *settings, *elsewhere))
     assert result.steps == 3
     assert [row["step"] for row in read_metrics(config.run.folder) if "lr" in row] == [3]
     assert [checkpoint.step for checkpoint in list_checkpoints(config.run.folder / "checkpoints")] == [2, 3]

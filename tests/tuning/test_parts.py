@@ -149,11 +149,6 @@ def test_a_folder_without_a_model_and_a_model_without_adapters_are_told_apart(tm
         exported_model(tmp_path, merge=True)
 
 
-def test_elastic_workers_and_sharded_state_do_not_go_together(tmp_path):
-    with pytest.raises(UserError, match="sharded state cannot move"):
-        check_sft(sft_config(tmp_path, "workers.count=[1, 2]", "train.zero_stage=2"))
-
-
 def test_samples_longer_than_the_model_are_found_before_it_is_loaded(tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"text": "a" * 200}) + "\n")

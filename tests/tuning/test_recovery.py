@@ -46,10 +46,16 @@ def kill_one_after(folder, step, killed):
 
 
 @pytest.mark.parametrize(
-    "workers", [pytest.param(2, marks=pytest.mark.slow), pytest.param("[1, 2]", marks=pytest.mark.nightly)]
+    ("workers", "stage"),
+    [
+        pytest.param(2, 0, marks=pytest.mark.slow),
+        pytest.param("[1, 2]", 0, marks=pytest.mark.nightly),
+        pytest.param("[1, 2]", 2, marks=pytest.mark.nightly),
+    ],
 )
-def test_a_run_that_lost_a_worker_ends_with_the_losses_of_an_undisturbed_one(tmp_path, workers):
+def test_a_run_that_lost_a_worker_ends_with_the_losses_of_an_undisturbed_one(tmp_path, workers, stage):
     settings = [f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "evaluation.generations=0", f"workers.count={workers}"]
+    settings.append(f"train.zero_stage={stage}")
     quiet, disturbed = (sft_config(tmp_path, *settings, f"run.name={name}") for name in ("quiet", "disturbed"))
     expected = train_sft(quiet)
     killed = []
