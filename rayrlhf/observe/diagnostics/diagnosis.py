@@ -1,5 +1,6 @@
 """A run under observation: what its newest step shows, and which of it is new."""
 
+import sys
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -46,7 +47,9 @@ class Diagnosis:
         return {f"alarm/{finding.name}": 1.0 for finding in self.found}
 
     def _keep(self, row: Mapping[str, Any]) -> None:
+        # Names are put together anew at every step, and there are more bytes in them than in their numbers.
+        kept = {sys.intern(name): value for name, value in row.items()}
         if len(self._first) < FIRST:
-            self._first.append(row)
+            self._first.append(kept)
         else:
-            self._last.append(row)
+            self._last.append(kept)

@@ -150,3 +150,11 @@ def test_a_long_run_is_looked_at_by_its_start_and_its_end():
         watched.add(step, HEALTHY | {"objective/kl": 4.0 + step / 50, "episode": 64.0 * (step + 1)})
     assert [finding.name for finding in watched.found] == ["kl_blow_up"]
     assert len(watched._first) + len(watched._last) == 440
+
+
+def test_the_rows_kept_share_their_names_because_the_names_are_most_of_a_row():
+    watched = Diagnosis()
+    for step in range(2):
+        watched.add(step, {f"time/{phase}": 1.0 for phase in ("generate", "update")})
+    one, other = ([id(name) for name in row] for row in watched._first)
+    assert one == other
