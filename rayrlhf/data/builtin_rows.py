@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import parse_qsl
 
-from rayrlhf.data import sums, word_problems
+from rayrlhf.data import mappings, sums, word_problems
 from rayrlhf.errors import UserError
 
 BUILTIN = "builtin:"
@@ -42,6 +42,12 @@ BUILTIN_DATASETS = {
     ),
     "sum-pairs": BuiltinDataset(
         sums.generate_pairs, "prompt", {"train": 20_000, "evaluation": 500}, {"count": sums.MOST_ROWS, "careless": 100}
+    ),
+    "mappings": BuiltinDataset(
+        mappings.generate,
+        "prompt",
+        {"train": 24_000, "evaluation": 480},
+        {"count": mappings.MOST_ROWS, "task": mappings.MOST_TASKS},
     ),
 }
 
