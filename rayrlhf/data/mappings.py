@@ -1,10 +1,10 @@
 """Class-to-label mappings: tasks that nothing but demonstrations can explain, for measuring in-context learning.
 
-An item is a word whose letters all come from the alphabet of its class (`dab` is of the class of a-f), so that the class can be
-seen on any item, known or not. A task gives each class a label of its own, at random. Without demonstrations the best anyone can
-do is to guess a label; with one of the item's own class the answer is certain; who only copies some label of the demonstrations
-is right as often as classes are alike. Which split a word or a task belongs to follows from a hash, so the evaluation has neither
-a word nor a task that was ever trained on, whatever seeds and counts are used.
+An item is a word whose letters all come from the alphabet of its class (`dab` is of the class of a-f), so that the class can
+be seen on any item, known or not. A task gives each class a label of its own, at random. Without demonstrations the best
+anyone can do is to guess a label; with one of the item's own class the answer is certain; who only copies some label of the
+demonstrations is right as often as classes are alike. Which split a word or a task belongs to follows from a hash, so the
+evaluation has neither a word nor a task that was ever trained on, whatever seeds and counts are used.
 
 `task=N` asks for one held-out task alone, in both splits: the one mapping that is moved into a model's weights by distillation,
 with words to learn it from (train) and others to judge by (evaluation).
