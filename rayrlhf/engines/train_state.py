@@ -5,6 +5,7 @@ rank is free again after one copy; the bytes then go to a disk in the background
 """
 
 import io
+import pickle
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,9 +98,15 @@ def load_file(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     Args:
         path: of the file.
         mapped: leave the tensors on the disk until they are read; the file must stay for as long as they do.
+
+    Raises:
+        UserError: there is more in it than tensors and plain values.
     """
-    with torch.serialization.safe_globals(_plain_classes()):
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    try:
+        with torch.serialization.safe_globals(_plain_classes()):
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: not read, expected tensors and plain values only; remove this checkpoint") from error
     return content
 
 

@@ -83,7 +83,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 engine.save_state(folder / f"second-{stage}")
         finally:
             (folder / "returned").touch()
-            errors = [process.communicate(timeout=120)[1].decode() for process in others]
+            errors = [process.communicate(timeout=400)[1].decode() for process in others]
         for process, error in zip(others, errors, strict=True):
             assert process.returncode == 0, error[-3000:]
     return folder
@@ -93,7 +93,7 @@ def main() -> None:
     rank, port, folder = sys.argv[1:]
     torch.set_num_threads(1)
     deepspeed_setup.PARTITION_THRESHOLD = SOME_ARE_SHARDED
-    join(ProcessGroupSpec(int(rank), 2, "127.0.0.1", int(port), timeout_seconds=120))
+    join(ProcessGroupSpec(int(rank), 2, "127.0.0.1", int(port), timeout_seconds=400))
     in_a_world_of_two(int(rank), Path(folder))
     leave()
 
