@@ -39,8 +39,8 @@ MODEL = "builtin:tiny"
 """3.2 million parameters."""
 BATCH, MAX_LENGTH, LEARNING_RATE = 8, 1024, 1e-4
 PADDED_TOKENS, PACK_TOKENS = MAX_LENGTH, 4096
-"""Of our micro-batches. Samples of like lengths lie together, so the smaller a padded one is, the less padding it has: 3 % of
-its tokens here, 12 % at twice the size, 40 % where all eight samples are padded to the longest. Packs have none."""
+"""Of our micro-batches. Those that are padded hold samples of like lengths, so 1 % of their tokens is padding here; of all eight
+samples padded to the longest it would be 40 %. Packs have none."""
 MEDIAN_CHARACTERS, SPREAD = 480, 0.45
 """Of a log-normal distribution of lengths: close to those of GSM8K's questions with their solutions."""
 

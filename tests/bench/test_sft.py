@@ -26,14 +26,10 @@ def test_texts_have_the_lengths_of_gsm8k_and_none_is_too_long():
 def test_our_padded_micro_batches_have_the_padding_that_is_stated():
     lengths = [len(text) + 1 for text in texts(40 * BATCH)]
 
-    def padding(tokens):
-        steps = [lengths[start : start + BATCH] for start in range(0, len(lengths), BATCH)]
-        batches = [[step[index] for index in batch] for step in steps for batch in micro_batches(step, tokens)]
-        return 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
-
-    assert padding(PADDED_TOKENS) == pytest.approx(0.03, abs=0.005)
-    assert padding(2 * PADDED_TOKENS) == pytest.approx(0.12, abs=0.005)
-    assert padding(10**6) == pytest.approx(0.4, abs=0.01)
+    steps = [lengths[start : start + BATCH] for start in range(0, len(lengths), BATCH)]
+    batches = [[step[index] for index in batch] for step in steps for batch in micro_batches(step, PADDED_TOKENS)]
+    assert sum(lengths) / sum(len(batch) * max(batch) for batch in batches) == pytest.approx(0.99, abs=0.005)
+    assert sum(lengths) / sum(BATCH * max(step) for step in steps) == pytest.approx(0.6, abs=0.01)
 
 
 def test_the_first_step_and_batches_collated_ahead_are_not_counted(monkeypatch):

@@ -1,13 +1,14 @@
-"""Micro-batches and rank shares: every sample once, budgets kept, as few batches and as equal parts as can be."""
+"""Micro-batches and rank shares: every sample once, budgets kept, as little padding and as equal parts as can be."""
 
 import itertools
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrlhf.data.batching import balance, micro_batches, padding_share
+from rayrlhf.data.batching import SPLIT_TOKENS, balance, micro_batches, padding_share
 
 lengths_lists = st.lists(st.integers(1, 200), max_size=60)
 
@@ -29,32 +30,55 @@ def test_micro_batches_hold_every_sample_once_within_the_budget(lengths, budget,
         assert most is None or len(batch) <= most
 
 
-def fewest_batches(lengths: list[int], budget: int) -> int:
-    """The smallest number of batches over all partitions, by trying them all."""
+def cost(lengths: list[int], batches: list[list[int]]) -> int:
+    return sum(padded(lengths, batch) + SPLIT_TOKENS for batch in batches)
+
+
+def least_cost(lengths: list[int], budget: int) -> int:
+    """The smallest cost over all partitions, by trying them all."""
 
     def search(rest: tuple[int, ...]) -> int:
         if not rest:
             return 0
         first, others = rest[0], rest[1:]
-        best = len(rest)
+        found = []
         for size in range(len(others) + 1):
             for companions in itertools.combinations(range(len(others)), size):
                 batch = [first, *(others[i] for i in companions)]
                 if len(batch) == 1 or len(batch) * max(batch) <= budget:
-                    best = min(best, 1 + search(tuple(x for i, x in enumerate(others) if i not in companions)))
-        return best
+                    left = tuple(x for i, x in enumerate(others) if i not in companions)
+                    found.append(len(batch) * max(batch) + SPLIT_TOKENS + search(left))
+        return min(found)
 
     return search(tuple(lengths))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 12), max_size=7), st.integers(1, 40))
-def test_no_split_has_fewer_micro_batches(lengths, budget):
-    assert len(micro_batches(lengths, budget)) == fewest_batches(lengths, budget)
+@given(st.lists(st.integers(1, 300), max_size=7), st.integers(1, 1000))
+def test_no_split_into_micro_batches_is_cheaper(lengths, budget):
+    assert cost(lengths, micro_batches(lengths, budget)) == least_cost(lengths, budget)
 
 
-def test_samples_of_like_length_share_a_batch_and_the_longest_comes_first():
-    assert micro_batches([3, 10, 3, 9, 4], 20) == [[1, 3], [4, 0, 2]]
+def test_samples_of_like_length_share_a_batch_where_padding_would_cost_more_than_another_batch():
+    assert micro_batches([60, 200, 60, 180, 80], 1000) == [[1, 3], [4, 0, 2]]
+    assert micro_batches([30, 40, 30, 35, 40], 1000) == [[1, 4, 3, 0, 2]]
+
+
+@given(lengths_lists, st.integers(1, 500))
+def test_the_batch_that_takes_the_most_memory_comes_first(lengths, budget):
+    sizes = [padded(lengths, batch) for batch in micro_batches(lengths, budget)]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("samples", [16, 64, 256])
+@pytest.mark.parametrize("budget", [2048, 4096, 16384])
+def test_lengths_like_those_of_gsm8k_are_padded_by_less_than_a_tenth(samples, budget):
+    # Prompts and worked solutions in SmolLM2's tokens: medians of 57 and 113, log-normal spreads of 0.35 and 0.42.
+    generator = np.random.default_rng(samples)
+    for _ in range(20):
+        prompts = generator.lognormal(np.log(57), 0.35, samples)
+        lengths = (prompts + generator.lognormal(np.log(113), 0.42, samples)).astype(int).tolist()
+        assert padding_share(lengths, micro_batches(lengths, budget)) < 0.1
 
 
 def test_a_sample_over_the_budget_is_alone():
