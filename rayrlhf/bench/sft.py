@@ -39,8 +39,8 @@ MODEL = "builtin:tiny"
 """3.2 million parameters."""
 BATCH, MAX_LENGTH, LEARNING_RATE = 8, 1024, 1e-4
 PADDED_TOKENS, PACK_TOKENS = MAX_LENGTH, 4096
-"""Of our micro-batches. Those that are padded hold samples of like lengths: 1 % of their tokens is padding here, and of all eight
-samples padded to the longest 40 % would be. Packs have none."""
+"""Of our micro-batches. Padded ones hold samples of like lengths: 1 % of their tokens is padding here, and would be 40 %
+with all eight samples padded to the longest. Packs have none."""
 MEDIAN_CHARACTERS, SPREAD = 480, 0.45
 """Of a log-normal distribution of lengths: close to those of GSM8K's questions with their solutions."""
 
