@@ -10,7 +10,7 @@ from rayrlhf.engines.shared_weights import SharedTensor, from_shared
 
 
 class RolloutActor(Worker):
-    """One replica. Weights change only between generations: calls are served one at a time, in order."""
+    """One replica. Calls are served one at a time, in order, so weights change between polls."""
 
     PRELOADED = ("transformers.models.auto.modeling_auto", "vllm.v1.engine.llm_engine")
 
@@ -24,9 +24,13 @@ class RolloutActor(Worker):
         """Queue requests; `poll` decodes them."""
         self._engine.submit(requests, temperature=temperature, max_new_tokens=max_new_tokens)
 
-    def poll(self, minimum: int) -> tuple[list[Rollout], int]:
-        """Decode until `minimum` more are finished or none is left; returns (finished, still unfinished)."""
-        return Records(self._engine.poll(minimum)), self._engine.unfinished
+    def poll(self, minimum: int, seconds: float | None = None) -> tuple[list[Rollout], int]:
+        """Decode until `minimum` more are finished, none is left, or `seconds` are over; returns (finished, unfinished)."""
+        return Records(self._engine.poll(minimum, seconds)), self._engine.unfinished
+
+    def cancel(self) -> None:
+        """Drop all unfinished requests."""
+        self._engine.cancel()
 
     def begin_weights(self, version: int) -> None:
         """Start receiving a weight version."""

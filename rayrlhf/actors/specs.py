@@ -36,7 +36,8 @@ class RoleSpecs:
         if role == "reference":
             return (config.reference.model or config.model, config.train.score_batch_tokens)
         lockstep = config.run.determinism == "exact"
-        return (RolloutSpec(config.model, config.rollout, config.run.seed, config.environment, lockstep),)
+        continues = config.asynchronous.max_staleness > 0 and config.asynchronous.on_update == "continue"
+        return (RolloutSpec(config.model, config.rollout, config.run.seed, config.environment, lockstep, continues),)
 
     def train(self, role: Role) -> TrainEngineSpec:
         """The engine of a role that learns."""

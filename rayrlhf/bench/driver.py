@@ -170,7 +170,7 @@ class _Replica:
     def submit(self, requests: Sequence[RolloutRequest], _temperature: float, _limit: int) -> None:
         self._requests += requests
 
-    def poll(self, minimum: int) -> tuple[Records[Rollout], int]:
+    def poll(self, minimum: int, _seconds: float | None = None) -> tuple[Records[Rollout], int]:
         taken, self._requests = self._requests[:minimum], self._requests[minimum:]
         return Records(self._answer(request) for request in taken), len(self._requests)
 

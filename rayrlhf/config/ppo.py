@@ -4,9 +4,10 @@ import difflib
 from collections.abc import Iterable
 from typing import Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from rayrlhf.config.algorithm import AlgorithmSection
+from rayrlhf.config.asynchronous import AsyncSection
 from rayrlhf.config.data import DataSection
 from rayrlhf.config.environment import EnvironmentSection
 from rayrlhf.config.model import CriticSection, ModelSection, ReferenceSection
@@ -40,6 +41,8 @@ class PPOConfig(Section):
     data: DataSection
     rollout: RolloutSection = RolloutSection()
     algorithm: AlgorithmSection = AlgorithmSection()
+    asynchronous: AsyncSection = Field(AsyncSection(), alias="async")
+    """How far sampling runs ahead of training."""
     train: TrainSection = TrainSection()
     warmup: WarmupSection | None = None
     """A short supervised start; none when not given."""
@@ -148,6 +151,24 @@ class PPOConfig(Section):
                 f"rollout.refill_rounds {self.rollout.refill_rounds} replaces prompts whose responses all score the same, as "
                 "a single one always does: set rollout.samples_per_prompt to 2 or more"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sampling_may_run_ahead(self) -> Self:
+        staleness = self.asynchronous.max_staleness
+        if not staleness:
+            return self
+        if self.run.determinism == "exact":
+            raise ValueError(f"async.max_staleness {staleness} cannot repeat bit for bit: set run.determinism to 'fast'")
+        if self.rollout.refill_rounds:
+            raise ValueError(
+                f"async.max_staleness {staleness} issues whole steps ahead, before it is known what rollout.refill_rounds "
+                f"{self.rollout.refill_rounds} would replace: set one of them to 0"
+            )
+        if "correction" not in self.algorithm.model_fields_set:
+            # As with the critic: a default that follows another section.
+            correction = self.algorithm.correction.model_copy(update={"level": "token"})
+            object.__setattr__(self, "algorithm", self.algorithm.model_copy(update={"correction": correction}))
         return self
 
     @model_validator(mode="after")

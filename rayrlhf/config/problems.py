@@ -56,7 +56,8 @@ def problems(error: ValidationError, tree: dict[str, Any], root: type[Section]) 
 
 def known_keys(root: type[Section], prefix: str = "") -> Iterator[str]:
     """Yield every dotted key of a section tree, sections before what they hold; items of a list stand under `0`."""
-    for name, field in root.model_fields.items():
+    for attribute, field in root.model_fields.items():
+        name = field.alias or attribute
         yield prefix + name
         for section, in_list in _sections_in(field.annotation):
             yield from known_keys(section, f"{prefix}{name}.{'0.' if in_list else ''}")

@@ -11,4 +11,6 @@ class Section(BaseModel):
     """A part of the configuration file. Unknown keys are errors and values cannot change after loading."""
 
     # Defaults are not validated: pydantic refuses a Path as the default of strict JSON. A test loads them all instead.
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, serialize_by_alias=True
+    )

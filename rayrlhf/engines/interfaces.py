@@ -24,7 +24,7 @@ class ScoreEngine(Protocol):
 
 
 class RolloutEngine(Protocol):
-    """A sampler. One thread calls it: `submit`, then `poll` until nothing is unfinished; weights change only in between."""
+    """A sampler. One thread calls it: `submit`, then `poll` until nothing is unfinished; weights change between polls."""
 
     version: int
     """Weight version it samples with; -1 before the first load means the start weights."""
@@ -33,8 +33,15 @@ class RolloutEngine(Protocol):
         """Queue requests. Temperature 0 is greedy."""
         ...
 
-    def poll(self, minimum: int) -> list[Rollout]:
-        """Decode until at least `minimum` requests are finished, or none is left; return all finished since the last poll."""
+    def poll(self, minimum: int, seconds: float | None = None) -> list[Rollout]:
+        """Decode until at least `minimum` requests are finished, or none is left; return all finished since the last poll.
+
+        After `seconds` no further token is begun.
+        """
+        ...
+
+    def cancel(self) -> None:
+        """Drop all unfinished requests."""
         ...
 
     @property
@@ -43,7 +50,11 @@ class RolloutEngine(Protocol):
         ...
 
     def begin_weights(self, version: int) -> None:
-        """Start receiving a new weight version."""
+        """Start receiving a new weight version.
+
+        Requests may be unfinished only where the spec says that they continue: the rest of their tokens then comes from the new
+        version, which reads what stands before them anew.
+        """
         ...
 
     def receive_weights(self, bucket: WeightBucket) -> None:

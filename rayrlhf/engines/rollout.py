@@ -37,6 +37,7 @@ class RolloutSpec:
 
     `environment` answers the policy's turns, if there is one, and `lockstep` lets all samples play turn by turn. Without
     `logprobs` those of the rollouts may be NaN, where texts are all that is wanted: small models are sampled faster then.
+    `continues` lets weights change while requests are unfinished.
     """
 
     model: ModelSection
@@ -45,6 +46,7 @@ class RolloutSpec:
     environment: EnvironmentSection | None = None
     lockstep: bool = False
     logprobs: bool = True
+    continues: bool = False
 
 
 def build_rollout_engine(spec: RolloutSpec) -> RolloutEngine:
@@ -60,7 +62,7 @@ def build_rollout_engine(spec: RolloutSpec) -> RolloutEngine:
 
         tokenizer = load_tokenizer(spec.model)
         turns = build_rollout_engine(replace(spec, environment=None))
-        return EpisodeEngine(turns, spec.environment, tokenizer, lockstep=spec.lockstep)
+        return EpisodeEngine(turns, spec.environment, tokenizer, lockstep=spec.lockstep, continues=spec.continues)
     if spec.rollout.backend == "vllm":
         from rayrlhf.engines.rollout_vllm import VLLMRolloutEngine
 

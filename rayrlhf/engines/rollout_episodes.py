@@ -7,6 +7,7 @@ depend on which environment was faster.
 """
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -48,14 +49,24 @@ class EpisodeEngine:
         section: the environment and its limits.
         tokenizer: the policy's.
         lockstep: see the module's docstring.
+        continues: weights may change while samples are being played.
     """
 
-    def __init__(self, engine: RolloutEngine, section: EnvironmentSection, tokenizer: Any, *, lockstep: bool = False) -> None:
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        section: EnvironmentSection,
+        tokenizer: Any,
+        *,
+        lockstep: bool = False,
+        continues: bool = False,
+    ) -> None:
         self.version = engine.version
         self._engine = engine
         self._section = section
         self._tokenizer = tokenizer
         self._lockstep = lockstep
+        self._continues = continues
         self._make = environment_maker(section)
         self._before, self._after = (self._encode(part) for part in section.template.split("{observation}"))
         self._table: Table[SampleKey] = Table(section.timeout_seconds)
@@ -78,31 +89,43 @@ class EpisodeEngine:
                 raise ValueError(f"request {request.key} is already queued")
             self._begin(request, _Limits(temperature, max_new_tokens), attempt=0)
 
-    def poll(self, minimum: int) -> list[Rollout]:
-        """Play until at least `minimum` requests are finished, or none is left; return all finished since the last poll.
+    def poll(self, minimum: int, seconds: float | None = None) -> list[Rollout]:
+        """Play until at least `minimum` requests are finished, none is left, or `seconds` are over.
+
+        Returns:
+            All that finished since the last poll.
 
         Raises:
             UserError: an environment raised one, or answered something that is no finite reward.
         """
-        while self._episodes and len(self._finished) < minimum:
+        end = math.inf if seconds is None else time.monotonic() + seconds
+        while self._episodes and len(self._finished) < minimum and time.monotonic() < end:
             decoding = self._engine.unfinished
             if decoding and not (self._lockstep and len(self._table)):
-                for turn in sorted(self._engine.poll(decoding if self._lockstep else 1), key=lambda turn: turn.key):
+                turns = self._engine.poll(decoding if self._lockstep else 1, seconds)
+                for turn in sorted(turns, key=lambda turn: turn.key):
                     self._spoke(turn)
             block = self._lockstep or not self._engine.unfinished
-            answers = self._table.answers(block=block, all_of_them=self._lockstep)
+            answers = self._table.answers(block=block, all_of_them=self._lockstep, seconds=max(end - time.monotonic(), 0.0))
             for key in sorted(answers):
                 self._answered(self._episodes[key], answers[key])
         finished, self._finished = self._finished, []
         return finished
 
+    def cancel(self) -> None:
+        """Drop all unfinished requests, and leave their environments."""
+        self._engine.cancel()
+        self._table.close()
+        self._episodes.clear()
+        self._finished.clear()
+
     def begin_weights(self, version: int) -> None:
         """Start receiving a new weight version.
 
         Raises:
-            RuntimeError: requests are unfinished, whose tokens would come from two versions.
+            RuntimeError: requests are unfinished, whose tokens would come from two versions, and are not to continue.
         """
-        if self.unfinished:
+        if self.unfinished and not self._continues:
             raise RuntimeError(f"weights cannot change while {self.unfinished} requests are unfinished")
         self._engine.begin_weights(version)
 

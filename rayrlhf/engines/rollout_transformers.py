@@ -5,6 +5,8 @@ draws from a generator of its own, so its noise does not depend on its neighbour
 log p - log E with E standard exponential is a draw from p (Gumbel 1954; -log E is Gumbel noise).
 """
 
+import math
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,6 +39,7 @@ class _Row:
     generator: torch.Generator
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
 
 
@@ -51,6 +54,7 @@ class TransformersRolloutEngine:
         """
         self.version = START_VERSION
         self._incoming: int | None = None
+        self._continues = spec.continues
         self._missing: set[str] = set()
         self._stop = tuple(spec.rollout.stop)
         self._concurrent = spec.rollout.max_concurrent
@@ -78,18 +82,29 @@ class TransformersRolloutEngine:
             self._waiting.append(_Row(request, temperature, limit, torch.Generator().manual_seed(request.seed)))
 
     @torch.no_grad()
-    def poll(self, minimum: int) -> list[Rollout]:
-        """Decode until at least `minimum` requests are finished, or none is left; return all finished since the last poll."""
+    def poll(self, minimum: int, seconds: float | None = None) -> list[Rollout]:
+        """Decode until at least `minimum` requests are finished, none is left, or `seconds` are over.
+
+        Returns:
+            All that finished since the last poll.
+        """
+        end = math.inf if seconds is None else time.monotonic() + seconds
         finished: list[Rollout] = []
-        while self.unfinished and len(finished) < minimum:
+        while self.unfinished and len(finished) < minimum and time.monotonic() < end:
             if self._batch is None:
                 rows = [self._waiting.popleft() for _ in range(min(self._concurrent, len(self._waiting)))]
                 self._batch = _Batch(self._network, rows, self._tokenizer.pad_token_id)
             for row in self._batch.sample():
+                row.versions.append(self.version)
                 row.finish_reason = self._finish_reason(row)
             finished.extend(self._rollout(row) for row in self._batch.rows if row.finish_reason)
             self._batch = self._batch.advance()
         return finished
+
+    def cancel(self) -> None:
+        """Drop all unfinished requests."""
+        self._waiting.clear()
+        self._batch = None
 
     @property
     def unfinished(self) -> int:
@@ -100,9 +115,9 @@ class TransformersRolloutEngine:
         """Start receiving a new weight version.
 
         Raises:
-            RuntimeError: requests are unfinished, whose tokens would come from two versions.
+            RuntimeError: requests are unfinished, whose tokens would come from two versions, and are not to continue.
         """
-        if self.unfinished:
+        if self.unfinished and not self._continues:
             raise RuntimeError(f"weights cannot change while {self.unfinished} requests are unfinished")
         self._incoming = version
         self._missing = {name for name, _ in self._network.named_parameters()}
@@ -119,8 +134,9 @@ class TransformersRolloutEngine:
             own[name].copy_(tensor)
             self._missing.discard(name)
 
+    @torch.no_grad()
     def finish_weights(self) -> None:
-        """Make the new version current.
+        """Make the new version current; what stands before the next tokens is read anew with it.
 
         Raises:
             ValueError: some weight has not come; the engine refuses to sample from then on.
@@ -132,6 +148,8 @@ class TransformersRolloutEngine:
                 f"weight update ended without {len(self._missing)} weights: {', '.join(sorted(self._missing)[:3])}"
             )
         self.version, self._incoming = self._incoming, None
+        if self._batch is not None:
+            self._batch = _Batch(self._network, self._batch.rows, self._tokenizer.pad_token_id)
 
     def close(self) -> None:
         """Free the model. The engine cannot be used afterwards."""
@@ -150,8 +168,7 @@ class TransformersRolloutEngine:
 
     def _rollout(self, row: _Row) -> Rollout:
         assert row.finish_reason is not None
-        versions = [self.version] * len(row.tokens)
-        return make_rollout(row.request, row.tokens, row.logprobs, versions, row.finish_reason, self._tokenizer)
+        return make_rollout(row.request, row.tokens, row.logprobs, row.versions, row.finish_reason, self._tokenizer)
 
 
 class _Batch:
@@ -160,12 +177,13 @@ class _Batch:
     def __init__(self, network: Any, rows: list[_Row], pad: int) -> None:
         self.rows = rows
         self._network = network
-        longest = max(len(row.request.prompt_ids) for row in rows)
+        contexts = [torch.tensor([*row.request.prompt_ids.tolist(), *row.tokens]) for row in rows]
+        longest = max(len(context) for context in contexts)
         tokens = torch.full((len(rows), longest), pad)
         self._mask = torch.zeros((len(rows), longest), dtype=torch.long, device=network.device)
-        for index, row in enumerate(rows):
-            start = longest - len(row.request.prompt_ids)
-            tokens[index, start:] = torch.from_numpy(row.request.prompt_ids)
+        for index, context in enumerate(contexts):
+            start = longest - len(context)
+            tokens[index, start:] = context
             self._mask[index, start:] = 1
         positions = (self._mask.cumsum(-1) - 1).clamp_min(0)
         self._cache: Any = None

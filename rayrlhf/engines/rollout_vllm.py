@@ -14,6 +14,7 @@ run.
 import importlib.util
 import math
 import os
+import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -68,6 +69,7 @@ class VLLMRolloutEngine:
 
         self.version = START_VERSION
         self._incoming: int | None = None
+        self._continues = spec.continues
         self._requests: dict[str, RolloutRequest] = {}
         self._stop = list(spec.rollout.stop)
         self._logprobs = spec.logprobs
@@ -101,14 +103,24 @@ class VLLMRolloutEngine:
             parameters = self._sampling_parameters(request.seed, temperature, limit)
             self._engine.add_request(name, tokens_input(request.prompt_ids.tolist()), parameters)
 
-    def poll(self, minimum: int) -> list[Rollout]:
-        """Decode until at least `minimum` requests are finished, or none is left; return all finished since the last poll."""
+    def poll(self, minimum: int, seconds: float | None = None) -> list[Rollout]:
+        """Decode until at least `minimum` requests are finished, none is left, or `seconds` are over.
+
+        Returns:
+            All that finished since the last poll.
+        """
+        end = math.inf if seconds is None else time.monotonic() + seconds
         finished: list[Rollout] = []
         # vLLM decorates a helper of its log-probs with torch.compile; compiling it would take longer than it ever saves.
         with torch.compiler.set_stance("force_eager"):
-            while self._requests and len(finished) < minimum:
+            while self._requests and len(finished) < minimum and time.monotonic() < end:
                 finished.extend(self._rollout(output) for output in self._engine.step() if output.finished)
         return finished
+
+    def cancel(self) -> None:
+        """Drop all unfinished requests."""
+        self._engine.abort_request(list(self._requests))
+        self._requests.clear()
 
     @property
     def unfinished(self) -> int:
@@ -119,9 +131,9 @@ class VLLMRolloutEngine:
         """Start receiving a new weight version.
 
         Raises:
-            RuntimeError: requests are unfinished, whose tokens would come from two versions.
+            RuntimeError: requests are unfinished, whose tokens would come from two versions, and are not to continue.
         """
-        if self._requests:
+        if self._requests and not self._continues:
             raise RuntimeError(f"weights cannot change while {len(self._requests)} requests are unfinished")
         self._incoming = version
         self.weight_client.start_weight_update()

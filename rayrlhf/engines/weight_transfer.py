@@ -121,9 +121,12 @@ class WeightSyncClient:
         self._engine.collective_rpc("update_weights", kwargs={"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Make the weights current, drop what was cached from the old ones, and label what is sampled from now on."""
+        """Make the weights current, drop what was cached from the old ones, and label what is sampled from now on.
+
+        Unfinished requests keep their tokens; the keys and values of these are computed again from the new weights.
+        """
         self._engine.collective_rpc("finish_weight_update")
-        if not self._engine.reset_prefix_cache():
+        if not self._engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("the prefix cache still holds keys and values of the old weights")
         if weight_version is not None:
             self._engine.set_weight_version(weight_version)

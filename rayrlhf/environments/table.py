@@ -5,6 +5,7 @@ the loop instead of awaiting is found out by the same bound: the loop is left be
 """
 
 import asyncio
+import math
 import threading
 import time
 import traceback
@@ -51,12 +52,13 @@ class Table(Generic[Key]):
         future = asyncio.run_coroutine_threadsafe(self._bounded(question), self._loop)
         self._pending[key] = (future, time.monotonic())
 
-    def answers(self, *, block: bool, all_of_them: bool = False) -> dict[Key, Any]:
+    def answers(self, *, block: bool, all_of_them: bool = False, seconds: float = math.inf) -> dict[Key, Any]:
         """Return what has been answered since the last call, a `Failed` for what failed.
 
         Args:
             block: wait until there is something.
             all_of_them: wait for everything that was asked.
+            seconds: wait no longer than this.
 
         Raises:
             UserError: an environment raised one: it is the run's mistake and not the sample's.
@@ -65,7 +67,7 @@ class Table(Generic[Key]):
             return {}
         if block:
             oldest = min(asked for _, asked in self._pending.values())
-            left = max(oldest + self._seconds + self._grace - time.monotonic(), 0.0)
+            left = min(max(oldest + self._seconds + self._grace - time.monotonic(), 0.0), seconds)
             when = ALL_COMPLETED if all_of_them else FIRST_COMPLETED
             wait([future for future, _ in self._pending.values()], timeout=left, return_when=when)
             self._leave_blocked_loop()

@@ -3,10 +3,14 @@
 Requests go out in one message a replica and come back in batches, because a Ray call per sample would cost more than the
 sample's tokens on a small model. All samples of one prompt go to the same replica, where they share its prefix cache. A
 replica that is lost meanwhile costs time and nothing else: its open requests are sampled again, with the same seeds.
+
+Requests may be added long before somebody collects their rollouts. What finishes while another wait goes on is kept until then.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import ray
@@ -22,6 +26,8 @@ from rayrlhf.ppo.requeue import WorkBook
 GENERATE = "generate"
 MESSAGE_SIZE = 32
 """Fewest finished rollouts worth one Ray message."""
+POLL_SECONDS = 0.5
+"""Longest poll where weights change while requests are unfinished."""
 TICK_SECONDS = 1.0
 """How often a wait looks at replicas that are being rebuilt."""
 
@@ -54,71 +60,152 @@ class _Poll(NamedTuple):
 
     answer: ray.ObjectRef
     handle: Any
+    name: str
+
+
+@dataclass
+class Order:
+    """Requests that were added together.
+
+    Attributes:
+        requests: all of them.
+        temperature: of sampling.
+        missing: how many are not finished.
+        finished: rollouts that nobody has collected yet.
+    """
+
+    requests: Sequence[RolloutRequest]
+    temperature: float
+    missing: int
+    finished: list[Rollout] = field(default_factory=list)
 
 
 class Generation:
-    """One call's way through the replicas.
+    """The way of all requests through the replicas.
 
     Args:
         pool: the replicas.
         refresh: gives the current weights to rebuilt replicas, which then count as serving.
-        temperature: 0 is greedy.
         max_new_tokens: longest response.
         seconds: longest time in which no replica finishes anything.
         sticky: see `WorkBook`.
+        poll_seconds: longest time of one poll, which is what new weights may have to wait for; None for no bound.
     """
 
     def __init__(
         self,
         pool: ReplicaPool,
         refresh: Callable[[Sequence[Replica]], None],
-        temperature: float,
         max_new_tokens: int,
         seconds: float,
         *,
         sticky: bool = False,
+        poll_seconds: float | None = None,
     ) -> None:
         self._pool = pool
         self._refresh = refresh
-        self._sampling = (temperature, max_new_tokens)
+        self._max_new_tokens = max_new_tokens
         self._seconds = seconds
         self._sticky = sticky
+        self._poll_seconds = poll_seconds
+        self._book = WorkBook([], 0, sticky=False)
+        self._orders: dict[SampleKey, Order] = {}
         self._polls: dict[int, _Poll] = {}
         self._submits: dict[int, list[ray.ObjectRef]] = {}
         self._asked: dict[str, float] = {}
 
-    def run(self, requests: Sequence[RolloutRequest]) -> Iterator[list[Rollout]]:
-        """Sample all requests; yields batches of finished rollouts in the order they finish, each request's once.
+    def add(self, requests: Sequence[RolloutRequest], temperature: float) -> Order:
+        """Take in requests, to be sampled at a temperature (0 is greedy) whenever somebody waits for something."""
+        if self._book.done:
+            self._book = WorkBook(requests, len(self._pool.replicas), sticky=self._sticky)
+        else:
+            self._book.add(requests)
+        order = Order(requests, temperature, len(requests))
+        self._orders |= dict.fromkeys((request.key for request in requests), order)
+        return order
+
+    def collect(self, order: Order) -> Iterator[list[Rollout]]:
+        """Wait for requests that were added; yields batches of their rollouts as they finish, each request's once.
 
         Raises:
             DeadlineError: nothing was finished for too long, and rebuilding did not help.
             ActorLostError: too few replicas are left.
         """
-        book = WorkBook(requests, len(self._pool.replicas), sticky=self._sticky)
         progress = time.monotonic()
         with asked(GENERATE, self._asked):
-            while not book.done:
+            while order.missing or order.finished:
+                if order.finished:
+                    batch, order.finished = order.finished, []
+                    yield batch
+                    continue
                 self._pool.tend()
                 if self._pool.stale:
                     self._refresh(self._pool.stale)
-                self._hand_out(book)
-                finished: list[Rollout] = []
+                self._hand_out()
                 for replica in self._next_answers(time.monotonic() - progress):
-                    finished += self._answer(replica, book)
+                    self._answer(replica)
                     progress = time.monotonic()
-                if finished:
-                    yield finished
+        for request in order.requests:
+            del self._orders[request.key]
 
-    def _hand_out(self, book: WorkBook) -> None:
+    def meanwhile(self, calls: Mapping[str, ray.ObjectRef], seconds: float) -> None:
+        """Keep the replicas busy until one of these calls has an answer, or `seconds` are over.
+
+        The policy may be busy with one of them, so rebuilt replicas get their weights later.
+        """
+        end, waited = time.monotonic() + seconds, list(calls.values())
+        with asked(GENERATE, self._asked):
+            while not self._book.done and time.monotonic() < end and not ray.wait(waited, timeout=0)[0]:
+                self._pool.tend()
+                self._hand_out()
+                polls = [poll.answer for poll in self._polls.values()]
+                ray.wait([*waited, *polls], timeout=min(TICK_SECONDS, max(end - time.monotonic(), 0.0)))
+                for replica in self._ready(polls):
+                    self._answer(replica)
+
+    def cut(self) -> None:
+        """Let unfinished requests begin anew: the replicas drop them, and they are handed out again when somebody waits."""
         serving = {replica.rank: replica for replica in self._pool.serving}
-        for replica in self._pool.replicas:
+        for rank in [rank for rank in self._book.ranks if rank in serving]:
+            self._submits.setdefault(rank, []).append(serving[rank].handle.cancel.remote())
+            if rank in self._polls:
+                if ray.wait([self._polls[rank].answer], timeout=self._seconds)[0]:
+                    self._answer(serving[rank])
+                else:
+                    self._pool.lost(serving[rank], overrun(GENERATE, [serving[rank].name], self._seconds))
+        for rank in self._book.ranks:
+            self._drop(rank)
+
+    def reset(self) -> None:
+        """Forget all requests, here and on the replicas."""
+        self.cut()
+        self._book = WorkBook([], 0, sticky=False)
+        self._orders.clear()
+
+    def _drop(self, rank: int) -> None:
+        """Take back what a rank owes, and wait for it no longer."""
+        if rank in self._polls:
+            self._asked.pop(self._polls.pop(rank).name, None)
+        self._submits.pop(rank, None)
+        self._book.lost(rank)
+
+    def _hand_out(self) -> None:
+        book, replicas = self._book, self._pool.replicas
+        for rank, poll in list(self._polls.items()):
+            if rank >= len(replicas) or poll.handle is not replicas[rank].handle:  # it has left, or another one has come
+                self._drop(rank)
+        serving = {replica.rank: replica for replica in self._pool.serving}
+        for replica in replicas:
             if replica.health.state == "abandoned":
                 book.release(replica.rank)
         for rank, share in book.hand_out(list(serving)).items():
-            self._submits.setdefault(rank, []).append(serving[rank].handle.submit.remote(Records(share), *self._sampling))
+            for temperature, part in groupby(share, key=lambda request: self._orders[request.key].temperature):
+                submit = serving[rank].handle.submit.remote(Records(part), temperature, self._max_new_tokens)
+                self._submits.setdefault(rank, []).append(submit)
         for rank, replica in serving.items():
             if rank not in self._polls and book.holds(rank):
-                self._polls[rank] = _Poll(replica.handle.poll.remote(MESSAGE_SIZE), replica.handle)
+                answer = replica.handle.poll.remote(MESSAGE_SIZE, self._poll_seconds)
+                self._polls[rank] = _Poll(answer, replica.handle, replica.name)
                 self._asked[replica.name] = time.monotonic()
 
     def _next_answers(self, idle: float) -> list[Replica]:
@@ -139,12 +226,18 @@ class Generation:
             time.sleep(min(left, TICK_SECONDS))
             return []
         ray.wait(waited, num_returns=1, timeout=left)
+        return self._ready(waited)
+
+    def _ready(self, waited: list[ray.ObjectRef]) -> list[Replica]:
+        """Replicas whose poll has an answer."""
+        if not waited:
+            return []
         # A thousand replicas answer in bursts: one look at all of them costs no more than at one.
         ready = set(ray.wait(waited, num_returns=len(waited), timeout=0)[0])
         return [self._pool.replicas[rank] for rank, poll in self._polls.items() if poll.answer in ready]
 
-    def _answer(self, replica: Replica, book: WorkBook) -> list[Rollout]:
-        """Take a replica's answer; if it was lost, its open requests go back to the book."""
+    def _answer(self, replica: Replica) -> None:
+        """Take a replica's answer and keep what it finished; if it was lost, its open requests go back to the book."""
         poll, submits = self._polls.pop(replica.rank), self._submits.pop(replica.rank, [])
         self._asked.pop(replica.name, None)
         try:
@@ -154,6 +247,9 @@ class Generation:
         except ActorLostError as error:
             if poll.handle is replica.handle:
                 self._pool.lost(replica, error)
-            book.lost(replica.rank)
-            return []
-        return book.finished(finished)
+            self._book.lost(replica.rank)
+            return
+        for rollout in self._book.finished(finished):
+            order = self._orders[rollout.key]
+            order.missing -= 1
+            order.finished.append(rollout)

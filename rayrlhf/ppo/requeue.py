@@ -1,4 +1,4 @@
-"""Who has which requests of a step: the books by which no sample is lost and none is taken twice. Pure, without Ray.
+"""Who has which requests: the books by which no sample is lost and none is taken twice. Pure, without Ray.
 
 Work is keyed by (step, prompt, sample). A rollout whose key is not open is a late duplicate and is dropped. When a replica
 is lost, its open requests go to the others; with `sticky` they wait for the same rank instead and its whole share is sampled
@@ -27,10 +27,10 @@ def assign(requests: Sequence[RolloutRequest], replicas: int) -> list[list[Rollo
 
 
 class WorkBook:
-    """The requests of one call of `generate`.
+    """The requests that are being sampled.
 
     Args:
-        requests: all of them, keys distinct.
+        requests: to begin with, keys distinct.
         ranks: replicas of the run, whether they serve or not.
         sticky: a share belongs to its rank, come what may.
     """
@@ -44,6 +44,22 @@ class WorkBook:
         self._holder: dict[SampleKey, int] = {}
         self._owed: Counter[int] = Counter()
 
+    def add(self, requests: Sequence[RolloutRequest]) -> None:
+        """Take in further requests, whose keys are new.
+
+        Raises:
+            ValueError: a share that belongs to its rank cannot grow.
+        """
+        if self._sticky:
+            raise ValueError("requests cannot be added to shares that belong to their ranks")
+        self._open |= {request.key: request for request in requests}
+        self._waiting += requests
+
+    @property
+    def ranks(self) -> list[int]:
+        """Ranks that owe something."""
+        return [rank for rank, owed in self._owed.items() if owed]
+
     @property
     def done(self) -> bool:
         """Whether every request has its rollout."""
@@ -54,6 +70,8 @@ class WorkBook:
         given = {rank: list(self._shares[rank]) for rank in serving if rank in self._due}
         self._due -= set(given)
         if serving and self._waiting:
+            # What was taken back from a rank may be of an earlier step than what has been added since.
+            self._waiting.sort(key=lambda request: request.key.step)
             for rank, part in zip(serving, assign(self._waiting, len(serving)), strict=True):
                 if part:
                     given.setdefault(rank, []).extend(part)

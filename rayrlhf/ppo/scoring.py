@@ -4,7 +4,7 @@
 rollouts are still being generated; where roles share cores they take turns at the end, each with all cores.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -100,6 +100,7 @@ class Scorer:
         seconds: deadline of each wait.
         timer: counts each reading as a phase.
         known: rewards that are known already; the reward actors are not asked then.
+        meanwhile: called with calls that are waited for, and how long at most.
     """
 
     crew: Crew
@@ -110,6 +111,7 @@ class Scorer:
     seconds: float
     timer: PhaseTimer
     known: Mapping[SampleKey, RewardRow] | None = None
+    meanwhile: Callable[[Mapping[str, ray.ObjectRef], float], None] = lambda *_: None
     _rollouts: list[Rollout] = field(default_factory=list)
     _calls: dict[str, list[_Call]] = field(default_factory=dict)
 
@@ -176,7 +178,9 @@ class Scorer:
         """One answer; a process without state is replaced and asked again, as often as the healer lets it."""
         group = self.crew[call.role]
         try:
-            return group.wait({group.names[call.rank]: call.answer}, what, self.seconds)[0]
+            pending = {group.names[call.rank]: call.answer}
+            self.meanwhile(pending, self.seconds)
+            return group.wait(pending, what, self.seconds)[0]
         except (ActorLostError, DeadlineError) as error:
             if call.role not in STATELESS:
                 raise

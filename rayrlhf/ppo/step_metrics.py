@@ -8,7 +8,7 @@ from rayrlhf.actors.placement import Role
 from rayrlhf.algorithms.statistics import explained_variance
 from rayrlhf.data.records import Rollout
 from rayrlhf.engines.update_plan import UpdateReport
-from rayrlhf.observe.diagnostics.machinery import STALENESS
+from rayrlhf.observe.diagnostics.machinery import ALLOWED, STALENESS
 from rayrlhf.observe.diagnostics.policy import FIRST_RATIO
 from rayrlhf.ppo.experience import Experience
 from rayrlhf.ppo.scoring import ScoredRollouts
@@ -48,15 +48,16 @@ def step_metrics(
     return metrics
 
 
-def staleness_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
+def staleness_metrics(rollouts: Sequence[Rollout], version: int, limit: int = 0) -> dict[str, float]:
     """How many weight versions ago the tokens of a step were sampled.
 
     Args:
         rollouts: of the step.
         version: of the policy that learns from them. What was sampled before the first sync counts as version 0.
+        limit: oldest age that is allowed, `async.max_staleness`.
     """
     ages = version - np.maximum(np.concatenate([rollout.versions for rollout in rollouts]), 0)
-    return {"sampling/staleness/mean": float(ages.mean()), STALENESS: float(ages.max())}
+    return {"sampling/staleness/mean": float(ages.mean()), STALENESS: float(ages.max()), ALLOWED: float(limit)}
 
 
 def reward_metrics(scored: ScoredRollouts) -> dict[str, float]:

@@ -31,8 +31,9 @@ from rayrlhf.ppo.dynamic_sampling import SAMPLED_TOKENS, Harvest
 from rayrlhf.ppo.episodes import episode_metrics, without_failed
 from rayrlhf.ppo.evaluation import Evaluation
 from rayrlhf.ppo.experience import LOGPROB_GAP, Experience, ExperienceMaker
-from rayrlhf.ppo.generation import Generation, make_requests
+from rayrlhf.ppo.generation import POLL_SECONDS, Generation, Order, make_requests
 from rayrlhf.ppo.objectives import learning_roles, make_objectives, plan_update
+from rayrlhf.ppo.pipeline import Pipeline
 from rayrlhf.ppo.scoring import Reading, RewardRow, ScoredRollouts, Scorer
 from rayrlhf.ppo.step_metrics import reward_metrics, staleness_metrics, step_metrics
 from rayrlhf.ppo.warmup import imitation_plan
@@ -84,6 +85,16 @@ class PPOTrainer:
         self.consistent = True
         self._experience = ExperienceMaker(config)
         self._objectives = make_objectives(config)
+        ahead = config.asynchronous.max_staleness > 0
+        self._generation = Generation(
+            self.care.pool,
+            self._refresh,
+            config.rollout.max_new_tokens,
+            config.deadlines.generate,
+            sticky=self._exact,
+            poll_seconds=POLL_SECONDS if ahead else None,
+        )
+        self._pipeline = Pipeline(config, sampler, self._generation, self._requests)
 
     def generate(self, prompts: Sequence[Prompt], *, temperature: float | None = None) -> list[Rollout]:
         """Sample `rollout.samples_per_prompt` responses a prompt, with the current weights, in the order of their keys."""
@@ -112,7 +123,8 @@ class PPOTrainer:
                 f"step {self.steps_done}: trainer and sampler log-probs differ by {gap:.3g} nats on average, above rollout."
                 f"mismatch_alarm {self.config.rollout.mismatch_alarm:g}: the rollout engine does not serve the policy's weights"
             )
-        staleness = staleness_metrics(scored.rollouts, self.weight_version)
+        limit = self.config.asynchronous.max_staleness
+        staleness = staleness_metrics(scored.rollouts, self.weight_version, limit)
         reports = self._update(experience)
         with self.timer.phase("weight_sync"):
             sync = self.sync(self.weight_version + 1)
@@ -179,7 +191,11 @@ class PPOTrainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint; the replicas get the policy's weights before they sample."""
+        """Continue from a checkpoint; the replicas get the policy's weights before they sample.
+
+        Responses that were on their way are forgotten: their prompts are out in the sampler's books, and come again.
+        """
+        self._pipeline.reset()
         self.steps_done = state["step"]
         self.warmed_up = state["warmed_up"]
         self.sampler.load_state_dict(state["sampler"])
@@ -191,6 +207,8 @@ class PPOTrainer:
         """Bring every replica that is there to the policy's weights; one that is being rebuilt gets them later."""
         pool = self.care.pool
         pool.tend()
+        if self.config.asynchronous.on_update == "cut":
+            self._generation.cut()
         self.weight_version = version
         return self._send_weights([*pool.serving, *pool.stale])
 
@@ -211,13 +229,13 @@ class PPOTrainer:
                 self.care.pool.synced(replica)
 
     def _stream(self, requests: list[RolloutRequest], temperature: float | None) -> Iterator[list[Rollout]]:
-        rollout = self.config.rollout
-        wanted = rollout.temperature if temperature is None else temperature
-        seconds = self.config.deadlines.generate
-        generation = Generation(self.care.pool, self._refresh, wanted, rollout.max_new_tokens, seconds, sticky=self._exact)
-        finished = generation.run(requests)
+        wanted = self.config.rollout.temperature if temperature is None else temperature
+        return self._collect(self._generation.add(requests, wanted))
+
+    def _collect(self, order: Order) -> Iterator[list[Rollout]]:
+        finished = self._generation.collect(order)
         environment = self.config.environment
-        return without_failed(finished, len(requests), environment.max_failed_share) if environment else finished
+        return without_failed(finished, len(order.requests), environment.max_failed_share) if environment else finished
 
     def _requests(
         self, prompts: Sequence[Prompt], samples: int, step: int | None = None, seen: dict[int, int] | None = None
@@ -244,14 +262,13 @@ class PPOTrainer:
         config = self.config.rollout
         if config.refill_rounds:
             return self._refilled()
-        prompts = self.sampler.next(config.prompts_per_step)
-        requests = self._requests(prompts, config.samples_per_prompt)
+        prompts, order = self._pipeline.take(self.steps_done)
         scorer = self._scorer(prompts)
         with self.timer.phase("generate"):
-            for finished in self._stream(requests, None):
+            for finished in self._collect(order):
                 scorer.add(finished)
         scored = scorer.finish()
-        return prompts, scored, episode_metrics(scored.rollouts, len(requests)) if self.config.environment else {}
+        return prompts, scored, episode_metrics(scored.rollouts, len(order.requests)) if self.config.environment else {}
 
     def _refilled(self) -> tuple[list[Prompt], ScoredRollouts, dict[str, float]]:
         """As `_sampled`, with prompts that teach nothing replaced; models read only the responses that are kept."""
@@ -290,7 +307,8 @@ class PPOTrainer:
         by_id = {prompt.id: prompt for prompt in prompts}
         seconds = self.config.deadlines.score
         overlap = self.crew.plan.overlap
-        return Scorer(self.crew, self.care.healer, self._readings(), by_id, overlap, seconds, self.timer, known)
+        wait = self._generation.meanwhile
+        return Scorer(self.crew, self.care.healer, self._readings(), by_id, overlap, seconds, self.timer, known, wait)
 
     def _readings(self) -> list[Reading]:
         """Which models read the rollouts, and what for. Forwards that nothing needs are not among them."""
@@ -327,5 +345,6 @@ class PPOTrainer:
         for role, objective in objectives.items():
             with self.timer.phase(f"update_{role}", tokens):
                 pending = calls[role] if overlap else self.crew[role].call("update", batch, plan, objective)
+                self._generation.meanwhile(pending, config.deadlines.update)
                 reports[role] = self.crew[role].wait(pending, f"{role} update", config.deadlines.update)[0]
         return reports

@@ -24,11 +24,14 @@ PROMPTS = [
 ]
 
 
-def start(backend: str, *, tie: bool = True, dtype: str = "float32", logprobs: bool = True, **rollout: Any) -> RolloutEngine:
+def start(
+    backend: str, *, tie: bool = True, dtype: str = "float32", logprobs: bool = True, continues: bool = False, **rollout: Any
+) -> RolloutEngine:
     """An engine of 8 requests at a time, so that larger batches have to wait."""
     settings = {"backend": backend, "max_concurrent": 8, "memory_gib": 0.0625} | rollout
     model = ModelSection.model_validate({"path": TINY + str(tie).lower(), "dtype": dtype})
-    return build_rollout_engine(RolloutSpec(model, RolloutSection.model_validate(settings), seed=0, logprobs=logprobs))
+    section = RolloutSection.model_validate(settings)
+    return build_rollout_engine(RolloutSpec(model, section, seed=0, logprobs=logprobs, continues=continues))
 
 
 def load_network(*, tie: bool = True) -> Any:

@@ -86,7 +86,10 @@ class Scripted:
         self.asked += [(request, max_new_tokens) for request in requests]
         self.queued += [(request, max_new_tokens) for request in requests]
 
-    def poll(self, minimum):
+    def cancel(self):
+        self.queued = []
+
+    def poll(self, minimum, seconds=None):
         said = []
         for request, limit in self.queued:
             ids = np.array(self.turns.pop(0), np.int32)

@@ -1,6 +1,7 @@
 """The books of a step under losses: every request gets exactly one rollout, whatever happens in between."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -85,3 +86,22 @@ def test_under_any_sequence_of_losses_every_request_is_answered_exactly_once(dat
             taken += [fresh.key for fresh in book.finished(rollout(request) for request in queue)]
             queue.clear()
     assert sorted(taken) == sorted(request.key for request in requests(count))
+
+
+def of_step(step, count):
+    return [RolloutRequest(SampleKey(step, 10 * step + index, 0), np.array([1], np.int32), index) for index in range(count)]
+
+
+def test_requests_of_later_steps_can_be_added_and_what_was_taken_back_of_earlier_ones_goes_first():
+    book = WorkBook(of_step(1, 4), 2, sticky=False)
+    book.hand_out([0, 1])
+    book.add(of_step(2, 4))
+    assert book.ranks == [0, 1]
+    assert book.lost(0) == 2
+    assert [request.key.step for request in book.hand_out([1])[1]] == [1, 1, 2, 2, 2, 2]
+    assert book.ranks == [1]
+
+
+def test_shares_that_belong_to_their_ranks_do_not_grow():
+    with pytest.raises(ValueError, match="cannot be added"):
+        WorkBook(of_step(1, 4), 2, sticky=True).add(of_step(2, 4))

@@ -9,6 +9,9 @@ OTHER, PEAK, LIMIT = "time_share/other", "memory/peak_gib", "memory/limit_gib"
 
 def sampler_mismatch(history: History) -> Sign | None:
     """The sampler's log-probs are not the trainer's; bfloat16 alone gives about 0.03 nats."""
+    limit = history.recent(ALLOWED, 1)
+    if limit and limit[0].value > 0:  # of older responses they also tell what was learned since
+        return None
     points = history.all_recent(GAP, low=0.1)
     if not points:
         return None
