@@ -161,7 +161,9 @@ class ReplicaPool:
             self._joining.discard(replica.rank)
 
     def scale(self, wanted: int) -> None:
-        """Let replicas join or leave until there are `wanted`; call it between steps, when nobody owes anything.
+        """Let replicas join or leave until there are `wanted`; call it between steps.
+
+        What those that leave still owe is asked of the others.
 
         Those that join ask the cluster for room and come when it has some, be it on a node that is yet to appear.
         """

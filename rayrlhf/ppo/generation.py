@@ -113,6 +113,7 @@ class Generation:
         self._polls: dict[int, _Poll] = {}
         self._submits: dict[int, list[ray.ObjectRef]] = {}
         self._asked: dict[str, float] = {}
+        self._given: dict[int, Any] = {}
 
     def add(self, requests: Sequence[RolloutRequest], temperature: float) -> Order:
         """Take in requests, to be sampled at a temperature (0 is greedy) whenever somebody waits for something."""
@@ -191,8 +192,8 @@ class Generation:
 
     def _hand_out(self) -> None:
         book, replicas = self._book, self._pool.replicas
-        for rank, poll in list(self._polls.items()):
-            if rank >= len(replicas) or poll.handle is not replicas[rank].handle:  # it has left, or another one has come
+        for rank in {*self._polls, *book.ranks}:
+            if rank >= len(replicas) or self._is_gone(rank, replicas[rank]):
                 self._drop(rank)
         serving = {replica.rank: replica for replica in self._pool.serving}
         for replica in replicas:
@@ -202,11 +203,16 @@ class Generation:
             for temperature, part in groupby(share, key=lambda request: self._orders[request.key].temperature):
                 submit = serving[rank].handle.submit.remote(Records(part), temperature, self._max_new_tokens)
                 self._submits.setdefault(rank, []).append(submit)
+            self._given[rank] = serving[rank].handle
         for rank, replica in serving.items():
             if rank not in self._polls and book.holds(rank):
                 answer = replica.handle.poll.remote(MESSAGE_SIZE, self._poll_seconds)
                 self._polls[rank] = _Poll(answer, replica.handle, replica.name)
                 self._asked[replica.name] = time.monotonic()
+
+    def _is_gone(self, rank: int, replica: Replica) -> bool:
+        """Whether the process that was given work is there no more; it may have been lost when nobody waited for it."""
+        return replica.handle is not self._given[rank] or replica.health.state in ("down", "abandoned")
 
     def _next_answers(self, idle: float) -> list[Replica]:
         """All replicas with an answer, once there is one; none where a rebuild needs attention first, or nothing happened."""
