@@ -38,4 +38,5 @@ class RolloutSection(Section):
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
     """Share of the device a replica may use on a GPU."""
     mismatch_alarm: float = Field(0.5, gt=0)
-    """Stop when the mean |trainer log-prob - sampler log-prob| of a step exceeds this many nats."""
+    """Stop when the mean |trainer log-prob - sampler log-prob| of a step exceeds this many nats, and as many again for each
+    weight version that its tokens are old on average, as far as `async.max_staleness` allows them to be."""

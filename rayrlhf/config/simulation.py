@@ -45,8 +45,8 @@ class SimulationConfig(Section):
     """PPO steps to simulate; the first only fills the pipeline and is not in the averages."""
     replicas: int | None = Field(None, ge=1)
     """Rollout replicas; `rollout.replicas` when not given."""
-    max_staleness: int = Field(0, ge=0)
-    """Weight versions that a response may be behind when it is trained on. At 0 sampling waits for every update."""
+    max_staleness: int | None = Field(None, ge=0)
+    """Weight versions that a response may be behind when it is trained on; `async.max_staleness` of the run when not given."""
     lengths: LengthSection = LengthSection()
     rates: RateSection = RateSection()
     failures: FailureSection = FailureSection()

@@ -76,6 +76,8 @@ def _print_simulation(config: Any, rates: Path) -> None:
     from rayrlhf.launch.simulate import simulate
 
     settings, rollout = load_config(SimulationConfig, rates, []), config.rollout
+    if settings.max_staleness is None:
+        settings = settings.model_copy(update={"max_staleness": config.asynchronous.max_staleness})
     report = simulate(
         settings,
         samples=config.samples_per_step,

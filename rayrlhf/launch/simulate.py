@@ -1,9 +1,10 @@
 """A PPO run as a queue of events: what more replicas, staleness or failures would do to the time of a step.
 
 Replicas hold so many responses at a time; each takes its length times the time of a token. Step b's responses may start once
-weight version b - max_staleness is out, which bounds how old they can be when step b trains on them (the capacity rule of
-asynchronous RLHF). The trainer takes the steps in order: it waits for the last response, scores, updates, and syncs, which
-keeps all replicas from sampling. A replica that dies loses what it holds; those responses start again, and it is back later.
+weight version b - max_staleness is out, which bounds how old they can be when step b trains on them: the very rule by which
+`async.max_staleness` runs (`rayrlhf.ppo.staleness`). The trainer takes the steps in order: it waits for the last response,
+scores, updates, and syncs, which keeps all replicas from sampling. A replica that dies loses what it holds; those responses
+start again, and it is back later.
 
 Pure: from a configuration to a report, the same for the same seed. Only the order of things is modelled; that sampling slows
 down when it shares a device with training, for example, has to be in the rates.
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayrlhf.config.simulation import SimulationConfig
+from rayrlhf.ppo.staleness import capacity
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +179,9 @@ class _Simulation:
 
     def _admit(self) -> None:
         """Let responses of further steps start, as far as the staleness bound allows."""
-        while self._issued <= self._version + self._config.max_staleness and self._issued < self._config.steps:
+        size, steps, staleness = self._samples, self._config.steps, self._config.max_staleness or 0
+        done = min(self._version, steps - 1)  # after the last step nothing more is issued
+        for _ in range(capacity(done, self._issued * size, size, staleness, steps) // size):
             step, lengths = self._issued, self._draw()
             self._waiting.extend(_Response(step, int(length)) for length in lengths)
             self._open[step], self._tokens[step] = self._samples, int(lengths.sum())

@@ -116,7 +116,14 @@ class Generation:
         self._given: dict[int, Any] = {}
 
     def add(self, requests: Sequence[RolloutRequest], temperature: float) -> Order:
-        """Take in requests, to be sampled at a temperature (0 is greedy) whenever somebody waits for something."""
+        """Take in requests, to be sampled at a temperature (0 is greedy) whenever somebody waits for something.
+
+        Raises:
+            ValueError: a request whose key is on its way already, as when what is sampled ahead is sampled by hand too.
+        """
+        known = next((request.key for request in requests if request.key in self._orders), None)
+        if known is not None:
+            raise ValueError(f"request {known} is on its way already")
         if self._book.done:
             self._book = WorkBook(requests, len(self._pool.replicas), sticky=self._sticky)
         else:

@@ -14,6 +14,9 @@ from rayrlhf.ppo.experience import Experience
 from rayrlhf.ppo.scoring import ScoredRollouts
 from rayrlhf.ppo.weight_sync import SyncReport
 
+MEAN_STALENESS = "sampling/staleness/mean"
+"""Metric of how many weight versions old the tokens of a step are on average."""
+
 
 def step_metrics(
     experience: Experience, reports: Mapping[Role, UpdateReport], sync: SyncReport, episodes: int
@@ -57,7 +60,7 @@ def staleness_metrics(rollouts: Sequence[Rollout], version: int, limit: int = 0)
         limit: oldest age that is allowed, `async.max_staleness`.
     """
     ages = version - np.maximum(np.concatenate([rollout.versions for rollout in rollouts]), 0)
-    return {"sampling/staleness/mean": float(ages.mean()), STALENESS: float(ages.max()), ALLOWED: float(limit)}
+    return {MEAN_STALENESS: float(ages.mean()), STALENESS: float(ages.max()), ALLOWED: float(limit)}
 
 
 def reward_metrics(scored: ScoredRollouts) -> dict[str, float]:

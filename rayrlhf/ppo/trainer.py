@@ -35,7 +35,7 @@ from rayrlhf.ppo.generation import POLL_SECONDS, Generation, Order, make_request
 from rayrlhf.ppo.objectives import learning_roles, make_objectives, plan_update
 from rayrlhf.ppo.pipeline import Pipeline
 from rayrlhf.ppo.scoring import Reading, RewardRow, ScoredRollouts, Scorer
-from rayrlhf.ppo.step_metrics import reward_metrics, staleness_metrics, step_metrics
+from rayrlhf.ppo.step_metrics import MEAN_STALENESS, reward_metrics, staleness_metrics, step_metrics
 from rayrlhf.ppo.warmup import imitation_plan
 from rayrlhf.ppo.weight_sync import SyncReport, sync_weights
 
@@ -117,14 +117,16 @@ class PPOTrainer:
         self.consistent = False
         with self.timer.phase("assemble"):
             experience = self._experience.make(scored)
-        gap = experience.metrics[LOGPROB_GAP]
-        if not gap <= self.config.rollout.mismatch_alarm:
-            raise AlarmError(
-                f"step {self.steps_done}: trainer and sampler log-probs differ by {gap:.3g} nats on average, above rollout."
-                f"mismatch_alarm {self.config.rollout.mismatch_alarm:g}: the rollout engine does not serve the policy's weights"
-            )
         limit = self.config.asynchronous.max_staleness
         staleness = staleness_metrics(scored.rollouts, self.weight_version, limit)
+        # What may be some versions old may differ also by what was learned since.
+        gap, age = experience.metrics[LOGPROB_GAP], min(staleness[MEAN_STALENESS], limit)
+        allowed = self.config.rollout.mismatch_alarm * (1 + age)
+        if not gap <= allowed:
+            raise AlarmError(
+                f"step {self.steps_done}: trainer and sampler log-probs differ by {gap:.3g} nats on average, above the "
+                f"{allowed:.3g} of rollout.mismatch_alarm: the rollout engine does not serve the policy's weights"
+            )
         reports = self._update(experience)
         with self.timer.phase("weight_sync"):
             sync = self.sync(self.weight_version + 1)

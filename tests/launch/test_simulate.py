@@ -99,13 +99,17 @@ def test_a_long_tail_leaves_places_idle_that_staleness_fills():
     assert flowing.samples_per_hour > 1.3 * waiting.samples_per_hour
 
 
-def test_plan_prints_the_simulation_of_a_run(tmp_path):
-    (tmp_path / "rates.yaml").write_text("max_staleness: 1\nrates: {token_seconds: 0.01}\n")
+@pytest.mark.parametrize(
+    ("rates", "overrides", "oldest"),
+    [("max_staleness: 1", [], 1), ("", ["async.max_staleness=2"], 2), ("max_staleness: 0", ["async.max_staleness=2"], 0)],
+)
+def test_plan_prints_the_simulation_of_a_run_with_the_staleness_it_has(tmp_path, rates, overrides, oldest):
+    (tmp_path / "rates.yaml").write_text(f"{rates}\nrates: {{token_seconds: 0.01, update_tokens: 2000}}\n")
     (tmp_path / "run.yaml").write_text(
         "model: {path: 'builtin:tiny'}\ndata: {train: {path: x}}\nreward: {functions: [{name: gsm8k}]}\n"
     )
-    command = ["plan", str(tmp_path / "run.yaml"), "--simulate", str(tmp_path / "rates.yaml")]
+    command = ["plan", str(tmp_path / "run.yaml"), *overrides, "--simulate", str(tmp_path / "rates.yaml")]
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert result.exit_code == 0
     assert "responses an hour" in result.output
-    assert "at most" in result.output
+    assert f"{oldest} at most" in result.output

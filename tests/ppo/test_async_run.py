@@ -17,7 +17,7 @@ from tests.ppo.runs import run_config
 SETTINGS = [
     "rollout.backend=transformers",
     "critic.kind=shared",
-    "rollout.max_new_tokens=40",
+    "rollout.max_new_tokens=32",
     "rollout.max_concurrent=4",  # responses of a step are sampled four at a time, so that updates come in between
     "recovery.ping_every=0.5",
     "recovery.ping_deadline=5",
@@ -98,6 +98,13 @@ def test_no_prompt_is_lost_or_trained_on_twice_when_the_replica_dies(continued):
     events = [event["event"] for event in read_journal(config.run.folder)]
     assert "lost" in events
     assert "recovered" in events
+
+
+def test_every_role_tells_its_peak_memory(continued):
+    _, _, rows = continued
+    for role in ("policy", "rollout", "reward"):
+        assert 0.05 < rows[-1][f"memory/{role}_gib"] < rows[-1]["memory/limit_gib"]
+    assert not any("device" in name for name in rows[-1] if name.startswith("memory/"))
 
 
 def test_old_tokens_are_weighed_against_their_sampler(continued):

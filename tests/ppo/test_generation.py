@@ -1,11 +1,14 @@
 """Requests and their way to replicas are pure functions; the streaming itself is tested with real actors in test_run.py."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrlhf.data.records import Prompt
-from rayrlhf.ppo.generation import make_requests
+from rayrlhf.ppo.generation import Generation, make_requests
 from rayrlhf.ppo.requeue import assign
 
 
@@ -35,3 +38,12 @@ def test_every_request_is_assigned_once_and_a_prompt_stays_on_one_replica(ids, s
         for request in share:
             assert homes.setdefault(request.key.prompt, index) == index
     assert max(map(len, shares)) - min(map(len, shares)) <= samples
+
+
+def test_a_request_that_is_on_its_way_cannot_be_asked_for_twice():
+    pool = SimpleNamespace(replicas=[None])
+    generation = Generation(pool, lambda _: None, max_new_tokens=4, seconds=1.0)
+    generation.add(make_requests(prompts(1, 2), 1, step=3, run_seed=0), temperature=1.0)
+    generation.add(make_requests(prompts(1, 2), 1, step=4, run_seed=0), temperature=1.0)
+    with pytest.raises(ValueError, match="on its way already"):
+        generation.add(make_requests(prompts(2), 1, step=3, run_seed=0), temperature=0.0)
