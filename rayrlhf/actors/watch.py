@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import RayError
 
 from rayrlhf.actors.asked import waited_for
+from rayrlhf.actors.footprint import Footprint
 from rayrlhf.actors.supervisor import Health, Pong, RetryPolicy, Silent, advance
 from rayrlhf.actors.worker import Place
 
@@ -69,6 +70,11 @@ class Watch:
         with self._lock:
             found = self._watched.get(name)
             return found.place if found else None
+
+    def footprints(self) -> dict[str, Footprint]:
+        """What memory each actor took at most, as of its last answer."""
+        with self._lock:
+            return {name: actor.place.footprint for name, actor in self._watched.items() if actor.place}
 
     def _run(self) -> None:
         while not self._end.wait(min(self._every, self._policy.ping_deadline) / 4):

@@ -1,4 +1,4 @@
-"""What every actor can do beside its role's work: answer a ping while busy, give an address, tell its memory."""
+"""What every actor can do beside its role's work: answer a ping while busy, with the memory it took, and give an address."""
 
 import importlib
 import importlib.util
@@ -7,16 +7,18 @@ import socket
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
-import psutil
 import ray
+
+from rayrlhf.actors.footprint import Footprint, own_footprint
 
 
 class Place(NamedTuple):
-    """Where a process runs: its id, the Ray node's id, and the node's address."""
+    """Where a process runs: its id, the Ray node's id, the node's address; and the memory it took there so far."""
 
     pid: int
     node: str
     address: str
+    footprint: Footprint = Footprint()
 
 
 class Worker:
@@ -35,7 +37,7 @@ class Worker:
     def ping(self) -> Place:
         """Where this process is. Runs on a thread of its own, so that a busy actor still answers."""
         context = ray.get_runtime_context()
-        return Place(os.getpid(), context.get_node_id(), ray.util.get_node_ip_address())
+        return Place(os.getpid(), context.get_node_id(), ray.util.get_node_ip_address(), own_footprint())
 
     def where(self) -> tuple[str, str]:
         """(Ray node id, node address)."""
@@ -46,7 +48,3 @@ class Worker:
         with socket.socket() as listener:
             listener.bind(("", 0))
             return ray.util.get_node_ip_address(), int(listener.getsockname()[1])
-
-    def memory_bytes(self) -> int:
-        """Resident memory of this process in bytes, shared pages included."""
-        return int(psutil.Process().memory_info().rss)

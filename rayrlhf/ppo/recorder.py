@@ -5,8 +5,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from rayrlhf.actors.footprint import role_peaks
+from rayrlhf.actors.watch import Watch
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Prompt, Rollout
 from rayrlhf.observe.diagnostics import Diagnosis
@@ -26,6 +28,9 @@ from rayrlhf.ppo.evaluation import Evaluation
 from rayrlhf.ppo.sample_tokens import SampleTokens, token_kl
 from rayrlhf.ppo.scoring import ScoredRollouts
 from rayrlhf.rewards.score import RewardBatch
+
+if TYPE_CHECKING:
+    from rayrlhf.ppo.trainer import PPOTrainer
 
 GIB = 2**30
 EVALUATIONS = "evaluation"
@@ -65,6 +70,7 @@ class Recorder(Callback):
         self._tensorboard: TensorBoardSink | None = None
         self._trackers: list[Tracker] = []
         self._failed_copies = 0
+        self._watch: Watch | None = None
 
     def __enter__(self) -> Self:
         self.memory.__enter__()
@@ -125,9 +131,15 @@ class Recorder(Callback):
         took = f" after {seconds:.1f} s" if seconds else ""
         self._view.note(f"{actor}: {event}{took}{f' ({reason})' if reason else ''}")
 
+    def on_start(self, trainer: "PPOTrainer") -> None:
+        """Take note of who hears from the processes."""
+        self._watch = trainer.care.watch
+
     def on_step_end(self, step: int, metrics: Mapping[str, float], scored: ScoredRollouts) -> None:
         """Write the step everywhere."""
         row = dict(metrics) | {PEAK: self.memory.peak_bytes / GIB, LIMIT: memory_limit_bytes() / GIB}
+        if self._watch:
+            row |= role_peaks(self._watch.footprints())
         if self._config.checkpoint.mirror is not None:
             row["checkpoint/failed_copies"] = float(self._failed_copies)
         self.diagnosis.add(step, row)

@@ -103,6 +103,7 @@ GROUPS = (
             Curve("policy/padding_share", "Padding", "share", "Part of the trained positions that hold no token."),
             Curve("padding_share", "Padding", "share", "Part of the trained positions that hold no token."),
         ),
+        prefixes=tuple(f"memory/{role}_" for role in ("policy", "critic", "reference", "reward", "rollout")),
     ),
 )
 """Groups of curves in the order of the page."""
