@@ -10,7 +10,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from rayrlhf.actors.group import ActorGroup, create_actor, create_group
-from rayrlhf.actors.placement import GroupPlan, Machine, ResourcePlan, Role, Seat, replica_group
+from rayrlhf.actors.placement import GroupPlan, Machine, ResourcePlan, Role, Seat, building_order, replica_group
 from rayrlhf.actors.reference_actor import ReferenceActor
 from rayrlhf.actors.reward_actor import RewardActor
 from rayrlhf.actors.rollout_actor import RolloutActor
@@ -58,19 +58,22 @@ class Crew:
         return role in self.groups
 
     def build(self, seconds: float) -> None:
-        """Load all models at once: loading is mostly reading and importing, so it overlaps well even on two cores.
+        """Load all models, side by side as far as `building_order` lets them.
+
+        Loading is mostly reading and importing, so it overlaps well even on two cores.
 
         Raises:
             UserError: a role refuses its spec.
             DeadlineError: a role was not ready in time.
         """
-        calls: dict[str, ray.ObjectRef] = {}
-        for role in self.groups:
-            calls |= self.start_building(role, seconds)
-        try:
-            wait_all(calls, "start", seconds)
-        except DeadlineError as error:
-            raise DeadlineError(f"{error}; is the model still downloading, or the machine short of memory?") from error
+        for roles in building_order({role: self.seats[role] for role in self.groups}):
+            calls: dict[str, ray.ObjectRef] = {}
+            for role in roles:
+                calls |= self.start_building(role, seconds)
+            try:
+                wait_all(calls, "start", seconds)
+            except DeadlineError as error:
+                raise DeadlineError(f"{error}; is the model still downloading, or the machine short of memory?") from error
 
     def start_building(self, role: Role, seconds: float) -> dict[str, ray.ObjectRef]:
         """Let a role load its models; a role that learns first agrees on a meeting point, within `seconds`."""

@@ -200,6 +200,18 @@ def _disaggregated(settled: Sequence[_Settled], overlap: bool) -> ResourcePlan:
     return ResourcePlan(groups, seats, overlap)
 
 
+def building_order(seats: Mapping[Role, Sequence[Seat]]) -> list[list[Role]]:
+    """Which roles may load their models side by side: all of them, unless samplers share GPUs with others.
+
+    vLLM measures how much of a GPU its model takes while it starts, and takes what others load meanwhile for its own; so it
+    goes first.
+    """
+    others: list[Role] = [role for role in seats if role != "rollout"]
+    places = {(seat.group, bundle) for role in others for seat in seats[role] if seat.gpus for bundle in seat.bundles}
+    shares = any((seat.group, bundle) in places for seat in seats["rollout"] if seat.gpus for bundle in seat.bundles)
+    return [["rollout"], others] if shares else [list(seats)]
+
+
 def _replica_groups(part: _Settled, groups: dict[str, GroupPlan]) -> tuple[Seat, ...]:
     """One group a rollout replica, on one node when it spans several devices."""
     seats = []

@@ -32,6 +32,10 @@ class RolloutActor(Worker):
         """Drop all unfinished requests."""
         self._engine.cancel()
 
+    def sleep(self) -> None:
+        """Give memory back until new weights come."""
+        self._engine.sleep()
+
     def begin_weights(self, version: int) -> None:
         """Start receiving a weight version."""
         self._engine.begin_weights(version)

@@ -11,7 +11,7 @@ class AsyncSection(Section):
     """How far sampling may run ahead of training.
 
     With `max_staleness` above 0, importance weights against the sampler are on (`algorithm.correction.level: token`), unless
-    `algorithm.correction` is given.
+    that level is given.
     """
 
     max_staleness: int = Field(0, ge=0)

@@ -165,10 +165,25 @@ class PPOConfig(Section):
                 f"async.max_staleness {staleness} issues whole steps ahead, before it is known what rollout.refill_rounds "
                 f"{self.rollout.refill_rounds} would replace: set one of them to 0"
             )
-        if "correction" not in self.algorithm.model_fields_set:
+        if "level" not in self.algorithm.correction.model_fields_set:
             # As with the critic: a default that follows another section.
             correction = self.algorithm.correction.model_copy(update={"level": "token"})
             object.__setattr__(self, "algorithm", self.algorithm.model_copy(update={"correction": correction}))
+        return self
+
+    @model_validator(mode="after")
+    def _sleeping_replicas_leave_their_memory_to_somebody(self) -> Self:
+        if not self.rollout.sleep:
+            return self
+        if self.rollout.backend != "vllm":
+            raise ValueError(f"rollout.sleep needs rollout.backend 'vllm', found '{self.rollout.backend}'")
+        if self.asynchronous.max_staleness:
+            raise ValueError(
+                f"rollout.sleep and async.max_staleness {self.asynchronous.max_staleness}: replicas that sample while the "
+                "policy trains cannot sleep; switch one of them off"
+            )
+        if self.placement.mode == "disaggregated":
+            raise ValueError("rollout.sleep: nobody shares the devices of the replicas with placement.mode 'disaggregated'")
         return self
 
     @model_validator(mode="after")

@@ -37,6 +37,9 @@ class RolloutSection(Section):
     """Most KV cache of a replica on a CPU, in GiB; no more is taken than `max_concurrent` full responses can fill."""
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
     """Share of the device a replica may use on a GPU."""
+    sleep: bool = False
+    """Give the GPU memory of weights and KV cache back while models train on the same devices; the next weight sync wakes a
+    replica, first its weights, then its cache. With `backend: vllm`; on a CPU nothing is freed."""
     mismatch_alarm: float = Field(0.5, gt=0)
     """Stop when the mean |trainer log-prob - sampler log-prob| of a step exceeds this many nats, and as many again for each
     weight version that its tokens are old on average, as far as `async.max_staleness` allows them to be."""

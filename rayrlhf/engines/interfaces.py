@@ -49,6 +49,10 @@ class RolloutEngine(Protocol):
         """Requests submitted and not yet returned."""
         ...
 
+    def sleep(self) -> None:
+        """Give back the memory of weights and cache, if the backend can, until new weights come; nothing is unfinished."""
+        ...
+
     def begin_weights(self, version: int) -> None:
         """Start receiving a new weight version.
 

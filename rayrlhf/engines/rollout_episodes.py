@@ -119,6 +119,10 @@ class EpisodeEngine:
         self._episodes.clear()
         self._finished.clear()
 
+    def sleep(self) -> None:
+        """Let the engine sleep until new weights come."""
+        self._engine.sleep()
+
     def begin_weights(self, version: int) -> None:
         """Start receiving a new weight version.
 

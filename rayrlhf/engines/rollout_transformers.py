@@ -106,6 +106,9 @@ class TransformersRolloutEngine:
         self._waiting.clear()
         self._batch = None
 
+    def sleep(self) -> None:
+        """Do nothing: there is no memory that sampling alone needs."""
+
     @property
     def unfinished(self) -> int:
         """Requests submitted and not yet returned."""

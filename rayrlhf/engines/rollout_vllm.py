@@ -7,8 +7,7 @@ cache starts empty in every generation, so that the same batch gives the same bi
 token is vLLM's own label of the weights that sampled it.
 
 On CPUs one replica is one process, and nothing is compiled: compilation would cost more than a short run gains. On GPUs
-`tensor_parallel_size`, `gpu_memory_utilization`, and vLLM's `nccl` and `ipc` transfers apply; that path has never been
-run.
+`tensor_parallel_size`, `gpu_memory_utilization` and `sleep` apply; that path has never been run (`examples/gpu/`).
 """
 
 import importlib.util
@@ -16,6 +15,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -69,6 +69,7 @@ class VLLMRolloutEngine:
 
         self.version = START_VERSION
         self._incoming: int | None = None
+        self._asleep = False
         self._continues = spec.continues
         self._requests: dict[str, RolloutRequest] = {}
         self._stop = list(spec.rollout.stop)
@@ -86,12 +87,14 @@ class VLLMRolloutEngine:
         Raises:
             UserError: a prompt leaves no room for a response.
             ValueError: a request that is already queued.
-            RuntimeError: new weights are half loaded.
+            RuntimeError: new weights are half loaded, or the engine sleeps and has none.
         """
         from vllm.inputs import tokens_input
 
         if self._incoming is not None:
             raise RuntimeError(f"weight version {self._incoming} is still being loaded")
+        if self._asleep:
+            raise RuntimeError("the engine sleeps and has given its weights away; new ones wake it")
         limits = new_token_limits(requests, max_new_tokens, self._max_length)
         check_new(requests, self._requests.values())
         if not self._requests:
@@ -111,8 +114,7 @@ class VLLMRolloutEngine:
         """
         end = math.inf if seconds is None else time.monotonic() + seconds
         finished: list[Rollout] = []
-        # vLLM decorates a helper of its log-probs with torch.compile; compiling it would take longer than it ever saves.
-        with torch.compiler.set_stance("force_eager"):
+        with _uncompiled():
             while self._requests and len(finished) < minimum and time.monotonic() < end:
                 finished.extend(self._rollout(output) for output in self._engine.step() if output.finished)
         return finished
@@ -121,6 +123,19 @@ class VLLMRolloutEngine:
         """Drop all unfinished requests."""
         self._engine.abort_request(list(self._requests))
         self._requests.clear()
+
+    def sleep(self) -> None:
+        """Give back the device memory of weights and KV cache, until new weights come. Without effect if it sleeps already.
+
+        Raises:
+            RuntimeError: requests are unfinished.
+        """
+        if self._requests:
+            raise RuntimeError(f"the engine cannot sleep while {len(self._requests)} requests are unfinished")
+        if not self._asleep:
+            # Level 2 keeps no copy of the weights: the next ones are all new.
+            self._engine.sleep(level=2)
+            self._asleep = True
 
     @property
     def unfinished(self) -> int:
@@ -136,6 +151,8 @@ class VLLMRolloutEngine:
         if self._requests and not self._continues:
             raise RuntimeError(f"weights cannot change while {len(self._requests)} requests are unfinished")
         self._incoming = version
+        if self._asleep:
+            self._engine.wake_up(["weights"])
         self.weight_client.start_weight_update()
 
     def receive_weights(self, bucket: WeightBucket) -> None:
@@ -151,6 +168,10 @@ class VLLMRolloutEngine:
         if self._incoming is None:
             raise RuntimeError("finish_weights without begin_weights")
         self.weight_client.finish_weight_update(str(self._incoming))
+        if self._asleep:
+            # Only now: until here the cache's memory could serve the weights on their way.
+            self._engine.wake_up(["kv_cache"])
+            self._asleep = False
         self.version, self._incoming = self._incoming, None
 
     def close(self) -> None:
@@ -231,6 +252,14 @@ def _start(spec: RolloutSpec, transfer: Transfer, executor: str | None) -> Any:
         raise UserError(f"rollout: vLLM cannot serve {spec.model.path}: {reason[0] if reason else error!r}") from error
 
 
+def _uncompiled() -> AbstractContextManager[Any]:
+    """On CPUs nothing is compiled. vLLM decorates a helper of its log-probs, and compiling it would take longer than it saves.
+
+    On GPUs vLLM compiles the model itself, and must be let alone.
+    """
+    return nullcontext() if torch.cuda.is_available() else torch.compiler.set_stance("force_eager")
+
+
 def _cpu_settings(spec: RolloutSpec, config: Any, length: int) -> dict[str, Any]:
     if spec.rollout.tensor_parallel_size > 1:
         raise UserError("rollout.tensor_parallel_size: a CPU replica is one process, expected 1; set rollout.replicas instead")
@@ -256,6 +285,7 @@ def _useful_cache_bytes(spec: RolloutSpec, config: Any, length: int) -> int:
 
 def _gpu_settings(spec: RolloutSpec, executor: str | None) -> dict[str, Any]:
     return {
+        "enable_sleep_mode": spec.rollout.sleep,
         "gpu_memory_utilization": spec.rollout.gpu_memory_utilization,
         "tensor_parallel_size": spec.rollout.tensor_parallel_size,
         "distributed_executor_backend": executor,

@@ -37,7 +37,7 @@ from rayrlhf.ppo.pipeline import Pipeline
 from rayrlhf.ppo.scoring import Reading, RewardRow, ScoredRollouts, Scorer
 from rayrlhf.ppo.step_metrics import MEAN_STALENESS, reward_metrics, staleness_metrics, step_metrics
 from rayrlhf.ppo.warmup import imitation_plan
-from rayrlhf.ppo.weight_sync import SyncReport, sync_weights
+from rayrlhf.ppo.weight_sync import SyncReport, put_to_sleep, sync_weights
 
 GREEDY_SAMPLE = 2**20
 """Sample number of a greedy response; a late answer to another request can then not be taken for it."""
@@ -127,6 +127,9 @@ class PPOTrainer:
                 f"step {self.steps_done}: trainer and sampler log-probs differ by {gap:.3g} nats on average, above the "
                 f"{allowed:.3g} of rollout.mismatch_alarm: the rollout engine does not serve the policy's weights"
             )
+        if self.config.rollout.sleep:
+            with self.timer.phase("sleep"):
+                put_to_sleep(self.care.pool, self.config.deadlines.sync)
         reports = self._update(experience)
         with self.timer.phase("weight_sync"):
             sync = self.sync(self.weight_version + 1)

@@ -2,6 +2,7 @@
 
 Rank 0 of the policy streams buckets as return values (they belong to the driver and survive the trainer's death); each
 reference is handed to all replicas, which read the bytes in place: one copy a node, and the driver never holds weights.
+Replicas that were put to sleep before the update wake up with the sync.
 """
 
 import time
@@ -18,6 +19,7 @@ from rayrlhf.errors import ActorLostError, DeadlineError
 
 BUCKET_BYTES = 256 * 2**20
 SYNC = "weight sync"
+SLEEP = "sleep"
 
 
 class SyncReport(NamedTuple):
@@ -66,6 +68,16 @@ def sync_weights(
                 raise ActorLostError(f"{name} was lost during {SYNC}", name) from error
             pool.lost(replica, error)
     return SyncReport(version, buckets, time.monotonic() - started)
+
+
+def put_to_sleep(pool: ReplicaPool, seconds: float) -> None:
+    """Let the replicas give their memory back until the next sync; one that is lost at it is left to the pool."""
+    pending = [(replica, replica.handle.sleep.remote()) for replica in pool.serving]
+    for replica, call in pending:
+        try:
+            wait_all({replica.name: call}, SLEEP, seconds)
+        except (ActorLostError, DeadlineError) as error:
+            pool.lost(replica, error)
 
 
 def _buckets(stream: Any, name: str, seconds: float) -> Iterator[ray.ObjectRef]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayrlhf.actors.placement import Machine, make_plan
+from rayrlhf.actors.placement import Machine, building_order, make_plan
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.errors import UserError
 
@@ -75,3 +75,19 @@ def test_too_little_hardware_says_what_is_asked_and_what_is_there():
         make_plan(config(placement={"policy": {"ranks": 4, "cpus": 4}}), LAPTOP)
     with pytest.raises(UserError, match="the cluster has 2 CPUs and 0 GPUs"):
         make_plan(config(placement={"policy": {"gpus": 1}}), LAPTOP)
+
+
+@pytest.mark.parametrize(
+    ("sections", "machine", "first"),
+    [
+        ({}, LAPTOP, {"policy", "critic", "reference", "reward", "rollout"}),
+        ({}, CLUSTER, {"rollout"}),  # one GPU for all: vLLM measures it while it is alone
+        ({"placement": {"mode": "disaggregated"}}, CLUSTER, {"policy", "critic", "reference", "reward", "rollout"}),
+        ({"rollout": {"tensor_parallel_size": 2}}, CLUSTER, {"policy", "critic", "reference", "reward", "rollout"}),
+    ],
+)
+def test_samplers_load_before_those_that_they_share_gpus_with(sections, machine, first):
+    seats = make_plan(config(**sections), machine).seats
+    order = building_order(seats)
+    assert set(order[0]) == first
+    assert sorted(role for roles in order for role in roles) == sorted(seats)

@@ -25,6 +25,8 @@ def test_a_dumped_configuration_has_the_key_by_its_name_and_is_the_same_when_rea
 def test_old_samples_are_weighed_unless_the_configuration_says_otherwise(minimal):
     ahead = load_config(PPOConfig, minimal, ["async.max_staleness=1"]).algorithm.correction
     assert (ahead.level, ahead.mode) == ("token", "truncate")
+    other = load_config(PPOConfig, minimal, ["async.max_staleness=1", "algorithm.correction.high=3"]).algorithm.correction
+    assert (other.level, other.high) == ("token", 3)
     chosen = load_config(PPOConfig, minimal, ["async.max_staleness=1", "algorithm.correction.level=none"])
     assert chosen.algorithm.correction.level == "none"
 

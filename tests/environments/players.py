@@ -86,6 +86,9 @@ class Scripted:
         self.asked += [(request, max_new_tokens) for request in requests]
         self.queued += [(request, max_new_tokens) for request in requests]
 
+    def sleep(self):
+        self.asleep = True
+
     def cancel(self):
         self.queued = []
 
