@@ -37,7 +37,7 @@ class RoleSpecs:
             return (config.reference.model or config.model, config.train.score_batch_tokens)
         lockstep = config.run.determinism == "exact"
         continues = config.asynchronous.max_staleness > 0 and config.asynchronous.on_update == "continue"
-        return (RolloutSpec(config.model, config.rollout, config.run.seed, config.environment, lockstep, continues),)
+        return (RolloutSpec(config.model, config.rollout, config.run.seed, config.environment, lockstep, continues=continues),)
 
     def train(self, role: Role) -> TrainEngineSpec:
         """The engine of a role that learns."""

@@ -8,7 +8,7 @@ from rayrlhf.ppo.run import train_ppo
 from tests.ppo.runs import run_config
 
 SEEDS = (0, 1, 2)
-STEPS = 14
+STEPS = 20
 
 
 def learned(folder, staleness, seed):

@@ -56,7 +56,10 @@ def kill(role):
 def run(folder, *overrides, books=None):
     config = run_config(folder, *SETTINGS, *overrides)
     books = books or Books()
-    train_ppo(config, [books])
+    with pytest.MonkeyPatch.context() as patch:
+        # A tiny model answers a whole step within a usual poll: polls of a few tokens let updates come in between.
+        patch.setattr("rayrlhf.ppo.trainer.POLL_SECONDS", 0.02)
+        train_ppo(config, [books])
     rows = [row for row in read_metrics(config.run.folder) if "sampling/staleness/max" in row]
     return config, books, rows
 
@@ -68,7 +71,7 @@ def epochs(count):
 
 @pytest.fixture(scope="module")
 def continued(tmp_path_factory):
-    """Four steps, the replica killed while it samples ahead, and the answers of held-out prompts in between."""
+    """Six steps, the replica killed while it samples ahead, and the answers of held-out prompts in between."""
     folder = tmp_path_factory.mktemp("continued")
     settings = ["async.max_staleness=2", "run.steps=6", "evaluation.every=2", "checkpoint.every=3"]
     return run(folder, *settings, books=Books(2, kill("rollout")))
@@ -112,6 +115,7 @@ def test_old_tokens_are_weighed_against_their_sampler(continued):
     assert all("sampling/importance_sampling_ratio/mean" in row for row in rows)
 
 
+@pytest.mark.slow
 def test_cut_responses_begin_anew_so_that_each_is_of_one_version(tmp_path):
     _, books, rows = run(tmp_path, "async.max_staleness=1", "async.on_update=cut", "run.steps=4", "evaluation.enabled=false")
     assert 0 < max(row["sampling/staleness/max"] for row in rows) <= 1
@@ -119,6 +123,7 @@ def test_cut_responses_begin_anew_so_that_each_is_of_one_version(tmp_path):
     assert books.trained_on() == epochs(4 * 16)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_one_whose_policy_dies_train_on_every_prompt_once(tmp_path):
     settings = ["async.max_staleness=1", "run.steps=4", "evaluation.enabled=false", "checkpoint.every=1"]
     first = Books(2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
