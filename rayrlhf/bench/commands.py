@@ -101,7 +101,7 @@ def bench_sft_command(
 @bench.command(name="train")
 def bench_train_command(
     model: Annotated[str, typer.Option(help="The trained model.")] = "builtin:smollm2-135m-instruct",
-    samples: Annotated[int, typer.Option(min=1, help="Word problems with solutions in one optimizer step.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of one optimizer step, word problems with solutions.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Optimizer steps of each contender.")] = 15,
     output: Annotated[Path | None, typer.Option(help="Folder for the numbers as JSON and Markdown.")] = None,
 ) -> None:

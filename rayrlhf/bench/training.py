@@ -23,13 +23,16 @@ from rayrlhf.engines.update_plan import UpdatePlan
 from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
 from rayrlhf.ppo.objectives import make_objectives
 
+MOST_PROBLEMS = 8
+"""Of one sample: some 300 tokens."""
+
 
 def bench_training(model: str, *, samples: int, rounds: int, progress: Callable[[str], None] = lambda _: None) -> Comparison:
     """Let the bare step and ours take turns.
 
     Args:
         model: path of the policy.
-        samples: word problems with their solutions in one optimizer step.
+        samples: of one optimizer step.
         rounds: steps of each.
         progress: told each speed.
 
@@ -63,11 +66,13 @@ def bench_training(model: str, *, samples: int, rounds: int, progress: Callable[
 
 
 def word_problem_batch(config: PPOConfig, samples: int) -> TrainingBatch:
-    """Word problems with their solutions as responses, and experience of the right shape."""
+    """Two to eight word problems a sample, their solutions as the response, and experience of the right shape."""
     tokenizer = load_tokenizer(config.model)
+    problems = iter(generate(0, samples * MOST_PROBLEMS, "train"))
     sequences = []
-    for row in generate(0, samples, "train"):
-        prompt, response = (tokenizer(row[name])["input_ids"] for name in ("question", "solution"))
+    for count in np.random.default_rng(0).integers(2, MOST_PROBLEMS + 1, samples):
+        rows = [next(problems) for _ in range(count)]
+        prompt, response = (tokenizer("\n".join(row[name] for row in rows))["input_ids"] for name in ("question", "solution"))
         sequences.append(Sequence(np.array([*prompt, *response], dtype=np.int32), len(prompt)))
     lengths = np.array([sequence.response_length for sequence in sequences])
     shape = (samples, int(lengths.max()))
@@ -82,7 +87,7 @@ def word_problem_batch(config: PPOConfig, samples: int) -> TrainingBatch:
 class BareTrainer:
     """The same model and optimizer with nothing around them, in a process of its own."""
 
-    ROWS = 16
+    ROWS = 4
     """Of a forward, at most."""
 
     def __init__(self, config: PPOConfig, sequences: list[Sequence], threads: int) -> None:
