@@ -40,6 +40,15 @@ def _arithmetic(config: PPOConfig) -> Iterator[str]:
         f"a step: {_count(rollout.prompts_per_step, 'prompt')} x {_count(rollout.samples_per_prompt, 'response')} = "
         f"{config.samples_per_step} samples of at most {rollout.max_new_tokens} new tokens, temperature {rollout.temperature:g}"
     )
+    ahead = config.asynchronous
+    if ahead.max_staleness:
+        fate = "go on with" if ahead.on_update == "continue" else "begin anew with"
+        yield (
+            f"sampling: up to {_count(ahead.max_staleness, 'step')} ahead of training; unfinished responses {fate} new "
+            f"weights, importance weights: {config.algorithm.correction.level}"
+        )
+    if rollout.sleep:
+        yield "sampling: replicas give their GPU memory back while models train"
     mini_batches = config.samples_per_step // config.mini_batch_size
     yield (
         f"its updates: {_count(train.epochs, 'epoch')} x {_count(mini_batches, 'mini-batch', 'es')} "

@@ -43,3 +43,12 @@ def test_roles_and_reasons(minimal, overrides, expected, absent):
     lines = plan(minimal, *overrides)
     assert set(expected) <= set(lines)
     assert not any(line.startswith(absent) for line in lines)
+
+
+def test_sampling_ahead_and_sleep_are_told_where_they_are_on(minimal):
+    assert not [line for line in plan(minimal) if line.startswith("sampling:")]
+    ahead = "sampling: up to 2 steps ahead of training; unfinished responses go on with new weights, importance weights: token"
+    assert ahead in plan(minimal, "async.max_staleness=2")
+    cut = "sampling: up to 1 step ahead of training; unfinished responses begin anew with new weights, importance weights: none"
+    assert cut in plan(minimal, "async={max_staleness: 1, on_update: cut}", "algorithm.correction.level=none")
+    assert "sampling: replicas give their GPU memory back while models train" in plan(minimal, "rollout.sleep=true")
