@@ -15,6 +15,7 @@ import typer
 
 from rayrlhf.bench.commands import bench
 from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, StoppedError, UserError
+from rayrlhf.icl.commands import app as icl_app
 from rayrlhf.launch.commands import plan, submit
 from rayrlhf.presft.commands import app as presft_app
 
@@ -229,12 +230,13 @@ def watch(
 app.command()(plan)
 app.command()(submit)
 app.add_typer(presft_app, name="presft")
+app.add_typer(icl_app, name="icl")
 app.add_typer(bench, name="bench")
 
 
 @app.command()
 def init(
-    task: Annotated[str, typer.Argument(help="ppo, sft, reward, dpo, presft or evaluate.")],
+    task: Annotated[str, typer.Argument(help="ppo, sft, reward, dpo, presft, evaluate or icl-build.")],
     path: Annotated[Path | None, typer.Argument(help="The file to write; TASK.yaml if not given.")] = None,
     model: Annotated[str | None, typer.Option(help="The model to begin with: a folder, a hub name or a built-in.")] = None,
 ) -> None:
@@ -243,11 +245,11 @@ def init(
 
     target = path or Path(f"{task}.yaml")
     write_starter(task, target, model or MODEL, gpus=visible_gpus())
-    typer.echo(f"{target}: check it with `rayrlhf {task} {target} --dry-run`, then leave --dry-run out")
+    typer.echo(f"{target}: check it with `rayrlhf {task.replace('-', ' ')} {target} --dry-run`, then leave --dry-run out")
 
 
 @app.command()
-def schema(task: Annotated[str, typer.Argument(help="ppo, sft, reward, dpo, presft or evaluate.")]) -> None:
+def schema(task: Annotated[str, typer.Argument(help="ppo, sft, reward, dpo, presft, evaluate or icl-build.")]) -> None:
     """Print the JSON schema of a configuration, for editors: every key with its meaning, default and bounds."""
     from rayrlhf.starters import json_schema
 

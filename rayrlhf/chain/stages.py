@@ -10,6 +10,7 @@ from typing import Any
 
 from rayrlhf.config.chain import StageKind
 from rayrlhf.config.evaluate import EvaluateConfig
+from rayrlhf.config.icl_build import ICLBuildConfig
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.section import Section
 from rayrlhf.config.tuning import DPOConfig, RewardTrainingConfig, SFTConfig
@@ -23,15 +24,22 @@ class StageType:
         config: the root of its configuration.
         run: runs it, or finishes what an interrupted chain began; returns its result in one line.
         exports: whether it leaves a model in `export/`.
+        dataset: the file it leaves for others to train on, by its name in the folder; "" where there is none.
     """
 
     config: type[Section]
     run: Callable[[Any], str]
     exports: bool = True
+    dataset: str = ""
 
     def outputs(self, folder: Path) -> Mapping[str, str]:
         """What later stages may name, known before the stage runs."""
-        return {"folder": str(folder)} | ({"export": str(folder / "export")} if self.exports else {})
+        outputs = {"folder": str(folder)}
+        if self.exports:
+            outputs["export"] = str(folder / "export")
+        if self.dataset:
+            outputs["dataset"] = str(folder / self.dataset)
+        return outputs
 
 
 def _sft(config: SFTConfig) -> str:
@@ -70,12 +78,19 @@ def _evaluate(config: EvaluateConfig) -> str:
     return ", ".join(f"{name} {interval}" for name, interval in parts.items()) + f" over {result.prompts} prompts"
 
 
+def _icl_build(config: ICLBuildConfig) -> str:
+    from rayrlhf.icl.build import build_dataset
+
+    return build_dataset(config).lines()[0]
+
+
 STAGES: Mapping[StageKind, StageType] = {
     "sft": StageType(SFTConfig, _sft),
     "reward": StageType(RewardTrainingConfig, _reward),
     "dpo": StageType(DPOConfig, _dpo),
     "ppo": StageType(PPOConfig, _ppo),
     "evaluate": StageType(EvaluateConfig, _evaluate, exports=False),
+    "icl-build": StageType(ICLBuildConfig, _icl_build, exports=False, dataset="dataset.parquet"),
 }
 
 

@@ -66,11 +66,11 @@ def choose(
     chosen = []
     for target, ranking in zip(targets, rankings, strict=True):
         found, passed = _walk(target, ranking, pool, demonstrations, rules)
-        depth = len(ranking)
-        while len(found) < demonstrations and depth < len(pool):
-            depth = min(2 * depth, len(pool))
-            [deeper] = ranker.rank([target], depth)
-            found, passed = _walk(target, deeper, pool, demonstrations, rules)
+        depth = 2 * demonstrations + 4
+        while len(found) < demonstrations and len(ranking) == depth:
+            depth *= 2
+            [ranking] = ranker.rank([target], depth)
+            found, passed = _walk(target, ranking, pool, demonstrations, rules)
         counts.leaks.update(passed.leaks)
         counts.repeated += passed.repeated
         counts.short += len(found) < demonstrations

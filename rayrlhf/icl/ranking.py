@@ -2,11 +2,11 @@
 
 A ranking is a function of the question and the pool alone, never of the batch it came in, and a deeper ranking begins with the
 shallower one. So the demonstrations for k = 4 contain those for k = 2, and a k-curve compares like with like. Ties go to the
-earlier position.
+earlier position. Where a pool holds several tasks, only positions of the question's own task are named.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,33 +17,42 @@ from rayrlhf.errors import UserError
 from rayrlhf.icl.example import Example
 from rayrlhf.icl.leaks import words_of
 
+Tasks = Mapping[str, NDArray[np.int64]]
+"""The positions of each task in a pool, in rising order."""
+
 
 class Ranker(Protocol):
     """Names positions in a pool, the nearest first."""
 
     def rank(self, queries: Sequence[Example], depth: int) -> list[list[int]]:
-        """Return min(depth, size of the pool) different positions for each query, the nearest first."""
+        """Return different positions for each query, the nearest first: `depth` of them, or all there are."""
         ...
 
 
 class RandomRanker:
     """Ranks by lot, drawn from the seed and the query's identity."""
 
-    def __init__(self, size: int, seed: int) -> None:
-        """Rank a pool of `size` examples."""
-        self._size, self._seed = size, seed
+    def __init__(self, size: int, seed: int, tasks: Tasks | None = None) -> None:
+        """Rank a pool of `size` examples; `tasks` says which of them are of one task, None that all are."""
+        self._size, self._seed, self._tasks = size, seed, tasks
 
     def rank(self, queries: Sequence[Example], depth: int) -> list[list[int]]:
         """Return positions drawn without replacement; see `Ranker`."""
-        return [self._draw(query, min(depth, self._size)) for query in queries]
+        if self._tasks is None:
+            return [self._draw(query, self._size, depth) for query in queries]
+        of_task = [_positions(self._tasks, query) for query in queries]
+        return [
+            [int(positions[place]) for place in self._draw(query, len(positions), depth)]
+            for query, positions in zip(queries, of_task, strict=True)
+        ]
 
-    def _draw(self, query: Example, depth: int) -> list[int]:
+    def _draw(self, query: Example, size: int, depth: int) -> list[int]:
         digest = hashlib.sha256(f"{self._seed}\0{query.identity}".encode()).digest()
         generator = np.random.default_rng(int.from_bytes(digest[:16]))
         moved: dict[int, int] = {}  # Fisher-Yates that stores only what it moved, so a deep pool costs nothing.
         drawn = []
-        for place in range(depth):
-            other = int(generator.integers(place, self._size))
+        for place in range(min(depth, size)):
+            other = int(generator.integers(place, size))
             drawn.append(moved.get(other, other))
             moved[other] = moved.get(place, place)
         return drawn
@@ -52,9 +61,9 @@ class RandomRanker:
 class Bm25Ranker:
     """Ranks by BM25 of the prompts' words (Robertson and Zaragoza 2009, Lucene's variant, k1 = 1.5, b = 0.75)."""
 
-    def __init__(self, index: Any, size: int) -> None:
-        """Take an index as `build` and `open` make them."""
-        self._index, self._size = index, size
+    def __init__(self, index: Any, size: int, tasks: Tasks | None = None) -> None:
+        """Take an index as `build` and `open` make them; `tasks` as for `RandomRanker`."""
+        self._index, self._size, self._tasks = index, size, tasks
 
     @classmethod
     def build(cls, texts: Sequence[str], folder: Path | None = None) -> "Bm25Ranker":
@@ -75,16 +84,16 @@ class Bm25Ranker:
         return cls(index, len(words))
 
     @classmethod
-    def open(cls, folder: Path) -> "Bm25Ranker":
+    def open(cls, folder: Path, tasks: Tasks | None = None) -> "Bm25Ranker":
         """Open a stored index memory-mapped, so that processes of one machine share its pages."""
         import bm25s
 
         index = bm25s.BM25.load(str(folder), mmap=True, show_progress=False)
-        return cls(index, int(index.scores["num_docs"]))
+        return cls(index, int(index.scores["num_docs"]), tasks)
 
     def rank(self, queries: Sequence[Example], depth: int) -> list[list[int]]:
         """Return positions by falling score; see `Ranker`."""
-        return [_nearest(self._scores(query), depth) for query in queries]
+        return [_nearest_of_task(self._scores(query), query, self._tasks, depth) for query in queries]
 
     def _scores(self, query: Example) -> NDArray[np.float32]:
         known = [word for word in words_of(query.prompt) if word in self._index.vocab_dict]
@@ -97,18 +106,32 @@ class Bm25Ranker:
 class VectorRanker:
     """Ranks by cosine of embeddings."""
 
-    def __init__(self, pool: NDArray[np.float32], queries: dict[str, NDArray[np.float32]]) -> None:
+    def __init__(
+        self, pool: NDArray[np.float32], queries: Mapping[str, NDArray[np.float32]], tasks: Tasks | None = None
+    ) -> None:
         """Rank a pool by vectors.
 
         Args:
             pool: [examples, width], rows of length 1; may be memory-mapped.
             queries: vector of each query by its identity, [width], of length 1.
+            tasks: as for `RandomRanker`.
         """
-        self._pool, self._queries = pool, queries
+        self._pool, self._queries, self._tasks = pool, queries, tasks
 
     def rank(self, queries: Sequence[Example], depth: int) -> list[list[int]]:
         """Return positions by falling cosine; see `Ranker`."""
-        return [_nearest(self._pool @ self._queries[query.identity], depth) for query in queries]
+        return [_nearest_of_task(self._pool @ self._queries[query.identity], query, self._tasks, depth) for query in queries]
+
+
+def _positions(tasks: Tasks, query: Example) -> NDArray[np.int64]:
+    return tasks.get(query.task, np.zeros(0, dtype=np.int64))
+
+
+def _nearest_of_task(scores: NDArray[np.float32], query: Example, tasks: Tasks | None, depth: int) -> list[int]:
+    if tasks is None:
+        return _nearest(scores, depth)
+    positions = _positions(tasks, query)
+    return [int(positions[place]) for place in _nearest(scores[positions], depth)]
 
 
 def _nearest(scores: NDArray[np.float32], depth: int) -> list[int]:

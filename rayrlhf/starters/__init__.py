@@ -17,6 +17,7 @@ ROOTS = {
     "dpo": "rayrlhf.config.tuning:DPOConfig",
     "presft": "rayrlhf.config.presft:PreSFTConfig",
     "evaluate": "rayrlhf.config.evaluate:EvaluateConfig",
+    "icl-build": "rayrlhf.config.icl_build:ICLBuildConfig",
 }
 """Task -> the class of its configuration."""
 MODEL = "builtin:smollm2-135m-instruct"

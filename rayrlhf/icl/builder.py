@@ -1,0 +1,108 @@
+"""What one process of `icl build` does: a part of examples becomes a part of samples, beside a pool it maps into memory.
+
+Every row is answered for: one that makes no sample keeps its place with the reason in `problem`, so that counts add up.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayrlhf.config.icl_build import ICLBuildConfig
+from rayrlhf.icl.choosing import ChoiceCounts, choose
+from rayrlhf.icl.example import Example
+from rayrlhf.icl.leaks import LeakRules
+from rayrlhf.icl.pool import StoredPool
+from rayrlhf.icl.ranking import Bm25Ranker, RandomRanker, Ranker, VectorRanker
+from rayrlhf.icl.sample import Writer, drawn
+
+BM25, VECTORS = "bm25", "vectors.npy"
+OVER_BUDGET = "longer than sample.max_tokens without any demonstration"
+
+
+@dataclass(frozen=True, slots=True)
+class BuildPlan:
+    """What a process needs to know: the configuration, and where the index lies on this machine or a shared disk."""
+
+    config: ICLBuildConfig
+    index: Path
+
+
+class Builder:
+    """Makes samples of examples."""
+
+    def __init__(self, plan: BuildPlan) -> None:
+        """Open the index and load the tokenizer."""
+        from rayrlhf.models.load import load_tokenizer
+
+        self._config = config = plan.config
+        self._pool = StoredPool(plan.index)
+        self._tasks = self._pool.tasks if config.data.task_field is not None else None
+        self._vectors: NDArray[np.float32] | None = None
+        if config.demonstrations.selection == "nearest":
+            self._vectors = np.load(plan.index / VECTORS, mmap_mode="r")
+        self._bm25 = Bm25Ranker.open(plan.index / BM25, self._tasks) if config.demonstrations.selection == "bm25" else None
+        self._rules = LeakRules(config.demonstrations.resemblance, config.demonstrations.resembling_words)
+        tokenizer = load_tokenizer(config.model)
+        self._writer = Writer(config.sample, config.demonstrations.order, config.data.system_prompt, tokenizer)
+
+    def __call__(self, table: Any) -> Any:
+        """Return the samples of a part; `row` of its rows is their position in the pool."""
+        import pyarrow as pa
+
+        rows = table.select(["row", "source"]).to_pylist()
+        targets = [self._pool[row["row"]] for row in rows]
+        ranker = self._ranker({target.identity: row["row"] for target, row in zip(targets, rows, strict=True)})
+        made = [row | self._sample(target, ranker) for target, row in zip(targets, rows, strict=True)]
+        return pa.Table.from_pylist(made, schema=built_schema(self._config))
+
+    def _ranker(self, positions: Mapping[str, int]) -> Ranker:
+        if self._bm25 is not None:
+            return self._bm25
+        if self._vectors is not None:
+            vectors = self._vectors
+            queries = {identity: vectors[position] for identity, position in positions.items()}
+            return VectorRanker(vectors, queries, self._tasks)
+        return RandomRanker(len(self._pool), self._config.run.seed, self._tasks)
+
+    def _sample(self, target: Example, ranker: Ranker) -> dict[str, Any]:
+        section = self._config.demonstrations
+        wanted = drawn(target.identity, section.least, section.most, self._config.run.seed)
+        counts = ChoiceCounts()
+        [chosen] = choose([target], self._pool, ranker, wanted, self._rules, counts) if wanted else [[]]
+        facts = {
+            "wanted": wanted,
+            "short": wanted - len(chosen),
+            "leaks": json.dumps(counts.leaks),
+            "repeated": counts.repeated,
+        }
+        fitted = self._writer.write(target, chosen)
+        if fitted is None:
+            return facts | {"shown": 0, "dropped": 0, "tokens": 0, "problem": OVER_BUDGET}
+        facts |= {"shown": len(fitted.demonstrations), "dropped": fitted.dropped, "tokens": fitted.tokens, "problem": ""}
+        return facts | fitted.context
+
+
+def sample_schema(config: ICLBuildConfig) -> Any:
+    """Return the columns of the dataset: those SFT reads, the row of the source, and the demonstrations shown."""
+    import pyarrow as pa
+
+    text: Any = pa.string()
+    messages = pa.list_(pa.struct([("role", text), ("content", text)]))
+    kind = text if config.sample.layout == "text" else messages
+    learnt = [("messages", messages)] if config.sample.loss_on == "every" else [("prompt", kind), ("completion", kind)]
+    return pa.schema([*learnt, ("source", pa.int64()), ("shown", pa.int32())])
+
+
+def built_schema(config: ICLBuildConfig) -> Any:
+    """Return the columns of a part: those of the dataset, and what became of the row."""
+    import pyarrow as pa
+
+    whole = pa.int32()
+    counted = [(name, whole) for name in ("wanted", "short", "repeated", "dropped", "tokens")]
+    told = [("row", pa.int64()), *counted, ("leaks", pa.string()), ("problem", pa.string())]
+    return pa.schema([*sample_schema(config), *(pa.field(name, kind) for name, kind in told)])

@@ -1,0 +1,32 @@
+"""The `icl` commands: in-context learning from examples to models."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that replace those of the file: section.key=value ...")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the configuration, print the plan, start nothing.")]
+
+app = typer.Typer(help="In-context learning: make data for it.", no_args_is_help=True)
+
+
+@app.callback()
+def icl() -> None:
+    """In-context learning: make data for it."""
+
+
+@app.command()
+def build(
+    config: Annotated[Path, typer.Argument(help="A YAML file with the configuration of an in-context dataset.")],
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Put demonstrations before the examples of a dataset, as SFT data; the same command resumes what was interrupted."""
+    from rayrlhf.config.icl_build import ICLBuildConfig
+    from rayrlhf.config.load import load_config
+    from rayrlhf.icl.build import build_dataset, check_build
+
+    loaded = load_config(ICLBuildConfig, config, overrides or [])
+    for line in [check_build(loaded)] if dry_run else build_dataset(loaded).lines():
+        typer.echo(line)

@@ -1,0 +1,44 @@
+"""200,000 rows stay below 6 GiB over all processes, with one index for all of them (by hand: `-m nightly -s`)."""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from rayrlhf.config.icl_build import ICLBuildConfig
+from rayrlhf.config.load import load_config
+from rayrlhf.icl.build import build_dataset
+from rayrlhf.observe.memory import PeakMemory
+
+ROWS = 200_000
+MOST_GIB = 6.0
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("selection", ["random", "bm25"])
+def test_200_000_rows_stay_below_6_gib(tmp_path: Path, selection: str, capsys: pytest.CaptureFixture[str]) -> None:
+    draw = random.Random(0)
+    words = [f"w{number}" for number in range(5000)]
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for number in range(ROWS):
+            file.write(json.dumps({"prompt": " ".join(draw.choices(words, k=12)), "completion": f"a{number % 50}"}) + "\n")
+    settings = [
+        "model.path=builtin:tiny?layers=1&hidden=64",
+        f"data.path={tmp_path / 'rows.jsonl'}",
+        f"run.root={tmp_path / 'runs'}",
+        f"demonstrations.selection={selection}",
+        "demonstrations.most=2",
+    ]
+    start = time.monotonic()
+    with PeakMemory() as memory:
+        result = build_dataset(load_config(ICLBuildConfig, None, settings))
+    seconds = time.monotonic() - start
+    gib = memory.peak_bytes / 2**30
+    with capsys.disabled():
+        print(f"\n{selection}: {ROWS:,} rows in {seconds:.0f} s, at most {gib:.2f} GiB in all processes together")
+    assert pq.read_metadata(result.dataset).num_rows == ROWS
+    assert gib < MOST_GIB
