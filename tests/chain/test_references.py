@@ -3,6 +3,7 @@
 import pytest
 
 from rayrlhf.chain.references import fill_in
+from rayrlhf.chain.run import load_chain, plan_chain
 from rayrlhf.errors import UserError
 
 OUTPUTS = {"sft": {"folder": "/runs/sft", "export": "/runs/sft/export"}}
@@ -30,3 +31,15 @@ def test_a_wrong_reference_names_its_place_and_the_nearest_right_one(reference, 
     with pytest.raises(UserError) as caught:
         fill_in({"model": {"path": reference}}, OUTPUTS, "stage ppo")
     assert message in str(caught.value)
+
+
+def test_a_stage_that_builds_data_names_its_file_for_those_that_train_on_it(tmp_path):
+    text = """
+run: {name: context}
+stages:
+  - {name: build, kind: icl-build, settings: {model: {path: builtin:tiny}, data: {path: builtin:mappings}}}
+  - {name: sft, kind: sft, settings: {model: {path: builtin:tiny}, data: {train: {path: "${build.dataset}"}}}}
+"""
+    (tmp_path / "chain.yaml").write_text(text)
+    planned = plan_chain(load_chain(tmp_path / "chain.yaml", [f"run.root={tmp_path}"]), tmp_path)
+    assert planned[1].config.data.train.path == str(tmp_path / "context" / "build" / "dataset.parquet")

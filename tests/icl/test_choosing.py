@@ -140,3 +140,29 @@ def test_an_opened_index_lies_in_a_memory_map_that_processes_share(tmp_path: Pat
         patch.setattr(bm25s.BM25, "load", remember)
         Bm25Ranker.open(tmp_path)
     assert all(isinstance(opened[0].scores[part], np.memmap) for part in ("data", "indices", "indptr"))
+
+
+@pytest.mark.parametrize("kind", ["random", "bm25", "vectors"])
+def test_only_positions_of_the_questions_own_task_are_named(kind: str) -> None:
+    texts = ["red fox", "red hen", "red cow", "red ant", "red bee", "red cat"]
+    tasks = {"a": np.array([0, 2, 4]), "b": np.array([1, 3])}
+    rankers: dict[str, Ranker] = {
+        "random": RandomRanker(6, 0, tasks),
+        "bm25": Bm25Ranker(Bm25Ranker.build(texts)._index, 6, tasks),
+        "vectors": VectorRanker(np.eye(6, dtype=np.float32), {"q": np.eye(6, dtype=np.float32)[4]}, tasks),
+    }
+    for task, positions in {"a": {0, 2, 4}, "b": {1, 3}, "unknown": set()}.items():
+        query = Example("q", "red bee", "x", task)
+        assert set(rankers[kind].rank([query], 9)[0]) == positions
+        assert rankers[kind].rank([query], 1)[0] == rankers[kind].rank([query], 9)[0][:1]
+    if kind != "random":
+        assert rankers[kind].rank([Example("q", "red bee", "x", "a")], 1) == [[4]]
+
+
+def test_a_task_without_examples_gives_none_and_says_so() -> None:
+    counts = ChoiceCounts()
+    pool = [Example("p:0", "red fox", "A", "a")]
+    target = Example("q:0", "red hen", "B", "b")
+    ranker = RandomRanker(1, 0, {"a": np.array([0])})
+    assert choose([target], pool, ranker, 2, LeakRules(), counts) == [[]]
+    assert counts.short == 1
