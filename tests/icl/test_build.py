@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
@@ -19,7 +20,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.icl.build import build_dataset, check_build
 from rayrlhf.icl.builder import OVER_BUDGET, Builder, BuildPlan
 from rayrlhf.icl.example import Example
-from rayrlhf.icl.pool import StoredPool, write_pool
+from rayrlhf.icl.pool import StoredPool, write_pool, write_vectors
 from rayrlhf.icl.ranking import Bm25Ranker
 from rayrlhf.icl.sample import drawn
 from rayrlhf.models.load import load_tokenizer
@@ -194,3 +195,26 @@ def test_the_command_makes_the_same_dataset_again_and_says_what_it_left_out(tmp_
     assert set(results[0].column("shown").to_pylist()) == {0, 1, 2, 3, 4}
     data = SupervisedDataSection(train=SupervisedDatasetSection(path=str(tmp_path / "runs/first/dataset.parquet")))
     assert len(load_supervised(data.train, data, load_tokenizer(ModelSection(path=TINY))).samples) == 38
+
+
+def test_processes_map_the_examples_and_the_vectors_and_copy_neither(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    pool = [Example(f"d:{number}", f"word{number} " * 50, "A") for number in range(5000)]
+    write_pool([pool], tmp_path)
+    vectors = np.random.default_rng(0).normal(size=(5000, 8)).astype(np.float32)
+    write_vectors(iter([vectors[:3000], vectors[3000:]]), 5000, tmp_path / "vectors.npy")
+    before = pa.total_allocated_bytes()
+    nearest = ("demonstrations.selection=nearest", f"demonstrations.encoder={TINY}", "demonstrations.pooling=mean")
+    builder = Builder(BuildPlan(config(*nearest), tmp_path))
+    assert pa.total_allocated_bytes() - before < 10_000 < (tmp_path / "examples.arrow").stat().st_size
+    assert isinstance(builder._vectors, np.memmap)
+    np.testing.assert_array_equal(builder._vectors, vectors)
+    assert builder._pool[4321] == pool[4321]
+
+
+def test_parts_made_anew_are_the_same_and_those_of_another_seed_are_not(tmp_path: Path) -> None:
+    pool = examples(30)
+    rows = built(pool, tmp_path / "one")
+    assert rows == built(pool, tmp_path / "two")
+    assert rows != built(pool, tmp_path / "three", "run.seed=1")
