@@ -115,7 +115,7 @@ class EpisodeEngine:
     def cancel(self) -> None:
         """Drop all unfinished requests, and leave their environments."""
         self._engine.cancel()
-        self._table.close()
+        self._table.drop()
         self._episodes.clear()
         self._finished.clear()
 

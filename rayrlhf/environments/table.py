@@ -74,6 +74,12 @@ class Table(Generic[Key]):
         done = [key for key, (future, _) in self._pending.items() if future.done()]
         return {key: self._result(self._pending.pop(key)[0]) for key in done}
 
+    def drop(self) -> None:
+        """Ask nothing any more of what was asked; further questions are welcome."""
+        for future, _ in self._pending.values():
+            future.cancel()
+        self._pending.clear()
+
     def close(self) -> None:
         """Stop the loop; what is still asked is dropped."""
         if self._loop is not None:

@@ -210,3 +210,18 @@ def test_a_full_context_ends_the_sample_as_cut_off():
     assert rollout.finish_reason == "length"
     assert len(rollout.sequence().token_ids) <= 96
     assert rollout.action_mask[-1]
+
+
+def test_what_was_cancelled_leaves_nothing_and_is_played_the_same_when_asked_for_again():
+    requests = [request(prompt, "one two") for prompt in range(3)]  # each waits for its environment twice
+    engine = start(section("Delayed", arguments={"turns": 3}, max_turn_tokens=5), continues=True)
+    engine.submit(requests, temperature=1.0, max_new_tokens=60)
+    assert engine.poll(4, 0.02) == []  # within its time, whoever is waited for
+    assert engine.unfinished == 3
+    engine.cancel()
+    assert engine.unfinished == 0
+    assert engine.poll(1) == []
+    again = sample(engine, requests, 60)
+    fresh = sample(start(section("Delayed", arguments={"turns": 3}, max_turn_tokens=5)), requests, 60)
+    assert [one.response_ids.tolist() for one in again] == [one.response_ids.tolist() for one in fresh]
+    assert not any(one.failure for one in again)
