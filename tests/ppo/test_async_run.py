@@ -18,7 +18,7 @@ SETTINGS = [
     "rollout.backend=transformers",
     "critic.kind=shared",
     "rollout.max_new_tokens=32",
-    "rollout.max_concurrent=4",  # responses of a step are sampled four at a time, so that updates come in between
+    "rollout.max_concurrent=2",  # sampling a step then takes longer than training on it, so that updates come in between
     "recovery.ping_every=0.5",
     "recovery.ping_deadline=5",
 ]
