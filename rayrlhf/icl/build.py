@@ -21,16 +21,18 @@ from rayrlhf.icl.builder import BM25, VECTORS, Builder, BuildPlan, sample_schema
 from rayrlhf.icl.example import Example
 from rayrlhf.icl.pool import StoredPool, write_pool, write_vectors
 from rayrlhf.icl.ranking import Bm25Ranker
-from rayrlhf.observe.run_folder import open_run
+from rayrlhf.observe.run_folder import RunFolder, open_run
 from rayrlhf.presft.intake import take_in
 from rayrlhf.presft.parts import PartFolder
 from rayrlhf.presft.pipeline import Limits, Pool, run_pipeline
 from rayrlhf.presft.progress import PartProgress
 from rayrlhf.presft.resources import TASK_CPUS, TASKS
 
-DATASET, REPORT = "dataset.parquet", "report.json"
+DATASET, INDEX, REPORT = "dataset.parquet", "index", "report.json"
 FREE = ("pipeline.builders", "pipeline.max_restarts", "pipeline.stall_seconds", "pipeline.address")
 """Settings that change nothing of what is made."""
+OF_INTAKE = ("data.", "pipeline.rows_per_part")
+"""Beginnings of the settings that the first step reads; the others may still be corrected until there is an index."""
 ENCODED_AT_ONCE = 4096
 
 
@@ -102,14 +104,14 @@ def build_dataset(config: ICLBuildConfig) -> BuildResult:
     check_build(config)
     folder = config.run.folder
     view = LiveView(f"rayrlhf icl build {config.run.name}", live=False)
-    with open_run(folder, dump_config(config), _differences, folders=()):
+    with _opened(config):
         rows, samples = PartFolder(folder / "intake" / "rows"), PartFolder(folder / "samples")
         with view.wait("reading the examples"):
             rejected = PartFolder(folder / "intake" / "rejected")
             size = config.pipeline.rows_per_part
             take_in(config.data, rows, rejected, rows_per_part=size, tokenizer=None, longest=None)
         with view.wait("making the index"):
-            index = _index(config, rows, folder / "index")
+            index = _index(config, rows, folder / INDEX)
         with connected(config.pipeline.address):
             done = PartProgress(view).rows("building", rows.facts()["rows"])
             limits = Limits(config.pipeline.max_restarts, config.pipeline.stall_seconds)
@@ -220,6 +222,21 @@ def _merge(config: ICLBuildConfig, samples: PartFolder, path: Path) -> None:
             writer.write_table(table.filter(pc.equal(table.column("problem"), "")).select(schema.names))
 
 
-def _differences(stored: str, wanted: str) -> list[str]:
-    old, new = (ICLBuildConfig.model_validate(yaml.safe_load(text)) for text in (stored, wanted))
-    return [line for line in differences(old, new) if line.partition(":")[0] not in FREE]
+def _opened(config: ICLBuildConfig) -> RunFolder:
+    """Create the run folder, or take up the build in it with the settings that may change."""
+    indexed = (config.run.folder / INDEX).is_dir()
+
+    def compare(stored: str, wanted: str) -> list[str]:
+        old, new = (ICLBuildConfig.model_validate(yaml.safe_load(text)) for text in (stored, wanted))
+        return [line for line in differences(old, new) if not may_change(line.partition(":")[0], indexed=indexed)]
+
+    text = dump_config(config)
+    folder = open_run(config.run.folder, text, compare, folders=())
+    if folder.config.read_text(encoding="utf-8") != text:
+        write_atomically(folder.config, text)
+    return folder
+
+
+def may_change(key: str, *, indexed: bool) -> bool:
+    """Whether a setting of a build that has begun may change; `indexed` says that there is an index."""
+    return key in FREE or (not indexed and (key == "data.task_field" or not key.startswith(OF_INTAKE)))

@@ -17,7 +17,7 @@ from rayrlhf.config.model import ModelSection
 from rayrlhf.config.tuning_data import SupervisedDataSection, SupervisedDatasetSection
 from rayrlhf.data.supervised import load_supervised
 from rayrlhf.errors import UserError
-from rayrlhf.icl.build import build_dataset, check_build
+from rayrlhf.icl.build import build_dataset, check_build, may_change
 from rayrlhf.icl.builder import OVER_BUDGET, Builder, BuildPlan
 from rayrlhf.icl.example import Example
 from rayrlhf.icl.pool import StoredPool, write_pool, write_vectors
@@ -164,9 +164,22 @@ def test_too_few_examples_is_one_clear_line(tmp_path: Path) -> None:
     few = config(f"data.path={path}", f"run.root={tmp_path}")
     with pytest.raises(UserError, match=r"the dataset has 3 examples, too few for 3 demonstrations .* expected at least 4"):
         build_dataset(few)
-    missing = config(f"data.path={path}", f"run.root={tmp_path}", "run.name=other", "data.task_field=task")
+    missing = config(f"data.path={path}", f"run.root={tmp_path}", "data.task_field=task")
     with pytest.raises(UserError, match=r"few.jsonl:1: task: missing, expected the row's task; found kind"):
         build_dataset(missing)
+    assert load_config(ICLBuildConfig, tmp_path / "in-context" / "config.yaml").data.task_field == "task"
+    with pytest.raises(UserError, match=r"data\.limit"):
+        build_dataset(config(f"data.path={path}", f"run.root={tmp_path}", "data.limit=2"))
+
+
+def test_what_was_made_already_fixes_the_settings_it_was_made_with() -> None:
+    assert may_change("demonstrations.most", indexed=False)
+    assert may_change("data.task_field", indexed=False)
+    assert may_change("pipeline.builders", indexed=True)
+    for key in ("demonstrations.most", "sample.layout", "data.task_field", "model.path", "pipeline.rows_per_part"):
+        assert not may_change(key, indexed=True)
+    for key in ("data.path", "data.limit", "pipeline.rows_per_part"):
+        assert not may_change(key, indexed=False)
 
 
 def test_the_command_makes_the_same_dataset_again_and_says_what_it_left_out(tmp_path: Path) -> None:
