@@ -17,7 +17,7 @@ from rayrlhf.config.icl_build import ICLBuildConfig
 from rayrlhf.config.load import differences, dump_config
 from rayrlhf.data.atomic import file_atomically, folder_atomically, write_atomically
 from rayrlhf.errors import UserError
-from rayrlhf.icl.builder import BM25, VECTORS, Builder, BuildPlan, sample_schema
+from rayrlhf.icl.builder import BM25, TOKENIZER, VECTORS, Builder, BuildPlan, sample_schema
 from rayrlhf.icl.example import Example
 from rayrlhf.icl.pool import StoredPool, write_pool, write_vectors
 from rayrlhf.icl.ranking import Bm25Ranker
@@ -129,15 +129,19 @@ def _pool(plan: BuildPlan) -> Pool:
 
     cpus = ray.cluster_resources().get("CPU", 1.0)
     size = plan.config.pipeline.builders or max(1, int(cpus))
-    return Pool("build", Builder, (plan,), size, min(1.0, (cpus - TASKS * TASK_CPUS) / size))
+    hundredths = int(100 * (cpus - TASKS * TASK_CPUS) / size)  # cut, so that all shares add up to no more than there is
+    return Pool("build", Builder, (plan,), size, min(1.0, hundredths / 100))
 
 
 def _index(config: ICLBuildConfig, rows: PartFolder, folder: Path) -> Path:
     """Write what the processes share, unless it is there."""
+    from rayrlhf.models.load import load_tokenizer
+
     if folder.is_dir():
         return folder
     with folder_atomically(folder) as partial:
         write_pool(_examples(config, rows), partial)
+        load_tokenizer(config.model).save_pretrained(partial / TOKENIZER)
         pool = StoredPool(partial)
         most = config.demonstrations.most
         largest = max(len(positions) for positions in pool.tasks.values())

@@ -20,7 +20,7 @@ from rayrlhf.icl.pool import StoredPool
 from rayrlhf.icl.ranking import Bm25Ranker, RandomRanker, Ranker, VectorRanker
 from rayrlhf.icl.sample import Writer, drawn
 
-BM25, VECTORS = "bm25", "vectors.npy"
+BM25, VECTORS, TOKENIZER = "bm25", "vectors.npy", "tokenizer"
 OVER_BUDGET = "longer than sample.max_tokens without any demonstration"
 
 
@@ -37,7 +37,7 @@ class Builder:
 
     def __init__(self, plan: BuildPlan) -> None:
         """Open the index and load the tokenizer."""
-        from rayrlhf.models.load import load_tokenizer
+        from transformers import AutoTokenizer
 
         self._config = config = plan.config
         self._pool = StoredPool(plan.index)
@@ -47,7 +47,10 @@ class Builder:
             self._vectors = np.load(plan.index / VECTORS, mmap_mode="r")
         self._bm25 = Bm25Ranker.open(plan.index / BM25, self._tasks) if config.demonstrations.selection == "bm25" else None
         self._rules = LeakRules(config.demonstrations.resemblance, config.demonstrations.resembling_words)
-        tokenizer = load_tokenizer(config.model)
+        # From the index and not from the configuration: paths in that may be relative to where the driver runs.
+        tokenizer = AutoTokenizer.from_pretrained(
+            plan.index / TOKENIZER, trust_remote_code=config.model.trust_remote_code, local_files_only=True
+        )
         self._writer = Writer(config.sample, config.demonstrations.order, config.data.system_prompt, tokenizer)
 
     def __call__(self, table: Any) -> Any:

@@ -48,6 +48,7 @@ def built(pool: list[Example], folder: Path, *overrides: str) -> list[dict[str, 
 
     settings = config("data.task_field=task", *overrides)
     write_pool([pool[:5], pool[5:]], folder)
+    load_tokenizer(settings.model).save_pretrained(folder / "tokenizer")
     if settings.demonstrations.selection == "bm25":
         Bm25Ranker.build([example.prompt for example in pool], folder / "bm25")
     table = pa.table({"row": range(len(pool)), "source": range(1, len(pool) + 1)})
@@ -215,6 +216,7 @@ def test_processes_map_the_examples_and_the_vectors_and_copy_neither(tmp_path: P
 
     pool = [Example(f"d:{number}", f"word{number} " * 50, "A") for number in range(5000)]
     write_pool([pool], tmp_path)
+    load_tokenizer(ModelSection(path=TINY)).save_pretrained(tmp_path / "tokenizer")
     vectors = np.random.default_rng(0).normal(size=(5000, 8)).astype(np.float32)
     write_vectors(iter([vectors[:3000], vectors[3000:]]), 5000, tmp_path / "vectors.npy")
     before = pa.total_allocated_bytes()
