@@ -34,13 +34,9 @@ class ExamplesSection(PairsSection):
     given."""
 
 
-class DemonstrationsSection(Section):
-    """Which examples are shown beside a target, and how many."""
+class SelectionSection(Section):
+    """Which examples are shown beside a target."""
 
-    least: int = Field(0, ge=0)
-    """Fewest; how many a target gets is drawn evenly from `least` to `most`, so that 0 keeps some samples without any."""
-    most: int = Field(8, ge=1)
-    """Most."""
     selection: Literal["random", "bm25", "nearest"] = "random"
     """By lot, by the words that prompts share, or by the cosine of `encoder`'s vectors."""
     order: Literal["near_to_far", "far_to_near"] = "far_to_near"
@@ -55,11 +51,24 @@ class DemonstrationsSection(Section):
     """Texts and answers with fewer words are not compared by resemblance."""
 
     @model_validator(mode="after")
+    def _only_vectors_need_an_encoder(self) -> Self:
+        if (self.encoder is not None) != (self.selection == "nearest"):
+            raise ValueError("encoder and selection nearest belong together: give both or neither")
+        return self
+
+
+class DemonstrationsSection(SelectionSection):
+    """Which examples are shown beside a target, and how many."""
+
+    least: int = Field(0, ge=0)
+    """Fewest; how many a target gets is drawn evenly from `least` to `most`, so that 0 keeps some samples without any."""
+    most: int = Field(8, ge=1)
+    """Most."""
+
+    @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.least > self.most:
             raise ValueError(f"least {self.least} is more than most {self.most}")
-        if (self.encoder is not None) != (self.selection == "nearest"):
-            raise ValueError("encoder and selection nearest belong together: give both or neither")
         return self
 
 

@@ -18,9 +18,9 @@ from rayrlhf.config.load import differences, dump_config
 from rayrlhf.data.atomic import file_atomically, folder_atomically, write_atomically
 from rayrlhf.errors import UserError
 from rayrlhf.icl.builder import BM25, TOKENIZER, VECTORS, Builder, BuildPlan, sample_schema
-from rayrlhf.icl.example import Example
 from rayrlhf.icl.pool import StoredPool, write_pool, write_vectors
 from rayrlhf.icl.ranking import Bm25Ranker
+from rayrlhf.icl.reading import read_examples
 from rayrlhf.observe.run_folder import RunFolder, open_run
 from rayrlhf.presft.intake import take_in
 from rayrlhf.presft.parts import PartFolder
@@ -140,7 +140,7 @@ def _index(config: ICLBuildConfig, rows: PartFolder, folder: Path) -> Path:
     if folder.is_dir():
         return folder
     with folder_atomically(folder) as partial:
-        write_pool(_examples(config, rows), partial)
+        write_pool(read_examples(config.data, rows), partial)
         load_tokenizer(config.model).save_pretrained(partial / TOKENIZER)
         pool = StoredPool(partial)
         most = config.demonstrations.most
@@ -156,21 +156,6 @@ def _index(config: ICLBuildConfig, rows: PartFolder, folder: Path) -> Path:
         elif config.demonstrations.selection == "nearest":
             write_vectors(_vectors(config, pool), len(pool), partial / VECTORS)
     return folder
-
-
-def _examples(config: ICLBuildConfig, rows: PartFolder) -> Iterator[list[Example]]:
-    field = config.data.task_field
-    for table in rows.tables(["source", "prompt", "messages", "response", "columns"]):
-        part = []
-        for row in table.to_pylist():
-            place = f"{config.data.path}:{row['source']}"
-            if row["messages"] is not None:
-                raise UserError(f"{place}: {config.data.prompt_field}: expected text, found a conversation")
-            columns = json.loads(row["columns"]) if field is not None else {}
-            if field is not None and columns.get(field) is None:
-                raise UserError(f"{place}: {field}: missing, expected the row's task; found {', '.join(columns) or 'none'}")
-            part.append(Example(place, row["prompt"], row["response"], str(columns[field]) if field is not None else ""))
-        yield part
 
 
 def _check_encoder(config: ICLBuildConfig) -> None:

@@ -8,12 +8,12 @@ import typer
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that replace those of the file: section.key=value ...")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the configuration, print the plan, start nothing.")]
 
-app = typer.Typer(help="In-context learning: make data for it.", no_args_is_help=True)
+app = typer.Typer(help="In-context learning: measure it, make data for it.", no_args_is_help=True)
 
 
 @app.callback()
 def icl() -> None:
-    """In-context learning: make data for it."""
+    """In-context learning: measure it, make data for it."""
 
 
 @app.command()
@@ -29,4 +29,20 @@ def build(
 
     loaded = load_config(ICLBuildConfig, config, overrides or [])
     for line in [check_build(loaded)] if dry_run else build_dataset(loaded).lines():
+        typer.echo(line)
+
+
+@app.command()
+def evaluate(
+    config: Annotated[Path, typer.Argument(help="A YAML file with the configuration of a k-curve.")],
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Score models against the number of demonstrations they are shown; the same command resumes what was interrupted."""
+    from rayrlhf.config.icl_evaluate import ICLEvaluateConfig
+    from rayrlhf.config.load import load_config
+    from rayrlhf.icl.evaluate import check_evaluation, evaluate_curve
+
+    loaded = load_config(ICLEvaluateConfig, config, overrides or [])
+    for line in [check_evaluation(loaded)] if dry_run else evaluate_curve(loaded).lines():
         typer.echo(line)

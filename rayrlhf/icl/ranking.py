@@ -66,8 +66,8 @@ class Bm25Ranker:
         self._index, self._size, self._tasks = index, size, tasks
 
     @classmethod
-    def build(cls, texts: Sequence[str], folder: Path | None = None) -> "Bm25Ranker":
-        """Index texts, and store the index where a folder is given.
+    def build(cls, texts: Sequence[str], folder: Path | None = None, tasks: Tasks | None = None) -> "Bm25Ranker":
+        """Index texts, and store the index where a folder is given; `tasks` as for `RandomRanker`.
 
         Raises:
             UserError: no text has a word.
@@ -81,7 +81,7 @@ class Bm25Ranker:
         index.index(words, show_progress=False)
         if folder is not None:
             index.save(str(folder), show_progress=False)
-        return cls(index, len(words))
+        return cls(index, len(words), tasks)
 
     @classmethod
     def open(cls, folder: Path, tasks: Tasks | None = None) -> "Bm25Ranker":
