@@ -18,6 +18,7 @@ ROOTS = {
     "presft": "rayrlhf.config.presft:PreSFTConfig",
     "evaluate": "rayrlhf.config.evaluate:EvaluateConfig",
     "icl-build": "rayrlhf.config.icl_build:ICLBuildConfig",
+    "icl-evaluate": "rayrlhf.config.icl_evaluate:ICLEvaluateConfig",
 }
 """Task -> the class of its configuration."""
 MODEL = "builtin:smollm2-135m-instruct"
