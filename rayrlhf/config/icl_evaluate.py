@@ -11,6 +11,13 @@ from rayrlhf.config.reward import RewardSection
 from rayrlhf.config.section import Section
 
 
+class CurveRunSection(BuildRunSection):
+    """Identity of an evaluation. Its folder is `root/name`."""
+
+    name: str = Field("k-curve", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
+
+
 class ShotsSection(SelectionSection):
     """Which demonstrations are shown, how many of them, and how they are spoiled to see what they teach."""
 
@@ -55,7 +62,7 @@ class ContextSection(Section):
 class ICLEvaluateConfig(Section):
     """Everything `rayrlhf icl evaluate` needs."""
 
-    run: BuildRunSection = BuildRunSection(name="k-curve")
+    run: CurveRunSection = CurveRunSection()
     models: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], ModelSection] = Field(min_length=1)
     """Name on the curve, and of folders -> model."""
     data: ExamplesSection

@@ -7,7 +7,7 @@ from typing import Any
 from rayrlhf.config.icl_evaluate import ICLEvaluateConfig
 from rayrlhf.icl.curve import Point
 from rayrlhf.presft.parts import PartFolder
-from rayrlhf.report.charts import lines
+from rayrlhf.report.charts import Figure, lines
 from rayrlhf.report.page import Block, Chart, DataTable, Heading, Paragraph, SideBySide, Tiles, write_page
 
 SHOWN_ANSWERS = 3
@@ -32,21 +32,23 @@ def _curves(config: ICLEvaluateConfig, points: Sequence[Point]) -> Iterator[Bloc
     plain = [point for point in points if point.ablation == "none"]
     yield Tiles([(f"{model}, k = 0 → best", _gain(plain, model)) for model in config.models])
     yield Heading("Score against the number of demonstrations")
-    series = {model: _line(plain, model, "none") for model in config.models}
+    own = {model: _line(plain, model, "none") for model in config.models}
+    figure = _figure(own, "k-curves", config.metric)
+    words = "Mean over the questions, with its 95 % interval."
     if config.metric == "accuracy":
-        first = [point for point in plain if point.model == next(iter(config.models))]
-        series["copying an answer"] = ([point.k for point in first], [point.copying for point in first])
-    yield Chart(
-        lines(series, title="k-curves", x="demonstrations", y=config.metric),
-        "Mean over the questions. The control answers each question with a demonstration's answer drawn at random.",
-    )
+        first = next(iter(own.values()))
+        control = {"copying an answer": ([point.k for point in first], [point.copying for point in first])}
+        figure["data"] += lines(control, title="", x="", y="")["data"]
+        figure["layout"]["showlegend"] = True
+        words += " The control answers each question with a demonstration's answer drawn at random."
+    yield Chart(figure, words)
     spoiled = [name for name in config.demonstrations.ablations if name != "none"]
     if spoiled:
         yield Heading("What the demonstrations teach")
         for model in config.models:
-            series = {name: _line(points, model, name) for name in config.demonstrations.ablations}
+            series: dict[str, list[Point]] = {name: _line(points, model, name) for name in config.demonstrations.ablations}
             yield Chart(
-                lines(series, title=model, x="demonstrations", y=config.metric),
+                _figure(series, model, config.metric),
                 "flip: answers exchanged by one rule, so the mapping contradicts the truth. format: answers drawn at random, "
                 "so only form and labels are left.",
             )
@@ -79,11 +81,20 @@ def _answers(config: ICLEvaluateConfig, folder: Path) -> Iterator[Block]:
             yield SideBySide(facts, ("question", row["question"]), ("wanted", row["answer"]), ("answered", row["text"]))
 
 
-def _line(points: Sequence[Point], model: str, ablation: str) -> tuple[list[float], list[float]]:
+def _line(points: Sequence[Point], model: str, ablation: str) -> list[Point]:
     """Without demonstrations nothing is spoiled, so every line begins at the same point."""
     own = [point for point in points if point.model == model and (point.ablation == ablation or point.k == 0)]
-    own.sort(key=lambda point: point.k)
-    return [float(point.k) for point in own], [point.mean for point in own]
+    return sorted(own, key=lambda point: point.k)
+
+
+def _figure(series: Mapping[str, Sequence[Point]], title: str, metric: str) -> Figure:
+    """Return lines with their intervals."""
+    curves = {name: ([float(one.k) for one in own], [one.mean for one in own]) for name, own in series.items()}
+    figure = lines(curves, title=title, x="demonstrations", y=metric)
+    for trace, own in zip(figure["data"], series.values(), strict=True):
+        above, below = [one.high - one.mean for one in own], [one.mean - one.low for one in own]
+        trace["error_y"] = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
+    return figure
 
 
 def _gain(points: Sequence[Point], model: str) -> str:
