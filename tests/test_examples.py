@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from rayrlhf.chain.run import load_chain, plan_chain
+from rayrlhf.config.icl_build import ICLBuildConfig
+from rayrlhf.config.icl_evaluate import ICLEvaluateConfig
 from rayrlhf.config.load import load_config
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.presft import PreSFTConfig
@@ -23,6 +25,8 @@ OTHER_FILES = {
     "examples/gsm8k/reward.yaml": RewardTrainingConfig,
     "examples/presft/presft.yaml": PreSFTConfig,
     "examples/presft/gsm8k.yaml": PreSFTConfig,
+    "examples/icl/k-curve.yaml": ICLEvaluateConfig,
+    "examples/icl/build.yaml": ICLBuildConfig,
 }
 CHAINS = ["examples/arithmetic/chain.yaml"]
 
