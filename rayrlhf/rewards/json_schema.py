@@ -5,14 +5,13 @@ other documents are not fetched.
 """
 
 import json
-from typing import Any, Literal
+from typing import Any
 
 from rayrlhf.errors import UserError
+from rayrlhf.rewards.fenced import Where, check_where, last_block
 
 
-def matches_json_schema(
-    responses: list[str], json_schema: dict[str, Any], where: Literal["whole", "fenced"] = "whole"
-) -> list[float]:
+def matches_json_schema(responses: list[str], json_schema: dict[str, Any], where: Where = "whole") -> list[float]:
     """Return 1.0 for each response that is JSON and fits the schema, else 0.0.
 
     Args:
@@ -28,15 +27,16 @@ def matches_json_schema(
     from referencing import Registry
     from referencing.exceptions import Unresolvable
 
-    if where not in ("whole", "fenced"):
-        raise UserError(f"reward function 'json_schema': where {where!r}: expected 'whole' or 'fenced'")
+    check_where("json_schema", where)
     try:
         Draft202012Validator.check_schema(json_schema)
     except SchemaError as error:
         raise UserError(f"reward function 'json_schema': json_schema{error.json_path[1:]}: {error.message}") from error
     validator = Draft202012Validator(json_schema, registry=Registry())
     try:
-        return [float(_fits(validator, response if where == "whole" else _fenced(response))) for response in responses]
+        return [
+            float(_fits(validator, response if where == "whole" else last_block(response, ("json",)))) for response in responses
+        ]
     except Unresolvable as error:
         raise UserError(f"reward function 'json_schema': a reference leads out of the schema: {error}") from error
 
@@ -50,12 +50,3 @@ def _fits(validator: Any, text: str) -> bool:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
-
-
-def _fenced(response: str) -> str:
-    """Return the inside of the last closed block; empty, and so no JSON, when there is none."""
-    pieces = response.split("```")
-    if len(pieces) < 3:
-        return ""
-    inside = pieces[(len(pieces) - 1) // 2 * 2 - 1]
-    return inside.removeprefix("json")

@@ -25,6 +25,7 @@ RewardFunction = Callable[..., Any]
 Function = TypeVar("Function", bound=RewardFunction)
 
 BUILT_IN = {
+    "code": "rayrlhf.rewards.programs:code",
     "environment": "rayrlhf.rewards.environment:environment",
     "format": "rayrlhf.rewards.format:matches_format",
     "gsm8k": "rayrlhf.rewards.gsm8k:gsm8k",

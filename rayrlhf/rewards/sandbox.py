@@ -1,0 +1,202 @@
+"""Programs that nobody trusts, run so that they can do no harm; or not run at all.
+
+`run_program` gives a program a world of its own: no network, no files but the system's libraries and Python (read-only) and a
+small folder in memory, no environment, no other processes, and limits on CPU time, wall time, memory, processes and files. How
+that is done is in `rayrlhf.rewards.warden`. It needs Linux 5.12 or newer that lets this user make namespaces; containers often
+forbid it. `missing()` tries it once and says in one line what is not available, and `run_program` then refuses, unless it is
+told to `warn` and run with resource limits alone.
+
+Memory is bounded per process and the number of processes is bounded, so all together take at most their product.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rayrlhf.errors import UserError
+
+Unsafe = Literal["refuse", "warn"]
+"""What to do where programs cannot be contained."""
+
+SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache", "/etc/alternatives")
+"""What a program sees of the machine, as far as it exists."""
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+WORK = "/tmp/work"  # noqa: S108 - in a file system of the sandbox's own
+GRACE_SECONDS = 20.0
+"""How long the warden itself may take beside the program, on a busy machine."""
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a program may use.
+
+    Attributes:
+        cpu_seconds: CPU time of each process.
+        wall_seconds: time from its start to its end; longer than the CPU time, so that a busy machine fails no good program.
+        memory_mib: address space of each process, in MiB.
+        processes: processes and threads at a time.
+        output_kib: length of standard output, of standard error and of any one file, in KiB; writing more fails.
+        disk_mib: size of the work folder, in MiB.
+        open_files: open files of each process.
+    """
+
+    cpu_seconds: int = 5
+    wall_seconds: float = 20.0
+    memory_mib: int = 512
+    processes: int = 16
+    output_kib: int = 1024
+    disk_mib: int = 16
+    open_files: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a program ended.
+
+    Attributes:
+        status: exit code, or minus the signal that killed it; None when its wall time was over.
+        stdout: what it wrote, as far as it is UTF-8.
+        stderr: the same for errors.
+    """
+
+    status: int | None
+    stdout: str
+    stderr: str
+
+
+class SandboxError(Exception):
+    """The sandbox could not run a program, which says nothing of the program."""
+
+
+def run_program(
+    files: Mapping[str, str],
+    *,
+    stdin: str = "",
+    limits: Limits | None = None,
+    unsafe: Unsafe = "refuse",
+) -> Outcome:
+    """Run `main.py` of the files with this Python, in isolated mode, and return how it ended.
+
+    Args:
+        files: name -> text, written to the program's working folder; `main.py` is run.
+        stdin: standard input.
+        limits: what the program may use.
+        unsafe: where programs cannot be contained, `refuse` or `warn` once and run with resource limits alone.
+
+    Raises:
+        UserError: programs cannot be contained here, under `refuse`.
+        SandboxError: the program could not be started.
+    """
+    lacking = missing()
+    if lacking:
+        line = f"programs cannot be contained on this machine: {lacking}"
+        if unsafe == "refuse":
+            raise UserError(f"{line}; let it make namespaces, or accept resource limits alone with unsafe: warn")
+        warnings.warn(f"{line}; they run with resource limits alone", RuntimeWarning, stacklevel=2)
+    return _run(files, stdin, limits or Limits(), contained=not lacking)
+
+
+@functools.cache
+def missing() -> str:
+    """Say in one line why programs cannot be contained here; empty when they can. Tried once a process."""
+    if sys.platform != "linux":
+        return "it is not Linux"
+    try:
+        outcome = _run({"main.py": "print(6 * 7)"}, "", Limits(cpu_seconds=20, wall_seconds=60), contained=True)
+    except SandboxError as error:
+        return str(error)
+    return "" if outcome.stdout == "42\n" else f"Python does not run inside: {outcome.stderr.strip()[-200:] or outcome.status}"
+
+
+def _run(files: Mapping[str, str], stdin: str, limits: Limits, *, contained: bool) -> Outcome:
+    with (
+        tempfile.TemporaryDirectory(prefix="rayrlhf-sandbox-") as folder,
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as error,
+    ):
+        read, write = os.pipe()
+        with os.fdopen(read, "rb") as report:
+            spec = _specification(files, stdin, limits, folder, write, contained=contained)
+            try:
+                said = _watch(spec, out.fileno(), error.fileno(), limits.wall_seconds)
+            finally:
+                os.close(write)
+            told = report.read() or said
+        texts = [_text(file, limits) for file in (out, error)]
+    if not told:
+        raise SandboxError(f"the warden ended without a word: {texts[1].strip()[-300:]}")
+    how = json.loads(told.splitlines()[0])
+    if "refused" in how:
+        raise SandboxError(how["refused"])
+    status = None if how.get("timed_out") else os.waitstatus_to_exitcode(how["status"])
+    return Outcome(status, *texts)
+
+
+def _watch(spec: dict[str, Any], out: int, error: int, wall_seconds: float) -> bytes:
+    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("warden.py"))]
+    try:
+        subprocess.run(
+            command,
+            input=json.dumps(spec).encode(),
+            stdout=out,
+            stderr=error,
+            pass_fds=(spec["report"],),
+            env=spec["environment"],
+            timeout=wall_seconds + GRACE_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return b'{"refused": "the warden did not end in time"}'
+    return b""
+
+
+def _specification(
+    files: Mapping[str, str], stdin: str, limits: Limits, folder: str, report: int, *, contained: bool
+) -> dict[str, Any]:
+    work = WORK if contained else folder
+    return {
+        "contained": contained,
+        "files": dict(files),
+        "stdin": stdin,
+        "command": [sys.executable, "-I", "-B", "main.py"],
+        "environment": {"PATH": "/usr/bin:/bin", "HOME": work, "TMPDIR": work, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
+        "work": work,
+        "mount_point": folder,
+        "visible": _visible() if contained else [],
+        "report": report,
+        "cpu_seconds": limits.cpu_seconds,
+        "wall_seconds": limits.wall_seconds,
+        "memory_bytes": limits.memory_mib * _MIB,
+        "file_bytes": limits.output_kib * 1024,
+        "disk_bytes": limits.disk_mib * _MIB,
+        "processes": limits.processes,
+        "open_files": limits.open_files,
+    }
+
+
+@functools.cache
+def _visible() -> list[str]:
+    """Paths that a program sees: the system's, and where this Python and its packages are; no path within another."""
+    python = Path(sys.executable)
+    homes = {python.resolve().parent.parent, Path(sys.base_prefix), Path(sys.prefix)}
+    paths = [Path(path) for path in (*SYSTEM, *DEVICES)]
+    paths += sorted(home for home in homes if home.is_absolute() and home != Path("/"))
+    kept: list[Path] = []
+    for path in paths:
+        if path.exists() and not any(path.is_relative_to(other) and not other.is_symlink() for other in kept):
+            kept.append(path)
+    return [str(path) for path in kept]
+
+
+def _text(file: Any, limits: Limits) -> str:
+    file.seek(0)
+    return bytes(file.read(limits.output_kib * 1024 + 1)).decode("utf-8", errors="replace")
