@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rayrlhf.actors.actor_metrics import measured
 from rayrlhf.actors.worker import Worker
 from rayrlhf.config.model import ModelSection
 from rayrlhf.data.records import Records, TokenScores
@@ -15,10 +16,12 @@ class ReferenceActor(Worker):
 
     _engine: FrozenEngine
 
+    @measured
     def build(self, model: ModelSection, batch_tokens: int) -> None:
         """Load the model."""
         self._engine = FrozenEngine(model, batch_tokens)
 
+    @measured
     def score(
         self, sequences: Sequence[TokenSequence], want: frozenset[Want], temperature: float, reference: bool
     ) -> list[TokenScores]:

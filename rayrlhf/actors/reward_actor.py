@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rayrlhf.actors.actor_metrics import measured
 from rayrlhf.actors.worker import Worker
 from rayrlhf.config.reward import RewardSection
 from rayrlhf.data.records import Prompt, Rollout
@@ -23,12 +24,14 @@ class RewardActor(Worker):
     _functions: list[BoundFunction]
     _model: RewardModelEngine | None
 
+    @measured
     def build(self, section: RewardSection) -> None:
         """Resolve the functions and load the model."""
         self._section = section
         self._functions = load_functions(section)
         self._model = RewardModelEngine(section.model) if section.model else None
 
+    @measured
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> RewardBatch:
         """Score rollouts, one prompt per rollout.
 

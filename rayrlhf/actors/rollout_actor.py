@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rayrlhf.actors.actor_metrics import measured
 from rayrlhf.actors.worker import Worker
 from rayrlhf.data.records import Records, Rollout, RolloutRequest
 from rayrlhf.engines.interfaces import RolloutEngine
@@ -16,6 +17,7 @@ class RolloutActor(Worker):
 
     _engine: RolloutEngine
 
+    @measured
     def build(self, spec: RolloutSpec) -> None:
         """Start the engine from the model's own weights."""
         self._engine = build_rollout_engine(spec)
@@ -24,9 +26,12 @@ class RolloutActor(Worker):
         """Queue requests; `poll` decodes them."""
         self._engine.submit(requests, temperature=temperature, max_new_tokens=max_new_tokens)
 
+    @measured
     def poll(self, minimum: int, seconds: float | None = None) -> tuple[list[Rollout], int]:
         """Decode until `minimum` more are finished, none is left, or `seconds` are over; returns (finished, unfinished)."""
-        return Records(self._engine.poll(minimum, seconds)), self._engine.unfinished
+        finished, unfinished = self._engine.poll(minimum, seconds), self._engine.unfinished
+        self.actor_metrics.sampled(sum(len(rollout.response_ids) for rollout in finished), unfinished)
+        return Records(finished), unfinished
 
     def cancel(self) -> None:
         """Drop all unfinished requests."""
@@ -40,10 +45,12 @@ class RolloutActor(Worker):
         """Start receiving a weight version."""
         self._engine.begin_weights(version)
 
+    @measured
     def receive_weights(self, bucket: Sequence[SharedTensor]) -> None:
         """Take in one bucket, read in place from the object store."""
         self._engine.receive_weights(from_shared(bucket))
 
+    @measured
     def finish_weights(self) -> int:
         """Make the new weights current; returns their version."""
         self._engine.finish_weights()

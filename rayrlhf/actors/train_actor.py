@@ -7,6 +7,7 @@ from typing import Literal
 
 import ray
 
+from rayrlhf.actors.actor_metrics import measured
 from rayrlhf.actors.worker import Worker
 from rayrlhf.data.manifest import FileRecord
 from rayrlhf.data.records import Records, TokenScores
@@ -30,17 +31,20 @@ class TrainActor(Worker):
     _engine: TrainEngine
     _captured: train_state.StateFiles
 
+    @measured
     def build(self, group: ProcessGroupSpec, spec: TrainEngineSpec) -> None:
         """Join the role's process group and load the model. Every rank must be called before any answers."""
         join(group)
         self._engine = TrainEngine(spec)
 
+    @measured
     def score(
         self, sequences: Sequence[TokenSequence], want: frozenset[Want], temperature: float, reference: bool
     ) -> list[TokenScores]:
         """Score this rank's share of the sequences."""
         return Records(self._engine.score(sequences, want, temperature=temperature, reference=reference))
 
+    @measured
     def update(self, batch: TrainingBatch, plan: UpdatePlan, objective: Objective) -> UpdateReport:
         """Run a PPO step's optimizer steps; every rank gets the same batch and plan and takes its own share."""
         return self._engine.update(batch, plan, objective)
@@ -51,11 +55,13 @@ class TrainActor(Worker):
         for bucket in self._engine.weight_buckets(bucket_bytes, dtype=dtype):
             yield to_shared(bucket)
 
+    @measured
     def join_weights(self, bucket_bytes: int, dtype: Literal["float32", "bfloat16"]) -> None:
         """Take part in gathering the weights on a rank whose own copy is not shipped."""
         for _ in self._engine.weight_buckets(bucket_bytes, dtype=dtype):
             pass
 
+    @measured
     def capture_state(self) -> None:
         """Copy this rank's part of the training state, for `write_state`; every rank must be called."""
         self._captured = self._engine.capture_state()
@@ -66,6 +72,7 @@ class TrainActor(Worker):
         captured, self._captured = self._captured, {}
         return train_state.write(captured, folder)
 
+    @measured
     def snapshot(self) -> train_state.StateFiles:
         """Return this rank's part of the training state; the value belongs to the driver and outlives this actor."""
         return self._engine.capture_state()
@@ -87,6 +94,7 @@ class TrainActor(Worker):
         """Continue from a saved training state: bit for bit, unless `resized`, where it is of another number of ranks."""
         self._engine.load_state(folder, resized=resized)
 
+    @measured
     def export(self, folder: Path) -> None:
         """Write the model as a Hugging Face folder."""
         self._engine.export(folder)

@@ -5,10 +5,12 @@ import importlib.util
 import os
 import socket
 from collections.abc import Sequence
+from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import ray
 
+from rayrlhf.actors.actor_metrics import ActorMetrics
 from rayrlhf.actors.footprint import Footprint, own_footprint
 
 
@@ -27,6 +29,11 @@ class Worker:
     PRELOADED: ClassVar[Sequence[str]] = ()
     """Modules that the role will need and that take seconds to import."""
 
+    @cached_property
+    def actor_metrics(self) -> ActorMetrics:
+        """What this actor shows to the cluster."""
+        return ActorMetrics.of_this_actor()
+
     def preload(self) -> None:
         """Import what the role will need while the driver is still reading its data; what is not installed is left out."""
         for name in self.PRELOADED:
@@ -36,8 +43,9 @@ class Worker:
     @ray.method(concurrency_group="health")
     def ping(self) -> Place:
         """Where this process is. Runs on a thread of its own, so that a busy actor still answers."""
-        context = ray.get_runtime_context()
-        return Place(os.getpid(), context.get_node_id(), ray.util.get_node_ip_address(), own_footprint())
+        context, footprint = ray.get_runtime_context(), own_footprint()
+        self.actor_metrics.peak_memory(footprint.resident)
+        return Place(os.getpid(), context.get_node_id(), ray.util.get_node_ip_address(), footprint)
 
     def where(self) -> tuple[str, str]:
         """(Ray node id, node address)."""

@@ -41,5 +41,5 @@ class RolloutSection(Section):
     """Give the GPU memory of weights and KV cache back while models train on the same devices; the next weight sync wakes a
     replica, first its weights, then its cache. With `backend: vllm`; on a CPU nothing is freed."""
     mismatch_alarm: float = Field(0.5, gt=0)
-    """Stop when the mean |trainer log-prob - sampler log-prob| of a step exceeds this many nats, and as many again for each
-    weight version that its tokens are old on average, as far as `async.max_staleness` allows them to be."""
+    """Stop when the mean |trainer log-prob - sampler log-prob| of a step exceeds this many nats, over the tokens that the
+    newest weights sampled: what older ones did (`async.max_staleness`) differs also by what was learned since."""

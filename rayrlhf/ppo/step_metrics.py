@@ -63,6 +63,29 @@ def staleness_metrics(rollouts: Sequence[Rollout], version: int, limit: int = 0)
     return {MEAN_STALENESS: float(ages.mean()), STALENESS: float(ages.max()), ALLOWED: float(limit)}
 
 
+def fresh_gap(trainer_logprobs: np.ndarray, rollouts: Sequence[Rollout], version: int) -> float | None:
+    """How far trainer and sampler are apart where they hold the same weights.
+
+    What older weights sampled differs also by what was learned since, however much that is, and proves nothing.
+
+    Args:
+        trainer_logprobs: float [B, T], a row a rollout.
+        rollouts: of the step.
+        version: of the policy that learns from them. What was sampled before the first sync counts as version 0.
+
+    Returns:
+        Mean absolute difference in nats over the tokens that this version sampled; None where it sampled none.
+    """
+    gaps = [
+        np.abs(row[: len(rollout.logprobs)] - rollout.logprobs)[
+            rollout.action_mask & (np.maximum(rollout.versions, 0) == version)
+        ]
+        for row, rollout in zip(trainer_logprobs, rollouts, strict=True)
+    ]
+    together = np.concatenate(gaps)
+    return float(together.mean()) if len(together) else None
+
+
 def reward_metrics(scored: ScoredRollouts) -> dict[str, float]:
     """Mean of each reward part over the samples that it applies to."""
     metrics = {}

@@ -30,12 +30,12 @@ from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.dynamic_sampling import SAMPLED_TOKENS, Harvest
 from rayrlhf.ppo.episodes import episode_metrics, without_failed
 from rayrlhf.ppo.evaluation import Evaluation
-from rayrlhf.ppo.experience import LOGPROB_GAP, Experience, ExperienceMaker
+from rayrlhf.ppo.experience import Experience, ExperienceMaker
 from rayrlhf.ppo.generation import POLL_SECONDS, Generation, Order, make_requests
 from rayrlhf.ppo.objectives import learning_roles, make_objectives, plan_update
 from rayrlhf.ppo.pipeline import Pipeline
 from rayrlhf.ppo.scoring import Reading, RewardRow, ScoredRollouts, Scorer
-from rayrlhf.ppo.step_metrics import MEAN_STALENESS, reward_metrics, staleness_metrics, step_metrics
+from rayrlhf.ppo.step_metrics import fresh_gap, reward_metrics, staleness_metrics, step_metrics
 from rayrlhf.ppo.warmup import imitation_plan
 from rayrlhf.ppo.weight_sync import SyncReport, put_to_sleep, sync_weights
 
@@ -117,12 +117,10 @@ class PPOTrainer:
         self.consistent = False
         with self.timer.phase("assemble"):
             experience = self._experience.make(scored)
-        limit = self.config.asynchronous.max_staleness
-        staleness = staleness_metrics(scored.rollouts, self.weight_version, limit)
-        # What may be some versions old may differ also by what was learned since.
-        gap, age = experience.metrics[LOGPROB_GAP], min(staleness[MEAN_STALENESS], limit)
-        allowed = self.config.rollout.mismatch_alarm * (1 + age)
-        if not gap <= allowed:
+        staleness = staleness_metrics(scored.rollouts, self.weight_version, self.config.asynchronous.max_staleness)
+        gap = fresh_gap(experience.batch.arrays["old_logprobs"], scored.rollouts, self.weight_version)
+        allowed = self.config.rollout.mismatch_alarm
+        if gap is not None and not gap <= allowed:
             raise AlarmError(
                 f"step {self.steps_done}: trainer and sampler log-probs differ by {gap:.3g} nats on average, above the "
                 f"{allowed:.3g} of rollout.mismatch_alarm: the rollout engine does not serve the policy's weights"

@@ -11,6 +11,7 @@ import pytest
 import ray
 import yaml
 
+from rayrlhf.actors.actor_metrics import COUNTERS, GAUGES
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.cluster_metrics import OTHER_GAUGES, STEP_GAUGES, ClusterMetrics
 from rayrlhf.ppo.run import train_ppo
@@ -25,7 +26,7 @@ def used(path):
 
 
 def test_the_dashboard_and_the_alerts_use_only_names_that_exist_and_every_name_is_shown():
-    exported = {*STEP_GAUGES, *OTHER_GAUGES}
+    exported = {*STEP_GAUGES, *OTHER_GAUGES, *GAUGES, *(f"{name}_total" for name in COUNTERS)}
     assert used(FOLDER / "dashboard.json") == exported
     assert used(FOLDER / "alerts.yaml") <= exported
 
@@ -139,7 +140,9 @@ def test_prometheus_scrapes_a_real_run_and_answers_every_query_of_the_dashboard(
                 except OSError:
                     continue  # not up yet
             asked["step"] = found
-            asked.update({expression: query(expression.replace("$run", "ppo")) for expression in expressions})
+            while (waiting := [one for one in expressions if not asked.get(one)]) and time.monotonic() < end:
+                asked.update({expression: query(expression.replace("$run", "ppo")) for expression in waiting})
+                time.sleep(1)  # a rate needs two scrapes
             asked["rules"] = [rule["health"] for group in ask("rules")["groups"] for rule in group["rules"]]
 
     try:

@@ -1,0 +1,42 @@
+"""What shows whether new weights arrived: trainer and sampler compared where both hold the same ones."""
+
+import numpy as np
+import pytest
+
+from rayrlhf.data.records import Rollout, SampleKey
+from rayrlhf.ppo.step_metrics import fresh_gap
+
+
+def rollout(logprobs, versions, mask=None):
+    count = len(logprobs)
+    return Rollout(
+        key=SampleKey(0, 0, 0),
+        prompt_ids=np.ones(2, np.int32),
+        response_ids=np.ones(count, np.int32),
+        action_mask=np.ones(count, bool) if mask is None else np.array(mask),
+        logprobs=np.array(logprobs, np.float32),
+        versions=np.array(versions, np.int32),
+        finish_reason="length",
+        text="",
+        seed=0,
+    )
+
+
+def test_only_tokens_of_the_newest_weights_are_compared():
+    rows = [rollout([-1.0, -2.0, -3.0], [3, 4, 5]), rollout([-4.0], [5])]
+    trainer = np.array([[-9.0, -9.0, -3.5], [-4.25, 0.0, 0.0]], np.float32)
+    assert fresh_gap(trainer, rows, 5) == pytest.approx((0.5 + 0.25) / 2)
+    assert fresh_gap(trainer, rows, 3) == pytest.approx(8.0)
+
+
+def test_where_the_newest_weights_sampled_nothing_nothing_is_said():
+    assert fresh_gap(np.zeros((1, 2), np.float32), [rollout([-1.0, -1.0], [1, 2])], 3) is None
+
+
+def test_tokens_of_an_environment_do_not_count_and_what_was_sampled_before_the_first_sync_is_of_version_0():
+    rows = [rollout([-1.0, 0.0], [-1, -1], mask=[True, False])]
+    assert fresh_gap(np.array([[-1.5, -7.0]], np.float32), rows, 0) == pytest.approx(0.5)
+
+
+def test_a_difference_that_is_no_number_stays_none():
+    assert np.isnan(fresh_gap(np.full((1, 1), np.nan, np.float32), [rollout([-1.0], [0])], 0))
