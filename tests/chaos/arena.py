@@ -25,6 +25,15 @@ ACTOR_CLASSES = {
     "reward": "RewardActor",
     "rollout": "RolloutActor",
 }
+PLACED = [
+    "placement.mode=disaggregated",
+    *(f"placement.{role}={{cpus: 1, labels: {{rayrlhf/role: train}}}}" for role in ("policy", "critic", "reference")),
+    "placement.reward={cpus: 0.5, labels: {rayrlhf/role: rollout}}",
+    "placement.rollout_cpus=1",
+    "placement.rollout_labels={rayrlhf/role: rollout}",
+    "deadlines.start=120",
+]
+"""Settings of a job on a standing cluster: what trains on one of its nodes, what samples and scores on the other."""
 NOT_REPEATABLE = ("time", "speed/", "memory/", "sync/seconds", "sampling/")
 """Metrics that say how long something took, or what the sampler thought of its own tokens."""
 
@@ -169,3 +178,12 @@ def shared_memory(processes):
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return {path.removesuffix(" (deleted)") for path in paths if Path(path).exists()}
+
+
+def nothing_left(cluster, seconds=30):
+    """Wait until a standing cluster has neither actor nor placement group; what there is is in the error."""
+    end = time.monotonic() + seconds
+    while (left := cluster.ask("left")) != {"groups": [], "actors": []}:
+        assert time.monotonic() < end, left
+        time.sleep(0.5)
+    return True

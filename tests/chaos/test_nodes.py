@@ -6,24 +6,14 @@ Every job runs on a standing cluster of a head and two nodes. Each nightly piece
 import json
 import random
 import signal
-import time
-from pathlib import Path
 
 import psutil
 import pytest
 
 from rayrlhf.observe.journal import read_journal
-from tests.chaos.arena import Job, StandingCluster, shared_memory
+from tests.chaos.arena import PLACED, Job, StandingCluster, nothing_left
 from tests.chaos.duel import SETTINGS, print_table, run_pair, same_metrics, same_samples
 
-PLACED = [
-    "placement.mode=disaggregated",
-    *(f"placement.{role}={{cpus: 1, labels: {{rayrlhf/role: train}}}}" for role in ("policy", "critic", "reference")),
-    "placement.reward={cpus: 0.5, labels: {rayrlhf/role: rollout}}",
-    "placement.rollout_cpus=1",
-    "placement.rollout_labels={rayrlhf/role: rollout}",
-    "deadlines.start=120",
-]
 KINDS = [
     ("node", "rollout"),
     ("node", "train"),
@@ -33,13 +23,6 @@ KINDS = [
     ("policy", signal.SIGSTOP),
 ]
 FREE_MEMORY = 3 * 2**30
-
-
-@pytest.fixture
-def cluster():
-    standing = StandingCluster()
-    yield standing
-    standing.end()
 
 
 @pytest.mark.nightly
@@ -54,36 +37,6 @@ def test_lost_nodes_drivers_and_processes_of_every_role_change_nothing_and_leave
     same_metrics(twin, victim, steps)
     same_samples(twin, victim, steps)
     assert nothing_left(cluster)
-
-
-def nothing_left(cluster, seconds=30):
-    """Wait until the cluster has neither actor nor placement group; what there is is in the error."""
-    end = time.monotonic() + seconds
-    while (left := cluster.ask("left")) != {"groups": [], "actors": []}:
-        assert time.monotonic() < end, left
-        time.sleep(0.5)
-    return True
-
-
-@pytest.mark.nightly
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("backend", ["transformers", "vllm"])
-def test_a_killed_driver_leaves_no_actor_group_engine_or_shared_memory_on_a_cluster_that_stays(tmp_path, cluster, backend):
-    settings = [f"rollout.backend={backend}", "run.steps=60", "checkpoint.every=0", "evaluation.enabled=false"]
-    job = Job(tmp_path, *settings, *PLACED, cluster=cluster).start()
-    before = set(psutil.Process(cluster.pid).children(recursive=True))
-    assert job.wait_for_step(2, 200)
-    assert cluster.ask("left")["groups"]
-    engines = [process for role in ("rollout", "policy", "reward") for process in job.actors(role)]
-    below = [child for process in engines for child in process.children(recursive=True)]
-    stores = shared_memory([process for process in before if process.name().startswith("raylet")])
-    shared = shared_memory([*engines, *below]) - stores
-    assert len(engines) >= 3
-    job.hurt("driver")
-    job.driver.wait(30)
-    assert nothing_left(cluster)
-    assert psutil.wait_procs([*engines, *below], timeout=30)[1] == []
-    assert not [path for path in shared if Path(path).exists()]
 
 
 def harmed_pair(folder, cluster, harm, steps=6, *overrides):
