@@ -31,6 +31,7 @@ BUILT_IN = {
     "gsm8k": "rayrlhf.rewards.gsm8k:gsm8k",
     "json_schema": "rayrlhf.rewards.json_schema:matches_json_schema",
     "length": "rayrlhf.rewards.length:length_penalty",
+    "math_verify": "rayrlhf.rewards.math_verify:math_verify",
     "remote": "rayrlhf.rewards.remote:remote",
     "word_problems": "rayrlhf.rewards.word_problems:word_problems",
     "word_problems_exact": "rayrlhf.rewards.word_problems:word_problems_exact",
