@@ -18,6 +18,9 @@ class RewardFunctionSection(Section):
     """Of its part in the sum."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments bound to the function."""
+    cache: bool = False
+    """Remember values by content. Only for a function whose value for a sample depends on that sample's prompt, response and
+    columns alone: no chance, no clock, no other sample of the batch."""
 
 
 class RewardModelSection(Section):

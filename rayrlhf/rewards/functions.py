@@ -18,6 +18,7 @@ from typing import Any
 from rayrlhf.config.reward import RewardSection
 from rayrlhf.data.records import Prompt, Rollout
 from rayrlhf.errors import UserError
+from rayrlhf.rewards.cache import ContentCache
 from rayrlhf.rewards.registry import RewardFunction, import_files, resolve
 
 GIVEN = ("prompts", "responses", "rollouts", "finish_reasons")
@@ -33,12 +34,14 @@ class BoundFunction:
         function: see the module's docstring.
         weight: factor of its values in the score.
         arguments: keyword arguments on every call; they win over a dataset column of the same name.
+        cache: remembers values by content; None for a function that is always asked.
     """
 
     name: str
     function: RewardFunction
     weight: float = 1.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    cache: ContentCache | None = None
 
     @property
     def is_async(self) -> bool:
@@ -69,6 +72,11 @@ class BoundFunction:
             offered = {
                 name: value for name, value in offered.items() if name in parameters and _takes_keyword(parameters[name])
             }
+        if self.cache is not None:
+            offered.pop("rollouts", None)  # with **columns; no two are equal
+            per_sample = [name for name in offered if name not in self.arguments]
+            call = self.cache.call_async if self.is_async else self.cache.call
+            return call(self.function, offered, per_sample)
         return self.function(**offered)
 
 
@@ -115,10 +123,15 @@ def load_functions(section: RewardSection) -> list[BoundFunction]:
     for entry in section.functions:
         function = resolve(entry.name)
         _check_arguments(entry.name, function, entry.arguments)
+        if entry.cache and "rollouts" in inspect.signature(function).parameters:
+            raise UserError(
+                f"reward function {entry.name!r} reads rollouts, no two of which are equal: it cannot have cache: true"
+            )
         short = entry.name.rpartition(":")[2]
         taken = {bound.name for bound in functions}
         name = next(name for name in chain([short], (f"{short}_{n}" for n in count(2))) if name not in taken)
-        functions.append(BoundFunction(name, function, entry.weight, entry.arguments))
+        cache = ContentCache(name) if entry.cache else None
+        functions.append(BoundFunction(name, function, entry.weight, entry.arguments, cache))
     return functions
 
 

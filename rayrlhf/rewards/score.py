@@ -13,7 +13,7 @@ import asyncio
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 
 from rayrlhf.data.records import Float32
 from rayrlhf.errors import DeadlineError, UserError
+from rayrlhf.rewards.checking import checked_values
 from rayrlhf.rewards.functions import BoundFunction, ScoringBatch
 
 GRACE_SECONDS = 5.0
@@ -67,7 +68,7 @@ def run_functions(
     waiting = _start(concurrent, timeout_seconds)
     returned = {f.name: _call(f, batch) for f in functions if not f.is_async}
     returned.update(_finish(waiting, timeout_seconds))
-    return {f.name: _checked(f.name, returned[f.name], len(batch)) for f in functions}
+    return {f.name: checked_values(f.name, returned[f.name], len(batch)) for f in functions}
 
 
 def weighted_sum(parts: Mapping[str, Float32], weights: Mapping[str, float]) -> RewardBatch:
@@ -106,40 +107,6 @@ def _blame(name: str, error: BaseException) -> UserError:
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     message = " ".join("".join(traceback.format_exception_only(error)).split())
     return UserError(f"reward function {name!r} raised {message}{place}")
-
-
-def _checked(name: str, returned: Any, count: int) -> Float32:
-    """Turn what a function returned into float32 [count], or say what is wrong with it."""
-    try:
-        length = None if isinstance(returned, str | bytes | Mapping | Set) else len(returned)
-    except TypeError:  # also a tensor without dimensions, which has `__len__` but no length
-        length = None
-    if length is None:
-        raise UserError(f"reward function {name!r} returned {_brief(returned)}, expected a list of {count} numbers")
-    if length != count:
-        raise UserError(f"reward function {name!r} was asked for {count} values and returned {length}")
-    values = np.empty(count, dtype=np.float32)
-    for index, value in enumerate(returned):
-        values[index] = np.nan if value is None else _number(name, index, value)
-    return values
-
-
-def _number(name: str, index: int, value: Any) -> np.float32:
-    try:
-        # float("3") is a number to Python; a reward function that returns text has a mistake in it.
-        number = np.float32("nan") if isinstance(value, str | bytes) else np.float32(float(value))
-    except (TypeError, ValueError, OverflowError):
-        number = np.float32("nan")
-    if not np.isfinite(number):
-        raise UserError(
-            f"reward function {name!r} returned {_brief(value)} for sample {index}, expected a finite number or None"
-        )
-    return number
-
-
-def _brief(value: Any) -> str:
-    shown = " ".join(repr(value).split())
-    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"
 
 
 async def _gather(awaitables: Mapping[str, Any], timeout_seconds: float) -> dict[str, Any]:

@@ -92,6 +92,7 @@ def test_differences_show_old_and_new(minimal):
         'reward.functions.1.name: (absent) -> "f"',
         "reward.functions.1.weight: (absent) -> 1.0",
         "reward.functions.1.arguments: (absent) -> {}",
+        "reward.functions.1.cache: (absent) -> false",
     ]
 
 
