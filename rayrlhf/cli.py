@@ -236,7 +236,9 @@ app.add_typer(bench, name="bench")
 
 @app.command()
 def init(
-    task: Annotated[str, typer.Argument(help="ppo, sft, reward, dpo, presft, evaluate, icl-build or icl-evaluate.")],
+    task: Annotated[
+        str, typer.Argument(help="ppo, sft, reward, dpo, presft, evaluate, icl-build, icl-evaluate or icl-distill.")
+    ],
     path: Annotated[Path | None, typer.Argument(help="The file to write; TASK.yaml if not given.")] = None,
     model: Annotated[str | None, typer.Option(help="The model to begin with: a folder, a hub name or a built-in.")] = None,
 ) -> None:
@@ -250,7 +252,9 @@ def init(
 
 @app.command()
 def schema(
-    task: Annotated[str, typer.Argument(help="ppo, sft, reward, dpo, presft, evaluate, icl-build or icl-evaluate.")],
+    task: Annotated[
+        str, typer.Argument(help="ppo, sft, reward, dpo, presft, evaluate, icl-build, icl-evaluate or icl-distill.")
+    ],
 ) -> None:
     """Print the JSON schema of a configuration, for editors: every key with its meaning, default and bounds."""
     from rayrlhf.starters import json_schema

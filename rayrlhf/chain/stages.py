@@ -11,6 +11,7 @@ from typing import Any
 from rayrlhf.config.chain import StageKind
 from rayrlhf.config.evaluate import EvaluateConfig
 from rayrlhf.config.icl_build import ICLBuildConfig
+from rayrlhf.config.icl_distill import ICLDistillConfig
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.section import Section
 from rayrlhf.config.tuning import DPOConfig, RewardTrainingConfig, SFTConfig
@@ -23,20 +24,20 @@ class StageType:
     Attributes:
         config: the root of its configuration.
         run: runs it, or finishes what an interrupted chain began; returns its result in one line.
-        exports: whether it leaves a model in `export/`.
+        export: the folder of the model that it leaves, by its path in the stage's folder; "" where there is none.
         dataset: the file it leaves for others to train on, by its name in the folder; "" where there is none.
     """
 
     config: type[Section]
     run: Callable[[Any], str]
-    exports: bool = True
+    export: str = "export"
     dataset: str = ""
 
     def outputs(self, folder: Path) -> Mapping[str, str]:
         """What later stages may name, known before the stage runs."""
         outputs = {"folder": str(folder)}
-        if self.exports:
-            outputs["export"] = str(folder / "export")
+        if self.export:
+            outputs["export"] = str(folder / self.export)
         if self.dataset:
             outputs["dataset"] = str(folder / self.dataset)
         return outputs
@@ -84,13 +85,20 @@ def _icl_build(config: ICLBuildConfig) -> str:
     return build_dataset(config).lines()[0]
 
 
+def _icl_distill(config: ICLDistillConfig) -> str:
+    from rayrlhf.icl.distill import distill_context
+
+    return _numbers(distill_context(config).metrics)
+
+
 STAGES: Mapping[StageKind, StageType] = {
     "sft": StageType(SFTConfig, _sft),
     "reward": StageType(RewardTrainingConfig, _reward),
     "dpo": StageType(DPOConfig, _dpo),
     "ppo": StageType(PPOConfig, _ppo),
-    "evaluate": StageType(EvaluateConfig, _evaluate, exports=False),
-    "icl-build": StageType(ICLBuildConfig, _icl_build, exports=False, dataset="dataset.parquet"),
+    "evaluate": StageType(EvaluateConfig, _evaluate, export=""),
+    "icl-build": StageType(ICLBuildConfig, _icl_build, export="", dataset="dataset.parquet"),
+    "icl-distill": StageType(ICLDistillConfig, _icl_distill, export="student/export", dataset="dataset.parquet"),
 }
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from rayrlhf.config.tuning import DPOConfig, RewardTrainingConfig, SFTConfig, TuningConfig
+from rayrlhf.config.tuning import DistillationConfig, DPOConfig, RewardTrainingConfig, SFTConfig, TuningConfig
 
 
 def describe_tuning(config: TuningConfig) -> str:
@@ -19,7 +19,12 @@ def _subject(config: TuningConfig) -> Iterator[str]:
     yield f"{kind}: {model.path}{adapters}, {_workers(config)}, ZeRO stage {config.train.zero_stage}"
     if isinstance(config, SFTConfig):
         noise = f", NEFTune noise {config.train.neftune_alpha:g}" if config.train.neftune_alpha is not None else ""
-        yield f"loss: cross-entropy per token to learn ({config.data.loss_on}){noise}"
+        if isinstance(config, DistillationConfig):
+            most = config.train.vocabulary
+            kept = "all tokens" if most == "full" else f"the teacher's {_count(most, 'most likely token')} and the rest as one"
+            yield f"loss: forward KL from the teacher per response token, over {kept}{noise}"
+        else:
+            yield f"loss: cross-entropy per token to learn ({config.data.loss_on}){noise}"
     elif isinstance(config, DPOConfig):
         train = config.train
         smoothing = f", label smoothing {train.label_smoothing:g}" if train.label_smoothing else ""

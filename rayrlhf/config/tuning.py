@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.section import Section
-from rayrlhf.config.tuning_data import PreferenceDataSection, SupervisedDataSection
+from rayrlhf.config.tuning_data import DistillationDataSection, PreferenceDataSection, SupervisedDataSection
 from rayrlhf.config.tuning_run import (
     DirectPreferenceRunSection,
     RewardRunSection,
@@ -20,6 +20,7 @@ from rayrlhf.config.tuning_run import (
 )
 from rayrlhf.config.tuning_train import (
     DirectPreferenceTrainSection,
+    DistillationTrainSection,
     RewardTrainSection,
     SupervisedTrainSection,
     TuningTrainSection,
@@ -48,6 +49,13 @@ class SFTConfig(Section):
         _check_evaluation(self.has_evaluation, self.evaluation, self.checkpoint)
         _check_batch(self.train, self.workers, self.data.max_length, 1)
         return self
+
+
+class DistillationConfig(SFTConfig):
+    """The training of `rayrlhf icl distill`, which makes its data first."""
+
+    data: DistillationDataSection
+    train: DistillationTrainSection = DistillationTrainSection()
 
 
 class RewardTrainingConfig(Section):

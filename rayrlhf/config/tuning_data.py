@@ -80,6 +80,13 @@ class SupervisedDataSection(TuningDataSection):
         return self
 
 
+class DistillationDataSection(SupervisedDataSection):
+    """Samples of a student, each with another prompt that its teacher read."""
+
+    context_field: str = "context"
+    """What the teacher read in place of `prompt_field`."""
+
+
 class PreferenceDataSection(TuningDataSection):
     """Pairs of reward modelling. `overlong: truncate` keeps the last tokens, since the score is read from the last one."""
 

@@ -1,12 +1,13 @@
 """How long SFT and reward modelling train, in which batches, and with what optimizer."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from rayrlhf.config.section import Section
 from rayrlhf.config.train import OptimizerSection, ScheduleSection, TrainSection
 
+Count = Annotated[int, Field(ge=1)]
 DEFAULT_BATCH_SIZE = 32
 
 
@@ -65,6 +66,14 @@ class SupervisedTrainSection(TuningTrainSection):
 
     neftune_alpha: float | None = Field(None, gt=0)
     """Noise on the embeddings in training: uniform in +-alpha / sqrt(tokens x width) (Jain et al. 2023); none if not given."""
+
+
+class DistillationTrainSection(SupervisedTrainSection):
+    """Training of a student on what a teacher said."""
+
+    vocabulary: Count | Literal["full"] = "full"
+    """Tokens whose probabilities are compared: all, or the teacher's most likely n and the rest of its mass as one. On
+    disk a response token takes a hidden state for `full`, and 8 n bytes else."""
 
 
 class RewardTrainSection(TuningTrainSection):

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rayrlhf.data.records import Bool, Int32
+from rayrlhf.data.records import Bool, Float32, Int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,18 @@ class SupervisedSample:
     token_ids: Int32
     loss_mask: Bool
     row: int
+
+
+@dataclass(frozen=True, slots=True)
+class DistillationSample(SupervisedSample):
+    """A sample as the student reads it, with what a teacher said of its tokens to learn.
+
+    Attributes:
+        signal: N rows for N tokens to learn: `teacher_hidden` float32 [N, H], or `teacher_ids` int32 [N, K] beside
+            `teacher_logprobs` float32 [N, K + 1]; see `rayrlhf.models.distillation`. Empty where nobody asked the teacher.
+    """
+
+    signal: Mapping[str, Int32 | Float32] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

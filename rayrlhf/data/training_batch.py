@@ -17,14 +17,14 @@ class TrainingBatch:
 
     Attributes:
         sequences: B token sequences.
-        arrays: float32 or bool [B, T] each. The objectives read `old_logprobs`, `advantages`, `action_mask` (policy),
-            `old_values`, `returns`, `value_mask` (critic), and where configured `ref_logprobs` and `importance_weights`.
-            Numbers behind a mask may be anything, NaN included.
+        arrays: float32 or bool [B, T] each; what a teacher said has another dimension behind these. The objectives read
+            `old_logprobs`, `advantages`, `action_mask` (policy), `old_values`, `returns`, `value_mask` (critic), and where
+            configured `ref_logprobs` and `importance_weights`. Numbers behind a mask may be anything, NaN included.
         group_size: so many consecutive rows share a micro-batch, because the objective compares them; 2 for pairs.
     """
 
     sequences: Sequence[TokenSequence]
-    arrays: Mapping[str, NDArray[np.float32] | NDArray[np.bool_]]
+    arrays: Mapping[str, NDArray[np.float32] | NDArray[np.bool_] | NDArray[np.int32]]
     group_size: int = 1
 
     def __post_init__(self) -> None:

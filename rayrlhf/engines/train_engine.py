@@ -186,6 +186,17 @@ class TrainEngine:
             save_adapters(self._network.model, self._spec.model, state, load_tokenizer(self._spec.model), folder)
         torch.distributed.barrier()
 
+    def keep_teacher_layer(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Keep the present output layer beside the network as the teacher's, and return it; every rank takes part."""
+        weight, bias = self.output_layer()
+        self._network.teacher_layer = weight.to(self._device), None if bias is None else bias.to(self._device)
+        return self._network.teacher_layer
+
+    @property
+    def teacher_layer(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """What `keep_teacher_layer` kept, None before."""
+        return self._network.teacher_layer
+
     def output_layer(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight [V, H] and bias [V] (or None) of the output layer, on the CPU, for a full KL from hidden states."""
         head = self._network.model.get_output_embeddings()

@@ -15,6 +15,7 @@ from rayrlhf.algorithms.guards import moved_too_far, ratio_exploded
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.collate import collate
 from rayrlhf.engines.deepspeed_setup import zero_gradients
+from rayrlhf.engines.distillation_objective import teacher_signal
 from rayrlhf.engines.moving_average import MovingAverage
 from rayrlhf.engines.objectives import POLICY_KL, RATIO, Objective, Term, responses_under, weighted_loss
 from rayrlhf.engines.optimizers import learning_rate_factor
@@ -109,12 +110,13 @@ class Updater:
         if self._spec.targets_only:
             learnt = np.logical_or.reduce([batch.arrays[mask] for mask in objective.masks])
         collated = collate(batch.sequences, batch.width, self._device, targets_mask=learnt, packed=self._spec.packing)
-        output = self._engine(collated.input_ids, collated.positions, objective.want, objective.temperature)
+        arrays = {name: torch.from_numpy(array).to(self._device) for name, array in batch.arrays.items()}
+        teacher = teacher_signal(arrays, collated.logprob_slots) if "divergence" in objective.want else None
+        output = self._engine(collated.input_ids, collated.positions, objective.want, objective.temperature, teacher)
         tables: dict[str, Tensor] = {}
         for name in objective.want:
             slots = collated.value_slots if name == "values" else collated.logprob_slots
             tables[name] = collated.table(getattr(output, name), slots)
-        arrays = {name: torch.from_numpy(array).to(self._device) for name, array in batch.arrays.items()}
         return objective.terms(tables, arrays)
 
     def _step(self, meter: UpdateMeter) -> None:

@@ -8,12 +8,12 @@ import typer
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that replace those of the file: section.key=value ...")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the configuration, print the plan, start nothing.")]
 
-app = typer.Typer(help="In-context learning: measure it, make data for it.", no_args_is_help=True)
+app = typer.Typer(help="In-context learning: measure it, make data for it, distil it.", no_args_is_help=True)
 
 
 @app.callback()
 def icl() -> None:
-    """In-context learning: measure it, make data for it."""
+    """In-context learning: measure it, make data for it, distil it."""
 
 
 @app.command()
@@ -45,4 +45,20 @@ def evaluate(
 
     loaded = load_config(ICLEvaluateConfig, config, overrides or [])
     for line in [check_evaluation(loaded)] if dry_run else evaluate_curve(loaded).lines():
+        typer.echo(line)
+
+
+@app.command()
+def distill(
+    config: Annotated[Path, typer.Argument(help="A YAML file with the configuration of a context distillation.")],
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Teach a model to answer as it does with demonstrations or an instruction; the same command resumes."""
+    from rayrlhf.config.icl_distill import ICLDistillConfig
+    from rayrlhf.config.load import load_config
+    from rayrlhf.icl.distill import check_distillation, distill_context
+
+    loaded = load_config(ICLDistillConfig, config, overrides or [])
+    for line in [check_distillation(loaded)] if dry_run else distill_context(loaded).lines():
         typer.echo(line)

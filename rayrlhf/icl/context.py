@@ -66,9 +66,10 @@ def as_messages(
     return [*system, *turns, {"role": "user", "content": prompt}]
 
 
-def as_text(demonstrations: Sequence[Example], prompt: str, form: TextForm) -> str:
-    """Return plain text that waits for the answer, for models without a chat template."""
-    return "".join(form.ask(shown.prompt) + shown.answer + form.separator for shown in demonstrations) + form.ask(prompt)
+def as_text(demonstrations: Sequence[Example], prompt: str, form: TextForm, opening: str | None = None) -> str:
+    """Return plain text that waits for the answer, for models without a chat template; `opening` are its first words."""
+    shown = [form.ask(shown.prompt) + shown.answer for shown in demonstrations]
+    return form.separator.join([*([opening] if opening is not None else []), *shown, form.ask(prompt)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 
-from rayrlhf.config.icl_build import ExamplesSection
 from rayrlhf.config.icl_evaluate import ICLEvaluateConfig
 from rayrlhf.config.load import differences, dump_config
 from rayrlhf.config.model import ModelSection
@@ -25,10 +24,9 @@ from rayrlhf.icl.choosing import ChoiceCounts, require_pool
 from rayrlhf.icl.curve import Point, curve
 from rayrlhf.icl.example import Example
 from rayrlhf.icl.questions import Questioner, question_schema
-from rayrlhf.icl.ranking import Bm25Ranker, RandomRanker, Ranker, Tasks, VectorRanker
-from rayrlhf.icl.reading import read_examples
+from rayrlhf.icl.rankers import make_rankers
+from rayrlhf.icl.reading import read_examples, taken_in
 from rayrlhf.observe.run_folder import open_run
-from rayrlhf.presft.intake import take_in
 from rayrlhf.presft.parts import PartFolder, merge
 from rayrlhf.presft.pipeline import Limits, Pool, run_pipeline
 from rayrlhf.presft.progress import PartProgress
@@ -130,12 +128,12 @@ class _Asked:
 
     @classmethod
     def read(cls, config: ICLEvaluateConfig, folder: Path) -> "_Asked":
-        rows = _taken_in(config.data, folder / "intake" / "questions", config.pipeline.rows_per_part)
+        rows = taken_in(config.data, folder / "intake" / "questions", config.pipeline.rows_per_part)
         targets = list(chain.from_iterable(read_examples(config.data, rows)))
         columns = [row["columns"] for row in rows.rows(["columns"])]
         pool = targets
         if config.pool is not None:
-            other = _taken_in(config.pool, folder / "intake" / "pool", config.pipeline.rows_per_part)
+            other = taken_in(config.pool, folder / "intake" / "pool", config.pipeline.rows_per_part)
             pool = list(chain.from_iterable(read_examples(config.pool, other)))
         require_pool(len(pool) - (config.pool is None), max(config.demonstrations.counts), (config.pool or config.data).path)
         return cls(config, folder, targets, columns, pool)
@@ -152,7 +150,10 @@ class _Asked:
         questioner = Questioner(
             self.config.demonstrations, self.config.context, self.config.data.system_prompt, tokenizer, self._budget(model)
         )
-        made = questioner.rows(self.targets, self.pool, self._rankers(), counts)
+        by_task = (self.config.pool or self.config.data).task_field is not None
+        shots = self.config.demonstrations
+        rankers = make_rankers(shots, self.targets, self.pool, self.config.run.seed, by_task=by_task)
+        made = questioner.rows(self.targets, self.pool, rankers, counts)
         rows = [row | {"row": number, "columns": self.columns[row["source"]]} for number, row in enumerate(made)]
         size = self.config.pipeline.rows_per_part
         for part, start in enumerate(range(0, len(rows), size)):
@@ -172,39 +173,6 @@ class _Asked:
         if longest <= generate.max_new_tokens:
             raise UserError(f"generate.max_new_tokens {generate.max_new_tokens}: the model's context has {longest} tokens")
         return int(longest - generate.max_new_tokens)
-
-    def _rankers(self) -> Callable[[int], Ranker]:
-        """Return the ranker of each draw."""
-        section, texts = self.config.demonstrations, [example.prompt for example in self.pool]
-        tasks = self._tasks()
-        if section.selection == "random":
-            return lambda seed: RandomRanker(len(texts), self.config.run.seed + seed, tasks)
-        if section.selection == "bm25":
-            lexical = Bm25Ranker.build(texts, tasks=tasks)
-            return lambda _: lexical
-        from rayrlhf.icl.encoder import Encoder
-
-        encoder = Encoder(str(section.encoder), section.pooling)
-        own = encoder.encode([target.prompt for target in self.targets])
-        queries = {target.identity: vector for target, vector in zip(self.targets, own, strict=True)}
-        near = VectorRanker(own if self.config.pool is None else encoder.encode(texts), queries, tasks)
-        return lambda _: near
-
-    def _tasks(self) -> Tasks | None:
-        import numpy as np
-
-        if (self.config.pool or self.config.data).task_field is None:
-            return None
-        positions: dict[str, list[int]] = {}
-        for position, example in enumerate(self.pool):
-            positions.setdefault(example.task, []).append(position)
-        return {task: np.array(places, dtype=np.int64) for task, places in positions.items()}
-
-
-def _taken_in(section: ExamplesSection, folder: Path, rows_per_part: int) -> PartFolder:
-    rows = PartFolder(folder / "rows")
-    take_in(section, rows, PartFolder(folder / "rejected"), rows_per_part=rows_per_part, tokenizer=None, longest=None)
-    return rows
 
 
 def _tokenizer(config: ICLEvaluateConfig, model: ModelSection) -> Any:

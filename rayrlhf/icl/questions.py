@@ -30,7 +30,7 @@ class Questioner:
     Attributes:
         section: how many demonstrations, and how they are spoiled.
         context: how they are written down.
-        system_prompt: first words of a conversation, if any.
+        system_prompt: first words of a conversation or text, if any.
         tokenizer: of the model.
         budget: most tokens of a context, which leaves room for the answer.
     """
@@ -95,7 +95,7 @@ class Questioner:
     def _write(self, prompt: str, shown: Sequence[Example]) -> Context:
         form = TextForm(self.context.question, self.context.separator)
         if self.context.layout == "text":
-            return as_text(shown, prompt, form)
+            return as_text(shown, prompt, form, self.system_prompt)
         return as_messages(shown, prompt, self.context.layout, form, self.system_prompt)
 
     def _tokens(self, place: str, context: Context) -> int:

@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 from rayrlhf.config.icl_build import ExamplesSection
 from rayrlhf.errors import UserError
 from rayrlhf.icl.example import Example
+from rayrlhf.presft.intake import take_in
 from rayrlhf.presft.parts import PartFolder
 
 
@@ -27,3 +29,10 @@ def read_examples(section: ExamplesSection, rows: PartFolder) -> Iterator[list[E
                 raise UserError(f"{place}: {field}: missing, expected the row's task; found {', '.join(columns) or 'none'}")
             part.append(Example(place, row["prompt"], row["response"], str(columns[field]) if field is not None else ""))
         yield part
+
+
+def taken_in(section: ExamplesSection, folder: Path, rows_per_part: int) -> PartFolder:
+    """Read a dataset into `rows/` of a folder, what is unusable into `rejected/`, unless that is done; errors as `take_in`."""
+    rows = PartFolder(folder / "rows")
+    take_in(section, rows, PartFolder(folder / "rejected"), rows_per_part=rows_per_part, tokenizer=None, longest=None)
+    return rows

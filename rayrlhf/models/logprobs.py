@@ -73,11 +73,11 @@ def full_kl_from_hidden(
         float32 [N], sum over v of p(v) * (log p(v) - log p_ref(v)), each >= 0 but for rounding.
     """
     result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    policy_buffer, reference_buffer = _buffer(hidden, weight), _buffer(ref_hidden, ref_weight)
-    for rows in _chunks(len(hidden), len(policy_buffer)):
-        policy = _logits(hidden[rows], weight, bias, temperature, policy_buffer)
+    policy_buffer, reference_buffer = chunk_buffer(hidden, weight), chunk_buffer(ref_hidden, ref_weight)
+    for rows in chunks(len(hidden), len(policy_buffer)):
+        policy = logits_into(hidden[rows], weight, bias, temperature, policy_buffer)
         policy.sub_(policy.logsumexp(-1, keepdim=True))
-        reference = _logits(ref_hidden[rows], ref_weight, ref_bias, temperature, reference_buffer)
+        reference = logits_into(ref_hidden[rows], ref_weight, ref_bias, temperature, reference_buffer)
         reference.sub_(reference.logsumexp(-1, keepdim=True))
         difference = torch.sub(policy, reference, out=reference)
         result[rows] = difference.mul_(policy.exp_()).sum(-1)
@@ -91,12 +91,12 @@ class _LogprobsAndEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        dtype = _product_dtype(weight)
+        dtype = product_dtype(weight)
         log_normalizer = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         picked, entropies = torch.empty_like(log_normalizer), torch.zeros_like(log_normalizer)
-        buffer, product = _buffer(hidden, weight), weight.detach().to(dtype)
-        for rows in _chunks(len(hidden), len(buffer)):
-            logits = _logits(hidden[rows].to(dtype), product, bias, temperature, buffer)
+        buffer, product = chunk_buffer(hidden, weight), weight.detach().to(dtype)
+        for rows in chunks(len(hidden), len(buffer)):
+            logits = logits_into(hidden[rows].to(dtype), product, bias, temperature, buffer)
             log_normalizer[rows] = logits.logsumexp(-1)
             picked[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1)
             if entropy:
@@ -117,10 +117,10 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
         weight_gradient = torch.zeros_like(weight) if needs_weight else None
         bias_gradient = torch.zeros_like(bias) if needs_bias else None
-        buffer, product = _buffer(hidden, weight), weight.detach().to(ctx.dtype)
-        for rows in _chunks(len(hidden), len(buffer)):
+        buffer, product = chunk_buffer(hidden, weight), weight.detach().to(ctx.dtype)
+        for rows in chunks(len(hidden), len(buffer)):
             inputs = hidden[rows].to(ctx.dtype)
-            logits = _logits(inputs, product, bias, ctx.temperature, buffer).sub_(log_normalizer[rows, None])
+            logits = logits_into(inputs, product, bias, ctx.temperature, buffer).sub_(log_normalizer[rows, None])
             gradient = _logit_gradient(
                 logits,
                 targets[rows],
@@ -132,9 +132,9 @@ class _LogprobsAndEntropy(torch.autograd.Function):
                 bias_gradient += gradient.sum(0)
             gradient = gradient.to(ctx.dtype)
             if hidden_gradient is not None:
-                hidden_gradient[rows] = (_padded(gradient, len(weight)) @ product)[: len(inputs)].to(hidden.dtype)
+                hidden_gradient[rows] = (padded(gradient, len(weight)) @ product)[: len(inputs)].to(hidden.dtype)
             if weight_gradient is not None:
-                _add_product(weight_gradient, gradient, inputs)
+                add_product(weight_gradient, gradient, inputs)
         return hidden_gradient, weight_gradient, bias_gradient, None, None, None
 
 
@@ -163,31 +163,33 @@ def _logit_gradient(
     return gradient
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, buffer: Tensor) -> Tensor:
+def logits_into(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, buffer: Tensor) -> Tensor:
     """float32 [n, V] logits / temperature in the first rows of `buffer`."""
     logits = buffer[: len(hidden)]
     if hidden.dtype == weight.dtype == logits.dtype:
         torch.mm(hidden, weight.t(), out=logits)
     else:
-        logits.copy_((_padded(hidden.to(weight.dtype), len(weight)) @ weight.t())[: len(hidden)])
+        logits.copy_((padded(hidden.to(weight.dtype), len(weight)) @ weight.t())[: len(hidden)])
     if bias is not None:
         logits.add_(bias)
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def _add_product(total: Tensor, gradient: Tensor, inputs: Tensor) -> None:
+def add_product(total: Tensor, gradient: Tensor, inputs: Tensor) -> None:
+    """Add gradient.T @ inputs to `total`, whatever their dtypes."""
     if total.dtype == gradient.dtype:
         total.addmm_(gradient.t(), inputs)
     else:
-        total.add_(_padded(gradient, len(total)).t() @ _padded(inputs, len(total)))
+        total.add_(padded(gradient, len(total)).t() @ padded(inputs, len(total)))
 
 
-def _product_dtype(weight: Tensor) -> torch.dtype:
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype that products with a weight are computed in: autocast's where it is on."""
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
-def _padded(rows: Tensor, vocabulary: int) -> Tensor:
+def padded(rows: Tensor, vocabulary: int) -> Tensor:
     """Rows [n, *] with zeros below them, up to one of few numbers of rows.
 
     oneDNN compiles a kernel for every shape it meets and keeps the last thousand: a policy whose responses add up to another
@@ -203,10 +205,12 @@ def _chunk_rows(vocabulary: int) -> int:
     return max(1, CHUNK_BYTES // (4 * vocabulary))
 
 
-def _buffer(hidden: Tensor, weight: Tensor) -> Tensor:
+def chunk_buffer(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return memory for a chunk of logits, float32 [n, V]."""
     rows = min(len(hidden), _chunk_rows(len(weight)))
     return torch.empty(rows, len(weight), dtype=torch.float32, device=weight.device)
 
 
-def _chunks(total: int, rows: int) -> Iterator[slice]:
+def chunks(total: int, rows: int) -> Iterator[slice]:
+    """Yield the rows of each chunk."""
     return (slice(start, start + rows) for start in range(0, total, rows)) if rows else iter(())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rayrlhf.config.model import ModelSection
 from rayrlhf.errors import UserError
+from rayrlhf.models.distillation import FullTeacher, TopTeacher, divergence
 from rayrlhf.models.frozen_prefix import FrozenPrefix
 from rayrlhf.models.load import disable_dropout, load_causal_model, load_trunk, resolve_path
 from rayrlhf.models.logprobs import logprobs_and_entropy
@@ -21,7 +22,7 @@ from rayrlhf.models.packed_attention import attend_within_segments
 from rayrlhf.models.value_head import HeadInit, ValueHead, find_head, make_head
 
 Head = Literal["lm", "value"]
-Want = Literal["logprobs", "entropy", "values", "hidden"]
+Want = Literal["logprobs", "entropy", "values", "hidden", "divergence"]
 
 
 class Positions(NamedTuple):
@@ -42,6 +43,20 @@ class Positions(NamedTuple):
     packed: bool = False
 
 
+class TeacherSignal(NamedTuple):
+    """What a teacher said of N places, see `rayrlhf.models.distillation`: its hidden states, or its most likely tokens.
+
+    Attributes:
+        hidden: float32 [N, H], read with `Network.teacher_layer`; None beside `ids`.
+        ids: int64 [N, K], or None.
+        logprobs: float32 [N, K + 1], or None.
+    """
+
+    hidden: Tensor | None = None
+    ids: Tensor | None = None
+    logprobs: Tensor | None = None
+
+
 class NetworkOutput(NamedTuple):
     """What was asked for, flat in the order of the positions; None for the rest. A NamedTuple, so that hooks see the tensors.
 
@@ -50,12 +65,14 @@ class NetworkOutput(NamedTuple):
         entropy: float32 [N], nats.
         values: float32 [M].
         hidden: [N, H], the final hidden state at each predictor.
+        divergence: float32 [N], forward KL from a teacher, nats.
     """
 
     logprobs: Tensor | None
     entropy: Tensor | None
     values: Tensor | None
     hidden: Tensor | None
+    divergence: Tensor | None = None
 
 
 class Network(nn.Module):
@@ -65,6 +82,8 @@ class Network(nn.Module):
         model: the transformers model: causal language model where there is an "lm" head, bare trunk otherwise.
         v_head: the value head, or None.
         prefix: the frozen lower layers, where they are remembered (`remember_frozen_layers`).
+        teacher_layer: weight [V, H] and bias of the output layer that a teacher's hidden states are read with, no parameters of
+            this network; None where there is no teacher.
         noise_alpha: strength of NEFTune's noise on the embeddings wherever a gradient is computed; none when None.
     """
 
@@ -74,6 +93,7 @@ class Network(nn.Module):
         self.v_head = v_head
         self.has_lm_head = model.get_output_embeddings() is not None
         self.prefix: FrozenPrefix | None = None
+        self.teacher_layer: tuple[Tensor, Tensor | None] | None = None
         self.noise_alpha: float | None = None
         self._by_segments = False
 
@@ -92,7 +112,12 @@ class Network(nn.Module):
         self._by_segments = attend_within_segments(self.trunk)
 
     def forward(
-        self, input_ids: Tensor, positions: Positions, want: frozenset[Want], temperature: float = 1.0
+        self,
+        input_ids: Tensor,
+        positions: Positions,
+        want: frozenset[Want],
+        temperature: float = 1.0,
+        teacher: TeacherSignal | None = None,
     ) -> NetworkOutput:
         """Read a batch.
 
@@ -101,6 +126,7 @@ class Network(nn.Module):
             positions: where to read.
             want: which fields of the output to compute.
             temperature: of the distribution that log-probs and entropy are taken from.
+            teacher: what the divergence is measured from, at each predictor.
 
         Raises:
             ValueError: something was asked for that this network has no head for.
@@ -111,13 +137,16 @@ class Network(nn.Module):
         else:
             hidden = self.trunk(**self._trunk_inputs(input_ids, positions), use_cache=False).last_hidden_state.flatten(0, 1)
         logprobs = entropy = values = predicting = None
-        if want & {"logprobs", "entropy", "hidden"}:
+        if want & {"logprobs", "entropy", "hidden", "divergence"}:
             predicting = hidden.index_select(0, positions.predictors)
         if predicting is not None and want & {"logprobs", "entropy"}:
             head = self.model.get_output_embeddings()
             logprobs, entropy = logprobs_and_entropy(
                 predicting, head.weight, head.bias, positions.targets, temperature=temperature, entropy="entropy" in want
             )
+        apart = None
+        if predicting is not None and teacher is not None and "divergence" in want:
+            apart = self._divergence(predicting, teacher)
         if "values" in want and self.v_head is not None:
             values = self.v_head(hidden.index_select(0, positions.values))
         return NetworkOutput(
@@ -125,7 +154,16 @@ class Network(nn.Module):
             entropy if "entropy" in want else None,
             values,
             predicting if "hidden" in want else None,
+            apart,
         )
+
+    def _divergence(self, predicting: Tensor, teacher: TeacherSignal) -> Tensor:
+        head = self.model.get_output_embeddings()
+        if teacher.ids is not None and teacher.logprobs is not None:
+            return divergence(predicting, head.weight, head.bias, TopTeacher(teacher.ids, teacher.logprobs))
+        if teacher.hidden is None or self.teacher_layer is None:
+            raise ValueError("a teacher's hidden states need its output layer: expected teacher_layer to be set")
+        return divergence(predicting, head.weight, head.bias, FullTeacher(teacher.hidden, *self.teacher_layer))
 
     def _trunk_inputs(self, input_ids: Tensor, positions: Positions) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": input_ids}
@@ -142,7 +180,7 @@ class Network(nn.Module):
     def _check(self, want: frozenset[Want]) -> None:
         if "values" in want and self.v_head is None:
             raise ValueError("values were asked of a network without a value head")
-        if want & {"logprobs", "entropy"} and not self.has_lm_head:
+        if want & {"logprobs", "entropy", "divergence"} and not self.has_lm_head:
             raise ValueError("log-probs were asked of a network without an output layer")
 
 

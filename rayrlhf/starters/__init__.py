@@ -19,6 +19,7 @@ ROOTS = {
     "evaluate": "rayrlhf.config.evaluate:EvaluateConfig",
     "icl-build": "rayrlhf.config.icl_build:ICLBuildConfig",
     "icl-evaluate": "rayrlhf.config.icl_evaluate:ICLEvaluateConfig",
+    "icl-distill": "rayrlhf.config.icl_distill:ICLDistillConfig",
 }
 """Task -> the class of its configuration."""
 MODEL = "builtin:smollm2-135m-instruct"

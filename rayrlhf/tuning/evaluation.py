@@ -92,7 +92,7 @@ def held_out_loss(engine: TrainEngine, samples: Sequence[SupervisedSample], *, s
         samples: the same on every worker.
         sharded: every worker scores a share. Under ZeRO-3 all must score all, since they gather weights together.
     """
-    scores = _scores(engine, [supervised_sequence(sample) for sample in samples], "logprobs", sharded=sharded)
+    scores = shared_scores(engine, [supervised_sequence(sample) for sample in samples], "logprobs", sharded=sharded)
     total = count = 0.0
     for sample, score in zip(samples, scores, strict=True):
         learnt = sample.loss_mask[-len(score) :]
@@ -104,7 +104,7 @@ def held_out_loss(engine: TrainEngine, samples: Sequence[SupervisedSample], *, s
 def held_out_rewards(engine: TrainEngine, pairs: Sequence[PreferencePair], *, sharded: bool) -> PreferenceScores:
     """Rewards of both answers of each pair; arguments as `held_out_loss`."""
     sequences = [answer_sequence(answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
-    rewards = np.array([score[-1] for score in _scores(engine, sequences, "values", sharded=sharded)], dtype=np.float32)
+    rewards = np.array([score[-1] for score in shared_scores(engine, sequences, "values", sharded=sharded)], dtype=np.float32)
     margins = np.array([pair.margin or 0.0 for pair in pairs], dtype=np.float32)
     return PreferenceScores(rewards[::2], rewards[1::2], margins)
 
@@ -114,7 +114,7 @@ def answer_logprobs(
 ) -> Float32:
     """Log-probs summed over the tokens to learn, float32 [N], nats; `reference` switches adapters off. See `held_out_loss`."""
     sequences = [supervised_sequence(answer) for answer in answers]
-    scores = _scores(engine, sequences, "logprobs", sharded=sharded, reference=reference)
+    scores = shared_scores(engine, sequences, "logprobs", sharded=sharded, reference=reference)
     sums = [
         float(score[answer.loss_mask[-len(score) :]].sum(dtype=np.float64))
         for answer, score in zip(answers, scores, strict=True)
@@ -122,10 +122,10 @@ def answer_logprobs(
     return np.array(sums, dtype=np.float32)
 
 
-def _scores(
+def shared_scores(
     engine: TrainEngine, sequences: Sequence[TokenSequence], want: Want, *, sharded: bool, reference: bool = False
 ) -> list[Float32]:
-    """One field of all sequences' scores, on every worker."""
+    """Return one field of all sequences' scores, on every worker; arguments as `held_out_loss`."""
     ranks = torch.distributed.get_world_size()
     if not sharded or ranks == 1:
         return [_field(score, want) for score in engine.score(sequences, frozenset({want}), reference=reference)]

@@ -1,9 +1,10 @@
-"""SFT, reward modelling and DPO from start to end: check the data, let Ray Train run the loop, and say what came of it."""
+"""SFT, reward modelling, DPO and distillation: check the data, let Ray Train run the loop, and say what came of it."""
 
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 
 from rayrlhf.config.describe_tuning import describe_tuning
 from rayrlhf.config.load import differences, dump_config
-from rayrlhf.config.tuning import DPOConfig, RewardTrainingConfig, SFTConfig, TuningConfig
+from rayrlhf.config.tuning import DistillationConfig, DPOConfig, RewardTrainingConfig, SFTConfig, TuningConfig
 from rayrlhf.data.supervised import DatasetReport, Spread, in_turn
 from rayrlhf.errors import ActorLostError, UserError
 from rayrlhf.models.load import load_architecture, load_tokenizer
@@ -19,6 +20,7 @@ from rayrlhf.observe.live import LiveView
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.observe.run_folder import RunFolder, open_run
 from rayrlhf.tuning.direct_preference_task import DirectPreferenceTask
+from rayrlhf.tuning.distillation_task import DistillationTask
 from rayrlhf.tuning.follow import following
 from rayrlhf.tuning.interrupt import stoppable
 from rayrlhf.tuning.length_baseline import METRIC as LENGTH_METRIC
@@ -29,9 +31,23 @@ from rayrlhf.tuning.result import TuningResult, read_result
 from rayrlhf.tuning.table import PairTable, Table
 from rayrlhf.tuning.task import PreferenceTask, SupervisedTask, Task
 
-__all__ = ["TuningResult", "check_dpo", "check_reward", "check_sft", "train_dpo", "train_reward", "train_sft"]
+__all__ = [
+    "TuningResult",
+    "check_dpo",
+    "check_reward",
+    "check_sft",
+    "train_distillation",
+    "train_dpo",
+    "train_reward",
+    "train_sft",
+]
 
-_KINDS: Mapping[type[TuningConfig], str] = {SFTConfig: "sft", RewardTrainingConfig: "reward", DPOConfig: "dpo"}
+_KINDS: Mapping[type[TuningConfig], str] = {
+    SFTConfig: "sft",
+    RewardTrainingConfig: "reward",
+    DPOConfig: "dpo",
+    DistillationConfig: "icl distill",
+}
 _FREE_KEYS = ("export_anyway", "observe.", "workers.", "run.resume", "checkpoint.keep", "data.reader")
 """Beginnings of keys that may change between a run and its resumption: they change no number of the training."""
 
@@ -82,6 +98,11 @@ def train_dpo(config: DPOConfig) -> TuningResult:
     return _train(DirectPreferenceTask(config))
 
 
+def train_distillation(config: DistillationConfig) -> TuningResult:
+    """Train a student on what the model said with more in its context, as `train_sft` does; errors as `train_sft`."""
+    return _train(DistillationTask(config))
+
+
 def _read(task: Task, view: LiveView, stack: ExitStack) -> "_Data":
     """Read the data here, or on the cluster, which is then connected to for the rest of the run."""
     from rayrlhf.tuning.reading import over_cluster, through_ray_data
@@ -129,17 +150,13 @@ def _load(task: Task, spread: Spread = in_turn) -> _Data:
     tokenizer = load_tokenizer(config.model)
     positions = getattr(load_architecture(config.model), "max_position_embeddings", None)
     data = _Data(*task.load(tokenizer, spread), rewards=isinstance(config, RewardTrainingConfig))
-    longest = max(_longest(table) for table in (data.train, data.held_out) if table is not None)
+    longest = max(table.longest for table in (data.train, data.held_out) if table is not None)
     if positions is not None and longest > positions:
         raise UserError(
             f"data.max_length {config.data.max_length}: a sample has {longest} tokens, the model {positions} positions; "
             f"expected data.max_length <= {positions}"
         )
     return data
-
-
-def _longest(table: Table) -> int:
-    return max(table.answers.lengths if isinstance(table, PairTable) else table.lengths)
 
 
 def _train(task: Task) -> TuningResult:
@@ -149,8 +166,9 @@ def _train(task: Task) -> TuningResult:
     with ExitStack() as stack:
         stack.callback(view.stop)
         data = _read(task, view, stack)
+        differ = partial(_differences, type(config))
         # Only a run that can start leaves a folder behind.
-        folder = stack.enter_context(open_run(config.run.folder, dump_config(config), _differences, resume=config.run.resume))
+        folder = stack.enter_context(open_run(config.run.folder, dump_config(config), differ, resume=config.run.resume))
         finished = read_result(folder.path)
         if finished is not None and finished.export.is_dir():
             view.note(f"{folder.path} is finished; its model is in {finished.export}")
@@ -213,14 +231,8 @@ def _lost(error: Any, allowed: int) -> Exception:
     )
 
 
-def _differences(stored: str, wanted: str) -> list[str]:
+def _differences(root: type[TuningConfig], stored: str, wanted: str) -> list[str]:
     """Lines that tell a run folder's configuration from the wanted one, where it matters."""
-    train = yaml.safe_load(wanted)["train"]
-    root: type[TuningConfig] = SFTConfig
-    if "beta" in train:
-        root = DPOConfig
-    elif "center_coefficient" in train:
-        root = RewardTrainingConfig
     found = differences(*(root.model_validate(yaml.safe_load(text)) for text in (stored, wanted)))
     return [line for line in found if not line.startswith(_FREE_KEYS)]
 

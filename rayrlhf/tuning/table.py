@@ -1,7 +1,8 @@
 """A dataset as a few flat arrays, so that all workers of a node read one copy of it from shared memory."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Self
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from rayrlhf.data.answer_format import AnswerFormat
 from rayrlhf.data.records import Bool, Float32, Int32
 from rayrlhf.data.supervised import PreferencePair, SupervisedSample
+from rayrlhf.data.supervised_records import DistillationSample
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,55 @@ class SampleTable:
         """Tokens of each sample."""
         return [int(length) for length in np.diff(self.offsets)]
 
-    def take(self, indices: Iterable[int]) -> list[SupervisedSample]:
+    @property
+    def longest(self) -> int:
+        """Most tokens that a model reads at once."""
+        return max(self.lengths)
+
+    def take(self, indices: Iterable[int]) -> Sequence[SupervisedSample]:
         """Return samples by number, as views."""
         places = [(index, slice(self.offsets[index], self.offsets[index + 1])) for index in indices]
         return [SupervisedSample(self.token_ids[at], self.loss_mask[at], int(self.rows[index])) for index, at in places]
+
+
+@dataclass(frozen=True)
+class DistillationTable(SampleTable):
+    """A student's samples with what its teacher read and said.
+
+    Attributes:
+        teacher: the same responses behind what the teacher read, sample by sample.
+        signal: see `DistillationSample.signal`, of the tokens to learn of all samples end to end; None before the teacher was
+            asked.
+    """
+
+    teacher: SampleTable
+    signal: Mapping[str, Int32 | Float32] | None = None
+
+    @classmethod
+    def pair(cls, student: SampleTable, teacher: SampleTable) -> Self:
+        """Return the table of two tables that agree in rows and tokens to learn."""
+        return cls(student.token_ids, student.loss_mask, student.offsets, student.rows, teacher)
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that a model reads at once, the teacher's among them."""
+        return max(*self.lengths, *self.teacher.lengths)
+
+    @cached_property
+    def bounds(self) -> NDArray[np.int64]:
+        """int64 [N + 1]; what the teacher said of sample i lies at bounds[i]:bounds[i + 1]."""
+        learnt = np.concatenate([[0], np.cumsum(self.loss_mask, dtype=np.int64)])
+        return learnt[self.offsets]
+
+    def take(self, indices: Iterable[int]) -> Sequence[DistillationSample]:
+        """Return samples by number, as views."""
+        numbers = list(indices)
+        signal = self.signal or {}
+        parts = [{name: rows[self.bounds[n] : self.bounds[n + 1]] for name, rows in signal.items()} for n in numbers]
+        samples = super().take(numbers)
+        return [
+            DistillationSample(one.token_ids, one.loss_mask, one.row, part) for one, part in zip(samples, parts, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -85,6 +132,11 @@ class PairTable:
         """Tokens of each pair, both answers."""
         lengths = self.answers.lengths
         return [chosen + rejected for chosen, rejected in zip(lengths[::2], lengths[1::2], strict=True)]
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that a model reads at once."""
+        return self.answers.longest
 
     def take(self, indices: Iterable[int]) -> list[PreferencePair]:
         """Return pairs by number, as views."""

@@ -60,7 +60,7 @@ def started(monkeypatch):
         notes.append(config)
         return f"stage {len(notes)} went well"
 
-    stages = {"sft": StageType(SFTConfig, run), "evaluate": StageType(EvaluateConfig, run, exports=False)}
+    stages = {"sft": StageType(SFTConfig, run), "evaluate": StageType(EvaluateConfig, run, export="")}
     monkeypatch.setattr("rayrlhf.chain.run.STAGES", stages)
     monkeypatch.setattr("rayrlhf.chain.run.connected", lambda address: nullcontext())
     return notes
@@ -115,7 +115,7 @@ def test_a_chain_that_failed_goes_on_at_the_stage_that_failed(chain, started, mo
         raise UserError("no")
 
     whole = dict(module.STAGES)
-    monkeypatch.setitem(module.STAGES, "evaluate", StageType(EvaluateConfig, fail, exports=False))
+    monkeypatch.setitem(module.STAGES, "evaluate", StageType(EvaluateConfig, fail, export=""))
     with pytest.raises(UserError, match=r"^no$"):
         run_quietly(*chain())
     assert [config.run.name for config in started] == ["first"]

@@ -103,14 +103,14 @@ def test_each_side_alone_gets_its_gradient() -> None:
 def test_logits_of_all_positions_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 50 * 2)
     shapes = []
-    original = module._logits
+    original = module.logits_into
 
     def spy(*arguments: torch.Tensor) -> torch.Tensor:
         logits = original(*arguments)
         shapes.append(tuple(logits.shape))
         return logits
 
-    monkeypatch.setattr(module, "_logits", spy)
+    monkeypatch.setattr(module, "logits_into", spy)
     inputs = problem(9, 50, 0, bias=False)
     logprobs_and_entropy(*inputs)[0].sum().backward()
     assert max(rows for rows, _ in shapes) == 2

@@ -1,0 +1,48 @@
+"""The ranker that a configuration asks for, over examples in memory."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from rayrlhf.config.icl_build import SelectionSection
+from rayrlhf.icl.example import Example
+from rayrlhf.icl.ranking import Bm25Ranker, RandomRanker, Ranker, Tasks, VectorRanker
+
+
+def make_rankers(
+    section: SelectionSection, targets: Sequence[Example], pool: Sequence[Example], seed: int, *, by_task: bool
+) -> Callable[[int], Ranker]:
+    """Return the ranker of each draw 0, 1, ...; where nothing is drawn all draws have the same.
+
+    Args:
+        section: how demonstrations are selected.
+        targets: what will be asked for.
+        pool: what the ranker's positions mean; may be `targets` itself.
+        seed: of the run.
+        by_task: whether only examples of a target's own task are named.
+
+    Raises:
+        UserError: no prompt of the pool has a word, for `bm25`; the encoder does not say how it pools, for `nearest`.
+    """
+    texts = [example.prompt for example in pool]
+    tasks = positions_by_task(pool) if by_task else None
+    if section.selection == "random":
+        return lambda draw: RandomRanker(len(texts), seed + draw, tasks)
+    if section.selection == "bm25":
+        lexical = Bm25Ranker.build(texts, tasks=tasks)
+        return lambda _: lexical
+    from rayrlhf.icl.encoder import Encoder
+
+    encoder = Encoder(str(section.encoder), section.pooling)
+    own = encoder.encode([target.prompt for target in targets])
+    queries = {target.identity: vector for target, vector in zip(targets, own, strict=True)}
+    near = VectorRanker(own if pool is targets else encoder.encode(texts), queries, tasks)
+    return lambda _: near
+
+
+def positions_by_task(pool: Sequence[Example]) -> Tasks:
+    """Return the positions of each task."""
+    positions: dict[str, list[int]] = {}
+    for position, example in enumerate(pool):
+        positions.setdefault(example.task, []).append(position)
+    return {task: np.array(places, dtype=np.int64) for task, places in positions.items()}

@@ -1,0 +1,174 @@
+"""Forward KL from a teacher to a student, a few rows of the vocabulary at a time.
+
+The teacher is what it said of each place: its final hidden state beside its output layer, from which the whole distribution is
+made again, or its k most likely tokens and the probability of all others together. In either case no more than two chunks of
+logits exist at any time (`rayrlhf.models.logprobs.CHUNK_BYTES` each), and the backward pass makes them anew.
+
+With p the teacher's and q the student's distribution, KL(p || q) = sum_v p(v) (log p(v) - log q(v)), whose gradient at the
+student's logits is q - p. With k tokens K and a rest r it is sum_K p (log p - log q) + p_r (log p_r - log q_r), where q_r is
+the student's probability of all tokens outside of K; its gradient is q - p inside of K and q (1 - p_r / q_r) outside. Merging
+outcomes never raises a KL, so the second is a lower bound of the first, and k = V makes them equal.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from rayrlhf.models.logprobs import add_product, chunk_buffer, chunks, logits_into, padded, product_dtype
+
+
+class Teacher(Protocol):
+    """What a teacher said of N places."""
+
+    def divergence(self, rows: slice, student: Tensor) -> Tensor:
+        """KL(teacher || student) of some rows, float32 [n]; `student` holds log-probs [n, V] and may be overwritten."""
+        ...
+
+    def gradient(self, rows: slice, student: Tensor) -> Tensor:
+        """Its gradient at the student's logits, [n, V], for an upstream gradient of 1; made in place of `student`."""
+        ...
+
+
+@dataclass(frozen=True)
+class FullTeacher:
+    """The whole distribution.
+
+    Attributes:
+        hidden: [N, H], final hidden states.
+        weight: [V, H] of the teacher's output layer.
+        bias: [V] or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def divergence(self, rows: slice, student: Tensor) -> Tensor:
+        """See `Teacher.divergence`."""
+        teacher = self._logprobs(rows, student.dtype)
+        student.neg_().add_(teacher)
+        return student.mul_(teacher.exp_()).sum(-1)
+
+    def gradient(self, rows: slice, student: Tensor) -> Tensor:
+        """See `Teacher.gradient`."""
+        return student.exp_().sub_(self._logprobs(rows, student.dtype).exp_())
+
+    def _logprobs(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        hidden = self.hidden[rows]
+        product = product_dtype(self.weight)
+        buffer = torch.empty(len(hidden), len(self.weight), dtype=dtype, device=hidden.device)
+        logits = logits_into(hidden.to(product), self.weight.to(product), self.bias, 1.0, buffer)
+        return logits.sub_(logits.logsumexp(-1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class TopTeacher:
+    """The most likely tokens, and all others as one outcome.
+
+    Attributes:
+        ids: int64 [N, K], different in each row.
+        logprobs: [N, K + 1], of those tokens, and in the last column of all others together; -inf where there are none.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+
+    def divergence(self, rows: slice, student: Tensor) -> Tensor:
+        """See `Teacher.divergence`."""
+        ids, logprobs = self.ids[rows], self.logprobs[rows].to(student.dtype)
+        probabilities = logprobs.exp()
+        known = probabilities[:, :-1] * (logprobs[:, :-1] - student.gather(-1, ids))
+        rest = probabilities[:, -1] * (logprobs[:, -1] - _rest(student, ids))
+        return known.sum(-1) + torch.where(probabilities[:, -1] > 0, rest, 0.0)
+
+    def gradient(self, rows: slice, student: Tensor) -> Tensor:
+        """See `Teacher.gradient`."""
+        ids, logprobs = self.ids[rows], self.logprobs[rows].to(student.dtype)
+        inside = student.gather(-1, ids).exp_().sub_(logprobs[:, :-1].exp())
+        share = (logprobs[:, -1] - _rest(student, ids)).exp()
+        share = torch.where(logprobs[:, -1] > -torch.inf, share, 0.0)
+        return student.exp_().mul_(1.0 - share[:, None]).scatter_(-1, ids, inside)
+
+
+def divergence(hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Teacher) -> Tensor:
+    """KL(teacher || student) at each place, in nats, with gradients to the student's `hidden`, `weight` and `bias`.
+
+    Args:
+        hidden: [N, H], the student's final hidden state before each token.
+        weight: [V, H] of the student's output layer; under autocast the product is computed in autocast's dtype.
+        bias: [V] or None.
+        teacher: what the teacher said of the same N places, without gradient.
+
+    Returns:
+        float32 [N], each >= 0 but for rounding.
+    """
+    return cast("Tensor", _Divergence.apply(hidden, weight, bias, teacher))  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def most_likely(hidden: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    """Return what `TopTeacher` holds, ids int64 [N, K] and log-probs float32 [N, K + 1], with K = min(count, V).
+
+    Args:
+        hidden: [N, H], the teacher's final hidden states.
+        weight: [V, H] of its output layer.
+        bias: [V] or None.
+        count: tokens to keep.
+    """
+    count = min(count, len(weight))
+    ids = torch.empty(len(hidden), count, dtype=torch.int64, device=hidden.device)
+    logprobs = torch.empty(len(hidden), count + 1, dtype=torch.float32, device=hidden.device)
+    buffer, product = chunk_buffer(hidden, weight), weight.to(product_dtype(weight))
+    for rows in chunks(len(hidden), len(buffer)):
+        logits = logits_into(hidden[rows].to(product.dtype), product, bias, 1.0, buffer)
+        logits.sub_(logits.logsumexp(-1, keepdim=True))
+        logprobs[rows, :-1], ids[rows] = logits.topk(count, dim=-1)
+        logprobs[rows, -1] = logits.scatter_(-1, ids[rows], -torch.inf).logsumexp(-1)
+    return ids, logprobs
+
+
+class _Divergence(torch.autograd.Function):
+    """Chunked forward that keeps one number a row; chunked backward that makes the logits again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Teacher) -> Tensor:
+        dtype = product_dtype(weight)
+        log_normalizer = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        result = torch.empty_like(log_normalizer)
+        buffer, product = chunk_buffer(hidden, weight), weight.detach().to(dtype)
+        for rows in chunks(len(hidden), len(buffer)):
+            logits = logits_into(hidden[rows].to(dtype), product, bias, 1.0, buffer)
+            log_normalizer[rows] = logits.logsumexp(-1)
+            result[rows] = teacher.divergence(rows, logits.sub_(log_normalizer[rows, None]))
+        ctx.save_for_backward(hidden, weight, bias, log_normalizer)
+        ctx.teacher, ctx.dtype = teacher, dtype
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        [upstream] = gradients
+        hidden, weight, bias, log_normalizer = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
+        weight_gradient = torch.zeros_like(weight) if needs_weight else None
+        bias_gradient = torch.zeros_like(bias) if needs_bias else None
+        buffer, product = chunk_buffer(hidden, weight), weight.detach().to(ctx.dtype)
+        for rows in chunks(len(hidden), len(buffer)):
+            inputs = hidden[rows].to(ctx.dtype)
+            student = logits_into(inputs, product, bias, 1.0, buffer).sub_(log_normalizer[rows, None])
+            gradient = ctx.teacher.gradient(rows, student).mul_(upstream[rows, None])
+            if bias_gradient is not None:
+                bias_gradient += gradient.sum(0)
+            gradient = gradient.to(ctx.dtype)
+            if hidden_gradient is not None:
+                hidden_gradient[rows] = (padded(gradient, len(weight)) @ product)[: len(inputs)].to(hidden.dtype)
+            if weight_gradient is not None:
+                add_product(weight_gradient, gradient, inputs)
+        return hidden_gradient, weight_gradient, bias_gradient, None
+
+
+def _rest(student: Tensor, ids: Tensor) -> Tensor:
+    """The student's log-probability of all tokens but `ids`, [n]."""
+    return student.scatter(-1, ids, -torch.inf).logsumexp(-1)

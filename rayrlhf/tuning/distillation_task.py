@@ -1,0 +1,133 @@
+"""Distillation as a task of the tuning loop: the student's samples as SFT reads them, and what a teacher said of them."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rayrlhf.config.tuning import DistillationConfig
+from rayrlhf.data.supervised import SampleDataset, Spread, SupervisedSample, in_turn, load_supervised_data
+from rayrlhf.data.supervised_records import count_tokens
+from rayrlhf.data.training_batch import TrainingBatch
+from rayrlhf.engines.distillation_objective import HIDDEN, IDS, LOGPROBS, DistillationObjective, distillation_batch
+from rayrlhf.engines.train_engine import TrainEngine, TrainEngineSpec
+from rayrlhf.engines.tuning_batches import supervised_sequence
+from rayrlhf.errors import UserError
+from rayrlhf.models.distillation import FullTeacher, Teacher, TopTeacher, divergence
+from rayrlhf.tuning.evaluation import PreferenceScores, shared_scores
+from rayrlhf.tuning.table import DistillationTable, SampleTable, Table
+from rayrlhf.tuning.task import Datasets, SupervisedTask
+from rayrlhf.tuning.teacher import with_teacher
+
+MISMATCH = "the response has other tokens behind the teacher's context"
+NO_CONTEXT = "no sample of the teacher (see the lines above)"
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DistillationTask:
+    """Forward KL from the model that training begins with, which reads `data.context_field` in place of the prompt."""
+
+    config: DistillationConfig
+
+    @property
+    def objective(self) -> DistillationObjective:
+        """Distillation."""
+        return DistillationObjective()
+
+    def load(self, tokenizer: Any, spread: Spread = in_turn) -> Datasets:
+        """Read student's and teacher's samples and keep the rows that both have; see `Task.load`."""
+        data = self.config.data
+        field = {"prompt_field": data.context_field}
+        evaluation = data.evaluation.model_copy(update=field) if data.evaluation is not None else None
+        read = data.model_copy(update={"train": data.train.model_copy(update=field), "evaluation": evaluation})
+        students = load_supervised_data(data, tokenizer, spread)
+        teachers = load_supervised_data(read, tokenizer, spread)
+        train = _joined(students[0], teachers[0])
+        held_out = None
+        if students[1] is not None and teachers[1] is not None:
+            held_out = _table(_joined(students[1], teachers[1]), self.config.evaluation.rows)
+        return _table(train), held_out, train[0].report
+
+    def spec(self, total_steps: int) -> TrainEngineSpec:
+        """See `Task.spec`."""
+        return SupervisedTask(self.config).spec(total_steps)
+
+    def prepare(self, engine: TrainEngine, table: Table, folder: Path) -> Table:
+        """Ask the first weights about all responses (see `Task.prepare`)."""
+        if not isinstance(table, DistillationTable):
+            raise TypeError(f"expected a table with what the teacher read, found {type(table).__name__}")
+        return with_teacher(
+            engine,
+            table,
+            folder,
+            vocabulary=self.config.train.vocabulary,
+            adapters=self.config.model.lora is not None,
+            sharded=self.config.train.zero_stage < 3,
+        )
+
+    def batch(self, samples: Sequence[Any]) -> TrainingBatch:
+        """See `Task.batch`."""
+        return distillation_batch(samples)
+
+    def loss(self, metrics: Mapping[str, float]) -> float:
+        """Mean KL per response token, in nats."""
+        return metrics["loss/distillation"]
+
+    def evaluate(self, engine: TrainEngine, held_out: Table) -> tuple[dict[str, float], PreferenceScores | None]:
+        """The same mean on held-out responses."""
+        samples = held_out.take(range(len(held_out))) if isinstance(held_out, DistillationTable) else []
+        sequences = [supervised_sequence(sample) for sample in samples]
+        states = shared_scores(engine, sequences, "hidden", sharded=self.config.train.zero_stage < 3)
+        weight, bias = engine.output_layer()
+        layer = engine.teacher_layer
+        total = 0.0
+        for sample, state in zip(samples, states, strict=True):
+            hidden = torch.from_numpy(state[sample.loss_mask[-len(state) :]])
+            total += float(divergence(hidden, weight, bias, _teacher(sample.signal, layer)).sum(dtype=torch.float64))
+        return {"evaluation/loss": total / count_tokens(samples)[1]}, None
+
+
+def _teacher(signal: Mapping[str, np.ndarray], layer: tuple[torch.Tensor, torch.Tensor | None] | None) -> Teacher:
+    if HIDDEN in signal and layer is not None:
+        weight, bias = layer
+        return FullTeacher(torch.from_numpy(np.array(signal[HIDDEN])), weight.cpu(), None if bias is None else bias.cpu())
+    return TopTeacher(torch.from_numpy(signal[IDS].astype(np.int64)), torch.from_numpy(np.array(signal[LOGPROBS])))
+
+
+_Joined = tuple[SampleDataset[SupervisedSample], list[SupervisedSample]]
+
+
+def _joined(students: SampleDataset[SupervisedSample], teachers: SampleDataset[SupervisedSample]) -> _Joined:
+    """Return the samples of rows that both have, with the same tokens to learn, and a report of those that are left out.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    read = {sample.row: sample for sample in teachers.samples}
+    kept, dropped = [], dict(students.report.dropped)
+    for sample in students.samples:
+        other = read.get(sample.row)
+        if other is not None and np.array_equal(other.token_ids[other.loss_mask], sample.token_ids[sample.loss_mask]):
+            kept.append((sample, other))
+        else:
+            reason = NO_CONTEXT if other is None else MISMATCH
+            dropped[reason] = dropped.get(reason, 0) + 1
+    source = students.report.source
+    if not kept:
+        raise UserError(f"{source}: no row is left: {', '.join(f'{count} {reason}' for reason, count in dropped.items())}")
+    if len(kept) < len(students.samples):
+        _logger.warning("%s: %d of %d responses are left out", source, len(students.samples) - len(kept), len(students.samples))
+    own = [sample for sample, _ in kept]
+    tokens, targets = count_tokens(own)
+    report = replace(students.report, kept=len(kept), dropped=dropped, tokens=tokens, target_tokens=targets)
+    return replace(students, samples=own, report=report), [other for _, other in kept]
+
+
+def _table(joined: _Joined, rows: int | None = None) -> DistillationTable:
+    student, teacher = joined
+    return DistillationTable.pair(SampleTable.of(student.samples[:rows]), SampleTable.of(teacher[:rows]))

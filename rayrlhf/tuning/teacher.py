@@ -1,0 +1,106 @@
+"""What the teacher says of every response token, asked once: no second model sits in memory while the student trains.
+
+The teacher is the model that training begins with, with more in its context. The training engine itself is asked, before its
+first step and before any checkpoint is loaded; with adapters it is their base. The numbers lie in `teacher/` of the run folder
+as arrays that every worker maps, so that a resumed run reads them and a machine holds them once.
+"""
+
+import zlib
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayrlhf.data.atomic import folder_atomically
+from rayrlhf.data.records import Float32
+from rayrlhf.engines.distillation_objective import HIDDEN, IDS, LOGPROBS
+from rayrlhf.engines.train_engine import TrainEngine
+from rayrlhf.engines.tuning_batches import supervised_sequence
+from rayrlhf.models.distillation import most_likely
+from rayrlhf.observe.disk import writing
+from rayrlhf.tuning.evaluation import shared_scores
+from rayrlhf.tuning.table import DistillationTable
+
+FOLDER = "teacher"
+ASKED_AT_ONCE = 64
+"""Samples whose hidden states are in memory at a time."""
+
+Layer = tuple[Tensor, Tensor | None]
+
+
+def with_teacher(
+    engine: TrainEngine,
+    table: DistillationTable,
+    folder: Path,
+    *,
+    vocabulary: int | Literal["full"],
+    adapters: bool,
+    sharded: bool,
+) -> DistillationTable:
+    """Return a table with what the teacher said, from the run folder where it is there; every worker takes part.
+
+    Args:
+        engine: with the weights that training begins with.
+        table: the samples, the same on every worker.
+        folder: the run folder, seen by all workers.
+        vocabulary: hidden states for "full", else so many of the most likely tokens.
+        adapters: the model has adapters, which are switched off.
+        sharded: see `rayrlhf.tuning.evaluation.held_out_loss`.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    layer = engine.keep_teacher_layer()
+    digest = zlib.crc32(table.teacher.token_ids.tobytes(), zlib.crc32(table.teacher.loss_mask.tobytes()))
+    path = folder / FOLDER / f"{digest:08x}-{len(table)}-{vocabulary}"
+    first = torch.distributed.get_rank() == 0
+    there = [path.is_dir()]
+    torch.distributed.broadcast_object_list(there)
+    if not there[0]:
+        with ExitStack() as stack:
+            written = None
+            if first:
+                stack.enter_context(writing(path))
+                written = _Arrays(stack.enter_context(folder_atomically(path, if_exists="keep")), int(table.bounds[-1]))
+            for start in range(0, len(table), ASKED_AT_ONCE):
+                samples = table.teacher.take(range(start, min(start + ASKED_AT_ONCE, len(table))))
+                sequences = [supervised_sequence(sample) for sample in samples]
+                states = shared_scores(engine, sequences, "hidden", sharded=sharded, reference=adapters)
+                if written is not None:
+                    learnt = [state[one.loss_mask[-len(state) :]] for one, state in zip(samples, states, strict=True)]
+                    written.append(said(np.concatenate(learnt), layer, vocabulary))
+        torch.distributed.barrier()
+    return replace(table, signal={file.stem: np.load(file, mmap_mode="r") for file in sorted(path.glob("*.npy"))})
+
+
+def said(hidden: Float32, layer: Layer, vocabulary: int | Literal["full"]) -> dict[str, np.ndarray]:
+    """Return what is kept of hidden states [N, H], see `rayrlhf.data.supervised_records.DistillationSample`."""
+    if vocabulary == "full":
+        return {HIDDEN: hidden}
+    ids, logprobs = most_likely(torch.from_numpy(hidden).to(layer[0].device), *layer, vocabulary)
+    return {IDS: ids.cpu().numpy().astype(np.int32), LOGPROBS: logprobs.cpu().numpy()}
+
+
+class _Arrays:
+    """Files that grow by rows, in place of arrays in memory."""
+
+    def __init__(self, folder: Path, rows: int) -> None:
+        self._folder, self._rows, self._done = folder, rows, 0
+        self._files: dict[str, Any] = {}
+
+    def append(self, parts: dict[str, np.ndarray]) -> None:
+        """Write the next rows."""
+        for name, part in parts.items():
+            if name not in self._files:
+                shape = (self._rows, *part.shape[1:])
+                path = self._folder / f"{name}.npy"
+                self._files[name] = np.lib.format.open_memmap(path, mode="w+", dtype=part.dtype, shape=shape)  # type: ignore[no-untyped-call]
+            self._files[name][self._done : self._done + len(part)] = part
+        self._done += len(part)
+        if self._done == self._rows:
+            for file in self._files.values():
+                file.flush()

@@ -1,0 +1,81 @@
+"""Forward KL in chunks against full float64 matrices and autograd, gradients included."""
+
+import pytest
+import torch
+
+from rayrlhf.models import logprobs as chunking
+from rayrlhf.models.distillation import FullTeacher, TopTeacher, divergence, most_likely
+
+ROWS, WIDTH, TEACHER_WIDTH, WORDS = 13, 6, 9, 31
+
+
+def drawn(seed=0):
+    """Student's and teacher's states and layers, float64, in every case with a bias."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(ROWS, WIDTH), (WORDS, WIDTH), (WORDS,), (ROWS, TEACHER_WIDTH), (WORDS, TEACHER_WIDTH), (WORDS,)]
+    return [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def whole_matrix(hidden, weight, bias, teacher, kept):
+    """The formula on full matrices, differentiated by autograd; `kept` most likely tokens and the rest, or all when None."""
+    student, teacher = (hidden @ weight.T + bias).log_softmax(-1), teacher.log_softmax(-1)
+    if kept is None:
+        return (teacher.exp() * (teacher - student)).sum(-1)
+    total = torch.zeros(ROWS, dtype=torch.float64)
+    for row in range(ROWS):
+        chosen = teacher[row].argsort(descending=True)[:kept]
+        others = torch.tensor([word for word in range(WORDS) if word not in chosen.tolist()])
+        p, q = teacher[row].exp(), student[row].exp()
+        inside = (p[chosen] * (p[chosen].log() - q[chosen].log())).sum()
+        outside = p[others].sum() * (p[others].sum().log() - q[others].sum().log()) if len(others) else 0.0
+        total[row] = inside + outside
+    return total
+
+
+@pytest.mark.parametrize("kept", [None, 1, 5, WORDS])
+@pytest.mark.parametrize("rows_at_once", [1, 4, 100])
+def test_the_kl_and_its_gradients_are_those_of_full_matrices(monkeypatch, kept, rows_at_once):
+    monkeypatch.setattr(chunking, "CHUNK_BYTES", 4 * WORDS * rows_at_once)
+    hidden, weight, bias, *layer = drawn(rows_at_once)
+    upstream = torch.randn(ROWS, dtype=torch.float64)
+    wanted = [part.clone().requires_grad_() for part in (hidden, weight, bias)]
+    expected = whole_matrix(*wanted, layer[0] @ layer[1].T + layer[2], kept)
+    (expected * upstream).sum().backward()
+    single = [part.float() for part in layer]
+    teacher = FullTeacher(*single) if kept is None else TopTeacher(*most_likely(*single, kept))
+    ours = [part.float().requires_grad_() for part in (hidden, weight, bias)]
+    found = divergence(*ours, teacher)
+    (found * upstream.float()).sum().backward()
+    torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    for one, other in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_most_likely_tokens_and_the_rest_make_a_whole():
+    _, _, _, *layer = (part.float() for part in drawn(3))
+    ids, logprobs = most_likely(*layer, 4)
+    full = (layer[0] @ layer[1].T + layer[2]).log_softmax(-1)
+    torch.testing.assert_close(logprobs[:, :-1], full.topk(4).values)
+    assert torch.equal(ids, full.topk(4).indices)
+    torch.testing.assert_close(logprobs.exp().sum(-1), torch.ones(ROWS))
+
+
+def test_a_student_that_is_its_teacher_has_no_divergence_and_fewer_outcomes_never_have_more():
+    hidden, weight, bias, *layer = (part.float() for part in drawn(7))
+    assert divergence(hidden, weight, bias, FullTeacher(hidden, weight, bias)).abs().max() < 1e-6
+    full = divergence(hidden, weight, bias, FullTeacher(*layer))
+    for count in (1, 3, 10):
+        assert (divergence(hidden, weight, bias, TopTeacher(*most_likely(*layer, count))) <= full + 1e-5).all()
+
+
+def test_only_what_needs_a_gradient_gets_one_and_autocast_is_followed():
+    hidden, weight, _, *layer = (part.float() for part in drawn(9))
+    hidden.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = divergence(hidden, weight, None, FullTeacher(*layer))
+    found.sum().backward()
+    exact = divergence(hidden.detach(), weight, None, FullTeacher(*layer))
+    assert found.dtype == torch.float32
+    assert 0 < (found - exact).abs().max() < 0.3
+    assert weight.grad is None
+    assert hidden.grad.isfinite().all()
