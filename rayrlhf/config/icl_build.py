@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from rayrlhf.config.demonstrations import SelectionSection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.presft import PairsSection
 from rayrlhf.config.section import Section
@@ -32,29 +33,6 @@ class ExamplesSection(PairsSection):
     task_field: str | None = None
     """A column whose value is equal for rows of one task; an example is shown only beside those of its own. One task when not
     given."""
-
-
-class SelectionSection(Section):
-    """Which examples are shown beside a target."""
-
-    selection: Literal["random", "bm25", "nearest"] = "random"
-    """By lot, by the words that prompts share, or by the cosine of `encoder`'s vectors."""
-    order: Literal["near_to_far", "far_to_near"] = "far_to_near"
-    """As shown; `far_to_near` puts the nearest beside the question."""
-    encoder: str | None = None
-    """Of `nearest`: a folder, hub name or built-in."""
-    pooling: Literal["mean", "cls"] | None = None
-    """How the encoder's states become a vector; the encoder's folder says it when not given."""
-    resemblance: float = Field(0.8, gt=0, le=1)
-    """From this resemblance on (Jaccard index of three-word shingles) two texts are near-duplicates, which are never shown."""
-    resembling_words: int = Field(8, ge=1)
-    """Texts and answers with fewer words are not compared by resemblance."""
-
-    @model_validator(mode="after")
-    def _only_vectors_need_an_encoder(self) -> Self:
-        if (self.encoder is not None) != (self.selection == "nearest"):
-            raise ValueError("encoder and selection nearest belong together: give both or neither")
-        return self
 
 
 class DemonstrationsSection(SelectionSection):

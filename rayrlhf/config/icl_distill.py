@@ -4,8 +4,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from rayrlhf.config.icl_build import BuildRunSection, ExamplesSection, SelectionSection
-from rayrlhf.config.icl_evaluate import ContextSection
+from rayrlhf.config.demonstrations import ContextSection, SelectionSection
+from rayrlhf.config.icl_build import BuildRunSection, ExamplesSection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.presft_pipeline import GenerateSection, PipelineSection
 from rayrlhf.config.section import Section

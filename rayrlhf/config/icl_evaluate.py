@@ -4,7 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rayrlhf.config.icl_build import BuildRunSection, ExamplesSection, SelectionSection
+from rayrlhf.config.demonstrations import ContextSection, SelectionSection
+from rayrlhf.config.icl_build import BuildRunSection, ExamplesSection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.presft_pipeline import GenerateSection, PipelineSection
 from rayrlhf.config.reward import RewardSection
@@ -40,23 +41,6 @@ class ShotsSection(SelectionSection):
     def draws(self) -> int:
         """Seeds that make a difference."""
         return self.seeds if self.selection == "random" or "format" in self.ablations else 1
-
-
-class ContextSection(Section):
-    """How demonstrations and the question are written down."""
-
-    layout: Literal["turns", "system", "text"] = "turns"
-    """A user and an assistant turn each, all in the system turn, or plain text for models without a chat template."""
-    question: str = "{prompt}\n"
-    """How `system` and `text` write a question; it ends where the answer begins."""
-    separator: str = "\n\n"
-    """What `system` and `text` put between examples."""
-
-    @model_validator(mode="after")
-    def _has_a_place_for_the_prompt(self) -> Self:
-        if "{prompt}" not in self.question:
-            raise ValueError("question has no {prompt} in it, where the prompt goes")
-        return self
 
 
 class ICLEvaluateConfig(Section):

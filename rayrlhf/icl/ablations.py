@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+from rayrlhf.demonstrations.example import Example
 from rayrlhf.errors import UserError
-from rayrlhf.icl.example import Example
 
 Ablation = Literal["none", "flip", "format"]
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from rayrlhf.config.icl_evaluate import ICLEvaluateConfig
-from rayrlhf.icl.example import normalized
+from rayrlhf.demonstrations.example import normalized
 from rayrlhf.presft.bleu import BleuScorer
 from rayrlhf.presft.sampling_plan import Response, SamplingPlan
 from rayrlhf.presft.verification import Verifier

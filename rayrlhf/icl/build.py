@@ -16,10 +16,10 @@ import yaml
 from rayrlhf.config.icl_build import ICLBuildConfig
 from rayrlhf.config.load import differences, dump_config
 from rayrlhf.data.atomic import file_atomically, folder_atomically, write_atomically
+from rayrlhf.demonstrations.ranking import Bm25Ranker
 from rayrlhf.errors import UserError
 from rayrlhf.icl.builder import BM25, TOKENIZER, VECTORS, Builder, BuildPlan, sample_schema
 from rayrlhf.icl.pool import StoredPool, write_pool, write_vectors
-from rayrlhf.icl.ranking import Bm25Ranker
 from rayrlhf.icl.reading import read_examples
 from rayrlhf.observe.run_folder import RunFolder, open_run
 from rayrlhf.presft.intake import take_in
@@ -160,7 +160,7 @@ def _index(config: ICLBuildConfig, rows: PartFolder, folder: Path) -> Path:
 
 def _check_encoder(config: ICLBuildConfig) -> None:
     from rayrlhf.config.model import ModelSection
-    from rayrlhf.icl.encoder import pooling_of
+    from rayrlhf.demonstrations.encoder import pooling_of
     from rayrlhf.models.load import resolve_path
 
     section = config.demonstrations
@@ -169,7 +169,7 @@ def _check_encoder(config: ICLBuildConfig) -> None:
 
 
 def _vectors(config: ICLBuildConfig, pool: StoredPool) -> Iterator[Any]:
-    from rayrlhf.icl.encoder import Encoder
+    from rayrlhf.demonstrations.encoder import Encoder
 
     encoder = Encoder(str(config.demonstrations.encoder), config.demonstrations.pooling)
     for start in range(0, len(pool), ENCODED_AT_ONCE):

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayrlhf.config.icl_build import ICLBuildConfig
-from rayrlhf.icl.choosing import ChoiceCounts, choose
-from rayrlhf.icl.example import Example
-from rayrlhf.icl.leaks import LeakRules
+from rayrlhf.demonstrations.choosing import ChoiceCounts, choose
+from rayrlhf.demonstrations.example import Example
+from rayrlhf.demonstrations.leaks import LeakRules
+from rayrlhf.demonstrations.ranking import Bm25Ranker, RandomRanker, Ranker, VectorRanker
 from rayrlhf.icl.pool import StoredPool
-from rayrlhf.icl.ranking import Bm25Ranker, RandomRanker, Ranker, VectorRanker
 from rayrlhf.icl.sample import Writer, drawn
 
 BM25, VECTORS, TOKENIZER = "bm25", "vectors.npy", "tokenizer"

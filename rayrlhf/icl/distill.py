@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from rayrlhf.config.icl_build import SelectionSection
+from rayrlhf.config.demonstrations import SelectionSection
 from rayrlhf.config.icl_distill import ICLDistillConfig
 from rayrlhf.config.icl_evaluate import ShotsSection
 from rayrlhf.config.load import differences, dump_config
@@ -25,12 +25,12 @@ from rayrlhf.config.tuning_data import DistillationDataSection, SupervisedDatase
 from rayrlhf.config.tuning_run import TuningRunSection
 from rayrlhf.data.atomic import file_atomically, write_atomically
 from rayrlhf.data.templates import Message
+from rayrlhf.demonstrations.choosing import ChoiceCounts, require_pool
+from rayrlhf.demonstrations.context import TextForm, as_messages, as_text
+from rayrlhf.demonstrations.rankers import make_rankers
 from rayrlhf.errors import UserError
 from rayrlhf.icl.answering import Answerer
-from rayrlhf.icl.choosing import ChoiceCounts, require_pool
-from rayrlhf.icl.context import TextForm, as_messages, as_text
 from rayrlhf.icl.questions import Questioner, question_schema
-from rayrlhf.icl.rankers import make_rankers
 from rayrlhf.icl.reading import read_examples, taken_in
 from rayrlhf.observe.run_folder import open_run
 from rayrlhf.presft.parts import PartFolder

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rayrlhf.icl.leaks import LeakRules, resemblance, words_of
+from rayrlhf.demonstrations.leaks import LeakRules, resemblance, words_of
 
 
 @dataclass(frozen=True, slots=True)

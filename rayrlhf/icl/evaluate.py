@@ -18,13 +18,13 @@ from rayrlhf.config.icl_evaluate import ICLEvaluateConfig
 from rayrlhf.config.load import differences, dump_config
 from rayrlhf.config.model import ModelSection
 from rayrlhf.data.atomic import write_atomically
+from rayrlhf.demonstrations.choosing import ChoiceCounts, require_pool
+from rayrlhf.demonstrations.example import Example
+from rayrlhf.demonstrations.rankers import make_rankers
 from rayrlhf.errors import UserError
 from rayrlhf.icl.answering import Answerer, AnswerScorer
-from rayrlhf.icl.choosing import ChoiceCounts, require_pool
 from rayrlhf.icl.curve import Point, curve
-from rayrlhf.icl.example import Example
 from rayrlhf.icl.questions import Questioner, question_schema
-from rayrlhf.icl.rankers import make_rankers
 from rayrlhf.icl.reading import read_examples, taken_in
 from rayrlhf.observe.run_folder import open_run
 from rayrlhf.presft.parts import PartFolder, merge

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayrlhf.data.atomic import file_atomically, write_atomically
-from rayrlhf.icl.example import Example
+from rayrlhf.demonstrations.example import Example
 
 EXAMPLES, ORDER, TASKS = "examples.arrow", "order.npy", "tasks.json"
 

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rayrlhf.config.icl_evaluate import ContextSection, ShotsSection
+from rayrlhf.config.demonstrations import ContextSection
+from rayrlhf.config.icl_evaluate import ShotsSection
 from rayrlhf.data.templates import Message, render
+from rayrlhf.demonstrations.choosing import ChoiceCounts, choose
+from rayrlhf.demonstrations.context import TextForm, as_messages, as_text, fit
+from rayrlhf.demonstrations.example import Example
+from rayrlhf.demonstrations.leaks import LeakRules
+from rayrlhf.demonstrations.ranking import Ranker
 from rayrlhf.icl.ablations import Ablation, Spoiler, copy_control
-from rayrlhf.icl.choosing import ChoiceCounts, choose
-from rayrlhf.icl.context import TextForm, as_messages, as_text, fit
-from rayrlhf.icl.example import Example
-from rayrlhf.icl.leaks import LeakRules
-from rayrlhf.icl.ranking import Ranker
 
 Row = dict[str, Any]
 Context = str | list[Message]

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rayrlhf.config.icl_build import ExamplesSection
+from rayrlhf.demonstrations.example import Example
 from rayrlhf.errors import UserError
-from rayrlhf.icl.example import Example
 from rayrlhf.presft.intake import take_in
 from rayrlhf.presft.parts import PartFolder
 

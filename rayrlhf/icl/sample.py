@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from rayrlhf.config.icl_build import SampleSection
 from rayrlhf.data.templates import Message, render
-from rayrlhf.icl.choosing import Order
-from rayrlhf.icl.context import Fitted, TextForm, as_messages, as_text, fit
-from rayrlhf.icl.example import Example
+from rayrlhf.demonstrations.choosing import Order
+from rayrlhf.demonstrations.context import Fitted, TextForm, as_messages, as_text, fit
+from rayrlhf.demonstrations.example import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
+from rayrlhf.demonstrations.example import Example
 from rayrlhf.errors import UserError
 from rayrlhf.icl.ablations import Spoiler, copy_control
-from rayrlhf.icl.example import Example
 
 LABELS = ["red", "green", "blue", "grey"]
 SHOWN = [Example(f"train:{row}", f"item {row}", LABELS[row % 4]) for row in range(400)]

@@ -16,12 +16,12 @@ from rayrlhf.config.load import load_config
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.tuning_data import SupervisedDataSection, SupervisedDatasetSection
 from rayrlhf.data.supervised import load_supervised
+from rayrlhf.demonstrations.example import Example
+from rayrlhf.demonstrations.ranking import Bm25Ranker
 from rayrlhf.errors import UserError
 from rayrlhf.icl.build import build_dataset, check_build, may_change
 from rayrlhf.icl.builder import OVER_BUDGET, Builder, BuildPlan
-from rayrlhf.icl.example import Example
 from rayrlhf.icl.pool import StoredPool, write_pool, write_vectors
-from rayrlhf.icl.ranking import Bm25Ranker
 from rayrlhf.icl.sample import drawn
 from rayrlhf.models.load import load_tokenizer
 

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
+from rayrlhf.demonstrations.leaks import LeakRules
 from rayrlhf.icl.document_path import Piece, cut, near_duplicates, random_order, related_order
-from rayrlhf.icl.leaks import LeakRules
 
 LONG = "the quick brown fox jumps over the lazy dog near the old river bank today"
 

@@ -4,13 +4,14 @@ import json
 
 import pytest
 
-from rayrlhf.config.icl_evaluate import ContextSection, ShotsSection
+from rayrlhf.config.demonstrations import ContextSection
+from rayrlhf.config.icl_evaluate import ShotsSection
 from rayrlhf.config.model import ModelSection
+from rayrlhf.demonstrations.choosing import ChoiceCounts
+from rayrlhf.demonstrations.example import Example
+from rayrlhf.demonstrations.ranking import RandomRanker
 from rayrlhf.errors import UserError
-from rayrlhf.icl.choosing import ChoiceCounts
-from rayrlhf.icl.example import Example
 from rayrlhf.icl.questions import Questioner
-from rayrlhf.icl.ranking import RandomRanker
 from rayrlhf.models.load import load_tokenizer
 
 POOL = [Example(f"d:{number}", f"item {number} of the list", "even" if number % 2 == 0 else "odd") for number in range(12)]

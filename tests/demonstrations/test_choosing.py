@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rayrlhf.demonstrations.choosing import ChoiceCounts, choose, in_order, require_pool
+from rayrlhf.demonstrations.example import Example, normalized
+from rayrlhf.demonstrations.leaks import Leak, LeakRules, words_of
+from rayrlhf.demonstrations.ranking import Bm25Ranker, RandomRanker, Ranker, VectorRanker
 from rayrlhf.errors import UserError
-from rayrlhf.icl.choosing import ChoiceCounts, choose, in_order, require_pool
-from rayrlhf.icl.example import Example, normalized
-from rayrlhf.icl.leaks import Leak, LeakRules, words_of
-from rayrlhf.icl.ranking import Bm25Ranker, RandomRanker, Ranker, VectorRanker
 
 WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "juniper"]
 

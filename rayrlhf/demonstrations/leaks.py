@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 
-from rayrlhf.icl.example import Example, normalized
+from rayrlhf.demonstrations.example import Example, normalized
 
 SHINGLE_WORDS = 3
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from rayrlhf.config.icl_build import SelectionSection
-from rayrlhf.icl.example import Example
-from rayrlhf.icl.ranking import Bm25Ranker, RandomRanker, Ranker, Tasks, VectorRanker
+from rayrlhf.config.demonstrations import SelectionSection
+from rayrlhf.demonstrations.example import Example
+from rayrlhf.demonstrations.ranking import Bm25Ranker, RandomRanker, Ranker, Tasks, VectorRanker
 
 
 def make_rankers(
@@ -31,7 +31,7 @@ def make_rankers(
     if section.selection == "bm25":
         lexical = Bm25Ranker.build(texts, tasks=tasks)
         return lambda _: lexical
-    from rayrlhf.icl.encoder import Encoder
+    from rayrlhf.demonstrations.encoder import Encoder
 
     encoder = Encoder(str(section.encoder), section.pooling)
     own = encoder.encode([target.prompt for target in targets])

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rayrlhf.demonstrations.example import Example, normalized
+from rayrlhf.demonstrations.leaks import Leak, LeakRules, find_leak
+from rayrlhf.demonstrations.ranking import Ranker
 from rayrlhf.errors import UserError
-from rayrlhf.icl.example import Example, normalized
-from rayrlhf.icl.leaks import Leak, LeakRules, find_leak
-from rayrlhf.icl.ranking import Ranker
 
 Order = Literal["near_to_far", "far_to_near"]
 

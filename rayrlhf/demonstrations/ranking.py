@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from rayrlhf.demonstrations.example import Example
+from rayrlhf.demonstrations.leaks import words_of
 from rayrlhf.errors import UserError
-from rayrlhf.icl.example import Example
-from rayrlhf.icl.leaks import words_of
 
 Tasks = Mapping[str, NDArray[np.int64]]
 """The positions of each task in a pool, in rising order."""

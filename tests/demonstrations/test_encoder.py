@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from rayrlhf.demonstrations.encoder import Encoder, Pooling, pool, pooling_of
 from rayrlhf.errors import UserError
-from rayrlhf.icl.encoder import Encoder, Pooling, pool, pooling_of
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])

@@ -2,10 +2,10 @@
 
 import pytest
 
+from rayrlhf.demonstrations.choosing import Order
+from rayrlhf.demonstrations.context import TextForm, as_messages, as_text, fit
+from rayrlhf.demonstrations.example import Example
 from rayrlhf.errors import UserError
-from rayrlhf.icl.choosing import Order
-from rayrlhf.icl.context import TextForm, as_messages, as_text, fit
-from rayrlhf.icl.example import Example
 
 SHOWN = [Example("a", "one", "1"), Example("b", "two", "2"), Example("c", "three", "3")]
 FORM = TextForm(question="Q: {prompt}\nA: ", separator="\n--\n")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 from rayrlhf.data.templates import Message
+from rayrlhf.demonstrations.choosing import Order, in_order
+from rayrlhf.demonstrations.example import Example
 from rayrlhf.errors import UserError
-from rayrlhf.icl.choosing import Order, in_order
-from rayrlhf.icl.example import Example
 
 Layout = Literal["turns", "system"]
 Context = TypeVar("Context")
