@@ -1,4 +1,4 @@
-"""The actor that says what responses are worth: reward functions, and a reward model beside them."""
+"""The actor that says what responses are worth: reward functions, and reward models beside them."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,10 @@ from rayrlhf.actors.actor_metrics import measured
 from rayrlhf.actors.worker import Worker
 from rayrlhf.config.reward import RewardSection
 from rayrlhf.data.records import Prompt, Rollout
-from rayrlhf.engines.reward_model import RewardModelEngine
+from rayrlhf.engines.reward_ensemble import RewardEnsemble
 from rayrlhf.rewards.functions import BoundFunction, ScoringBatch, load_functions
 from rayrlhf.rewards.memory_limit import memory_limit
 from rayrlhf.rewards.score import RewardBatch, run_functions, weighted_sum
-
-MODEL_PART = "reward_model"
-"""Name of the reward model's part among those of the functions."""
 
 
 class RewardActor(Worker):
@@ -22,14 +19,14 @@ class RewardActor(Worker):
 
     _section: RewardSection
     _functions: list[BoundFunction]
-    _model: RewardModelEngine | None
+    _model: RewardEnsemble | None
 
     @measured
     def build(self, section: RewardSection) -> None:
-        """Resolve the functions and load the model."""
+        """Resolve the functions and load the models."""
         self._section = section
         self._functions = load_functions(section)
-        self._model = RewardModelEngine(section.model) if section.model else None
+        self._model = RewardEnsemble(section.model) if section.model else None
 
     @measured
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> RewardBatch:
@@ -44,7 +41,7 @@ class RewardActor(Worker):
         with memory_limit(self._section.memory_gib):
             parts = run_functions(self._functions, batch, timeout_seconds=self._section.timeout_seconds)
         weights = {function.name: function.weight for function in self._functions}
-        if self._model and self._section.model:
-            parts[MODEL_PART] = self._model.score(batch.prompts, batch.responses)
-            weights[MODEL_PART] = self._section.model.weight
+        if self._model:
+            parts |= self._model.parts(batch.prompts, batch.responses)
+            weights |= self._model.weights
         return weighted_sum(parts, weights)

@@ -29,7 +29,10 @@ def _roles(config: PPOConfig) -> Iterator[str]:
         yield f"reference: {(config.reference.model or model).path}, {_count(placement.reference.ranks, 'process')}"
     parts = [f"{function.name} x {function.weight:g}" for function in config.reward.functions]
     if config.reward.model is not None:
-        parts.append(f"model {config.reward.model.model.path} x {config.reward.model.weight:g}")
+        section = config.reward.model
+        names = " & ".join(model.path for model in section.models)
+        doubt = f" less {section.uncertainty:g} deviations" if section.uncertainty else ""
+        parts.append(f"model {names}{doubt} x {section.weight:g}")
     yield f"reward: {' + '.join(parts)}, {_count(placement.reward.ranks, 'process')}"
 
 

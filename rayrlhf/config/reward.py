@@ -24,9 +24,13 @@ class RewardFunctionSection(Section):
 
 
 class RewardModelSection(Section):
-    """A scalar-head model that scores text, with its own tokenizer and template."""
+    """A scalar-head model that scores text, with its own tokenizer and template; or several of them as one."""
 
     model: ModelSection
+    members: list[ModelSection] = Field(default_factory=list)
+    """More models of the same kind, each with its own tokenizer; the reward is the mean over `model` and these."""
+    uncertainty: float = Field(0.0, ge=0)
+    """Standard deviations over the members that are taken off their mean."""
     weight: float = 1.0
     """Of its part in the sum."""
     template: str | None = None
@@ -35,7 +39,19 @@ class RewardModelSection(Section):
     max_length: int = Field(1024, ge=1)
     """Longest text in tokens."""
     normalise: bool = False
-    """Shift and scale rewards to mean 0 and spread 1 by the statistics that `rayrlhf reward` stored with the model."""
+    """Shift and scale rewards to mean 0 and spread 1 by the statistics that `rayrlhf reward` stored with the model; each
+    member by its own."""
+
+    @property
+    def models(self) -> list[ModelSection]:
+        """All members."""
+        return [self.model, *self.members]
+
+    @model_validator(mode="after")
+    def _only_several_models_disagree(self) -> Self:
+        if self.uncertainty and not self.members:
+            raise ValueError("uncertainty needs members: one model alone does not disagree with itself")
+        return self
 
     @model_validator(mode="after")
     def _the_template_holds_the_response(self) -> Self:

@@ -19,7 +19,7 @@ from rayrlhf.data.atomic import write_atomically
 from rayrlhf.data.prompts import load_prompt_dataset
 from rayrlhf.data.records import Float32, Prompt, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import sample_seed
-from rayrlhf.engines.reward_model import RewardModelEngine
+from rayrlhf.engines.reward_ensemble import RewardEnsemble
 from rayrlhf.engines.rollout import RolloutSpec, build_rollout_engine, context_length
 from rayrlhf.errors import UserError
 from rayrlhf.evaluation.best_of import best_of, pass_at, powers_of_two
@@ -32,7 +32,6 @@ from rayrlhf.rewards.score import RewardBatch, run_functions, weighted_sum
 
 RESULT = "evaluation.json"
 ANSWERS = "answers"
-MODEL_PART = "reward_model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +94,9 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult:
         parts = run_functions(functions, batch, timeout_seconds=config.reward.timeout_seconds)
         weights = {function.name: function.weight for function in functions}
         if config.reward.model is not None:
-            parts[MODEL_PART] = RewardModelEngine(config.reward.model).score(batch.prompts, batch.responses)
-            weights[MODEL_PART] = config.reward.model.weight
+            ensemble = RewardEnsemble(config.reward.model)
+            parts |= ensemble.parts(batch.prompts, batch.responses)
+            weights |= ensemble.weights
         rewards = weighted_sum(parts, weights)
         SampleSink(folder.path / ANSWERS).write(0, _samples(asked, rollouts, rewards))
         return _write_result(config, folder.path, rollouts, rewards)

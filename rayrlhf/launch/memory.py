@@ -7,6 +7,7 @@ part beside the weights. Activations are those that autograd saves for a decoder
 what it really saves.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from rayrlhf.config.train import TrainSection
@@ -163,6 +164,12 @@ def frozen_memory(shape: ModelShape, precision: Precision, *, tokens: int, gpu: 
         overhead=PROCESS_BYTES if gpu else CPU_PROCESS_BYTES,
         host=FLOAT * shape.parameters,
     )
+
+
+def in_one_process(models: Sequence[Memory]) -> Memory:
+    """Memory of models that one process loads and reads one after the other: all weights, the largest of the rest."""
+    largest = {part.name: max(getattr(model, part.name) for model in models) for part in fields(Memory)}
+    return Memory(**{**largest, "weights": sum(model.weights for model in models)})
 
 
 def cache_bytes_per_token(shape: ModelShape, precision: Precision) -> int:

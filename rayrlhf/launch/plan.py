@@ -20,6 +20,7 @@ from rayrlhf.launch.memory import (
     Precision,
     cache_bytes_per_token,
     frozen_memory,
+    in_one_process,
     rollout_memory,
     sync_bytes,
     train_memory,
@@ -159,9 +160,17 @@ def _memory(
     if shape is None or model is None:
         return Memory(overhead=GIB // 2)  # Python, Ray and the user's reward functions; never on a GPU
     precision = _precision(model, nodes)
+    if role == "reward" and config.reward.model is not None:
+        members = [
+            frozen_memory(
+                _shape(one), _precision(one, nodes), tokens=max(train.score_batch_tokens, longest), gpu=bool(nodes.gpus)
+            )
+            for one in config.reward.model.models
+        ]
+        return in_one_process(members)
     if role == "rollout":
         return rollout_memory(shape, precision, devices=config.rollout.tensor_parallel_size, cache=max(cache, 0))
-    if role in ("reference", "reward"):
+    if role == "reference":
         return frozen_memory(shape, precision, tokens=max(train.score_batch_tokens, longest), gpu=bool(nodes.gpus))
     samples = -(-config.mini_batch_size // ranks)
     if train.micro_batch_size is not None:

@@ -15,7 +15,7 @@ from rayrlhf.presft.selection import Cut
 from rayrlhf.presft.verification import Verifier
 
 if TYPE_CHECKING:
-    from rayrlhf.engines.reward_model import RewardModelEngine
+    from rayrlhf.engines.reward_ensemble import RewardEnsemble
     from rayrlhf.presft.likelihood import LikelihoodEngine
 
 CANDIDATES = "_candidates"
@@ -72,7 +72,7 @@ def with_candidates(table: Any, candidates: dict[int, list[Response]]) -> Any:
 class Judge:
     """Decides on every pair of a part."""
 
-    _reward_model: "RewardModelEngine | None" = None
+    _reward_model: "RewardEnsemble | None" = None
     _likelihood: "LikelihoodEngine | None" = None
 
     def __init__(
@@ -87,9 +87,9 @@ class Judge:
         self._bleu = BleuScorer(probe.tokenize)
         self._verifier = Verifier(relabel.verifier) if relabel.verifier is not None else None
         if relabel.method == "reward_model" and relabel.reward_model is not None:
-            from rayrlhf.engines.reward_model import RewardModelEngine
+            from rayrlhf.engines.reward_ensemble import RewardEnsemble
 
-            self._reward_model = RewardModelEngine(relabel.reward_model)
+            self._reward_model = RewardEnsemble(relabel.reward_model)
         if relabel.method == "likelihood" and plan is not None:
             from rayrlhf.presft.likelihood import LikelihoodEngine
 

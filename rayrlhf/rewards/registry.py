@@ -30,6 +30,7 @@ BUILT_IN = {
     "format": "rayrlhf.rewards.format:matches_format",
     "gsm8k": "rayrlhf.rewards.gsm8k:gsm8k",
     "json_schema": "rayrlhf.rewards.json_schema:matches_json_schema",
+    "judge": "rayrlhf.rewards.judge:judge",
     "length": "rayrlhf.rewards.length:length_penalty",
     "math_verify": "rayrlhf.rewards.math_verify:math_verify",
     "remote": "rayrlhf.rewards.remote:remote",

@@ -136,3 +136,12 @@ def test_a_tiny_run_fits_a_laptop():
     plan = plan_run(ppo("builtin:tiny"), NodeSection(cpus=2, memory_gib=16))
     assert plan.problems == ()
     assert {place.node for place in plan.places} == {0}
+
+
+def test_members_of_a_reward_ensemble_share_a_process_and_their_weights_add_up(folder):
+    member = f"path: {folder / '7b'}, dtype: bfloat16"
+    one = plan_run(ppo(folder / "7b", f"reward.model={{model: {{{member}}}}}"), EIGHT).memory["reward"]
+    members = f"members: [{{{member}}}, {{{member}}}]"
+    three = plan_run(ppo(folder / "7b", f"reward.model={{model: {{{member}}}, {members}}}"), EIGHT).memory["reward"]
+    assert three.weights == 3 * one.weights
+    assert three.total - one.total == 2 * one.weights

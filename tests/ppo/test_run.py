@@ -37,23 +37,26 @@ class Watch(Callback):
 
 
 @pytest.fixture(scope="module")
-def reward_model(tmp_path_factory):
-    """A scalar-head model of the tiny family, saved as transformers saves reward models."""
+def reward_models(tmp_path_factory):
+    """Two scalar-head models of the tiny family with heads of their own, saved as transformers saves reward models."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from rayrlhf.models.builtin import resolve_model
 
     source = resolve_model("builtin:tiny?layers=1&hidden=64&seed=3")
-    folder = tmp_path_factory.mktemp("reward") / "model"
-    AutoModelForSequenceClassification.from_pretrained(source, num_labels=1).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    return folder
+    folders = [tmp_path_factory.mktemp("reward") / "model" for _ in range(2)]
+    for folder in folders:
+        AutoModelForSequenceClassification.from_pretrained(source, num_labels=1).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folders
 
 
 @pytest.fixture(scope="module")
-def finished_run(tmp_path_factory, reward_model):
+def finished_run(tmp_path_factory, reward_models):
     folder = tmp_path_factory.mktemp("run")
-    config = run_config(folder, f"reward.model.model.path={reward_model}", "reward.model.weight=0.01")
+    one, other = reward_models
+    ensemble = [f"reward.model.model.path={one}", f"reward.model.members=[{{path: {other}}}]", "reward.model.uncertainty=0.5"]
+    config = run_config(folder, *ensemble, "reward.model.weight=0.01")
     watch = Watch()
     result = train_ppo(config, [watch])
     return config, result, watch
@@ -87,12 +90,13 @@ def test_the_first_update_starts_at_kl_0_and_moves_the_policy(finished_run):
     assert first["critic/grad_norm"] > 0
 
 
-def test_reward_functions_and_reward_model_are_both_in_the_score(finished_run):
+def test_reward_functions_and_reward_models_are_both_in_the_score(finished_run):
     config, _, _ = finished_run
     rows = read_samples(config.run.folder / "samples")
     assert rows
     for row in rows:
         assert row["score"] == pytest.approx(row["reward/digit_share"] + 0.01 * row["reward/reward_model"], abs=1e-5)
+        assert row["reward/reward_model_spread"] > 0
 
 
 def test_a_run_leaves_metrics_samples_trace_checkpoint_and_a_model_that_transformers_loads(finished_run):

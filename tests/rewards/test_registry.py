@@ -75,7 +75,7 @@ def test_a_name_cannot_be_taken_twice():
         ("gms8k", "reward function 'gms8k' is not registered; did you mean 'gsm8k'?"),
         (
             "nothing_like_it",
-            "known are code, environment, format, gsm8k, json_schema, length, math_verify, remote, word_problems",
+            "known are code, environment, format, gsm8k, json_schema, judge, length, math_verify, remote, word_problems",
         ),
         ("rayrlhf.rewards.gsm8k:gsm9k", "has no function 'gsm9k'; did you mean 'gsm8k'?"),
         ("no_such_module_here:f", "'no_such_module_here' cannot be imported: ModuleNotFoundError"),

@@ -5,7 +5,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
@@ -14,67 +13,32 @@ import pytest
 from rayrlhf.config.reward import RewardFunctionSection, RewardSection
 from rayrlhf.errors import UserError
 from rayrlhf.rewards import remote as module
+from rayrlhf.rewards import transport
 from rayrlhf.rewards.functions import BoundFunction, ScoringBatch, load_functions
 from rayrlhf.rewards.score import score_batch
+from tests.rewards.servers import Answer, Server
 
-Answer = Callable[[int, list[str]], tuple[int, bytes]]
 PROMPTS = [f"p{n}" for n in range(10)]
 RESPONSES = ["x" * n for n in range(10)]
 FAST: dict[str, Any] = {"batch_size": 4, "backoff_seconds": 0.01, "request_seconds": 0.5, "attempts": 3}
 
 
-class Server:
-    """Answers the n-th request as `answer(n, responses)` says, and remembers what it was asked."""
-
-    def __init__(self, answer: Answer) -> None:
-        self.asked: list[list[str]] = []
-        self.tokens: list[str | None] = []
-        lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                responses = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["responses"]
-                with lock:
-                    outer.asked.append(responses)
-                    outer.tokens.append(self.headers["Authorization"])
-                    number = len(outer.asked) - 1
-                status, body = answer(number, responses)
-                if status == 0:
-                    self.close_connection = True
-                    return
-                try:
-                    self.send_response(status)
-                    self.send_header("Content-Length", str(len(body)))
-                    self.end_headers()
-                    self.wfile.write(body)
-                except OSError:
-                    pass  # the client gave up, as it should
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/score"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-
-def right(_: int, responses: list[str]) -> tuple[int, bytes]:
-    return 200, json.dumps({"rewards": [len(response) for response in responses]}).encode()
+def right(_: int, question: Any) -> tuple[int, bytes]:
+    return 200, json.dumps({"rewards": [len(response) for response in question["responses"]]}).encode()
 
 
 def always(status: int, body: bytes) -> Answer:
     return lambda _, __: (status, body)
 
 
-def slow(number: int, responses: list[str]) -> tuple[int, bytes]:
+def slow(number: int, question: Any) -> tuple[int, bytes]:
     time.sleep(1.0)
-    return right(number, responses)
+    return right(number, question)
 
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], Server]]:
-    monkeypatch.setattr(module, "_breakers", {})
+    monkeypatch.setattr(transport, "breakers_of", {})
     servers: list[Server] = []
 
     def begin(answer: Answer) -> Server:
@@ -83,8 +47,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], Server
 
     yield begin
     for server in servers:
-        server.server.shutdown()
-        server.server.server_close()
+        server.stop()
 
 
 def ask(*urls: str, **changes: Any) -> list[float | None]:
@@ -98,11 +61,11 @@ BAD: dict[str, Answer] = {
     "garbage": always(200, b"<html>\xff"),
     "another shape": always(200, b"[1, 2, 3, 4]"),
     "wrong lengths": always(200, b'{"rewards": [1]}'),
-    "not a number": lambda _, r: (200, json.dumps({"rewards": [float("nan")] * len(r)}).encode()),
-    "infinite": lambda _, r: (200, json.dumps({"rewards": [1e999] * len(r)}).encode()),
-    "beyond a double": lambda _, r: (200, json.dumps({"rewards": [10**400] * len(r)}).encode()),
-    "text": lambda _, r: (200, json.dumps({"rewards": ["3"] * len(r)}).encode()),
-    "truth": lambda _, r: (200, json.dumps({"rewards": [True] * len(r)}).encode()),
+    "not a number": lambda _, r: (200, json.dumps({"rewards": [float("nan")] * len(r["responses"])}).encode()),
+    "infinite": lambda _, r: (200, json.dumps({"rewards": [1e999] * len(r["responses"])}).encode()),
+    "beyond a double": lambda _, r: (200, json.dumps({"rewards": [10**400] * len(r["responses"])}).encode()),
+    "text": lambda _, r: (200, json.dumps({"rewards": ["3"] * len(r["responses"])}).encode()),
+    "truth": lambda _, r: (200, json.dumps({"rewards": [True] * len(r["responses"])}).encode()),
     "huge": lambda number, r: (200, right(number, r)[1] + b" " * 5_000_000),
     "dies": always(0, b""),
     "overloaded": always(503, b""),
@@ -112,10 +75,10 @@ BAD: dict[str, Answer] = {
 def test_rewards_come_back_in_order_and_two_servers_share_the_work(start):
     both_asked = threading.Barrier(2, timeout=20)
 
-    def together(number: int, responses: list[str]) -> tuple[int, bytes]:
+    def together(number: int, question: Any) -> tuple[int, bytes]:
         if number == 0:
             both_asked.wait()  # a server that answers while the other is idle could take all the work on a busy machine
-        return right(number, responses)
+        return right(number, question)
 
     one, two = start(together), start(together)
     assert ask(one.url, two.url, batch_size=2, concurrency=2, request_seconds=30) == LENGTHS
@@ -132,7 +95,7 @@ def test_a_bad_server_gives_no_reward_after_bounded_attempts_and_the_run_stops(s
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_server_that_is_bad_once_costs_one_more_attempt_and_no_reward(start, kind):
-    server = start(lambda number, responses: BAD[kind](number, responses) if number == 0 else right(number, responses))
+    server = start(lambda number, question: BAD[kind](number, question) if number == 0 else right(number, question))
     assert ask(server.url, batch_size=10) == LENGTHS
     assert len(server.asked) == 2
 
@@ -146,7 +109,7 @@ def test_a_dead_server_is_left_alone_and_the_other_does_its_work(start):
 
 
 def test_under_skip_the_step_goes_on_with_the_other_rewards_and_without_them_it_stops(start):
-    url = start(lambda number, responses: right(number, responses) if number == 0 else (500, b"")).url
+    url = start(lambda number, question: right(number, question) if number == 0 else (500, b"")).url
     section = RewardSection(
         functions=[RewardFunctionSection(name="remote", arguments={"urls": [url], "on_failure": "skip", **FAST})]
     )
