@@ -39,9 +39,9 @@ class RewardActor(Worker):
             return RewardBatch(np.zeros(0, np.float32), {})
         batch = ScoringBatch.of_rollouts(prompts, rollouts)
         with memory_limit(self._section.memory_gib):
-            parts = run_functions(self._functions, batch, timeout_seconds=self._section.timeout_seconds)
+            parts, tokens = run_functions(self._functions, batch, timeout_seconds=self._section.timeout_seconds)
         weights = {function.name: function.weight for function in self._functions}
         if self._model:
             parts |= self._model.parts(batch.prompts, batch.responses)
             weights |= self._model.weights
-        return weighted_sum(parts, weights)
+        return weighted_sum(parts, weights, tokens)

@@ -234,6 +234,17 @@ class PPOConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _rewards_of_tokens_are_not_rescaled(self) -> Self:
+        shaping = self.algorithm.shaping
+        within = [function for function in self.reward.functions if function.per != "response"]
+        if within and (shaping.scale or shaping.center or shaping.clip is not None):
+            raise ValueError(
+                "algorithm.shaping.scale, center and clip change whole scores, not those of tokens and turns: switch them off, "
+                f"or set per to 'response' for reward function '{within[0].name}'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _evaluation_has_prompts(self) -> Self:
         if self.evaluation.every and self.evaluation.enabled and self.data.evaluation is None:
             raise ValueError(f"evaluation.every {self.evaluation.every} needs prompts in data.evaluation")

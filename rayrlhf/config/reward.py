@@ -1,7 +1,7 @@
 """What a response is worth."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -21,6 +21,16 @@ class RewardFunctionSection(Section):
     cache: bool = False
     """Remember values by content. Only for a function whose value for a sample depends on that sample's prompt, response and
     columns alone: no chance, no clock, no other sample of the batch."""
+    per: Literal["response", "token", "turn"] = "response"
+    """What the function returns a number for: each `response`, or a list of numbers per response, one for each `token`, or for
+    each `turn` (a stretch of sampled tokens). The score counts their sum; an estimator that reads token rewards, as `gae` does,
+    sees each at its token or at the last token of its turn."""
+
+    @model_validator(mode="after")
+    def _only_single_numbers_are_remembered(self) -> Self:
+        if self.cache and self.per != "response":
+            raise ValueError(f"cache: true remembers one number a response, and the function pays per {self.per}")
+        return self
 
 
 class RewardModelSection(Section):

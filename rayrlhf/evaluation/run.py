@@ -91,7 +91,7 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult:
         rollouts = _answer(config, prompts)
         asked = [prompt for prompt in prompts for _ in range(config.samples)]
         batch = ScoringBatch.of_rollouts(asked, rollouts)
-        parts = run_functions(functions, batch, timeout_seconds=config.reward.timeout_seconds)
+        parts, _ = run_functions(functions, batch, timeout_seconds=config.reward.timeout_seconds)
         weights = {function.name: function.weight for function in functions}
         if config.reward.model is not None:
             ensemble = RewardEnsemble(config.reward.model)

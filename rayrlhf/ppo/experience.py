@@ -87,8 +87,8 @@ class ExperienceMaker:
             kl = kl_penalty(logprobs, _readings(scored, "reference", "logprobs", width), algorithm.kl.estimator)
         in_reward = kl if algorithm.kl.placement == "reward" else None
         coefficient = self._controller.value
-        at_end, by_turn = self._credited(scores, rollouts, width)
-        earned = token_rewards(in_reward, at_end, mask, coefficient, position=position, token_scores=by_turn)
+        at_end, by_token = self._credited(scores, scored, width)
+        earned = token_rewards(in_reward, at_end, mask, coefficient, position=position, token_scores=by_token)
         rewards = earned.rewards
         if algorithm.shaping.whiten_rewards:
             rewards = whiten(rewards, earned.value_mask, shift_mean=False)
@@ -137,14 +137,21 @@ class ExperienceMaker:
         charged = self._charged(scored)
         return shape_scores(charged, self._moments, scale=shaping.scale, center=shaping.center, clip=shaping.clip)
 
-    def _credited(self, scores: Tensor, rollouts: Sequence[Rollout], width: int) -> tuple[Tensor, Tensor | None]:
-        """Scores [B] split into what is paid at the end, and what environments paid turn by turn [B, T] (None: nothing)."""
+    def _credited(self, scores: Tensor, scored: ScoredRollouts, width: int) -> tuple[Tensor, Tensor | None]:
+        """Scores [B] split into what is paid at the end, and what single tokens [B, T] earned (None: nothing)."""
+        earned: list[Tensor] = []
         weight = turn_weight(self._config)
-        paid = [rollout.rewards for rollout in rollouts if rollout.rewards is not None]
-        if not weight or not paid:
+        paid = [rollout.rewards for rollout in scored.rollouts if rollout.rewards is not None]
+        if weight and paid:
+            earned.append(weight * _padded(paid, width))
+        if scored.rewards.tokens is not None:
+            rows = zip(scored.rewards.tokens, scored.rollouts, strict=True)
+            nothing = [np.zeros(len(rollout.response_ids), np.float32) if row is None else row for row, rollout in rows]
+            earned.append(_padded(nothing, width))
+        if not earned:
             return scores, None
-        by_turn = weight * _padded(paid, width)
-        return scores - by_turn.sum(1), by_turn
+        by_token = torch.stack(earned).sum(0)
+        return scores - by_token.sum(1), by_token
 
     def _baselines(self, scored: ScoredRollouts) -> Tensor | None:
         """The shaped score of the greedy response to each rollout's prompt, float [B]; the config has no scaling beside it."""

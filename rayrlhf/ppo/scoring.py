@@ -15,7 +15,7 @@ from rayrlhf.actors.crew import Crew
 from rayrlhf.actors.healer import Healer
 from rayrlhf.actors.placement import Role
 from rayrlhf.data.batching import balance
-from rayrlhf.data.records import Prompt, Records, Rollout, SampleKey, TokenScores
+from rayrlhf.data.records import Float32, Prompt, Records, Rollout, SampleKey, TokenScores
 from rayrlhf.engines.interfaces import Want
 from rayrlhf.errors import ActorLostError, DeadlineError
 from rayrlhf.observe.phases import PhaseTimer
@@ -47,10 +47,11 @@ class Reading(NamedTuple):
 
 
 class RewardRow(NamedTuple):
-    """A response's score and its parts (see `RewardBatch`)."""
+    """A response's score, its parts, and what of it belongs to single tokens (see `RewardBatch`)."""
 
     score: float
     parts: dict[str, float]
+    tokens: Float32 | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +199,11 @@ def _shares(rollouts: Sequence[Rollout], ranks: int) -> list[list[Rollout]]:
 
 def _rows(batch: RewardBatch) -> list[RewardRow]:
     return [
-        RewardRow(float(score), {name: float(values[index]) for name, values in batch.parts.items()})
+        RewardRow(
+            float(score),
+            {name: float(values[index]) for name, values in batch.parts.items()},
+            None if batch.tokens is None else batch.tokens[index],
+        )
         for index, score in enumerate(batch.scores)
     ]
 
@@ -208,4 +213,5 @@ def _merged(rows: Sequence[RewardRow]) -> RewardBatch:
     return RewardBatch(
         np.array([row.score for row in rows], dtype=np.float32),
         {name: np.array([row.parts[name] for row in rows], dtype=np.float32) for name in names},
+        [row.tokens for row in rows] if any(row.tokens is not None for row in rows) else None,
     )

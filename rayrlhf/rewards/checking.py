@@ -20,12 +20,9 @@ def checked_values(name: str, returned: Any, count: int) -> Float32:
     Raises:
         UserError: it is no list of `count` finite numbers or Nones.
     """
-    try:
-        length = None if isinstance(returned, str | bytes | Mapping | Set) else len(returned)
-    except TypeError:  # also a tensor without dimensions, which has `__len__` but no length
-        length = None
+    length = length_of(returned)
     if length is None:
-        raise UserError(f"reward function {name!r} returned {_brief(returned)}, expected a list of {count} numbers")
+        raise UserError(f"reward function {name!r} returned {brief(returned)}, expected a list of {count} numbers")
     if length != count:
         raise UserError(f"reward function {name!r} was asked for {count} values and returned {length}")
     values = np.empty(count, dtype=np.float32)
@@ -42,11 +39,20 @@ def _number(name: str, index: int, value: Any) -> np.float32:
         number = np.float32("nan")
     if not np.isfinite(number):
         raise UserError(
-            f"reward function {name!r} returned {_brief(value)} for sample {index}, expected a finite number or None"
+            f"reward function {name!r} returned {brief(value)} for sample {index}, expected a finite number or None"
         )
     return number
 
 
-def _brief(value: Any) -> str:
+def length_of(returned: Any) -> int | None:
+    """Return the length of a sequence; None for what is none, as text, mappings and sets are not."""
+    try:
+        return None if isinstance(returned, str | bytes | Mapping | Set) else len(returned)
+    except TypeError:  # also a tensor without dimensions, which has `__len__` but no length
+        return None
+
+
+def brief(value: Any) -> str:
+    """Return what a value is, in at most a line."""
     shown = " ".join(repr(value).split())
     return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"

@@ -5,7 +5,8 @@
 It sees a whole batch by keyword and returns one number per response, synchronously or as a coroutine. It is given exactly what
 its signature names, out of: `prompts`, `responses`, `rollouts` (`rayrlhf.data.records.Rollout`), `finish_reasons` ("stop" or
 "length"), and the columns of the dataset, each a list as long as the batch; with `**columns` it gets every column. `arguments`
-of the config are bound to it by name. A number of `None` means that the function does not apply to that sample.
+of the config are bound to it by name. A number of `None` means that the function does not apply to that sample. With
+`per: token` or `per: turn` in the config it returns a list of numbers per response instead (`rayrlhf.rewards.credit`).
 """
 
 import difflib
@@ -19,6 +20,7 @@ from rayrlhf.config.reward import RewardSection
 from rayrlhf.data.records import Prompt, Rollout
 from rayrlhf.errors import UserError
 from rayrlhf.rewards.cache import ContentCache
+from rayrlhf.rewards.credit import Per
 from rayrlhf.rewards.registry import RewardFunction, import_files, resolve
 
 GIVEN = ("prompts", "responses", "rollouts", "finish_reasons")
@@ -35,6 +37,7 @@ class BoundFunction:
         weight: factor of its values in the score.
         arguments: keyword arguments on every call; they win over a dataset column of the same name.
         cache: remembers values by content; None for a function that is always asked.
+        per: what one number of its values is for, see `rayrlhf.rewards.credit`.
     """
 
     name: str
@@ -42,6 +45,7 @@ class BoundFunction:
     weight: float = 1.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
     cache: ContentCache | None = None
+    per: Per = "response"
 
     @property
     def is_async(self) -> bool:
@@ -131,7 +135,7 @@ def load_functions(section: RewardSection) -> list[BoundFunction]:
         taken = {bound.name for bound in functions}
         name = next(name for name in chain([short], (f"{short}_{n}" for n in count(2))) if name not in taken)
         cache = ContentCache(name) if entry.cache else None
-        functions.append(BoundFunction(name, function, entry.weight, entry.arguments, cache))
+        functions.append(BoundFunction(name, function, entry.weight, entry.arguments, cache, entry.per))
     return functions
 
 

@@ -16,13 +16,14 @@ import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rayrlhf.data.records import Float32
 from rayrlhf.errors import DeadlineError, UserError
 from rayrlhf.rewards.checking import checked_values
+from rayrlhf.rewards.credit import add_up, place
 from rayrlhf.rewards.functions import BoundFunction, ScoringBatch
 
 GRACE_SECONDS = 5.0
@@ -36,10 +37,25 @@ class RewardBatch:
     Attributes:
         scores: float32 [B], the weighted sum of the parts.
         parts: name -> float32 [B], unweighted; NaN where the function does not apply.
+        tokens: for each sample float32 [R] or None, what of its score belongs to single tokens, weighted; the rest of the score
+            belongs to the response as a whole. None where no function pays tokens or turns.
     """
 
     scores: Float32
     parts: dict[str, Float32]
+    tokens: list[Float32 | None] | None = None
+
+
+class FunctionValues(NamedTuple):
+    """What functions say of a batch.
+
+    Attributes:
+        parts: name -> float32 [B], NaN for None; sums of those that pay tokens or turns.
+        tokens: name -> for each sample float32 [R] or None, of the functions that pay tokens or turns.
+    """
+
+    parts: dict[str, Float32]
+    tokens: dict[str, list[Float32 | None]]
 
 
 def score_batch(functions: Sequence[BoundFunction], batch: ScoringBatch, *, timeout_seconds: float = 120.0) -> RewardBatch:
@@ -56,27 +72,37 @@ def score_batch(functions: Sequence[BoundFunction], batch: ScoringBatch, *, time
             applies to some sample.
         DeadlineError: a coroutine function overran.
     """
-    parts = run_functions(functions, batch, timeout_seconds=timeout_seconds)
-    return weighted_sum(parts, {function.name: function.weight for function in functions})
+    values = run_functions(functions, batch, timeout_seconds=timeout_seconds)
+    return weighted_sum(values.parts, {function.name: function.weight for function in functions}, values.tokens)
 
 
-def run_functions(
-    functions: Sequence[BoundFunction], batch: ScoringBatch, *, timeout_seconds: float = 120.0
-) -> dict[str, Float32]:
-    """Return each function's checked values, name -> float32 [B], NaN for None. Arguments and errors as for `score_batch`."""
+def run_functions(functions: Sequence[BoundFunction], batch: ScoringBatch, *, timeout_seconds: float = 120.0) -> FunctionValues:
+    """Return each function's checked values. Arguments and errors as for `score_batch`."""
     concurrent = {f.name: _call(f, batch) for f in functions if f.is_async}
     waiting = _start(concurrent, timeout_seconds)
     returned = {f.name: _call(f, batch) for f in functions if not f.is_async}
     returned.update(_finish(waiting, timeout_seconds))
-    return {f.name: checked_values(f.name, returned[f.name], len(batch)) for f in functions}
+    tokens = {f.name: _placed(f, returned[f.name], batch) for f in functions if f.per != "response"}
+    sums = {name: [None if row is None else row.sum(dtype=np.float64) for row in rows] for name, rows in tokens.items()}
+    parts = {f.name: checked_values(f.name, (sums if f.name in sums else returned)[f.name], len(batch)) for f in functions}
+    return FunctionValues(parts, tokens)
 
 
-def weighted_sum(parts: Mapping[str, Float32], weights: Mapping[str, float]) -> RewardBatch:
+def _placed(function: BoundFunction, returned: Any, batch: ScoringBatch) -> list[Float32 | None]:
+    if batch.rollouts is None:
+        raise UserError(f"reward function {function.name!r} pays per {function.per}, which needs sampled tokens: not here")
+    return place(function.name, returned, batch.rollouts, function.per)
+
+
+def weighted_sum(
+    parts: Mapping[str, Float32], weights: Mapping[str, float], tokens: Mapping[str, list[Float32 | None]] | None = None
+) -> RewardBatch:
     """Sum parts into scores; also the place to add a reward model's part to those of functions.
 
     Args:
         parts: name -> float32 [B], NaN where a part does not apply to a sample.
         weights: name -> factor, for every part.
+        tokens: of the parts that pay tokens or turns, see `FunctionValues`.
 
     Raises:
         UserError: no part applies to some sample.
@@ -89,7 +115,8 @@ def weighted_sum(parts: Mapping[str, Float32], weights: Mapping[str, float]) -> 
     if len(unscored):
         raise UserError(f"no reward applies to sample {unscored[0]}: all of {', '.join(parts)} returned None")
     scores = (np.nan_to_num(values) * factors[:, None]).sum(axis=0)
-    return RewardBatch(scores.astype(np.float32), {name: np.asarray(part, dtype=np.float32) for name, part in parts.items()})
+    checked = {name: np.asarray(part, dtype=np.float32) for name, part in parts.items()}
+    return RewardBatch(scores.astype(np.float32), checked, add_up(tokens, weights) if tokens else None)
 
 
 def _call(function: BoundFunction, batch: ScoringBatch) -> Any:

@@ -93,6 +93,7 @@ def test_differences_show_old_and_new(minimal):
         "reward.functions.1.weight: (absent) -> 1.0",
         "reward.functions.1.arguments: (absent) -> {}",
         "reward.functions.1.cache: (absent) -> false",
+        'reward.functions.1.per: (absent) -> "response"',
     ]
 
 

@@ -26,6 +26,12 @@ def digit_share(responses):
     return [sum(character.isdigit() for character in text) / max(len(text), 1) for text in responses]
 
 
+def digit_share_by_token(responses, rollouts):
+    """The same sums, in equal parts at all tokens."""
+    shares = zip(digit_share(responses), (len(rollout.response_ids) for rollout in rollouts), strict=True)
+    return [[share / length] * length for share, length in shares]
+
+
 def shuffled_digit_share(responses):
     """The same rewards, handed to the wrong responses: what is learned from them is nothing."""
     rewards = digit_share(responses)

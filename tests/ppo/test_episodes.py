@@ -187,3 +187,27 @@ def test_settings_that_do_not_go_together_are_refused(overrides, message):
     with pytest.raises(UserError) as caught:
         load(*overrides)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("estimator", ["gae", "reinforce++"])
+def test_a_function_that_pays_turns_does_what_an_environment_that_pays_turns_does(estimator):
+    rollouts, values, policy, reference = case()
+    settings = [f"algorithm.advantage.estimator={estimator}", *(["critic.kind=none"] if estimator != "gae" else [])]
+    paid = scored(rollouts, values, policy, reference)
+    expected = ExperienceMaker(load(*settings)).make(paid)
+    unpaid = tuple(replace(rollout, rewards=None) for rollout in rollouts)
+    rewards = RewardBatch(paid.rewards.scores, {}, [2 * rollout.rewards for rollout in rollouts])
+    found = ExperienceMaker(load("reward.functions=[{name: length}]", *settings)).make(
+        replace(paid, rollouts=unpaid, rewards=rewards)
+    )
+    at_end = ExperienceMaker(load("reward.functions=[{name: length}]", *settings)).make(
+        replace(paid, rollouts=unpaid, rewards=RewardBatch(paid.rewards.scores, {}))
+    )
+    for name, array in expected.batch.arrays.items():
+        np.testing.assert_allclose(found.batch.arrays[name], array, rtol=0, atol=1e-6, err_msg=name)
+    assert np.abs(at_end.batch.arrays["advantages"] - expected.batch.arrays["advantages"]).max() > 0.01
+
+
+def test_rewards_of_tokens_are_refused_beside_what_changes_whole_scores():
+    with pytest.raises(UserError, match=r"those of tokens and turns.*reward function 'length'"):
+        load("reward.functions=[{name: length, per: turn}]", "algorithm.shaping.clip=1.0")
