@@ -164,6 +164,15 @@ def environment(facts: Facts) -> Iterator[Diagnosis]:
         yield Diagnosis("environment", "ok", given or "nothing set that changes a run")
 
 
+def sandbox(facts: Facts) -> Iterator[Diagnosis]:
+    """The reward `code` runs programs that nobody trusts, and does not where they cannot be contained."""
+    if facts.sandbox:
+        fix = "Only for the reward `code`: Linux 6.8, or uid 0 in a container that may make namespaces (CAP_SYS_ADMIN)."
+        yield Diagnosis("sandbox", "warning", facts.sandbox, fix)
+    else:
+        yield Diagnosis("sandbox", "ok", "programs can be contained")
+
+
 CHECKS: tuple[Check, ...] = (
     python,
     versions,
@@ -175,4 +184,5 @@ CHECKS: tuple[Check, ...] = (
     ports,
     disk,
     environment,
+    sandbox,
 )

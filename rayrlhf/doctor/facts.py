@@ -15,6 +15,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from rayrlhf.models.builtin import cache_folder
+from rayrlhf.rewards.sandbox import missing
 
 IMPORT_SECONDS = 180.0
 """Longest time an import in a process of its own may take; the first one of vLLM reads gigabytes."""
@@ -43,6 +44,7 @@ class Facts:
         memory: bytes of main memory.
         writable: folder -> whether files can be made there.
         environment: variables that matter.
+        sandbox: why the reward `code` cannot contain programs here; empty where it can.
     """
 
     python: tuple[int, int]
@@ -60,6 +62,7 @@ class Facts:
     memory: int
     writable: Mapping[str, bool]
     environment: Mapping[str, str]
+    sandbox: str
 
 
 def gather(runs: Path = Path("runs")) -> Facts:
@@ -88,6 +91,7 @@ def gather(runs: Path = Path("runs")) -> Facts:
         memory=psutil.virtual_memory().total,
         writable={name: os.access(_existing(folder), os.W_OK) for name, folder in folders.items()},
         environment={name: os.environ[name] for name in VARIABLES if name in os.environ},
+        sandbox=missing(),
     )
 
 

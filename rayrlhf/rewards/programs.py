@@ -57,7 +57,7 @@ def code(
     cpu_seconds: int = 5,
     wall_seconds: float = 20.0,
     memory_mib: int = 512,
-    processes: int = 16,
+    processes: int = 8,
     concurrency: int | None = None,
     unsafe: Unsafe = "refuse",
 ) -> list[float | None]:
@@ -137,7 +137,7 @@ def _share_passed(program: str, stdin: str, tests: Sequence[str], limits: Limits
     given = json.dumps({"program": program, "tests": list(tests), "word": word})
     outcome = run_program({"main.py": HARNESS, "harness.json": given}, stdin=stdin, limits=limits, unsafe=unsafe)
     verdicts = [line.removeprefix(word) for line in outcome.stdout.splitlines() if line.startswith(word)]
-    return sum(json.loads(verdicts[-1])) / len(tests) if verdicts else 0.0
+    return sum(json.loads(verdicts[0])) / len(tests) if verdicts else 0.0
 
 
 def _tests(index: int, given: list[str] | str) -> list[str]:

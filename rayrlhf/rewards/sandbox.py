@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 WORK = "/tmp/work"  # noqa: S108 - in a file system of the sandbox's own
 GRACE_SECONDS = 20.0
 """How long the warden itself may take beside the program, on a busy machine."""
+ATTEMPTS = 3
+"""How often a program is started in all when the sandbox itself fails, for example because the node has no process left."""
+PAUSE_SECONDS = 0.5
 _MIB = 2**20
 
 
@@ -52,7 +56,7 @@ class Limits:
     cpu_seconds: int = 5
     wall_seconds: float = 20.0
     memory_mib: int = 512
-    processes: int = 16
+    processes: int = 8
     output_kib: int = 1024
     disk_mib: int = 16
     open_files: int = 64
@@ -94,7 +98,7 @@ def run_program(
 
     Raises:
         UserError: programs cannot be contained here, under `refuse`.
-        SandboxError: the program could not be started.
+        SandboxError: the program could not be started, three times.
     """
     lacking = missing()
     if lacking:
@@ -102,7 +106,14 @@ def run_program(
         if unsafe == "refuse":
             raise UserError(f"{line}; let it make namespaces, or accept resource limits alone with unsafe: warn")
         warnings.warn(f"{line}; they run with resource limits alone", RuntimeWarning, stacklevel=2)
-    return _run(files, stdin, limits or Limits(), contained=not lacking)
+    for attempt in range(ATTEMPTS):
+        try:
+            return _run(files, stdin, limits or Limits(), contained=not lacking)
+        except SandboxError:
+            if attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(PAUSE_SECONDS)
+    raise AssertionError("unreachable")
 
 
 @functools.cache
@@ -120,14 +131,14 @@ def missing() -> str:
 def _run(files: Mapping[str, str], stdin: str, limits: Limits, *, contained: bool) -> Outcome:
     with (
         tempfile.TemporaryDirectory(prefix="rayrlhf-sandbox-") as folder,
-        tempfile.TemporaryFile() as out,
-        tempfile.TemporaryFile() as error,
+        tempfile.NamedTemporaryFile() as out,
+        tempfile.NamedTemporaryFile() as error,
     ):
         read, write = os.pipe()
         with os.fdopen(read, "rb") as report:
             spec = _specification(files, stdin, limits, folder, write, contained=contained)
             try:
-                said = _watch(spec, out.fileno(), error.fileno(), limits.wall_seconds)
+                said = _watch(spec, out.name, error.name, limits.wall_seconds)
             finally:
                 os.close(write)
             told = report.read() or said
@@ -141,14 +152,16 @@ def _run(files: Mapping[str, str], stdin: str, limits: Limits, *, contained: boo
     return Outcome(status, *texts)
 
 
-def _watch(spec: dict[str, Any], out: int, error: int, wall_seconds: float) -> bytes:
+def _watch(spec: dict[str, Any], out: str, error: str, wall_seconds: float) -> bytes:
     command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("warden.py"))]
+    # The program can neither read nor overwrite what has been written: a verdict stays as it was said.
+    ends = [os.open(path, os.O_WRONLY | os.O_APPEND) for path in (out, error)]
     try:
         subprocess.run(
             command,
             input=json.dumps(spec).encode(),
-            stdout=out,
-            stderr=error,
+            stdout=ends[0],
+            stderr=ends[1],
             pass_fds=(spec["report"],),
             env=spec["environment"],
             timeout=wall_seconds + GRACE_SECONDS,
@@ -156,6 +169,9 @@ def _watch(spec: dict[str, Any], out: int, error: int, wall_seconds: float) -> b
         )
     except subprocess.TimeoutExpired:
         return b'{"refused": "the warden did not end in time"}'
+    finally:
+        for end in ends:
+            os.close(end)
     return b""
 
 

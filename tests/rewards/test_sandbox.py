@@ -87,7 +87,7 @@ def test_ten_gigabytes_cannot_be_allocated_in_any_of_the_ways(way):
 
 @contained
 def test_an_endless_loop_is_stopped_by_its_cpu_time_and_a_sleeper_by_the_clock():
-    assert run("while True: pass", cpu_seconds=1).status == -9
+    assert run("while True: pass", cpu_seconds=1, wall_seconds=120.0).status == -9
     assert run("import time; time.sleep(60)", wall_seconds=0.5).status is None
 
 
@@ -165,6 +165,40 @@ def test_what_a_program_leaves_running_ends_with_it_and_endless_output_is_cut():
     endless = run("while True: print('x' * 1000)", output_kib=8)
     assert endless.status != 0
     assert len(endless.stdout) == 8 * 1024
+
+
+@contained
+def test_what_was_written_can_be_neither_read_nor_changed():
+    program = """
+        import os
+        print("said", flush=True)
+        try:
+            print(os.pread(1, 100, 0))
+        except OSError as error:
+            print(error.errno, flush=True)
+        os.pwrite(1, b"more", 0)
+    """
+    assert run(program).stdout == "said\n9\nmore"
+
+
+def test_a_sandbox_that_fails_is_tried_three_times_in_all_and_then_it_is_an_error(monkeypatch):
+    fails = [sandbox.SandboxError("no process left")] * 2
+    real = sandbox._run
+
+    def flaky(*given, **named):
+        if fails:
+            raise fails.pop()
+        return real(*given, **named)
+
+    monkeypatch.setattr(sandbox, "missing", lambda: "")
+    monkeypatch.setattr(sandbox, "_run", flaky)
+    monkeypatch.setattr(sandbox, "PAUSE_SECONDS", 0.0)
+    if not LACKING:
+        assert run("print(1)").stdout == "1\n"
+    fails[:] = [sandbox.SandboxError("no process left")] * 3
+    with pytest.raises(sandbox.SandboxError, match="no process left"):
+        run("print(1)")
+    assert fails == []
 
 
 def test_what_cannot_be_contained_is_refused_in_one_line(monkeypatch):
