@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from rayrlhf.config.data import DatasetSection
 from rayrlhf.config.section import Section
 
 
@@ -45,3 +46,21 @@ class ContextSection(Section):
         if "{prompt}" not in self.question:
             raise ValueError("question has no {prompt} in it, where the prompt goes")
         return self
+
+
+class RolloutDemonstrationsSection(SelectionSection):
+    """Demonstrations before every prompt while responses are sampled; never the prompt itself or its text."""
+
+    count: int = Field(4, ge=1)
+    """Before each prompt; what does not fit into the prompt's tokens goes from the far end, and is counted."""
+    pool: DatasetSection | None = None
+    """Where they come from: rows with a prompt and an answer; `data.train` when not given."""
+    answer_field: str = "completion"
+    """The column of the pool with the answer, as text."""
+    context: ContextSection = ContextSection()
+    """How they are written down; `text` where `data.chat` is false."""
+    train_with: Literal["in_context", "bare"] = "in_context"
+    """`in_context`: policy, reference and critic read what the sampler read, and evaluations show demonstrations too. `bare`:
+    they read the prompt alone, as evaluations do. The sampler's log-probs are then of another context: old log-probs are the
+    trainer's in either case, `mismatch_alarm` is off, and `algorithm.correction` has to be. Rewards judge the answer to the
+    prompt alone in both."""

@@ -48,7 +48,7 @@ class ICLDistillConfig(Section):
     model: ModelSection
     """Teacher and student both begin with it; the teacher stays as it is."""
     data: ExamplesSection
-    """The prompts, with answers where `teacher.responses` is `given` (and demonstrations come from here)."""
+    """The prompts; with answers where `teacher.responses` is `given`, or demonstrations come from here."""
     pool: ExamplesSection | None = None
     """Where demonstrations come from; the prompts' own dataset when not given."""
     teacher: TeacherSection = TeacherSection()

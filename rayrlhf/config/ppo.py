@@ -153,6 +153,32 @@ class PPOConfig(Section):
             )
         return self
 
+    @property
+    def trains_bare(self) -> bool:
+        """Whether what is trained reads prompts without the demonstrations that the sampler reads."""
+        shown = self.rollout.demonstrations
+        return shown is not None and shown.train_with == "bare"
+
+    @model_validator(mode="after")
+    def _demonstrations_fit(self) -> Self:
+        shown = self.rollout.demonstrations
+        if shown is None:
+            return self
+        if self.environment is not None:
+            raise ValueError("rollout.demonstrations: an environment opens its own conversation; leave one of them out")
+        if (shown.context.layout == "text") == self.data.chat:
+            wanted = "turns or system" if self.data.chat else "text"
+            raise ValueError(
+                f"rollout.demonstrations.context.layout '{shown.context.layout}' with data.chat {str(self.data.chat).lower()}: "
+                f"expected {wanted}"
+            )
+        if self.trains_bare and self.algorithm.correction.level != "none":
+            raise ValueError(
+                f"algorithm.correction.level '{self.algorithm.correction.level}' compares with the sampler, which reads "
+                "another context with rollout.demonstrations.train_with 'bare': expected 'none'"
+            )
+        return self
+
     @model_validator(mode="after")
     def _sampling_may_run_ahead(self) -> Self:
         staleness = self.asynchronous.max_staleness
@@ -165,7 +191,7 @@ class PPOConfig(Section):
                 f"async.max_staleness {staleness} issues whole steps ahead, before it is known what rollout.refill_rounds "
                 f"{self.rollout.refill_rounds} would replace: set one of them to 0"
             )
-        if "level" not in self.algorithm.correction.model_fields_set:
+        if "level" not in self.algorithm.correction.model_fields_set and not self.trains_bare:
             # As with the critic: a default that follows another section.
             correction = self.algorithm.correction.model_copy(update={"level": "token"})
             object.__setattr__(self, "algorithm", self.algorithm.model_copy(update={"correction": correction}))

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from rayrlhf.config.demonstrations import RolloutDemonstrationsSection
 from rayrlhf.config.section import Section
 
 
@@ -23,6 +24,8 @@ class RolloutSection(Section):
     refill_rounds: int = Field(0, ge=0)
     """Rounds in which other prompts replace those whose responses all scored the same (DAPO's dynamic sampling). When they are
     used up, the step is filled with such prompts."""
+    demonstrations: RolloutDemonstrationsSection | None = None
+    """Examples that stand before every prompt; none when not given."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest response in tokens."""
     temperature: float = Field(1.0, gt=0)

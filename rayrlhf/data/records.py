@@ -87,12 +87,14 @@ class Prompt(Record):
         text: what the user wrote (the last user turn), for rewards and reports.
         token_ids: int32 [P], chat template applied.
         columns: every other column of the dataset row, for reward functions.
+        context_ids: int32 [C], what the sampler reads in place of `token_ids`; None where it reads the same.
     """
 
     id: int
     text: str
     token_ids: Int32
     columns: dict[str, Any] = field(default_factory=dict)
+    context_ids: Int32 | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,7 +161,9 @@ def _questions(config: ICLDistillConfig, folder: Path) -> PartFolder:
     if questions.sealed:
         return questions
     size = config.pipeline.rows_per_part
-    rows = taken_in(config.data, folder / "intake" / "prompts", size)
+    shown_to_others = config.pool is None and config.teacher.demonstrations > 0
+    answered = shown_to_others or config.teacher.responses == "given"
+    rows = taken_in(config.data, folder / "intake" / "prompts", size, answered=answered)
     targets = pool = list(chain.from_iterable(read_examples(config.data, rows)))
     if config.pool is not None:
         pool = list(chain.from_iterable(read_examples(config.pool, taken_in(config.pool, folder / "intake" / "pool", size))))

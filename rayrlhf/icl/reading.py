@@ -31,8 +31,9 @@ def read_examples(section: ExamplesSection, rows: PartFolder) -> Iterator[list[E
         yield part
 
 
-def taken_in(section: ExamplesSection, folder: Path, rows_per_part: int) -> PartFolder:
+def taken_in(section: ExamplesSection, folder: Path, rows_per_part: int, *, answered: bool = True) -> PartFolder:
     """Read a dataset into `rows/` of a folder, what is unusable into `rejected/`, unless that is done; errors as `take_in`."""
     rows = PartFolder(folder / "rows")
-    take_in(section, rows, PartFolder(folder / "rejected"), rows_per_part=rows_per_part, tokenizer=None, longest=None)
+    rejected = PartFolder(folder / "rejected")
+    take_in(section, rows, rejected, rows_per_part=rows_per_part, tokenizer=None, longest=None, answered=answered)
     return rows

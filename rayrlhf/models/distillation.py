@@ -11,6 +11,7 @@ outcomes never raises a KL, so the second is a lower bound of the first, and k =
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, cast
 
 import torch
@@ -45,6 +46,11 @@ class FullTeacher:
     weight: Tensor
     bias: Tensor | None
 
+    @cached_property
+    def _product(self) -> Tensor:
+        """The weight as the forward pass multiplies with it: the backward pass may run outside of autocast."""
+        return self.weight.to(product_dtype(self.weight))
+
     def divergence(self, rows: slice, student: Tensor) -> Tensor:
         """See `Teacher.divergence`."""
         teacher = self._logprobs(rows, student.dtype)
@@ -56,10 +62,9 @@ class FullTeacher:
         return student.exp_().sub_(self._logprobs(rows, student.dtype).exp_())
 
     def _logprobs(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        hidden = self.hidden[rows]
-        product = product_dtype(self.weight)
-        buffer = torch.empty(len(hidden), len(self.weight), dtype=dtype, device=hidden.device)
-        logits = logits_into(hidden.to(product), self.weight.to(product), self.bias, 1.0, buffer)
+        hidden, product = self.hidden[rows], self._product
+        buffer = torch.empty(len(hidden), len(product), dtype=dtype, device=hidden.device)
+        logits = logits_into(hidden.to(product.dtype), product, self.bias, 1.0, buffer)
         return logits.sub_(logits.logsumexp(-1, keepdim=True))
 
 

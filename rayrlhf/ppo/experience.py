@@ -33,6 +33,8 @@ from rayrlhf.ppo.scoring import ScoredRollouts
 
 LOGPROB_GAP = "sampling/sampling_logp_difference/mean"
 """Metric that proves that a sync arrived: mean |trainer - sampler| log-prob on fresh rollouts, in nats."""
+CONTEXT = "context/"
+"""Beginning of the same metrics' names where the sampler read demonstrations that the trainer does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,10 +213,13 @@ class ExperienceMaker:
         queries = torch.tensor([len(rollout.prompt_ids) for rollout in rollouts])
         responses = torch.tensor([int(rollout.action_mask.sum()) for rollout in rollouts])
         stopped = torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
+        apart = mismatch(logprobs, sampler, mask)
+        if self._config.trains_bare:  # what the demonstrations are worth to the sampler, which proves nothing of a sync
+            apart = {
+                name.replace("sampling/sampling_", CONTEXT).replace("sampling/", CONTEXT): gap for name, gap in apart.items()
+            }
         return (
-            objective_statistics(logprobs, kl, non_score, scores, mask)
-            | length_statistics(queries, responses, stopped)
-            | mismatch(logprobs, sampler, mask)
+            objective_statistics(logprobs, kl, non_score, scores, mask) | length_statistics(queries, responses, stopped) | apart
         )
 
 

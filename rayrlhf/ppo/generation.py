@@ -51,7 +51,8 @@ def make_requests(
         seen[prompt.id] = first + samples_per_prompt
         for sample in range(first, first + samples_per_prompt):
             seed = sample_seed(run_seed, step, prompt.id, sample)
-            requests.append(RolloutRequest(SampleKey(step, prompt.id, sample), prompt.token_ids, seed))
+            read = prompt.token_ids if prompt.context_ids is None else prompt.context_ids
+            requests.append(RolloutRequest(SampleKey(step, prompt.id, sample), read, seed))
     return requests
 
 

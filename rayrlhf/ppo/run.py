@@ -20,6 +20,7 @@ from rayrlhf.data.mirror import Mirror
 from rayrlhf.data.prompts import load_prompt_dataset
 from rayrlhf.data.records import Prompt
 from rayrlhf.data.sampler import PromptSampler
+from rayrlhf.demonstrations.prompts import Demonstrator
 from rayrlhf.engines.rollout import context_length
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_architecture, load_tokenizer
@@ -149,11 +150,17 @@ def load_prompts(config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
             f"rollout.max_new_tokens {config.rollout.max_new_tokens} and data.max_prompt_tokens {longest} exceed "
             f"the {context} tokens of the model's context (rollout.max_model_length)"
         )
+    shown = config.rollout.demonstrations
+    demonstrator = Demonstrator(shown, config.data, tokenizer, longest, config.run.seed) if shown is not None else None
     train = load_prompt_dataset(config.data.train, config.data, tokenizer, longest)
+    if demonstrator is not None:
+        train = demonstrator.show(config.data.train, train)
     if config.data.evaluation is None or not config.evaluation.enabled:
         return train, []
-    held_out = load_prompt_dataset(config.data.evaluation, config.data, tokenizer, longest)
-    return train, held_out[: config.evaluation.prompts]
+    held_out = load_prompt_dataset(config.data.evaluation, config.data, tokenizer, longest)[: config.evaluation.prompts]
+    if demonstrator is not None and not config.trains_bare:
+        held_out = demonstrator.show(config.data.evaluation, held_out)
+    return train, held_out
 
 
 def _check_backend(config: PPOConfig) -> None:

@@ -5,7 +5,7 @@ rollouts are still being generated; where roles share cores they take turns at t
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,6 +118,7 @@ class Scorer:
 
     def add(self, finished: Sequence[Rollout]) -> None:
         """Take finished rollouts; starts their scoring at once where roles overlap."""
+        finished = [as_trained(rollout, self.prompts[rollout.key.prompt]) for rollout in finished]
         self._rollouts.extend(finished)
         if self.overlap:
             if self.known is None:
@@ -189,6 +190,11 @@ class Scorer:
             lost = error if isinstance(error, ActorLostError) else ActorLostError(str(error), group.names[call.rank])
             handle = self.healer.revive(call.role, call.rank, call.handle, lost)
         return self._answer(call._replace(handle=handle, answer=handle.score.remote(*call.arguments)), what)
+
+
+def as_trained(rollout: Rollout, prompt: Prompt) -> Rollout:
+    """Return a rollout behind the prompt that is trained on, where the sampler read another context."""
+    return rollout if prompt.context_ids is None else replace(rollout, prompt_ids=prompt.token_ids)
 
 
 def _shares(rollouts: Sequence[Rollout], ranks: int) -> list[list[Rollout]]:

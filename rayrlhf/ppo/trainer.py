@@ -112,7 +112,8 @@ class PPOTrainer:
         """One PPO step on scored rollouts: advantages, all epochs of updates, weight sync. Returns the metrics.
 
         Raises:
-            AlarmError: trainer and sampler disagree on the rollouts' log-probs by more than `rollout.mismatch_alarm`.
+            AlarmError: trainer and sampler disagree on the rollouts' log-probs by more than `rollout.mismatch_alarm`, having
+                read the same.
         """
         self.consistent = False
         with self.timer.phase("assemble"):
@@ -120,7 +121,7 @@ class PPOTrainer:
         staleness = staleness_metrics(scored.rollouts, self.weight_version, self.config.asynchronous.max_staleness)
         gap = fresh_gap(experience.batch.arrays["old_logprobs"], scored.rollouts, self.weight_version)
         allowed = self.config.rollout.mismatch_alarm
-        if gap is not None and not gap <= allowed:
+        if gap is not None and not gap <= allowed and not self.config.trains_bare:
             raise AlarmError(
                 f"step {self.steps_done}: trainer and sampler log-probs differ by {gap:.3g} nats on average, above the "
                 f"{allowed:.3g} of rollout.mismatch_alarm: the rollout engine does not serve the policy's weights"

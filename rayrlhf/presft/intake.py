@@ -41,6 +41,7 @@ def take_in(
     tokenizer: Any | None,
     longest: int | None,
     given_field: str | None = None,
+    answered: bool = True,
 ) -> None:
     """Read a dataset into part files, unless that is done.
 
@@ -52,6 +53,7 @@ def take_in(
         tokenizer: of the model; None leaves lengths unchecked.
         longest: most tokens of prompt and response with its end; None leaves lengths unchecked.
         given_field: a field that holds a model's response, kept under `GIVEN`.
+        answered: whether a row needs a response; it is "" where a row has none.
 
     Raises:
         UserError: no such dataset, too large a share of unusable rows, none usable, or it changed since an earlier start.
@@ -67,7 +69,7 @@ def take_in(
     reasons: Counter[str] = Counter()
     bad: list[Row] = []
     total = count = index = bad_index = 0
-    checked = _checked(section, given_field)
+    checked = _checked(section, given_field, answered)
     while batch := list(islice(checked, rows_per_part)):
         total += len(batch)
         good = [row for row in batch if "reason" not in row]
@@ -91,11 +93,11 @@ def take_in(
     rows.seal(facts | (_longest(rows) if tokenizer is not None else {}))
 
 
-def _checked(section: PairsSection, given_field: str | None) -> Iterator[Row]:
+def _checked(section: PairsSection, given_field: str | None, answered: bool) -> Iterator[Row]:
     conversational: bool | None = None
     for source in stream_rows(section):
         try:
-            row = _pair(section, source, given_field)
+            row = _pair(section, source, given_field, answered)
             if conversational is None:
                 conversational = row["messages"] is not None
             elif conversational != (row["messages"] is not None):
@@ -109,7 +111,7 @@ def _checked(section: PairsSection, given_field: str | None) -> Iterator[Row]:
             yield {"source": source.number, "reason": str(error), "content": content}
 
 
-def _pair(section: PairsSection, source: SourceRow, given_field: str | None) -> Row:
+def _pair(section: PairsSection, source: SourceRow, given_field: str | None, answered: bool) -> Row:
     if source.fields is None:
         raise RejectedError(source.problem.split(":")[0])
     fields = dict(source.fields)
@@ -122,11 +124,14 @@ def _pair(section: PairsSection, source: SourceRow, given_field: str | None) -> 
             raise RejectedError(str(error)) from error
         messages = json.dumps(checked, ensure_ascii=False)
         prompt = checked[-1]["content"]
+    if not answered and fields.get(section.response_field) is None:
+        fields[section.response_field] = ""
+    response = _only_message(_field(fields, section.response_field))
     row = {
         "source": source.number,
         "prompt": _text(prompt, section.prompt_field),
         "messages": messages if messages is None else storable(messages),
-        "response": _text(_only_message(_field(fields, section.response_field)), section.response_field),
+        "response": _text(response, section.response_field, may_be_empty=not answered),
         "prompt_tokens": None,
         "response_tokens": None,
     }

@@ -111,8 +111,21 @@ def test_what_cannot_be_shown_is_refused_or_dropped_from_the_far_end_and_counted
         assert asked.count(row["question"]) == 1
 
 
+def test_prompts_need_answers_only_where_somebody_reads_them(tmp_path):
+    from rayrlhf.icl.distill import _questions
+
+    path = write_rows(tmp_path / "bare.jsonl", [{"prompt": f"ask {number}"} for number in range(4)])
+    own = [f"data={{path: {path}}}", "teacher={demonstrations: 0, instruction: Say a letter., responses: sampled}"]
+    rows = list(_questions(config(tmp_path, *own), tmp_path / "one").rows())
+    assert [row["question"] for row in rows] == [f"ask {number}" for number in range(4)]
+    for other in ("teacher.responses=given", "teacher.demonstrations=1"):
+        with pytest.raises(UserError, match="no field completion"):
+            _questions(config(tmp_path, *own, other), tmp_path / other)
+
+
 def test_the_plan_is_told_without_starting_anything(tmp_path):
     told = check_distillation(config(tmp_path))
+    assert STAGES["icl-distill"].outputs(tmp_path)["export"] == str(tmp_path / "student" / "export")
     assert "3 demonstrations (random) and an instruction" in told
     result = CliRunner().invoke(app, ["icl", "distill", str(tmp_path / "missing.yaml"), "--dry-run"])
     assert isinstance(result.exception, UserError)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rayrlhf.models import distillation
 from rayrlhf.models import logprobs as chunking
 from rayrlhf.models.distillation import FullTeacher, TopTeacher, divergence, most_likely
 
@@ -79,3 +80,31 @@ def test_only_what_needs_a_gradient_gets_one_and_autocast_is_followed():
     assert 0 < (found - exact).abs().max() < 0.3
     assert weight.grad is None
     assert hidden.grad.isfinite().all()
+
+
+def test_a_student_that_is_its_teacher_has_no_gradient_when_only_the_forward_pass_is_under_autocast():
+    hidden, weight, bias, *_ = (part.float() for part in drawn(11))
+    student = hidden.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = divergence(student, weight, bias, FullTeacher(hidden, weight, bias))
+    found.sum().backward()
+    assert student.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("kept", [None, 5])
+def test_logits_of_all_places_never_exist_at_once(monkeypatch, kept):
+    monkeypatch.setattr(chunking, "CHUNK_BYTES", 4 * WORDS * 2)
+    hidden, weight, bias, *layer = (part.float() for part in drawn(13))
+    shapes, original = [], distillation.logits_into
+
+    def spy(*arguments):
+        logits = original(*arguments)
+        shapes.append(len(logits))
+        return logits
+
+    monkeypatch.setattr(distillation, "logits_into", spy)
+    teacher = FullTeacher(*layer) if kept is None else TopTeacher(*most_likely(*layer, kept))
+    divergence(hidden.requires_grad_(), weight, bias, teacher).sum().backward()
+    assert max(shapes) == 2
+    # Full: student and teacher, forward and backward. Most likely ones: the teacher once, the student forward and backward.
+    assert sum(shapes) == (4 if kept is None else 3) * ROWS
