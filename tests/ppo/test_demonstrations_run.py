@@ -1,4 +1,7 @@
-"""Whole steps with demonstrations before the prompts: who read what, and that the maths covers the response alone."""
+"""Whole steps with demonstrations before the prompts: who read what, and that the maths covers the response alone.
+
+One process is policy, reference and critic, since each would read the same sequences in one of its own.
+"""
 
 import json
 
@@ -22,6 +25,8 @@ SHOWN = [
     "observe.tensorboard=false",
     "checkpoint.every=0",
     "algorithm.kl.coefficient=0.01",
+    "critic.kind=shared",
+    "model.lora={rank: 2}",
     "evaluation.enabled=false",
 ]
 

@@ -121,3 +121,16 @@ def test_rows_whose_teacher_read_another_response_or_nothing_are_left_out_and_co
     with pytest.raises(UserError, match="all 12 rows were dropped"):
         started(tmp_path, model, "data.overlong=drop", rows=rows)
     assert task.config.data.context_field == "context"
+
+
+def test_a_resumed_student_has_the_teacher_it_began_with(tmp_path, model):
+    task, engine, bare, _, _ = started(tmp_path, model)
+    table = task.prepare(engine, bare, tmp_path)
+    for _ in range(2):
+        step(task, engine, table)
+    engine.save_state(tmp_path / "state")
+    expected = step(task, engine, table)
+    task, other, bare, _, _ = started(tmp_path, model)
+    table = task.prepare(other, bare, tmp_path)
+    other.load_state(tmp_path / "state")
+    assert step(task, other, table) == expected
