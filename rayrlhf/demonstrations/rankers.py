@@ -1,6 +1,7 @@
 """The ranker that a configuration asks for, over examples in memory."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -38,6 +39,20 @@ def make_rankers(
     queries = {target.identity: vector for target, vector in zip(targets, own, strict=True)}
     near = VectorRanker(own if pool is targets else encoder.encode(texts), queries, tasks)
     return lambda _: near
+
+
+def check_encoder(section: SelectionSection) -> None:
+    """Check, without loading it, that the encoder of `nearest` says how it pools.
+
+    Raises:
+        UserError: it does not, or is not there.
+    """
+    from rayrlhf.config.model import ModelSection
+    from rayrlhf.demonstrations.encoder import pooling_of
+    from rayrlhf.models.load import resolve_path
+
+    if section.encoder is not None and section.pooling is None:
+        pooling_of(Path(resolve_path(ModelSection(path=section.encoder))))
 
 
 def positions_by_task(pool: Sequence[Example]) -> Tasks:

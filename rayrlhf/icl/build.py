@@ -16,6 +16,7 @@ import yaml
 from rayrlhf.config.icl_build import ICLBuildConfig
 from rayrlhf.config.load import differences, dump_config
 from rayrlhf.data.atomic import file_atomically, folder_atomically, write_atomically
+from rayrlhf.demonstrations.rankers import check_encoder
 from rayrlhf.demonstrations.ranking import Bm25Ranker
 from rayrlhf.errors import UserError
 from rayrlhf.icl.builder import BM25, TOKENIZER, VECTORS, Builder, BuildPlan, sample_schema
@@ -76,7 +77,7 @@ def check_build(config: ICLBuildConfig) -> str:
     tokenizer = load_tokenizer(config.model)
     if config.sample.layout != "text":
         require_chat_template(tokenizer)
-    _check_encoder(config)
+    check_encoder(config.demonstrations)
     shown, sample = config.demonstrations, config.sample
     what = "every answer" if sample.loss_on == "every" else "the target's answer"
     return "\n".join(
@@ -156,16 +157,6 @@ def _index(config: ICLBuildConfig, rows: PartFolder, folder: Path) -> Path:
         elif config.demonstrations.selection == "nearest":
             write_vectors(_vectors(config, pool), len(pool), partial / VECTORS)
     return folder
-
-
-def _check_encoder(config: ICLBuildConfig) -> None:
-    from rayrlhf.config.model import ModelSection
-    from rayrlhf.demonstrations.encoder import pooling_of
-    from rayrlhf.models.load import resolve_path
-
-    section = config.demonstrations
-    if section.encoder is not None and section.pooling is None:
-        pooling_of(Path(resolve_path(ModelSection(path=section.encoder))))
 
 
 def _vectors(config: ICLBuildConfig, pool: StoredPool) -> Iterator[Any]:

@@ -27,7 +27,7 @@ from rayrlhf.data.atomic import file_atomically, write_atomically
 from rayrlhf.data.templates import Message
 from rayrlhf.demonstrations.choosing import ChoiceCounts, require_pool
 from rayrlhf.demonstrations.context import TextForm, as_messages, as_text
-from rayrlhf.demonstrations.rankers import make_rankers
+from rayrlhf.demonstrations.rankers import check_encoder, make_rankers
 from rayrlhf.errors import UserError
 from rayrlhf.icl.answering import Answerer
 from rayrlhf.icl.questions import Questioner, question_schema
@@ -82,9 +82,11 @@ def check_distillation(config: ICLDistillConfig) -> str:
     """Check what can be known without reading the data, and return the plan in words.
 
     Raises:
-        UserError: no tokenizer, or no chat template where one is needed; no room for an answer beside the context.
+        UserError: no tokenizer, or no chat template where one is needed; no room for an answer beside the context; an
+            encoder that does not say how it pools.
     """
     _tokenizer(config)
+    check_encoder(config.teacher)
     teacher = config.teacher
     more = [f"{teacher.demonstrations} demonstrations ({teacher.selection})"] if teacher.demonstrations else []
     more += ["an instruction"] if teacher.instruction is not None else []

@@ -20,7 +20,7 @@ from rayrlhf.config.model import ModelSection
 from rayrlhf.data.atomic import write_atomically
 from rayrlhf.demonstrations.choosing import ChoiceCounts, require_pool
 from rayrlhf.demonstrations.example import Example
-from rayrlhf.demonstrations.rankers import make_rankers
+from rayrlhf.demonstrations.rankers import check_encoder, make_rankers
 from rayrlhf.errors import UserError
 from rayrlhf.icl.answering import Answerer, AnswerScorer
 from rayrlhf.icl.curve import Point, curve
@@ -68,6 +68,7 @@ def check_evaluation(config: ICLEvaluateConfig) -> str:
     for model in config.models.values():
         _tokenizer(config, model)
     shots = config.demonstrations
+    check_encoder(shots)
     return "\n".join(
         [
             f"run: {config.run.folder}, seed {config.run.seed}",

@@ -39,7 +39,12 @@ run: {name: context}
 stages:
   - {name: build, kind: icl-build, settings: {model: {path: builtin:tiny}, data: {path: builtin:mappings}}}
   - {name: sft, kind: sft, settings: {model: {path: builtin:tiny}, data: {train: {path: "${build.dataset}"}}}}
+  - {name: distill, kind: icl-distill, settings: {model: {path: "${sft.export}"}, data: {path: builtin:mappings}}}
+  - {name: last, kind: sft, settings: {model: {path: "${distill.export}"}, data: {train: {path: "${distill.dataset}"}}}}
 """
     (tmp_path / "chain.yaml").write_text(text)
     planned = plan_chain(load_chain(tmp_path / "chain.yaml", [f"run.root={tmp_path}"]), tmp_path)
     assert planned[1].config.data.train.path == str(tmp_path / "context" / "build" / "dataset.parquet")
+    assert planned[2].config.model.path == str(tmp_path / "context" / "sft" / "export")
+    assert planned[3].config.model.path == str(tmp_path / "context" / "distill" / "student" / "export")
+    assert planned[3].config.data.train.path == str(tmp_path / "context" / "distill" / "dataset.parquet")

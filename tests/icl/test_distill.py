@@ -95,6 +95,8 @@ def test_what_cannot_be_shown_is_refused_or_dropped_from_the_far_end_and_counted
         distill_context(config(tmp_path, "run.name=few", "teacher.demonstrations=20"))
     with pytest.raises(UserError, match=r"generate.max_new_tokens 250: the model's context has 256 tokens"):
         check_distillation(config(tmp_path, "generate.max_new_tokens=250"))
+    with pytest.raises(UserError, match="pooling"):
+        check_distillation(config(tmp_path, f"teacher={{selection: nearest, encoder: '{TINY}'}}"))
     lines = [{"prompt": f"item {number}", "completion": "a" * 60} for number in range(6)]
     lines += [{"prompt": "item 0", "completion": "b"}, {"prompt": "", "completion": "b"}]
     long = write_rows(tmp_path / "long.jsonl", lines)
