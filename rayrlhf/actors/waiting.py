@@ -1,7 +1,7 @@
 """Waiting on Ray with a deadline and a name.
 
-Every wait of the driver goes through here, so that an overrun says what was asked, of whom and since when, a lost actor
-is named by role and rank, and a user's mistake that surfaced inside an actor arrives as the one line it is.
+Every wait of the driver goes through here, so that an overrun says what was asked, of whom, where and since when, a lost
+actor is named by role and rank, and a user's mistake that surfaced inside an actor arrives as the one line it is.
 """
 
 import time
@@ -19,6 +19,7 @@ from ray.exceptions import (
 )
 
 from rayrlhf.actors.asked import asked
+from rayrlhf.actors.places import located
 from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, UserError
 
 Key = TypeVar("Key")
@@ -94,7 +95,8 @@ def lost_because(error: BaseException) -> str:
 def overrun(what: str, names: list[str], seconds: float) -> DeadlineError:
     """The error for a wait that took longer than its deadline."""
     since = time.strftime("%H:%M:%S", time.localtime(time.time() - seconds))
-    return DeadlineError(f"{what}: no answer from {', '.join(sorted(names))} within {seconds:.0f} s (asked at {since})")
+    late = ", ".join(located(name) for name in sorted(names))
+    return DeadlineError(f"{what}: no answer from {late} within {seconds:.0f} s (asked at {since})")
 
 
 def _raise_cause(error: RayTaskError) -> NoReturn:

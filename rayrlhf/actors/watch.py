@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 
 from rayrlhf.actors.asked import waited_for
 from rayrlhf.actors.footprint import Footprint
+from rayrlhf.actors.places import forget, located, seen
 from rayrlhf.actors.supervisor import Health, Pong, RetryPolicy, Silent, advance
 from rayrlhf.actors.worker import Place
 
@@ -54,9 +55,12 @@ class Watch:
     def __exit__(self, *exception: object) -> None:
         self._end.set()
         self._thread.join(timeout=10)
+        for name in self._watched:
+            forget(name)
 
     def add(self, name: str, handle: Any) -> None:
         """Watch an actor from now on, in place of an earlier one of the same name. It has been built and answers pings."""
+        forget(name)
         with self._lock:
             self._watched[name] = _Watched(handle)
 
@@ -64,12 +68,7 @@ class Watch:
         """Watch an actor no more."""
         with self._lock:
             self._watched.pop(name, None)
-
-    def place(self, name: str) -> Place | None:
-        """Where an actor was when it last answered."""
-        with self._lock:
-            found = self._watched.get(name)
-            return found.place if found else None
+        forget(name)
 
     def footprints(self) -> dict[str, Footprint]:
         """What memory each actor took at most, as of its last answer."""
@@ -94,6 +93,9 @@ class Watch:
             if ray.wait([actor.ping], timeout=0)[0]:
                 ping, actor.ping = actor.ping, None
                 actor.place = ray.get(ping)
+                with self._lock:
+                    if self._watched.get(name) is actor:
+                        seen(name, actor.place)
                 actor.health = advance(actor.health, Pong(), now, self._policy)
                 return
         except RayError:
@@ -104,10 +106,9 @@ class Watch:
             self._end_hung(name, actor)
 
     def _end_hung(self, name: str, actor: _Watched) -> None:
-        where = f" (process {actor.place.pid} on node {actor.place.address})" if actor.place else ""
         call = waited_for(name)
         owed = f"the run waits for {call}; " if call else ""
-        self._note(name, f"{name}{where}: {actor.health.reason}; {owed}the process is ended")
+        self._note(name, f"{located(name)}: {actor.health.reason}; {owed}the process is ended")
         self._forget(name, actor)
         ray.kill(actor.handle)
 
@@ -115,3 +116,4 @@ class Watch:
         with self._lock:
             if self._watched.get(name) is actor:
                 del self._watched[name]
+        forget(name)

@@ -8,6 +8,7 @@ import pytest
 
 from rayrlhf.actors import watch
 from rayrlhf.actors.asked import asked, waited_for
+from rayrlhf.actors.places import located, seen
 from rayrlhf.actors.supervisor import RetryPolicy
 from rayrlhf.actors.worker import Place
 
@@ -45,7 +46,8 @@ def test_the_line_about_a_hanging_process_names_role_rank_process_node_call_and_
     killed, lines = [], []
     monkeypatch.setattr(watch, "ray", SimpleNamespace(wait=lambda refs, timeout: ([], refs), kill=killed.append))
     guard = watch.Watch(RetryPolicy(ping_deadline=8.0), 1.0, lambda name, line: lines.append((name, line)))
-    actor = watch._Watched("handle", place=Place(4711, "node", "10.0.0.7"), ping="ping", sent=time.monotonic() - 9)
+    actor = watch._Watched("handle", ping="ping", sent=time.monotonic() - 9)
+    seen("ppo/rollout/1", Place(4711, "node", "10.0.0.7"))
     with asked("generate", {"ppo/rollout/1": time.monotonic() - 11}):
         guard._look_at("ppo/rollout/1", actor)
     assert killed == ["handle"]
@@ -56,3 +58,4 @@ def test_the_line_about_a_hanging_process_names_role_rank_process_node_call_and_
         r"the run waits for generate asked 11 s ago; the process is ended"
     )
     assert re.fullmatch(expected, line)
+    assert located("ppo/rollout/1") == "ppo/rollout/1"
