@@ -74,6 +74,11 @@ def one_clear_mistake(error, name=""):
     assert "Traceback" not in str(error)
 
 
+def nothing_written(file):
+    """Reading leaves the folder as the user left it: their files, and not one of ours."""
+    return {path.name for path in file.parent.iterdir()} <= {"file", "file.jsonl"}
+
+
 @MANY
 @given(st.lists(st.tuples(key, anything), min_size=1, max_size=3))
 def test_a_configuration_is_read_or_its_mistakes_are_named(file, changes):
@@ -88,6 +93,7 @@ def test_a_configuration_is_read_or_its_mistakes_are_named(file, changes):
         load_config(PPOConfig, file)
     except UserError as error:
         one_clear_mistake(error)
+    assert nothing_written(file)
 
 
 @MANY
@@ -98,6 +104,7 @@ def test_an_override_is_applied_or_its_mistake_is_named(file, overrides):
         load_config(PPOConfig, file, [f"{name}={value}" for name, value in overrides])
     except UserError as error:
         one_clear_mistake(error)
+    assert nothing_written(file)
 
 
 row = st.dictionaries(st.sampled_from(["prompt", "answer", ""]) | st.text(max_size=4), anything, max_size=3)
@@ -122,6 +129,7 @@ def test_a_dataset_is_read_or_the_row_that_is_wrong_is_named(file, tokenizer, li
     else:
         assert prompts
         assert all(len(prompt.token_ids) for prompt in prompts)
+    assert nothing_written(file)
 
 
 def bound(answer):
