@@ -35,6 +35,16 @@ def cluster():
     ray.shutdown()
 
 
+def say_the_number(prompts, number):
+    """Give `code` right programs for even rows and wrong ones for odd ones; a wrong verdict ends the run."""
+    from rayrlhf.rewards.programs import code
+
+    programs = [f"print({value + value % 2})" for value in number]
+    rewards = code(programs, expected_output=[str(value) for value in number], where="whole")
+    assert rewards == [float(value % 2 == 0) for value in number]
+    return [0.5] * len(prompts)
+
+
 class FailingServer:
     """Answers rightly for a while, then returns garbage, then an overload, and then is dead."""
 
@@ -68,14 +78,18 @@ def scored(config):
 
 
 def test_a_run_goes_on_with_right_rewards_alone_while_one_of_two_servers_fails_and_dies(tmp_path):
+    """Beside it the reward process runs programs in the sandbox, where programs can be contained."""
+    programs = "" if missing() else ", {name: 'tests.ppo.test_reward_service_run:say_the_number', weight: 0.0}"
     failing, steady = FailingServer(right_answers=1), Server(right)
-    config = run_config(tmp_path, *SMALL, remote(failing.server.url, steady.url) + "]", "run.steps=3")
+    functions = remote(failing.server.url, steady.url) + programs + "]"
+    config = run_config(tmp_path, *SMALL, functions, "run.steps=3", "reward.memory_gib=1")
     train_ppo(config)
     failing.server.stop()
     steady.stop()
     assert failing.bad >= 3
     rows, scores, expected = scored(config)
     assert {row["step"] for row in rows} == {1, 2, 3}
+    assert not programs or {row["reward/say_the_number"] for row in rows} == {0.5}
     np.testing.assert_allclose(scores, expected, atol=1e-6)
 
 
@@ -91,21 +105,3 @@ def test_when_all_servers_die_a_run_stops_or_goes_on_with_its_other_rewards_as_c
     # The other reward is paid token by token, and the score still counts its sum.
     assert all(row["reward/remote"] is None or np.isnan(row["reward/remote"]) for row in rows)
     np.testing.assert_allclose(scores, 2 * expected, atol=1e-6)
-
-
-@pytest.mark.skipif(bool(missing()), reason=f"programs cannot be contained here: {missing()}")
-def test_programs_are_run_in_the_sandbox_by_the_reward_process_of_a_run(tmp_path):
-    code = "reward.functions=[{name: 'tests.ppo.test_reward_service_run:say_the_number'}]"
-    config = run_config(tmp_path, *SMALL, code, "run.steps=1", "reward.memory_gib=1")
-    train_ppo(config)
-    assert {row["score"] for row in read_samples(config.run.folder / "samples")} == {0.5}
-
-
-def say_the_number(prompts, number):
-    """Right programs for even rows and wrong ones for odd ones, each weighed against its opposite."""
-    from rayrlhf.rewards.programs import code
-
-    programs = [f"print({value + value % 2})" for value in number]
-    rewards = code(programs, expected_output=[str(value) for value in number], where="whole")
-    assert rewards == [float(value % 2 == 0) for value in number]
-    return [0.5] * len(prompts)
