@@ -98,7 +98,9 @@ def test_when_all_servers_die_a_run_stops_or_goes_on_with_its_other_rewards_as_c
     with pytest.raises(UserError, match=r"reward function 'remote': no usable answer in 4 attempts; last: .+"):
         train_ppo(run_config(tmp_path, *SMALL, remote(dying.server.url) + "]"))
     other = ", {name: 'tests.ppo.runs:digit_share_by_token', per: token, weight: 2.0}]"
-    config = run_config(tmp_path, *SMALL, remote(dying.server.url, more=", on_failure: skip") + other, "run.name=skip")
+    config = run_config(
+        tmp_path, *SMALL, remote(dying.server.url, more=", on_failure: skip") + other, "run.name=skip", "run.steps=1"
+    )
     train_ppo(config)
     dying.server.stop()
     rows, scores, expected = scored(config)
