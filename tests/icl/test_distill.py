@@ -101,13 +101,14 @@ def test_what_cannot_be_shown_is_refused_or_dropped_from_the_far_end_and_counted
     lines += [{"prompt": "item 0", "completion": "b"}, {"prompt": "", "completion": "b"}]
     long = write_rows(tmp_path / "long.jsonl", lines)
     data = f"data={{path: {long}, max_rejected_share: 0.5}}"
-    wanted = config(tmp_path, data, "teacher.demonstrations=4", "teacher.max_context_tokens=150")
+    # By words a twin is the nearest; by lot it depends on the folder's name whether it is met at all.
+    wanted = config(tmp_path, data, "teacher.demonstrations=4", "teacher.selection=bm25", "teacher.max_context_tokens=150")
     questions = _questions(wanted, tmp_path / "run")
     report = _report(wanted, questions, questions)
     assert report["dropped"] > 0
     assert sum(int(shown) * count for shown, count in report["shown"].items()) + report["dropped"] == 7 * 4
     assert sum(report["rejected"].values()) == 1
-    assert report["leaks"]["same_text"] >= 1
+    assert report["leaks"]["same_text"] == 2
     for row in questions.rows():
         asked = [turn["content"] for turn in json.loads(row["messages"]) if turn["role"] == "user"]
         assert asked.count(row["question"]) == 1
