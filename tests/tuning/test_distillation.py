@@ -134,3 +134,15 @@ def test_a_resumed_student_has_the_teacher_it_began_with(tmp_path, model):
     table = task.prepare(other, bare, tmp_path)
     other.load_state(tmp_path / "state")
     assert step(task, other, table) == expected
+
+
+def test_the_teacher_is_read_with_the_output_layer_it_began_with_while_the_students_moves(tmp_path, model):
+    task, engine, bare, _, _ = started(tmp_path, model, "train.learning_rate=0.1")
+    table = task.prepare(engine, bare, tmp_path)
+    for _ in range(3):
+        step(task, engine, table)
+    start = load_causal_model(task.config.model).get_output_embeddings().weight
+    assert torch.equal(engine.teacher_layer[0], start)
+    assert (engine.output_layer()[0] - start).abs().max() > 0.1
+    measured = task.evaluate(engine, table)[0]["evaluation/loss"]
+    assert step(task, engine, table) == pytest.approx(measured, rel=1e-3)
