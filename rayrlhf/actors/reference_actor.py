@@ -17,9 +17,9 @@ class ReferenceActor(Worker):
     _engine: FrozenEngine
 
     @measured
-    def build(self, model: ModelSection, batch_tokens: int) -> None:
+    def build(self, model: ModelSection, batch_tokens: int, offload: bool) -> None:
         """Load the model."""
-        self._engine = FrozenEngine(model, batch_tokens)
+        self._engine = FrozenEngine(model, batch_tokens, offload=offload)
 
     @measured
     def score(

@@ -34,7 +34,7 @@ class RoleSpecs:
         if role == "reward":
             return (config.reward,)
         if role == "reference":
-            return (config.reference.model or config.model, config.train.score_batch_tokens)
+            return (config.reference.model or config.model, config.train.score_batch_tokens, config.reference.offload)
         lockstep = config.run.determinism == "exact"
         continues = config.asynchronous.max_staleness > 0 and config.asynchronous.on_update == "continue"
         return (RolloutSpec(config.model, config.rollout, config.run.seed, config.environment, lockstep, continues=continues),)

@@ -72,3 +72,5 @@ class ReferenceSection(Section):
 
     model: ModelSection | None = None
     """The policy's own start when not given; with LoRA the policy without its adapters, and no further copy."""
+    offload: bool = False
+    """Keep the weights in main memory and copy them to the GPU only while responses are scored; on a CPU nothing changes."""

@@ -51,6 +51,8 @@ class RewardModelSection(Section):
     normalise: bool = False
     """Shift and scale rewards to mean 0 and spread 1 by the statistics that `rayrlhf reward` stored with the model; each
     member by its own."""
+    offload: bool = False
+    """Keep the weights in main memory and copy them to the GPU only while responses are scored; on a CPU nothing changes."""
 
     @property
     def models(self) -> list[ModelSection]:

@@ -14,6 +14,7 @@ from rayrlhf.config.reward import RewardModelSection
 from rayrlhf.data.answer_format import AnswerFormat
 from rayrlhf.data.records import Float32
 from rayrlhf.data.records import Sequence as TokenSequence
+from rayrlhf.engines.offload import settle
 from rayrlhf.engines.score_engine import autocast, score_sequences, training_device
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
@@ -53,7 +54,8 @@ class RewardModelEngine:
         self._device = training_device()
         self._dtype = resolve_dtype(section.model.dtype)
         network = build_network(section.model, frozenset({"value"}), "zero", 0)
-        self._network = network.requires_grad_(False).to(self._device)
+        self._network = network.requires_grad_(False)
+        self._offload = settle(network, self._device, offload=section.offload)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float32:
         """One reward a pair, float32 [B]. Texts longer than `reward.model.max_length` tokens lose their left end.
@@ -61,7 +63,7 @@ class RewardModelEngine:
         With `reward.model.normalise` rewards have the mean 0 and the spread 1 that the model's held-out answers had.
         """
         sequences = [self._sequence(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        with autocast(self._device, self._dtype):
+        with self._offload.in_place(), autocast(self._device, self._dtype):
             scores = score_sequences(
                 self._network,
                 sequences,

@@ -17,6 +17,7 @@ from rayrlhf.data.batching import micro_batches
 from rayrlhf.data.records import Sequence as TokenSequence
 from rayrlhf.data.records import TokenScores
 from rayrlhf.engines.collate import collate
+from rayrlhf.engines.offload import settle
 from rayrlhf.models.load import resolve_dtype
 from rayrlhf.models.network import Network, NetworkOutput, Want, build_network
 
@@ -65,12 +66,13 @@ class FrozenEngine:
     the linear weights in the same way, so the results are those of a train engine with the same weights.
     """
 
-    def __init__(self, model: ModelSection, batch_tokens: int) -> None:
+    def __init__(self, model: ModelSection, batch_tokens: int, *, offload: bool = False) -> None:
         """Load the model on this process's GPU if it sees one, else on the CPU.
 
         Args:
             model: what to load, without adapters.
             batch_tokens: token budget of one forward.
+            offload: whether its weights wait in main memory between calls of `score`.
 
         Raises:
             UserError: the model cannot be loaded.
@@ -83,13 +85,14 @@ class FrozenEngine:
         )
         network.requires_grad_(False)
         _hold_linear_weights_in(network, self._dtype)
-        self._network: Network = network.to(self._device)
+        self._network: Network = network
+        self._offload = settle(network, self._device, offload=offload)
 
     def score(
         self, sequences: Sequence[TokenSequence], want: frozenset[Want], *, temperature: float = 1.0, reference: bool = False
     ) -> list[TokenScores]:
         """Score sequences in the order given (see `rayrlhf.engines.interfaces.ScoreEngine`); `reference` has no effect."""
-        with autocast(self._device, self._dtype):
+        with self._offload.in_place(), autocast(self._device, self._dtype):
             return score_sequences(
                 self._network,
                 sequences,

@@ -32,6 +32,9 @@ CPU_PROCESS_BYTES = int(0.4 * GIB)
 BASE_UTILIZATION_BYTES = GIB
 """What vLLM's own profiling run takes out of its share before the KV cache: activations of one prefill and its workspace."""
 
+NOT_SUMMED = ("host", "by_turns")
+"""Fields of `Memory` that lie elsewhere, or are told by other fields."""
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -47,15 +50,19 @@ class Memory:
     """What loading takes beyond all of the above: a rank moves the whole float32 model to its device before it is sharded."""
     host: int = 0
     """Main memory beside the device; on a CPU, where both are the same, nothing."""
+    by_turns: int = 0
+    """Of `total`, what the process holds only while it is its turn: `offload`."""
 
     @property
     def total(self) -> int:
         """Bytes on the device."""
-        return sum(getattr(self, part.name) for part in fields(self) if part.name != "host")
+        return sum(getattr(self, part.name) for part in fields(self) if part.name not in NOT_SUMMED)
 
     def describe(self) -> str:
         """The parts in GiB, largest first, those of nothing left out."""
-        parts = sorted(((getattr(self, part.name), part.name) for part in fields(self) if part.name != "host"), reverse=True)
+        parts = sorted(
+            ((getattr(self, part.name), part.name) for part in fields(self) if part.name not in NOT_SUMMED), reverse=True
+        )
         return ", ".join(f"{name} {size / GIB:.2f}" for size, name in parts if size >= GIB // 200)
 
 
@@ -170,6 +177,11 @@ def in_one_process(models: Sequence[Memory]) -> Memory:
     """Memory of models that one process loads and reads one after the other: all weights, the largest of the rest."""
     largest = {part.name: max(getattr(model, part.name) for model in models) for part in fields(Memory)}
     return Memory(**{**largest, "weights": sum(model.weights for model in models)})
+
+
+def waiting_between_turns(memory: Memory) -> Memory:
+    """The same where weights wait in main memory between turns: only what a process always takes is always on the device."""
+    return replace(memory, by_turns=memory.weights + memory.activations)
 
 
 def cache_bytes_per_token(shape: ModelShape, precision: Precision) -> int:

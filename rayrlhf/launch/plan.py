@@ -24,6 +24,7 @@ from rayrlhf.launch.memory import (
     rollout_memory,
     sync_bytes,
     train_memory,
+    waiting_between_turns,
 )
 from rayrlhf.launch.shape import ModelShape, read_shape
 
@@ -167,11 +168,14 @@ def _memory(
             )
             for one in config.reward.model.models
         ]
+        if nodes.gpus and config.reward.model.offload:
+            return waiting_between_turns(max(members, key=lambda member: member.total))  # each has a turn of its own
         return in_one_process(members)
     if role == "rollout":
         return rollout_memory(shape, precision, devices=config.rollout.tensor_parallel_size, cache=max(cache, 0))
     if role == "reference":
-        return frozen_memory(shape, precision, tokens=max(train.score_batch_tokens, longest), gpu=bool(nodes.gpus))
+        memory = frozen_memory(shape, precision, tokens=max(train.score_batch_tokens, longest), gpu=bool(nodes.gpus))
+        return waiting_between_turns(memory) if nodes.gpus and config.reference.offload else memory
     samples = -(-config.mini_batch_size // ranks)
     if train.micro_batch_size is not None:
         tokens = min(train.micro_batch_size, samples) * longest
@@ -198,7 +202,9 @@ def _device_problems(places: tuple[Place, ...], memory: Mapping[Role, Memory], n
     limit = USABLE * nodes.gpu_memory_gib
     told: set[tuple[Role, ...]] = set()
     for (node, device), roles in load.items():
-        total = sum(memory[role].total for role in roles) / GIB
+        # Roles on one device score one after the other, so of those that wait elsewhere only the largest is there at once.
+        always = sum(memory[role].total - memory[role].by_turns for role in roles)
+        total = (always + max(memory[role].by_turns for role in roles)) / GIB
         if total > limit and tuple(roles) not in told:
             told.add(tuple(roles))  # the other devices with the same roles have the same problem
             parts = ", ".join(f"{role} {memory[role].total / GIB:.1f}" for role in roles)

@@ -113,6 +113,10 @@ def _single(config: PPOConfig, nodes: NodeSection) -> Iterator[str]:
     for devices in (2, 4, 8):
         if rollout.tensor_parallel_size < devices <= nodes.gpus:
             yield f"rollout.tensor_parallel_size={devices}"
+    if nodes.gpus and config.needs_reference and not config.reference_in_policy and not config.reference.offload:
+        yield "reference.offload=true"
+    if nodes.gpus and config.reward.model is not None and not config.reward.model.offload:
+        yield "reward.model.offload=true"
     if not train.offload_optimizer:
         yield "train.offload_optimizer=true"
 

@@ -9,7 +9,7 @@ from rayrlhf.config.launch import NodeSection
 from rayrlhf.errors import UserError
 from rayrlhf.launch.layout import lay_out
 from rayrlhf.launch.plan import plan_run
-from rayrlhf.launch.remedy import advice, find_remedy, fits
+from rayrlhf.launch.remedy import _single, advice, find_remedy, fits
 from tests.launch.models import LLAMA_7B, LLAMA_70B, ppo, write_model
 
 EIGHT = NodeSection(count=8, gpus=8, cpus=96)
@@ -145,3 +145,31 @@ def test_members_of_a_reward_ensemble_share_a_process_and_their_weights_add_up(f
     three = plan_run(ppo(folder / "7b", f"reward.model={{model: {{{member}}}, {members}}}"), EIGHT).memory["reward"]
     assert three.weights == 3 * one.weights
     assert three.total - one.total == 2 * one.weights
+
+
+def test_of_models_that_wait_in_main_memory_a_device_holds_the_largest_and_no_more(folder):
+    settings = [
+        "placement.policy.ranks=8",
+        "placement.critic.ranks=8",
+        "placement.reference.ranks=8",
+        "rollout.replicas=8",
+        f"reward.model={{model: {{path: {folder / '7b'}}}, template: '{{response}}'}}",
+        "placement.reward.ranks=8",
+        "train.zero_stage=3",
+    ]
+    small = NodeSection(count=1, gpus=8, cpus=96, gpu_memory_gib=10)
+
+    def needed(*more):
+        found = [line for line in plan_run(ppo(folder / "7b", *settings, *more), small).problems if "GPU 0" in line]
+        return float(found[0].split(": ")[1].split(" of")[0])
+
+    plan = plan_run(ppo(folder / "7b", *settings), small)
+    one = (plan.memory["reference"].weights + plan.memory["reference"].activations) / 2**30
+    assert needed() - needed("reference.offload=true") == pytest.approx(0, abs=0.15)
+    assert needed() - needed("reference.offload=true", "reward.model.offload=true") == pytest.approx(one, abs=0.15)
+
+
+def test_offloading_is_among_the_remedies_where_it_is_what_helps(folder):
+    plain = ppo(folder / "7b", "placement.policy.ranks=8", "placement.critic.ranks=8", "placement.reference.ranks=8")
+    assert "reference.offload=true" in list(_single(plain, EIGHT))
+    assert "reference.offload=true" not in list(_single(plain, NodeSection(count=1, gpus=0, cpus=8)))
