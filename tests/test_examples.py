@@ -28,7 +28,7 @@ OTHER_FILES = {
     "examples/icl/k-curve.yaml": ICLEvaluateConfig,
     "examples/icl/build.yaml": ICLBuildConfig,
 }
-CHAINS = ["examples/arithmetic/chain.yaml"]
+CHAINS = ["examples/arithmetic/chain.yaml", "examples/rft/chain.yaml"]
 
 
 @pytest.mark.parametrize("path", PPO_FILES)

@@ -81,7 +81,7 @@ def plan_chain(config: ChainConfig, base: Path) -> list[PlannedStage]:
         file = base / section.config if section.config is not None else None
         resolved = load_tree(stage.config, settings, file, f"stage {section.name}")
         planned.append(PlannedStage(section, resolved, folder))
-        outputs[section.name] = stage.outputs(folder)
+        outputs[section.name] = stage.outputs(folder, resolved)
         _check_done(planned[-1])
     return planned
 

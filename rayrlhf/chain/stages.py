@@ -26,19 +26,21 @@ class StageType:
         run: runs it, or finishes what an interrupted chain began; returns its result in one line.
         export: the folder of the model that it leaves, by its path in the stage's folder; "" where there is none.
         dataset: the file it leaves for others to train on, by its name in the folder; "" where there is none.
+        leaves_dataset: whether a configuration of this kind asks for that file.
     """
 
     config: type[Section]
     run: Callable[[Any], str]
     export: str = "export"
     dataset: str = ""
+    leaves_dataset: Callable[[Any], bool] = lambda _: True
 
-    def outputs(self, folder: Path) -> Mapping[str, str]:
+    def outputs(self, folder: Path, config: Section) -> Mapping[str, str]:
         """What later stages may name, known before the stage runs."""
         outputs = {"folder": str(folder)}
         if self.export:
             outputs["export"] = str(folder / self.export)
-        if self.dataset:
+        if self.dataset and self.leaves_dataset(config):
             outputs["dataset"] = str(folder / self.dataset)
         return outputs
 
@@ -96,7 +98,9 @@ STAGES: Mapping[StageKind, StageType] = {
     "reward": StageType(RewardTrainingConfig, _reward),
     "dpo": StageType(DPOConfig, _dpo),
     "ppo": StageType(PPOConfig, _ppo),
-    "evaluate": StageType(EvaluateConfig, _evaluate, export=""),
+    "evaluate": StageType(
+        EvaluateConfig, _evaluate, export="", dataset="kept.jsonl", leaves_dataset=lambda config: config.keep is not None
+    ),
     "icl-build": StageType(ICLBuildConfig, _icl_build, export="", dataset="dataset.parquet"),
     "icl-distill": StageType(ICLDistillConfig, _icl_distill, export="student/export", dataset="dataset.parquet"),
 }

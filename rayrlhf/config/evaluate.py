@@ -39,6 +39,15 @@ class EvaluateDataSection(DatasetSection):
     """Longer prompts are an error; the model's context less `rollout.max_new_tokens` when not given."""
 
 
+class KeepSection(Section):
+    """Which answers are kept for fine-tuning: rejection sampling."""
+
+    at_least: float = 1.0
+    """Lowest score that is kept. Answers that were cut off are not."""
+    per_prompt: int = Field(1, ge=1)
+    """Most answers to a prompt, the best; the same text counts once."""
+
+
 class EvaluateConfig(Section):
     """Everything `rayrlhf evaluate` needs."""
 
@@ -55,6 +64,8 @@ class EvaluateConfig(Section):
     """An answer with at least this score is right, for pass@k."""
     best_by: str | None = None
     """Part of the reward that best-of-k chooses by, a function's name or `reward_model`; the whole score when not given."""
+    keep: KeepSection | None = None
+    """Write the best answers to `kept.jsonl`, for `rayrlhf sft`; a chain's later stages name it `${this.dataset}`."""
 
     @model_validator(mode="after")
     def _answers_can_differ(self) -> Self:

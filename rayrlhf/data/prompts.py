@@ -52,6 +52,16 @@ def load_prompt_dataset(
     return dataset.prompts
 
 
+def read_prompts(section: DatasetSection) -> list[str | list[Message]]:
+    """Every row's prompt as it is written, through `template` where that is given.
+
+    Raises:
+        UserError: no such file or field, or a prompt that is empty or of a wrong type.
+    """
+    rows = read_rows(section)
+    return [_prompt_of(rows, index, section) for index in range(len(rows.values))]
+
+
 def prepare_prompts(
     section: DatasetSection, data: DataSection, tokenizer: "PreTrainedTokenizerBase", max_prompt_tokens: int
 ) -> PromptDataset:

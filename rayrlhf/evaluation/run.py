@@ -16,13 +16,14 @@ from rayrlhf.config.data import DataSection
 from rayrlhf.config.evaluate import EvaluateConfig
 from rayrlhf.config.load import differences, dump_config
 from rayrlhf.data.atomic import write_atomically
-from rayrlhf.data.prompts import load_prompt_dataset
+from rayrlhf.data.prompts import load_prompt_dataset, read_prompts
 from rayrlhf.data.records import Float32, Prompt, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import sample_seed
 from rayrlhf.engines.reward_ensemble import RewardEnsemble
 from rayrlhf.engines.rollout import RolloutSpec, build_rollout_engine, context_length
 from rayrlhf.errors import UserError
 from rayrlhf.evaluation.best_of import best_of, pass_at, powers_of_two
+from rayrlhf.evaluation.keeping import KEPT, as_lines, kept_rows
 from rayrlhf.models.load import load_architecture, load_tokenizer
 from rayrlhf.observe.run_folder import open_run
 from rayrlhf.observe.samples import Sample, SampleSink
@@ -47,6 +48,7 @@ class EvaluationResult:
         samples: answers to each prompt.
         pass_at: k -> chance that one of k answers is right; nothing where there is one answer a prompt.
         best_of: k -> score of the best of k answers; likewise.
+        kept: answers that were kept for fine-tuning.
     """
 
     folder: Path
@@ -57,13 +59,16 @@ class EvaluationResult:
     samples: int = 1
     pass_at: Mapping[int, Interval] = field(default_factory=dict)
     best_of: Mapping[int, Interval] = field(default_factory=dict)
+    kept: int = 0
 
     def lines(self) -> list[str]:
         """The result in words."""
         parts = [f"{name}: {interval}" for name, interval in self.parts.items()]
         tries = [f"pass@{k}: {interval}" for k, interval in self.pass_at.items()]
         tries += [f"best of {k}: {interval}" for k, interval in self.best_of.items()]
-        return [f"score over {self.prompts} prompts: {self.score}", *parts, *tries, f"distinct answers: {self.distinct:.0%}"]
+        kept = [f"kept: {self.kept} of {self.prompts * self.samples} answers, in {KEPT}"] if self.kept else []
+        score = f"score over {self.prompts} prompts: {self.score}"
+        return [score, *parts, *tries, f"distinct answers: {self.distinct:.0%}", *kept]
 
 
 def check_evaluation(config: EvaluateConfig) -> str:
@@ -99,7 +104,8 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult:
             weights |= ensemble.weights
         rewards = weighted_sum(parts, weights)
         SampleSink(folder.path / ANSWERS).write(0, _samples(asked, rollouts, rewards))
-        return _write_result(config, folder.path, rollouts, rewards)
+        kept = _keep(config, folder.path, asked, rollouts, rewards.scores)
+        return _write_result(config, folder.path, rollouts, rewards, kept)
 
 
 def read_result(folder: Path) -> EvaluationResult:
@@ -110,7 +116,16 @@ def read_result(folder: Path) -> EvaluationResult:
         name: {int(k): Interval(**values) for k, values in stored.get(name, {}).items()} for name in ("pass_at", "best_of")
     }
     score = Interval(**stored["score"])
-    return EvaluationResult(folder, stored["prompts"], score, parts, stored["distinct"], stored.get("samples", 1), **tries)
+    return EvaluationResult(
+        folder,
+        stored["prompts"],
+        score,
+        parts,
+        stored["distinct"],
+        stored.get("samples", 1),
+        **tries,
+        kept=stored.get("kept", 0),
+    )
 
 
 def _load_prompts(config: EvaluateConfig) -> list[Prompt]:
@@ -146,7 +161,9 @@ def _answer(config: EvaluateConfig, prompts: Sequence[Prompt]) -> list[Rollout]:
     return [by_key[request.key] for request in requests]
 
 
-def _write_result(config: EvaluateConfig, folder: Path, rollouts: Sequence[Rollout], rewards: RewardBatch) -> EvaluationResult:
+def _write_result(
+    config: EvaluateConfig, folder: Path, rollouts: Sequence[Rollout], rewards: RewardBatch, kept: int
+) -> EvaluationResult:
     def per_prompt(values: Float32) -> Float32:
         return values.reshape(-1, config.samples)
 
@@ -165,10 +182,21 @@ def _write_result(config: EvaluateConfig, folder: Path, rollouts: Sequence[Rollo
         config.samples,
         {k: bootstrap_mean(pass_at(scores, k, right_from=config.right_from)) for k in tries},
         {k: bootstrap_mean(best_of(scores, k, chosen_by=judge)) for k in tries},
+        kept,
     )
     stored = asdict(result) | {"folder": str(folder)}
     write_atomically(folder / RESULT, json.dumps(stored, indent=2) + "\n")
     return result
+
+
+def _keep(config: EvaluateConfig, folder: Path, asked: Sequence[Prompt], rollouts: Sequence[Rollout], scores: Float32) -> int:
+    """Write what is to be kept, before the result, which says that all is done; returns how many answers."""
+    if config.keep is None:
+        return 0
+    written = dict(enumerate(read_prompts(config.data)))
+    rows = kept_rows(asked, rollouts, scores, config.keep, written, config.data)
+    write_atomically(folder / KEPT, as_lines(rows))
+    return len(rows)
 
 
 def _samples(asked: Sequence[Prompt], rollouts: Sequence[Rollout], rewards: RewardBatch) -> list[Sample]:
