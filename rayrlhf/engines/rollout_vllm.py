@@ -13,9 +13,10 @@ On CPUs one replica is one process, and nothing is compiled: compilation would c
 import importlib.util
 import math
 import os
+import sys
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -214,6 +215,11 @@ class VLLMRolloutEngine:
         return make_rollout(request, sample.token_ids, logprobs, versions, sample.finish_reason, self._tokenizer)
 
 
+UNREADABLE = "llvmlite.binding.ffi"
+"""A module with an object that has no ordinary `__dict__`. When vLLM 0.32 starts on a CPU it looks into the objects of all loaded
+modules, and fails at this one; numba brings it, which bm25s loads."""
+
+
 def _start(spec: RolloutSpec, transfer: Transfer, executor: str | None) -> Any:
     from transformers import AutoConfig
     from vllm.config import WeightTransferConfig
@@ -246,10 +252,22 @@ def _start(spec: RolloutSpec, transfer: Transfer, executor: str | None) -> Any:
             weight_transfer_config=WeightTransferConfig(backend=BUCKETS if transfer == "buckets" else transfer),
             **device,
         )
-        return LLMEngine.from_engine_args(arguments)
+        with _out_of_sight(UNREADABLE):
+            return LLMEngine.from_engine_args(arguments)
     except ValueError as error:
         reason = str(error).strip().splitlines()
         raise UserError(f"rollout: vLLM cannot serve {spec.model.path}: {reason[0] if reason else error!r}") from error
+
+
+@contextmanager
+def _out_of_sight(name: str) -> Iterator[None]:
+    """Take a loaded module out of the table of modules for a while."""
+    module = sys.modules.pop(name, None)
+    try:
+        yield
+    finally:
+        if module is not None:
+            sys.modules[name] = module
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

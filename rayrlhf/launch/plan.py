@@ -5,7 +5,7 @@ Pure from the configuration, the machines and the shapes of the models to a `Run
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from rayrlhf.actors.placement import Machine, Role, make_plan
@@ -169,7 +169,8 @@ def _memory(
             for one in config.reward.model.models
         ]
         if nodes.gpus and config.reward.model.offload:
-            return waiting_between_turns(max(members, key=lambda member: member.total))  # each has a turn of its own
+            largest = max(members, key=lambda member: member.total)  # each has a turn of its own, and all wait on the host
+            return waiting_between_turns(replace(largest, host=sum(member.host for member in members)))
         return in_one_process(members)
     if role == "rollout":
         return rollout_memory(shape, precision, devices=config.rollout.tensor_parallel_size, cache=max(cache, 0))

@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import sys
 import weakref
 
 import numpy as np
@@ -17,6 +18,13 @@ def test_without_vllm_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else found(name, *rest))
     with pytest.raises(UserError, match=r"^rollout.backend: vllm is not installed; pip install rayrlhf\[cpu\].*$"):
         start("vllm")
+
+
+def test_a_replica_starts_beside_numba_and_leaves_its_modules_where_they_were():
+    import llvmlite.binding.ffi
+
+    start("vllm").close()
+    assert sys.modules["llvmlite.binding.ffi"] is llvmlite.binding.ffi
 
 
 def test_a_cpu_replica_is_one_process():

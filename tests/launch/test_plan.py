@@ -173,3 +173,13 @@ def test_offloading_is_among_the_remedies_where_it_is_what_helps(folder):
     plain = ppo(folder / "7b", "placement.policy.ranks=8", "placement.critic.ranks=8", "placement.reference.ranks=8")
     assert "reference.offload=true" in list(_single(plain, EIGHT))
     assert "reference.offload=true" not in list(_single(plain, NodeSection(count=1, gpus=0, cpus=8)))
+
+
+def test_members_that_wait_take_the_host_all_together_and_the_device_one_at_a_time(folder):
+    member = f"path: {folder / '7b'}, dtype: bfloat16"
+    one = plan_run(ppo(folder / "7b", f"reward.model={{model: {{{member}}}}}"), EIGHT).memory["reward"]
+    waiting = f"reward.model={{model: {{{member}}}, members: [{{{member}}}], offload: true}}"
+    two = plan_run(ppo(folder / "7b", waiting), EIGHT).memory["reward"]
+    assert two.total == one.total
+    assert two.by_turns == one.weights + one.activations
+    assert two.host == 2 * one.host
