@@ -216,8 +216,8 @@ class VLLMRolloutEngine:
 
 
 UNREADABLE = "llvmlite.binding.ffi"
-"""A module with an object that has no ordinary `__dict__`. When vLLM 0.32 starts on a CPU it looks into the objects of all loaded
-modules, and fails at this one; numba brings it, which bm25s loads."""
+"""A module with an object that has no ordinary `__dict__`. When vLLM 0.32 starts on a CPU it looks into the objects of all
+loaded modules, and fails at this one; numba brings it, which bm25s loads."""
 
 
 def _start(spec: RolloutSpec, transfer: Transfer, executor: str | None) -> Any:
