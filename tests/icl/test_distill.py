@@ -128,7 +128,7 @@ def test_prompts_need_answers_only_where_somebody_reads_them(tmp_path):
 
 def test_the_plan_is_told_without_starting_anything(tmp_path):
     told = check_distillation(config(tmp_path))
-    assert STAGES["icl-distill"].outputs(tmp_path)["export"] == str(tmp_path / "student" / "export")
+    assert STAGES["icl-distill"].outputs(tmp_path, config(tmp_path))["export"] == str(tmp_path / "student" / "export")
     assert "3 demonstrations (random) and an instruction" in told
     result = CliRunner().invoke(app, ["icl", "distill", str(tmp_path / "missing.yaml"), "--dry-run"])
     assert isinstance(result.exception, UserError)

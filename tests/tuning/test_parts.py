@@ -172,6 +172,6 @@ def test_samples_longer_than_the_model_are_found_before_it_is_loaded(tmp_path):
 def test_only_what_changes_no_number_of_the_training_may_change_in_a_run(tmp_path, setting, may_change):
     stored, wanted = (dump_config(sft_config(tmp_path, *settings)) for settings in ((), (setting,)))
     assert stored != wanted
-    differing = _differences(stored, wanted)
+    differing = _differences(SFTConfig, stored, wanted)
     assert (differing == []) == may_change
     assert may_change or differing[0].startswith(setting.partition("=")[0])
