@@ -237,7 +237,7 @@ app.add_typer(bench, name="bench")
 @app.command()
 def init(
     task: Annotated[
-        str, typer.Argument(help="ppo, sft, reward, dpo, presft, evaluate, icl-build, icl-evaluate or icl-distill.")
+        str, typer.Argument(help="ppo, sft, reward, dpo, presft, evaluate, icl-build, icl-pack, icl-evaluate or icl-distill.")
     ],
     path: Annotated[Path | None, typer.Argument(help="The file to write; TASK.yaml if not given.")] = None,
     model: Annotated[str | None, typer.Option(help="The model to begin with: a folder, a hub name or a built-in.")] = None,
@@ -253,7 +253,7 @@ def init(
 @app.command()
 def schema(
     task: Annotated[
-        str, typer.Argument(help="ppo, sft, reward, dpo, presft, evaluate, icl-build, icl-evaluate or icl-distill.")
+        str, typer.Argument(help="ppo, sft, reward, dpo, presft, evaluate, icl-build, icl-pack, icl-evaluate or icl-distill.")
     ],
 ) -> None:
     """Print the JSON schema of a configuration, for editors: every key with its meaning, default and bounds."""

@@ -12,6 +12,7 @@ from rayrlhf.config.chain import StageKind
 from rayrlhf.config.evaluate import EvaluateConfig
 from rayrlhf.config.icl_build import ICLBuildConfig
 from rayrlhf.config.icl_distill import ICLDistillConfig
+from rayrlhf.config.icl_pack import ICLPackConfig
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.section import Section
 from rayrlhf.config.tuning import DPOConfig, RewardTrainingConfig, SFTConfig
@@ -87,6 +88,12 @@ def _icl_build(config: ICLBuildConfig) -> str:
     return build_dataset(config).lines()[0]
 
 
+def _icl_pack(config: ICLPackConfig) -> str:
+    from rayrlhf.icl.pack import pack_documents
+
+    return pack_documents(config).lines()[0]
+
+
 def _icl_distill(config: ICLDistillConfig) -> str:
     from rayrlhf.icl.distill import distill_context
 
@@ -102,6 +109,7 @@ STAGES: Mapping[StageKind, StageType] = {
         EvaluateConfig, _evaluate, export="", dataset="kept.jsonl", leaves_dataset=lambda config: config.keep is not None
     ),
     "icl-build": StageType(ICLBuildConfig, _icl_build, export="", dataset="dataset.parquet"),
+    "icl-pack": StageType(ICLPackConfig, _icl_pack, export="", dataset="dataset.parquet"),
     "icl-distill": StageType(ICLDistillConfig, _icl_distill, export="student/export", dataset="dataset.parquet"),
 }
 

@@ -12,16 +12,18 @@ DEFAULT_PAIR_SHARE = 0.1
 
 
 class SupervisedDatasetSection(DatasetSection):
-    """One dataset of texts, conversations, or prompts with completions: JSONL, Parquet, a built-in, or a hub name."""
+    """One dataset of texts, conversations, prompts with completions, or tokens: JSONL, Parquet, a built-in, or a hub name."""
 
-    format: Literal["auto", "text", "messages", "prompt-completion"] = "auto"
-    """`auto` reads it off the columns of the first row."""
+    format: Literal["auto", "text", "messages", "prompt-completion", "tokens"] = "auto"
+    """`auto` reads it off the columns of the first row; `tokens` where there are no others."""
     text_field: str = "text"
     """Plain text to learn whole."""
     messages_field: str = "messages"
     """A conversation: a list of {role, content}."""
     completion_field: str = "completion"
     """The answer to `prompt_field`: text, or a list of messages where the prompt is one."""
+    tokens_field: str = "input_ids"
+    """Token ids of the model's own tokenizer, to learn whole, as `rayrlhf icl pack` writes them; nothing is put behind them."""
     group_field: str | None = None
     """Rows of one value stay on one side of `evaluation_share`; every row for itself when not given."""
 

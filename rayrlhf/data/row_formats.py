@@ -13,7 +13,7 @@ from rayrlhf.config.tuning_data import PreferenceDatasetSection, SupervisedDatas
 from rayrlhf.data.templates import Message
 from rayrlhf.errors import UserError
 
-Format = Literal["text", "messages", "prompt-completion", "preference"]
+Format = Literal["text", "messages", "prompt-completion", "tokens", "preference"]
 Row = Mapping[str, Any]
 
 _UNSUPPORTED = ("tools", "chat_template_kwargs", "images")
@@ -54,12 +54,15 @@ def supervised_shape(row: Row, section: SupervisedDatasetSection, place: str) ->
     fields = _supervised_fields(section)
     wanted = fields if section.format == "auto" else {section.format: fields[section.format]}
     found = [name for name, columns in wanted.items() if all(_has(row, column) for column in columns)]
+    if len(found) > 1 and "tokens" in found:
+        found.remove("tokens")  # Of a dataset that was tokenised before, by whichever tokenizer, the words are read.
     if len(found) > 1:
         raise UserError(f"{place}: the columns fit more than one format; set format to one of {', '.join(found)}")
     if not found:
         raise UserError(f"{place}: {_expected(wanted.values())}, found {_columns(row)}{_hint(row, wanted.values(), section)}")
     columns = fields[found[0]]
-    return RowShape(found[0], any(isinstance(row[column], list) for column in columns))
+    conversational = found[0] != "tokens" and any(isinstance(row[column], list) for column in columns)
+    return RowShape(found[0], conversational)
 
 
 def preference_shape(row: Row, section: PreferenceDatasetSection, place: str) -> RowShape:
@@ -116,6 +119,7 @@ def _supervised_fields(section: SupervisedDatasetSection) -> dict[Format, tuple[
         "text": (section.text_field,),
         "messages": (section.messages_field,),
         "prompt-completion": (section.prompt_field, section.completion_field),
+        "tokens": (section.tokens_field,),
     }
 
 
@@ -144,7 +148,7 @@ def _hint(row: Row, formats: Iterable[tuple[str, ...]], section: SupervisedDatas
     for column in (column for columns in formats for column in columns if not _has(row, column)):
         if near := difflib.get_close_matches(column, [str(name) for name in row], n=1, cutoff=_SIMILAR):
             return f"; is {near[0]} meant to be {column}?"
-    names = "text_field, messages_field, prompt_field, completion_field"
+    names = "text_field, messages_field, prompt_field, completion_field, tokens_field"
     return f"; name them with {names if isinstance(section, SupervisedDatasetSection) else 'chosen_field, rejected_field'}"
 
 

@@ -51,7 +51,7 @@ class SupervisedRecipe:
     @property
     def loss_on(self) -> str:
         """`all`, `completion` or `assistant`."""
-        by_format = {"text": "all", "messages": "assistant", "prompt-completion": "completion"}
+        by_format = {"text": "all", "tokens": "all", "messages": "assistant", "prompt-completion": "completion"}
         return by_format[self.shape.format] if self.data.loss_on == "auto" else self.data.loss_on
 
 
@@ -91,7 +91,10 @@ def encode_batch(
     """
     data = recipe.data
     written, dropped = _write(rows, numbers, recipe)
-    encoded = _encode([(row.prompt, row.answers[0], row.place) for row in written], recipe.loss_on, tokenizer)
+    if recipe.shape.format == "tokens":
+        encoded = [_given(row, len(tokenizer)) for row in written]
+    else:
+        encoded = _encode([(row.prompt, row.answers[0], row.place) for row in written], recipe.loss_on, tokenizer)
     samples: list[SupervisedSample] = []
     truncated = rewritten = endless = 0
     for row, one in zip(written, encoded, strict=True):
@@ -201,6 +204,21 @@ def _encode(
         mask[:1] = False
         result.append(_Encoded(np.asarray(ids, dtype=np.int32), mask, shared, across or shared < len(head)))
     return result
+
+
+def _given(row: WrittenRow, vocabulary: int) -> _Encoded:
+    """Take tokens as they are, all of them to learn.
+
+    Raises:
+        UserError: one that the tokenizer does not have.
+    """
+    ids = np.asarray(row.token_ids, dtype=np.int64)
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        found = int(ids[(ids < 0) | (ids >= vocabulary)][0])
+        raise UserError(f"{row.place}: token {found}: expected 0 to {vocabulary - 1}, the tokens of the model's tokenizer")
+    mask: Bool = np.ones(len(ids), dtype=np.bool_)
+    mask[0] = False
+    return _Encoded(ids.astype(np.int32), mask, 0, False)
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:

@@ -38,6 +38,7 @@ class WrittenRow:
         margin: of a pair.
         row: its number.
         place: file and row, for messages.
+        token_ids: where the dataset has tokens in place of words; there is no answer then.
     """
 
     prompt: Written | None
@@ -45,6 +46,7 @@ class WrittenRow:
     margin: float | None
     row: int
     place: str
+    token_ids: tuple[int, ...] = ()
 
 
 def write_supervised(
@@ -67,6 +69,8 @@ def write_supervised(
     check_columns(row, shape, used_columns(shape, section), place)
     if shape.format == "text":
         return WrittenRow(None, (_text(row, section.text_field, place),), None, number, place)
+    if shape.format == "tokens":
+        return WrittenRow(None, (), None, number, place, _token_ids(row, section.tokens_field, place))
     if shape.format == "messages":
         turns = _turns(row, section.messages_field, place)
         _check_answers(turns, f"{place}: {section.messages_field}")
@@ -145,6 +149,16 @@ def _text(row: Row, field: str, place: str) -> str:
     if not text.strip():
         raise InvalidRowError(EMPTY, f"{place}: {field}: empty, expected text to learn from")
     return text
+
+
+def _token_ids(row: Row, field: str, place: str) -> tuple[int, ...]:
+    where = f"{place}: {field}"
+    value = row[field]
+    if not isinstance(value, list) or not all(isinstance(token, int) and not isinstance(token, bool) for token in value):
+        raise UserError(f"{where}: expected a list of token ids, found {type(value).__name__}")
+    if not value:
+        raise InvalidRowError(EMPTY, f"{where}: empty, expected tokens to learn from")
+    return tuple(value)
 
 
 def _turns(row: Row, field: str, place: str) -> list[Message]:

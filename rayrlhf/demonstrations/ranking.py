@@ -6,7 +6,7 @@ earlier position. Where a pool holds several tasks, only positions of the questi
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,20 +61,32 @@ class RandomRanker:
 class Bm25Ranker:
     """Ranks by BM25 of the prompts' words (Robertson and Zaragoza 2009, Lucene's variant, k1 = 1.5, b = 0.75)."""
 
-    def __init__(self, index: Any, size: int, tasks: Tasks | None = None) -> None:
-        """Take an index as `build` and `open` make them; `tasks` as for `RandomRanker`."""
-        self._index, self._size, self._tasks = index, size, tasks
+    def __init__(self, index: Any, size: int, tasks: Tasks | None = None, most_words: int | None = None) -> None:
+        """Take an index as `build` and `open` make them.
+
+        Args:
+            index: of `bm25s`.
+            size: number of texts in it.
+            tasks: as for `RandomRanker`.
+            most_words: a longer question asks with so many of its different words, the rarest; None asks with all of them,
+                as often as they stand in it.
+        """
+        self._index, self._size, self._tasks, self._most_words = index, size, tasks, most_words
 
     @classmethod
-    def build(cls, texts: Sequence[str], folder: Path | None = None, tasks: Tasks | None = None) -> "Bm25Ranker":
-        """Index texts, and store the index where a folder is given; `tasks` as for `RandomRanker`.
+    def build(cls, texts: Iterable[str], folder: Path | None = None, tasks: Tasks | None = None) -> "Bm25Ranker":
+        """Index texts, of which only the words are held in memory, and store the index where a folder is given.
+
+        `tasks` is as for `RandomRanker`.
 
         Raises:
             UserError: no text has a word.
         """
         import bm25s
 
-        words = [words_of(text) for text in texts]
+        # One object for a word however often it occurs: a long document costs eight bytes a word here.
+        known: dict[str, str] = {}
+        words = [[known.setdefault(word, word) for word in words_of(text)] for text in texts]
         if not any(words):
             raise UserError(f"BM25: none of the {len(words)} examples has a word in its prompt, expected text to search")
         index = bm25s.BM25()
@@ -84,12 +96,12 @@ class Bm25Ranker:
         return cls(index, len(words), tasks)
 
     @classmethod
-    def open(cls, folder: Path, tasks: Tasks | None = None) -> "Bm25Ranker":
-        """Open a stored index memory-mapped, so that processes of one machine share its pages."""
+    def open(cls, folder: Path, tasks: Tasks | None = None, most_words: int | None = None) -> "Bm25Ranker":
+        """Open a stored index memory-mapped, so that processes of one machine share its pages; arguments as `__init__`."""
         import bm25s
 
         index = bm25s.BM25.load(str(folder), mmap=True, show_progress=False)
-        return cls(index, int(index.scores["num_docs"]), tasks)
+        return cls(index, int(index.scores["num_docs"]), tasks, most_words)
 
     def rank(self, queries: Sequence[Example], depth: int) -> list[list[int]]:
         """Return positions by falling score; see `Ranker`."""
@@ -99,8 +111,16 @@ class Bm25Ranker:
         known = [word for word in words_of(query.prompt) if word in self._index.vocab_dict]
         if not known:
             return np.zeros(self._size, dtype=np.float32)
+        if self._most_words is not None:
+            known = sorted(dict.fromkeys(known), key=self._texts_with)[: self._most_words]
         scores: NDArray[np.float32] = self._index.get_scores(known)
         return scores
+
+    def _texts_with(self, word: str) -> int:
+        """Return how many texts have a word: the length of its column."""
+        column = self._index.vocab_dict[word]
+        starts = self._index.scores["indptr"]
+        return int(starts[column + 1] - starts[column])
 
 
 class VectorRanker:

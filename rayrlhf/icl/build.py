@@ -153,7 +153,7 @@ def _index(config: ICLBuildConfig, rows: PartFolder, folder: Path) -> Path:
                 f"expected at least {most + 1}, or demonstrations.most {largest - 1}"
             )
         if config.demonstrations.selection == "bm25":
-            Bm25Ranker.build([text for part in rows.tables(["prompt"]) for text in part.column(0).to_pylist()], partial / BM25)
+            Bm25Ranker.build((text for part in rows.tables(["prompt"]) for text in part.column(0).to_pylist()), partial / BM25)
         elif config.demonstrations.selection == "nearest":
             write_vectors(_vectors(config, pool), len(pool), partial / VECTORS)
     return folder

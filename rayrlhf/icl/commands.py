@@ -33,6 +33,22 @@ def build(
 
 
 @app.command()
+def pack(
+    config: Annotated[Path, typer.Argument(help="A YAML file with the configuration of a packing.")],
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Put related documents one after another into contexts, and by lot beside it; the same command resumes."""
+    from rayrlhf.config.icl_pack import ICLPackConfig
+    from rayrlhf.config.load import load_config
+    from rayrlhf.icl.pack import check_packing, pack_documents
+
+    loaded = load_config(ICLPackConfig, config, overrides or [])
+    for line in [check_packing(loaded)] if dry_run else pack_documents(loaded).lines():
+        typer.echo(line)
+
+
+@app.command()
 def evaluate(
     config: Annotated[Path, typer.Argument(help="A YAML file with the configuration of a k-curve.")],
     overrides: Overrides = None,

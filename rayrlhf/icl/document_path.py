@@ -7,7 +7,7 @@ contexts of exactly the asked length, so every token stands in one context; the 
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rayrlhf.demonstrations.leaks import LeakRules, resemblance, words_of
@@ -22,20 +22,31 @@ class Piece:
     stop: int
 
 
-def near_duplicates(texts: Sequence[str], neighbors: Sequence[Sequence[int]], rules: LeakRules) -> dict[int, int]:
-    """Return which documents to leave out, each with the earlier document that stays for it.
-
-    Only neighbours are compared, since near-duplicates are each other's nearest. Equal texts count whatever their length.
+def are_near_duplicates(first: str, second: str, rules: LeakRules) -> bool:
+    """Whether two documents are as good as the same. Equal words count whatever their number.
 
     Args:
-        texts: of all documents.
-        neighbors: positions of each document's neighbours, the nearest first.
+        first: a text.
+        second: another one.
         rules: what counts as near.
     """
-    pairs = sorted({(min(a, b), max(a, b)) for a, near in enumerate(neighbors) for b in near if a != b})
+    words, others = words_of(first), words_of(second)
+    if words == others:
+        return True
+    return min(len(words), len(others)) >= rules.words and resemblance(first, second) >= rules.resemblance
+
+
+def left_out(copies: Iterable[tuple[int, int]]) -> dict[int, int]:
+    """Return which documents to leave out, each with the earlier document that stays for it.
+
+    Only neighbours need to be compared, since near-duplicates are each other's nearest.
+
+    Args:
+        copies: pairs of near-duplicates, in any order and either way round.
+    """
     removed: dict[int, int] = {}
-    for earlier, later in pairs:
-        if earlier not in removed and later not in removed and _near(texts[earlier], texts[later], rules):
+    for earlier, later in sorted({(min(pair), max(pair)) for pair in copies if pair[0] != pair[1]}):
+        if earlier not in removed and later not in removed:
             removed[later] = earlier
     return removed
 
@@ -104,10 +115,3 @@ def _both_ways(neighbors: Sequence[Sequence[int]], without: frozenset[int]) -> d
         for near in listed:
             edges[near].setdefault(document)
     return {document: list(near) for document, near in edges.items()}
-
-
-def _near(first: str, second: str, rules: LeakRules) -> bool:
-    words, others = words_of(first), words_of(second)
-    if words == others:
-        return True
-    return min(len(words), len(others)) >= rules.words and resemblance(first, second) >= rules.resemblance

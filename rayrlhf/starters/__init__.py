@@ -18,6 +18,7 @@ ROOTS = {
     "presft": "rayrlhf.config.presft:PreSFTConfig",
     "evaluate": "rayrlhf.config.evaluate:EvaluateConfig",
     "icl-build": "rayrlhf.config.icl_build:ICLBuildConfig",
+    "icl-pack": "rayrlhf.config.icl_pack:ICLPackConfig",
     "icl-evaluate": "rayrlhf.config.icl_evaluate:ICLEvaluateConfig",
     "icl-distill": "rayrlhf.config.icl_distill:ICLDistillConfig",
 }

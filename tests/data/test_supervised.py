@@ -51,6 +51,18 @@ def test_a_text_prompt_becomes_a_user_turn_and_only_its_answer_is_learnt(tmp_pat
     assert (sample.token_ids.dtype, sample.loss_mask.dtype) == (np.int32, np.bool_)
 
 
+def test_tokens_are_learnt_as_they_are_unless_there_are_words(tmp_path, tokenizer):
+    (sample,) = supervised(tmp_path, [{"input_ids": [5, 6, 7], "documents": [1]}], tokenizer).samples
+    assert (sample.token_ids.tolist(), sample.loss_mask.tolist()) == ([5, 6, 7], [False, True, True])
+    assert (sample.token_ids.dtype, sample.loss_mask.dtype) == (np.int32, np.bool_)
+    (sample,) = supervised(tmp_path, [{"ids": [5, 6], "text": "a"}], tokenizer, {"tokens_field": "ids"}).samples
+    assert tokenizer.decode(sample.token_ids).startswith("a")
+    (sample,) = supervised(
+        tmp_path, [{"ids": [5, 6], "text": "a"}], tokenizer, {"tokens_field": "ids", "format": "tokens"}
+    ).samples
+    assert sample.token_ids.tolist() == [5, 6]
+
+
 def test_a_built_in_dataset_brings_its_prompt_column(tokenizer):
     section = SupervisedDataSection.model_validate(
         {"train": {"path": "builtin:word-problems?count=20", "completion_field": "solution"}, "evaluation_share": 0.2}

@@ -14,7 +14,7 @@ PAIR = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
             [{"chosen": "a", "rejected": "b"}],
             {},
             {},
-            "row 1: expected the columns text, or messages, or prompt and completion, "
+            "row 1: expected the columns text, or messages, or prompt and completion, or input_ids, "
             "found chosen, rejected; these are preference pairs, for a reward model and not for SFT",
         ),
         ([{"prompt": "a"}], {}, {}, "these are prompts alone, for PPO and not for SFT"),
@@ -61,6 +61,11 @@ PAIR = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
         ([{"text": "a"}], {"group_field": "topic"}, {}, "row 1: topic: missing or null"),
         ([{"text": "a"}], {}, {"loss_on": "completion"}, "loss_on completion: expected prompts with completions"),
         ([{"text": "a"}], {}, {"loss_on": "assistant"}, "loss_on assistant: expected conversations, found plain text"),
+        ([{"input_ids": [1, 2, 99999]}], {}, {}, "row 1: token 99999: expected 0 to "),
+        ([{"input_ids": [1, "b"]}], {}, {}, "row 1: input_ids: expected a list of token ids, found list"),
+        ([{"input_ids": []}], {}, {}, "row 1: input_ids: empty, expected tokens to learn from"),
+        ([{"input_ids": [1]}], {}, {}, "row 1: not one token to learn"),
+        ([{"input_ids": [1, 2]}], {}, {"loss_on": "assistant"}, "expected conversations, found plain text (tokens)"),
         ([{"text": "a"}], {}, {"system_prompt": "S"}, "data.system_prompt: of no use with plain text"),
         (
             [{"prompt": "a", "completion": "b"}],

@@ -9,8 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayrlhf.config.icl_build import ICLBuildConfig
+from rayrlhf.config.icl_pack import ICLPackConfig
 from rayrlhf.config.load import load_config
 from rayrlhf.icl.build import build_dataset
+from rayrlhf.icl.pack import pack_documents
 from rayrlhf.observe.memory import PeakMemory
 
 ROWS = 200_000
@@ -41,4 +43,32 @@ def test_200_000_rows_stay_below_6_gib(tmp_path: Path, selection: str, capsys: p
     with capsys.disabled():
         print(f"\n{selection}: {ROWS:,} rows in {seconds:.0f} s, at most {gib:.2f} GiB in all processes together")
     assert pq.read_metadata(result.dataset).num_rows == ROWS
+    assert gib < MOST_GIB
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("by", ["bm25", "nearest"])
+def test_200_000_documents_stay_below_6_gib(tmp_path: Path, by: str, capsys: pytest.CaptureFixture[str]) -> None:
+    draw = random.Random(0)
+    words = [f"w{number}" for number in range(5000)]
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for _ in range(ROWS):
+            file.write(json.dumps({"text": " ".join(draw.choices(words, k=24))}) + "\n")
+    encoder = ["neighbors.encoder=builtin:tiny?layers=1&hidden=64", "neighbors.pooling=mean"] if by == "nearest" else []
+    settings = [
+        "model.path=builtin:tiny?layers=1&hidden=64",
+        f"data.path={tmp_path / 'rows.jsonl'}",
+        f"run.root={tmp_path / 'runs'}",
+        f"neighbors.by={by}",
+        *encoder,
+    ]
+    start = time.monotonic()
+    with PeakMemory() as memory:
+        result = pack_documents(load_config(ICLPackConfig, None, settings))
+    seconds = time.monotonic() - start
+    gib = memory.peak_bytes / 2**30
+    with capsys.disabled():
+        print(f"\n{by}: {ROWS:,} documents in {seconds:.0f} s, at most {gib:.2f} GiB in all processes together")
+    assert result.report["documents"] == ROWS
     assert gib < MOST_GIB

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from rayrlhf.demonstrations.leaks import LeakRules
-from rayrlhf.icl.document_path import Piece, cut, near_duplicates, random_order, related_order
+from rayrlhf.icl.document_path import Piece, are_near_duplicates, cut, left_out, random_order, related_order
 
 LONG = "the quick brown fox jumps over the lazy dog near the old river bank today"
 
@@ -37,11 +37,23 @@ def test_the_path_begins_where_neighbours_are_fewest_and_takes_the_nearest_next(
     assert related_order([[4, 2, 3, 1], [0], [0], [0], [5], []]) == [1, 0, 4, 5, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "rules", "near"),
+    [
+        ("short", "Short!", LeakRules(), True),
+        ("short", "another short", LeakRules(), False),
+        (LONG, LONG.replace("today", "now"), LeakRules(), True),
+        (LONG, LONG.replace("today", "now"), LeakRules(resemblance=0.99), False),
+        (LONG, LONG.replace("today", "now"), LeakRules(words=100), False),
+    ],
+)
+def test_near_duplicates_share_their_words_or_nearly_all_of_them(first: str, second: str, rules: LeakRules, near: bool) -> None:
+    assert are_near_duplicates(first, second, rules) is near
+
+
 def test_of_near_duplicates_the_earliest_stays() -> None:
-    texts = ["short", LONG, "Short!", LONG.replace("today", "now"), "another short"]
-    neighbors = [[2, 4], [3, 0], [0, 4], [1], [0]]
-    assert near_duplicates(texts, neighbors, LeakRules()) == {2: 0, 3: 1}
-    assert near_duplicates(texts, neighbors, LeakRules(resemblance=0.99)) == {2: 0}
+    # 4 is near 3 alone, which is left out for 1: so 4 stays.
+    assert left_out([(2, 0), (0, 2), (3, 1), (4, 3), (4, 4)]) == {2: 0, 3: 1}
 
 
 @pytest.mark.parametrize("seed", range(10))
