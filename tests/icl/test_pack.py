@@ -88,9 +88,9 @@ def test_by_vectors_neighbours_are_those_of_the_largest_cosine(tmp_path: Path) -
 
 
 def test_a_long_document_asks_with_its_rarest_words(tmp_path: Path) -> None:
-    documents = ["common rare", "common common common", "common", "rare"]
+    documents = ["common uncommon", "common common common", "common", "uncommon"]
     Bm25Ranker.build(documents, tmp_path)
-    query = [Example("q", "rare" + 9 * " common", "")]
+    query = [Example("q", "uncommon" + 9 * " common", "")]
     assert Bm25Ranker.open(tmp_path).rank(query, 1) == [[1]]
     assert Bm25Ranker.open(tmp_path, most_words=1).rank(query, 2) == [[3, 0]]
 
