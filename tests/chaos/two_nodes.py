@@ -60,4 +60,5 @@ if __name__ == "__main__":
         for line in sys.stdin:
             command, *arguments = line.split()
             print(json.dumps(getattr(nodes, command)(*arguments)), flush=True)
+        ray.shutdown()  # a node that this process is connected to is not removed, and the cluster's address would stay behind
         nodes.cluster.shutdown()
