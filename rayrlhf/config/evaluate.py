@@ -6,6 +6,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from rayrlhf.config.data import DatasetSection
+from rayrlhf.config.environment import EnvironmentSection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.reward import RewardSection
 from rayrlhf.config.rollout import RolloutSection
@@ -55,6 +56,9 @@ class EvaluateConfig(Section):
     model: ModelSection
     data: EvaluateDataSection
     reward: RewardSection
+    environment: EnvironmentSection | None = None
+    """What answers the model's turns, as in training; an answer has one turn when not given. Its rewards are the reward
+    function `environment`."""
     rollout: RolloutSection = RolloutSection()
     temperature: float = Field(0.0, ge=0)
     """0 is greedy."""
@@ -74,4 +78,15 @@ class EvaluateConfig(Section):
         names = [function.name for function in self.reward.functions] + ["reward_model"] * (self.reward.model is not None)
         if self.best_by is not None and self.best_by not in names:
             raise ValueError(f"best_by {self.best_by!r}: expected a part of the reward, one of {', '.join(names)}")
+        return self
+
+    @model_validator(mode="after")
+    def _the_environment_is_read(self) -> Self:
+        paid = any(function.name == "environment" for function in self.reward.functions)
+        if paid and self.environment is None:
+            raise ValueError("reward.functions: 'environment' pays what an environment said: give the section environment")
+        if self.keep is not None and self.environment is not None:
+            raise ValueError(
+                "keep: SFT would learn an environment's words as if they were answers; leave keep or environment out"
+            )
         return self

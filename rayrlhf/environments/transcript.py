@@ -5,11 +5,13 @@ environment to read and never encoded again, since encoding the same text may gi
 The environment's words are encoded once, when they are said.
 """
 
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from rayrlhf.data.records import Int32, Rollout, RolloutRequest
+from rayrlhf.observe.samples import Line
 
 
 class Span(NamedTuple):
@@ -93,3 +95,23 @@ class Transcript:
         self._ids.append(ids)
         self._logprobs.append(logprobs)
         self._versions.append(versions)
+
+
+def transcript_lines(rollout: Rollout, tokenizer: Any) -> list[Line]:
+    """What a sample said and heard, a line for each stretch of tokens of one speaker; special tokens are left out.
+
+    Args:
+        rollout: of one turn or several.
+        tokenizer: the policy's.
+    """
+    ids, mask = rollout.response_ids, rollout.action_mask
+    paid = np.zeros(len(ids), np.float32) if rollout.rewards is None else rollout.rewards
+    bounds = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
+    return [
+        Line(
+            "policy" if mask[start] else "environment",
+            tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            float(paid[start:end].sum()),
+        )
+        for start, end in pairwise(bounds)
+    ]

@@ -21,8 +21,10 @@ from rayrlhf.data.records import Float32, Prompt, Rollout, RolloutRequest, Sampl
 from rayrlhf.data.seeds import sample_seed
 from rayrlhf.engines.reward_ensemble import RewardEnsemble
 from rayrlhf.engines.rollout import RolloutSpec, build_rollout_engine, context_length
+from rayrlhf.environments.registry import environment_maker
 from rayrlhf.errors import UserError
 from rayrlhf.evaluation.best_of import best_of, pass_at, powers_of_two
+from rayrlhf.evaluation.episodes import transcripts, whole_prompts
 from rayrlhf.evaluation.keeping import KEPT, as_lines, kept_rows
 from rayrlhf.models.load import load_architecture, load_tokenizer
 from rayrlhf.observe.run_folder import open_run
@@ -49,6 +51,7 @@ class EvaluationResult:
         pass_at: k -> chance that one of k answers is right; nothing where there is one answer a prompt.
         best_of: k -> score of the best of k answers; likewise.
         kept: answers that were kept for fine-tuning.
+        failed: prompts that are left out, because the environment of a sample failed.
     """
 
     folder: Path
@@ -60,6 +63,7 @@ class EvaluationResult:
     pass_at: Mapping[int, Interval] = field(default_factory=dict)
     best_of: Mapping[int, Interval] = field(default_factory=dict)
     kept: int = 0
+    failed: int = 0
 
     def lines(self) -> list[str]:
         """The result in words."""
@@ -67,7 +71,8 @@ class EvaluationResult:
         tries = [f"pass@{k}: {interval}" for k, interval in self.pass_at.items()]
         tries += [f"best of {k}: {interval}" for k, interval in self.best_of.items()]
         kept = [f"kept: {self.kept} of {self.prompts * self.samples} answers, in {KEPT}"] if self.kept else []
-        score = f"score over {self.prompts} prompts: {self.score}"
+        failed = f"; {self.failed} more failed in their environment" if self.failed else ""
+        score = f"score over {self.prompts} prompts: {self.score}{failed}"
         return [score, *parts, *tries, f"distinct answers: {self.distinct:.0%}", *kept]
 
 
@@ -75,9 +80,11 @@ def check_evaluation(config: EvaluateConfig) -> str:
     """Check a configuration without loading the model; returns the plan in words.
 
     Raises:
-        UserError: a mistake in data, reward functions or lengths.
+        UserError: a mistake in data, reward functions, environment or lengths.
     """
     load_functions(config.reward)
+    if config.environment is not None:
+        environment_maker(config.environment)
     prompts = _load_prompts(config)
     return f"evaluation: {config.run.folder}\nmodel: {config.model.path}\nprompts: {len(prompts)} of {config.data.path}"
 
@@ -87,14 +94,17 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult:
 
     Raises:
         UserError: a mistake in the configuration, the data or the reward functions; or the folder holds another evaluation.
+        AlarmError: too many samples failed in their environment.
     """
     functions = load_functions(config.reward)
     prompts = _load_prompts(config)
     with open_run(config.run.folder, dump_config(config), _stored_differences) as folder:
         if (folder.path / RESULT).is_file():
             return read_result(folder.path)
-        rollouts = _answer(config, prompts)
-        asked = [prompt for prompt in prompts for _ in range(config.samples)]
+        answered = _answer(config, prompts)
+        whole = whole_prompts(config, prompts, list(answered.values()))
+        asked = [prompt for prompt in whole for _ in range(config.samples)]
+        rollouts = [answered[_key(prompt, sample)] for prompt in whole for sample in range(config.samples)]
         batch = ScoringBatch.of_rollouts(asked, rollouts)
         parts, _ = run_functions(functions, batch, timeout_seconds=config.reward.timeout_seconds)
         weights = {function.name: function.weight for function in functions}
@@ -103,9 +113,9 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult:
             parts |= ensemble.parts(batch.prompts, batch.responses)
             weights |= ensemble.weights
         rewards = weighted_sum(parts, weights)
-        SampleSink(folder.path / ANSWERS).write(0, _samples(asked, rollouts, rewards))
+        SampleSink(folder.path / ANSWERS).write(0, _samples(config, asked, rollouts, rewards))
         kept = _keep(config, folder.path, asked, rollouts, rewards.scores)
-        return _write_result(config, folder.path, rollouts, rewards, kept)
+        return _write_result(config, folder.path, rollouts, rewards, kept, failed=len(prompts) - len(whole))
 
 
 def read_result(folder: Path) -> EvaluationResult:
@@ -125,6 +135,7 @@ def read_result(folder: Path) -> EvaluationResult:
         stored.get("samples", 1),
         **tries,
         kept=stored.get("kept", 0),
+        failed=stored.get("failed", 0),
     )
 
 
@@ -140,14 +151,16 @@ def _load_prompts(config: EvaluateConfig) -> list[Prompt]:
     return load_prompt_dataset(config.data, data, load_tokenizer(config.model), longest)
 
 
-def _answer(config: EvaluateConfig, prompts: Sequence[Prompt]) -> list[Rollout]:
-    """`samples` answers to each prompt, in the order of the prompts."""
-    engine = build_rollout_engine(RolloutSpec(config.model, config.rollout, config.run.seed))
+def _key(prompt: Prompt, sample: int) -> SampleKey:
+    return SampleKey(0, prompt.id, sample)
+
+
+def _answer(config: EvaluateConfig, prompts: Sequence[Prompt]) -> dict[SampleKey, Rollout]:
+    """`samples` answers to each prompt."""
+    engine = build_rollout_engine(RolloutSpec(config.model, config.rollout, config.run.seed, config.environment))
     try:
         requests = [
-            RolloutRequest(
-                SampleKey(0, prompt.id, sample), prompt.token_ids, sample_seed(config.run.seed, 0, prompt.id, sample)
-            )
+            RolloutRequest(_key(prompt, sample), prompt.token_ids, sample_seed(config.run.seed, 0, prompt.id, sample), prompt)
             for prompt in prompts
             for sample in range(config.samples)
         ]
@@ -157,12 +170,11 @@ def _answer(config: EvaluateConfig, prompts: Sequence[Prompt]) -> list[Rollout]:
             finished += engine.poll(engine.unfinished)
     finally:
         engine.close()
-    by_key = {rollout.key: rollout for rollout in finished}
-    return [by_key[request.key] for request in requests]
+    return {rollout.key: rollout for rollout in finished}
 
 
 def _write_result(
-    config: EvaluateConfig, folder: Path, rollouts: Sequence[Rollout], rewards: RewardBatch, kept: int
+    config: EvaluateConfig, folder: Path, rollouts: Sequence[Rollout], rewards: RewardBatch, kept: int, *, failed: int
 ) -> EvaluationResult:
     def per_prompt(values: Float32) -> Float32:
         return values.reshape(-1, config.samples)
@@ -183,6 +195,7 @@ def _write_result(
         {k: bootstrap_mean(pass_at(scores, k, right_from=config.right_from)) for k in tries},
         {k: bootstrap_mean(best_of(scores, k, chosen_by=judge)) for k in tries},
         kept,
+        failed,
     )
     stored = asdict(result) | {"folder": str(folder)}
     write_atomically(folder / RESULT, json.dumps(stored, indent=2) + "\n")
@@ -199,7 +212,10 @@ def _keep(config: EvaluateConfig, folder: Path, asked: Sequence[Prompt], rollout
     return len(rows)
 
 
-def _samples(asked: Sequence[Prompt], rollouts: Sequence[Rollout], rewards: RewardBatch) -> list[Sample]:
+def _samples(
+    config: EvaluateConfig, asked: Sequence[Prompt], rollouts: Sequence[Rollout], rewards: RewardBatch
+) -> list[Sample]:
+    said = transcripts(config, rollouts)
     return [
         Sample(
             prompt_id=prompt.id,
@@ -211,6 +227,7 @@ def _samples(asked: Sequence[Prompt], rollouts: Sequence[Rollout], rewards: Rewa
             finish_reason=rollout.finish_reason,
             version=0,
             parts={name: float(values[index]) for name, values in rewards.parts.items()},
+            transcript=said[index],
         )
         for index, (prompt, rollout) in enumerate(zip(asked, rollouts, strict=True))
     ]

@@ -6,7 +6,7 @@ One file a step (`step-000012.parquet`), written whole or not at all. Any Parque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rayrlhf.data.atomic import file_atomically
 from rayrlhf.observe.disk import writing
@@ -15,6 +15,16 @@ PART_PREFIX = "reward/"
 """Starts the name of each reward part's column."""
 TOKENS, TOKEN_KL = "tokens", "token_kl"
 """Columns that are there where a step has them: the response's tokens as text, and what each adds to the KL."""
+TRANSCRIPT = "transcript"
+"""Column that is there where an environment answered: who said what, and what it earned."""
+
+
+class Line(NamedTuple):
+    """What one speaker of a sample with several turns said: `policy` or `environment`, the words, the reward paid for them."""
+
+    speaker: str
+    text: str
+    reward: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +41,7 @@ class Sample:
         version: newest weight version that sampled a token of it.
         tokens: each token of the response as text; None where nobody decoded them.
         token_kl: policy's log-prob less the reference's at each token, nats; equally many.
+        transcript: the response by speakers; None where there is no environment.
     """
 
     prompt_id: int
@@ -45,6 +56,7 @@ class Sample:
     parts: Mapping[str, float] = field(default_factory=dict)
     tokens: Sequence[str] | None = None
     token_kl: Sequence[float] | None = None
+    transcript: Sequence[Line] | None = None
 
 
 class SampleSink:
@@ -71,7 +83,8 @@ class SampleSink:
 
         path = self.folder / f"step-{step:06d}.parquet"
         by_token = any(sample.tokens is not None and sample.token_kl is not None for sample in samples)
-        schema = _schema(sorted({name for sample in samples for name in sample.parts}), by_token=by_token)
+        played = any(sample.transcript is not None for sample in samples)
+        schema = _schema(sorted({name for sample in samples for name in sample.parts}), by_token=by_token, played=played)
         table = pa.Table.from_pylist([_row(step, sample) for sample in samples], schema=schema)
         with writing(path), file_atomically(path) as partial:
             pq.write_table(table, partial)
@@ -91,7 +104,7 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     return [row for path in sorted(folder.glob("step-*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
-def _schema(parts: Sequence[str], *, by_token: bool) -> Any:
+def _schema(parts: Sequence[str], *, by_token: bool, played: bool) -> Any:
     import pyarrow as pa
 
     integers = [("step", pa.int64()), ("prompt_id", pa.int64()), ("sample", pa.int32())]
@@ -99,7 +112,9 @@ def _schema(parts: Sequence[str], *, by_token: bool) -> Any:
     numbers = [("score", pa.float32()), *((PART_PREFIX + name, pa.float32()) for name in parts), ("kl", pa.float32())]
     rest = [("length", pa.int32()), ("finish_reason", pa.string()), ("version", pa.int64())]
     tokens = [(TOKENS, pa.list_(pa.string())), (TOKEN_KL, pa.list_(pa.float32()))] if by_token else []
-    return pa.schema([*integers, *texts, *numbers, *rest, *tokens])
+    line = pa.struct([("speaker", pa.string()), ("text", pa.string()), ("reward", pa.float32())])
+    lines = [(TRANSCRIPT, pa.list_(line))] if played else []
+    return pa.schema([*integers, *texts, *numbers, *rest, *tokens, *lines])
 
 
 def _row(step: int, sample: Sample) -> dict[str, Any]:
@@ -117,7 +132,12 @@ def _row(step: int, sample: Sample) -> dict[str, Any]:
         "version": sample.version,
         TOKENS: None if sample.tokens is None else [_storable(token) for token in sample.tokens],
         TOKEN_KL: None if sample.token_kl is None else list(sample.token_kl),
+        TRANSCRIPT: None if sample.transcript is None else [_line(line) for line in sample.transcript],
     }
+
+
+def _line(line: Line) -> dict[str, Any]:
+    return line._replace(text=_storable(line.text))._asdict()
 
 
 def _storable(text: str) -> str:
