@@ -28,7 +28,13 @@ OTHER_FILES = {
     "examples/icl/k-curve.yaml": ICLEvaluateConfig,
     "examples/icl/build.yaml": ICLBuildConfig,
 }
-CHAINS = ["examples/arithmetic/chain.yaml", "examples/rft/chain.yaml"]
+CHAINS = [
+    "examples/arithmetic/chain.yaml",
+    "examples/rft/chain.yaml",
+    "examples/tools/agent.yaml",
+    "examples/tools/calculator.yaml",
+    "examples/tools/guessing.yaml",
+]
 
 
 @pytest.mark.parametrize("path", PPO_FILES)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import parse_qsl
 
-from rayrlhf.data import mappings, sums, word_problems
+from rayrlhf.data import mappings, played_turns, sums, word_problems
 from rayrlhf.errors import UserError
 
 BUILTIN = "builtin:"
@@ -48,6 +48,15 @@ BUILTIN_DATASETS = {
         "prompt",
         {"train": 24_000, "evaluation": 480},
         {"count": mappings.MOST_ROWS, "task": mappings.MOST_TASKS},
+    ),
+    "calculations": BuiltinDataset(
+        played_turns.calculations,
+        "prompt",
+        {"train": 20_000, "evaluation": 500},
+        {"count": played_turns.MOST_ROWS, "calls": 100, "digits": played_turns.MOST_DIGITS},
+    ),
+    "guesses": BuiltinDataset(
+        played_turns.guesses, "prompt", {"train": 20_000, "evaluation": 500}, {"count": played_turns.MOST_ROWS, "chat": 1}
     ),
 }
 

@@ -68,7 +68,7 @@ def _take(count: int, split: Split, draw: random.Random) -> Iterator[tuple[int, 
         (left, right)
         for left in range(SMALLEST, LARGEST + 1)
         for right in range(SMALLEST, LARGEST + 1)
-        if _split(left, right) == split
+        if split_of(left, right) == split
     ]
     taken = 0
     while taken < count:
@@ -77,6 +77,7 @@ def _take(count: int, split: Split, draw: random.Random) -> Iterator[tuple[int, 
         taken += len(sums)
 
 
-def _split(left: int, right: int) -> Split:
+def split_of(left: int, right: int) -> Split:
+    """Return the split that a sum belongs to, by a hash of its numbers."""
     digest = hashlib.sha256(f"{left}+{right}".encode()).digest()
     return "evaluation" if digest[0] % EVALUATION_SHARE == 0 else "train"

@@ -57,12 +57,7 @@ def build_rollout_engine(spec: RolloutSpec) -> RolloutEngine:
             environment.
     """
     if spec.environment is not None:
-        from rayrlhf.engines.rollout_episodes import EpisodeEngine
-        from rayrlhf.models.load import load_tokenizer
-
-        tokenizer = load_tokenizer(spec.model)
-        turns = build_rollout_engine(replace(spec, environment=None))
-        return EpisodeEngine(turns, spec.environment, tokenizer, lockstep=spec.lockstep, continues=spec.continues)
+        return _around(build_rollout_engine(replace(spec, environment=None)), spec, spec.environment)
     if spec.rollout.backend == "vllm":
         from rayrlhf.engines.rollout_vllm import VLLMRolloutEngine
 
@@ -70,6 +65,20 @@ def build_rollout_engine(spec: RolloutSpec) -> RolloutEngine:
     from rayrlhf.engines.rollout_transformers import TransformersRolloutEngine
 
     return TransformersRolloutEngine(spec)
+
+
+def _around(turns: RolloutEngine, spec: RolloutSpec, section: EnvironmentSection) -> RolloutEngine:
+    """A sampler of single turns within one that plays samples of several, with an environment or an agent."""
+    from rayrlhf.engines.rollout_agents import AgentEngine
+    from rayrlhf.engines.rollout_episodes import EpisodeEngine
+    from rayrlhf.environments.registry import find_agent
+    from rayrlhf.models.load import load_tokenizer
+
+    agent, tokenizer = find_agent(section), load_tokenizer(spec.model)
+    modes = {"lockstep": spec.lockstep, "continues": spec.continues}
+    if agent is None:
+        return EpisodeEngine(turns, section, tokenizer, **modes)
+    return AgentEngine(turns, agent, section, tokenizer, stop=spec.rollout.stop, **modes)
 
 
 def rollout_environment(rollout: RolloutSection, *, threads: int) -> dict[str, str]:

@@ -14,13 +14,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from rayrlhf.config.environment import EnvironmentSection
-from rayrlhf.data.records import Float32, Int32, Rollout, RolloutRequest, SampleKey
+from rayrlhf.data.records import Int32, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import turn_seed
-from rayrlhf.engines.interfaces import RolloutEngine, WeightBucket
+from rayrlhf.engines.interfaces import RolloutEngine
+from rayrlhf.engines.rollout_around import EngineAround
 from rayrlhf.environments.protocol import Action, Answer, Environment
 from rayrlhf.environments.registry import environment_maker
 from rayrlhf.environments.table import Failed, Table
-from rayrlhf.environments.transcript import Transcript
+from rayrlhf.environments.transcript import Transcript, failed_rollout
 from rayrlhf.errors import UserError
 
 
@@ -41,7 +42,7 @@ class _Episode:
         self.attempt = attempt
 
 
-class EpisodeEngine:
+class EpisodeEngine(EngineAround):
     """Plays samples with several turns. See `RolloutEngine` for the protocol; `max_new_tokens` bounds whole responses.
 
     Args:
@@ -61,12 +62,10 @@ class EpisodeEngine:
         lockstep: bool = False,
         continues: bool = False,
     ) -> None:
-        self.version = engine.version
-        self._engine = engine
+        super().__init__(engine, continues=continues)
         self._section = section
         self._tokenizer = tokenizer
         self._lockstep = lockstep
-        self._continues = continues
         self._make = environment_maker(section)
         self._before, self._after = (self._encode(part) for part in section.template.split("{observation}"))
         self._table: Table[SampleKey] = Table(section.timeout_seconds)
@@ -119,29 +118,6 @@ class EpisodeEngine:
         self._episodes.clear()
         self._finished.clear()
 
-    def sleep(self) -> None:
-        """Let the engine sleep until new weights come."""
-        self._engine.sleep()
-
-    def begin_weights(self, version: int) -> None:
-        """Start receiving a new weight version.
-
-        Raises:
-            RuntimeError: requests are unfinished, whose tokens would come from two versions, and are not to continue.
-        """
-        if self.unfinished and not self._continues:
-            raise RuntimeError(f"weights cannot change while {self.unfinished} requests are unfinished")
-        self._engine.begin_weights(version)
-
-    def receive_weights(self, bucket: WeightBucket) -> None:
-        """Take one bucket in."""
-        self._engine.receive_weights(bucket)
-
-    def finish_weights(self) -> None:
-        """Make the new version current."""
-        self._engine.finish_weights()
-        self.version = self._engine.version
-
     def close(self) -> None:
         """Free the sampler and leave the environments."""
         self._table.close()
@@ -174,7 +150,7 @@ class EpisodeEngine:
                 self._begin(request, episode.limits, episode.attempt + 1)
             else:
                 self._episodes.pop(request.key)
-                self._finished.append(_failed(request, answer.reason))
+                self._finished.append(failed_rollout(request, answer.reason))
             return
         observation = self._checked(episode, answer)
         if observation is None:
@@ -234,12 +210,3 @@ class EpisodeEngine:
 
     def _encode(self, text: str) -> Int32:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False) if text else [], np.int32)
-
-
-def _failed(request: RolloutRequest, reason: str) -> Rollout:
-    """The record of a sample that could not be played: no tokens, and why."""
-    none: Int32 = np.zeros(0, np.int32)
-    empty: Float32 = np.zeros(0, np.float32)
-    return Rollout(
-        request.key, request.prompt_ids, none, none.astype(np.bool_), empty, none, "length", "", request.seed, None, reason
-    )

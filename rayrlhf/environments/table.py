@@ -18,6 +18,14 @@ from rayrlhf.errors import UserError
 GRACE_SECONDS = 5.0
 """What an answer may take beyond its bound until the loop itself counts as blocked."""
 
+
+def told(error: BaseException) -> str:
+    """What somebody else's code raised, and where, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    said = " ".join("".join(traceback.format_exception_only(error)).split())
+    return f"{said} ({frames[-1].filename}:{frames[-1].lineno})" if frames else said
+
+
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -107,9 +115,7 @@ class Table(Generic[Key]):
         except Exception as error:  # noqa: BLE001 - the boundary to other people's code
             if isinstance(error, TimeoutError) and limit.expired():
                 return Failed(f"no answer within {self._seconds:g} s (environment.timeout_seconds)")
-            frames = traceback.extract_tb(error.__traceback__)
-            said = " ".join("".join(traceback.format_exception_only(error)).split())
-            return Failed(f"{said} ({frames[-1].filename}:{frames[-1].lineno})")
+            return Failed(told(error))
 
     @staticmethod
     def _result(future: Future[Any]) -> Any:

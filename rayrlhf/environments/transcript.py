@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from rayrlhf.data.records import Int32, Rollout, RolloutRequest
+from rayrlhf.data.records import Float32, Int32, Rollout, RolloutRequest
 from rayrlhf.observe.samples import Line
 
 
@@ -115,3 +115,12 @@ def transcript_lines(rollout: Rollout, tokenizer: Any) -> list[Line]:
         )
         for start, end in pairwise(bounds)
     ]
+
+
+def failed_rollout(request: RolloutRequest, reason: str) -> Rollout:
+    """The record of a sample that could not be played: no tokens, and why."""
+    none: Int32 = np.zeros(0, np.int32)
+    empty: Float32 = np.zeros(0, np.float32)
+    return Rollout(
+        request.key, request.prompt_ids, none, none.astype(np.bool_), empty, none, "length", "", request.seed, None, reason
+    )

@@ -21,7 +21,7 @@ from rayrlhf.data.records import Float32, Prompt, Rollout, RolloutRequest, Sampl
 from rayrlhf.data.seeds import sample_seed
 from rayrlhf.engines.reward_ensemble import RewardEnsemble
 from rayrlhf.engines.rollout import RolloutSpec, build_rollout_engine, context_length
-from rayrlhf.environments.registry import environment_maker
+from rayrlhf.environments.registry import check_environment
 from rayrlhf.errors import UserError
 from rayrlhf.evaluation.best_of import best_of, pass_at, powers_of_two
 from rayrlhf.evaluation.episodes import transcripts, whole_prompts
@@ -84,7 +84,7 @@ def check_evaluation(config: EvaluateConfig) -> str:
     """
     load_functions(config.reward)
     if config.environment is not None:
-        environment_maker(config.environment)
+        check_environment(config.environment)
     prompts = _load_prompts(config)
     return f"evaluation: {config.run.folder}\nmodel: {config.model.path}\nprompts: {len(prompts)} of {config.data.path}"
 

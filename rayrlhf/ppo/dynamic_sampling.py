@@ -7,7 +7,7 @@ step is filled up with them, so that its size never changes. Prompts that were l
 
 from collections.abc import Mapping, Sequence
 
-from rayrlhf.data.records import Rollout, SampleKey
+from rayrlhf.data.records import STRETCH, Rollout, SampleKey
 
 SAMPLED_TOKENS = "sampling/tokens"
 """Response tokens that a step sampled, those it left out included."""
@@ -44,7 +44,7 @@ class Harvest:
         self._tokens += sum(len(rollout.response_ids) for rollout in rollouts)
         draws: dict[tuple[int, int], list[Rollout]] = {}
         for rollout in rollouts:
-            draws.setdefault((rollout.key.prompt, rollout.key.sample // self._samples), []).append(rollout)
+            draws.setdefault((rollout.key.prompt, rollout.key.sample % STRETCH // self._samples), []).append(rollout)
         for draw in draws.values():
             telling = len({scores[rollout.key] for rollout in draw}) > 1
             (self._telling if telling else self._flat).append(draw)

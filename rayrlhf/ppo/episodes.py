@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.data.records import Rollout
+from rayrlhf.data.records import STRETCH, Rollout
 from rayrlhf.errors import AlarmError
 
 PART = "environment"
@@ -42,6 +42,14 @@ def without_failed(batches: Iterable[list[Rollout]], asked: int, most: float) ->
             yield played
 
 
+def with_others(rollouts: Iterable[Rollout]) -> list[Rollout]:
+    """Return rollouts with the further stretches of each behind it: every stretch is a sample to learn from.
+
+    A stretch has its sample's reward and counts as another response of its group, so a sample of several weighs more there.
+    """
+    return [part for rollout in rollouts for part in (rollout, *rollout.others)]
+
+
 def turn_weight(config: PPOConfig) -> float:
     """Factor of what environments paid, where it is paid turn by turn; 0 where it is paid with the score, or not at all."""
     if config.environment is None or config.environment.credit == "episode":
@@ -56,9 +64,11 @@ def turns(rollout: Rollout) -> int:
 
 
 def episode_metrics(rollouts: Sequence[Rollout], asked: int) -> dict[str, float]:
-    """Means over a step's rollouts: turns, tokens of the environment, and the share of samples that failed."""
+    """Of a step's rollouts: mean turns and environment's tokens, stretches a sample, and the share of samples that failed."""
+    samples = sum(rollout.key.sample < STRETCH for rollout in rollouts)
     return {
         "environment/turns": float(np.mean([turns(rollout) for rollout in rollouts])),
         "environment/tokens": float(np.mean([(~rollout.action_mask).sum() for rollout in rollouts])),
-        "environment/failed": 1 - len(rollouts) / asked,
+        "environment/stretches": len(rollouts) / samples,
+        "environment/failed": 1 - samples / asked,
     }

@@ -28,7 +28,7 @@ from rayrlhf.models.load import resolve_dtype
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.dynamic_sampling import SAMPLED_TOKENS, Harvest
-from rayrlhf.ppo.episodes import episode_metrics, without_failed
+from rayrlhf.ppo.episodes import episode_metrics, with_others, without_failed
 from rayrlhf.ppo.evaluation import Evaluation
 from rayrlhf.ppo.experience import Experience, ExperienceMaker
 from rayrlhf.ppo.generation import POLL_SECONDS, Generation, Order, make_requests
@@ -105,7 +105,7 @@ class PPOTrainer:
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> ScoredRollouts:
         """Rewards, reference log-probs, values and old log-probs of rollouts of these prompts."""
         scorer = self._scorer(prompts)
-        scorer.add(rollouts)
+        scorer.add(with_others(rollouts))
         return scorer.finish()
 
     def step(self, scored: ScoredRollouts) -> dict[str, float]:
@@ -270,7 +270,7 @@ class PPOTrainer:
         scorer = self._scorer(prompts)
         with self.timer.phase("generate"):
             for finished in self._collect(order):
-                scorer.add(finished)
+                scorer.add(with_others(finished))
         scored = scorer.finish()
         return prompts, scored, episode_metrics(scored.rollouts, len(order.requests)) if self.config.environment else {}
 
@@ -283,7 +283,7 @@ class PPOTrainer:
         while harvest.missing:
             drawn = self.sampler.next(harvest.missing)
             requests = self._requests(drawn, config.samples_per_prompt, seen=seen)
-            judged = self._rewarded(drawn, requests, config.temperature)
+            judged = self._rewarded(drawn, requests, config.temperature, whole=True)
             rewards |= judged.reward_rows()
             harvest.add(judged.rollouts, {key: row.score for key, row in rewards.items()})
             prompts += drawn
@@ -298,13 +298,15 @@ class PPOTrainer:
         prompts = [scored.prompts[prompt] for prompt in numbers]
         return self._rewarded(prompts, self._requests(prompts, 1, seen=numbers), 0.0)
 
-    def _rewarded(self, prompts: Sequence[Prompt], requests: list[RolloutRequest], temperature: float) -> ScoredRollouts:
-        """Responses with rewards alone."""
+    def _rewarded(
+        self, prompts: Sequence[Prompt], requests: list[RolloutRequest], temperature: float, *, whole: bool = False
+    ) -> ScoredRollouts:
+        """Responses with rewards alone, one a request; the further stretches of each too where they are wanted `whole`."""
         with self.timer.phase("generate"):
             rollouts = [rollout for batch in self._stream(requests, temperature) for rollout in batch]
         by_id = {prompt.id: prompt for prompt in prompts}
         scorer = Scorer(self.crew, self.care.healer, (), by_id, False, self.config.deadlines.score, self.timer)
-        scorer.add(rollouts)
+        scorer.add(with_others(rollouts) if whole else rollouts)
         return scorer.finish()
 
     def _scorer(self, prompts: Sequence[Prompt], known: Mapping[SampleKey, RewardRow] | None = None) -> Scorer:

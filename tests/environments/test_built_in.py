@@ -77,7 +77,7 @@ def test_every_sample_of_a_prompt_plays_for_the_same_number_and_prompts_differ()
     ("settings", "message"),
     [
         ({"name": "calculater"}, "is not built in; did you mean 'calculator'?"),
-        ({"name": "tests.environments.players:Ecko"}, "has no class 'Ecko'; did you mean 'Echo'?"),
+        ({"name": "tests.environments.players:Ecko"}, "has no class or function 'Ecko'; did you mean 'Echo'?"),
         ({"name": "nowhere.at_all:Game"}, "nowhere.at_all cannot be imported"),
         ({"name": "nowhere.py:Game"}, "no such file"),
         ({"name": "rayrlhf.environments.protocol:Action"}, "Action needs a method 'async def reset'"),

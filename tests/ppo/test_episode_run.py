@@ -52,6 +52,26 @@ def test_a_run_over_turns_trains_on_what_was_sampled_and_repeats_bit_for_bit(tmp
     assert first[0]["policy/weights_checksum"] != first[1]["policy/weights_checksum"]
 
 
+@pytest.mark.slow
+def test_a_run_over_agents_trains_on_every_stretch_as_it_was_sampled_and_repeats_bit_for_bit(tmp_path):
+    agents = [
+        "environment={name: 'tests.environments.agents:forgetful', max_turn_tokens: 2}",
+        "rollout.max_new_tokens=120",
+        "rollout.max_model_length=256",
+        "model.path=builtin:tiny?layers=1&hidden=64&context=256",
+    ]
+    first, second = (played(tmp_path / name, *agents) for name in ("one", "two"))
+    assert len(first) == 2
+    for one, other in zip(first, second, strict=True):
+        assert one["environment/stretches"] == 2  # Two answers in one conversation, and one in another.
+        assert one["environment/turns"] == 1.5
+        assert one["environment/failed"] == 0
+        assert one["objective/scores"] == pytest.approx(0.5)
+        assert one["sampling/sampling_logp_difference/mean"] < 1e-4
+        assert one["policy/weights_checksum"] == other["policy/weights_checksum"]
+    assert first[0]["policy/weights_checksum"] != first[1]["policy/weights_checksum"]
+
+
 def test_a_run_whose_environment_is_broken_stops_and_says_why(tmp_path):
     broken = "environment={name: 'tests.environments.players:Raising', max_turn_tokens: 2, retries: 0}"
     with pytest.raises(AlarmError, match=r"samples failed in their environment.*the tool is broken"):

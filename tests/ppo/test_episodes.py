@@ -9,9 +9,10 @@ import torch
 from rayrlhf.algorithms.gae import gae
 from rayrlhf.config.load import load_config
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.data.records import Prompt, Rollout, SampleKey, TokenScores
+from rayrlhf.data.records import STRETCH, Prompt, Rollout, SampleKey, TokenScores
 from rayrlhf.errors import AlarmError, UserError
-from rayrlhf.ppo.episodes import episode_metrics, turns, without_failed
+from rayrlhf.ppo.dynamic_sampling import Harvest
+from rayrlhf.ppo.episodes import episode_metrics, turns, with_others, without_failed
 from rayrlhf.ppo.experience import ExperienceMaker
 from rayrlhf.ppo.scoring import ScoredRollouts
 from rayrlhf.rewards.environment import environment
@@ -163,7 +164,27 @@ def test_failed_samples_are_left_out_until_they_are_too_many():
 def test_turns_and_the_environments_tokens_are_counted():
     rollouts, *_ = case()
     assert [turns(rollout) for rollout in rollouts] == [2, 2, 1]
-    assert episode_metrics(rollouts, 4) == {"environment/turns": 5 / 3, "environment/tokens": 5 / 3, "environment/failed": 0.25}
+    assert episode_metrics(rollouts, 4) == {
+        "environment/turns": 5 / 3,
+        "environment/tokens": 5 / 3,
+        "environment/stretches": 1,
+        "environment/failed": 0.25,
+    }
+
+
+def test_further_stretches_are_samples_of_their_group_and_counted_apart():
+    rollouts, *_ = case()
+    other = replace(rollouts[1], key=SampleKey(0, 0, STRETCH))
+    several = [replace(rollouts[0], others=(other,)), rollouts[2]]
+    parts = with_others(several)
+    assert [part.key for part in parts] == [rollouts[0].key, other.key, rollouts[2].key]
+    metrics = episode_metrics(parts, 4)
+    assert (metrics["environment/stretches"], metrics["environment/failed"]) == (1.5, 0.5)
+    harvest = Harvest(1, 2, 0)
+    pair = [replace(rollouts[2], key=SampleKey(0, 0, sample)) for sample in (0, 1)]
+    drawn = [*pair, other]
+    harvest.add(drawn, {pair[0].key: 0.0, pair[1].key: 1.0, other.key: 0.0})
+    assert harvest.rollouts() == drawn  # One draw of one prompt, and all of it tells.
 
 
 def test_the_reward_function_sums_what_was_paid_and_needs_an_environment():

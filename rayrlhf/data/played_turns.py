@@ -1,0 +1,74 @@
+"""Prompts for the built-in environments, each with a transcript of somebody who plays them without much sense.
+
+What imitates the transcripts knows the form of a turn and no more, which is where reinforcement begins. A `completion` is a
+whole sample, the environment's words included. `calculations` are sums, solved in the head or, `calls` percent of them, with
+`calculator`: `417+258=` and `[417+258] 675 675`. `guesses` are games of `guessing`: `game 12: ` and `7<3>4`, by a player who
+does not listen; with `chat=1` they are conversations, for agents.
+"""
+
+import random
+from typing import Any
+
+from rayrlhf.data.sums import Split, split_of
+
+LARGEST_GAME, LARGEST_NUMBER = 1_000_000, 9
+MOST_DIGITS, MOST_ROWS = 9, 1_000_000
+LONGEST_GAME = 4
+"""Turns of a game at most: as many as halving the ten numbers takes."""
+
+
+def calculations(seed: int, count: int, split: Split, calls: int = 0, digits: int = 0) -> list[dict[str, str]]:
+    """Return rows with `prompt`, `completion` and the right `answer`.
+
+    Args:
+        seed: of the draw; equal arguments give equal rows, and a smaller count the first of them.
+        count: number of rows; the same sum may come again.
+        split: which side of the hash of `rayrlhf.data.sums`.
+        calls: percent of the rows whose completion asks the calculator.
+        digits: of each number; 0 is three.
+    """
+    draw, habits = random.Random(f"calculations {seed} {split}"), random.Random(f"calls {seed} {split}")
+    smallest = 10 ** ((digits or 3) - 1)
+    rows: list[dict[str, str]] = []
+    while len(rows) < count:
+        left, right = (draw.randrange(smallest, 10 * smallest) for _ in range(2))
+        if split_of(left, right) != split:
+            continue
+        answer = str(left + right)
+        asks = habits.random() * 100 < calls
+        completion = f"[{left}+{right}] {answer} {answer}" if asks else answer
+        rows.append({"prompt": f"{left}+{right}=", "completion": completion, "answer": answer})
+    return rows
+
+
+def guesses(seed: int, count: int, split: Split, chat: int = 0) -> list[dict[str, Any]]:
+    """Return rows with `prompt`, `completion` and the `hidden` number; the game's number says nothing of what is hidden in it.
+
+    Args:
+        seed: as for `calculations`.
+        count: likewise.
+        split: likewise.
+        chat: with 1 the transcript is a conversation in `messages`, and there is no `completion`.
+    """
+    draw = random.Random(f"guesses {seed} {split}")
+    rows = []
+    for _ in range(count):
+        game = draw.randrange(LARGEST_GAME // 5) * 5 + (0 if split == "evaluation" else draw.randrange(1, 5))
+        hidden = draw.randint(0, LARGEST_NUMBER)
+        said: list[str] = []
+        for _ in range(LONGEST_GAME):
+            guess = draw.randint(0, LARGEST_NUMBER)
+            said.append(str(guess))
+            if guess == hidden:
+                break
+            said.append("<" if hidden < guess else ">")
+        rows.append({"prompt": f"game {game}: ", "hidden": str(hidden)} | _transcript(f"game {game}: ", said, chat))
+    return rows
+
+
+def _transcript(prompt: str, said: list[str], chat: int) -> dict[str, Any]:
+    """Guesses and answers by turns, as one text or as messages that end with a guess."""
+    if not chat:
+        return {"completion": "".join(said)}
+    turns = [prompt, *said][: 2 * ((len(said) + 1) // 2)]
+    return {"messages": [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(turns)]}

@@ -1,0 +1,120 @@
+"""Agents for tests: over real HTTP, as an agent that knows nothing of training would ask."""
+
+import asyncio
+import sys
+import threading
+import time
+
+import httpx
+
+from rayrlhf.errors import UserError
+
+STARTED = []
+"""Prompts of the samples that `flaky` was asked to play."""
+
+
+def ask(endpoint, messages, **fields):
+    """One completion: the answer's text. Raises `httpx.HTTPStatusError` when refused."""
+    body = {"model": endpoint.model, "messages": messages} | fields
+    response = httpx.post(
+        f"{endpoint.base_url}/chat/completions",
+        json=body,
+        headers={"Authorization": f"Bearer {endpoint.api_key}"},
+        timeout=30,
+    )
+    response.raise_for_status()
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def turns(prompt, endpoint, count=2, between="go on", clean=str):
+    """One conversation of `count` answers; the reward is their number."""
+    messages = [{"role": "user", "content": prompt.text}]
+    for _ in range(count):
+        said = ask(endpoint, messages)
+        messages += [{"role": "assistant", "content": clean(said)}, {"role": "user", "content": between}]
+    return float(count)
+
+
+def stripping(prompt, endpoint):
+    return turns(prompt, endpoint, clean=str.strip)
+
+
+def forgetful(prompt, endpoint):
+    """Two answers in one conversation, one in another."""
+    turns(prompt, endpoint)
+    ask(endpoint, [{"role": "system", "content": "Sum up."}, {"role": "user", "content": "all of it"}])
+    return 0.5
+
+
+def stubborn(prompt, endpoint):
+    """Goes on until it is refused, and does not catch that."""
+    return turns(prompt, endpoint, count=100)
+
+
+def content(prompt, endpoint):
+    """The same, and takes what it has."""
+    try:
+        return turns(prompt, endpoint, count=100)
+    except httpx.HTTPStatusError as refused:
+        return 0.25 if refused.response.json()["error"]["code"] == "context_length_exceeded" else 0.0
+
+
+async def waiting(prompt, endpoint):
+    """Answers the later, the smaller the prompt's id is."""
+    for _ in range(2):
+        await asyncio.sleep(0.05 * (3 - prompt.id))
+        await asyncio.to_thread(ask, endpoint, [{"role": "user", "content": prompt.text}])
+    return 1.0
+
+
+def raising(prompt, endpoint):
+    raise RuntimeError("the browser crashed")
+
+
+async def leaving(prompt, endpoint):
+    sys.exit(3)
+
+
+def flaky(prompt, endpoint):
+    """Fails the first time, after its first answer."""
+    STARTED.append(prompt.id)
+    ask(endpoint, [{"role": "user", "content": prompt.text}])
+    if len(STARTED) == 1:
+        raise RuntimeError("not yet")
+    return 1.0
+
+
+async def sleeping(prompt, endpoint):
+    await asyncio.sleep(60)
+
+
+def blocking(prompt, endpoint):
+    time.sleep(60)
+
+
+def silent(prompt, endpoint):
+    return 1.0
+
+
+def careless(prompt, endpoint):
+    turns(prompt, endpoint, count=1)
+    return float("nan")
+
+
+def mistaken(prompt, endpoint):
+    raise UserError("no such column")
+
+
+def impatient(prompt, endpoint):
+    """Is gone before the answer to its second request."""
+    ask(endpoint, [{"role": "user", "content": "one"}])
+    threading.Thread(target=refused_late, args=(endpoint,), daemon=True).start()
+    time.sleep(0.2)
+    return 1.0
+
+
+def refused_late(endpoint):
+    try:
+        ask(endpoint, [{"role": "user", "content": "two"}])
+    except httpx.HTTPError:
+        return
