@@ -30,6 +30,8 @@ from rayrlhf.errors import UserError
 
 SLICE_SECONDS = 0.05
 """Longest decoding until new requests are let in."""
+BLOCKED_SECONDS = 0.5
+"""How long the agents' event loop may take to answer."""
 
 
 class _Ended(NamedTuple):
@@ -167,6 +169,8 @@ class AgentEngine(EngineAround):
             if self._is_busy(session) and now - session.since > patience:
                 session.overdue = f"no request and no end within {patience:g} s (environment.timeout_seconds)"
                 session.run.cancel()  # Its end comes among the calls, as any other.
+                if self._loop.is_blocked(BLOCKED_SECONDS):
+                    self._loop = AgentLoop()  # The old one is left behind in its thread.
 
     def _heard(self, event: Call | _Ended) -> None:
         session = self._sessions.get(event.token)

@@ -136,6 +136,14 @@ class AgentLoop:
         """Start an agent; returns what it will say."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
+    def is_blocked(self, seconds: float) -> bool:
+        """Whether some agent's coroutine blocks the others, where it should await: the loop does not answer in so long."""
+        try:
+            self.start(asyncio.sleep(0)).result(seconds)
+        except TimeoutError:
+            return True
+        return False
+
     def close(self) -> None:
         """Give agents that were cancelled a moment to clean up, and stop."""
 
@@ -143,5 +151,6 @@ class AgentLoop:
             others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
             await asyncio.wait(others, timeout=1.0) if others else None
 
-        asyncio.run_coroutine_threadsafe(rest(), self._loop).result(2.0)
+        with suppress(TimeoutError):
+            self.start(rest()).result(2.0)
         self._loop.call_soon_threadsafe(self._loop.stop)

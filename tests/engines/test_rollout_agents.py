@@ -158,6 +158,13 @@ def test_a_sample_that_failed_is_played_again_with_the_same_seeds():
     assert len({asked.seed for asked, _ in scripted.asked}) == 1
 
 
+def test_an_agent_that_blocks_the_others_is_left_behind():
+    agents.STARTED.clear()
+    rollout, _ = play([[*ids("a"), END]] * 2, "hogging", retries=1, timeout_seconds=0.3)
+    assert agents.STARTED == [0, 0]
+    assert rollout.rewards.sum() == 1.0
+
+
 @pytest.mark.parametrize(
     ("name", "message"), [("careless", "returned nan, expected a finite number"), ("mistaken", "no such column")]
 )
@@ -298,6 +305,7 @@ def test_a_body_that_is_no_json_is_refused_and_the_model_is_listed(open_session)
     assert httpx.get(f"{url}/models").status_code == 401
 
 
+@pytest.mark.slow
 def test_openais_own_client_gets_its_answers(monkeypatch):
     openai = pytest.importorskip("openai")
     said = []
@@ -320,6 +328,7 @@ def test_openais_own_client_gets_its_answers(monkeypatch):
     assert scripted.asked[0][1] == 5
 
 
+@pytest.mark.slow
 def test_the_samplers_logprobs_are_those_of_one_pass_over_each_stretch():
     model = ModelSection.model_validate({"path": TINY.replace("context=96", "context=512") + "true", "dtype": "float32"})
     rollout = RolloutSection.model_validate({"backend": "transformers", "max_concurrent": 8})

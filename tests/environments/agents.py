@@ -92,6 +92,15 @@ def blocking(prompt, endpoint):
     time.sleep(60)
 
 
+async def hogging(prompt, endpoint):
+    """Blocks the event loop of all agents the first time."""
+    STARTED.append(prompt.id)
+    if len(STARTED) == 1:
+        time.sleep(3)
+    await asyncio.to_thread(ask, endpoint, [{"role": "user", "content": prompt.text}])
+    return 1.0
+
+
 def silent(prompt, endpoint):
     return 1.0
 
