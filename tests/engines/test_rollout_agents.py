@@ -253,7 +253,7 @@ def is_there(pid):
         return status.read().rpartition(")")[2].split()[0] != "Z"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def open_session():
     """An engine whose only agent waits, and the address and token of its session."""
     engine, _ = engine_of([], "sleeping", stop=["]"])
