@@ -34,6 +34,7 @@ from rayrlhf.engines.rollout import (
     new_token_limits,
     stop_token_ids,
 )
+from rayrlhf.engines.token_counts import bound_kernels
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
 
@@ -282,6 +283,7 @@ def _cpu_settings(spec: RolloutSpec, config: Any, length: int) -> dict[str, Any]
     if spec.rollout.tensor_parallel_size > 1:
         raise UserError("rollout.tensor_parallel_size: a CPU replica is one process, expected 1; set rollout.replicas instead")
     _register_model_class(config)
+    bound_kernels()
     return {
         "enforce_eager": True,
         # Seeded requests kill vLLM 0.32 on a CPU when it cuts a prompt in pieces ("CPU Generator does not use offset").
