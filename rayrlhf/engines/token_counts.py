@@ -1,9 +1,9 @@
 """Few different numbers of tokens in vLLM's matrix products on a CPU, so that a replica's memory soon stops growing.
 
 oneDNN builds a kernel for every shape it multiplies, and a batch of prompts has a new number of tokens nearly every time: about
-0.3 MB each for a small model, kept 32 a layer by vLLM and 1,024 in all by oneDNN. So numbers above `EXACT` are rounded up to one
-of eight an octave, as GPUs capture their graphs for some batch sizes only. A smaller cache in oneDNN would bound the memory too,
-but would build the same kernels over and over (measured: 9 to 11 % of the speed of a tiny model).
+0.3 MB each for a small model, kept 32 a layer by vLLM and 1,024 in all by oneDNN. So numbers above `EXACT` are rounded up to
+one of eight an octave, as GPUs capture their graphs for some batch sizes only. A smaller cache in oneDNN would bound the memory
+too, but would build the same kernels over and over (measured: 9 to 11 % of the speed of a tiny model).
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Multiply = Callable[[Any, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 def rounded(tokens: int) -> int:
-    """The number of tokens that is computed for so many: at most 1/8 more, and eight numbers from one power of two to the next."""
+    """The number of tokens that is computed for so many: at most 1/8 more, eight numbers from a power of two to the next."""
     if tokens <= EXACT:
         return tokens
     step = 1 << ((tokens - 1).bit_length() - 4)
@@ -26,7 +26,7 @@ def rounded(tokens: int) -> int:
 
 
 def with_few_shapes(multiply: Multiply) -> Multiply:
-    """Wrap vLLM's `onednn_mm(handler, x, bias)`: x (..., handler.k) -> (..., handler.n), computed with rows of zeros beside it."""
+    """Wrap vLLM's `onednn_mm(handler, x, bias)`, x (..., handler.k) -> (..., handler.n), to add rows of zeros to x."""
 
     def padded(handler: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         tokens = x.numel() // handler.k

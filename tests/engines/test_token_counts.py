@@ -10,7 +10,7 @@ from rayrlhf.engines.token_counts import EXACT, bound_kernels, rounded, with_few
 
 @pytest.mark.parametrize(
     ("tokens", "computed"),
-    [(0, 0), (1, 1), (16, 16), (17, 18), (32, 32), (33, 36), (64, 64), (65, 72), (120, 120), (121, 128), (129, 144), (4001, 4096)],
+    [(1, 1), (16, 16), (17, 18), (32, 32), (33, 36), (64, 64), (65, 72), (120, 120), (121, 128), (129, 144), (4001, 4096)],
 )
 def test_numbers_are_rounded_up_to_eight_an_octave(tokens, computed):
     assert rounded(tokens) == computed
