@@ -1,10 +1,11 @@
 """Real small PPO jobs that are hurt while they run; each is compared with an undisturbed twin, bit for bit where it is exact.
 
 `pytest -m slow tests/chaos` runs six kills, a resume, and a look at what a run leaves behind. By hand, one piece at a time,
-each below nine minutes on two cores, `-s` for the table of recovery times:
+each below nine minutes on two cores unless it says more, `-s` for the table of recovery times:
 
     pytest -m nightly -s tests/chaos/test_kills.py -k "thirty and 0"    ten kills a piece, pieces 0 to 2, one machine
     pytest -m nightly -s tests/chaos/test_nodes.py -k "nothing and 0"   lost nodes, drivers, processes; pieces 0 and 1
+    pytest -m nightly -s tests/chaos/test_nodes.py -k thirty            thirty of them in one job, about twenty minutes
     pytest -m nightly -s tests/chaos/test_nodes.py -k not_answer        a reward that hangs
     pytest -m nightly -s tests/chaos/test_nodes.py -k memory            a process that Ray's memory monitor ends
     pytest -m nightly -s tests/chaos/test_nodes.py -k network           calls that Ray loses on purpose

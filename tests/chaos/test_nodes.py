@@ -23,6 +23,14 @@ KINDS = [
     ("driver", signal.SIGKILL),
     ("policy", signal.SIGSTOP),
 ]
+MORE_KINDS = [
+    *KINDS,
+    ("rollout", signal.SIGKILL),
+    ("rollout", signal.SIGSTOP),
+    ("policy", signal.SIGKILL),
+    ("reference", signal.SIGKILL),
+    ("reward", signal.SIGKILL),
+]
 FREE_MEMORY = 3 * 2**30
 
 
@@ -35,6 +43,22 @@ def test_lost_nodes_drivers_and_processes_of_every_role_change_nothing_and_leave
     twin, victim, code = run_pair(tmp_path, steps, hurts, 240, *PLACED, seed=piece, cluster=cluster)
     print_table(victim)
     assert code == 0, victim.log[-3000:]
+    same_metrics(twin, victim, steps)
+    same_samples(twin, victim, steps)
+    assert nothing_left(cluster)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(2400)
+def test_thirty_random_harms_in_one_job_on_two_nodes_change_nothing_and_leave_nothing(tmp_path, cluster):
+    """About twenty minutes on two cores; `-s` shows the table of recovery times."""
+    generator = random.Random(30)
+    hurts = [harm for _ in range(3) for harm in generator.sample(MORE_KINDS, 10)]
+    steps = 2 * len(hurts) + 3
+    twin, victim, code = run_pair(tmp_path, steps, hurts, 1800, *PLACED, seed=30, cluster=cluster)
+    print_table(victim)
+    assert code == 0, victim.log[-3000:]
+    assert len(victim.hurts) == 30
     same_metrics(twin, victim, steps)
     same_samples(twin, victim, steps)
     assert nothing_left(cluster)
