@@ -15,11 +15,11 @@ from rayrlhf.config.model import ModelSection
 from rayrlhf.config.train import TrainSection
 from rayrlhf.engines import deepspeed_setup
 from rayrlhf.engines.objectives import PolicyObjective, SharedObjective, ValueObjective
-from rayrlhf.engines.process_group import ProcessGroupSpec, join, leave
+from rayrlhf.engines.process_group import ProcessGroupSpec, join
 from rayrlhf.engines.resized_state import recut_each, recut_row
 from rayrlhf.engines.train_engine import TrainEngine, TrainEngineSpec, UpdatePlan
 from rayrlhf.errors import UserError
-from tests.engines.training import free_port, join_alone, random_batch, random_sequences, weights_of, write_llama
+from tests.engines.training import free_port, join_alone, leave_at_once, random_batch, random_sequences, weights_of, write_llama
 
 STAGES = (0, 1, 2, 3)
 SAMPLES = 6
@@ -95,7 +95,7 @@ def main() -> None:
     deepspeed_setup.PARTITION_THRESHOLD = SOME_ARE_SHARDED
     join(ProcessGroupSpec(int(rank), 2, "127.0.0.1", int(port), timeout_seconds=400))
     in_a_world_of_two(int(rank), Path(folder))
-    leave()
+    leave_at_once()
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -13,9 +13,9 @@ from rayrlhf.config.algorithm import ParitySection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.train import OptimizerSection, TrainSection
 from rayrlhf.engines.objectives import POLICY_KL, PolicyObjective, SharedObjective, ValueObjective
-from rayrlhf.engines.process_group import ProcessGroupSpec, join, leave
+from rayrlhf.engines.process_group import ProcessGroupSpec, join
 from rayrlhf.engines.train_engine import TrainEngine, TrainEngineSpec, UpdatePlan
-from tests.engines.training import free_port, join_alone, random_batch, random_sequences, weights_of, write_llama
+from tests.engines.training import free_port, join_alone, leave_at_once, random_batch, random_sequences, weights_of, write_llama
 
 STAGES = (0, 1, 2, 3)
 SAMPLES = 7
@@ -84,7 +84,7 @@ def main() -> None:
     torch.set_num_threads(1)
     join(ProcessGroupSpec(int(rank), int(ranks), "127.0.0.1", int(port), timeout_seconds=300))
     run_rank(int(rank), int(ranks), Path(folder))
-    leave()
+    leave_at_once()
 
 
 def load(folder: Path, ranks: int, rank: int, stage: int) -> dict:

@@ -1,6 +1,7 @@
 """What the tests of the train engine share: a process group of one, models as folders, random experience."""
 
 import json
+import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from rayrlhf.data.records import Sequence
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.process_group import ProcessGroupSpec, join
+from rayrlhf.engines.process_group import ProcessGroupSpec, join, leave
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
 
@@ -28,6 +29,15 @@ def join_alone() -> None:
     torch.set_num_threads(1)
     if not torch.distributed.is_initialized():
         join(ProcessGroupSpec(0, 1, "127.0.0.1", free_port()))
+
+
+def leave_at_once() -> None:
+    """Leave the world and end this process, as its last act.
+
+    DeepSpeed keeps groups in globals, and gloo aborts now and then when their threads are taken down with the interpreter.
+    """
+    leave()
+    os._exit(0)
 
 
 def write_model(folder: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Path:

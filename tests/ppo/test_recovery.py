@@ -141,6 +141,7 @@ def test_a_replica_that_is_lost_again_and_again_ends_the_run_with_the_reason_and
     assert [checkpoint.step for checkpoint in list_checkpoints(config.run.folder / "checkpoints")] == [1]
 
 
+@pytest.mark.slow
 def test_with_recovery_switched_off_the_first_loss_ends_the_run_by_name(tmp_path):
     config = run_config(tmp_path, *SETTINGS, "run.steps=3", "recovery.enabled=false")
     with pytest.raises(ActorLostError, match="ppo/reward/0 was lost during reward"):

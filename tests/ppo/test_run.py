@@ -131,6 +131,7 @@ def test_nothing_of_a_run_is_left_alive(finished_run):
     assert not leftovers
 
 
+@pytest.mark.slow
 def test_two_policy_ranks_with_a_shared_critic_and_adapters_run_without_vllm(tmp_path):
     config = run_config(
         tmp_path,

@@ -72,6 +72,7 @@ def test_a_finished_run_is_not_run_again_and_another_configuration_is_refused(on
         train_sft(config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": 1.0})}))
 
 
+@pytest.mark.slow
 def test_two_workers_and_packed_rows_have_the_loss_curve_of_one_worker(one_worker, tmp_path):
     _, alone = one_worker
     both = train_sft(sft_config(tmp_path, "workers.count=2", "train.packing=true", "train.micro_batch_tokens=256"))
@@ -122,6 +123,7 @@ def test_a_reward_model_no_better_than_chance_is_not_exported(tmp_path):
     assert train_reward(config.model_copy(update={"export_anyway": True})).export.is_dir()
 
 
+@pytest.mark.slow
 def test_adapters_stay_adapters_until_they_are_merged(tmp_path):
     import torch
     from peft import PeftModel
