@@ -1,7 +1,10 @@
 """Whatever a user writes into a configuration, a dataset or a reward function: it works, or it is their one clear mistake."""
 
+import contextlib
+import io
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rayrlhf.cli import main
 from rayrlhf.config.data import DataSection, DatasetSection
 from rayrlhf.config.load import load_config
 from rayrlhf.config.ppo import PPOConfig
@@ -18,7 +22,8 @@ from rayrlhf.models.builtin import resolve_model
 from rayrlhf.rewards.functions import BoundFunction, ScoringBatch
 from rayrlhf.rewards.score import score_batch
 
-MANY = settings(max_examples=550, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+SLOWER = settings(MANY, max_examples=250)
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 anything = st.recursive(
@@ -74,14 +79,26 @@ def one_clear_mistake(error, name=""):
     assert "Traceback" not in str(error)
 
 
+def command_line(*arguments):
+    """Exit code and standard error of the command `rayrlhf` in this process; what is not a user's mistake is raised."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        patch.setattr(sys, "argv", ["rayrlhf", *arguments])
+        try:
+            main()
+        except SystemExit as ended:
+            return ended.code, said.getvalue().strip()
+    return 0, said.getvalue().strip()
+
+
 def nothing_written(file):
     """Reading leaves the folder as the user left it: their files, and not one of ours."""
     return {path.name for path in file.parent.iterdir()} <= {"file", "file.jsonl"}
 
 
-@MANY
+@SLOWER
 @given(st.lists(st.tuples(key, anything), min_size=1, max_size=3))
-def test_a_configuration_is_read_or_its_mistakes_are_named(file, changes):
+def test_a_configurations_mistakes_are_named_and_end_the_command_with_exit_code_2(file, changes):
     tree = json.loads(json.dumps(VALID))
     for path, value in changes:
         put(tree, path, value)
@@ -89,10 +106,9 @@ def test_a_configuration_is_read_or_its_mistakes_are_named(file, changes):
         file.write_text(yaml.safe_dump(tree), encoding="utf-8")
     except UnicodeEncodeError:
         return  # a lone surrogate cannot stand in a file
-    try:
-        load_config(PPOConfig, file)
-    except UserError as error:
-        one_clear_mistake(error)
+    code, said = command_line("ppo", str(file), "--dry-run")
+    assert code == 2  # where nothing else is wrong, there is no prompts.jsonl
+    one_clear_mistake(said)
     assert nothing_written(file)
 
 
