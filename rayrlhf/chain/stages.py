@@ -12,6 +12,7 @@ from rayrlhf.config.chain import StageKind
 from rayrlhf.config.evaluate import EvaluateConfig
 from rayrlhf.config.icl_build import ICLBuildConfig
 from rayrlhf.config.icl_distill import ICLDistillConfig
+from rayrlhf.config.icl_evaluate import ICLEvaluateConfig
 from rayrlhf.config.icl_pack import ICLPackConfig
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.section import Section
@@ -100,6 +101,12 @@ def _icl_distill(config: ICLDistillConfig) -> str:
     return _numbers(distill_context(config).metrics)
 
 
+def _icl_evaluate(config: ICLEvaluateConfig) -> str:
+    from rayrlhf.icl.evaluate import evaluate_curve
+
+    return "; ".join(evaluate_curve(config).lines()[:-1])
+
+
 STAGES: Mapping[StageKind, StageType] = {
     "sft": StageType(SFTConfig, _sft),
     "reward": StageType(RewardTrainingConfig, _reward),
@@ -111,6 +118,7 @@ STAGES: Mapping[StageKind, StageType] = {
     "icl-build": StageType(ICLBuildConfig, _icl_build, export="", dataset="dataset.parquet"),
     "icl-pack": StageType(ICLPackConfig, _icl_pack, export="", dataset="dataset.parquet"),
     "icl-distill": StageType(ICLDistillConfig, _icl_distill, export="student/export", dataset="dataset.parquet"),
+    "icl-evaluate": StageType(ICLEvaluateConfig, _icl_evaluate, export=""),
 }
 
 

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from rayrlhf.config.section import Section
 
-StageKind = Literal["sft", "reward", "dpo", "ppo", "evaluate", "icl-build", "icl-pack", "icl-distill"]
+StageKind = Literal["sft", "reward", "dpo", "ppo", "evaluate", "icl-build", "icl-pack", "icl-distill", "icl-evaluate"]
 
 
 class ChainRunSection(Section):

@@ -1,10 +1,11 @@
 """Class-to-label mappings: tasks that nothing but demonstrations can explain, for measuring in-context learning.
 
-An item is a word whose letters all come from the alphabet of its class (`dab` is of the class of a-f), so that the class can
-be seen on any item, known or not. A task gives each class a label of its own, at random. Without demonstrations the best
-anyone can do is to guess a label; with one of the item's own class the answer is certain; who only copies some label of the
-demonstrations is right as often as classes are alike. Which split a word or a task belongs to follows from a hash, so the
-evaluation has neither a word nor a task that was ever trained on, whatever seeds and counts are used.
+An item is a word of three letters, the last of which is its class (`hau` and `quu` are both of the class of u), as endings of
+words are in many languages, so that the class can be seen on any item, known or not. A task gives each class a label of its
+own, at random. Without demonstrations the best anyone can do is to guess a label; with one of the item's own class the answer
+is certain; who only copies some label of the demonstrations is right as often as classes are alike. Which split a word or a
+task belongs to follows from a hash, so the evaluation has neither a word nor a task that was ever trained on, whatever seeds
+and counts are used.
 
 `task=N` asks for one held-out task alone, in both splits: the one mapping that is moved into a model's weights by distillation,
 with words to learn it from (train) and others to judge by (evaluation).
@@ -19,11 +20,11 @@ from typing import Literal
 Split = Literal["train", "evaluation"]
 EVALUATION_SHARE = 5
 """One in this many words, and one in this many tasks, is held out."""
-ALPHABETS = ("abcdef", "ghijkl", "mnopqr", "stuvwx")
-"""The letters of each class."""
+ENDINGS = "uvwx"
+"""The last letter of each class's words."""
+LETTERS = "abcdefghijklmnopqrst"
+"""Of the two before it."""
 LABELS = "PQRSTUVW"
-LETTERS = 3
-"""Of a word."""
 ROWS_PER_TASK = 24
 """Consecutive rows of one task, all with different words."""
 MOST_ROWS = 1_000_000
@@ -53,14 +54,15 @@ def generate(seed: int, count: int, split: Split, task: int = 0) -> list[dict[st
 @cache
 def mappings(split: Split) -> list[str]:
     """Return all tasks of a split in a fixed order that means nothing, each as the labels of the classes in turn."""
-    tasks = ["".join(labels) for labels in itertools.permutations(LABELS, len(ALPHABETS))]
+    tasks = ["".join(labels) for labels in itertools.permutations(LABELS, len(ENDINGS))]
     return sorted((task for task in tasks if _split(f"task {task}") == split), key=_digest)
 
 
 @cache
 def words(split: Split) -> list[list[str]]:
     """Return all words of a split by class."""
-    spelt = [["".join(letters) for letters in itertools.product(alphabet, repeat=LETTERS)] for alphabet in ALPHABETS]
+    stems = ["".join(letters) for letters in itertools.product(LETTERS, repeat=2)]
+    spelt = [[stem + ending for stem in stems] for ending in ENDINGS]
     return [[word for word in of_class if _split(f"word {word}") == split] for of_class in spelt]
 
 
@@ -68,7 +70,7 @@ def _words(split: Split, draw: random.Random) -> list[tuple[int, str]]:
     """Draw the words of one task with their classes: classes at random, no word twice."""
     taken: dict[str, int] = {}
     while len(taken) < ROWS_PER_TASK:
-        number = draw.randrange(len(ALPHABETS))
+        number = draw.randrange(len(ENDINGS))
         taken.setdefault(draw.choice(words(split)[number]), number)
     return [(number, word) for word, number in taken.items()]
 

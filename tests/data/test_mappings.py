@@ -3,28 +3,29 @@
 import pytest
 
 from rayrlhf.config.data import DatasetSection
-from rayrlhf.data.mappings import ALPHABETS, LABELS, MOST_TASKS, ROWS_PER_TASK, generate, mappings, words
+from rayrlhf.data.mappings import ENDINGS, LABELS, LETTERS, MOST_TASKS, ROWS_PER_TASK, generate, mappings, words
 from rayrlhf.data.rows import read_rows
 from rayrlhf.errors import UserError
 
 
 def _class(word: str) -> int:
-    [number] = [number for number, alphabet in enumerate(ALPHABETS) if set(word) <= set(alphabet)]
-    return number
+    assert len(word) == 3
+    assert set(word[:2]) <= set(LETTERS)
+    return ENDINGS.index(word[2])
 
 
 def test_a_task_gives_each_class_a_label_of_its_own_and_keeps_to_it() -> None:
     for row in generate(seed=0, count=240, split="train"):
         assert row["completion"] == row["answer"] == row["task"][_class(row["prompt"])]
-        assert len(set(row["task"])) == len(ALPHABETS)
+        assert len(set(row["task"])) == len(ENDINGS)
         assert set(row["task"]) <= set(LABELS)
 
 
 def test_no_word_and_no_task_is_on_both_sides_and_none_is_lost() -> None:
-    for number, alphabet in enumerate(ALPHABETS):
+    for number in range(len(ENDINGS)):
         sides = [set(words("train")[number]), set(words("evaluation")[number])]
         assert not sides[0] & sides[1]
-        assert len(sides[0] | sides[1]) == len(alphabet) ** 3
+        assert len(sides[0] | sides[1]) == len(LETTERS) ** 2
     train, evaluation = set(mappings("train")), set(mappings("evaluation"))
     assert not train & evaluation
     assert len(train | evaluation) == 8 * 7 * 6 * 5
@@ -44,7 +45,7 @@ def test_rows_of_a_task_stand_together_with_different_words() -> None:
 
 def test_labels_say_nothing_without_the_task() -> None:
     rows = generate(seed=2, count=24_000, split="train")
-    for number in range(len(ALPHABETS)):
+    for number in range(len(ENDINGS)):
         of_class = [row["answer"] for row in rows if _class(row["prompt"]) == number]
         most = max(of_class.count(label) for label in LABELS) / len(of_class)
         assert most < 0.18  # 1 / 8 is what guessing gives.

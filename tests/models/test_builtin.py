@@ -110,6 +110,8 @@ def test_the_byte_tokenizer_decodes_any_tokens(ids):
         ("builtin:tiny?tie=no", "builtin:tiny?tie=no: tie: expected true or false, found 'no'"),
         ("builtin:tiny?seed=-1", "builtin:tiny?seed=-1: seed: expected a whole number, found '-1'"),
         ("builtin:tiny?hidden=100", "builtin:tiny?hidden=100: hidden: expected a multiple of 64, found 100"),
+        ("builtin:tiny?init=-1", "builtin:tiny?init=-1: init: expected a positive number, found '-1'"),
+        ("builtin:tiny?init=nan", "builtin:tiny?init=nan: init: expected a positive number, found 'nan'"),
         ("builtin:tiny?layers=0", "builtin:tiny?layers=0: expected layers >= 1 and context >= 2"),
         ("builtin:smollm2-135m-instruct?seed=1", "takes no options"),
     ],
