@@ -1,9 +1,9 @@
 """Prompts for the built-in environments, each with a transcript of somebody who plays them without much sense.
 
 What imitates the transcripts knows the form of a turn and no more, which is where reinforcement begins. A `completion` is a
-whole sample, the environment's words included. `calculations` are sums, solved in the head or, `calls` percent of them, with
-`calculator`: `417+258=` and `[417+258] 675 675`. `guesses` are games of `guessing`: `game 12: ` and `7<3>4`, by a player who
-does not listen; with `chat=1` they are conversations, for agents.
+whole sample, the environment's words included. `calculations` are sums, in the head to the nearest ten or, `calls` percent of
+them, with `calculator`: `41+25=` and `70`, or `[41+25] 66 66`. `guesses` are games of `guessing`: `game 12: ` and `7<3>4`, by
+a player who does not listen; with `chat=1` they are conversations, for agents.
 """
 
 import random
@@ -25,19 +25,19 @@ def calculations(seed: int, count: int, split: Split, calls: int = 0, digits: in
         count: number of rows; the same sum may come again.
         split: which side of the hash of `rayrlhf.data.sums`.
         calls: percent of the rows whose completion asks the calculator.
-        digits: of each number; 0 is three.
+        digits: of each number; 0 is two.
     """
     draw, habits = random.Random(f"calculations {seed} {split}"), random.Random(f"calls {seed} {split}")
-    smallest = 10 ** ((digits or 3) - 1)
+    smallest = 10 ** ((digits or 2) - 1)
     rows: list[dict[str, str]] = []
     while len(rows) < count:
         left, right = (draw.randrange(smallest, 10 * smallest) for _ in range(2))
         if split_of(left, right) != split:
             continue
-        answer = str(left + right)
+        answer, rounded = left + right, (left + right + 5) // 10 * 10
         asks = habits.random() * 100 < calls
-        completion = f"[{left}+{right}] {answer} {answer}" if asks else answer
-        rows.append({"prompt": f"{left}+{right}=", "completion": completion, "answer": answer})
+        completion = f"[{left}+{right}] {answer} {answer}" if asks else str(rounded)
+        rows.append({"prompt": f"{left}+{right}=", "completion": completion, "answer": str(answer)})
     return rows
 
 
