@@ -120,6 +120,7 @@ def make_plan(config: PPOConfig, machine: Machine) -> ResourcePlan:
     settled = [_settle(demand, wanted, machine, colocated, overlap) for demand in wanted]
     plan = _colocated(settled, overlap) if colocated else _disaggregated(settled, overlap)
     _check_fits(plan, settled, machine)
+    _check_transfer(config, plan)
     return plan
 
 
@@ -230,6 +231,15 @@ def replica_group(plan: ResourcePlan) -> GroupPlan:
     group = plan.groups[seat.group]
     bundles = tuple(_bundle(seat.cpus, seat.gpus) for _ in seat.bundles)
     return GroupPlan("STRICT_PACK", bundles, group.labels)
+
+
+def _check_transfer(config: PPOConfig, plan: ResourcePlan) -> None:
+    transfer = config.rollout.weight_transfer
+    for role in ("policy", "rollout"):
+        if transfer != "shared_memory" and not plan.seats[role][0].gpus:
+            raise UserError(
+                f"rollout.weight_transfer: {transfer!r} goes from GPU to GPU, and the {role} has none; expected 'shared_memory'"
+            )
 
 
 def _check_fits(plan: ResourcePlan, settled: Sequence[_Settled], machine: Machine) -> None:

@@ -1,11 +1,12 @@
 """The actor of one rollout replica: a sampler behind `submit` and `poll`, and a door for new weights."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 from rayrlhf.actors.actor_metrics import measured
 from rayrlhf.actors.worker import Worker
 from rayrlhf.data.records import Records, Rollout, RolloutRequest
-from rayrlhf.engines.interfaces import RolloutEngine
+from rayrlhf.engines.interfaces import RolloutEngine, TransferEngine
 from rayrlhf.engines.rollout import RolloutSpec, build_rollout_engine
 from rayrlhf.engines.shared_weights import SharedTensor, from_shared
 
@@ -49,6 +50,15 @@ class RolloutActor(Worker):
     def receive_weights(self, bucket: Sequence[SharedTensor]) -> None:
         """Take in one bucket, read in place from the object store."""
         self._engine.receive_weights(from_shared(bucket))
+
+    def open_transfer(self, info: dict[str, Any]) -> None:
+        """Meet the policy for weights that go from GPU to GPU, as vLLM's transfer asks; it waits for the others."""
+        cast("TransferEngine", self._engine).weight_client.init_weight_transfer_engine(info)
+
+    @measured
+    def receive_transfer(self, info: dict[str, Any]) -> None:
+        """Take in what the policy sends of the weights from GPU to GPU."""
+        cast("TransferEngine", self._engine).weight_client.update_weights(info)
 
     @measured
     def finish_weights(self) -> int:

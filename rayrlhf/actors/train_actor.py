@@ -2,12 +2,15 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import ray
+import torch.distributed
 
 from rayrlhf.actors.actor_metrics import measured
+from rayrlhf.actors.replica_client import DeviceOrder, ReplicaClient
 from rayrlhf.actors.worker import Worker
 from rayrlhf.data.manifest import FileRecord
 from rayrlhf.data.records import Records, TokenScores
@@ -22,6 +25,9 @@ from rayrlhf.engines.train_engine import TrainEngine
 from rayrlhf.engines.train_spec import TrainEngineSpec
 from rayrlhf.engines.update_plan import UpdatePlan, UpdateReport
 
+if TYPE_CHECKING:
+    from rayrlhf.engines.device_transfer import DeviceSender
+
 
 class TrainActor(Worker):
     """One rank of a model that learns."""
@@ -30,6 +36,7 @@ class TrainActor(Worker):
 
     _engine: TrainEngine
     _captured: train_state.StateFiles
+    _sender: "DeviceSender | None" = None
 
     @measured
     def build(self, group: ProcessGroupSpec, spec: TrainEngineSpec) -> None:
@@ -60,6 +67,20 @@ class TrainActor(Worker):
         """Take part in gathering the weights on a rank whose own copy is not shipped."""
         for _ in self._engine.weight_buckets(bucket_bytes, dtype=dtype):
             pass
+
+    @measured
+    def send_weights(self, order: DeviceOrder) -> None:
+        """Bring the merged weights to replicas from GPU to GPU; every rank must be called, and rank 0 sends.
+
+        Raises:
+            ActorLostError: a replica is gone.
+        """
+        from rayrlhf.engines.device_transfer import DeviceSender, EngineSource
+
+        if self._sender is None:
+            source = EngineSource(partial(self._engine.device_weights, order.dtype))
+            self._sender = DeviceSender(order.transfer, torch.distributed.get_rank(), source)
+        self._sender.send(ReplicaClient(order), order.members, order.workers * len(order.replicas), self.rendezvous)
 
     @measured
     def capture_state(self) -> None:

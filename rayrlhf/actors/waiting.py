@@ -100,7 +100,9 @@ def overrun(what: str, names: list[str], seconds: float) -> DeadlineError:
 
 
 def _raise_cause(error: RayTaskError) -> NoReturn:
-    """A user's mistake or an alarm keeps its own type and text; a bug keeps the traceback of the actor."""
+    """A user's mistake, an alarm or the loss that an actor saw keeps its type and text; a bug keeps the actor's traceback."""
+    if isinstance(error.cause, ActorLostError):
+        raise error.cause from error
     if isinstance(error.cause, (UserError, AlarmError)):
         raise type(error.cause)(*error.cause.args) from None
     raise error

@@ -213,6 +213,20 @@ class PPOConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _weights_can_go_from_gpu_to_gpu(self) -> Self:
+        transfer, mode = self.rollout.weight_transfer, self.placement.mode
+        if transfer == "shared_memory":
+            return self
+        if self.rollout.backend != "vllm":
+            raise ValueError(
+                f"rollout.weight_transfer '{transfer}' needs rollout.backend 'vllm', found '{self.rollout.backend}'"
+            )
+        expected = {"nccl": "disaggregated", "ipc": "colocated"}[transfer]
+        if mode != expected:
+            raise ValueError(f"rollout.weight_transfer '{transfer}' needs placement.mode '{expected}', found '{mode}'")
+        return self
+
+    @model_validator(mode="after")
     def _the_overlong_buffer_fits(self) -> Self:
         buffer, longest = self.algorithm.shaping.overlong_buffer, self.rollout.max_new_tokens
         if buffer is not None and buffer > longest:

@@ -43,6 +43,10 @@ class RolloutSection(Section):
     sleep: bool = False
     """Give the GPU memory of weights and KV cache back while models train on the same devices; the next weight sync wakes a
     replica, first its weights, then its cache. With `backend: vllm`; on a CPU nothing is freed."""
+    weight_transfer: Literal["shared_memory", "nccl", "ipc"] = "shared_memory"
+    """How new weights reach the replicas: through the nodes' shared memory, which works everywhere; or from GPU to GPU by
+    vLLM's own transfers, `nccl` to replicas on other GPUs (`placement.mode: disaggregated`), `ipc` to replicas on those of the
+    policy (`colocated`). With `backend: vllm`. Neither has been run on a GPU yet."""
     mismatch_alarm: float = Field(0.5, gt=0)
     """Stop when the mean |trainer log-prob - sampler log-prob| of a step exceeds this many nats, over the tokens that the
     newest weights sampled: what older ones did (`async.max_staleness`) differs also by what was learned since."""

@@ -1,7 +1,7 @@
 """What an engine is: one process's work on one model, without Ray. Actors wrap these; tests call them in-process."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -71,6 +71,15 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Free the engine's processes and memory."""
+        ...
+
+
+class TransferEngine(RolloutEngine, Protocol):
+    """A sampler that can also be sent weights from GPU to GPU."""
+
+    @property
+    def weight_client(self) -> Any:
+        """The door for them, with the calls of vLLM's `VLLMWeightSyncClient`."""
         ...
 
 

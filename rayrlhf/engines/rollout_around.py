@@ -1,6 +1,8 @@
 """What samplers of several turns share: another sampler inside, which weights and sleep are passed on to."""
 
-from rayrlhf.engines.interfaces import RolloutEngine, WeightBucket
+from typing import Any, cast
+
+from rayrlhf.engines.interfaces import RolloutEngine, TransferEngine, WeightBucket
 
 
 class EngineAround:
@@ -46,3 +48,8 @@ class EngineAround:
         """Make the new version current."""
         self._engine.finish_weights()
         self.version = self._engine.version
+
+    @property
+    def weight_client(self) -> Any:
+        """The inner sampler's own, where weights come from GPU to GPU."""
+        return cast("TransferEngine", self._engine).weight_client

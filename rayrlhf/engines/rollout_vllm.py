@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,8 +38,6 @@ from rayrlhf.engines.token_counts import bound_kernels
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
 
-Transfer = Literal["buckets", "nccl", "ipc"]
-
 PREFILL_TOKENS = 4096
 """Prompt tokens computed at a time; more if the context is longer, since prompts are not cut in pieces."""
 KV_BLOCK_TOKENS = 32
@@ -47,14 +45,13 @@ KV_BLOCK_TOKENS = 32
 
 
 class VLLMRolloutEngine:
-    """One replica on vLLM. See `RolloutEngine` for the protocol; `weight_client` is vLLM's own face of a weight transfer."""
+    """One replica on vLLM. See `RolloutEngine` for the protocol."""
 
-    def __init__(self, spec: RolloutSpec, *, transfer: Transfer = "buckets", executor: str | None = None) -> None:
+    def __init__(self, spec: RolloutSpec, *, executor: str | None = None) -> None:
         """Load the model and allocate the KV cache.
 
         Args:
             spec: model, sampling section and seed.
-            transfer: how weights arrive; "buckets" by `receive_weights`, the others by a trainer that drives `weight_client`.
             executor: vLLM's `distributed_executor_backend` for tensor-parallel replicas ("mp", "ray"); its choice when None.
 
         Raises:
@@ -78,7 +75,7 @@ class VLLMRolloutEngine:
         self._logprobs = spec.logprobs
         self._tokenizer = load_tokenizer(spec.model)
         self._stop_ids = stop_token_ids(spec.model, self._tokenizer)
-        self._engine = _start(spec, transfer, executor)
+        self._engine = _start(spec, executor)
         self._engine.set_weight_version(str(self.version))
         self._max_length: int = self._engine.model_config.max_model_len
         self.weight_client = WeightSyncClient(self._engine)
@@ -221,7 +218,7 @@ UNREADABLE = "llvmlite.binding.ffi"
 loaded modules, and fails at this one; numba brings it, which bm25s loads."""
 
 
-def _start(spec: RolloutSpec, transfer: Transfer, executor: str | None) -> Any:
+def _start(spec: RolloutSpec, executor: str | None) -> Any:
     from transformers import AutoConfig
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import EngineArgs
@@ -230,6 +227,7 @@ def _start(spec: RolloutSpec, transfer: Transfer, executor: str | None) -> Any:
     from rayrlhf.engines.weight_transfer import BUCKETS, register_bucket_transfer
 
     register_bucket_transfer()
+    transfer = BUCKETS if spec.rollout.weight_transfer == "shared_memory" else spec.rollout.weight_transfer
     path = resolve_path(spec.model)
     trust = spec.model.trust_remote_code
     config = AutoConfig.from_pretrained(path, revision=spec.model.revision, trust_remote_code=trust)
@@ -250,7 +248,7 @@ def _start(spec: RolloutSpec, transfer: Transfer, executor: str | None) -> Any:
             generation_config="vllm",
             disable_log_stats=True,
             use_tqdm_on_load=False,
-            weight_transfer_config=WeightTransferConfig(backend=BUCKETS if transfer == "buckets" else transfer),
+            weight_transfer_config=WeightTransferConfig(backend=transfer),
             **device,
         )
         with _out_of_sight(UNREADABLE):

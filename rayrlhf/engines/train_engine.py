@@ -113,6 +113,10 @@ class TrainEngine:
         """
         return bucketed(self._checkpoint(getattr(torch, dtype)), bucket_bytes)
 
+    def device_weights(self, dtype: Literal["float32", "bfloat16"]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the same weights one by one where they are computed, each valid until the next; every rank must exhaust it."""
+        return self._checkpoint(getattr(torch, dtype), self._device)
+
     def save_state(self, folder: Path) -> None:
         """Write this rank's part of weights, optimizer, counters and random state into an existing or new folder.
 
@@ -203,10 +207,10 @@ class TrainEngine:
         with whole(tuple(head.parameters())):
             return head.weight.detach().cpu().clone(), None if head.bias is None else head.bias.detach().cpu().clone()
 
-    def _checkpoint(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    def _checkpoint(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
         for tensor in checkpoint_tensors(self._network.model):
             with whole(tensor.parameters):
-                value = tensor.value().to("cpu", dtype).contiguous()
+                value = tensor.value().to(device, dtype).contiguous()
                 if any(hasattr(parameter, "ds_id") for parameter in tensor.parameters):
                     value = value.clone()  # the gathered memory goes away with the block
             yield tensor.name, value

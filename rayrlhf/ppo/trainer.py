@@ -221,8 +221,8 @@ class PPOTrainer:
         return self.config.run.determinism == "exact"
 
     def _send_weights(self, replicas: Sequence[Replica]) -> SyncReport:
-        seconds = self.config.deadlines.sync
-        return sync_weights(self.crew["policy"], self.care.pool, replicas, self.weight_version, self.sync_dtype, seconds)
+        policy, seconds, rollout = self.crew["policy"], self.config.deadlines.sync, self.config.rollout
+        return sync_weights(policy, self.care.pool, replicas, self.weight_version, self.sync_dtype, seconds, rollout)
 
     def _refresh(self, replicas: Sequence[Replica]) -> None:
         """Bring rebuilt replicas up to date; before the first sync they are so by themselves."""

@@ -2,19 +2,22 @@
 
 Rank 0 of the policy streams buckets as return values (they belong to the driver and survive the trainer's death); each
 reference is handed to all replicas, which read the bytes in place: one copy a node, and the driver never holds weights.
-Replicas that were put to sleep before the update wake up with the sync.
+Replicas that were put to sleep before the update wake up with the sync. With `rollout.weight_transfer: nccl` or `ipc` the
+policy sends from GPU to GPU instead, and the driver only says to whom.
 """
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ray
 
 from rayrlhf.actors.asked import asked
 from rayrlhf.actors.group import ActorGroup
+from rayrlhf.actors.replica_client import DeviceOrder
 from rayrlhf.actors.replicas import Replica, ReplicaPool
 from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS, lost_because, overrun, wait_all
+from rayrlhf.config.rollout import RolloutSection
 from rayrlhf.errors import ActorLostError, DeadlineError
 
 BUCKET_BYTES = 256 * 2**20
@@ -31,7 +34,13 @@ class SyncReport(NamedTuple):
 
 
 def sync_weights(
-    policy: ActorGroup, pool: ReplicaPool, replicas: Sequence[Replica], version: int, dtype: str, seconds: float
+    policy: ActorGroup,
+    pool: ReplicaPool,
+    replicas: Sequence[Replica],
+    version: int,
+    dtype: Literal["float32", "bfloat16"],
+    seconds: float,
+    rollout: RolloutSection,
 ) -> SyncReport:
     """Bring replicas to `version`; returns when all of them that are still there serve it.
 
@@ -42,6 +51,11 @@ def sync_weights(
         ActorLostError: a rank of the policy is lost.
     """
     started = time.monotonic()
+    if rollout.weight_transfer != "shared_memory":
+        names = tuple((replica.name, replica.handle) for replica in replicas)
+        order = DeviceOrder(rollout.weight_transfer, names, rollout.tensor_parallel_size, version, dtype)
+        _between_devices(policy, pool, replicas, order, seconds)
+        return SyncReport(version, 0, time.monotonic() - started)
     others = {
         name: handle.join_weights.remote(BUCKET_BYTES, dtype)
         for name, handle in zip(policy.names[1:], policy.handles[1:], strict=True)
@@ -68,6 +82,27 @@ def sync_weights(
                 raise ActorLostError(f"{name} was lost during {SYNC}", name) from error
             pool.lost(replica, error)
     return SyncReport(version, buckets, time.monotonic() - started)
+
+
+def _between_devices(
+    policy: ActorGroup, pool: ReplicaPool, replicas: Sequence[Replica], order: DeviceOrder, seconds: float
+) -> None:
+    """Let the policy send to the replicas itself. They share one communicator: the loss of a member is the loss of all."""
+    if not replicas:
+        return
+    try:
+        policy.wait(policy.call("send_weights", order), SYNC, seconds)
+    except (ActorLostError, DeadlineError) as error:
+        for replica in replicas:
+            pool.lost(replica, error)
+        if isinstance(error, DeadlineError) or error.actor not in {replica.name for replica in replicas}:
+            raise
+        if len(policy) > 1:
+            # The other ranks wait for rank 0 in the middle of gathering.
+            raise ActorLostError(f"{policy.names[0]} left the others in {SYNC}: {error}", policy.names[0]) from error
+    else:
+        for replica in replicas:
+            pool.synced(replica)
 
 
 def put_to_sleep(pool: ReplicaPool, seconds: float) -> None:
