@@ -224,10 +224,8 @@ def _start(spec: RolloutSpec, executor: str | None) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from rayrlhf.engines.weight_transfer import BUCKETS, register_bucket_transfer
+    from rayrlhf.engines.weight_transfer import registered
 
-    register_bucket_transfer()
-    transfer = BUCKETS if spec.rollout.weight_transfer == "shared_memory" else spec.rollout.weight_transfer
     path = resolve_path(spec.model)
     trust = spec.model.trust_remote_code
     config = AutoConfig.from_pretrained(path, revision=spec.model.revision, trust_remote_code=trust)
@@ -248,7 +246,7 @@ def _start(spec: RolloutSpec, executor: str | None) -> Any:
             generation_config="vllm",
             disable_log_stats=True,
             use_tqdm_on_load=False,
-            weight_transfer_config=WeightTransferConfig(backend=transfer),
+            weight_transfer_config=WeightTransferConfig(backend=registered(spec.rollout.weight_transfer)),
             **device,
         )
         with _out_of_sight(UNREADABLE):

@@ -9,8 +9,8 @@ Two facts about vLLM 0.32 shape `BucketTransfer`:
 
 - Checkpoint tensors go in through a layerwise reload, which re-fuses and re-packs a layer as soon as all its parts have come. A
   layer cut in two by a bucket border is kept waiting by reference, so what is waiting is copied before the bucket goes away.
-- A tied output layer owns no weights, so the reload never re-packs its GEMM, and it would go on multiplying with the old
-  embedding (2 nats of log-prob on a real model). It is packed again at the end.
+- A tied output layer owns no weights, so the reload never re-packs its GEMM on a CPU, and it would go on multiplying with the
+  old embedding (2 nats of log-prob on a real model). It is packed again at the end, of vLLM's own transfers too.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import (
@@ -28,9 +30,6 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 
 from rayrlhf.engines.interfaces import WeightBucket
-
-BUCKETS = "rayrlhf_buckets"
-"""Name of `BucketTransfer` in a `WeightTransferConfig`."""
 
 
 @dataclass
@@ -101,6 +100,31 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):  # type: i
         return incomplete
 
 
+class _TiedHeads:
+    """Packs tied output layers again at the end of one of vLLM's own transfers."""
+
+    def start_weight_update(self) -> None:
+        self._tied = _tied_heads(self.model)  # type: ignore[attr-defined]
+        super().start_weight_update()  # type: ignore[misc]
+
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()  # type: ignore[misc]
+        for head in self._tied.values():
+            head.quant_method.process_weights_after_loading(head)
+
+
+class NCCLTransfer(_TiedHeads, NCCLWeightTransferEngine):  # type: ignore[misc]
+    """Receives a broadcast of the policy's rank 0 (`device_transfer.py`)."""
+
+
+class IPCTransfer(_TiedHeads, IPCWeightTransferEngine):  # type: ignore[misc]
+    """Reads the memory of a policy rank on the same GPU (`device_transfer.py`)."""
+
+
+TRANSFERS = {"shared_memory": BucketTransfer, "nccl": NCCLTransfer, "ipc": IPCTransfer}
+"""By `rollout.weight_transfer`."""
+
+
 class WeightSyncClient:
     """The four calls of vLLM's `VLLMWeightSyncClient` protocol, on an engine of this process."""
 
@@ -132,10 +156,12 @@ class WeightSyncClient:
             self._engine.set_weight_version(weight_version)
 
 
-def register_bucket_transfer() -> None:
-    """Make `BUCKETS` known to vLLM in this process."""
-    if BUCKETS not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BUCKETS, BucketTransfer)
+def registered(transfer: str) -> str:
+    """Make a transfer known to vLLM in this process; returns its name for a `WeightTransferConfig`."""
+    name = f"rayrlhf_{transfer}"
+    if name not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(name, TRANSFERS[transfer])
+    return name
 
 
 def _tied_heads(model: torch.nn.Module) -> dict[str, Any]:

@@ -29,7 +29,8 @@ class Wire:
         return SimpleNamespace(broadcast=lambda tensor, src, stream: self.tensors.put(tensor.clone()), destroy=self.destroy)
 
     def receiver(self):
-        return SimpleNamespace(broadcast=lambda tensor, src, stream: tensor.copy_(self.tensors.get(timeout=60)))
+        receive = self.tensors.get
+        return SimpleNamespace(broadcast=lambda tensor, src, stream: tensor.copy_(receive(timeout=60)), destroy=lambda: None)
 
     def destroy(self):
         self.closed = True
@@ -80,6 +81,15 @@ def memory(monkeypatch):
     return handles
 
 
+@pytest.fixture
+def engine(request):
+    """A sampler for one of the transfers, tied or not."""
+    transfer, tie = request.param
+    engine = start("vllm", tie=tie, weight_transfer=transfer)
+    yield engine
+    engine.close()
+
+
 class Client:
     """The engine's own client between a version's brackets, as the actor of a replica calls it."""
 
@@ -116,9 +126,9 @@ class Trainer:
             yield name, parameter.detach()
 
 
-@pytest.mark.parametrize("tie", [True, False])
-def test_nccl_brings_new_weights_in_every_update_and_opens_a_new_group_for_other_replicas(wires, tie):
-    engine, trainer = start("vllm", tie=tie, weight_transfer="nccl"), Trainer(tie)
+@pytest.mark.parametrize(("engine", "tie"), [(("nccl", True), True), (("nccl", False), False)], indirect=["engine"])
+def test_nccl_brings_new_weights_in_every_update_and_opens_a_new_group_for_other_replicas(wires, engine, tie):
+    trainer = Trainer(tie)
     ports = itertools.count(5000)
     sender = DeviceSender("nccl", 0, EngineSource(trainer.weights))
     for version, members in enumerate([("a",), ("a",), ("b",)], start=1):
@@ -133,13 +143,14 @@ def test_nccl_brings_new_weights_in_every_update_and_opens_a_new_group_for_other
     ]
     assert [wire.closed for wire, _ in wires] == [True, False]
     assert [wire.worker.rank_offset for wire, _ in wires] == [1, 1]
-    engine.close()
 
 
-@pytest.mark.parametrize("least", [1, 300_000])
-def test_ipc_brings_new_weights_in_every_update_through_one_buffer_that_holds_the_largest_tensor(memory, monkeypatch, least):
+@pytest.mark.parametrize(("engine", "least"), [(("ipc", True), 1), (("ipc", False), 300_000)], indirect=["engine"])
+def test_ipc_brings_new_weights_in_every_update_through_one_buffer_that_holds_the_largest_tensor(
+    memory, monkeypatch, engine, least
+):
     monkeypatch.setattr("rayrlhf.engines.device_transfer.BUFFER_BYTES", least)
-    engine, trainer = start("vllm", weight_transfer="ipc"), Trainer(tie=True)
+    trainer = Trainer(tie=least == 1)
     sender = DeviceSender("ipc", 0, EngineSource(trainer.weights))
     for version in (1, 2):
         trainer.update(version)
@@ -147,22 +158,21 @@ def test_ipc_brings_new_weights_in_every_update_through_one_buffer_that_holds_th
         assert gap(trainer.network, sample(engine, make_requests(2)).values()) < 2e-5
     largest = max(parameter.nbytes for parameter in trainer.network.parameters())
     assert [buffer.nbytes for buffer in memory.values()] == [max(least, largest)] * 2
-    engine.close()
 
 
-def test_a_transfer_that_failed_is_opened_anew_by_the_next(wires):
-    engine, trainer = start("vllm", weight_transfer="nccl"), Trainer(tie=True)
+@pytest.mark.parametrize("engine", [("nccl", True)], indirect=True)
+def test_a_transfer_that_failed_is_opened_anew_by_the_next(wires, engine):
+    trainer, ports = Trainer(tie=True), itertools.count(5000)
     sender = DeviceSender("nccl", 0, EngineSource(trainer.weights))
-    sender.send(Client(engine, 1), ("a",), 1, lambda: MEETING)
+    sender.send(Client(engine, 1), ("a",), 1, lambda: (MEETING[0], next(ports)))
     broken = Client(engine, 2)
-    broken.update_weights = lambda info: 1 / 0
+    broken.start_weight_update = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        sender.send(broken, ("a",), 1, lambda: MEETING)
+        sender.send(broken, ("a",), 1, lambda: (MEETING[0], next(ports)))
     trainer.update(3)
-    sender.send(Client(engine, 3), ("a",), 1, lambda: MEETING)
+    sender.send(Client(engine, 3), ("a",), 1, lambda: (MEETING[0], next(ports)))
     assert len(wires) == 2
     assert gap(trainer.network, sample(engine, make_requests(1)).values()) < 2e-5
-    engine.close()
 
 
 def test_ranks_that_do_not_send_take_part_in_gathering_all_the_same():
