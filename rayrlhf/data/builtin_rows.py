@@ -56,7 +56,10 @@ BUILTIN_DATASETS = {
         {"count": played_turns.MOST_ROWS, "calls": 100, "digits": played_turns.MOST_DIGITS},
     ),
     "guesses": BuiltinDataset(
-        played_turns.guesses, "prompt", {"train": 20_000, "evaluation": 500}, {"count": played_turns.MOST_ROWS, "chat": 1}
+        played_turns.guesses,
+        "prompt",
+        {"train": 20_000, "evaluation": 500},
+        {"count": played_turns.MOST_ROWS, "chat": 1, "listens": 100},
     ),
 }
 

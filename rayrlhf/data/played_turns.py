@@ -3,7 +3,7 @@
 What imitates the transcripts knows the form of a turn and no more, which is where reinforcement begins. A `completion` is a
 whole sample, the environment's words included. `calculations` are sums, in the head to the nearest ten or, `calls` percent of
 them, with `calculator`: `41+25=` and `70`, or `[41+25] 66 66`. `guesses` are games of `guessing`: `game 12: ` and `7<3>4`, by
-a player who does not listen; with `chat=1` they are conversations, for agents.
+a player who does not listen, or `listens` percent of the time; with `chat=1` they are conversations, for agents.
 """
 
 import random
@@ -41,7 +41,7 @@ def calculations(seed: int, count: int, split: Split, calls: int = 0, digits: in
     return rows
 
 
-def guesses(seed: int, count: int, split: Split, chat: int = 0) -> list[dict[str, Any]]:
+def guesses(seed: int, count: int, split: Split, chat: int = 0, listens: int = 0) -> list[dict[str, Any]]:
     """Return rows with `prompt`, `completion` and the `hidden` number; the game's number says nothing of what is hidden in it.
 
     Args:
@@ -49,25 +49,35 @@ def guesses(seed: int, count: int, split: Split, chat: int = 0) -> list[dict[str
         count: likewise.
         split: likewise.
         chat: with 1 the transcript is a conversation in `messages`, and there is no `completion`.
+        listens: percent of the guesses that are among the numbers still possible.
     """
     draw = random.Random(f"guesses {seed} {split}")
     rows = []
     for _ in range(count):
         game = draw.randrange(LARGEST_GAME // 5) * 5 + (0 if split == "evaluation" else draw.randrange(1, 5))
         hidden = draw.randint(0, LARGEST_NUMBER)
-        said: list[str] = []
-        for _ in range(LONGEST_GAME):
-            guess = draw.randint(0, LARGEST_NUMBER)
-            said.append(str(guess))
-            if guess == hidden:
-                break
-            said.append("<" if hidden < guess else ">")
+        said = _played(hidden, draw, listens)
         rows.append({"prompt": f"game {game}: ", "hidden": str(hidden)} | _transcript(f"game {game}: ", said, chat))
     return rows
 
 
+def _played(hidden: int, draw: random.Random, listens: int) -> list[str]:
+    """Guesses and answers by turns."""
+    said: list[str] = []
+    low, high = 0, LARGEST_NUMBER
+    for _ in range(LONGEST_GAME):
+        heeds = listens > 0 and draw.random() * 100 < listens
+        guess = draw.randint(low, high) if heeds else draw.randint(0, LARGEST_NUMBER)
+        said.append(str(guess))
+        if guess == hidden:
+            break
+        said.append("<" if hidden < guess else ">")
+        low, high = (low, min(high, guess - 1)) if hidden < guess else (max(low, guess + 1), high)
+    return said
+
+
 def _transcript(prompt: str, said: list[str], chat: int) -> dict[str, Any]:
-    """Guesses and answers by turns, as one text or as messages that end with a guess."""
+    """A game as one text, or as messages that end with a guess."""
     if not chat:
         return {"completion": "".join(said)}
     turns = [prompt, *said][: 2 * ((len(said) + 1) // 2)]

@@ -58,6 +58,17 @@ def test_a_game_is_what_guessing_says_to_the_same_turns_and_its_player_does_not_
     assert won == pytest.approx(1 - 0.9**4, abs=0.04)
 
 
+def test_a_player_who_listens_wins_more_and_never_guesses_what_is_ruled_out():
+    won = []
+    for row in guesses(0, 500, "train", listens=100):
+        low, high = 0, 9
+        for turn, heard in re.findall(r"(\d)([<>]?)", row["completion"]):
+            assert low <= int(turn) <= high
+            low, high = (low, int(turn) - 1) if heard == "<" else (int(turn) + 1, high)
+        won.append(row["completion"][-1].isdigit())
+    assert np.mean(won) > 0.7
+
+
 def test_a_game_as_a_conversation_is_the_same_game_and_ends_with_a_guess():
     for plain, chat in zip(guesses(0, 200, "train"), guesses(0, 200, "train", chat=1), strict=True):
         texts = [message["content"] for message in chat["messages"]]
