@@ -30,6 +30,7 @@ OTHER_FILES = {
 }
 CHAINS = [
     "examples/arithmetic/chain.yaml",
+    "examples/dpo/chain.yaml",
     "examples/icl/chain.yaml",
     "examples/rft/chain.yaml",
     "examples/tools/agent.yaml",
