@@ -17,6 +17,10 @@ from rayrlhf.demonstrations.example import Example
 from rayrlhf.demonstrations.leaks import words_of
 from rayrlhf.errors import UserError
 
+AT_ONCE = 64
+"""Queries that are compared with a pool of vectors in one pass over it."""
+ROUGHNESS = 1e-4
+"""More than two ways to add up the product of two float32 vectors of length 1 differ by."""
 Tasks = Mapping[str, NDArray[np.int64]]
 """The positions of each task in a pool, in rising order."""
 
@@ -140,7 +144,33 @@ class VectorRanker:
 
     def rank(self, queries: Sequence[Example], depth: int) -> list[list[int]]:
         """Return positions by falling cosine; see `Ranker`."""
-        return [_nearest_of_task(self._pool @ self._queries[query.identity], query, self._tasks, depth) for query in queries]
+        if self._tasks is not None:
+            own = [_positions(self._tasks, query) for query in queries]
+            return [
+                [int(places[near]) for near in _nearest(_cosines(self._pool[places], self._queries[query.identity]), depth)]
+                for query, places in zip(queries, own, strict=True)
+            ]
+        found: list[list[int]] = []
+        for start in range(0, len(queries), AT_ONCE):
+            vectors = np.stack([self._queries[query.identity] for query in queries[start : start + AT_ONCE]])
+            # One pass over the pool for many queries. Such a product's last bits depend on the batch: it only says who is near.
+            rough = vectors @ self._pool.T
+            found += [self._nearest(vector, row, depth) for vector, row in zip(vectors, rough, strict=True)]
+        return found
+
+    def _nearest(self, query: NDArray[np.float32], rough: NDArray[np.float32], depth: int) -> list[int]:
+        depth = min(depth, len(rough))
+        if depth == 0:
+            return []
+        last = np.partition(rough, len(rough) - depth)[len(rough) - depth]
+        near = np.flatnonzero(rough >= last - ROUGHNESS)
+        return [int(near[place]) for place in _nearest(_cosines(self._pool[near], query), depth)]
+
+
+def _cosines(pool: NDArray[np.float32], query: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Each row's product with the query, [rows], whose bits depend on nothing but that row and the query."""
+    products: NDArray[np.float32] = np.einsum("rw,w->r", pool, query)
+    return products
 
 
 def _positions(tasks: Tasks, query: Example) -> NDArray[np.int64]:

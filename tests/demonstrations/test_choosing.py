@@ -166,3 +166,21 @@ def test_a_task_without_examples_gives_none_and_says_so() -> None:
     ranker = RandomRanker(1, 0, {"a": np.array([0])})
     assert choose([target], pool, ranker, 2, LeakRules(), counts) == [[]]
     assert counts.short == 1
+
+
+@pytest.mark.parametrize("depth", [1, 7, 500])
+def test_a_ranking_by_vectors_is_the_same_in_every_batch_and_that_of_all_cosines(depth: int) -> None:
+    generator = np.random.default_rng(3)
+    vectors = generator.normal(size=(300, 48)).astype(np.float32)
+    vectors[200:260] = vectors[40:100]  # ties, which go to the earlier
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    queries = [Example(str(number), "", "") for number in range(len(vectors))]
+    ranker = VectorRanker(vectors, {query.identity: vectors[number] for number, query in enumerate(queries)})
+    together = ranker.rank(queries, depth)
+    assert together == [ranker.rank([query], depth)[0] for query in queries]
+    exact = vectors.astype(np.float64) @ vectors.astype(np.float64).T
+    for number, near in enumerate(together):
+        best = np.sort(exact[number])[::-1][: len(near)]
+        np.testing.assert_allclose(exact[number][near], best, atol=1e-6)
+        assert len(set(near)) == min(depth, len(vectors))
+    assert together[240][:2] == [80, 240][:depth]
