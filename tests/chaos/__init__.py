@@ -5,7 +5,7 @@ each below nine minutes on two cores unless it says more, `-s` for the table of 
 
     pytest -m nightly -s tests/chaos/test_kills.py -k "thirty and 0"    ten kills a piece, pieces 0 to 2, one machine
     pytest -m nightly -s tests/chaos/test_nodes.py -k "nothing and 0"   lost nodes, drivers, processes; pieces 0 and 1
-    pytest -m nightly -s tests/chaos/test_nodes.py -k thirty            thirty of them in one job, about twenty minutes
+    pytest -m nightly -s tests/chaos/test_nodes.py -k thirty            thirty of them in one job, about ten minutes
     pytest -m nightly -s tests/chaos/test_nodes.py -k not_answer        a reward that hangs
     pytest -m nightly -s tests/chaos/test_nodes.py -k memory            a process that Ray's memory monitor ends
     pytest -m nightly -s tests/chaos/test_nodes.py -k network           calls that Ray loses on purpose

@@ -51,7 +51,7 @@ def test_lost_nodes_drivers_and_processes_of_every_role_change_nothing_and_leave
 @pytest.mark.nightly
 @pytest.mark.timeout(2400)
 def test_thirty_random_harms_in_one_job_on_two_nodes_change_nothing_and_leave_nothing(tmp_path, cluster):
-    """About twenty minutes on two cores; `-s` shows the table of recovery times."""
+    """About ten minutes on two cores; `-s` shows the table of recovery times."""
     generator = random.Random(30)
     hurts = [harm for _ in range(3) for harm in generator.sample(MORE_KINDS, 10)]
     steps = 2 * len(hurts) + 3
