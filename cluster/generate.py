@@ -6,9 +6,9 @@ from pathlib import Path
 import yaml
 
 from rayrlhf.config.launch import ClusterConfig
-from rayrlhf.config.load import load_config
+from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.launch.emit import emit_manifest
+from rayrlhf.tools.launch.emit import emit_manifest
 
 HERE = Path(__file__).parent
 

@@ -10,17 +10,17 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Callback": "rayrlhf.ppo.callbacks",
-    "DPOConfig": "rayrlhf.config.tuning",
+    "DPOConfig": "rayrlhf.config.tuning.configs",
     "PPOConfig": "rayrlhf.config.ppo",
     "PPOTrainer": "rayrlhf.ppo.trainer",
-    "RewardTrainingConfig": "rayrlhf.config.tuning",
-    "SFTConfig": "rayrlhf.config.tuning",
-    "load_config": "rayrlhf.config.load",
+    "RewardTrainingConfig": "rayrlhf.config.tuning.configs",
+    "SFTConfig": "rayrlhf.config.tuning.configs",
+    "load_config": "rayrlhf.config.loading.load",
     "register_reward": "rayrlhf.rewards.registry",
-    "train_dpo": "rayrlhf.tuning.run",
-    "train_ppo": "rayrlhf.ppo.run",
-    "train_reward": "rayrlhf.tuning.run",
-    "train_sft": "rayrlhf.tuning.run",
+    "train_dpo": "rayrlhf.tuning.train_model",
+    "train_ppo": "rayrlhf.ppo.train_ppo",
+    "train_reward": "rayrlhf.tuning.train_model",
+    "train_sft": "rayrlhf.tuning.train_model",
 }
 _NAMES = {"register_reward": "register"}
 

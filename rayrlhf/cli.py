@@ -13,11 +13,11 @@ from typing import Annotated
 
 import typer
 
-from rayrlhf.bench.commands import bench
 from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, StoppedError, UserError
-from rayrlhf.icl.commands import app as icl_app
-from rayrlhf.launch.commands import plan, submit
-from rayrlhf.presft.commands import app as presft_app
+from rayrlhf.pipelines.icl.icl_commands import app as icl_app
+from rayrlhf.pipelines.presft.presft_commands import app as presft_app
+from rayrlhf.tools.bench.bench_commands import bench
+from rayrlhf.tools.launch.launch_commands import plan, submit
 
 app = typer.Typer(
     name="rayrlhf",
@@ -41,9 +41,9 @@ def ppo(
     dry_run: DryRun = False,
 ) -> None:
     """Train a policy with PPO; the same command resumes a run that was interrupted."""
-    from rayrlhf.config.load import load_config
+    from rayrlhf.config.loading.load import load_config
     from rayrlhf.config.ppo import PPOConfig
-    from rayrlhf.ppo.run import check_ppo, train_ppo
+    from rayrlhf.ppo.train_ppo import check_ppo, train_ppo
 
     loaded = load_config(PPOConfig, config, overrides or [])
     if dry_run:
@@ -59,9 +59,9 @@ def sft(
     dry_run: DryRun = False,
 ) -> None:
     """Fine-tune a model on given texts; the same command resumes a run that was interrupted."""
-    from rayrlhf.config.load import load_config
-    from rayrlhf.config.tuning import SFTConfig
-    from rayrlhf.tuning.run import check_sft, train_sft
+    from rayrlhf.config.loading.load import load_config
+    from rayrlhf.config.tuning.configs import SFTConfig
+    from rayrlhf.tuning.train_model import check_sft, train_sft
 
     loaded = load_config(SFTConfig, config, overrides or [])
     if dry_run:
@@ -77,9 +77,9 @@ def reward(
     dry_run: DryRun = False,
 ) -> None:
     """Train a reward model on preference pairs; the same command resumes a run that was interrupted."""
-    from rayrlhf.config.load import load_config
-    from rayrlhf.config.tuning import RewardTrainingConfig
-    from rayrlhf.tuning.run import check_reward, train_reward
+    from rayrlhf.config.loading.load import load_config
+    from rayrlhf.config.tuning.configs import RewardTrainingConfig
+    from rayrlhf.tuning.train_model import check_reward, train_reward
 
     loaded = load_config(RewardTrainingConfig, config, overrides or [])
     if dry_run:
@@ -95,9 +95,9 @@ def dpo(
     dry_run: DryRun = False,
 ) -> None:
     """Train a policy on preference pairs without a reward model; the same command resumes a run that was interrupted."""
-    from rayrlhf.config.load import load_config
-    from rayrlhf.config.tuning import DPOConfig
-    from rayrlhf.tuning.run import check_dpo, train_dpo
+    from rayrlhf.config.loading.load import load_config
+    from rayrlhf.config.tuning.configs import DPOConfig
+    from rayrlhf.tuning.train_model import check_dpo, train_dpo
 
     loaded = load_config(DPOConfig, config, overrides or [])
     if dry_run:
@@ -135,7 +135,7 @@ def run_command(
     dry_run: DryRun = False,
 ) -> None:
     """Run a chain of stages (SFT, reward model, DPO, PPO, evaluation); finished stages are skipped on a rerun."""
-    from rayrlhf.chain.run import load_chain, plan_chain, run_chain, summary
+    from rayrlhf.pipelines.chain.run_chain import load_chain, plan_chain, run_chain, summary
 
     config = load_chain(chain, overrides or [])
     if dry_run:
@@ -154,8 +154,8 @@ def evaluate(
 ) -> None:
     """Answer a dataset with one model and judge the answers, with intervals."""
     from rayrlhf.config.evaluate import EvaluateConfig
-    from rayrlhf.config.load import load_config
-    from rayrlhf.evaluation.run import check_evaluation, evaluate_model
+    from rayrlhf.config.loading.load import load_config
+    from rayrlhf.pipelines.evaluation.evaluate_model import check_evaluation, evaluate_model
 
     loaded = load_config(EvaluateConfig, config, overrides or [])
     for line in [check_evaluation(loaded)] if dry_run else evaluate_model(loaded).lines():
@@ -181,7 +181,7 @@ def scale(
     rollout: Annotated[int, typer.Option(min=1, help="Rollout replicas it shall have from its next step on.")],
 ) -> None:
     """Let rollout replicas join or leave a running job; those that find no room wait for a node that has some."""
-    from rayrlhf.ppo.scaling import want_replicas
+    from rayrlhf.ppo.replica_scaling import want_replicas
 
     want_replicas(run, rollout)
     typer.echo(f"{run}: {rollout} rollout replicas are wanted from the next step on")
@@ -196,13 +196,13 @@ def report(
     ] = None,
 ) -> None:
     """Write what a run did as one HTML file that opens offline."""
-    from rayrlhf.report.run_page import write_run_report
-    from rayrlhf.report.run_view import folder_kind
+    from rayrlhf.tools.report.run_page import write_run_report
+    from rayrlhf.tools.report.run_view import folder_kind
 
     if folder_kind(run) != "Pre-SFT":
         typer.echo(f"report: {write_run_report(run, compare=compare, output=output)}")
         return
-    from rayrlhf.presft.report_folder import write_presft_report
+    from rayrlhf.pipelines.presft.presft_report import write_presft_report
 
     if compare is not None:
         raise UserError("--compare draws curves over steps, which a Pre-SFT run has none of: leave it out")
@@ -218,8 +218,8 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Show the present state and end.")] = False,
 ) -> None:
     """Follow a run from its folder, on the terminal or as a local page; the run is not touched."""
-    from rayrlhf.watch.server import serve_run
-    from rayrlhf.watch.terminal import watch_terminal
+    from rayrlhf.tools.watch.watch_server import serve_run
+    from rayrlhf.tools.watch.watch_terminal import watch_terminal
 
     if serve:
         serve_run(run, port=port, announce=lambda address: typer.echo(f"{address}\n(only from this machine; Ctrl-C ends it)"))
@@ -243,7 +243,7 @@ def init(
     model: Annotated[str | None, typer.Option(help="The model to begin with: a folder, a hub name or a built-in.")] = None,
 ) -> None:
     """Write a small commented configuration that runs as it is."""
-    from rayrlhf.starters import MODEL, visible_gpus, write_starter
+    from rayrlhf.tools.starters import MODEL, visible_gpus, write_starter
 
     target = path or Path(f"{task}.yaml")
     write_starter(task, target, model or MODEL, gpus=visible_gpus())
@@ -257,7 +257,7 @@ def schema(
     ],
 ) -> None:
     """Print the JSON schema of a configuration, for editors: every key with its meaning, default and bounds."""
-    from rayrlhf.starters import json_schema
+    from rayrlhf.tools.starters import json_schema
 
     typer.echo(json.dumps(json_schema(task), indent=1))
 
@@ -267,7 +267,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="A list of findings for programs.")] = False,
 ) -> None:
     """Check whether this machine can run what is installed on it, and say how to mend what cannot."""
-    from rayrlhf.doctor.run import run_doctor
+    from rayrlhf.tools.doctor.run_doctor import run_doctor
 
     if not run_doctor(as_json=as_json, echo=typer.echo):
         raise typer.Exit(1)

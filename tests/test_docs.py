@@ -44,7 +44,7 @@ def test_every_formula_has_a_function_and_a_test():
 
 def test_every_loss_and_estimator_of_the_registries_is_on_the_page():
     from rayrlhf.algorithms.advantages import ADVANTAGE_ESTIMATORS
-    from rayrlhf.algorithms.losses import POLICY_LOSSES
+    from rayrlhf.algorithms.policy_losses import POLICY_LOSSES
 
     text = MATHS.read_text(encoding="utf-8").lower().replace(". ", "_")
     named = {"ppo": "policy loss", "reinforce++-baseline": "group baseline"}

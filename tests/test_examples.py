@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from rayrlhf.chain.run import load_chain, plan_chain
-from rayrlhf.config.icl_build import ICLBuildConfig
-from rayrlhf.config.icl_evaluate import ICLEvaluateConfig
-from rayrlhf.config.load import load_config
+from rayrlhf.config.icl import ICLBuildConfig, ICLEvaluateConfig
+from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.presft import PreSFTConfig
-from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
+from rayrlhf.config.tuning.configs import RewardTrainingConfig, SFTConfig
+from rayrlhf.pipelines.chain.run_chain import load_chain, plan_chain
 
 ROOT = Path(__file__).parent.parent
 PPO_FILES = [

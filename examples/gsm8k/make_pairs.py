@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.data.atomic import write_atomically
 from rayrlhf.errors import UserError
+from rayrlhf.storage.atomic import write_atomically
 
 
 def pairs_of(row: dict[str, Any]) -> Iterator[dict[str, str]]:

@@ -19,18 +19,18 @@ from typing import Any
 from make_data import make
 
 from rayrlhf.actors.connection import connected
-from rayrlhf.config.load import load_config
+from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.presft import PreSFTConfig, RelabelSection
-from rayrlhf.data.atomic import write_atomically
-from rayrlhf.presft.dataset import repair, write_dataset
-from rayrlhf.presft.layout import Layout, RoundFolder
-from rayrlhf.presft.quality import measure_quality
-from rayrlhf.presft.run import Run, run_presft
-from rayrlhf.presft.selection import Cut
-from rayrlhf.presft.steps import Sampled, relabel_pairs
-from rayrlhf.presft.tune import sft_config, tuned_model
-from rayrlhf.tuning.result import read_result
-from rayrlhf.tuning.run import train_sft
+from rayrlhf.pipelines.presft.dataset import repair, write_dataset
+from rayrlhf.pipelines.presft.presft_folder import Layout, RoundFolder
+from rayrlhf.pipelines.presft.presft_steps import Sampled, relabel_pairs
+from rayrlhf.pipelines.presft.quality import measure_quality
+from rayrlhf.pipelines.presft.run_presft import Run, run_presft
+from rayrlhf.pipelines.presft.selection import Cut
+from rayrlhf.pipelines.presft.sft_configs import sft_config, tuned_model
+from rayrlhf.storage.atomic import write_atomically
+from rayrlhf.tuning.train_model import train_sft
+from rayrlhf.tuning.training_result import read_result
 
 HERE = Path(__file__).parent
 EVERYTHING = Cut(101.0)

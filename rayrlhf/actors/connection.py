@@ -8,9 +8,9 @@ from pathlib import Path
 
 import ray
 
-from rayrlhf.actors.crew import Crew, read_machine, started_crew
+from rayrlhf.actors.actor_groups import Crew, read_machine, started_crew
 from rayrlhf.actors.placement import make_plan
-from rayrlhf.actors.specs import RoleSpecs
+from rayrlhf.actors.role_specs import RoleSpecs
 from rayrlhf.config.ppo import PPOConfig
 
 NAMESPACE = "rayrlhf"

@@ -7,8 +7,8 @@ from rayrlhf.actors.worker import Worker
 from rayrlhf.config.model import ModelSection
 from rayrlhf.data.records import Records, TokenScores
 from rayrlhf.data.records import Sequence as TokenSequence
-from rayrlhf.engines.interfaces import Want
-from rayrlhf.engines.score_engine import FrozenEngine
+from rayrlhf.engines.scoring.frozen import FrozenEngine
+from rayrlhf.models.network import Want
 
 
 class ReferenceActor(Worker):

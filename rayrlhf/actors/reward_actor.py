@@ -8,7 +8,7 @@ from rayrlhf.actors.actor_metrics import measured
 from rayrlhf.actors.worker import Worker
 from rayrlhf.config.reward import RewardSection
 from rayrlhf.data.records import Prompt, Rollout
-from rayrlhf.engines.reward_ensemble import RewardEnsemble
+from rayrlhf.engines.scoring.reward_ensemble import RewardEnsemble
 from rayrlhf.rewards.functions import BoundFunction, ScoringBatch, load_functions
 from rayrlhf.rewards.memory_limit import memory_limit
 from rayrlhf.rewards.score import RewardBatch, run_functions, weighted_sum

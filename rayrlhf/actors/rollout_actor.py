@@ -6,9 +6,10 @@ from typing import Any, cast
 from rayrlhf.actors.actor_metrics import measured
 from rayrlhf.actors.worker import Worker
 from rayrlhf.data.records import Records, Rollout, RolloutRequest
-from rayrlhf.engines.interfaces import RolloutEngine, TransferEngine
-from rayrlhf.engines.rollout import RolloutSpec, build_rollout_engine
-from rayrlhf.engines.shared_weights import SharedTensor, from_shared
+from rayrlhf.engines.rollout.base import RolloutEngine, TransferEngine
+from rayrlhf.engines.rollout.common import RolloutSpec
+from rayrlhf.environments.players.factory import build_player
+from rayrlhf.weight_sync.object_store import SharedTensor, from_shared
 
 
 class RolloutActor(Worker):
@@ -21,7 +22,7 @@ class RolloutActor(Worker):
     @measured
     def build(self, spec: RolloutSpec) -> None:
         """Start the engine from the model's own weights."""
-        self._engine = build_rollout_engine(spec)
+        self._engine = build_player(spec)
 
     def submit(self, requests: Sequence[RolloutRequest], temperature: float, max_new_tokens: int) -> None:
         """Queue requests; `poll` decodes them."""

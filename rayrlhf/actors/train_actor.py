@@ -12,21 +12,21 @@ import torch.distributed
 from rayrlhf.actors.actor_metrics import measured
 from rayrlhf.actors.replica_client import DeviceOrder, ReplicaClient
 from rayrlhf.actors.worker import Worker
-from rayrlhf.data.manifest import FileRecord
 from rayrlhf.data.records import Records, TokenScores
 from rayrlhf.data.records import Sequence as TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines import train_state
-from rayrlhf.engines.interfaces import Want
-from rayrlhf.engines.objectives import Objective
-from rayrlhf.engines.process_group import ProcessGroupSpec, join
-from rayrlhf.engines.shared_weights import SharedTensor, to_shared
-from rayrlhf.engines.train_engine import TrainEngine
-from rayrlhf.engines.train_spec import TrainEngineSpec
-from rayrlhf.engines.update_plan import UpdatePlan, UpdateReport
+from rayrlhf.engines.objectives.base import Objective
+from rayrlhf.engines.train.backends import deepspeed_state as train_state
+from rayrlhf.engines.train.engine import TrainEngine
+from rayrlhf.engines.train.plan import UpdatePlan, UpdateReport
+from rayrlhf.engines.train.process_group import ProcessGroupSpec, join
+from rayrlhf.engines.train.spec import TrainEngineSpec
+from rayrlhf.models.network import Want
+from rayrlhf.storage.manifest import FileRecord
+from rayrlhf.weight_sync.object_store import SharedTensor, to_shared
 
 if TYPE_CHECKING:
-    from rayrlhf.engines.device_transfer import DeviceSender
+    from rayrlhf.weight_sync.vllm_device import DeviceSender
 
 
 class TrainActor(Worker):
@@ -75,7 +75,7 @@ class TrainActor(Worker):
         Raises:
             ActorLostError: a replica is gone.
         """
-        from rayrlhf.engines.device_transfer import DeviceSender, EngineSource
+        from rayrlhf.weight_sync.vllm_device import DeviceSender, EngineSource
 
         if self._sender is None:
             source = EngineSource(partial(self._engine.device_weights, order.dtype))

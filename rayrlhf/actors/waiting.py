@@ -18,8 +18,8 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from rayrlhf.actors.asked import asked
-from rayrlhf.actors.places import located
+from rayrlhf.actors.node_registry import located
+from rayrlhf.actors.pending_calls import asked
 from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, UserError
 
 Key = TypeVar("Key")

@@ -2,6 +2,8 @@
 
 After a weight sync the gap proves that the weights arrived. What remains of it makes the samples slightly off-policy, which a
 bounded importance weight corrects (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
+
+When to leave a step: the policy moved too far from the one that sampled. Decide on global means, so that all ranks agree.
 """
 
 from typing import Literal
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from rayrlhf.algorithms.kl import kl_penalty
 from rayrlhf.algorithms.masking import masked_mean, zero_masked
-from rayrlhf.algorithms.policy_loss import MAX_LOG_RATIO
+from rayrlhf.algorithms.policy_losses import MAX_LOG_RATIO
 
 
 def importance_weights(
@@ -96,3 +98,18 @@ def mismatch(trainer_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -
         "sampling/sampling_logp_difference/max": gap.max().item(),
         "sampling/kl": masked_mean(kl_penalty(sampler_logprobs, trainer_logprobs, "k3"), mask).item(),
     }
+
+
+def moved_too_far(policy_kl: float, target: float) -> bool:
+    """Whether to stop the epochs of a step (TRL 0.11.4 `early_stopping`).
+
+    Args:
+        policy_kl: `ppo/policy/policykl` of a mini-batch, nats per token; signed, a negative one never stops.
+        target: `target_kl`; the margin of 1.5 is TRL's.
+    """
+    return policy_kl > 1.5 * target
+
+
+def ratio_exploded(mean_ratio: float, threshold: float) -> bool:
+    """Whether to leave a mini-batch out since its mean ratio (`val/ratio`) exceeds TRL 0.11.4's `ratio_threshold`."""
+    return mean_ratio > threshold

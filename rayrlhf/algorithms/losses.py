@@ -1,70 +1,166 @@
-"""The policy losses by name. A new one is a file with such a function and a line here; the critic has a single loss."""
+"""Learning a policy from pairs without a reward model: the log-ratio to a reference is the reward, pairs are classified by it.
 
-from typing import Literal, Protocol
+`sigmoid` is DPO (Rafailov et al. 2023, eq. 7); with label smoothing it is conservative DPO (Mitchell 2023: a share of the
+labels is taken to be wrong), and `robust` is its unbiased form (Chowdhury et al. 2024, eq. 11). `ipo` is the squared loss of
+Azar et al. (2024, eq. 17) on means per token. All are TRL 1.16 `DPOTrainer`'s.
 
+What a loss function returns: terms per token, never a mean.
+
+The caller divides the sum by the token count of the whole optimizer step. A mean taken here would weight tokens by the
+micro-batch they happen to share, so that splitting a batch would change the gradient.
+
+The clipped squared error of the critic (OpenAI Baselines' PPO2; TRL 0.11.4 and 1.12.0), per token.
+
+How a reward model learns from pairs: the Bradley-Terry likelihood of the better answer winning, and a pull towards zero.
+
+Bradley and Terry (1952) give the chance that one of two wins as the logistic function of the difference of their strengths.
+As a loss with a margin it is that of Llama 2 (Touvron et al. 2023, section 3.2.2); the centering term, without which only
+differences of rewards have a meaning, is that of Eisenstein et al. (2023). Both are TRL 1.16 `RewardTrainer`'s.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from rayrlhf.algorithms.cispo import bounded_weight_loss
-from rayrlhf.algorithms.gspo import sequence_policy_loss
-from rayrlhf.algorithms.loss_terms import LossTerms
-from rayrlhf.algorithms.policy_loss import clipped_policy_loss
-from rayrlhf.algorithms.value_loss import clipped_value_loss
-
-__all__ = [
-    "POLICY_LOSSES",
-    "USUAL_NORMALISATION",
-    "LossTerms",
-    "Normalisation",
-    "PolicyLoss",
-    "clipped_policy_loss",
-    "clipped_value_loss",
-    "normalised",
-]
-
-Normalisation = Literal["token", "sequence", "constant"]
-"""What the sum over an optimizer step is divided by: its tokens; each response by its length, then by the number of responses;
-or the number of responses times one length for all."""
+from rayrlhf.algorithms.masking import zero_masked
 
 
-class PolicyLoss(Protocol):
-    """The call that every policy loss answers; tensors are [B, T], see `clipped_policy_loss`."""
+@dataclass(frozen=True)
+class LossTerms:
+    """A loss before reduction.
 
-    def __call__(
-        self,
-        logprobs: Tensor,
-        old_logprobs: Tensor,
-        advantages: Tensor,
-        mask: Tensor,
-        *,
-        clip_low: float,
-        clip_high: float,
-        dual_clip: float | None,
-    ) -> LossTerms:
-        """Per-token loss and statistics."""
-        ...
+    Attributes:
+        loss: float [B, T] with gradient; 0, and without gradient, behind the mask.
+        statistics: metric name -> float [B, T], detached, 0 behind the mask. The metric is the sum over the optimizer step's
+            tokens divided by their number.
+    """
 
+    loss: Tensor
+    statistics: dict[str, Tensor]
 
-POLICY_LOSSES: dict[str, PolicyLoss] = {
-    "ppo": clipped_policy_loss,
-    "gspo": sequence_policy_loss,
-    "cispo": bounded_weight_loss,
-}
-
-USUAL_NORMALISATION: dict[str, Normalisation] = {"ppo": "token", "gspo": "sequence", "cispo": "token"}
-"""The normalisation that each loss was published with (for ppo, that of DAPO and of both lines of TRL)."""
+    def sums(self) -> dict[str, Tensor]:
+        """Every statistic summed to a scalar: add these over micro-batches and ranks, then divide by the token count."""
+        return {name: values.sum() for name, values in self.statistics.items()}
 
 
-def normalised(loss: Tensor, mask: Tensor, normalisation: Normalisation, longest: int) -> Tensor:
-    """Divide what must be divided row by row; the caller divides by the tokens or responses of the whole optimizer step.
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None = 0.2
+) -> LossTerms:
+    """1/2 max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2).
 
     Args:
-        loss: float [B, T], 0 behind the mask.
-        mask: bool [B, T], the action mask.
-        normalisation: `token` leaves the loss as it is; `sequence` divides by the row's length, so that each response counts
-            the same (Shao et al. 2024); `constant` divides by `longest`, so that each token does, whatever the others' lengths
-            (Liu et al. 2025).
-        longest: the constant, in tokens.
+        values: float [B, T], with gradient.
+        old_values: float [B, T], at the time of the rollout.
+        returns: float [B, T].
+        mask: bool [B, T], the value mask.
+        clip: c, how far a value may move before its gradient stops; None takes the plain squared error.
+
+    Returns:
+        Terms, before any coefficient, with the statistics `loss/value_avg`, `val/clipfrac_avg` (1 where the clipped branch is
+        the larger), `ppo/val/error` (the squared error without the half) and `ppo/val/vpred` (V).
     """
-    if normalisation == "token":
-        return loss
-    return loss / (mask.sum(1, keepdim=True).clamp(min=1) if normalisation == "sequence" else longest)
+    values, old_values, returns = (zero_masked(tensor, mask) for tensor in (values, old_values, returns))
+    free = (values - returns).square()
+    # The value is clipped and not its difference: V_old + (V - V_old) would not give V back to the last bit.
+    clipped = free if clip is None else (values.clamp(old_values - clip, old_values + clip) - returns).square()
+    loss = 0.5 * torch.maximum(free, clipped)
+    statistics = {
+        "loss/value_avg": loss,
+        "val/clipfrac_avg": (clipped > free).to(loss.dtype),
+        "ppo/val/error": free,
+        "ppo/val/vpred": values,
+    }
+    return LossTerms(loss, {name: tensor.detach() for name, tensor in statistics.items()})
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> Tensor:
+    """-log sigmoid(chosen - rejected - margin), per pair.
+
+    Args:
+        chosen: float [B], reward of the better answer.
+        rejected: float [B], reward of the worse one.
+        margin: float [B], by how much the better one should win; 0 when not given.
+
+    Returns:
+        Float [B], nats; finite for any finite rewards.
+    """
+    difference = chosen - rejected
+    return -logsigmoid(difference if margin is None else difference - margin)
+
+
+def centering_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """(chosen + rejected)^2, per pair: float [B] each, before any coefficient (TRL `center_rewards_coefficient`)."""
+    return (chosen + rejected).square()
+
+
+def preference_loss(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, *, center_coefficient: float = 0.0
+) -> LossTerms:
+    """Bradley-Terry loss plus `center_coefficient` times the centering term.
+
+    Args:
+        chosen: float [B], with gradient.
+        rejected: float [B], with gradient.
+        margin: float [B]; 0 when not given.
+        center_coefficient: weight of the centering term; TRL suggests 0.01.
+
+    Returns:
+        Terms per pair, [B]: a mean over them is a mean over pairs. Statistics under TRL's names: `accuracy` (1 where the better
+        answer has the higher reward; equal rewards count as wrong), `margin` (chosen - rejected) and `mean_reward`; and beside
+        them `loss/bradley_terry`, and `loss/centering` before its coefficient.
+    """
+    likelihood = bradley_terry_loss(chosen, rejected, margin)
+    centering = centering_loss(chosen, rejected)
+    loss = likelihood + center_coefficient * centering if center_coefficient else likelihood
+    statistics = {
+        "loss/bradley_terry": likelihood,
+        "loss/centering": centering,
+        "accuracy": (chosen > rejected).to(likelihood.dtype),
+        "margin": chosen - rejected,
+        "mean_reward": torch.stack([chosen, rejected]).mean(0),
+    }
+    return LossTerms(loss, {name: tensor.detach() for name, tensor in statistics.items()})
+
+
+DirectLoss = Literal["sigmoid", "robust", "ipo"]
+
+
+def direct_preference_loss(
+    log_ratios: Tensor, lengths: Tensor, *, loss: DirectLoss = "sigmoid", beta: float = 0.1, label_smoothing: float = 0.0
+) -> LossTerms:
+    """Return the loss of pairs from what policy and reference say about both answers.
+
+    Args:
+        log_ratios: float [B, 2], log policy - log reference, summed over an answer's tokens; the better one first.
+        lengths: [B, 2], tokens of the answers; `ipo` alone reads them.
+        loss: see the module.
+        beta: strength of the pull towards the reference; tau of `ipo`.
+        label_smoothing: share of the labels that are taken to be wrong, in [0, 0.5); of no effect on `ipo`.
+
+    Returns:
+        Terms per pair, [B]. Statistics: `loss/direct_preference`, `accuracy` (1 where the better answer has the higher reward),
+        `margin` (of the rewards), `reward_chosen` and `reward_rejected`, where a reward is beta times the log-ratio.
+    """
+    if loss == "ipo":
+        per_token = log_ratios / lengths.clamp(min=1)
+        losses = (per_token[:, 0] - per_token[:, 1] - 1 / (2 * beta)).square()
+    else:
+        logits = beta * (log_ratios[:, 0] - log_ratios[:, 1])
+        right, wrong = -logsigmoid(logits), -logsigmoid(-logits)
+        if loss == "robust":
+            losses = ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+        else:
+            losses = (1 - label_smoothing) * right + label_smoothing * wrong
+    rewards = beta * log_ratios.detach()
+    chosen, rejected = rewards.unbind(1)
+    statistics = {
+        "loss/direct_preference": losses.detach(),
+        "accuracy": (chosen > rejected).to(torch.float32),
+        "margin": chosen - rejected,
+        "reward_chosen": chosen,
+        "reward_rejected": rejected,
+    }
+    return LossTerms(losses, statistics)

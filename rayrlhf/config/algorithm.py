@@ -77,7 +77,7 @@ class PolicyLossSection(Section):
     """The surrogate that the policy minimises."""
 
     name: str = "ppo"
-    """A name in `rayrlhf.algorithms.losses.POLICY_LOSSES`."""
+    """A name in `rayrlhf.algorithms.policy_losses.POLICY_LOSSES`."""
     clip_low: float = Field(0.2, gt=0, lt=1)
     """The ratio is clipped to [1 - clip_low, 1 + clip_high]. gspo needs far less, such as 3e-4; cispo has no lower bound."""
     clip_high: float = Field(0.2, gt=0)

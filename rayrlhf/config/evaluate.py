@@ -6,10 +6,9 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from rayrlhf.config.data import DatasetSection
-from rayrlhf.config.environment import EnvironmentSection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.reward import RewardSection
-from rayrlhf.config.rollout import RolloutSection
+from rayrlhf.config.rollout import EnvironmentSection, RolloutSection
 from rayrlhf.config.section import Section
 
 

@@ -7,24 +7,23 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from rayrlhf.config.algorithm import AlgorithmSection
-from rayrlhf.config.asynchronous import AsyncSection
 from rayrlhf.config.data import DataSection
-from rayrlhf.config.environment import EnvironmentSection
 from rayrlhf.config.model import CriticSection, ModelSection, ReferenceSection
-from rayrlhf.config.recovery import RecoverySection
 from rayrlhf.config.reward import RewardSection
-from rayrlhf.config.rollout import RolloutSection
-from rayrlhf.config.run import (
+from rayrlhf.config.rollout import EnvironmentSection, RolloutSection
+from rayrlhf.config.runtime import (
+    AsyncSection,
     CheckpointSection,
     DeadlineSection,
     EvaluationSection,
     ObserveSection,
     PlacementSection,
+    RecoverySection,
     RunSection,
+    WarmupSection,
 )
 from rayrlhf.config.section import Section
 from rayrlhf.config.train import TrainSection
-from rayrlhf.config.warmup import WarmupSection
 
 
 class PPOConfig(Section):
@@ -103,7 +102,7 @@ class PPOConfig(Section):
     def _names_are_known(self) -> Self:
         # Imported here: the registries bring torch, which reading a configuration does not need otherwise.
         from rayrlhf.algorithms.advantages import ADVANTAGE_ESTIMATORS
-        from rayrlhf.algorithms.losses import POLICY_LOSSES
+        from rayrlhf.algorithms.policy_losses import POLICY_LOSSES
 
         _check_name("algorithm.advantage.estimator", self.algorithm.advantage.estimator, ADVANTAGE_ESTIMATORS)
         _check_name("algorithm.policy_loss.name", self.algorithm.policy_loss.name, POLICY_LOSSES)

@@ -1,7 +1,7 @@
 """The base of every config section: strict, frozen, documented field by field.
 
 A section is a pydantic model in a file of its own. Unknown keys, wrong types and values out of range are refused;
-`rayrlhf.config.load` turns pydantic's report into one line for the user.
+`rayrlhf.config.loading.load` turns pydantic's report into one line for the user.
 """
 
 from pydantic import BaseModel, ConfigDict

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from rayrlhf.data.atomic import write_atomically
 from rayrlhf.data.templates import conversation
 from rayrlhf.errors import UserError
+from rayrlhf.storage.atomic import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rayrlhf.config.data import DatasetSection
-from rayrlhf.data.builtin_rows import BUILTIN, read_builtin
 from rayrlhf.data.hub import load_table
 from rayrlhf.data.row_slices import RowSlice, slice_lines, slice_list, slice_row_groups, slice_table
+from rayrlhf.data.toy.builtin_rows import BUILTIN, read_builtin
 from rayrlhf.errors import UserError
 
 JSON_LINES = (".jsonl", ".ndjson")

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from rayrlhf.config.environment import EnvironmentSection
+from rayrlhf.config.rollout import EnvironmentSection
 from rayrlhf.environments.agent import Agent
 from rayrlhf.environments.protocol import Environment
 from rayrlhf.errors import UserError

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rayrlhf.config.model import ModelSection
-from rayrlhf.data.atomic import folder_atomically
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_causal_model, resolve_path, save_model_folder
+from rayrlhf.storage.atomic import folder_atomically
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _ADAPTER = ".default."

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rayrlhf.data.atomic import folder_atomically
 from rayrlhf.errors import UserError
+from rayrlhf.storage.atomic import folder_atomically
 
 PREFIX = "builtin:"
 

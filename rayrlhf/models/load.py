@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rayrlhf.config.model import ModelSection, Precision
-from rayrlhf.data.atomic import folder_atomically
 from rayrlhf.errors import UserError
+from rayrlhf.storage.atomic import folder_atomically
 
 _UNSUPPORTED_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16"}

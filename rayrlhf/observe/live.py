@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rayrlhf.observe.progress import Progress, duration, sparkline
-from rayrlhf.observe.table import printable
+from rayrlhf.observe.text_table import printable
 
 PHASE_COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 SPARKLINE_WIDTH = 24

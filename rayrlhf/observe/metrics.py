@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-from rayrlhf.data.atomic import write_atomically
 from rayrlhf.errors import UserError
 from rayrlhf.observe.disk import writing
+from rayrlhf.storage.atomic import write_atomically
 
 FILE_NAME = "metrics.jsonl"
 NON_FINITE = "metrics/non_finite"

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 
 import ray
 
-from rayrlhf.actors.crew import Crew
+from rayrlhf.actors.actor_groups import Crew
 from rayrlhf.actors.placement import Role
 from rayrlhf.actors.waiting import wait_all
-from rayrlhf.config.run import CheckpointSection
-from rayrlhf.data.atomic import PendingFolder, remove_leftovers
-from rayrlhf.data.manifest import (
+from rayrlhf.config.runtime import CheckpointSection
+from rayrlhf.errors import UserError
+from rayrlhf.storage.atomic import PendingFolder, remove_leftovers
+from rayrlhf.storage.manifest import (
     DamagedError,
     FileRecord,
     Manifest,
@@ -32,8 +33,7 @@ from rayrlhf.data.manifest import (
     write_hashed,
     write_manifest,
 )
-from rayrlhf.data.mirror import Mirror
-from rayrlhf.errors import UserError
+from rayrlhf.storage.mirror import Mirror
 
 LEARNING_ROLES: tuple[Role, ...] = ("policy", "critic")
 STATE_FILE = "state.json"

@@ -14,21 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayrlhf.algorithms.advantages import estimate_advantages
-from rayrlhf.algorithms.controllers import kl_controller
+from rayrlhf.algorithms.advantages import estimate_advantages, has_contrast
 from rayrlhf.algorithms.estimator import AdvantageInputs
-from rayrlhf.algorithms.groups import has_contrast
 from rayrlhf.algorithms.importance import importance_weights, mismatch, weight_statistics
-from rayrlhf.algorithms.kl import kl_penalty
-from rayrlhf.algorithms.moments import RunningMoments, penalise_missing_stop, shape_scores
-from rayrlhf.algorithms.overlong import overlong_penalty
-from rayrlhf.algorithms.rewards import slot_count, token_rewards
+from rayrlhf.algorithms.kl import kl_controller, kl_penalty
+from rayrlhf.algorithms.masking import whiten
+from rayrlhf.algorithms.reward_shaping import (
+    RunningMoments,
+    overlong_penalty,
+    penalise_missing_stop,
+    shape_scores,
+    slot_count,
+    token_rewards,
+)
 from rayrlhf.algorithms.statistics import length_statistics, objective_statistics, value_statistics
-from rayrlhf.algorithms.whitening import whiten
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Records, Rollout, TokenScores
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.ppo.episodes import turn_weight
+from rayrlhf.environments.episodes import turn_weight
 from rayrlhf.ppo.scoring import ScoredRollouts
 
 LOGPROB_GAP = "sampling/sampling_logp_difference/mean"

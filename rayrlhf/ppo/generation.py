@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import ray
 
-from rayrlhf.actors.asked import asked
-from rayrlhf.actors.replicas import Replica, ReplicaPool
+from rayrlhf.actors.pending_calls import asked
+from rayrlhf.actors.replica_pool import Replica, ReplicaPool
 from rayrlhf.actors.waiting import fetch, overrun
 from rayrlhf.data.records import Prompt, Records, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import sample_seed
 from rayrlhf.errors import ActorLostError
-from rayrlhf.ppo.requeue import WorkBook
+from rayrlhf.ppo.request_queue import WorkBook
 
 GENERATE = "generate"
 MESSAGE_SIZE = 32

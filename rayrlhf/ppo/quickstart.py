@@ -6,14 +6,14 @@ from typing import Any
 
 from rich.console import Console
 
-from rayrlhf.config.load import load_config
+from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.observe.metrics import read_metrics
+from rayrlhf.observe.resampling import bootstrap_mean, bootstrap_paired_difference, distinct_share
 from rayrlhf.observe.samples import PART_PREFIX
-from rayrlhf.observe.statistics import bootstrap_mean, bootstrap_paired_difference, distinct_share
-from rayrlhf.observe.table import Comparison, before_after_table
-from rayrlhf.ppo.recorder import read_evaluation
-from rayrlhf.ppo.run import PPOResult, check_ppo, train_ppo
+from rayrlhf.observe.text_table import Comparison, before_after_table
+from rayrlhf.ppo.run_recorder import read_evaluation
+from rayrlhf.ppo.train_ppo import PPOResult, check_ppo, train_ppo
 
 CONFIG = Path(__file__).with_name("quickstart.yaml")
 ROWS_SHOWN = 6

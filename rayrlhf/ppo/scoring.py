@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import ray
 
-from rayrlhf.actors.crew import Crew
-from rayrlhf.actors.healer import Healer
+from rayrlhf.actors.actor_groups import Crew
+from rayrlhf.actors.actor_restarter import Healer
 from rayrlhf.actors.placement import Role
 from rayrlhf.data.batching import balance
 from rayrlhf.data.records import Float32, Prompt, Records, Rollout, SampleKey, TokenScores
-from rayrlhf.engines.interfaces import Want
 from rayrlhf.errors import ActorLostError, DeadlineError
+from rayrlhf.models.network import Want
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.rewards.score import RewardBatch
 

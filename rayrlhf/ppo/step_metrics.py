@@ -7,12 +7,12 @@ import numpy as np
 from rayrlhf.actors.placement import Role
 from rayrlhf.algorithms.statistics import explained_variance
 from rayrlhf.data.records import Rollout
-from rayrlhf.engines.update_plan import UpdateReport
+from rayrlhf.engines.train.plan import UpdateReport
 from rayrlhf.observe.diagnostics.machinery import ALLOWED, STALENESS
 from rayrlhf.observe.diagnostics.policy import FIRST_RATIO
 from rayrlhf.ppo.experience import Experience
 from rayrlhf.ppo.scoring import ScoredRollouts
-from rayrlhf.ppo.weight_sync import SyncReport
+from rayrlhf.weight_sync.driver import SyncReport
 
 MEAN_STALENESS = "sampling/staleness/mean"
 """Metric of how many weight versions old the tokens of a step are on average."""

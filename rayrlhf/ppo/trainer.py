@@ -12,32 +12,32 @@ from typing import Any, Literal
 import ray
 import torch
 
-from rayrlhf.actors.care import Care, make_care
-from rayrlhf.actors.crew import Crew
+from rayrlhf.actors.actor_groups import Crew
+from rayrlhf.actors.fault_tolerance import Care, make_care
 from rayrlhf.actors.placement import Role
-from rayrlhf.actors.replicas import Replica
+from rayrlhf.actors.replica_pool import Replica
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.data.prompt_sampler import PromptSampler
 from rayrlhf.data.records import Prompt, Rollout, RolloutRequest, SampleKey
-from rayrlhf.data.sampler import PromptSampler
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.interfaces import Want
-from rayrlhf.engines.objectives import ImitationObjective
-from rayrlhf.engines.update_plan import UpdateReport
+from rayrlhf.engines.objectives.base import ImitationObjective
+from rayrlhf.engines.train.plan import UpdateReport
+from rayrlhf.environments.episodes import episode_metrics, with_others, without_failed
 from rayrlhf.errors import AlarmError
 from rayrlhf.models.load import resolve_dtype
+from rayrlhf.models.network import Want
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.ppo.callbacks import Callback
-from rayrlhf.ppo.dynamic_sampling import SAMPLED_TOKENS, Harvest
-from rayrlhf.ppo.episodes import episode_metrics, with_others, without_failed
 from rayrlhf.ppo.evaluation import Evaluation
 from rayrlhf.ppo.experience import Experience, ExperienceMaker
 from rayrlhf.ppo.generation import POLL_SECONDS, Generation, Order, make_requests
-from rayrlhf.ppo.objectives import learning_roles, make_objectives, plan_update
-from rayrlhf.ppo.pipeline import Pipeline
+from rayrlhf.ppo.group_filter import SAMPLED_TOKENS, Harvest
 from rayrlhf.ppo.scoring import Reading, RewardRow, ScoredRollouts, Scorer
+from rayrlhf.ppo.sft_warmup import imitation_plan
 from rayrlhf.ppo.step_metrics import fresh_gap, reward_metrics, staleness_metrics, step_metrics
-from rayrlhf.ppo.warmup import imitation_plan
-from rayrlhf.ppo.weight_sync import SyncReport, put_to_sleep, sync_weights
+from rayrlhf.ppo.step_pipeline import Pipeline
+from rayrlhf.ppo.update_objectives import learning_roles, make_objectives, plan_update
+from rayrlhf.weight_sync.driver import SyncReport, put_to_sleep, sync_weights
 
 GREEDY_SAMPLE = 2**20
 """Sample number of a greedy response; a late answer to another request can then not be taken for it."""

@@ -34,8 +34,8 @@ BUILT_IN = {
     "length": "rayrlhf.rewards.length:length_penalty",
     "math_verify": "rayrlhf.rewards.math_verify:math_verify",
     "remote": "rayrlhf.rewards.remote:remote",
-    "word_problems": "rayrlhf.rewards.word_problems:word_problems",
-    "word_problems_exact": "rayrlhf.rewards.word_problems:word_problems_exact",
+    "word_problems": "rayrlhf.rewards.toy_word_problems:word_problems",
+    "word_problems_exact": "rayrlhf.rewards.toy_word_problems:word_problems_exact",
 }
 """Registered name -> where the function is."""
 

@@ -8,21 +8,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from rayrlhf.algorithms.direct_preference import direct_preference_loss
-from rayrlhf.config.tuning import DPOConfig
-from rayrlhf.data.supervised import Spread, in_turn, load_preference_data
+from rayrlhf.algorithms.losses import direct_preference_loss
+from rayrlhf.config.tuning.configs import DPOConfig
+from rayrlhf.data.supervised.datasets import Spread, in_turn, load_preference_data
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.direct_preference_objective import DirectPreferenceObjective, direct_preference_batch
-from rayrlhf.engines.train_engine import TrainEngine, TrainEngineSpec
-from rayrlhf.tuning.evaluation import PreferenceScores, answer_logprobs
-from rayrlhf.tuning.reference import with_references
-from rayrlhf.tuning.table import PairTable, Table
+from rayrlhf.engines.objectives.direct_preference import DirectPreferenceObjective, direct_preference_batch
+from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec
+from rayrlhf.tuning.held_out import PreferenceScores, answer_logprobs
+from rayrlhf.tuning.pair_reference import with_references
+from rayrlhf.tuning.sample_table import PairTable, Table
 from rayrlhf.tuning.task import Datasets
 
 
 @dataclass(frozen=True)
 class DirectPreferenceTask:
-    """The loss of `rayrlhf.algorithms.direct_preference` against the model that training begins with."""
+    """The loss of `rayrlhf.algorithms.losses` against the model that training begins with."""
 
     config: DPOConfig
 

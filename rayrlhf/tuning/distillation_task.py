@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from rayrlhf.config.tuning import DistillationConfig
-from rayrlhf.data.supervised import SampleDataset, Spread, SupervisedSample, in_turn, load_supervised_data
-from rayrlhf.data.supervised_records import count_tokens
+from rayrlhf.config.tuning.configs import DistillationConfig
+from rayrlhf.data.supervised.datasets import SampleDataset, Spread, SupervisedSample, in_turn, load_supervised_data
+from rayrlhf.data.supervised.samples import count_tokens
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.distillation_objective import HIDDEN, IDS, LOGPROBS, DistillationObjective, distillation_batch
-from rayrlhf.engines.train_engine import TrainEngine, TrainEngineSpec
-from rayrlhf.engines.tuning_batches import supervised_sequence
+from rayrlhf.engines.objectives.distillation import HIDDEN, IDS, LOGPROBS, DistillationObjective, distillation_batch
+from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec
+from rayrlhf.engines.train.supervised_batches import supervised_sequence
 from rayrlhf.errors import UserError
 from rayrlhf.models.distillation import FullTeacher, Teacher, TopTeacher, divergence
-from rayrlhf.tuning.evaluation import PreferenceScores, shared_scores
-from rayrlhf.tuning.table import DistillationTable, SampleTable, Table
+from rayrlhf.tuning.held_out import PreferenceScores, shared_scores
+from rayrlhf.tuning.sample_table import DistillationTable, SampleTable, Table
 from rayrlhf.tuning.task import Datasets, SupervisedTask
 from rayrlhf.tuning.teacher import with_teacher
 

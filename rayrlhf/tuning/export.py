@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from rayrlhf.config.tuning import RewardTrainingConfig, TuningConfig
+from rayrlhf.config.tuning.configs import RewardTrainingConfig, TuningConfig
 from rayrlhf.data.answer_format import AnswerFormat
-from rayrlhf.data.atomic import write_atomically
-from rayrlhf.engines.reward_model import STATISTICS_FILE
-from rayrlhf.engines.train_engine import TrainEngine
+from rayrlhf.engines.scoring.reward_model import STATISTICS_FILE
+from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.errors import AlarmError
-from rayrlhf.tuning.evaluation import CHANCE_LEVEL, PreferenceScores
+from rayrlhf.storage.atomic import write_atomically
+from rayrlhf.tuning.held_out import CHANCE_LEVEL, PreferenceScores
 
 
 def export_model(

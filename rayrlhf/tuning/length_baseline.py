@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rayrlhf.tuning.table import PairTable
+from rayrlhf.tuning.sample_table import PairTable
 
 METRIC = "evaluation/length_accuracy"
 """Beside a reward model's `evaluation/accuracy`."""

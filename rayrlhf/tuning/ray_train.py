@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from rayrlhf.actors.crew import read_machine
+from rayrlhf.actors.actor_groups import read_machine
 from rayrlhf.actors.placement import Machine
-from rayrlhf.config.tuning_run import TuningCheckpointSection, WorkersSection
+from rayrlhf.config.tuning.run import TuningCheckpointSection, WorkersSection
 from rayrlhf.errors import UserError
-from rayrlhf.tuning.loop import TuningJob, train_loop
-from rayrlhf.tuning.plan import TRAIN_NAME
+from rayrlhf.tuning.data_plan import TRAIN_NAME
+from rayrlhf.tuning.tuning_loop import TuningJob, train_loop
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from rayrlhf.data.atomic import write_atomically
 from rayrlhf.errors import AlarmError, UserError
+from rayrlhf.storage.atomic import write_atomically
 
 _FILE = ".refusal.json"
 _KINDS: dict[str, type[Exception]] = {"UserError": UserError, "AlarmError": AlarmError}

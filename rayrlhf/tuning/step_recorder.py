@@ -5,12 +5,12 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from rayrlhf.data.atomic import write_atomically
 from rayrlhf.observe.disk import writing
 from rayrlhf.observe.metrics import MetricsSink
 from rayrlhf.observe.phases import TOKENS_PER_SECOND
 from rayrlhf.observe.tensorboard import TensorBoardSink
-from rayrlhf.tuning.evaluation import PreferenceScores
+from rayrlhf.storage.atomic import write_atomically
+from rayrlhf.tuning.held_out import PreferenceScores
 
 EVALUATIONS = "evaluation"
 """Folder of a run with the calibration and the margins of each evaluation of a reward model."""

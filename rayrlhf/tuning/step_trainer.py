@@ -1,9 +1,9 @@
 """One optimizer step of tuning on one worker: fetch its samples, update, write its numbers."""
 
-from rayrlhf.data.supervised_batches import BatchPlan
-from rayrlhf.engines.train_engine import TrainEngine, UpdatePlan
+from rayrlhf.data.supervised.optimizer_steps import BatchPlan
+from rayrlhf.engines.train.engine import TrainEngine, UpdatePlan
+from rayrlhf.tuning.sample_table import Table
 from rayrlhf.tuning.step_recorder import StepRecorder
-from rayrlhf.tuning.table import Table
 from rayrlhf.tuning.task import Task
 
 

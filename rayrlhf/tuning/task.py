@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig, TuningConfig
-from rayrlhf.data.supervised import DatasetReport, Spread, in_turn, load_preference_data, load_supervised_data
+from rayrlhf.config.tuning.configs import RewardTrainingConfig, SFTConfig, TuningConfig
+from rayrlhf.data.supervised.datasets import DatasetReport, Spread, in_turn, load_preference_data, load_supervised_data
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.objectives import ImitationObjective, Objective
-from rayrlhf.engines.preference_objective import PreferenceObjective
-from rayrlhf.engines.train_engine import TrainEngine, TrainEngineSpec
-from rayrlhf.engines.tuning_batches import preference_batch, supervised_batch
-from rayrlhf.tuning.evaluation import PreferenceScores, held_out_loss, held_out_rewards
-from rayrlhf.tuning.table import PairTable, SampleTable, Table
+from rayrlhf.engines.objectives.base import ImitationObjective, Objective
+from rayrlhf.engines.objectives.preference import PreferenceObjective
+from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec
+from rayrlhf.engines.train.supervised_batches import preference_batch, supervised_batch
+from rayrlhf.tuning.held_out import PreferenceScores, held_out_loss, held_out_rewards
+from rayrlhf.tuning.sample_table import PairTable, SampleTable, Table
 
 Datasets = tuple[Table, Table | None, DatasetReport]
 """What to train on, what is held out, and what became of the rows."""

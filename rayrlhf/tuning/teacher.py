@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayrlhf.data.atomic import folder_atomically
 from rayrlhf.data.records import Float32
-from rayrlhf.engines.distillation_objective import HIDDEN, IDS, LOGPROBS
-from rayrlhf.engines.train_engine import TrainEngine
-from rayrlhf.engines.tuning_batches import supervised_sequence
+from rayrlhf.engines.objectives.distillation import HIDDEN, IDS, LOGPROBS
+from rayrlhf.engines.train.engine import TrainEngine
+from rayrlhf.engines.train.supervised_batches import supervised_sequence
 from rayrlhf.models.distillation import most_likely
 from rayrlhf.observe.disk import writing
-from rayrlhf.tuning.evaluation import shared_scores
-from rayrlhf.tuning.table import DistillationTable
+from rayrlhf.storage.atomic import folder_atomically
+from rayrlhf.tuning.held_out import shared_scores
+from rayrlhf.tuning.sample_table import DistillationTable
 
 FOLDER = "teacher"
 ASKED_AT_ONCE = 64
@@ -49,7 +49,7 @@ def with_teacher(
         folder: the run folder, seen by all workers.
         vocabulary: hidden states for "full", else so many of the most likely tokens.
         adapters: the model has adapters, which are switched off.
-        sharded: see `rayrlhf.tuning.evaluation.held_out_loss`.
+        sharded: see `rayrlhf.tuning.held_out.held_out_loss`.
 
     Raises:
         UserError: the disk refuses.
@@ -78,7 +78,7 @@ def with_teacher(
 
 
 def said(hidden: Float32, layer: Layer, vocabulary: int | Literal["full"]) -> dict[str, np.ndarray]:
-    """Return what is kept of hidden states [N, H], see `rayrlhf.data.supervised_records.DistillationSample`."""
+    """Return what is kept of hidden states [N, H], see `rayrlhf.data.supervised.samples.DistillationSample`."""
     if vocabulary == "full":
         return {HIDDEN: hidden}
     ids, logprobs = most_likely(torch.from_numpy(hidden).to(layer[0].device), *layer, vocabulary)

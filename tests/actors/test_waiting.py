@@ -6,7 +6,7 @@ import time
 import pytest
 import ray
 
-from rayrlhf.actors.group import ActorGroup
+from rayrlhf.actors.actor_group import ActorGroup
 from rayrlhf.actors.waiting import as_completed, wait_all
 from rayrlhf.errors import ActorLostError, DeadlineError, UserError
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.algorithms.controllers import AdaptiveKLController, FixedKLController, kl_controller
+from rayrlhf.algorithms.kl import AdaptiveKLController, FixedKLController, kl_controller
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rayrlhf.algorithms.direct_preference import direct_preference_loss
+from rayrlhf.algorithms.losses import direct_preference_loss
 
 
 def softplus(value):

@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rayrlhf.algorithms.advantages import ADVANTAGE_ESTIMATORS, estimate_advantages
+from rayrlhf.algorithms.advantages import ADVANTAGE_ESTIMATORS, estimate_advantages, group_moments, has_contrast
 from rayrlhf.algorithms.estimator import AdvantageInputs
-from rayrlhf.algorithms.groups import group_moments, has_contrast
-from rayrlhf.algorithms.rewards import token_rewards
+from rayrlhf.algorithms.reward_shaping import token_rewards
 from tests.algorithms.batches import Batch, batches
 
 GROUPED = ["grpo", "dr_grpo", "rloo"]

@@ -1,6 +1,6 @@
 import pytest
 
-from rayrlhf.algorithms.guards import moved_too_far, ratio_exploded
+from rayrlhf.algorithms.importance import moved_too_far, ratio_exploded
 
 
 @pytest.mark.parametrize(("policy_kl", "stops"), [(1.4, False), (1.5, False), (1.6, True), (-9.0, False)])

@@ -4,7 +4,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rayrlhf.algorithms.moments import RunningMoments, penalise_missing_stop, shape_scores
+from rayrlhf.algorithms.reward_shaping import RunningMoments, penalise_missing_stop, shape_scores
 
 scores = st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=6)
 

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.algorithms.overlong import overlong_penalty
+from rayrlhf.algorithms.reward_shaping import overlong_penalty
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(2, 30), st.data())

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.algorithms.preference import bradley_terry_loss, centering_loss, preference_loss
+from rayrlhf.algorithms.losses import bradley_terry_loss, centering_loss, preference_loss
 
 rewards = st.floats(-30, 30)
 pairs = st.lists(st.tuples(rewards, rewards, st.floats(-3, 3)), min_size=1, max_size=8)

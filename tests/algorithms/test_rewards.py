@@ -2,8 +2,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from rayrlhf.algorithms.rewards import score_slots, slot_count, token_rewards
-from rayrlhf.algorithms.whitening import whiten
+from rayrlhf.algorithms.masking import whiten
+from rayrlhf.algorithms.reward_shaping import score_slots, slot_count, token_rewards
 from tests.algorithms.batches import Batch, batches
 
 

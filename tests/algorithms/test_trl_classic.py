@@ -5,21 +5,19 @@ from functools import cache
 import pytest
 import torch
 
-from rayrlhf.algorithms.controllers import kl_controller
 from rayrlhf.algorithms.gae import gae
-from rayrlhf.algorithms.guards import moved_too_far
-from rayrlhf.algorithms.kl import full_kl, kl_penalty
-from rayrlhf.algorithms.loss_terms import LossTerms
-from rayrlhf.algorithms.losses import POLICY_LOSSES, clipped_value_loss
-from rayrlhf.algorithms.moments import RunningMoments, shape_scores
-from rayrlhf.algorithms.rewards import TokenRewards, token_rewards
+from rayrlhf.algorithms.importance import moved_too_far
+from rayrlhf.algorithms.kl import full_kl, kl_controller, kl_penalty
+from rayrlhf.algorithms.losses import LossTerms
+from rayrlhf.algorithms.masking import whiten
+from rayrlhf.algorithms.policy_losses import POLICY_LOSSES, clipped_value_loss
+from rayrlhf.algorithms.reward_shaping import RunningMoments, TokenRewards, shape_scores, token_rewards
 from rayrlhf.algorithms.statistics import (
     explained_variance,
     length_statistics,
     objective_statistics,
     value_statistics,
 )
-from rayrlhf.algorithms.whitening import whiten
 from tests.fixtures.oracle_cases import CLASSIC_NAMES, ClassicCase, ClassicStep, classic_case
 
 TOLERANCE = 2e-6

@@ -8,10 +8,9 @@ import torch
 from rayrlhf.algorithms.advantages import estimate_advantages
 from rayrlhf.algorithms.estimator import AdvantageInputs, Advantages
 from rayrlhf.algorithms.kl import kl_penalty
-from rayrlhf.algorithms.loss_terms import LossTerms
-from rayrlhf.algorithms.losses import POLICY_LOSSES, clipped_value_loss
-from rayrlhf.algorithms.moments import penalise_missing_stop
-from rayrlhf.algorithms.rewards import TokenRewards, token_rewards
+from rayrlhf.algorithms.losses import LossTerms
+from rayrlhf.algorithms.policy_losses import POLICY_LOSSES, clipped_value_loss
+from rayrlhf.algorithms.reward_shaping import TokenRewards, penalise_missing_stop, token_rewards
 from rayrlhf.algorithms.statistics import length_statistics, objective_statistics
 from tests.fixtures.oracle_cases import MODERN_NAMES, ModernCase, modern_case
 

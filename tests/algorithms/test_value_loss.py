@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.algorithms.value_loss import clipped_value_loss
+from rayrlhf.algorithms.losses import clipped_value_loss
 from tests.algorithms.batches import Batch, batches
 
 

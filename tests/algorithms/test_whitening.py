@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 
-from rayrlhf.algorithms.whitening import whiten
+from rayrlhf.algorithms.masking import whiten
 from tests.algorithms.batches import Batch, batches
 
 

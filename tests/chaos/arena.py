@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from rayrlhf.config.load import dump_config
+from rayrlhf.config.loading.load import dump_config
 from rayrlhf.observe.metrics import read_metrics
 from tests.ppo.runs import run_config
 

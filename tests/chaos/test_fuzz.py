@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from rayrlhf.cli import main
 from rayrlhf.config.data import DataSection, DatasetSection
-from rayrlhf.config.load import load_config
+from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.data.prompts import prepare_prompts
+from rayrlhf.data.prompt_datasets import prepare_prompts
 from rayrlhf.errors import UserError
 from rayrlhf.models.builtin import resolve_model
 from rayrlhf.rewards.functions import BoundFunction, ScoringBatch

@@ -5,7 +5,7 @@ import pytest
 import ray
 
 from rayrlhf.ppo.callbacks import Callback
-from rayrlhf.ppo.run import train_ppo
+from rayrlhf.ppo.train_ppo import train_ppo
 from tests.ppo.runs import run_config
 
 STEPS, SETTLED = 200, 50

@@ -14,7 +14,7 @@ import yaml
 from rayrlhf.actors.actor_metrics import COUNTERS, GAUGES
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.cluster_metrics import OTHER_GAUGES, STEP_GAUGES, ClusterMetrics
-from rayrlhf.ppo.run import train_ppo
+from rayrlhf.ppo.train_ppo import train_ppo
 from tests.ppo.runs import run_config
 
 FOLDER = Path(__file__).parent.parent.parent / "cluster" / "grafana"

@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 from rayrlhf.config.launch import ClusterConfig
-from rayrlhf.config.load import load_config
+from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.errors import UserError
-from rayrlhf.launch.emit import emit_manifest
+from rayrlhf.tools.launch.emit import emit_manifest
 from tests.cluster.kuberay import problems
 
 ROOT = Path(__file__).parent.parent.parent

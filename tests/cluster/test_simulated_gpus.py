@@ -7,10 +7,10 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
-from rayrlhf.actors.crew import read_machine
+from rayrlhf.actors.actor_groups import read_machine
 from rayrlhf.actors.placement import Machine, make_plan
 from rayrlhf.errors import UserError
-from rayrlhf.launch.layout import lay_out
+from rayrlhf.tools.launch.role_layout import lay_out
 from tests.actors.test_placement import config
 
 pytestmark = pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from rayrlhf.errors import UserError
-from rayrlhf.tuning.run import check_dpo
+from rayrlhf.tuning.train_model import check_dpo
 from tests.tuning.runs import dpo_config
 
 

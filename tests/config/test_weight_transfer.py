@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayrlhf.config.load import load_config
+from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.errors import UserError
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from rayrlhf.config.tuning_data import PreferenceDataSection
+from rayrlhf.config.tuning.data import PreferenceDataSection
 from rayrlhf.data.answer_format import FORMAT_FILE, AnswerFormat
-from rayrlhf.data.supervised import load_preference_data
+from rayrlhf.data.supervised.datasets import load_preference_data
 from rayrlhf.errors import UserError
 from rayrlhf.models.tiny import byte_tokenizer
 from tests.data.supervised_files import assistant, merging_tokenizer, preferences, user, write_rows

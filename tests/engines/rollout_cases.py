@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.rollout import RolloutSection
 from rayrlhf.data.records import Rollout, RolloutRequest, SampleKey
-from rayrlhf.engines.interfaces import RolloutEngine
-from rayrlhf.engines.rollout import RolloutSpec, build_rollout_engine
+from rayrlhf.engines.rollout.base import RolloutEngine
+from rayrlhf.engines.rollout.common import RolloutSpec
+from rayrlhf.engines.rollout.factory import build_rollout_engine
 from rayrlhf.models.builtin import resolve_model
 
 torch.set_num_threads(1)  # Tiny models gain nothing from threads, and lose much when others use the same cores.

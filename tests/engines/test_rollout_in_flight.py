@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.engines.rollout_cases import make_requests, sample, start
-from tests.engines.test_weight_transfer import buckets_of, load, perturbed
+from tests.weight_sync.test_buckets import buckets_of, load, perturbed
 
 
 @pytest.fixture(scope="module", params=["transformers", "vllm"])

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from rayrlhf.config.environment import EnvironmentSection
 from rayrlhf.config.model import ModelSection
-from rayrlhf.config.rollout import RolloutSection
+from rayrlhf.config.rollout import EnvironmentSection, RolloutSection
 from rayrlhf.data.records import Prompt, RolloutRequest, SampleKey
-from rayrlhf.engines.rollout import RolloutSpec, build_rollout_engine
-from rayrlhf.engines.rollout_episodes import EpisodeEngine
-from rayrlhf.engines.score_engine import FrozenEngine
-from tests.environments.players import Scripted
+from rayrlhf.engines.rollout.common import RolloutSpec
+from rayrlhf.engines.scoring.frozen import FrozenEngine
+from rayrlhf.environments.players.episode_player import EpisodeEngine
+from rayrlhf.environments.players.factory import build_player
+from tests.environments.sample_players import Scripted
 
 ALPHABET = "<>abcd0123"
 PAIRS = [(one, other) for one in ALPHABET for other in ALPHABET]
@@ -59,7 +59,7 @@ def model(tokenizer, tmp_path_factory):
 
 def echo(turns, **keys):
     return EnvironmentSection.model_validate(
-        {"name": "tests.environments.players:Echo", "arguments": {"turns": turns}, "max_turn_tokens": 8} | keys
+        {"name": "tests.environments.sample_players:Echo", "arguments": {"turns": turns}, "max_turn_tokens": 8} | keys
     )
 
 
@@ -95,7 +95,7 @@ def test_tokens_that_would_merge_within_a_turn_and_across_its_end_are_left_apart
 @pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=pytest.mark.slow)])
 def test_the_trainers_logprobs_of_sampled_tokens_are_the_samplers_in_every_turn(backend, model, tokenizer):
     section = RolloutSection.model_validate({"backend": backend, "max_concurrent": 4, "memory_gib": 0.0625})
-    engine = build_rollout_engine(RolloutSpec(model, section, 0, echo(3)))
+    engine = build_player(RolloutSpec(model, section, 0, echo(3)))
     engine.submit([request(tokenizer, sample=sample) for sample in range(8)], temperature=1.0, max_new_tokens=100)
     rollouts = []
     while engine.unfinished:

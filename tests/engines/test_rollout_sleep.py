@@ -3,7 +3,7 @@
 import pytest
 
 from tests.engines.rollout_cases import gap, make_requests, sample, start
-from tests.engines.test_weight_transfer import buckets_of, perturbed
+from tests.weight_sync.test_buckets import buckets_of, perturbed
 
 
 @pytest.fixture(scope="module")

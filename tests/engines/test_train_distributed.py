@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from rayrlhf.algorithms.guards import moved_too_far
+from rayrlhf.algorithms.importance import moved_too_far
 from rayrlhf.config.algorithm import ParitySection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.train import OptimizerSection, TrainSection
-from rayrlhf.engines.objectives import POLICY_KL, PolicyObjective, SharedObjective, ValueObjective
-from rayrlhf.engines.process_group import ProcessGroupSpec, join
-from rayrlhf.engines.train_engine import TrainEngine, TrainEngineSpec, UpdatePlan
+from rayrlhf.engines.objectives.base import POLICY_KL, PolicyObjective, SharedObjective, ValueObjective
+from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec, UpdatePlan
+from rayrlhf.engines.train.process_group import ProcessGroupSpec, join
 from tests.engines.training import free_port, join_alone, leave_at_once, random_batch, random_sequences, weights_of, write_llama
 
 STAGES = (0, 1, 2, 3)

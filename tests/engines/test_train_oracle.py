@@ -15,8 +15,8 @@ from rayrlhf.config.model import ModelSection
 from rayrlhf.config.train import OptimizerSection, TrainSection
 from rayrlhf.data.records import Sequence as TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.objectives import Objective, PolicyObjective, SharedObjective, Term, ValueObjective
-from rayrlhf.engines.train_engine import TrainEngine, TrainEngineSpec, UpdatePlan
+from rayrlhf.engines.objectives.base import Objective, PolicyObjective, SharedObjective, Term, ValueObjective
+from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec, UpdatePlan
 from tests.engines.training import join_alone, weights_of, write_model
 from tests.fixtures.oracle_cases import (
     CLASSIC_NAMES,

@@ -7,11 +7,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.train import OptimizerSection, TrainSection
-from rayrlhf.data.supervised_records import PreferencePair, SupervisedSample
-from rayrlhf.engines.objectives import ImitationObjective
-from rayrlhf.engines.preference_objective import PreferenceObjective
-from rayrlhf.engines.train_engine import TrainEngine, TrainEngineSpec, UpdatePlan
-from rayrlhf.engines.tuning_batches import preference_batch, supervised_batch
+from rayrlhf.data.supervised.samples import PreferencePair, SupervisedSample
+from rayrlhf.engines.objectives.base import ImitationObjective
+from rayrlhf.engines.objectives.preference import PreferenceObjective
+from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec, UpdatePlan
+from rayrlhf.engines.train.supervised_batches import preference_batch, supervised_batch
 from tests.engines.training import join_alone, write_llama
 
 TOLERANCE = 1e-5

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from rayrlhf.data.records import Sequence
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.process_group import ProcessGroupSpec, join, leave
+from rayrlhf.engines.train.process_group import ProcessGroupSpec, join, leave
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
 

@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from rayrlhf.config.environment import EnvironmentSection
+from rayrlhf.config.rollout import EnvironmentSection
 from rayrlhf.data.records import Prompt
 from rayrlhf.environments.calculator import Calculator, calculate
 from rayrlhf.environments.guessing import Guessing
@@ -77,7 +77,7 @@ def test_every_sample_of_a_prompt_plays_for_the_same_number_and_prompts_differ()
     ("settings", "message"),
     [
         ({"name": "calculater"}, "is not built in; did you mean 'calculator'?"),
-        ({"name": "tests.environments.players:Ecko"}, "has no class or function 'Ecko'; did you mean 'Echo'?"),
+        ({"name": "tests.environments.sample_players:Ecko"}, "has no class or function 'Ecko'; did you mean 'Echo'?"),
         ({"name": "nowhere.at_all:Game"}, "nowhere.at_all cannot be imported"),
         ({"name": "nowhere.py:Game"}, "no such file"),
         ({"name": "rayrlhf.environments.protocol:Action"}, "Action needs a method 'async def reset'"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rayrlhf.config.model import ModelSection
-from rayrlhf.engines.collate import collate
+from rayrlhf.engines.train.collate import collate
 from rayrlhf.models.network import build_network
 from tests.engines.training import random_sequences, write_llama
 

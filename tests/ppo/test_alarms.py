@@ -4,7 +4,7 @@ import pytest
 
 from rayrlhf.errors import AlarmError
 from rayrlhf.observe.metrics import read_metrics
-from rayrlhf.ppo.run import train_ppo
+from rayrlhf.ppo.train_ppo import train_ppo
 from tests.ppo.runs import run_config
 
 

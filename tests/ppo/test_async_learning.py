@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rayrlhf.observe.metrics import read_metrics
-from rayrlhf.ppo.run import train_ppo
+from rayrlhf.ppo.train_ppo import train_ppo
 from tests.ppo.runs import run_config
 
 SEEDS = (0, 1, 2)

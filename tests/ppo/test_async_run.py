@@ -11,7 +11,7 @@ from rayrlhf.errors import StoppedError
 from rayrlhf.observe.journal import read_journal
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.ppo.callbacks import Callback
-from rayrlhf.ppo.run import train_ppo
+from rayrlhf.ppo.train_ppo import train_ppo
 from tests.ppo.runs import run_config
 
 SETTINGS = [

@@ -2,14 +2,14 @@
 
 import pytest
 
-from rayrlhf.config.load import dump_config
-from rayrlhf.data.atomic import PendingFolder, remove_leftovers
-from rayrlhf.data.manifest import Manifest, write_hashed, write_manifest
-from rayrlhf.engines.train_state import write
+from rayrlhf.config.loading.load import dump_config
+from rayrlhf.engines.train.backends.deepspeed_state import write
 from rayrlhf.errors import UserError
 from rayrlhf.ppo.checkpoint import Checkpoint, list_checkpoints, newest_usable
-from rayrlhf.ppo.loop import best_metric
-from rayrlhf.ppo.run import fingerprint, stored_differences
+from rayrlhf.ppo.run_loop import best_metric
+from rayrlhf.ppo.train_ppo import fingerprint, stored_differences
+from rayrlhf.storage.atomic import PendingFolder, remove_leftovers
+from rayrlhf.storage.manifest import Manifest, write_hashed, write_manifest
 from tests.ppo.runs import run_config
 
 FITS = {"train.zero_stage": "0"}

@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from rayrlhf.errors import AlarmError
-from rayrlhf.ppo.run import train_ppo
+from rayrlhf.ppo.train_ppo import train_ppo
 from tests.ppo.runs import run_config
 
 GAME = [
@@ -73,6 +73,6 @@ def test_a_run_over_agents_trains_on_every_stretch_as_it_was_sampled_and_repeats
 
 
 def test_a_run_whose_environment_is_broken_stops_and_says_why(tmp_path):
-    broken = "environment={name: 'tests.environments.players:Raising', max_turn_tokens: 2, retries: 0}"
+    broken = "environment={name: 'tests.environments.sample_players:Raising', max_turn_tokens: 2, retries: 0}"
     with pytest.raises(AlarmError, match=r"samples failed in their environment.*the tool is broken"):
         played(tmp_path, broken)

@@ -5,7 +5,7 @@ import pytest
 
 from rayrlhf.algorithms.advantages import ADVANTAGE_ESTIMATORS
 from rayrlhf.observe.metrics import read_metrics
-from rayrlhf.ppo.run import train_ppo
+from rayrlhf.ppo.train_ppo import train_ppo
 from tests.ppo.runs import run_config
 
 SEEDS = (0, 1, 2)

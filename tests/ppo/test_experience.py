@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from rayrlhf.config.load import load_config
+from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Prompt, Rollout, SampleKey, TokenScores
 from rayrlhf.ppo.experience import LOGPROB_GAP, ExperienceMaker
-from rayrlhf.ppo.objectives import make_objectives, plan_update
 from rayrlhf.ppo.scoring import ScoredRollouts
+from rayrlhf.ppo.update_objectives import make_objectives, plan_update
 from rayrlhf.rewards.score import RewardBatch
 from tests.fixtures.oracle_cases import classic_case, modern_case
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rayrlhf.data.records import Prompt
 from rayrlhf.ppo.generation import Generation, make_requests
-from rayrlhf.ppo.requeue import assign
+from rayrlhf.ppo.request_queue import assign
 
 
 def prompts(*ids):

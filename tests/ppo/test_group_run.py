@@ -8,7 +8,7 @@ import ray
 
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.ppo.callbacks import Callback
-from rayrlhf.ppo.run import train_ppo
+from rayrlhf.ppo.train_ppo import train_ppo
 from tests.ppo.runs import run_config
 
 

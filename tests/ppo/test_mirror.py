@@ -5,14 +5,14 @@ import time
 
 import pytest
 
-from rayrlhf.data.mirror import Mirror
 from rayrlhf.observe.journal import read_journal
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.checkpoint import list_checkpoints
-from rayrlhf.ppo.run import train_ppo
-from tests.data.test_mirror import bucket  # noqa: F401 - a fixture
+from rayrlhf.ppo.train_ppo import train_ppo
+from rayrlhf.storage.mirror import Mirror
 from tests.ppo.runs import run_config
+from tests.storage.test_mirror import bucket  # noqa: F401 - a fixture
 
 SETTINGS = [
     "rollout.backend=transformers",

@@ -9,7 +9,7 @@ import ray
 
 from rayrlhf.errors import UserError
 from rayrlhf.observe.samples import read_samples
-from rayrlhf.ppo.run import train_ppo
+from rayrlhf.ppo.train_ppo import train_ppo
 from rayrlhf.rewards.sandbox import missing
 from tests.ppo.runs import digit_share, run_config
 from tests.rewards.servers import Server

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from rayrlhf.config.reward import RewardFunctionSection
 from rayrlhf.data.records import Rollout, SampleKey
+from rayrlhf.environments.episodes import turns
 from rayrlhf.errors import UserError
-from rayrlhf.ppo.episodes import turns
 from rayrlhf.rewards.credit import turn_ends
 from rayrlhf.rewards.functions import BoundFunction, ScoringBatch
 from rayrlhf.rewards.score import score_batch

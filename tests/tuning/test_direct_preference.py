@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rayrlhf.observe.metrics import read_metrics
-from rayrlhf.tuning.reference import FOLDER
-from rayrlhf.tuning.run import train_dpo
+from rayrlhf.tuning.pair_reference import FOLDER
+from rayrlhf.tuning.train_model import train_dpo
 from tests.tuning.runs import dpo_config
 
 CURVE_TOLERANCE = 1e-4
@@ -39,7 +39,7 @@ def test_a_run_begins_as_its_reference_and_learns_the_pairs(one_worker):
 def test_the_rewards_of_the_exported_policy_are_those_transformers_finds(one_worker):
     from transformers import AutoModelForCausalLM
 
-    from rayrlhf.data.supervised import load_preference_data
+    from rayrlhf.data.supervised.datasets import load_preference_data
     from rayrlhf.models.load import load_causal_model, load_tokenizer
 
     config, result = one_worker

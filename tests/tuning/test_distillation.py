@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from rayrlhf.config.load import load_config
+from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.model import ModelSection
-from rayrlhf.config.tuning import DistillationConfig
-from rayrlhf.engines.train_engine import TrainEngine, UpdatePlan
+from rayrlhf.config.tuning.configs import DistillationConfig
+from rayrlhf.engines.train.engine import TrainEngine, UpdatePlan
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_causal_model, load_tokenizer
 from rayrlhf.tuning.distillation_task import MISMATCH, NO_CONTEXT, DistillationTask

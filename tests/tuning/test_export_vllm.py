@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayrlhf.tuning.run import train_sft
+from rayrlhf.tuning.train_model import train_sft
 from tests.tuning.runs import sft_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
@@ -15,7 +15,8 @@ def test_vllm_answers_with_the_exported_model_as_transformers_does(tmp_path):
     from rayrlhf.config.model import ModelSection
     from rayrlhf.config.rollout import RolloutSection
     from rayrlhf.data.records import RolloutRequest, SampleKey
-    from rayrlhf.engines.rollout import RolloutSpec, build_rollout_engine
+    from rayrlhf.engines.rollout.common import RolloutSpec
+    from rayrlhf.engines.rollout.factory import build_rollout_engine
 
     result = train_sft(sft_config(tmp_path, "train.steps=4", "evaluation.generations=0", "checkpoint.every=0"))
     model = AutoModelForCausalLM.from_pretrained(result.export, dtype=torch.float32)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from rayrlhf.data.supervised import PreferencePair, SupervisedSample
+from rayrlhf.data.supervised.datasets import PreferencePair, SupervisedSample
 from rayrlhf.tuning.length_baseline import length_baseline
-from rayrlhf.tuning.table import PairTable
+from rayrlhf.tuning.sample_table import PairTable
 
 
 def table(*lengths):

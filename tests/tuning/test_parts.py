@@ -6,21 +6,21 @@ import numpy as np
 import pytest
 
 from rayrlhf.actors.placement import Machine
-from rayrlhf.config.load import dump_config, load_config
-from rayrlhf.config.tuning import SFTConfig
-from rayrlhf.config.tuning_run import TuningCheckpointSection, WorkersSection
-from rayrlhf.data.supervised import PreferencePair, SupervisedSample
+from rayrlhf.config.loading.load import dump_config, load_config
+from rayrlhf.config.tuning.configs import SFTConfig
+from rayrlhf.config.tuning.run import TuningCheckpointSection, WorkersSection
+from rayrlhf.data.supervised.datasets import PreferencePair, SupervisedSample
 from rayrlhf.errors import AlarmError, UserError
-from rayrlhf.tuning.evaluation import PreferenceScores
+from rayrlhf.tuning.data_plan import STATE_FILE, best_step, checkpoint_name
 from rayrlhf.tuning.export import check_better_than_chance
 from rayrlhf.tuning.follow import Follower
+from rayrlhf.tuning.held_out import PreferenceScores
 from rayrlhf.tuning.merge import exported_model
-from rayrlhf.tuning.plan import STATE_FILE, best_step, checkpoint_name
 from rayrlhf.tuning.ray_train import checkpoint_config, worker_resources
 from rayrlhf.tuning.refusal import has_refusal, raise_refusal, write_refusal
-from rayrlhf.tuning.result import TuningResult, read_result
-from rayrlhf.tuning.run import _differences, check_sft
-from rayrlhf.tuning.table import PairTable, SampleTable
+from rayrlhf.tuning.sample_table import PairTable, SampleTable
+from rayrlhf.tuning.train_model import _differences, check_sft
+from rayrlhf.tuning.training_result import TuningResult, read_result
 from tests.tuning.runs import sft_config
 
 

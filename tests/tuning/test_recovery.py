@@ -11,9 +11,9 @@ import numpy as np
 import psutil
 import pytest
 
-from rayrlhf.config.load import dump_config
+from rayrlhf.config.loading.load import dump_config
 from rayrlhf.observe.metrics import read_metrics
-from rayrlhf.tuning.run import train_sft
+from rayrlhf.tuning.train_model import train_sft
 from tests.tuning.runs import sft_config
 
 TOLERANCE = 1e-5

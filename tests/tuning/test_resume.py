@@ -13,11 +13,11 @@ import ray.train
 
 from rayrlhf.models.load import load_tokenizer
 from rayrlhf.observe.metrics import read_metrics
-from rayrlhf.tuning import loop
-from rayrlhf.tuning.loop import TuningJob, train_loop
-from rayrlhf.tuning.plan import STATE_FILE, TRAIN_NAME, checkpoint_name
+from rayrlhf.tuning import tuning_loop as loop
+from rayrlhf.tuning.data_plan import STATE_FILE, TRAIN_NAME, checkpoint_name
 from rayrlhf.tuning.refusal import raise_refusal
 from rayrlhf.tuning.task import PreferenceTask, SupervisedTask
+from rayrlhf.tuning.tuning_loop import TuningJob, train_loop
 from tests.engines.training import join_alone
 from tests.tuning.runs import reward_config, sft_config
 

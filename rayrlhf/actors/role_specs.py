@@ -1,0 +1,73 @@
+"""From the config to what each role's processes are told when they are built."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rayrlhf.actors.placement import ResourcePlan, Role
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.engines.rollout.common import RolloutSpec, rollout_environment
+from rayrlhf.engines.train.spec import TrainEngineSpec
+from rayrlhf.models.network import Head
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSpecs:
+    """Specs of all roles of one run."""
+
+    config: PPOConfig
+    plan: ResourcePlan
+
+    def environment(self, role: Role) -> dict[str, str]:
+        """Environment variables a role's processes start with."""
+        seat = self.plan.seats[role][0]
+        if role == "rollout":
+            return rollout_environment(self.config.rollout, threads=seat.threads)
+        return TRAINER_ENVIRONMENT if role in ("policy", "critic", "reference") else {}
+
+    def backend(self, role: Role) -> Literal["gloo", "nccl"]:
+        """Collective backend of a role's process group."""
+        return "nccl" if self.plan.seats[role][0].gpus else "gloo"
+
+    def arguments(self, role: Role) -> tuple[Any, ...]:
+        """Arguments of `build` for a role that does not learn."""
+        config = self.config
+        if role == "reward":
+            return (config.reward,)
+        if role == "reference":
+            return (config.reference.model or config.model, config.train.score_batch_tokens, config.reference.offload)
+        lockstep = config.run.determinism == "exact"
+        continues = config.asynchronous.max_staleness > 0 and config.asynchronous.on_update == "continue"
+        return (RolloutSpec(config.model, config.rollout, config.run.seed, config.environment, lockstep, continues=continues),)
+
+    def train(self, role: Role) -> TrainEngineSpec:
+        """The engine of a role that learns."""
+        config = self.config
+        shared = config.critic.kind == "shared"
+        policy = role == "policy"
+        heads: frozenset[Head] = frozenset({"lm", "value"} if policy and shared else {"lm"} if policy else {"value"})
+        model = config.model if policy else config.critic.model or config.model
+        learning_rate = config.train.learning_rate if policy else config.critic.learning_rate or config.train.learning_rate
+        return TrainEngineSpec(
+            model=model,
+            heads=heads,
+            head_init=config.critic.head_init,
+            train=config.train,
+            learning_rate=learning_rate,
+            total_optimizer_steps=optimizer_steps(config),
+            seed=config.run.seed,
+            parity=config.algorithm.parity,
+        )
+
+
+TRAINER_ENVIRONMENT = {
+    # Meant to keep freed activations in the process rather than map them anew each step; what it gains has not been measured.
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+
+
+def optimizer_steps(config: PPOConfig) -> int:
+    """Optimizer steps of a whole run, for learning-rate schedules."""
+    warmup = -(-config.warmup.samples // config.warmup.mini_batch_size) if config.warmup else 0
+    return warmup + config.run.steps * config.updates_per_step

@@ -1,0 +1,160 @@
+"""Part files through streaming stages on Ray Data: read, the stages, write, all at once and in bounded memory.
+
+A Ray Data block is a part here, from the first stage to the last, so a stage sees whole parts and the last one can write each
+under its own name, whole or not at all. Parts that are there already are not asked for; Ray restarts actors that die and hands
+their part to another. That makes the pipeline safe to kill anywhere, as long as every stage is a pure function of its part.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from rayrlhf.actors.ray_data import data_context, raise_cause
+from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS
+from rayrlhf.batch_inference.parts import PartFolder
+from rayrlhf.batch_inference.stage_resources import TASK_CPUS
+from rayrlhf.errors import ActorLostError, DeadlineError, UserError
+
+BUFFER_BYTES = 512 * 2**20
+"""Most memory that parts between stages take; reading is faster than scoring and would fill the machine otherwise."""
+PART, ROWS = "part", "rows"
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """One stage served by a pool of actors.
+
+    Attributes:
+        name: for the progress and errors.
+        worker: a class whose instances take a part (an Arrow table) and return a part.
+        arguments: of its constructor; small and picklable.
+        size: processes.
+        cpus: of each.
+        gpus: of each.
+        environment: variables its processes start with.
+    """
+
+    name: str
+    worker: type
+    arguments: tuple[Any, ...]
+    size: int
+    cpus: float
+    gpus: float = 0.0
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+Stage = Pool | Callable[[Any], Any]
+"""A pool, or a plain function of a part for work that needs no state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When to give up: restarts of one process, and seconds without progress."""
+
+    max_restarts: int
+    stall_seconds: float
+
+
+def run_pipeline(
+    source: PartFolder, target: PartFolder, stages: Sequence[Stage], limits: Limits, done: Callable[[int], None]
+) -> None:
+    """Make the parts of `target` that are missing; `done` is told the rows of each as it is written.
+
+    Raises:
+        UserError: a stage found a mistake of the user.
+        ActorLostError: a process died more often than allowed.
+        DeadlineError: nothing moved for too long.
+    """
+    import ray
+    import ray.data.exceptions
+
+    missing = sorted(set(source.indices()) - set(target.indices()))
+    target.clear_leftovers()
+    if not missing:
+        return
+    target.path.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "execution_no_progress_timeout_s": limits.stall_seconds,
+        "max_consecutive_actor_init_deaths": limits.max_restarts + 1,
+    }
+    with data_context(buffer_bytes=BUFFER_BYTES, **settings):
+        try:
+            for row in _dataset(source, target, missing, stages, limits).iter_rows():
+                done(row[ROWS])
+        except (ray.exceptions.RayTaskError, UserError) as error:
+            raise_cause(error)
+        except INFRASTRUCTURE_ERRORS as error:
+            raise ActorLostError(f"a stage lost its process too often: {_first_line(error)}") from error
+        except ray.data.exceptions.ExecutionTimeoutError as error:
+            raise DeadlineError(f"no part was finished within {limits.stall_seconds:.0f} s: {_first_line(error)}") from error
+
+
+class _Worker:
+    """A stage's worker behind the part number, which travels in a column of its own."""
+
+    def __init__(self, worker: type, arguments: tuple[Any, ...]) -> None:
+        self._worker = worker(*arguments)
+
+    def __call__(self, table: Any) -> Any:
+        return _with_part(table, self._worker)
+
+
+def _with_part(table: Any, stage: Callable[[Any], Any]) -> Any:
+    import pyarrow as pa
+
+    part = table.column(PART)[0].as_py()
+    result = stage(table.drop_columns([PART]))
+    return result.append_column(PART, pa.array([part] * result.num_rows, pa.int64()))
+
+
+def _dataset(source: PartFolder, target: PartFolder, missing: list[int], stages: Sequence[Stage], limits: Limits) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import ray
+
+    def read(block: Any) -> Any:
+        part = block.column(PART)[0].as_py()
+        table = pq.read_table(source.part(part))
+        return table.append_column(PART, pa.array([part] * table.num_rows, pa.int64()))
+
+    def write(table: Any) -> Any:
+        part = table.column(PART)[0].as_py()
+        target.write(part, table.drop_columns([PART]))
+        return pa.table({PART: [part], ROWS: [table.num_rows]})
+
+    def task(function: Callable[[Any], Any], dataset: Any) -> Any:
+        return dataset.map_batches(function, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
+
+    dataset = task(read, ray.data.from_items([{PART: part} for part in missing], override_num_blocks=len(missing)))
+    for stage in stages:
+        dataset = (
+            _pooled(stage, dataset, min(stage.size, len(missing)), limits)
+            if isinstance(stage, Pool)
+            else task(partial(_with_part, stage=stage), dataset)
+        )
+    return task(write, dataset)
+
+
+def _pooled(pool: Pool, dataset: Any, size: int, limits: Limits) -> Any:
+    import ray
+
+    # One part in work and one waiting: more would only be handed out again if the process died.
+    compute = ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2)
+    hidden = {} if pool.gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    return dataset.map_batches(
+        _Worker,
+        fn_constructor_args=(pool.worker, pool.arguments),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=compute,
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+        max_restarts=limits.max_restarts,
+        max_task_retries=limits.max_restarts,
+        runtime_env={"env_vars": hidden | {"TOKENIZERS_PARALLELISM": "false"} | pool.environment},
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

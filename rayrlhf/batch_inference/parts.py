@@ -1,0 +1,97 @@
+"""A table as a folder of part files, each whole or absent: the unit of work, of memory and of resuming.
+
+Part k holds the rows k x size ... of the stage before it, in order, so whatever died and whenever, running the stage again
+makes the parts that are missing and changes none of the others. When all are there a seal (`done.json`) ends the stage.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayrlhf.storage.atomic import TEMPORARY_SUFFIX, file_atomically, write_atomically
+
+SEAL = "done.json"
+
+
+@dataclass(frozen=True, slots=True)
+class PartFolder:
+    """The parts of one stage's table."""
+
+    path: Path
+
+    def part(self, index: int) -> Path:
+        """Return the file of one part."""
+        return self.path / f"part-{index:06d}.parquet"
+
+    def indices(self) -> list[int]:
+        """Return which parts are there, in order."""
+        return sorted(int(file.stem.removeprefix("part-")) for file in self.path.glob("part-*.parquet"))
+
+    def files(self) -> list[Path]:
+        """Return the part files in order."""
+        return [self.part(index) for index in self.indices()]
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the stage is complete."""
+        return (self.path / SEAL).is_file()
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the stage noted when it was sealed.
+
+        Raises:
+            FileNotFoundError: it is not.
+        """
+        facts: dict[str, Any] = json.loads((self.path / SEAL).read_text(encoding="utf-8"))
+        return facts
+
+    def seal(self, facts: dict[str, Any]) -> None:
+        """End the stage with what is known of it."""
+        self.clear_leftovers()
+        write_atomically(self.path / SEAL, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+
+    def clear_leftovers(self) -> None:
+        """Remove what a killed writer left."""
+        for file in self.path.glob(f".*{TEMPORARY_SUFFIX}"):
+            file.unlink(missing_ok=True)
+
+    def write(self, index: int, table: Any) -> Path:
+        """Write a part, whole or not at all; one that is there already is replaced by its equal."""
+        import pyarrow.parquet as pq
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        with file_atomically(self.part(index)) as partial:
+            pq.write_table(table, partial, compression="zstd")
+        return self.part(index)
+
+    def tables(self, columns: list[str] | None = None) -> Iterator[Any]:
+        """Yield the parts as Arrow tables in order, one in memory at a time."""
+        import pyarrow.parquet as pq
+
+        for file in self.files():
+            yield pq.read_table(file, columns=columns)
+
+    def rows(self, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Yield all rows in order as dictionaries."""
+        for table in self.tables(columns):
+            yield from table.to_pylist()
+
+
+def merge(parts: PartFolder, path: Path) -> int:
+    """Write all parts as one Parquet file, a part at a time; returns its rows. The same parts give the same bytes."""
+    import pyarrow.parquet as pq
+
+    count = 0
+    with file_atomically(path) as partial:
+        writer: Any = None
+        try:
+            for table in parts.tables():
+                writer = writer or pq.ParquetWriter(partial, table.schema, compression="zstd")
+                writer.write_table(table)
+                count += table.num_rows
+        finally:
+            if writer is not None:
+                writer.close()
+    return count

@@ -1,0 +1,153 @@
+"""A configuration from its layers: preset < YAML file < overrides of the command line; and back to text.
+
+The layers are merged as plain trees and validated once, strictly (no text where a number belongs), so an error can always name
+the key, and whether the file or the command line gave it. Every mistake is one line of a `UserError`.
+"""
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from rayrlhf.config.loading.describe import describe
+from rayrlhf.config.loading.override import apply_override
+from rayrlhf.config.loading.presets import PRESETS
+from rayrlhf.config.loading.problems import problems
+from rayrlhf.config.loading.yaml_text import dump, parse, problem_of
+from rayrlhf.config.section import Section
+from rayrlhf.errors import UserError
+
+__all__ = ["describe", "differences", "dump_config", "load_config", "load_tree"]
+
+T = TypeVar("T", bound=Section)
+_COMMAND_LINE = "command line"
+_MOST_LINES = 5
+_ABSENT = "(absent)"
+
+
+def load_config(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
+    """Read, merge and validate a configuration.
+
+    Args:
+        cls: the root section, for example `PPOConfig`.
+        path: a YAML file; None for overrides alone. Relative paths in it stay as they are written.
+        overrides: `section.key=value` each, the value in YAML; `section.list.0.key=value` reaches into a list. A top-level
+            `preset: trl-classic` (see `PRESETS`) in file or overrides is laid under both.
+
+    Raises:
+        UserError: no such file, not YAML, a key given twice, an unknown key, a missing or wrong value. At most five lines, each
+            with file, dotted key and what was expected.
+    """
+    tree = _read(path) if path is not None else {}
+    given = [apply_override(tree, override) for override in overrides]
+    return _validated(cls, tree, given, str(path) if path is not None else _COMMAND_LINE, _COMMAND_LINE)
+
+
+def load_tree(cls: type[T], settings: dict[str, Any], path: Path | None, place: str) -> T:
+    """Validate settings that stand inside another file, such as a chain's, laid over a configuration file if one is given.
+
+    Args:
+        cls: the root section.
+        settings: a tree of sections and keys.
+        path: a YAML file below them; None for the settings alone.
+        place: what to call the settings in messages.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    tree = _merged(_read(path), settings) if path is not None else dict(settings)
+    return _validated(cls, tree, list(_flat(settings)), str(path) if path is not None else place, place)
+
+
+def _validated(cls: type[T], tree: dict[str, Any], given: Sequence[str], file: str, over: str) -> T:
+    """Validate a merged tree; `given` are the dotted keys that came from `over`, everything else came from `file`."""
+    name = tree.pop("preset", None)
+    if name is not None:
+        tree = _merged(_preset(name, over if "preset" in given else file), tree)
+    try:
+        return cls.model_validate_json(json.dumps(tree, default=str), strict=True)
+    except ValidationError as error:
+        lines = [
+            f"{_source(dotted, given, file, over)}: {dotted and dotted + ': '}{message}"
+            for dotted, message in problems(error, tree, cls).items()
+        ]
+        if len(lines) > _MOST_LINES:
+            lines[_MOST_LINES - 1 :] = [f"{file}: and {len(lines) - _MOST_LINES + 1} more"]
+        raise UserError("\n".join(lines)) from error
+
+
+def dump_config(config: Section) -> str:
+    """Return a configuration as YAML with every value written out; loading the text gives the same configuration."""
+    return dump(config.model_dump(mode="json"))
+
+
+def differences(old: Section, new: Section) -> list[str]:
+    """Return what differs between two configurations, one `dotted.key: old -> new` each, in the order of the sections."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return [
+        f"{key}: {before.get(key, _ABSENT)} -> {after.get(key, _ABSENT)}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        folder = path.parent.iterdir() if path.parent.is_dir() else ()
+        near = difflib.get_close_matches(path.name, [entry.name for entry in folder], n=1)
+        raise UserError(f"{path}: no such file{f'; did you mean {path.with_name(near[0])}?' if near else ''}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: {error.reason} at byte {error.start + 1}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {problem_of(error)}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections with keys and values, found {type(tree).__name__}")
+    return tree
+
+
+def _preset(name: object, source: str) -> dict[str, Any]:
+    if not isinstance(name, str) or name not in PRESETS:
+        near = difflib.get_close_matches(str(name), PRESETS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(PRESETS)}"
+        raise UserError(f"{source}: preset: unknown preset {name}; {hint}")
+    return PRESETS[name]
+
+
+def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Lay one tree over another: sections are merged key by key, anything else is replaced."""
+    result = dict(under)
+    for key, value in over.items():
+        below = result.get(key)
+        result[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _source(dotted: str, given: Sequence[str], file: str, over: str) -> str:
+    """Return who gave a key: what lies over the file where that set it, its section, or something in it."""
+    for key in given:
+        if dotted and (f"{dotted}.".startswith(f"{key}.") or f"{key}.".startswith(f"{dotted}.")):
+            return over
+    return file
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    """Return the leaves of a tree as text by dotted key; a list of plain values, and whatever is empty, is a leaf."""
+    items: list[tuple[str, Any]] = []
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = [(str(index), item) for index, item in enumerate(value)]
+    leaves: dict[str, str] = {}
+    for key, item in items:
+        leaves |= _flat(item, f"{prefix}.{key}" if prefix else key)
+    return leaves or {prefix: json.dumps(value, ensure_ascii=False)}

@@ -1,0 +1,288 @@
+"""SFT samples and preference pairs: from a section of the configuration to tokens, masks, and what became of the rows.
+
+All mistakes in the data are found here, where only the tokenizer is loaded and no model yet. A tokenizer needs no pad token:
+samples travel unpadded, and what pads a batch later is behind every mask.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+from rayrlhf.config.tuning.data import (
+    PreferenceDataSection,
+    PreferenceDatasetSection,
+    SupervisedDataSection,
+    SupervisedDatasetSection,
+    TuningDataSection,
+)
+from rayrlhf.data.answer_format import AnswerFormat
+from rayrlhf.data.holdout import group_key, held_out
+from rayrlhf.data.row_slices import RowSlice
+from rayrlhf.data.rows import RowSource, open_rows
+from rayrlhf.data.supervised.encoding import PreferenceRecipe, SupervisedRecipe, encode_batch, encode_preference_batch
+from rayrlhf.data.supervised.row_formats import Row, RowShape, preference_shape, supervised_shape
+from rayrlhf.data.supervised.samples import DatasetReport, PreferencePair, SupervisedSample, count_tokens
+from rayrlhf.data.templates import require_chat_template
+from rayrlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "DatasetReport",
+    "PreferencePair",
+    "PreferenceRecipe",
+    "SampleDataset",
+    "SupervisedRecipe",
+    "SupervisedSample",
+    "encode_batch",
+    "encode_preference_batch",
+    "load_preference_data",
+    "load_preferences",
+    "load_supervised",
+    "load_supervised_data",
+    "preference_recipe",
+    "supervised_recipe",
+]
+
+T = TypeVar("T", SupervisedSample, PreferencePair)
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleDataset(Generic[T]):
+    """Samples in the order of their rows.
+
+    Attributes:
+        samples: `SupervisedSample` or `PreferencePair`.
+        report: what became of the rows.
+        groups: the group of each sample, by which rows are held out.
+        format: of pairs: what stands around a prompt and its answer.
+    """
+
+    samples: list[T]
+    report: DatasetReport
+    groups: list[str]
+    format: AnswerFormat | None = None
+
+
+SupervisedDataset = SampleDataset[SupervisedSample]
+PreferenceDataset = SampleDataset[PreferencePair]
+
+
+class Spread(Protocol):
+    """Who encodes the slices of a dataset: this process, one after the other, or many."""
+
+    def __call__(self, work: Callable[[RowSlice], SampleDataset[T]], slices: Sequence[RowSlice]) -> Iterable[SampleDataset[T]]:
+        """Return what `work`, which is pure and picklable, makes of each slice, in order; errors as `work`."""
+        ...
+
+
+def in_turn(work: Callable[[RowSlice], SampleDataset[T]], slices: Sequence[RowSlice]) -> Iterable[SampleDataset[T]]:
+    """Encode one slice after the other in this process."""
+    return map(work, slices)
+
+
+def load_supervised(
+    section: SupervisedDatasetSection,
+    data: SupervisedDataSection,
+    tokenizer: "PreTrainedTokenizerBase",
+    spread: Spread = in_turn,
+) -> SupervisedDataset:
+    """Read, check and encode one dataset for SFT, and log what was cut or left out.
+
+    Raises:
+        UserError: naming file, row and field: see `open_rows`, `supervised_recipe` and `encode_batch`; or nothing is left.
+    """
+    rows = open_rows(section)
+    # Built-in datasets bring a prompt column of their own.
+    section = section.model_copy(update={"prompt_field": rows.prompt_field})
+    number, row = rows.first()
+    recipe = supervised_recipe(row, number, section, data, tokenizer)
+    return _load(rows, section.group_field, partial(encode_batch, recipe=recipe, tokenizer=tokenizer), spread)
+
+
+def load_preferences(
+    section: PreferenceDatasetSection,
+    data: PreferenceDataSection,
+    tokenizer: "PreTrainedTokenizerBase",
+    spread: Spread = in_turn,
+) -> PreferenceDataset:
+    """Read, check and encode one dataset of pairs; see `load_supervised`.
+
+    Raises:
+        UserError: naming file, row and field: see `open_rows`, `preference_recipe` and `encode_preference_batch`.
+    """
+    rows = open_rows(section)
+    section = section.model_copy(update={"prompt_field": rows.prompt_field})
+    number, row = rows.first()
+    recipe = preference_recipe(row, number, section, data, tokenizer)
+    encode = partial(encode_preference_batch, recipe=recipe, tokenizer=tokenizer)
+    return replace(_load(rows, section.group_field, encode, spread), format=answer_format(recipe, tokenizer))
+
+
+def load_supervised_data(
+    data: SupervisedDataSection, tokenizer: "PreTrainedTokenizerBase", spread: Spread = in_turn
+) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+    """Return the samples to train on, and those held out, if any: `data.evaluation`, or a share of `data.train`.
+
+    Raises:
+        UserError: see `load_supervised`; or there is too little to hold something out.
+    """
+    train = load_supervised(data.train, data, tokenizer, spread)
+    if data.evaluation is not None:
+        return train, load_supervised(data.evaluation, data, tokenizer, spread)
+    return _divide(train, data.held_out_share) if data.held_out_share else (train, None)
+
+
+def load_preference_data(
+    data: PreferenceDataSection, tokenizer: "PreTrainedTokenizerBase", spread: Spread = in_turn
+) -> tuple[PreferenceDataset, PreferenceDataset | None]:
+    """Return the pairs to train on, and those held out; see `load_supervised_data`.
+
+    Raises:
+        UserError: see `load_preferences`; or there is too little to hold something out.
+    """
+    train = load_preferences(data.train, data, tokenizer, spread)
+    if data.evaluation is not None:
+        return train, load_preferences(data.evaluation, data, tokenizer, spread)
+    return _divide(train, data.held_out_share) if data.held_out_share else (train, None)
+
+
+def supervised_recipe(
+    row: Row,
+    number: int,
+    section: SupervisedDatasetSection,
+    data: SupervisedDataSection,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> SupervisedRecipe:
+    """Return how all rows of an SFT dataset are encoded, judging by the first.
+
+    Args:
+        row: the first row.
+        number: what messages call it.
+        section: names the dataset and its columns.
+        data: how samples are made of it.
+        tokenizer: of the model.
+
+    Raises:
+        UserError: columns of no known format; what should be learnt does not exist in this format; the tokenizer has no chat
+            template, no end-of-sequence token, or no character offsets, and one is needed.
+    """
+    place = f"{section.path}: row {number}"
+    recipe = SupervisedRecipe(section, data, supervised_shape(row, section, place))
+    shape = recipe.shape
+    chat = _is_chat(shape, data)
+    _check_tokenizer(tokenizer, chat, data)
+    if data.loss_on == "completion" and shape.format != "prompt-completion":
+        raise UserError(f"{place}: data.loss_on completion: expected prompts with completions, found format {shape.format}")
+    if data.loss_on == "assistant" and not chat:
+        raise UserError(f"{place}: data.loss_on assistant: expected conversations, found plain text ({shape.format})")
+    if recipe.loss_on == "assistant" and not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path or 'the model'} gives no character offsets to tell the assistant's "
+            "tokens by; expected a fast tokenizer, or data.loss_on all"
+        )
+    return recipe
+
+
+def preference_recipe(
+    row: Row,
+    number: int,
+    section: PreferenceDatasetSection,
+    data: PreferenceDataSection,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> PreferenceRecipe:
+    """Return how all rows of a preference dataset are encoded, judging by the first; see `supervised_recipe`.
+
+    Raises:
+        UserError: columns that make no pairs, or a tokenizer without a chat template or end-of-sequence token that is needed.
+    """
+    shape = preference_shape(row, section, f"{section.path}: row {number}")
+    _check_tokenizer(tokenizer, _is_chat(shape, data), data)
+    return PreferenceRecipe(section, data, shape)
+
+
+def answer_format(recipe: PreferenceRecipe, tokenizer: "PreTrainedTokenizerBase") -> AnswerFormat:
+    """Return what stands around prompts and answers of a preference dataset, for those who score with the model."""
+    if _is_chat(recipe.shape, recipe.data):
+        return AnswerFormat(system_prompt=recipe.data.system_prompt)
+    return AnswerFormat(chat=False, end=str(tokenizer.eos_token))
+
+
+def _is_chat(shape: RowShape, data: TuningDataSection) -> bool:
+    """Whether samples go through the chat template. A text with no prompt apart from it has no turns."""
+    has_prompt = shape.format == "prompt-completion" or (shape.format == "preference" and shape.explicit_prompt)
+    return shape.conversational or (data.chat and has_prompt)
+
+
+def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", chat: bool, data: TuningDataSection) -> None:
+    if chat:
+        require_chat_template(tokenizer)
+        return
+    if data.system_prompt is not None:
+        raise UserError("data.system_prompt: of no use with plain text, expected conversations or data.chat true")
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no end-of-sequence token to put behind plain text; "
+            "set eos_token in its tokenizer_config.json"
+        )
+
+
+Encode = Callable[[Sequence[Row], Sequence[int]], tuple[list[T], DatasetReport]]
+
+
+def _load(rows: RowSource, group_field: str | None, encode: Encode[T], spread: Spread) -> SampleDataset[T]:
+    whole: SampleDataset[T] = SampleDataset([], DatasetReport(rows.source), [])
+    for part in spread(partial(_encode_slice, source=rows.source, group_field=group_field, encode=encode), rows.slices):
+        whole = _joined(whole, part)
+    for line in whole.report.lines()[1:]:
+        _logger.warning(line)
+    if not whole.samples:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(whole.report.dropped.items()))
+        raise UserError(f"{rows.source}: all {whole.report.rows} rows were dropped: {reasons}")
+    return whole
+
+
+def _encode_slice(one: RowSlice, source: str, group_field: str | None, encode: Encode[T]) -> SampleDataset[T]:
+    """Read and encode a slice: pure, so that it may run anywhere."""
+    whole: SampleDataset[T] = SampleDataset([], DatasetReport(source), [])
+    for numbers, values in one.chunks():
+        samples, report = encode(values, numbers)
+        by_row = {
+            number: group_key(number if group_field is None else value[group_field])
+            for number, value in zip(numbers, values, strict=True)
+        }
+        whole = _joined(whole, SampleDataset(samples, report, [by_row[sample.row] for sample in samples]))
+    return whole
+
+
+def _joined(whole: SampleDataset[T], part: SampleDataset[T]) -> SampleDataset[T]:
+    """Put a part behind what is there, whose lists grow."""
+    whole.samples.extend(part.samples)
+    whole.groups.extend(part.groups)
+    return replace(whole, report=whole.report + part.report)
+
+
+def _divide(dataset: SampleDataset[T], share: float) -> tuple[SampleDataset[T], SampleDataset[T]]:
+    """Return what is left to train on and what is held out."""
+    source = dataset.report.source
+    if len(set(dataset.groups)) < 2:
+        raise UserError(
+            f"{source}: data.evaluation_share {share:g}: expected rows of at least two groups, found {len(set(dataset.groups))}"
+        )
+    held = held_out(dataset.groups, share)
+    train, evaluation = (_select(dataset, [index for index, out in enumerate(held) if out is side]) for side in (False, True))
+    report = replace(dataset.report, kept=train.report.kept, tokens=train.report.tokens, held_out=evaluation.report.kept)
+    report = replace(report, target_tokens=train.report.target_tokens)
+    return replace(train, report=report), evaluation
+
+
+def _select(dataset: SampleDataset[T], indices: Sequence[int]) -> SampleDataset[T]:
+    samples = [dataset.samples[index] for index in indices]
+    tokens, targets = count_tokens(samples)
+    source = f"{dataset.report.source} (held out)"
+    report = DatasetReport(source, len(samples), len(samples), tokens=tokens, target_tokens=targets)
+    return SampleDataset(samples, report, [dataset.groups[index] for index in indices], dataset.format)

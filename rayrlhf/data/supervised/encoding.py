@@ -1,0 +1,282 @@
+"""From rows to token ids and loss masks, a batch at a time: pure, and picklable, so that Ray Data can map it over large files.
+
+Ids and masks are those of TRL 1.16's `SFTTrainer` and `RewardTrainer`. Plain text gets the tokenizer's own special tokens and
+an end-of-sequence token; a conversation is what the chat template writes. An answer starts where prompt and prompt-with-answer
+stop having the same tokens: both are tokenised whole, since tokens can merge across the border.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rayrlhf.config.tuning.data import (
+    PreferenceDataSection,
+    PreferenceDatasetSection,
+    SupervisedDataSection,
+    SupervisedDatasetSection,
+)
+from rayrlhf.data.records import Bool, Int32
+from rayrlhf.data.supervised.chat_spans import assistant_spans, crosses_a_start, tokens_in_spans
+from rayrlhf.data.supervised.row_formats import Row, RowShape
+from rayrlhf.data.supervised.rows import EQUAL, NOTHING, InvalidRowError, WrittenRow, write_pair, write_supervised
+from rayrlhf.data.supervised.samples import DatasetReport, PreferencePair, SupervisedSample, count_tokens
+from rayrlhf.data.templates import render
+from rayrlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOO_LONG = "longer than data.max_length"
+CUT_AWAY = "no token to learn within data.max_length"
+CUT_EQUAL = "chosen equal to rejected within data.max_length"
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisedRecipe:
+    """How rows of an SFT dataset become samples.
+
+    Attributes:
+        section: names the columns.
+        data: lengths, system prompt, what is learnt.
+        shape: of the first row (`supervised_shape`).
+    """
+
+    section: SupervisedDatasetSection
+    data: SupervisedDataSection
+    shape: RowShape
+
+    @property
+    def loss_on(self) -> str:
+        """`all`, `completion` or `assistant`."""
+        by_format = {"text": "all", "tokens": "all", "messages": "assistant", "prompt-completion": "completion"}
+        return by_format[self.shape.format] if self.data.loss_on == "auto" else self.data.loss_on
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceRecipe:
+    """How rows of a preference dataset become pairs; attributes as `SupervisedRecipe`."""
+
+    section: PreferenceDatasetSection
+    data: PreferenceDataSection
+    shape: RowShape
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    token_ids: Int32
+    loss_mask: Bool
+    shared: int
+    """Tokens that prompt and whole have in common at their start."""
+    rewritten: bool
+    """What stands before an answer is not, alone, a beginning of the whole."""
+
+
+def encode_batch(
+    rows: Sequence[Row], numbers: Sequence[int], recipe: SupervisedRecipe, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[SupervisedSample], DatasetReport]:
+    """Return the samples of some rows of an SFT dataset, and what became of the rows.
+
+    Args:
+        rows: fields as plain Python values (text, lists, numbers).
+        numbers: what messages call each row.
+        recipe: of the dataset.
+        tokenizer: a fast one, with a chat template where the recipe needs one.
+
+    Raises:
+        UserError: naming file, row and field: another format than the first row's, a wrong type, an answer that is empty, a
+            sample too long, or nothing to learn in it (the last three only as `data.invalid` and `data.overlong` say).
+    """
+    data = recipe.data
+    written, dropped = _write(rows, numbers, recipe)
+    if recipe.shape.format == "tokens":
+        encoded = [_given(row, len(tokenizer)) for row in written]
+    else:
+        encoded = _encode([(row.prompt, row.answers[0], row.place) for row in written], recipe.loss_on, tokenizer)
+    samples: list[SupervisedSample] = []
+    truncated = rewritten = endless = 0
+    for row, one in zip(written, encoded, strict=True):
+        if not one.loss_mask.any():
+            _drop(dropped, NOTHING, f"{row.place}: not one token to learn with data.loss_on {recipe.loss_on}", data.invalid)
+            continue
+        if _drop_overlong(dropped, len(one.token_ids), row, data):
+            continue
+        ids, mask = one.token_ids[: data.max_length], one.loss_mask[: data.max_length]
+        if not mask.any():
+            dropped[CUT_AWAY] += 1
+            continue
+        truncated += len(ids) < len(one.token_ids)
+        rewritten += one.rewritten
+        endless += not (ids[mask] == tokenizer.eos_token_id).any()
+        samples.append(SupervisedSample(ids, mask, row.row))
+    report = _report(recipe.section.path, len(rows), samples, truncated, rewritten, dropped)
+    return samples, replace(report, endless=endless)
+
+
+def encode_preference_batch(
+    rows: Sequence[Row], numbers: Sequence[int], recipe: PreferenceRecipe, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[PreferencePair], DatasetReport]:
+    """Return the pairs of some rows of a preference dataset, and what became of the rows; see `encode_batch`.
+
+    Raises:
+        UserError: as `encode_batch`; also chosen and rejected that are equal, in words or in tokens.
+    """
+    data = recipe.data
+    written, dropped = _write(rows, numbers, recipe)
+    encoded = _encode([(row.prompt, answer, row.place) for row in written for answer in row.answers], "completion", tokenizer)
+    pairs: list[PreferencePair] = []
+    truncated = rewritten = 0
+    for row, chosen, rejected in zip(written, encoded[::2], encoded[1::2], strict=True):
+        if np.array_equal(chosen.token_ids, rejected.token_ids):
+            _drop(dropped, EQUAL, f"{row.place}: chosen and rejected have the same tokens", data.invalid)
+            continue
+        longest = max(len(chosen.token_ids), len(rejected.token_ids))
+        if _drop_overlong(dropped, longest, row, data):
+            continue
+        ends = [_end(one, data.max_length, row.row) for one in _answers_apart(row, chosen, rejected)]
+        if np.array_equal(ends[0].token_ids, ends[1].token_ids):
+            dropped[CUT_EQUAL] += 1
+            continue
+        truncated += longest > data.max_length
+        rewritten += chosen.rewritten or rejected.rewritten
+        pairs.append(PreferencePair(ends[0], ends[1], row.margin, row.row))
+    return pairs, _report(recipe.section.path, len(rows), pairs, truncated, rewritten, dropped)
+
+
+def _write(
+    rows: Sequence[Row], numbers: Sequence[int], recipe: SupervisedRecipe | PreferenceRecipe
+) -> tuple[list[WrittenRow], Counter[str]]:
+    """Return the rows in words, and how many were left out, by reason."""
+    written: list[WrittenRow] = []
+    dropped: Counter[str] = Counter()
+    for row, number in zip(rows, numbers, strict=True):
+        try:
+            if isinstance(recipe, SupervisedRecipe):
+                written.append(write_supervised(row, number, recipe.shape, recipe.section, recipe.data))
+            else:
+                written.append(write_pair(row, number, recipe.shape, recipe.section, recipe.data))
+        except InvalidRowError as error:
+            if recipe.data.invalid == "error":
+                raise
+            dropped[error.reason] += 1
+    return written, dropped
+
+
+def _encode(
+    items: Sequence[tuple[str | list[dict[str, str]] | None, str | list[dict[str, str]], str]],
+    loss_on: str,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> list[_Encoded]:
+    """Tokenise (prompt, whole, place) and mark what is learnt; all items are plain text, or all are conversations."""
+    if not items:
+        return []
+    places = [place for _, _, place in items]
+    prompts = [prompt for prompt, _, _ in items if prompt is not None]
+    plain = isinstance(items[0][1], str)
+    if plain:
+        end = str(tokenizer.eos_token)
+        # As TRL does: a text that brings its own end gets no second one.
+        texts = [str(whole) if str(whole).endswith(end) else f"{whole}{end}" for _, whole, _ in items]
+        heads = [str(prompt) for prompt in prompts]
+    else:
+        texts = render(tokenizer, [whole for _, whole, _ in items if not isinstance(whole, str)], places, whole=True)
+        heads = render(tokenizer, [prompt for prompt in prompts if not isinstance(prompt, str)], places) if prompts else []
+    batch = tokenizer(
+        texts, add_special_tokens=plain, return_attention_mask=False, return_offsets_mapping=loss_on == "assistant"
+    )
+    head_ids = tokenizer(heads, add_special_tokens=plain, return_attention_mask=False)["input_ids"] if heads else []
+    crossed = [False] * len(items)
+    masks: list[Bool] = [np.ones(len(ids), dtype=np.bool_) for ids in batch["input_ids"]]
+    if loss_on == "assistant":
+        conversations = [whole for _, whole, _ in items if not isinstance(whole, str)]
+        spans = assistant_spans(tokenizer, conversations, texts, places)
+        masks = [tokens_in_spans(*both) for both in zip(batch["offset_mapping"], spans, strict=True)]
+        crossed = [crosses_a_start(*both) for both in zip(batch["offset_mapping"], spans, strict=True)]
+    heads_left = iter(head_ids)
+    result = []
+    for (prompt, _, _), ids, mask, across in zip(items, batch["input_ids"], masks, crossed, strict=True):
+        head = [] if prompt is None else next(heads_left)
+        shared = common_length(head, ids)
+        if loss_on != "all":
+            mask[:shared] = False
+        mask[:1] = False
+        result.append(_Encoded(np.asarray(ids, dtype=np.int32), mask, shared, across or shared < len(head)))
+    return result
+
+
+def _given(row: WrittenRow, vocabulary: int) -> _Encoded:
+    """Take tokens as they are, all of them to learn.
+
+    Raises:
+        UserError: one that the tokenizer does not have.
+    """
+    ids = np.asarray(row.token_ids, dtype=np.int64)
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        found = int(ids[(ids < 0) | (ids >= vocabulary)][0])
+        raise UserError(f"{row.place}: token {found}: expected 0 to {vocabulary - 1}, the tokens of the model's tokenizer")
+    mask: Bool = np.ones(len(ids), dtype=np.bool_)
+    mask[0] = False
+    return _Encoded(ids.astype(np.int32), mask, 0, False)
+
+
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two sequences have in common at their start."""
+    if second[: len(first)] == first:
+        return len(first)
+    least = min(len(first), len(second))
+    return next((index for index in range(least) if first[index] != second[index]), least)
+
+
+def _answers_apart(row: WrittenRow, chosen: _Encoded, rejected: _Encoded) -> Iterable[_Encoded]:
+    """Return both, the answers of texts without a prompt of their own starting where the two stop being alike."""
+    if row.prompt is not None:
+        return chosen, rejected
+    shared = common_length(chosen.token_ids.tolist(), rejected.token_ids.tolist())
+    for one in (chosen, rejected):
+        one.loss_mask[:shared] = False
+    return chosen, rejected
+
+
+def _end(one: _Encoded, most: int, row: int) -> SupervisedSample:
+    mask = one.loss_mask[-most:]
+    mask[:1] = False
+    return SupervisedSample(one.token_ids[-most:], mask, row)
+
+
+def _drop_overlong(
+    dropped: Counter[str], length: int, row: WrittenRow, data: SupervisedDataSection | PreferenceDataSection
+) -> bool:
+    """Return whether a row is left out since it is too long; count it then.
+
+    Raises:
+        UserError: it is too long and `data.overlong` is `error`.
+    """
+    if length <= data.max_length or data.overlong == "truncate":
+        return False
+    if data.overlong == "error":
+        raise UserError(
+            f"{row.place}: {length} tokens, expected at most {data.max_length}; "
+            "set data.overlong to truncate or drop, or allow more with data.max_length"
+        )
+    dropped[TOO_LONG] += 1
+    return True
+
+
+def _drop(dropped: Counter[str], reason: str, message: str, invalid: str) -> None:
+    if invalid == "error":
+        raise InvalidRowError(reason, message)
+    dropped[reason] += 1
+
+
+def _report(
+    source: str,
+    rows: int,
+    samples: Sequence[SupervisedSample] | Sequence[PreferencePair],
+    truncated: int,
+    rewritten: int,
+    dropped: Counter[str],
+) -> DatasetReport:
+    tokens, targets = count_tokens(samples)
+    return DatasetReport(source, rows, len(samples), truncated, dict(dropped), tokens, targets, rewritten)

@@ -1,0 +1,164 @@
+"""What a row of supervised data is: TRL's formats, found by their columns, and every row held to that of the first.
+
+A text or a conversation is learnt as it is, a prompt has one completion, a pair two answers to one prompt. A prompt that is not
+written out in a pair is what both answers begin with. Each field is text, or a list of {role, content} messages.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rayrlhf.config.tuning.data import PreferenceDatasetSection, SupervisedDatasetSection
+from rayrlhf.data.templates import Message
+from rayrlhf.errors import UserError
+
+Format = Literal["text", "messages", "prompt-completion", "tokens", "preference"]
+Row = Mapping[str, Any]
+
+_UNSUPPORTED = ("tools", "chat_template_kwargs", "images")
+"""Columns that change what TRL makes of a row. To leave them out in silence would train on something else."""
+_SIMILAR = 0.85
+"""An unused column as close as this to an optional field is taken for a slip of the pen (`promt`, `margins`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowShape:
+    """What all rows of a dataset have in common.
+
+    Attributes:
+        format: which columns they have.
+        conversational: whether the fields hold messages, not text.
+        explicit_prompt: of pairs: whether the prompt has a column of its own.
+        has_margin: of pairs: whether they say by how much the better answer should win.
+    """
+
+    format: Format
+    conversational: bool
+    explicit_prompt: bool = True
+    has_margin: bool = False
+
+
+def supervised_shape(row: Row, section: SupervisedDatasetSection, place: str) -> RowShape:
+    """Return the shape of an SFT dataset from its first row.
+
+    Args:
+        row: the first row.
+        section: names the columns, and the format unless it is `auto`.
+        place: file and row, for messages.
+
+    Raises:
+        UserError: the columns fit no format, or several; or a column that is not supported.
+    """
+    _refuse_unsupported(row, place)
+    fields = _supervised_fields(section)
+    wanted = fields if section.format == "auto" else {section.format: fields[section.format]}
+    found = [name for name, columns in wanted.items() if all(_has(row, column) for column in columns)]
+    if len(found) > 1 and "tokens" in found:
+        found.remove("tokens")  # Of a dataset that was tokenised before, by whichever tokenizer, the words are read.
+    if len(found) > 1:
+        raise UserError(f"{place}: the columns fit more than one format; set format to one of {', '.join(found)}")
+    if not found:
+        raise UserError(f"{place}: {_expected(wanted.values())}, found {_columns(row)}{_hint(row, wanted.values(), section)}")
+    columns = fields[found[0]]
+    conversational = found[0] != "tokens" and any(isinstance(row[column], list) for column in columns)
+    return RowShape(found[0], conversational)
+
+
+def preference_shape(row: Row, section: PreferenceDatasetSection, place: str) -> RowShape:
+    """Return the shape of a preference dataset from its first row; see `supervised_shape`.
+
+    A prompt of text beside conversations is not used: the conversations bring theirs (as TRL's `maybe_extract_prompt`).
+    """
+    _refuse_unsupported(row, place)
+    columns: tuple[str, ...] = (section.chosen_field, section.rejected_field)
+    if not all(_has(row, column) for column in columns):
+        raise UserError(f"{place}: {_expected([columns])}, found {_columns(row)}{_hint(row, [columns], section)}")
+    conversational = isinstance(row[section.chosen_field], list)
+    prompt = row.get(section.prompt_field)
+    for key in ("prompt_field", "margin_field"):
+        if not _has(row, getattr(section, key)):
+            _refuse_slip(row, getattr(section, key), key, place)
+    explicit = prompt is not None and not (conversational and isinstance(prompt, str))
+    return RowShape("preference", conversational, explicit, _has(row, section.margin_field))
+
+
+def used_columns(shape: RowShape, section: SupervisedDatasetSection | PreferenceDatasetSection) -> tuple[str, ...]:
+    """Return the columns that every row of a shape must fill."""
+    if isinstance(section, SupervisedDatasetSection):
+        columns = _supervised_fields(section)[shape.format]
+    else:
+        prompt = (section.prompt_field,) if shape.explicit_prompt else ()
+        margin = (section.margin_field,) if shape.has_margin else ()
+        columns = (*prompt, section.chosen_field, section.rejected_field, *margin)
+    return columns if section.group_field is None else (*columns, section.group_field)
+
+
+def check_columns(row: Row, shape: RowShape, columns: Iterable[str], place: str) -> None:
+    """Hold a row to the columns of the first one.
+
+    Raises:
+        UserError: a column is missing or empty, or is not supported.
+    """
+    _refuse_unsupported(row, place)
+    for column in columns:
+        if not _has(row, column):
+            raise UserError(
+                f"{place}: {column}: missing or null, expected as in the first row ({shape.format}); found {_columns(row)}"
+            )
+
+
+def common_messages(chosen: list[Message], rejected: list[Message]) -> int:
+    """Return how many messages two conversations share at their start, at least one being left of each."""
+    most = min(len(chosen), len(rejected)) - 1
+    return next((index for index in range(most) if chosen[index] != rejected[index]), most)
+
+
+def _supervised_fields(section: SupervisedDatasetSection) -> dict[Format, tuple[str, ...]]:
+    return {
+        "text": (section.text_field,),
+        "messages": (section.messages_field,),
+        "prompt-completion": (section.prompt_field, section.completion_field),
+        "tokens": (section.tokens_field,),
+    }
+
+
+def _has(row: Row, column: str) -> bool:
+    # Parquet and `datasets` fill in null where a row lacks a column.
+    return row.get(column) is not None
+
+
+def _expected(formats: Iterable[tuple[str, ...]]) -> str:
+    return f"expected the columns {', or '.join(' and '.join(columns) for columns in formats)}"
+
+
+def _columns(row: Row) -> str:
+    return ", ".join(str(column) for column in row if row[column] is not None) or "none"
+
+
+def _hint(row: Row, formats: Iterable[tuple[str, ...]], section: SupervisedDatasetSection | PreferenceDatasetSection) -> str:
+    """Return what to do about columns that fit no format."""
+    if isinstance(section, SupervisedDatasetSection):
+        if _has(row, "chosen") and _has(row, "rejected"):
+            return "; these are preference pairs, for a reward model and not for SFT"
+        if set(row) == {section.prompt_field}:
+            return "; these are prompts alone, for PPO and not for SFT"
+    elif _has(row, "completion"):
+        return "; these are completions without a rejected one, for SFT and not for a reward model"
+    for column in (column for columns in formats for column in columns if not _has(row, column)):
+        if near := difflib.get_close_matches(column, [str(name) for name in row], n=1, cutoff=_SIMILAR):
+            return f"; is {near[0]} meant to be {column}?"
+    names = "text_field, messages_field, prompt_field, completion_field, tokens_field"
+    return f"; name them with {names if isinstance(section, SupervisedDatasetSection) else 'chosen_field, rejected_field'}"
+
+
+def _refuse_slip(row: Row, field: str, key: str, place: str) -> None:
+    """Refuse a column that is nearly the name of an optional field, which would be left out in silence otherwise."""
+    if near := difflib.get_close_matches(field, [str(name) for name in row if _has(row, name)], n=1, cutoff=_SIMILAR):
+        raise UserError(f"{place}: unknown column {near[0]}; did you mean {field}? (or set {key} to {near[0]})")
+
+
+def _refuse_unsupported(row: Row, place: str) -> None:
+    for column in _UNSUPPORTED:
+        if row.get(column):
+            raise UserError(f"{place}: {column}: not supported, expected rows without it")

@@ -1,0 +1,98 @@
+"""Datasets that are made on the spot: `builtin:NAME`, with options such as `?seed=1&count=2000` behind it.
+
+Each has the splits train and evaluation, whose contents do not overlap whatever the seeds.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import parse_qsl
+
+from rayrlhf.data.toy import mappings, played_turns, sums, word_problems
+from rayrlhf.errors import UserError
+
+BUILTIN = "builtin:"
+Split = Literal["train", "evaluation"]
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltinDataset:
+    """One of them.
+
+    Attributes:
+        generate: called with seed, count and split, and with the own options by name; returns rows.
+        prompt_field: the column that holds the prompt.
+        counts: rows of each split where the name says nothing.
+        most: largest value of each option, `count` among them.
+    """
+
+    generate: Callable[..., Sequence[Mapping[str, Any]]]
+    prompt_field: str
+    counts: Mapping[str, int]
+    most: Mapping[str, int]
+
+
+BUILTIN_DATASETS = {
+    "word-problems": BuiltinDataset(
+        word_problems.generate, "question", {"train": 4000, "evaluation": 500}, {"count": word_problems.MOST_ROWS}
+    ),
+    "sums": BuiltinDataset(
+        sums.generate, "prompt", {"train": 6000, "evaluation": 500}, {"count": sums.MOST_ROWS, "careless": 100}
+    ),
+    "sum-pairs": BuiltinDataset(
+        sums.generate_pairs, "prompt", {"train": 20_000, "evaluation": 500}, {"count": sums.MOST_ROWS, "careless": 100}
+    ),
+    "mappings": BuiltinDataset(
+        mappings.generate,
+        "prompt",
+        {"train": 24_000, "evaluation": 480},
+        {"count": mappings.MOST_ROWS, "task": mappings.MOST_TASKS},
+    ),
+    "calculations": BuiltinDataset(
+        played_turns.calculations,
+        "prompt",
+        {"train": 20_000, "evaluation": 500},
+        {"count": played_turns.MOST_ROWS, "calls": 100, "digits": played_turns.MOST_DIGITS},
+    ),
+    "guesses": BuiltinDataset(
+        played_turns.guesses,
+        "prompt",
+        {"train": 20_000, "evaluation": 500},
+        {"count": played_turns.MOST_ROWS, "chat": 1, "listens": 100},
+    ),
+}
+
+
+def read_builtin(path: str, split: str, subset: str | None, limit: int | None) -> tuple[list[dict[str, Any]], str]:
+    """Return the rows of a built-in and the field of their prompts.
+
+    Args:
+        path: `builtin:NAME`, with `?seed=1&count=2000` behind it to set seed and size.
+        split: train or evaluation.
+        subset: must be None.
+        limit: most rows.
+
+    Raises:
+        UserError: no such dataset, split or option.
+    """
+    name, _, query = path.removeprefix(BUILTIN).partition("?")
+    dataset = BUILTIN_DATASETS.get(name)
+    if dataset is None:
+        near = difflib.get_close_matches(name, BUILTIN_DATASETS, n=1, cutoff=0.4)
+        known = ", ".join(BUILTIN + other for other in BUILTIN_DATASETS)
+        hint = f"did you mean {BUILTIN}{near[0]}?" if near else f"expected one of {known}"
+        raise UserError(f"{path}: unknown built-in dataset; {hint}")
+    if split not in ("train", "evaluation") or subset is not None:
+        raise UserError(f"{path}: split {split}: expected train or evaluation, and no subset")
+    options = {"seed": 0} | dict.fromkeys(dataset.most, 0) | {"count": dataset.counts[split]}
+    for option, text in parse_qsl(query, keep_blank_values=True):
+        if option not in options or not text.isdecimal():
+            expected = " and ".join(f"{name}=N" for name in options)
+            raise UserError(f"{path}: expected options {expected}, found {option}={text}")
+        if int(text) > dataset.most.get(option, int(text)):
+            raise UserError(f"{path}: {option}: expected at most {dataset.most[option]}, found {text}")
+        options[option] = int(text)
+    options["count"] = min(options["count"], limit or options["count"])
+    rows = dataset.generate(split="train" if split == "train" else "evaluation", **options)
+    return [dict(row) for row in rows], dataset.prompt_field

@@ -1,0 +1,84 @@
+"""Prompts for the built-in environments, each with a transcript of somebody who plays them without much sense.
+
+What imitates the transcripts knows the form of a turn and no more, which is where reinforcement begins. A `completion` is a
+whole sample, the environment's words included. `calculations` are sums, in the head to the nearest ten or, `calls` percent of
+them, with `calculator`: `41+25=` and `70`, or `[41+25] 66 66`. `guesses` are games of `guessing`: `game 12: ` and `7<3>4`, by
+a player who does not listen, or `listens` percent of the time; with `chat=1` they are conversations, for agents.
+"""
+
+import random
+from typing import Any
+
+from rayrlhf.data.toy.sums import Split, split_of
+
+LARGEST_GAME, LARGEST_NUMBER = 1_000_000, 9
+MOST_DIGITS, MOST_ROWS = 9, 1_000_000
+LONGEST_GAME = 4
+"""Turns of a game at most: as many as halving the ten numbers takes."""
+
+
+def calculations(seed: int, count: int, split: Split, calls: int = 0, digits: int = 0) -> list[dict[str, str]]:
+    """Return rows with `prompt`, `completion` and the right `answer`.
+
+    Args:
+        seed: of the draw; equal arguments give equal rows, and a smaller count the first of them.
+        count: number of rows; the same sum may come again.
+        split: which side of the hash of `rayrlhf.data.toy.sums`.
+        calls: percent of the rows whose completion asks the calculator.
+        digits: of each number; 0 is two.
+    """
+    draw, habits = random.Random(f"calculations {seed} {split}"), random.Random(f"calls {seed} {split}")
+    smallest = 10 ** ((digits or 2) - 1)
+    rows: list[dict[str, str]] = []
+    while len(rows) < count:
+        left, right = (draw.randrange(smallest, 10 * smallest) for _ in range(2))
+        if split_of(left, right) != split:
+            continue
+        answer, rounded = left + right, (left + right + 5) // 10 * 10
+        asks = habits.random() * 100 < calls
+        completion = f"[{left}+{right}] {answer} {answer}" if asks else str(rounded)
+        rows.append({"prompt": f"{left}+{right}=", "completion": completion, "answer": str(answer)})
+    return rows
+
+
+def guesses(seed: int, count: int, split: Split, chat: int = 0, listens: int = 0) -> list[dict[str, Any]]:
+    """Return rows with `prompt`, `completion` and the `hidden` number; the game's number says nothing of what is hidden in it.
+
+    Args:
+        seed: as for `calculations`.
+        count: likewise.
+        split: likewise.
+        chat: with 1 the transcript is a conversation in `messages`, and there is no `completion`.
+        listens: percent of the guesses that are among the numbers still possible.
+    """
+    draw = random.Random(f"guesses {seed} {split}")
+    rows = []
+    for _ in range(count):
+        game = draw.randrange(LARGEST_GAME // 5) * 5 + (0 if split == "evaluation" else draw.randrange(1, 5))
+        hidden = draw.randint(0, LARGEST_NUMBER)
+        said = _played(hidden, draw, listens)
+        rows.append({"prompt": f"game {game}: ", "hidden": str(hidden)} | _transcript(f"game {game}: ", said, chat))
+    return rows
+
+
+def _played(hidden: int, draw: random.Random, listens: int) -> list[str]:
+    """Guesses and answers by turns."""
+    said: list[str] = []
+    low, high = 0, LARGEST_NUMBER
+    for _ in range(LONGEST_GAME):
+        heeds = listens > 0 and draw.random() * 100 < listens
+        guess = draw.randint(low, high) if heeds else draw.randint(0, LARGEST_NUMBER)
+        said.append(str(guess))
+        if guess == hidden:
+            break
+        said.append("<" if hidden < guess else ">")
+        low, high = (low, min(high, guess - 1)) if hidden < guess else (max(low, guess + 1), high)
+    return said
+
+
+def _transcript(prompt: str, said: list[str], chat: int) -> dict[str, Any]:
+    """A game as one text, or as messages that end with a guess."""
+    if not chat:
+        return {"completion": "".join(said)}
+    turns = [prompt, *said][: 2 * ((len(said) + 1) // 2)]
+    return {"messages": [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(turns)]}

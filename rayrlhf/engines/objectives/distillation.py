@@ -1,0 +1,69 @@
+"""What distillation minimises: the forward KL from a teacher, at the tokens of responses that teacher and student both read.
+
+What the teacher said travels with the batch: `teacher_hidden` [B, T, H], or `teacher_ids` [B, T, K] beside `teacher_logprobs`
+[B, T, K + 1]. It was computed once, before training, so no second model sits in memory.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rayrlhf.algorithms.losses import LossTerms
+from rayrlhf.algorithms.masking import zero_masked
+from rayrlhf.data.supervised.samples import DistillationSample
+from rayrlhf.data.training_batch import TrainingBatch
+from rayrlhf.engines.objectives.base import Term
+from rayrlhf.engines.train.supervised_batches import supervised_batch
+from rayrlhf.models.network import TeacherSignal, Want
+
+HIDDEN, IDS, LOGPROBS = "teacher_hidden", "teacher_ids", "teacher_logprobs"
+
+
+@dataclass(frozen=True)
+class DistillationObjective:
+    """KL(teacher || student), averaged over the response tokens of the optimizer step."""
+
+    temperature: float = 1.0
+
+    @property
+    def want(self) -> frozenset[Want]:
+        """The divergence."""
+        return frozenset({"divergence"})
+
+    @property
+    def masks(self) -> Sequence[str]:
+        """The action mask."""
+        return ("action_mask",)
+
+    def terms(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[Term]:
+        """Evaluate on a micro-batch (see `Objective.terms`)."""
+        loss = zero_masked(outputs["divergence"], arrays["action_mask"])
+        return [Term("action_mask", 1.0, LossTerms(loss, {"loss/distillation": loss.detach()}))]
+
+
+def distillation_batch(samples: Sequence[DistillationSample]) -> TrainingBatch:
+    """Return samples as a training batch, what the teacher said in the columns of the tokens to learn and 0 elsewhere.
+
+    Raises:
+        ValueError: a sample has nothing to learn, or its first token is a target.
+    """
+    batch = supervised_batch(samples)
+    mask = batch.arrays["action_mask"]
+    arrays: dict[str, NDArray[np.float32] | NDArray[np.bool_] | NDArray[np.int32]] = {"action_mask": mask.astype(np.bool_)}
+    for name in samples[0].signal:
+        parts = np.concatenate([sample.signal[name] for sample in samples])
+        array = np.zeros((*mask.shape, parts.shape[1]), dtype=parts.dtype)
+        array[mask] = parts
+        arrays[name] = array
+    return TrainingBatch(batch.sequences, arrays)
+
+
+def teacher_signal(arrays: Mapping[str, Tensor], slots: Tensor) -> TeacherSignal:
+    """Return what the teacher said of the places `slots`, int64 [N], numbers of cells of a [B, T] table."""
+    flat = {name: arrays[name].flatten(0, 1).index_select(0, slots) for name in (HIDDEN, IDS, LOGPROBS) if name in arrays}
+    if HIDDEN in flat:
+        return TeacherSignal(hidden=flat[HIDDEN])
+    return TeacherSignal(ids=flat[IDS].long(), logprobs=flat[LOGPROBS])

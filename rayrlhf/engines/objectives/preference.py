@@ -1,0 +1,40 @@
+"""What a reward model minimises: of each pair, minus the log of the chance it gives to the better answer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rayrlhf.algorithms.losses import LossTerms, preference_loss
+from rayrlhf.engines.objectives.base import Term
+from rayrlhf.models.network import Want
+
+PAIR_MASK, MARGIN = "pair_mask", "margin"
+
+
+@dataclass(frozen=True)
+class PreferenceObjective:
+    """The Bradley-Terry loss with margin and centering (see `rayrlhf.algorithms.losses`), averaged over pairs.
+
+    Rows 2i and 2i + 1 of a batch are the better and the worse answer of pair i; see `rayrlhf.engines.train.supervised_batches`.
+    """
+
+    center_coefficient: float = 0.0
+    temperature: float = 1.0
+
+    @property
+    def want(self) -> frozenset[Want]:
+        """The value after the last token, which is the reward."""
+        return frozenset({"values"})
+
+    @property
+    def masks(self) -> Sequence[str]:
+        """One place a pair."""
+        return (PAIR_MASK,)
+
+    def terms(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[Term]:
+        """Evaluate on a micro-batch of whole pairs (see `Objective.terms`); terms are [pairs, 1]."""
+        chosen, rejected = outputs["values"].view(-1, 2).unbind(1)
+        pairs = preference_loss(chosen, rejected, arrays[MARGIN].view(-1, 2)[:, 0], center_coefficient=self.center_coefficient)
+        statistics = {name: values[:, None] for name, values in pairs.statistics.items()}
+        return [Term(PAIR_MASK, 1.0, LossTerms(pairs.loss[:, None], statistics))]

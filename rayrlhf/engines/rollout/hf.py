@@ -1,0 +1,233 @@
+"""A sampler in plain PyTorch on a transformers model: where vLLM is not installed, and its oracle in tests.
+
+Requests are decoded in batches of `max_concurrent` with a KV cache; a finished one leaves its batch at once. Every request
+draws from a generator of its own, so its noise does not depend on its neighbours. Sampling is Gumbel-max: the argmax of
+log p - log E with E standard exponential is a draw from p (Gumbel 1954; -log E is Gumbel noise).
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rayrlhf.data.records import Rollout, RolloutRequest
+from rayrlhf.engines.rollout.common import (
+    START_VERSION,
+    RolloutSpec,
+    check_new,
+    context_length,
+    make_rollout,
+    new_token_limits,
+    stop_token_ids,
+)
+from rayrlhf.models.load import load_causal_model, load_tokenizer, resolve_dtype
+from rayrlhf.weight_sync.buckets import WeightBucket
+
+
+@dataclass(slots=True)
+class _Row:
+    """A request on its way."""
+
+    request: RolloutRequest
+    temperature: float
+    limit: int
+    generator: torch.Generator
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class TransformersRolloutEngine:
+    """One replica on transformers, on the GPU if there is one. See `RolloutEngine` for the protocol."""
+
+    def __init__(self, spec: RolloutSpec) -> None:
+        """Load the model.
+
+        Raises:
+            UserError: nothing can be loaded, or the context asked for is longer than the model's.
+        """
+        self.version = START_VERSION
+        self._incoming: int | None = None
+        self._continues = spec.continues
+        self._missing: set[str] = set()
+        self._stop = tuple(spec.rollout.stop)
+        self._concurrent = spec.rollout.max_concurrent
+        self._tokenizer = load_tokenizer(spec.model)
+        self._stop_ids = frozenset(stop_token_ids(spec.model, self._tokenizer))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._network: Any = load_causal_model(spec.model).to(device, resolve_dtype(spec.model.dtype))
+        self._max_length = context_length(spec.rollout, self._network.config)
+        self._waiting: deque[_Row] = deque()
+        self._batch: _Batch | None = None
+
+    def submit(self, requests: Sequence[RolloutRequest], *, temperature: float, max_new_tokens: int) -> None:
+        """Queue requests.
+
+        Raises:
+            UserError: a prompt leaves no room for a response.
+            ValueError: a request that is already queued.
+            RuntimeError: new weights are half loaded.
+        """
+        if self._incoming is not None:
+            raise RuntimeError(f"weight version {self._incoming} is still being loaded")
+        limits = new_token_limits(requests, max_new_tokens, self._max_length)
+        check_new(requests, (row.request for row in (*self._waiting, *(self._batch.rows if self._batch else ()))))
+        for request, limit in zip(requests, limits, strict=True):
+            self._waiting.append(_Row(request, temperature, limit, torch.Generator().manual_seed(request.seed)))
+
+    @torch.no_grad()
+    def poll(self, minimum: int, seconds: float | None = None) -> list[Rollout]:
+        """Decode until at least `minimum` requests are finished, none is left, or `seconds` are over.
+
+        Returns:
+            All that finished since the last poll.
+        """
+        end = math.inf if seconds is None else time.monotonic() + seconds
+        finished: list[Rollout] = []
+        while self.unfinished and len(finished) < minimum and time.monotonic() < end:
+            if self._batch is None:
+                rows = [self._waiting.popleft() for _ in range(min(self._concurrent, len(self._waiting)))]
+                self._batch = _Batch(self._network, rows, self._tokenizer.pad_token_id)
+            for row in self._batch.sample():
+                row.versions.append(self.version)
+                row.finish_reason = self._finish_reason(row)
+            finished.extend(self._rollout(row) for row in self._batch.rows if row.finish_reason)
+            self._batch = self._batch.advance()
+        return finished
+
+    def cancel(self) -> None:
+        """Drop all unfinished requests."""
+        self._waiting.clear()
+        self._batch = None
+
+    def sleep(self) -> None:
+        """Do nothing: there is no memory that sampling alone needs."""
+
+    @property
+    def unfinished(self) -> int:
+        """Requests submitted and not yet returned."""
+        return len(self._waiting) + (len(self._batch.rows) if self._batch else 0)
+
+    def begin_weights(self, version: int) -> None:
+        """Start receiving a new weight version.
+
+        Raises:
+            RuntimeError: requests are unfinished, whose tokens would come from two versions, and are not to continue.
+        """
+        if self.unfinished and not self._continues:
+            raise RuntimeError(f"weights cannot change while {self.unfinished} requests are unfinished")
+        self._incoming = version
+        self._missing = {name for name, _ in self._network.named_parameters()}
+
+    @torch.no_grad()
+    def receive_weights(self, bucket: WeightBucket) -> None:
+        """Copy one bucket in (Hugging Face names; cast on the way); nothing of it is kept.
+
+        Raises:
+            KeyError: a name that the model does not have.
+        """
+        own = dict(self._network.named_parameters(remove_duplicate=False))
+        for name, tensor in bucket:
+            own[name].copy_(tensor)
+            self._missing.discard(name)
+
+    @torch.no_grad()
+    def finish_weights(self) -> None:
+        """Make the new version current; what stands before the next tokens is read anew with it.
+
+        Raises:
+            ValueError: some weight has not come; the engine refuses to sample from then on.
+        """
+        if self._incoming is None:
+            raise RuntimeError("finish_weights without begin_weights")
+        if self._missing:
+            raise ValueError(
+                f"weight update ended without {len(self._missing)} weights: {', '.join(sorted(self._missing)[:3])}"
+            )
+        self.version, self._incoming = self._incoming, None
+        if self._batch is not None:
+            self._batch = _Batch(self._network, self._batch.rows, self._tokenizer.pad_token_id)
+
+    def close(self) -> None:
+        """Free the model. The engine cannot be used afterwards."""
+        self._network = self._batch = None
+        self._waiting.clear()
+
+    def _finish_reason(self, row: _Row) -> Literal["stop", "length"] | None:
+        if row.tokens[-1] in self._stop_ids:
+            return "stop"
+        if self._stop:
+            # The whole text again for every token: quadratic, but exactly what a reader of the text would find.
+            text = self._tokenizer.decode(row.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            if any(stop in text for stop in self._stop):
+                return "stop"
+        return "length" if len(row.tokens) == row.limit else None
+
+    def _rollout(self, row: _Row) -> Rollout:
+        assert row.finish_reason is not None
+        return make_rollout(row.request, row.tokens, row.logprobs, row.versions, row.finish_reason, self._tokenizer)
+
+
+class _Batch:
+    """Requests that are decoded together: prompts padded on the left, one token more for each at every step."""
+
+    def __init__(self, network: Any, rows: list[_Row], pad: int) -> None:
+        self.rows = rows
+        self._network = network
+        contexts = [torch.tensor([*row.request.prompt_ids.tolist(), *row.tokens]) for row in rows]
+        longest = max(len(context) for context in contexts)
+        tokens = torch.full((len(rows), longest), pad)
+        self._mask = torch.zeros((len(rows), longest), dtype=torch.long, device=network.device)
+        for index, context in enumerate(contexts):
+            start = longest - len(context)
+            tokens[index, start:] = context
+            self._mask[index, start:] = 1
+        positions = (self._mask.cumsum(-1) - 1).clamp_min(0)
+        self._cache: Any = None
+        self._forward(tokens.to(network.device), positions)
+
+    def sample(self) -> list[_Row]:
+        """Give every row its next token and log-prob (at its temperature; at 1 when greedy); returns the rows."""
+        scale = torch.tensor([row.temperature or 1.0 for row in self.rows])
+        logprobs = torch.log_softmax(self._logits / scale[:, None], dim=-1)
+        for row, candidates in zip(self.rows, logprobs, strict=True):
+            score = candidates
+            if row.temperature:
+                score = candidates - torch.empty_like(candidates).exponential_(generator=row.generator).log()
+            token = int(score.argmax())
+            row.tokens.append(token)
+            row.logprobs.append(float(candidates[token]))
+        return self.rows
+
+    def advance(self) -> "_Batch | None":
+        """Let finished rows go and compute the others' next logits; None when no row is left."""
+        kept = [index for index, row in enumerate(self.rows) if row.finish_reason is None]
+        if not kept:
+            return None
+        device = self._mask.device
+        if len(kept) < len(self.rows):
+            self.rows = [self.rows[index] for index in kept]
+            self._mask = self._mask[kept]
+            self._cache.batch_select_indices(torch.tensor(kept, device=device))
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(kept), 1)], dim=1)
+        tokens = torch.tensor([[row.tokens[-1]] for row in self.rows], device=device)
+        self._forward(tokens, self._mask.sum(-1, keepdim=True) - 1)
+        return self
+
+    def _forward(self, tokens: Tensor, positions: Tensor) -> None:
+        output = self._network(
+            input_ids=tokens,
+            attention_mask=self._mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._cache = output.past_key_values
+        self._logits = output.logits[:, -1].float().cpu()

@@ -1,0 +1,318 @@
+"""vLLM as a sampler, inside this process: requests go in at any time, finished responses come out of `poll`.
+
+The engine core runs in-process, so weights are handed over by reference and a start takes seconds. Its settings serve one
+purpose, that a rollout says exactly what the trainer would say of it: log-probs are those of the distribution that was
+sampled from (after temperature; no top-p or top-k, which would cut it), every request has a seed of its own, and the prefix
+cache starts empty in every generation, so that the same batch gives the same bits whatever ran before. The version of every
+token is vLLM's own label of the weights that sampled it.
+
+On CPUs one replica is one process, and nothing is compiled: compilation would cost more than a short run gains. On GPUs
+`tensor_parallel_size`, `gpu_memory_utilization` and `sleep` apply; that path has never been run (`examples/gpu/`).
+"""
+
+import importlib.util
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from rayrlhf.data.records import Rollout, RolloutRequest
+from rayrlhf.engines.rollout.common import (
+    START_VERSION,
+    VLLM_ENVIRONMENT,
+    RolloutSpec,
+    check_new,
+    context_length,
+    make_rollout,
+    new_token_limits,
+    stop_token_ids,
+)
+from rayrlhf.engines.rollout.token_counts import bound_kernels
+from rayrlhf.errors import UserError
+from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
+from rayrlhf.weight_sync.buckets import WeightBucket
+
+PREFILL_TOKENS = 4096
+"""Prompt tokens computed at a time; more if the context is longer, since prompts are not cut in pieces."""
+KV_BLOCK_TOKENS = 32
+"""Tokens a CPU's prefix cache shares at a time: the smallest block vLLM's kernels are fast with, for prompts are short."""
+
+
+class VLLMRolloutEngine:
+    """One replica on vLLM. See `RolloutEngine` for the protocol."""
+
+    def __init__(self, spec: RolloutSpec, *, executor: str | None = None) -> None:
+        """Load the model and allocate the KV cache.
+
+        Args:
+            spec: model, sampling section and seed.
+            executor: vLLM's `distributed_executor_backend` for tensor-parallel replicas ("mp", "ray"); its choice when None.
+
+        Raises:
+            UserError: vLLM is not installed or refuses the settings.
+        """
+        if importlib.util.find_spec("vllm") is None:
+            raise UserError(
+                "rollout.backend: vllm is not installed; pip install rayrlhf[cpu] (rayrlhf[gpu] on GPUs),"
+                " or set rollout.backend=transformers"
+            )
+        for name, value in VLLM_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from rayrlhf.weight_sync.vllm_buckets import WeightSyncClient
+
+        self.version = START_VERSION
+        self._incoming: int | None = None
+        self._asleep = False
+        self._continues = spec.continues
+        self._requests: dict[str, RolloutRequest] = {}
+        self._stop = list(spec.rollout.stop)
+        self._logprobs = spec.logprobs
+        self._tokenizer = load_tokenizer(spec.model)
+        self._stop_ids = stop_token_ids(spec.model, self._tokenizer)
+        self._engine = _start(spec, executor)
+        self._engine.set_weight_version(str(self.version))
+        self._max_length: int = self._engine.model_config.max_model_len
+        self.weight_client = WeightSyncClient(self._engine)
+
+    def submit(self, requests: Sequence[RolloutRequest], *, temperature: float, max_new_tokens: int) -> None:
+        """Queue requests; samples of one prompt share its keys and values.
+
+        Raises:
+            UserError: a prompt leaves no room for a response.
+            ValueError: a request that is already queued.
+            RuntimeError: new weights are half loaded, or the engine sleeps and has none.
+        """
+        from vllm.inputs import tokens_input
+
+        if self._incoming is not None:
+            raise RuntimeError(f"weight version {self._incoming} is still being loaded")
+        if self._asleep:
+            raise RuntimeError("the engine sleeps and has given its weights away; new ones wake it")
+        limits = new_token_limits(requests, max_new_tokens, self._max_length)
+        check_new(requests, self._requests.values())
+        if not self._requests:
+            # What is cached decides how a prompt's sums are split: an empty start makes a batch's bits its own.
+            self._engine.reset_prefix_cache()
+        for request, limit in zip(requests, limits, strict=True):
+            name = "-".join(map(str, request.key))
+            self._requests[name] = request
+            parameters = self._sampling_parameters(request.seed, temperature, limit)
+            self._engine.add_request(name, tokens_input(request.prompt_ids.tolist()), parameters)
+
+    def poll(self, minimum: int, seconds: float | None = None) -> list[Rollout]:
+        """Decode until at least `minimum` requests are finished, none is left, or `seconds` are over.
+
+        Returns:
+            All that finished since the last poll.
+        """
+        end = math.inf if seconds is None else time.monotonic() + seconds
+        finished: list[Rollout] = []
+        with _uncompiled():
+            while self._requests and len(finished) < minimum and time.monotonic() < end:
+                finished.extend(self._rollout(output) for output in self._engine.step() if output.finished)
+        return finished
+
+    def cancel(self) -> None:
+        """Drop all unfinished requests."""
+        self._engine.abort_request(list(self._requests))
+        self._requests.clear()
+
+    def sleep(self) -> None:
+        """Give back the device memory of weights and KV cache, until new weights come. Without effect if it sleeps already.
+
+        Raises:
+            RuntimeError: requests are unfinished.
+        """
+        if self._requests:
+            raise RuntimeError(f"the engine cannot sleep while {len(self._requests)} requests are unfinished")
+        if not self._asleep:
+            # Level 2 keeps no copy of the weights: the next ones are all new.
+            self._engine.sleep(level=2)
+            self._asleep = True
+
+    @property
+    def unfinished(self) -> int:
+        """Requests submitted and not yet returned."""
+        return len(self._requests)
+
+    def begin_weights(self, version: int) -> None:
+        """Start receiving a new weight version.
+
+        Raises:
+            RuntimeError: requests are unfinished, whose tokens would come from two versions, and are not to continue.
+        """
+        if self._requests and not self._continues:
+            raise RuntimeError(f"weights cannot change while {len(self._requests)} requests are unfinished")
+        self._incoming = version
+        if self._asleep:
+            self._engine.wake_up(["weights"])
+        self.weight_client.start_weight_update()
+
+    def receive_weights(self, bucket: WeightBucket) -> None:
+        """Load one bucket (Hugging Face names; any float dtype, cast on the way in); nothing of it is kept."""
+        self.weight_client.update_weights({"bucket": bucket})
+
+    def finish_weights(self) -> None:
+        """Make the new version current.
+
+        Raises:
+            ValueError: some layer did not get all of its weights; the engine refuses to sample from then on.
+        """
+        if self._incoming is None:
+            raise RuntimeError("finish_weights without begin_weights")
+        self.weight_client.finish_weight_update(str(self._incoming))
+        if self._asleep:
+            # Only now: until here the cache's memory could serve the weights on their way.
+            self._engine.wake_up(["kv_cache"])
+            self._asleep = False
+        self.version, self._incoming = self._incoming, None
+
+    def close(self) -> None:
+        """Free the model, the KV cache and vLLM's process groups. The engine cannot be used afterwards."""
+        if self._engine is None:
+            return
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._engine.engine_core.shutdown()
+        del self.weight_client
+        self._engine = None
+        self._requests.clear()
+        cleanup_dist_env_and_memory()
+
+    def _sampling_parameters(self, seed: int, temperature: float, limit: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            temperature=temperature,
+            seed=seed,
+            max_tokens=limit,
+            stop=self._stop,
+            stop_token_ids=self._stop_ids,
+            detokenize=bool(self._stop),
+            logprobs=0 if self._logprobs else None,
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _rollout(self, output: Any) -> Rollout:
+        request = self._requests.pop(output.request_id)
+        (sample,) = output.outputs
+        if sample.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"request {request.key}: vLLM ended it with {sample.finish_reason!r}")
+        versions = np.empty(len(sample.token_ids), dtype=np.int32)
+        for span in sample.weight_versions:
+            versions[span.start : span.end] = int(span.version)
+        logprobs = sample.logprobs.logprobs if self._logprobs else [math.nan] * len(sample.token_ids)
+        return make_rollout(request, sample.token_ids, logprobs, versions, sample.finish_reason, self._tokenizer)
+
+
+UNREADABLE = "llvmlite.binding.ffi"
+"""A module with an object that has no ordinary `__dict__`. When vLLM 0.32 starts on a CPU it looks into the objects of all
+loaded modules, and fails at this one; numba brings it, which bm25s loads."""
+
+
+def _start(spec: RolloutSpec, executor: str | None) -> Any:
+    from transformers import AutoConfig
+    from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from rayrlhf.weight_sync.vllm_buckets import registered
+
+    path = resolve_path(spec.model)
+    trust = spec.model.trust_remote_code
+    config = AutoConfig.from_pretrained(path, revision=spec.model.revision, trust_remote_code=trust)
+    length = context_length(spec.rollout, config)
+    device = _gpu_settings(spec, executor) if torch.cuda.is_available() else _cpu_settings(spec, config, length)
+    try:
+        arguments = EngineArgs(
+            model=path,
+            revision=spec.model.revision,
+            trust_remote_code=trust,
+            dtype=str(resolve_dtype(spec.model.dtype)).removeprefix("torch."),
+            seed=spec.seed,
+            max_model_len=length,
+            max_num_seqs=spec.rollout.max_concurrent,
+            max_num_batched_tokens=max(PREFILL_TOKENS, length, spec.rollout.max_concurrent),
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            weight_transfer_config=WeightTransferConfig(backend=registered(spec.rollout.weight_transfer)),
+            **device,
+        )
+        with _out_of_sight(UNREADABLE):
+            return LLMEngine.from_engine_args(arguments)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(f"rollout: vLLM cannot serve {spec.model.path}: {reason[0] if reason else error!r}") from error
+
+
+@contextmanager
+def _out_of_sight(name: str) -> Iterator[None]:
+    """Take a loaded module out of the table of modules for a while."""
+    module = sys.modules.pop(name, None)
+    try:
+        yield
+    finally:
+        if module is not None:
+            sys.modules[name] = module
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """On CPUs nothing is compiled. vLLM decorates a helper of its log-probs, and compiling it would take longer than it saves.
+
+    On GPUs vLLM compiles the model itself, and must be let alone.
+    """
+    return nullcontext() if torch.cuda.is_available() else torch.compiler.set_stance("force_eager")
+
+
+def _cpu_settings(spec: RolloutSpec, config: Any, length: int) -> dict[str, Any]:
+    if spec.rollout.tensor_parallel_size > 1:
+        raise UserError("rollout.tensor_parallel_size: a CPU replica is one process, expected 1; set rollout.replicas instead")
+    _register_model_class(config)
+    bound_kernels()
+    return {
+        "enforce_eager": True,
+        # Seeded requests kill vLLM 0.32 on a CPU when it cuts a prompt in pieces ("CPU Generator does not use offset").
+        "enable_chunked_prefill": False,
+        "kv_cache_memory_bytes": min(int(spec.rollout.memory_gib * 2**30), _useful_cache_bytes(spec, config, length)),
+        "block_size": KV_BLOCK_TOKENS,
+    }
+
+
+def _useful_cache_bytes(spec: RolloutSpec, config: Any, length: int) -> int:
+    """KV cache of `max_concurrent` responses of full length: vLLM zeroes all it gets, which costs memory and a second a GiB."""
+    text = config.get_text_config()
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    token_bytes = 2 * text.num_hidden_layers * heads * head_size * resolve_dtype(spec.model.dtype).itemsize
+    blocks = (spec.rollout.max_concurrent + 1) * (length // KV_BLOCK_TOKENS + 1)
+    return int(blocks * KV_BLOCK_TOKENS * token_bytes)
+
+
+def _gpu_settings(spec: RolloutSpec, executor: str | None) -> dict[str, Any]:
+    return {
+        "enable_sleep_mode": spec.rollout.sleep,
+        "gpu_memory_utilization": spec.rollout.gpu_memory_utilization,
+        "tensor_parallel_size": spec.rollout.tensor_parallel_size,
+        "distributed_executor_backend": executor,
+    }
+
+
+def _register_model_class(config: Any) -> None:
+    """Import the model's class here: vLLM would start a second interpreter to look at it, lest CUDA be initialised."""
+    from vllm import ModelRegistry
+
+    for architecture in getattr(config, "architectures", None) or ():
+        known = ModelRegistry.models.get(architecture)
+        if known is not None:
+            ModelRegistry.register_model(architecture, known.load_model_cls())

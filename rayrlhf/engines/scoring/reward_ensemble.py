@@ -1,0 +1,62 @@
+"""One reward from several reward models: their mean, less what they disagree by.
+
+A policy finds answers that one reward model overrates by mistake. Models trained apart (other seeds, other data) seldom share
+the mistake and disagree there, so an answer pays `uncertainty` standard deviations of its rewards over the members (Coste et
+al. 2023, "Reward Model Ensembles Help Mitigate Overoptimization"; they subtract the variance, this keeps the reward's unit).
+Members must speak in one unit: `normalise` sees to that.
+
+All members stand in the same process and read one after the other, so that every rank can score any response.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rayrlhf.config.reward import RewardModelSection
+from rayrlhf.data.records import Float32
+from rayrlhf.engines.scoring.reward_model import RewardModelEngine
+
+MODEL_PART = "reward_model"
+"""Name of the reward model's part among those of the functions."""
+SPREAD_PART = "reward_model_spread"
+"""Name of the part that tells how far the members are apart; it has weight 0."""
+
+
+class RewardEnsemble:
+    """The reward models of a section, one or several."""
+
+    def __init__(self, section: RewardModelSection) -> None:
+        """Load all members.
+
+        Raises:
+            UserError: one of them cannot be loaded.
+        """
+        self._section = section
+        self._members = [RewardModelEngine(section.model_copy(update={"model": model})) for model in section.models]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Factor of each part in the score."""
+        return {MODEL_PART: self._section.weight} | ({SPREAD_PART: 0.0} if len(self._members) > 1 else {})
+
+    def parts(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Float32]:
+        """Return the reward of each pair, float32 [B], and of several members also their spread."""
+        values = np.stack([member.score(prompts, responses) for member in self._members])
+        if len(self._members) == 1:
+            return {MODEL_PART: values[0]}
+        return {MODEL_PART: pessimistic(values, self._section.uncertainty), SPREAD_PART: values.std(0)}
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float32:
+        """Return the reward of each pair, float32 [B]."""
+        return self.parts(prompts, responses)[MODEL_PART]
+
+
+def pessimistic(values: Float32, coefficient: float) -> Float32:
+    """Mean less `coefficient` standard deviations (of these members, divided by their number) over the first axis.
+
+    Args:
+        values: float32 [M, B].
+        coefficient: at least 0.
+    """
+    doubtful: Float32 = values.mean(0) - np.float32(coefficient) * values.std(0)
+    return doubtful

@@ -1,0 +1,105 @@
+"""A reward model: a scalar head on a trunk that reads prompt and response as text, with its own tokenizer and template.
+
+It never sees the policy's token ids, so policy and reward model may come from different families. Prompt and response are
+joined as the configuration says, else as the format stored with the model does, else by its chat template.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rayrlhf.config.reward import RewardModelSection
+from rayrlhf.data.answer_format import AnswerFormat
+from rayrlhf.data.records import Float32
+from rayrlhf.data.records import Sequence as TokenSequence
+from rayrlhf.engines.scoring.frozen import autocast, score_sequences, training_device
+from rayrlhf.engines.scoring.offload import settle
+from rayrlhf.errors import UserError
+from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
+from rayrlhf.models.network import build_network
+from rayrlhf.models.value_head import find_head
+
+STATISTICS_FILE = "reward_statistics.json"
+"""Beside a reward model's weights: `mean` and `spread` (standard deviation) of its rewards on held-out answers."""
+BATCH_TOKENS = 8192
+"""Token budget of one forward."""
+
+
+class RewardModelEngine:
+    """Scores (prompt, response) pairs with the value of the last token, as reward models are trained."""
+
+    def __init__(self, section: RewardModelSection) -> None:
+        """Load trunk, head and tokenizer on this process's device.
+
+        Raises:
+            UserError: the model cannot be loaded, holds no scalar head, or has no way to join prompt and response.
+        """
+        self._section = section
+        self._tokenizer = load_tokenizer(section.model)
+        folder = Path(resolve_path(section.model))
+        self._format = AnswerFormat.read(folder) or AnswerFormat()
+        if section.template is None and self._format.chat and not self._tokenizer.chat_template:
+            raise UserError(
+                f"reward.model {section.model.path!r}: its tokenizer has no chat template; "
+                "set reward.model.template to a text with {prompt} and {response}"
+            )
+        if folder.is_dir() and find_head(folder) is None:
+            raise UserError(
+                f"reward.model {section.model.path!r}: no scalar head in the folder, expected weights named "
+                "`score.weight` or `v_head.summary.weight` (train one with a sequence-classification head of one label)"
+            )
+        self._mean, self._spread = _statistics(section, folder) if section.normalise else (0.0, 1.0)
+        self._device = training_device()
+        self._dtype = resolve_dtype(section.model.dtype)
+        network = build_network(section.model, frozenset({"value"}), "zero", 0)
+        self._network = network.requires_grad_(False)
+        self._offload = settle(network, self._device, offload=section.offload)
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float32:
+        """One reward a pair, float32 [B]. Texts longer than `reward.model.max_length` tokens lose their left end.
+
+        With `reward.model.normalise` rewards have the mean 0 and the spread 1 that the model's held-out answers had.
+        """
+        sequences = [self._sequence(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        with self._offload.in_place(), autocast(self._device, self._dtype):
+            scores = score_sequences(
+                self._network,
+                sequences,
+                frozenset({"values"}),
+                temperature=1.0,
+                token_budget=BATCH_TOKENS,
+                device=self._device,
+            )
+        values = np.array([score.values[-1] for score in scores if score.values is not None], dtype=np.float32)
+        return (values - np.float32(self._mean)) / np.float32(self._spread)
+
+    def _sequence(self, prompt: str, response: str) -> TokenSequence:
+        if self._section.template is not None:
+            text = self._section.template.replace("{prompt}", prompt).replace("{response}", response)
+            ids = self._tokenizer(text)["input_ids"]
+        else:
+            ids = self._format.token_ids(self._tokenizer, prompt, response)
+        kept = np.asarray(ids, dtype=np.int32)[-self._section.max_length :]
+        return TokenSequence(kept, len(kept) - 1)
+
+
+def _statistics(section: RewardModelSection, folder: Path) -> tuple[float, float]:
+    """Mean and spread stored with the model.
+
+    Raises:
+        UserError: there are none, or they cannot be used.
+    """
+    path = folder / STATISTICS_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        mean, spread = float(found["mean"]), float(found["spread"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"reward.model.normalise: {path}: expected the mean and spread that `rayrlhf reward` stores beside the model; "
+            "set reward.model.normalise=false for other models"
+        ) from error
+    if not spread > 0:
+        raise UserError(f"reward.model.normalise: {path}: spread {spread:g}, expected > 0")
+    return mean, spread

@@ -1,0 +1,97 @@
+"""Keeping count during an update: statistics as sums over tokens, norms, times. Means are formed once, over all ranks."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from rayrlhf.engines.objectives.base import RATIO, Term
+from rayrlhf.engines.train.plan import UpdateReport
+
+
+class UpdateMeter:
+    """Collects what an `UpdateReport` tells. A step is one optimizer step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.epochs = 0
+        self.stopped_early = False
+        self.guarded_steps = 0
+        self.grad_norms: list[float] = []
+        self.learning_rates: list[float] = []
+        self.step_means: dict[str, float] = {}
+        self._device = device
+        self._steps: list[dict[str, tuple[float, float]]] = []
+        self._sums: dict[str, tuple[float, float]] = {}
+        self._step_metrics: list[dict[str, float]] = []
+        self._seconds = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
+        self._tokens = self._computed = 0
+
+    @contextmanager
+    def clock(self, phase: str) -> Iterator[None]:
+        """Add the block's duration to a phase; waits for the GPU, so that its work counts where it was ordered."""
+        start = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._seconds[phase] += time.perf_counter() - start
+
+    def begin_step(self) -> None:
+        """Start an optimizer step."""
+        self._sums = {}
+
+    def add(self, terms: Sequence[Term], counts: Mapping[str, float]) -> None:
+        """Add a micro-batch's statistics; `counts` are its tokens under each mask."""
+        for term in terms:
+            for name, total in term.terms.sums().items():
+                before = self._sums.get(name, (0.0, 0.0))
+                self._sums[name] = (before[0] + float(total), before[1] + counts[term.mask])
+
+    def add_tokens(self, lengths: Sequence[int], *, real: bool, packed: bool = False) -> None:
+        """Count the tokens of a forward and backward; those of a filler are padding."""
+        self._tokens += sum(lengths) if real else 0
+        self._computed += sum(lengths) if packed else len(lengths) * max(lengths)
+
+    def finish_step(self, *, across_ranks: bool) -> None:
+        """Sum the step's statistics over the ranks and form its means in `step_means`."""
+        if across_ranks:
+            self._sums = _summed_over_ranks(self._sums, self._device)
+        self._steps.append(self._sums)
+        self.step_means = {name: total / count for name, (total, count) in self._sums.items()}
+        self._step_metrics.append(self.step_means)
+
+    def last(self, name: str) -> float:
+        """Return the last step's mean of a statistic; 0 where there is none."""
+        return self.step_means.get(name, 0.0)
+
+    def report(self) -> UpdateReport:
+        """Form the report."""
+        metrics = {}
+        for name in self._steps[0] if self._steps else ():
+            metrics[name] = sum(step[name][0] for step in self._steps) / sum(step[name][1] for step in self._steps)
+        if RATIO in metrics:
+            ratios = torch.tensor([step[RATIO] for step in self._step_metrics], dtype=torch.float64)
+            metrics["val/ratio_var"] = float(ratios.var()) if len(ratios) > 1 else 0.0
+        return UpdateReport(
+            metrics=metrics,
+            grad_norms=self.grad_norms,
+            learning_rates=self.learning_rates,
+            optimizer_steps=len(self.grad_norms),
+            epochs=self.epochs,
+            stopped_early=self.stopped_early,
+            guarded_steps=self.guarded_steps,
+            tokens=self._tokens,
+            padding_share=1.0 - self._tokens / self._computed if self._computed else 0.0,
+            seconds=self._seconds,
+            step_metrics=self._step_metrics,
+        )
+
+
+def _summed_over_ranks(sums: Mapping[str, tuple[float, float]], device: torch.device) -> dict[str, tuple[float, float]]:
+    """Sum over the ranks. A rank that had fillers only knows no names, so the names come from whoever has most."""
+    names: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(names, sorted(sums))
+    union = sorted(set().union(*names))
+    flat = torch.tensor([sums.get(name, (0.0, 0.0)) for name in union], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(flat)
+    return {name: (float(total), float(count)) for name, (total, count) in zip(union, flat.tolist(), strict=True)}

@@ -1,0 +1,44 @@
+"""SFT samples and preference pairs as the batches that a train engine takes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rayrlhf.data.records import Sequence as TokenSequence
+from rayrlhf.data.supervised.samples import PreferencePair, SupervisedSample
+from rayrlhf.data.training_batch import TrainingBatch
+from rayrlhf.engines.objectives.preference import MARGIN, PAIR_MASK
+
+
+def supervised_batch(samples: Sequence[SupervisedSample]) -> TrainingBatch:
+    """Return samples as a training batch whose `action_mask` is True on the tokens to learn, wherever they stand.
+
+    Raises:
+        ValueError: a sample has nothing to learn, or its first token is a target.
+    """
+    sequences = [supervised_sequence(sample) for sample in samples]
+    mask = np.zeros((len(samples), max(sequence.response_length for sequence in sequences)), dtype=np.bool_)
+    for row, (sample, sequence) in enumerate(zip(samples, sequences, strict=True)):
+        mask[row, : sequence.response_length] = sample.loss_mask[sequence.prompt_length :]
+    return TrainingBatch(sequences, {"action_mask": mask})
+
+
+def supervised_sequence(sample: SupervisedSample) -> TokenSequence:
+    """Return a sample as a sequence whose response begins with the first token to learn; errors as `supervised_batch`."""
+    targets = np.flatnonzero(sample.loss_mask)
+    if not len(targets) or targets[0] == 0:
+        raise ValueError(f"row {sample.row}: expected targets, none of them the first token")
+    return TokenSequence(sample.token_ids, int(targets[0]))
+
+
+def preference_batch(pairs: Sequence[PreferencePair]) -> TrainingBatch:
+    """Return pairs as a training batch: two rows each, kept together, with one place behind the last token of each."""
+    sequences = [answer_sequence(answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    margins = np.repeat([pair.margin or 0.0 for pair in pairs], 2).astype(np.float32)
+    first = np.tile([True, False], len(pairs))
+    return TrainingBatch(sequences, {PAIR_MASK: first[:, None], MARGIN: margins[:, None]}, group_size=2)
+
+
+def answer_sequence(answer: SupervisedSample) -> TokenSequence:
+    """Return a prompt with its answer as a sequence whose only value is the one after the last token."""
+    return TokenSequence(answer.token_ids, len(answer.token_ids))

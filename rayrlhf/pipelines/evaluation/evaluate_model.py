@@ -1,0 +1,238 @@
+"""Judging a model on one dataset: every prompt answered once or often, every answer scored, every mean with its interval.
+
+One process, one engine, no Ray: an evaluation is a few minutes of sampling. Answers go to `answers/` as Parquet, the numbers to
+`evaluation.json`. An evaluation that is done is read, not repeated; the same name with another configuration is refused.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from rayrlhf.config.data import DataSection
+from rayrlhf.config.evaluate import EvaluateConfig
+from rayrlhf.config.loading.load import differences, dump_config
+from rayrlhf.data.prompt_datasets import load_prompt_dataset, read_prompts
+from rayrlhf.data.records import Float32, Prompt, Rollout, RolloutRequest, SampleKey
+from rayrlhf.data.seeds import sample_seed
+from rayrlhf.engines.rollout.common import RolloutSpec, context_length
+from rayrlhf.engines.scoring.reward_ensemble import RewardEnsemble
+from rayrlhf.environments.players.factory import build_player
+from rayrlhf.environments.registry import check_environment
+from rayrlhf.errors import UserError
+from rayrlhf.models.load import load_architecture, load_tokenizer
+from rayrlhf.observe.resampling import Interval, bootstrap_mean, distinct_share
+from rayrlhf.observe.run_folder import open_run
+from rayrlhf.observe.samples import Sample, SampleSink
+from rayrlhf.pipelines.evaluation.best_of import best_of, pass_at, powers_of_two
+from rayrlhf.pipelines.evaluation.keeping import KEPT, as_lines, kept_rows
+from rayrlhf.pipelines.evaluation.transcript_samples import transcripts, whole_prompts
+from rayrlhf.rewards.functions import ScoringBatch, load_functions
+from rayrlhf.rewards.score import RewardBatch, run_functions, weighted_sum
+from rayrlhf.storage.atomic import write_atomically
+
+RESULT = "evaluation.json"
+ANSWERS = "answers"
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationResult:
+    """What an evaluation found.
+
+    Attributes:
+        folder: the run folder.
+        prompts: how many were answered.
+        score: mean score with its bootstrap interval over prompts; of several answers to a prompt their mean counts.
+        parts: the same for each part of the reward that applies to every answer.
+        distinct: share of different answers.
+        samples: answers to each prompt.
+        pass_at: k -> chance that one of k answers is right; nothing where there is one answer a prompt.
+        best_of: k -> score of the best of k answers; likewise.
+        kept: answers that were kept for fine-tuning.
+        failed: prompts that are left out, because the environment of a sample failed.
+    """
+
+    folder: Path
+    prompts: int
+    score: Interval
+    parts: dict[str, Interval]
+    distinct: float
+    samples: int = 1
+    pass_at: Mapping[int, Interval] = field(default_factory=dict)
+    best_of: Mapping[int, Interval] = field(default_factory=dict)
+    kept: int = 0
+    failed: int = 0
+
+    def lines(self) -> list[str]:
+        """The result in words."""
+        parts = [f"{name}: {interval}" for name, interval in self.parts.items()]
+        tries = [f"pass@{k}: {interval}" for k, interval in self.pass_at.items()]
+        tries += [f"best of {k}: {interval}" for k, interval in self.best_of.items()]
+        kept = [f"kept: {self.kept} of {self.prompts * self.samples} answers, in {KEPT}"] if self.kept else []
+        failed = f"; {self.failed} more failed in their environment" if self.failed else ""
+        score = f"score over {self.prompts} prompts: {self.score}{failed}"
+        return [score, *parts, *tries, f"distinct answers: {self.distinct:.0%}", *kept]
+
+
+def check_evaluation(config: EvaluateConfig) -> str:
+    """Check a configuration without loading the model; returns the plan in words.
+
+    Raises:
+        UserError: a mistake in data, reward functions, environment or lengths.
+    """
+    load_functions(config.reward)
+    if config.environment is not None:
+        check_environment(config.environment)
+    prompts = _load_prompts(config)
+    return f"evaluation: {config.run.folder}\nmodel: {config.model.path}\nprompts: {len(prompts)} of {config.data.path}"
+
+
+def evaluate_model(config: EvaluateConfig) -> EvaluationResult:
+    """Answer and score the dataset, or return what an earlier call with this configuration found.
+
+    Raises:
+        UserError: a mistake in the configuration, the data or the reward functions; or the folder holds another evaluation.
+        AlarmError: too many samples failed in their environment.
+    """
+    functions = load_functions(config.reward)
+    prompts = _load_prompts(config)
+    with open_run(config.run.folder, dump_config(config), _stored_differences) as folder:
+        if (folder.path / RESULT).is_file():
+            return read_result(folder.path)
+        answered = _answer(config, prompts)
+        whole = whole_prompts(config, prompts, list(answered.values()))
+        asked = [prompt for prompt in whole for _ in range(config.samples)]
+        rollouts = [answered[_key(prompt, sample)] for prompt in whole for sample in range(config.samples)]
+        batch = ScoringBatch.of_rollouts(asked, rollouts)
+        parts, _ = run_functions(functions, batch, timeout_seconds=config.reward.timeout_seconds)
+        weights = {function.name: function.weight for function in functions}
+        if config.reward.model is not None:
+            ensemble = RewardEnsemble(config.reward.model)
+            parts |= ensemble.parts(batch.prompts, batch.responses)
+            weights |= ensemble.weights
+        rewards = weighted_sum(parts, weights)
+        SampleSink(folder.path / ANSWERS).write(0, _samples(config, asked, rollouts, rewards))
+        kept = _keep(config, folder.path, asked, rollouts, rewards.scores)
+        return _write_result(config, folder.path, rollouts, rewards, kept, failed=len(prompts) - len(whole))
+
+
+def read_result(folder: Path) -> EvaluationResult:
+    """The result that a finished evaluation left in its folder."""
+    stored = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    parts = {name: Interval(**values) for name, values in stored["parts"].items()}
+    tries = {
+        name: {int(k): Interval(**values) for k, values in stored.get(name, {}).items()} for name in ("pass_at", "best_of")
+    }
+    score = Interval(**stored["score"])
+    return EvaluationResult(
+        folder,
+        stored["prompts"],
+        score,
+        parts,
+        stored["distinct"],
+        stored.get("samples", 1),
+        **tries,
+        kept=stored.get("kept", 0),
+        failed=stored.get("failed", 0),
+    )
+
+
+def _load_prompts(config: EvaluateConfig) -> list[Prompt]:
+    context = context_length(config.rollout, load_architecture(config.model))
+    longest = config.data.max_prompt_tokens or context - config.rollout.max_new_tokens
+    if longest < 1 or longest + config.rollout.max_new_tokens > context:
+        raise UserError(
+            f"rollout.max_new_tokens {config.rollout.max_new_tokens} and data.max_prompt_tokens {longest} exceed "
+            f"the {context} tokens of the model's context (rollout.max_model_length)"
+        )
+    data = DataSection(train=config.data, chat=config.data.chat, system_prompt=config.data.system_prompt)
+    return load_prompt_dataset(config.data, data, load_tokenizer(config.model), longest)
+
+
+def _key(prompt: Prompt, sample: int) -> SampleKey:
+    return SampleKey(0, prompt.id, sample)
+
+
+def _answer(config: EvaluateConfig, prompts: Sequence[Prompt]) -> dict[SampleKey, Rollout]:
+    """`samples` answers to each prompt."""
+    engine = build_player(RolloutSpec(config.model, config.rollout, config.run.seed, config.environment))
+    try:
+        requests = [
+            RolloutRequest(_key(prompt, sample), prompt.token_ids, sample_seed(config.run.seed, 0, prompt.id, sample), prompt)
+            for prompt in prompts
+            for sample in range(config.samples)
+        ]
+        engine.submit(requests, temperature=config.temperature, max_new_tokens=config.rollout.max_new_tokens)
+        finished: list[Rollout] = []
+        while engine.unfinished:
+            finished += engine.poll(engine.unfinished)
+    finally:
+        engine.close()
+    return {rollout.key: rollout for rollout in finished}
+
+
+def _write_result(
+    config: EvaluateConfig, folder: Path, rollouts: Sequence[Rollout], rewards: RewardBatch, kept: int, *, failed: int
+) -> EvaluationResult:
+    def per_prompt(values: Float32) -> Float32:
+        return values.reshape(-1, config.samples)
+
+    scores = per_prompt(rewards.scores)
+    parts = {
+        name: bootstrap_mean(per_prompt(values).mean(1)) for name, values in rewards.parts.items() if not np.isnan(values).any()
+    }
+    judge = None if config.best_by is None else per_prompt(rewards.parts[config.best_by])
+    tries = powers_of_two(config.samples) if config.samples > 1 else []
+    result = EvaluationResult(
+        folder,
+        len(scores),
+        bootstrap_mean(scores.mean(1)),
+        parts,
+        distinct_share([rollout.text.strip() for rollout in rollouts]),
+        config.samples,
+        {k: bootstrap_mean(pass_at(scores, k, right_from=config.right_from)) for k in tries},
+        {k: bootstrap_mean(best_of(scores, k, chosen_by=judge)) for k in tries},
+        kept,
+        failed,
+    )
+    stored = asdict(result) | {"folder": str(folder)}
+    write_atomically(folder / RESULT, json.dumps(stored, indent=2) + "\n")
+    return result
+
+
+def _keep(config: EvaluateConfig, folder: Path, asked: Sequence[Prompt], rollouts: Sequence[Rollout], scores: Float32) -> int:
+    """Write what is to be kept, before the result, which says that all is done; returns how many answers."""
+    if config.keep is None:
+        return 0
+    written = dict(enumerate(read_prompts(config.data)))
+    rows = kept_rows(asked, rollouts, scores, config.keep, written, config.data)
+    write_atomically(folder / KEPT, as_lines(rows))
+    return len(rows)
+
+
+def _samples(
+    config: EvaluateConfig, asked: Sequence[Prompt], rollouts: Sequence[Rollout], rewards: RewardBatch
+) -> list[Sample]:
+    said = transcripts(config, rollouts)
+    return [
+        Sample(
+            prompt_id=prompt.id,
+            sample=rollout.key.sample,
+            prompt=prompt.text,
+            response=rollout.text,
+            score=float(rewards.scores[index]),
+            length=len(rollout.response_ids),
+            finish_reason=rollout.finish_reason,
+            version=0,
+            parts={name: float(values[index]) for name, values in rewards.parts.items()},
+            transcript=said[index],
+        )
+        for index, (prompt, rollout) in enumerate(zip(asked, rollouts, strict=True))
+    ]
+
+
+def _stored_differences(stored: str, wanted: str) -> list[str]:
+    return differences(*(EvaluateConfig.model_validate(yaml.safe_load(text)) for text in (stored, wanted)))

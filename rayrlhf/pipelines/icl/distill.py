@@ -1,0 +1,277 @@
+"""`icl distill`: what the model says with demonstrations or an instruction in its context, learnt without them.
+
+Each step is done once, whatever was interrupted: intake to part files; contexts, whose demonstrations are chosen by the rules
+of `icl evaluate` (never the prompt itself or its text); where asked for, answers that the teacher samples; one dataset of
+prompts, contexts and responses; and the training (`rayrlhf.tuning.distillation_task`) in `student/`.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rayrlhf.batch_inference.part_pipeline import Limits, Pool, run_pipeline
+from rayrlhf.batch_inference.parts import PartFolder
+from rayrlhf.batch_inference.sampling import SamplingPlan
+from rayrlhf.batch_inference.stage_resources import PartProgress, stage_resources
+from rayrlhf.config.demonstrations import SelectionSection
+from rayrlhf.config.icl import ICLDistillConfig, ShotsSection
+from rayrlhf.config.loading.load import differences, dump_config
+from rayrlhf.config.tuning.configs import DistillationConfig
+from rayrlhf.config.tuning.data import DistillationDataSection, SupervisedDatasetSection
+from rayrlhf.config.tuning.run import TuningRunSection
+from rayrlhf.data.templates import Message
+from rayrlhf.demonstrations.choosing import ChoiceCounts, require_pool
+from rayrlhf.demonstrations.context import TextForm, as_messages, as_text
+from rayrlhf.demonstrations.rankers import check_encoder, make_rankers
+from rayrlhf.errors import UserError
+from rayrlhf.observe.run_folder import open_run
+from rayrlhf.pipelines.icl.answering import Answerer
+from rayrlhf.pipelines.icl.example_pool import read_examples, taken_in
+from rayrlhf.pipelines.icl.questions import Questioner, question_schema
+from rayrlhf.storage.atomic import file_atomically, write_atomically
+
+DATASET, REPORT, STUDENT = "dataset.parquet", "report.json", "student"
+FREE = ("pipeline.", "workers.")
+"""Settings that change nothing of what is learnt."""
+END_TOKENS = 16
+"""What a chat template may put behind a response."""
+
+
+@dataclass(frozen=True, slots=True)
+class DistillResult:
+    """What a distillation leaves.
+
+    Attributes:
+        folder: the run folder, with `dataset.parquet`, `report.json` and the training in `student/`.
+        export: the student.
+        metrics: the last training loss, and the KL on held-out responses.
+        report: what became of rows and demonstrations, as in `report.json`.
+    """
+
+    folder: Path
+    export: Path
+    metrics: Mapping[str, float]
+    report: dict[str, Any]
+
+    def lines(self) -> list[str]:
+        """Return the result in words."""
+        told = self.report
+        leaks = ", ".join(f"{count} {reason}" for reason, count in told["leaks"].items()) or "none"
+        shown = ", ".join(f"{count} with {number}" for number, count in told["shown"].items())
+        lines = [f"responses: {told['responses']} of {told['read']} rows; demonstrations: {shown}"]
+        lines += [f"left out: {count} rows: {reason}" for reason, count in told["rejected"].items()]
+        lines.append(f"passed over as leaks: {leaks}; as repeated texts: {told['repeated']}")
+        if told["dropped"]:
+            lines.append(f"dropped from the far end, over teacher.max_context_tokens: {told['dropped']} demonstrations")
+        if told["short"]:
+            lines.append(f"with fewer demonstrations than asked for, since there are no more: {told['short']} prompts")
+        measured = ", ".join(f"{name.rpartition('/')[2]} {value:.4f}" for name, value in self.metrics.items())
+        return [*lines, f"KL per response token: {measured}", f"student: {self.export}"]
+
+
+def check_distillation(config: ICLDistillConfig) -> str:
+    """Check what can be known without reading the data, and return the plan in words.
+
+    Raises:
+        UserError: no tokenizer, or no chat template where one is needed; no room for an answer beside the context; an
+            encoder that does not say how it pools.
+    """
+    _tokenizer(config)
+    check_encoder(config.teacher)
+    teacher = config.teacher
+    more = [f"{teacher.demonstrations} demonstrations ({teacher.selection})"] if teacher.demonstrations else []
+    more += ["an instruction"] if teacher.instruction is not None else []
+    kept = config.train.vocabulary
+    return "\n".join(
+        [
+            f"run: {config.run.folder}, seed {config.run.seed}",
+            f"prompts: {config.data.path}; demonstrations from {(config.pool or config.data).path}",
+            f"teacher: {config.model.path} with {' and '.join(more)}, at most {_budget(config)} tokens; "
+            f"responses: {teacher.responses}",
+            f"student: the same model with the bare prompt; forward KL over {'all' if kept == 'full' else kept} tokens",
+        ]
+    )
+
+
+def distill_context(config: ICLDistillConfig) -> DistillResult:
+    """Make the data and train the student, or finish what was interrupted.
+
+    Raises:
+        UserError: a mistake in the configuration or the data; fewer examples than demonstrations; a prompt that does not fit
+            into the teacher's context even alone.
+        ActorLostError: a process died more often than allowed.
+    """
+    from rayrlhf.actors.connection import connected
+    from rayrlhf.observe.live import LiveView
+    from rayrlhf.tuning.train_model import train_distillation
+
+    check_distillation(config)
+    folder = config.run.folder
+    view = LiveView(f"rayrlhf icl distill {config.run.name}", live=False)
+    with open_run(folder, dump_config(config), _differences, folders=()), ExitStack() as stack:
+        with view.wait("choosing the demonstrations"):
+            questions = _questions(config, folder)
+        answers = questions
+        if config.teacher.responses == "sampled":
+            stack.enter_context(connected(config.pipeline.address))
+            answers = PartFolder(folder / "answers")
+            _answer(config, questions, answers, PartProgress(view))
+        _write_dataset(config, answers, folder / DATASET)
+        report = _report(config, questions, answers)
+        write_atomically(folder / REPORT, json.dumps(report, indent=1) + "\n")
+        view.stop()
+        result = train_distillation(student_config(config))
+    return DistillResult(folder, result.export, result.metrics, report)
+
+
+def student_config(config: ICLDistillConfig) -> DistillationConfig:
+    """Return the configuration of the training."""
+    dataset = SupervisedDatasetSection(path=str(config.run.folder / DATASET), format="prompt-completion")
+    chat = config.context.layout != "text"
+    return DistillationConfig(
+        run=TuningRunSection(name=STUDENT, root=config.run.folder, seed=config.run.seed),
+        model=config.model,
+        data=DistillationDataSection(
+            train=dataset,
+            evaluation_share=config.evaluation_share,
+            chat=chat,
+            max_length=_budget(config) + config.generate.max_new_tokens + END_TOKENS,
+            overlong="drop",
+            invalid="drop",
+        ),
+        train=config.train,
+        evaluation=config.evaluation,
+        checkpoint=config.checkpoint,
+        workers=config.workers,
+    )
+
+
+def _questions(config: ICLDistillConfig, folder: Path) -> PartFolder:
+    """Write what the teacher reads, unless it is there."""
+    import pyarrow as pa
+
+    questions = PartFolder(folder / "questions")
+    if questions.sealed:
+        return questions
+    size = config.pipeline.rows_per_part
+    shown_to_others = config.pool is None and config.teacher.demonstrations > 0
+    answered = shown_to_others or config.teacher.responses == "given"
+    rows = taken_in(config.data, folder / "intake" / "prompts", size, answered=answered)
+    targets = pool = list(chain.from_iterable(read_examples(config.data, rows)))
+    if config.pool is not None:
+        pool = list(chain.from_iterable(read_examples(config.pool, taken_in(config.pool, folder / "intake" / "pool", size))))
+    teacher, counts = config.teacher, ChoiceCounts()
+    source = config.pool or config.data
+    require_pool(len(pool) - (config.pool is None), teacher.demonstrations, source.path)
+    selection = {name: getattr(teacher, name) for name in SelectionSection.model_fields}
+    shots = ShotsSection(counts=[teacher.demonstrations], seeds=1, **selection)
+    opening = "\n\n".join(text for text in (config.data.system_prompt, teacher.instruction) if text is not None) or None
+    questioner = Questioner(shots, config.context, opening, _tokenizer(config), _budget(config))
+    rankers = make_rankers(teacher, targets, pool, config.run.seed, by_task=source.task_field is not None)
+    made = questioner.rows(targets, pool, rankers, counts)
+    written = [row | {"row": number, "columns": "{}"} for number, row in enumerate(made)]
+    for part, start in enumerate(range(0, len(written), size)):
+        questions.write(part, pa.Table.from_pylist(written[start : start + size], schema=question_schema()))
+    intake = {name: rows.facts()[name] for name in ("read", "rejected")}
+    chosen = {"leaks": dict(counts.leaks), "repeated": counts.repeated, "short": counts.short}
+    questions.seal({"rows": len(written)} | intake | chosen)
+    return questions
+
+
+def _answer(config: ICLDistillConfig, questions: PartFolder, answers: PartFolder, progress: PartProgress) -> None:
+    """Let the teacher answer, unless it has."""
+    import ray
+
+    from rayrlhf.engines.rollout.common import rollout_environment
+
+    if answers.sealed:
+        return
+    cluster = ray.cluster_resources()
+    cpus, gpus = cluster.get("CPU", 1.0), cluster.get("GPU", 0.0)
+    has = stage_resources(config.pipeline, config.generate, cpus, gpus, generating=True)
+    # The context holds the system prompt already, and plain text is to stay plain.
+    data = config.data.model_copy(update={"system_prompt": None, "chat": config.context.layout != "text"})
+    model = config.model.model_copy(update={"lora": None})
+    plan = SamplingPlan("teacher", model, config.generate, data, config.run.seed, 0, 1, config.teacher.temperature)
+    environment = rollout_environment(plan.rollout(), threads=has.generator_threads)
+    stage = Pool("answer", Answerer, (plan,), has.generators, has.generator_cpus, has.generator_gpus, environment)
+    rows = questions.facts()["rows"]
+    limits = Limits(config.pipeline.max_restarts, config.pipeline.stall_seconds)
+    run_pipeline(questions, answers, [stage], limits, progress.rows("teacher answers", rows))
+    answers.seal({"rows": rows})
+
+
+def _write_dataset(config: ICLDistillConfig, answers: PartFolder, path: Path) -> None:
+    """Write what SFT's columns hold, and `context` beside them; the same parts give the same bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text: Any = pa.string()
+    messages = pa.list_(pa.struct([("role", text), ("content", text)]))
+    kind = text if config.context.layout == "text" else messages
+    schema = pa.schema([("prompt", kind), ("context", kind), ("completion", kind)])
+    with file_atomically(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        for table in answers.tables():
+            writer.write_table(pa.Table.from_pylist(list(_samples(config, table.to_pylist())), schema=schema))
+
+
+def _samples(config: ICLDistillConfig, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    form = TextForm(config.context.question, config.context.separator)
+    response = "text" if config.teacher.responses == "sampled" else "answer"
+    for row in rows:
+        if config.context.layout == "text":
+            bare = as_text([], row["question"], form, config.data.system_prompt)
+            yield {"prompt": bare, "context": row["prompt"], "completion": row[response]}
+            continue
+        asked = as_messages([], row["question"], "turns", form, config.data.system_prompt)
+        answer: list[Message] = [{"role": "assistant", "content": row[response]}]
+        yield {"prompt": asked, "context": json.loads(row["messages"]), "completion": answer}
+
+
+def _report(config: ICLDistillConfig, questions: PartFolder, answers: PartFolder) -> dict[str, Any]:
+    facts = questions.facts()
+    shown: Counter[int] = Counter()
+    dropped = 0
+    for row in questions.rows(["shown", "dropped"]):
+        shown[row["shown"]] += 1
+        dropped += row["dropped"]
+    told = {"read": facts["read"], "responses": shown.total(), "rejected": facts["rejected"], "dropped": dropped}
+    told |= {"shown": {str(number): shown[number] for number in sorted(shown)}}
+    if config.teacher.responses == "sampled":
+        told["unfinished"] = sum(row["finish"] == "length" for row in answers.rows(["finish"]))
+    return told | {name: facts[name] for name in ("leaks", "repeated", "short")}
+
+
+def _budget(config: ICLDistillConfig) -> int:
+    """Most tokens of a context: what was asked for, or what the model's positions leave beside an answer."""
+    from rayrlhf.models.load import load_architecture
+
+    positions = getattr(load_architecture(config.model), "max_position_embeddings", None)
+    most, answer = config.teacher.max_context_tokens, config.generate.max_new_tokens
+    if positions is None:
+        return most
+    if positions <= answer + END_TOKENS + 1:
+        raise UserError(f"generate.max_new_tokens {answer}: the model's context has {positions} tokens, which leaves no prompt")
+    return min(most, int(positions) - answer - END_TOKENS)
+
+
+def _tokenizer(config: ICLDistillConfig) -> Any:
+    from rayrlhf.data.templates import require_chat_template
+    from rayrlhf.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)
+    if config.context.layout != "text":
+        require_chat_template(tokenizer)
+    return tokenizer
+
+
+def _differences(stored: str, wanted: str) -> list[str]:
+    old, new = (ICLDistillConfig.model_validate(yaml.safe_load(text)) for text in (stored, wanted))
+    return [line for line in differences(old, new) if not line.startswith(FREE)]

@@ -1,0 +1,226 @@
+"""`icl evaluate`: the score of any number of models against the number of demonstrations.
+
+Questions are written once a model, because templates and contexts differ, and answered part by part in a pool of processes;
+what was answered before an interruption is not asked again. All answers stay in Parquet files, and the curve is computed from
+them.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rayrlhf.batch_inference.part_pipeline import Limits, Pool, run_pipeline
+from rayrlhf.batch_inference.parts import PartFolder, merge
+from rayrlhf.batch_inference.sampling import SamplingPlan
+from rayrlhf.batch_inference.stage_resources import PartProgress, stage_resources
+from rayrlhf.config.icl import ICLEvaluateConfig
+from rayrlhf.config.loading.load import differences, dump_config
+from rayrlhf.config.model import ModelSection
+from rayrlhf.demonstrations.choosing import ChoiceCounts, require_pool
+from rayrlhf.demonstrations.example import Example
+from rayrlhf.demonstrations.rankers import check_encoder, make_rankers
+from rayrlhf.errors import UserError
+from rayrlhf.observe.run_folder import open_run
+from rayrlhf.pipelines.icl.answering import Answerer, AnswerScorer
+from rayrlhf.pipelines.icl.curve import Point, curve
+from rayrlhf.pipelines.icl.example_pool import read_examples, taken_in
+from rayrlhf.pipelines.icl.questions import Questioner, question_schema
+from rayrlhf.storage.atomic import write_atomically
+
+CURVE, ANSWERS = "curve.json", "answers.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class CurveResult:
+    """What an evaluation leaves.
+
+    Attributes:
+        folder: the run folder, with `curve.json`, `report.html` and the answers of each model.
+        points: of all models.
+    """
+
+    folder: Path
+    points: list[Point]
+
+    def lines(self) -> list[str]:
+        """Return the curves in words, one line a model and ablation."""
+        names = list(dict.fromkeys((point.model, point.ablation) for point in self.points))
+        told = []
+        for model, ablation in names:
+            own = [point for point in self.points if (point.model, point.ablation) == (model, ablation)]
+            figures = "  ".join(f"k={point.k} {point.mean:.3f} [{point.low:.3f}, {point.high:.3f}]" for point in own)
+            told.append(f"{model}{'' if ablation == 'none' else f' ({ablation})'}: {figures}")
+        return [*told, f"report: {self.folder / 'report.html'}"]
+
+
+def check_evaluation(config: ICLEvaluateConfig) -> str:
+    """Check what can be known without reading the data, and return the plan in words.
+
+    Raises:
+        UserError: a model has no tokenizer, or no chat template where one is needed.
+    """
+    for model in config.models.values():
+        _tokenizer(config, model)
+    shots = config.demonstrations
+    check_encoder(shots)
+    return "\n".join(
+        [
+            f"run: {config.run.folder}, seed {config.run.seed}",
+            f"questions: {config.data.path}; demonstrations from {(config.pool or config.data).path}",
+            f"demonstrations: {', '.join(map(str, shots.counts))}; {shots.selection}, {shots.order.replace('_', ' ')}; "
+            f"{', '.join(shots.ablations)}; {shots.draws} draws",
+            f"models: {', '.join(config.models)}; {config.metric}",
+        ]
+    )
+
+
+def evaluate_curve(config: ICLEvaluateConfig) -> CurveResult:
+    """Ask everything, or what an interrupted evaluation has not asked yet, and write curve and report.
+
+    Raises:
+        UserError: a mistake in the configuration or the data; fewer examples than demonstrations; a question that does not fit
+            into a model's context even alone.
+        ActorLostError: a process died more often than allowed.
+    """
+    from rayrlhf.actors.connection import connected
+    from rayrlhf.observe.live import LiveView
+    from rayrlhf.pipelines.icl.icl_report import write_curve_report
+
+    check_evaluation(config)
+    folder = config.run.folder
+    view = LiveView(f"rayrlhf icl evaluate {config.run.name}", live=False)
+    with open_run(folder, dump_config(config), _differences, folders=()):
+        with view.wait("reading the examples"):
+            asked = _Asked.read(config, folder)
+        for name, model in config.models.items():
+            with view.wait(f"writing the questions for {name}"):
+                asked.write_questions(name, model)
+        with connected(config.pipeline.address):
+            progress = PartProgress(view)
+            for name, model in config.models.items():
+                questions = PartFolder(folder / "questions" / name)
+                done = progress.rows(f"{name} answers", questions.facts()["rows"])
+                _answer(config, name, model, questions, PartFolder(folder / "answers" / name), done)
+        points = []
+        for name in config.models:
+            answers = PartFolder(folder / "answers" / name)
+            points += curve(name, answers.rows(["ablation", "k", "source", "score", "copying", "shown", "dropped"]))
+            merge(answers, folder / f"{name}-{ANSWERS}")
+        write_atomically(folder / CURVE, json.dumps([point.as_row() for point in points], indent=1) + "\n")
+        write_curve_report(config, points, asked.leaks(), folder / "report.html")
+    return CurveResult(folder, points)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The questions' and the demonstrations' examples."""
+
+    config: ICLEvaluateConfig
+    folder: Path
+    targets: list[Example]
+    columns: list[str]
+    pool: list[Example]
+
+    @classmethod
+    def read(cls, config: ICLEvaluateConfig, folder: Path) -> "_Asked":
+        rows = taken_in(config.data, folder / "intake" / "questions", config.pipeline.rows_per_part)
+        targets = list(chain.from_iterable(read_examples(config.data, rows)))
+        columns = [row["columns"] for row in rows.rows(["columns"])]
+        pool = targets
+        if config.pool is not None:
+            other = taken_in(config.pool, folder / "intake" / "pool", config.pipeline.rows_per_part)
+            pool = list(chain.from_iterable(read_examples(config.pool, other)))
+        require_pool(len(pool) - (config.pool is None), max(config.demonstrations.counts), (config.pool or config.data).path)
+        return cls(config, folder, targets, columns, pool)
+
+    def write_questions(self, name: str, model: ModelSection) -> None:
+        """Write the questions for one model, unless they are there."""
+        import pyarrow as pa
+
+        folder = PartFolder(self.folder / "questions" / name)
+        if folder.sealed:
+            return
+        counts = ChoiceCounts()
+        tokenizer = _tokenizer(self.config, model)
+        questioner = Questioner(
+            self.config.demonstrations, self.config.context, self.config.data.system_prompt, tokenizer, self._budget(model)
+        )
+        by_task = (self.config.pool or self.config.data).task_field is not None
+        shots = self.config.demonstrations
+        rankers = make_rankers(shots, self.targets, self.pool, self.config.run.seed, by_task=by_task)
+        made = questioner.rows(self.targets, self.pool, rankers, counts)
+        rows = [row | {"row": number, "columns": self.columns[row["source"]]} for number, row in enumerate(made)]
+        size = self.config.pipeline.rows_per_part
+        for part, start in enumerate(range(0, len(rows), size)):
+            folder.write(part, pa.Table.from_pylist(rows[start : start + size], schema=question_schema()))
+        folder.seal({"rows": len(rows), "leaks": dict(counts.leaks), "repeated": counts.repeated, "short": counts.short})
+
+    def leaks(self) -> dict[str, Any]:
+        """Return what was passed over while choosing; the same for all models."""
+        return PartFolder(self.folder / "questions" / next(iter(self.config.models))).facts()
+
+    def _budget(self, model: ModelSection) -> int:
+        from rayrlhf.engines.rollout.common import context_length
+        from rayrlhf.models.load import load_architecture
+
+        generate = self.config.generate
+        longest = context_length(_plan(self.config, "", model).rollout(), load_architecture(model))
+        if longest <= generate.max_new_tokens:
+            raise UserError(f"generate.max_new_tokens {generate.max_new_tokens}: the model's context has {longest} tokens")
+        return int(longest - generate.max_new_tokens)
+
+
+def _tokenizer(config: ICLEvaluateConfig, model: ModelSection) -> Any:
+    from rayrlhf.data.templates import require_chat_template
+    from rayrlhf.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    if config.context.layout != "text":
+        require_chat_template(tokenizer)
+    return tokenizer
+
+
+def _plan(config: ICLEvaluateConfig, name: str, model: ModelSection) -> SamplingPlan:
+    # The context holds the system prompt already, and plain text is to stay plain.
+    data = config.data.model_copy(update={"system_prompt": None, "chat": config.context.layout != "text"})
+    return SamplingPlan(name, model, config.generate, data, config.run.seed, 0, 1, 0.0)
+
+
+def _answer(
+    config: ICLEvaluateConfig,
+    name: str,
+    model: ModelSection,
+    questions: PartFolder,
+    answers: PartFolder,
+    done: Callable[[int], None],
+) -> None:
+    import ray
+
+    from rayrlhf.engines.rollout.common import rollout_environment
+
+    if answers.sealed:
+        return
+    cluster = ray.cluster_resources()
+    resources = stage_resources(
+        config.pipeline, config.generate, cluster.get("CPU", 1.0), cluster.get("GPU", 0.0), generating=True
+    )
+    plan = _plan(config, name, model)
+    environment = rollout_environment(plan.rollout(), threads=resources.generator_threads)
+    answerer = Pool(
+        "answer", Answerer, (plan,), resources.generators, resources.generator_cpus, resources.generator_gpus, environment
+    )
+    scorer = Pool("score", AnswerScorer, (config,), 1, resources.scorer_cpus)
+    run_pipeline(
+        questions, answers, [answerer, scorer], Limits(config.pipeline.max_restarts, config.pipeline.stall_seconds), done
+    )
+    answers.seal({"rows": questions.facts()["rows"]})
+
+
+def _differences(stored: str, wanted: str) -> list[str]:
+    old, new = (ICLEvaluateConfig.model_validate(yaml.safe_load(text)) for text in (stored, wanted))
+    return [line for line in differences(old, new) if not line.startswith("pipeline.")]

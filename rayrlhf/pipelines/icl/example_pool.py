@@ -1,0 +1,118 @@
+"""From the rows of an intake to examples.
+
+The examples and their index on disk: written once, opened memory-mapped by every process, so that a machine holds one copy.
+
+A folder with `examples.arrow` (Arrow IPC), the positions sorted by task with where each task begins, and what the selection
+needs: a BM25 index, vectors, or nothing.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayrlhf.batch_inference.intake import take_in
+from rayrlhf.batch_inference.parts import PartFolder
+from rayrlhf.config.icl import ExamplesSection
+from rayrlhf.demonstrations.example import Example
+from rayrlhf.errors import UserError
+from rayrlhf.storage.atomic import file_atomically, write_atomically
+
+EXAMPLES, ORDER, TASKS = "examples.arrow", "order.npy", "tasks.json"
+
+
+class StoredPool(Sequence[Example]):
+    """Examples in a file, read where they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a folder that `write_pool` filled."""
+        import pyarrow as pa
+
+        self._table: Any = pa.ipc.open_file(pa.memory_map(str(folder / EXAMPLES))).read_all()
+        self._columns = [self._table.column(name) for name in ("identity", "prompt", "answer", "task")]
+        order = np.load(folder / ORDER, mmap_mode="r")
+        bounds: dict[str, list[int]] = json.loads((folder / TASKS).read_text(encoding="utf-8"))
+        self.tasks: Mapping[str, NDArray[np.int64]] = {task: order[start:stop] for task, (start, stop) in bounds.items()}
+        """The positions of each task."""
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return int(self._table.num_rows)
+
+    @overload
+    def __getitem__(self, position: int) -> Example: ...
+    @overload
+    def __getitem__(self, position: slice) -> list[Example]: ...
+    def __getitem__(self, position: int | slice) -> Example | list[Example]:
+        """Return one example, or several."""
+        if isinstance(position, slice):
+            return [self[place] for place in range(*position.indices(len(self)))]
+        return Example(*(column[position].as_py() for column in self._columns))
+
+
+def write_pool(parts: Iterable[Sequence[Example]], folder: Path) -> None:
+    """Write examples, a part in memory at a time, and which of them are of one task."""
+    import pyarrow as pa
+
+    folder.mkdir(parents=True, exist_ok=True)
+    schema = pa.schema([(name, pa.string()) for name in ("identity", "prompt", "answer", "task")])
+    codes: dict[str, int] = {}
+    coded: list[NDArray[np.int32]] = []
+    with file_atomically(folder / EXAMPLES) as partial, pa.ipc.new_file(str(partial), schema) as writer:
+        for part in parts:
+            coded.append(np.array([codes.setdefault(example.task, len(codes)) for example in part], dtype=np.int32))
+            columns = [[getattr(example, name) for example in part] for name in schema.names]
+            arrays = [pa.array(column, pa.string()) for column in columns]
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+    code = np.concatenate(coded)
+    with file_atomically(folder / ORDER) as partial, partial.open("wb") as file:
+        np.save(file, np.argsort(code, kind="stable").astype(np.int64))
+    ends = np.cumsum(np.bincount(code, minlength=len(codes)))
+    starts = [0, *ends[:-1].tolist()]
+    bounds = {task: [start, stop] for task, start, stop in zip(codes, starts, ends.tolist(), strict=True)}
+    write_atomically(folder / TASKS, json.dumps(bounds) + "\n")
+
+
+def write_vectors(vectors: Iterator[NDArray[np.float32]], count: int, path: Path) -> None:
+    """Write vectors as one `.npy`, [count, width], a part in memory at a time."""
+    first = next(vectors)
+    with file_atomically(path) as partial:
+        shape = (count, first.shape[1])
+        stored = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)  # type: ignore[no-untyped-call]
+        start = 0
+        for part in chain([first], vectors):
+            stored[start : start + len(part)] = part
+            start += len(part)
+        stored.flush()
+
+
+def read_examples(section: ExamplesSection, rows: PartFolder) -> Iterator[list[Example]]:
+    """Yield the examples of each part.
+
+    Raises:
+        UserError: a prompt that is a conversation, or a row without its task.
+    """
+    field = section.task_field
+    for table in rows.tables(["source", "prompt", "messages", "response", "columns"]):
+        part = []
+        for row in table.to_pylist():
+            place = f"{section.path}:{row['source']}"
+            if row["messages"] is not None:
+                raise UserError(f"{place}: {section.prompt_field}: expected text, found a conversation")
+            columns = json.loads(row["columns"]) if field is not None else {}
+            if field is not None and columns.get(field) is None:
+                raise UserError(f"{place}: {field}: missing, expected the row's task; found {', '.join(columns) or 'none'}")
+            part.append(Example(place, row["prompt"], row["response"], str(columns[field]) if field is not None else ""))
+        yield part
+
+
+def taken_in(section: ExamplesSection, folder: Path, rows_per_part: int, *, answered: bool = True) -> PartFolder:
+    """Read a dataset into `rows/` of a folder, what is unusable into `rejected/`, unless that is done; errors as `take_in`."""
+    rows = PartFolder(folder / "rows")
+    rejected = PartFolder(folder / "rejected")
+    take_in(section, rows, rejected, rows_per_part=rows_per_part, tokenizer=None, longest=None, answered=answered)
+    return rows

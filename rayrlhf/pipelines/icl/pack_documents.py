@@ -1,0 +1,200 @@
+"""`icl pack`: documents become contexts in which related ones follow each other, and beside them the same contexts by lot.
+
+Each step is done once, whatever was interrupted: intake to part files, vectors where an encoder is asked for, the index as one
+folder, links part by part in a pool of processes. The driver then walks the graph, of which it holds the edges alone, and
+writes contexts whose tokens it gathers from a memory-mapped file. `rayrlhf sft` reads them as they are (`input_ids`).
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from rayrlhf.batch_inference.part_pipeline import Limits, Pool, run_pipeline
+from rayrlhf.batch_inference.parts import PartFolder
+from rayrlhf.batch_inference.stage_resources import TASK_CPUS, TASKS, PartProgress
+from rayrlhf.config.icl import ICLPackConfig
+from rayrlhf.config.loading.load import differences, dump_config
+from rayrlhf.demonstrations.ranking import Bm25Ranker
+from rayrlhf.errors import UserError
+from rayrlhf.observe.run_folder import RunFolder, open_run
+from rayrlhf.pipelines.icl.contexts import StoredTokens, relatedness, write_contexts, write_tokens
+from rayrlhf.pipelines.icl.document_path import cut, left_out, random_order, related_order
+from rayrlhf.pipelines.icl.example_pool import StoredPool, read_examples, taken_in, write_pool, write_vectors
+from rayrlhf.pipelines.icl.linker import BM25, TOKENIZER, VECTORS, DocumentEncoder, Linker, LinkPlan
+from rayrlhf.storage.atomic import folder_atomically, write_atomically
+
+DATASET, BASELINE, INDEX, TOKENS, REPORT = "dataset.parquet", "baseline.parquet", "index", "tokens", "report.json"
+FREE = ("pipeline.builders", "pipeline.max_restarts", "pipeline.stall_seconds", "pipeline.address")
+"""Settings that change nothing of what is made."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackResult:
+    """What a packing leaves.
+
+    Attributes:
+        dataset: Parquet, contexts along the path of related documents.
+        baseline: the same documents by lot.
+        report: what became of the documents, as in `report.json`.
+    """
+
+    dataset: Path
+    baseline: Path
+    report: dict[str, Any]
+
+    def lines(self) -> list[str]:
+        """Return the report in words."""
+        told = self.report
+        lines = [f"contexts: {told['contexts']} of {told['context']} tokens, {told['documents']} of {told['read']} documents"]
+        lines += [f"left out: {count} documents: {reason}" for reason, count in told["rejected"].items()]
+        lines.append(f"left out: {told['near_duplicates']} near-duplicates; without any neighbour: {told['alone']}")
+        for measure, value in told["relatedness"].items():
+            by_lot = told["relatedness_by_lot"][measure]
+            lines.append(f"documents next to each other: {measure} {value:.3f}, by lot {by_lot:.3f}")
+        return [*lines, f"dataset: {self.dataset}", f"by lot: {self.baseline}"]
+
+
+def check_packing(config: ICLPackConfig) -> str:
+    """Check what can be known without reading the data, and return the plan in words.
+
+    Raises:
+        UserError: the model has no tokenizer or no end-of-sequence token; an encoder does not say how it pools.
+    """
+    from rayrlhf.config.model import ModelSection
+    from rayrlhf.demonstrations.encoder import pooling_of
+    from rayrlhf.models.load import load_tokenizer, resolve_path
+
+    near = config.neighbors
+    if load_tokenizer(config.model).eos_token_id is None:
+        raise UserError(f"{config.model.path}: no end-of-sequence token, which has to stand between documents")
+    if near.encoder is not None and near.pooling is None:
+        pooling_of(Path(resolve_path(ModelSection(path=near.encoder))))
+    by = "shared words (BM25)" if near.by == "bm25" else f"vectors of {near.encoder}"
+    return "\n".join(
+        [
+            f"run: {config.run.folder}, seed {config.run.seed}",
+            f"documents: {config.data.path}, {config.data.text_field}",
+            f"neighbours: {near.count} by {by}",
+            f"contexts: {config.context} tokens, related documents one after another, and by lot beside it",
+        ]
+    )
+
+
+def pack_documents(config: ICLPackConfig) -> PackResult:
+    """Make both datasets, or finish what an interrupted packing began.
+
+    Raises:
+        UserError: a mistake in the configuration or the data, see `check_packing` and `take_in`.
+        ActorLostError: a process died more often than allowed.
+    """
+    from rayrlhf.actors.connection import connected
+    from rayrlhf.observe.live import LiveView
+
+    check_packing(config)
+    folder = config.run.folder
+    view = LiveView(f"rayrlhf icl pack {config.run.name}", live=False)
+    with _opened(config):
+        with view.wait("reading the documents"):
+            rows = taken_in(config.data.examples(), folder / "intake", config.pipeline.rows_per_part, answered=False)
+        limits = Limits(config.pipeline.max_restarts, config.pipeline.stall_seconds)
+        vectors, links = PartFolder(folder / "vectors"), PartFolder(folder / "links")
+        count = rows.facts()["rows"]
+        with connected(config.pipeline.address):
+            if config.neighbors.by == "nearest" and not (folder / INDEX).is_dir():
+                stage = _pool(config, "encode", DocumentEncoder, (config,))
+                run_pipeline(rows, vectors, [stage], limits, PartProgress(view).rows("encoding", count))
+            with view.wait("making the index"):
+                index = _index(config, rows, vectors, folder / INDEX)
+            stage = _pool(config, "link", Linker, (LinkPlan(config, index.resolve()),))
+            run_pipeline(rows, links, [stage], limits, PartProgress(view).rows("linking", count))
+        with view.wait("writing the contexts"):
+            report = _written(config, rows, links, folder)
+        write_atomically(folder / REPORT, json.dumps(report, indent=1) + "\n")
+        return PackResult(folder / DATASET, folder / BASELINE, report)
+
+
+def _pool(config: ICLPackConfig, name: str, worker: type, arguments: tuple[Any, ...]) -> Pool:
+    import ray
+
+    cpus = ray.cluster_resources().get("CPU", 1.0)
+    size = config.pipeline.builders or max(1, int(cpus))
+    hundredths = int(100 * (cpus - TASKS * TASK_CPUS) / size)  # cut, so that all shares add up to no more than there is
+    return Pool(name, worker, arguments, size, min(1.0, hundredths / 100))
+
+
+def _index(config: ICLPackConfig, rows: PartFolder, vectors: PartFolder, folder: Path) -> Path:
+    """Write what the processes share, unless it is there."""
+    from rayrlhf.models.load import load_tokenizer
+
+    if folder.is_dir():
+        return folder
+    with folder_atomically(folder) as partial:
+        write_pool(read_examples(config.data.examples(), rows), partial)
+        load_tokenizer(config.model).save_pretrained(partial / TOKENIZER)
+        if config.neighbors.by == "bm25":
+            Bm25Ranker.build((text for part in rows.tables(["prompt"]) for text in part.column(0).to_pylist()), partial / BM25)
+        else:
+            write_vectors(_read_vectors(vectors), rows.facts()["rows"], partial / VECTORS)
+    return folder
+
+
+def _read_vectors(parts: PartFolder) -> Iterator[Any]:
+    for table in parts.tables():
+        column = table.column("vector").combine_chunks()
+        yield np.asarray(column.flatten(), dtype=np.float32).reshape(len(column), -1)
+
+
+def _written(config: ICLPackConfig, rows: PartFolder, links: PartFolder, folder: Path) -> dict[str, Any]:
+    """Walk the graph, write both datasets and return the report."""
+    neighbors: list[list[int]] = []
+    copies: list[tuple[int, int]] = []
+    for table in links.tables(["row", "neighbors", "copies"]):
+        neighbors += table.column("neighbors").to_pylist()
+        own, copied = (table.column(name).to_pylist() for name in ("row", "copies"))
+        copies += [(row, other) for row, others in zip(own, copied, strict=True) for other in others]
+    removed = left_out(copies)
+    orders = {
+        DATASET: related_order(neighbors, frozenset(removed)),
+        BASELINE: random_order(len(neighbors), config.run.seed, frozenset(removed)),
+    }
+    write_tokens(links, folder / TOKENS)
+    tokens = StoredTokens(folder / TOKENS)
+    for name, order in orders.items():
+        contexts = cut(order, tokens.lengths.tolist(), config.context)
+        write_contexts(contexts, tokens, folder / name)
+    index = folder / INDEX
+    pool = StoredPool(index)
+    vectors = np.load(index / VECTORS, mmap_mode="r") if config.neighbors.by == "nearest" else None
+    joined = Counter(near for listed in neighbors for near in listed)
+    facts = rows.facts()
+    return {
+        "read": facts["read"],
+        "rejected": facts["rejected"],
+        "near_duplicates": len(removed),
+        "documents": len(orders[DATASET]),
+        "alone": sum(not listed and not joined[row] for row, listed in enumerate(neighbors) if row not in removed),
+        "context": config.context,
+        "contexts": -(-int(tokens.lengths[orders[DATASET]].sum()) // config.context),
+        "relatedness": relatedness(orders[DATASET], pool, vectors),
+        "relatedness_by_lot": relatedness(orders[BASELINE], pool, vectors),
+    }
+
+
+def _opened(config: ICLPackConfig) -> RunFolder:
+    """Create the run folder, or take up the packing in it."""
+
+    def compare(stored: str, wanted: str) -> list[str]:
+        old, new = (ICLPackConfig.model_validate(yaml.safe_load(text)) for text in (stored, wanted))
+        return [line for line in differences(old, new) if line.partition(":")[0] not in FREE]
+
+    text = dump_config(config)
+    folder = open_run(config.run.folder, text, compare, folders=())
+    if folder.config.read_text(encoding="utf-8") != text:
+        write_atomically(folder.config, text)
+    return folder

@@ -1,0 +1,132 @@
+"""Every question of a k-curve as a row: the same targets beside more and more demonstrations, under every seed and ablation.
+
+The demonstrations of one target are chosen once, as many as the largest k, and each smaller k shows the nearest of them. What
+does not fit into the model's context is dropped from the far end and counted, so a curve that is flat for lack of room says so.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from rayrlhf.config.demonstrations import ContextSection
+from rayrlhf.config.icl import ShotsSection
+from rayrlhf.data.templates import Message, render
+from rayrlhf.demonstrations.choosing import ChoiceCounts, choose
+from rayrlhf.demonstrations.context import TextForm, as_messages, as_text, fit
+from rayrlhf.demonstrations.example import Example
+from rayrlhf.demonstrations.leaks import LeakRules
+from rayrlhf.demonstrations.ranking import Ranker
+from rayrlhf.pipelines.icl.ablations import Ablation, Spoiler, copy_control
+
+Row = dict[str, Any]
+Context = str | list[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Questioner:
+    """Writes questions for one model.
+
+    Attributes:
+        section: how many demonstrations, and how they are spoiled.
+        context: how they are written down.
+        system_prompt: first words of a conversation or text, if any.
+        tokenizer: of the model.
+        budget: most tokens of a context, which leaves room for the answer.
+    """
+
+    section: ShotsSection
+    context: ContextSection
+    system_prompt: str | None
+    tokenizer: Any
+    budget: int
+
+    def rows(
+        self,
+        targets: Sequence[Example],
+        pool: Sequence[Example],
+        ranker: Callable[[int], Ranker],
+        counts: ChoiceCounts,
+    ) -> Iterator[Row]:
+        """Yield a row for every (seed, target, ablation, k), without `row`, its number.
+
+        Args:
+            targets: the questions.
+            pool: what the rankers' positions mean.
+            ranker: of a seed.
+            counts: is added to.
+
+        Raises:
+            UserError: a question alone is over the budget, or an ablation has nothing to exchange.
+        """
+        rules = LeakRules(self.section.resemblance, self.section.resembling_words)
+        for seed in range(self.section.draws):
+            spoilers = {name: Spoiler(name, [shown.answer for shown in pool], seed) for name in self.section.ablations}
+            most = max(self.section.counts)
+            chosen = choose(targets, pool, ranker(seed), most, rules, counts) if most else [[] for _ in targets]
+            for number, (target, nearest) in enumerate(zip(targets, chosen, strict=True)):
+                for ablation, spoiler in spoilers.items():
+                    for wanted in self._wanted(ablation):
+                        yield self._row(number, seed, ablation, wanted, target, spoiler.spoil(target, nearest[:wanted]))
+
+    def _wanted(self, ablation: Ablation) -> list[int]:
+        """Without demonstrations there is nothing to spoil."""
+        return [count for count in self.section.counts if count or ablation == "none"]
+
+    def _row(self, number: int, seed: int, ablation: Ablation, wanted: int, target: Example, nearest: Sequence[Example]) -> Row:
+        write = partial(self._write, target.prompt)
+        fitted = fit(nearest, self.section.order, write, partial(self._tokens, target.identity), self.budget, target.identity)
+        text = isinstance(fitted.context, str)
+        return {
+            "source": number,
+            "identity": target.identity,
+            "seed": seed,
+            "ablation": ablation,
+            "k": wanted,
+            "shown": len(fitted.demonstrations),
+            "dropped": fitted.dropped,
+            "copying": copy_control(fitted.demonstrations, target.answer),
+            "question": target.prompt,
+            "answer": target.answer,
+            "prompt": fitted.context if text else target.prompt,
+            "messages": None if text else json.dumps(fitted.context, ensure_ascii=False),
+        }
+
+    def _write(self, prompt: str, shown: Sequence[Example]) -> Context:
+        form = TextForm(self.context.question, self.context.separator)
+        if self.context.layout == "text":
+            return as_text(shown, prompt, form, self.system_prompt)
+        return as_messages(shown, prompt, self.context.layout, form, self.system_prompt)
+
+    def _tokens(self, place: str, context: Context) -> int:
+        """Count as sampling will."""
+        if isinstance(context, str):
+            return len(self.tokenizer(context)["input_ids"])
+        [text] = render(self.tokenizer, [context], [place])
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def question_schema() -> Any:
+    """Return the columns of the questions' part files."""
+    import pyarrow as pa
+
+    text, whole = pa.string(), pa.int64()
+    return pa.schema(
+        [
+            ("row", whole),
+            ("source", whole),
+            ("identity", text),
+            ("seed", pa.int32()),
+            ("ablation", text),
+            ("k", pa.int32()),
+            ("shown", pa.int32()),
+            ("dropped", pa.int32()),
+            ("copying", pa.float64()),
+            ("question", text),
+            ("answer", text),
+            ("prompt", text),
+            ("messages", text),
+            ("columns", text),
+        ]
+    )

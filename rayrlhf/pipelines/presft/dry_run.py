@@ -1,0 +1,67 @@
+"""The plan of a Pre-SFT run in words, for `--dry-run`.
+
+What can be known to be wrong before a dataset is read or a process started.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+
+from rayrlhf.batch_inference.bleu import BleuScorer
+from rayrlhf.config.presft import PreSFTConfig
+from rayrlhf.errors import UserError
+
+
+def check_presft(config: PreSFTConfig) -> None:
+    """Load what is small and used later in other processes, where a mistake would cost a start.
+
+    Raises:
+        UserError: a BLEU tokenizer that cannot be had, a reward function that cannot be loaded, or no vLLM.
+    """
+    from rayrlhf.rewards.functions import load_functions
+
+    BleuScorer(config.probe.tokenize)
+    for section in (config.relabel.verifier, config.quality.verifier if config.quality else None):
+        if section is not None:
+            load_functions(section)
+    samples = config.probe.response_field is None or config.quality is not None
+    if samples and config.generate.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "generate.backend: vllm is not installed; expected `pip install 'rayrlhf[cpu]'` or `'rayrlhf[gpu]'`, "
+            "or generate.backend=transformers"
+        )
+
+
+def describe(config: PreSFTConfig) -> str:
+    """Return the plan, one line a fact."""
+    return "\n".join(_lines(config))
+
+
+def _lines(config: PreSFTConfig) -> Iterator[str]:
+    probe, relabel, generate = config.probe, config.relabel, config.generate
+    rounds = f"{config.run.rounds} rounds" if config.run.rounds > 1 else "1 round"
+    yield f"run: {config.run.folder}, {rounds}, seed {config.run.seed}"
+    yield f"dataset: {config.data.path}, {config.data.prompt_field} and {config.data.response_field}"
+    if probe.response_field is not None:
+        yield f"1. no probe: the responses are in the field {probe.response_field}"
+    else:
+        asked = f"{probe.model.path}, tuned already" if probe.model else f"{config.model.path}, tuned on the dataset"
+        how = "greedy" if probe.temperature == 0 else f"{probe.samples} samples at temperature {probe.temperature:g}"
+        yield f"1. ask {asked}: {how}, at most {generate.max_new_tokens} tokens, with {generate.backend}"
+    likelihood = " and the likelihood of the original" if probe.likelihood else ""
+    yield f"2. score by sentence BLEU, tokenizer {probe.tokenize}{likelihood}"
+    rules = {
+        "gap": "below the gap in the histogram",
+        "threshold": f"of BLEU below {config.select.value or 0:g}",
+        "quantile": f"among the lowest {config.select.value or 0:.1%}",
+    }
+    yield f"3. select pairs {rules[config.select.rule]}"
+    if not config.relabels:
+        yield f"4. {relabel.struggling} them"
+    elif config.reuses_probe:
+        yield f"4. {relabel.struggling} their responses by the probe's own: nothing more is sampled"
+    else:
+        count = "one greedy response" if relabel.method == "greedy" else f"the best of {relabel.samples} by {relabel.method}"
+        yield f"4. {relabel.struggling} their responses by {count}; what the guard refuses: {relabel.guarded}"
+    yield f"5. tune {config.model.path} from the start on the repaired dataset"
+    if config.quality is not None:
+        yield f"quality: held-out rows of {config.quality.data.path}, after every tuning"

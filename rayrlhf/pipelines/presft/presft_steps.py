@@ -1,0 +1,206 @@
+"""The steps of a round, each from part files to part files: score, select, relabel. A finished step is not done again."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayrlhf.batch_inference.bleu import BleuScorer
+from rayrlhf.batch_inference.part_pipeline import Limits, Pool, Stage, run_pipeline
+from rayrlhf.batch_inference.parts import PartFolder
+from rayrlhf.batch_inference.sampling import SamplingPlan
+from rayrlhf.batch_inference.stage_resources import StageResources, stage_resources
+from rayrlhf.config.model import ModelSection
+from rayrlhf.config.presft import PreSFTConfig, ProbeSection, RelabelSection
+from rayrlhf.engines.rollout.common import rollout_environment
+from rayrlhf.errors import UserError
+from rayrlhf.pipelines.presft.probing import Prober, ProbeScorer, correlation, given_probes
+from rayrlhf.pipelines.presft.relabeling import CandidateSampler, Judge, ProbesAsCandidates, with_candidates
+from rayrlhf.pipelines.presft.selection import Cut, find_cut, needs_candidates
+from rayrlhf.storage.atomic import write_atomically
+
+Done = Callable[[int], None]
+"""Told the rows of every part that is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A model to sample from: its name in tables, and where its weights are."""
+
+    label: str
+    model: ModelSection
+
+
+def score_pairs(
+    config: PreSFTConfig,
+    rows: PartFolder,
+    scores: PartFolder,
+    model: Sampled | None,
+    probe: ProbeSection,
+    step: int,
+    done: Done,
+) -> None:
+    """Answer every prompt and score the answers against the originals.
+
+    Args:
+        config: the run.
+        rows: the pairs.
+        scores: where they go with probes and scores.
+        model: who answers; None when the rows bring responses.
+        probe: how to ask.
+        step: number of this pass over the data, for the seeds.
+        done: told of every part.
+    """
+    if scores.sealed:
+        return
+    plan = None if model is None else _plan(config, model, step, probe.samples, probe.temperature)
+    resources = _resources(config, generating=plan is not None)
+    first: Stage = given_probes if plan is None else _generator("probe", Prober, (plan,), config, resources)
+    scorer = Pool("score", ProbeScorer, (probe, config.data, plan), resources.scorers, resources.scorer_cpus)
+    run_pipeline(rows, scores, [first, scorer], _limits(config), done)
+    scores.seal(_score_facts(scores, BleuScorer(probe.tokenize).signature))
+
+
+def select_pairs(config: PreSFTConfig, scores: PartFolder, selection: Path) -> dict[str, Any]:
+    """Find the cut through all scores, write it, and return it with what it selects. Takes 16 bytes a row.
+
+    Raises:
+        UserError: the scores are not complete.
+    """
+    if not scores.sealed:
+        raise UserError(f"{scores.path}: the scores are not there or not complete; run `rayrlhf presft score` first")
+    bleu, rows = _column(scores, "bleu", np.float64), _column(scores, "row", np.int64)
+    cut = find_cut(config.select, bleu, rows)
+    selected = (bleu < cut.score) | ((bleu == cut.score) & (rows <= cut.row))
+    facts = {
+        "rule": config.select.rule,
+        "value": config.select.value,
+        "score": cut.score,
+        "row": cut.row,
+        "selected": int(selected.sum()),
+        "of": len(bleu),
+        "mean_bleu_selected": float(bleu[selected].mean()) if selected.any() else None,
+        "mean_bleu_others": float(bleu[~selected].mean()) if not selected.all() else None,
+    }
+    write_atomically(selection, json.dumps(facts, indent=1) + "\n")
+    return facts
+
+
+def read_cut(selection: Path) -> Cut:
+    """Return the cut that was found.
+
+    Raises:
+        UserError: none was.
+    """
+    if not selection.is_file():
+        raise UserError(f"{selection}: there is no selection yet; run `rayrlhf presft select` first")
+    facts = json.loads(selection.read_text(encoding="utf-8"))
+    return Cut(facts["score"], facts["row"])
+
+
+def relabel_pairs(
+    config: PreSFTConfig,
+    relabel: RelabelSection,
+    scores: PartFolder,
+    relabeled: PartFolder,
+    cut: Cut,
+    model: Sampled | None,
+    step: int,
+    done: Done,
+) -> None:
+    """Make new responses for the struggling pairs and decide on every pair.
+
+    Args:
+        config: the run.
+        relabel: the choices.
+        scores: every pair with its score.
+        relabeled: where decisions go.
+        cut: which pairs struggle.
+        model: who answers; may be None where nothing is sampled.
+        step: number of this pass over the data, for the seeds.
+        done: told of every part.
+    """
+    if relabeled.sealed:
+        return
+    reuse = relabel.method == "greedy" and (config.probe.temperature == 0 or config.probe.response_field is not None)
+    sampling = needs_candidates(relabel) and not reuse
+    temperature = 0.0 if relabel.method == "greedy" else relabel.temperature
+    plan = None if model is None else _plan(config, model, step, relabel.samples, temperature)
+    resources = _resources(config, generating=sampling)
+    first: Stage
+    if not needs_candidates(relabel):
+        first = partial(with_candidates, candidates={})
+    elif sampling:
+        first = _generator("relabel", CandidateSampler, (plan, cut), config, resources)
+    else:
+        first = ProbesAsCandidates(cut)
+    arguments = (relabel, config.probe, config.data, plan if sampling else None, cut)
+    judge = Pool("judge", Judge, arguments, resources.scorers, resources.scorer_cpus)
+    run_pipeline(scores, relabeled, [first, judge], _limits(config), done)
+    relabeled.seal({"reused_probe": reuse, "method": relabel.method, "samples": relabel.samples})
+
+
+def _plan(config: PreSFTConfig, model: Sampled, step: int, samples: int, temperature: float) -> SamplingPlan:
+    return SamplingPlan(
+        label=model.label,
+        model=model.model,
+        generate=config.generate,
+        data=config.data,
+        seed=config.run.seed,
+        step=step,
+        samples=samples,
+        temperature=temperature,
+    )
+
+
+def _resources(config: PreSFTConfig, *, generating: bool) -> StageResources:
+    import ray
+
+    total = ray.cluster_resources()
+    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    return stage_resources(config.pipeline, config.generate, cpus, gpus, generating=generating)
+
+
+def _generator(name: str, worker: type, arguments: tuple[Any, ...], config: PreSFTConfig, resources: StageResources) -> Pool:
+    plan: SamplingPlan = arguments[0]
+    environment = rollout_environment(plan.rollout(), threads=resources.generator_threads)
+    return Pool(
+        name,
+        worker,
+        arguments,
+        resources.generators,
+        resources.generator_cpus,
+        resources.generator_gpus,
+        environment,
+    )
+
+
+def _limits(config: PreSFTConfig) -> Limits:
+    return Limits(config.pipeline.max_restarts, config.pipeline.stall_seconds)
+
+
+def _column(parts: PartFolder, name: str, kind: Any) -> NDArray[Any]:
+    pieces: list[NDArray[Any]] = [table.column(name).to_numpy() for table in parts.tables([name])]
+    column: NDArray[Any] = np.concatenate(pieces).astype(kind, copy=False)
+    return column
+
+
+def _score_facts(scores: PartFolder, signature: str) -> dict[str, Any]:
+    """What is known once all pairs are scored; a few numbers a row are in memory at a time."""
+    import pyarrow.compute as pc
+
+    bleu, tokens, rows = 0.0, 0, 0
+    for table in scores.tables(["bleu", "probe_tokens"]):
+        rows += table.num_rows
+        bleu += float(pc.sum(table.column("bleu")).as_py())
+        tokens += int(pc.sum(pc.list_flatten(table.column("probe_tokens"))).as_py() or 0)
+    facts = {"rows": rows, "signature": signature, "mean_bleu": bleu / rows, "probe_tokens": tokens}
+    likelihood = _column(scores, "likelihood", np.float64)
+    if not np.isnan(likelihood).any():
+        facts["likelihood_correlation"] = correlation(list(likelihood), list(_column(scores, "bleu", np.float64)))
+    return facts

@@ -1,0 +1,134 @@
+"""The first pass, as stages over part tables: answer every prompt, then score the answers against the originals.
+
+Engines are imported by the processes that run one, so that a scorer is a small process.
+
+How likely the tuned model finds a response: the mean log-probability of its tokens, given the prompt.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rayrlhf.batch_inference.bleu import BleuScorer, aggregate
+from rayrlhf.batch_inference.intake import GIVEN
+from rayrlhf.batch_inference.sampling import SamplingPlan
+from rayrlhf.batch_inference.source import extended
+from rayrlhf.batch_inference.stored_prompts import encode_prompts, response_sequences
+from rayrlhf.config.presft import PairsSection, ProbeSection
+from rayrlhf.engines.scoring.frozen import FrozenEngine
+from rayrlhf.models.load import load_tokenizer
+
+BATCH_TOKENS = 8192
+"""Token budget of one forward."""
+
+
+class LikelihoodEngine:
+    """The tuned model, read only."""
+
+    def __init__(self, plan: SamplingPlan, data: PairsSection) -> None:
+        """Load the model.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        self._engine = FrozenEngine(plan.model, BATCH_TOKENS)
+        self._tokenizer: Any = load_tokenizer(plan.model)
+        self._data = data
+        self._longest = plan.generate.max_model_length or 10**9
+
+    def mean_logprobs(self, rows: Sequence[dict[str, Any]], responses: Sequence[str]) -> list[float]:
+        """Return the mean log-probability per token, in nats, of one response to each row's prompt, at temperature 1."""
+        prompts = encode_prompts(
+            self._tokenizer,
+            self._data,
+            [row["prompt"] for row in rows],
+            [row["messages"] for row in rows],
+            [row["source"] for row in rows],
+        )
+        sequences = response_sequences(self._tokenizer, prompts, responses, self._longest)
+        scores = self._engine.score(sequences, frozenset({"logprobs"}))
+        return [float(score.logprobs.mean()) for score in scores if score.logprobs is not None]
+
+
+if TYPE_CHECKING:
+    from rayrlhf.pipelines.presft.probing import LikelihoodEngine
+
+
+class Prober:
+    """Adds the model's responses to a part."""
+
+    def __init__(self, plan: SamplingPlan) -> None:
+        """Start the model."""
+        from rayrlhf.batch_inference.sampling import Sampler
+
+        self._sampler = Sampler(plan)
+
+    def __call__(self, table: Any) -> Any:
+        """Return the part with `probes`, `probe_finish` and `probe_tokens`."""
+        answers = self._sampler.answer(table.to_pylist())
+        columns: dict[str, list[Any]] = {
+            "probes": [[response.text for response in responses] for responses in answers],
+            "probe_finish": [[response.finish_reason for response in responses] for responses in answers],
+            "probe_tokens": [[response.tokens for response in responses] for responses in answers],
+        }
+        return extended(table, "probed", columns)
+
+
+def given_probes(table: Any) -> Any:
+    """Return a part with the responses that came with its rows in place of sampled ones."""
+    responses = [json.loads(columns)[GIVEN] for columns in table.column("columns").to_pylist()]
+    columns: dict[str, list[Any]] = {
+        "probes": [[response] for response in responses],
+        "probe_finish": [["stop"]] * len(responses),
+        "probe_tokens": [[0]] * len(responses),
+    }
+    return extended(table, "probed", columns)
+
+
+class ProbeScorer:
+    """Adds BLEU, and the likelihood of the original where it is asked for, to a probed part."""
+
+    _likelihood: "LikelihoodEngine | None" = None
+
+    def __init__(self, probe: ProbeSection, data: PairsSection, plan: SamplingPlan | None) -> None:
+        """Load the BLEU tokenizer, and the model for likelihoods."""
+        self._probe = probe
+        self._bleu = BleuScorer(probe.tokenize)
+        self._model = "given" if plan is None else plan.label
+        self._sampling = "{}" if plan is None else sampling_text(plan)
+        if probe.likelihood and plan is not None:
+            from rayrlhf.pipelines.presft.probing import LikelihoodEngine
+
+            self._likelihood = LikelihoodEngine(plan, data)
+
+    def __call__(self, table: Any) -> Any:
+        """Return the part with `probe_bleu`, `bleu`, `likelihood`, `model` and `sampling`."""
+        originals, probes = table.column("response").to_pylist(), table.column("probes").to_pylist()
+        bleu = [self._bleu.scores(texts, original) for texts, original in zip(probes, originals, strict=True)]
+        likelihood: list[float | None] = [None] * len(originals)
+        if self._likelihood is not None:
+            likelihood = list(self._likelihood.mean_logprobs(table.to_pylist(), originals))
+        columns: dict[str, list[Any]] = {
+            "probe_bleu": bleu,
+            "bleu": [aggregate(scores, self._probe.aggregate) for scores in bleu],
+            "likelihood": likelihood,
+            "model": [self._model] * len(originals),
+            "sampling": [self._sampling] * len(originals),
+        }
+        return extended(table, "scores", columns)
+
+
+def sampling_text(plan: SamplingPlan) -> str:
+    """Return the sampling parameters as JSON, for the provenance of each row."""
+    names = ("seed", "step", "samples", "temperature")
+    parameters = {name: getattr(plan, name) for name in names}
+    return json.dumps(parameters | {"backend": plan.generate.backend, "max_new_tokens": plan.generate.max_new_tokens})
+
+
+def correlation(first: list[float], second: list[float]) -> float | None:
+    """Return Pearson's correlation, or None where one side does not vary."""
+    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    return float(np.corrcoef(first, second)[0, 1])

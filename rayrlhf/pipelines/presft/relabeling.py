@@ -1,0 +1,164 @@
+"""The second pass, as stages over part tables: new responses for the struggling pairs, then the decision on every pair."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from rayrlhf.batch_inference.bleu import BleuScorer
+from rayrlhf.batch_inference.sampling import Response, SamplingPlan
+from rayrlhf.batch_inference.source import extended
+from rayrlhf.batch_inference.verification import Verifier
+from rayrlhf.config.presft import PairsSection, ProbeSection, RelabelSection
+from rayrlhf.pipelines.presft.probing import sampling_text
+from rayrlhf.pipelines.presft.selection import LEARNED, Candidate, Cut, Decision, agreement, decide, refusal
+
+if TYPE_CHECKING:
+    from rayrlhf.engines.scoring.reward_ensemble import RewardEnsemble
+    from rayrlhf.pipelines.presft.probing import LikelihoodEngine
+
+CANDIDATES = "_candidates"
+"""Column of JSON that carries candidates from the sampler to the judge."""
+Row = dict[str, Any]
+
+
+class CandidateSampler:
+    """Adds new responses for the struggling pairs of a part."""
+
+    def __init__(self, plan: SamplingPlan, cut: Cut) -> None:
+        """Start the model."""
+        from rayrlhf.batch_inference.sampling import Sampler
+
+        self._sampler = Sampler(plan)
+        self._cut = cut
+
+    def __call__(self, table: Any) -> Any:
+        """Return the part with its candidates."""
+        rows = table.to_pylist()
+        struggling = [index for index, row in enumerate(rows) if self._cut.selects(row["bleu"], row["row"])]
+        answers = self._sampler.answer([rows[index] for index in struggling])
+        return with_candidates(table, dict(zip(struggling, answers, strict=True)))
+
+
+class ProbesAsCandidates:
+    """Takes the probes as the candidates: nothing is sampled."""
+
+    def __init__(self, cut: Cut) -> None:
+        """Keep the cut."""
+        self._cut = cut
+
+    def __call__(self, table: Any) -> Any:
+        """Return the part with its candidates, which cost no token."""
+        candidates = {
+            index: [Response(text, finish, 0) for text, finish in zip(row["probes"], row["probe_finish"], strict=True)]
+            for index, row in enumerate(table.to_pylist())
+            if self._cut.selects(row["bleu"], row["row"])
+        }
+        return with_candidates(table, candidates)
+
+
+def with_candidates(table: Any, candidates: dict[int, list[Response]]) -> Any:
+    """Return a part with the candidates of some of its rows, by index, in a column of JSON."""
+    import pyarrow as pa
+
+    texts = [
+        json.dumps([(response.text, response.finish_reason, response.tokens) for response in candidates.get(index, [])])
+        for index in range(table.num_rows)
+    ]
+    return table.append_column(CANDIDATES, pa.array(texts, pa.string()))
+
+
+class Judge:
+    """Decides on every pair of a part."""
+
+    _reward_model: "RewardEnsemble | None" = None
+    _likelihood: "LikelihoodEngine | None" = None
+
+    def __init__(
+        self, relabel: RelabelSection, probe: ProbeSection, data: PairsSection, plan: SamplingPlan | None, cut: Cut
+    ) -> None:
+        """Load what the method needs.
+
+        Raises:
+            UserError: a reward function or model cannot be loaded.
+        """
+        self._relabel, self._cut = relabel, cut
+        self._bleu = BleuScorer(probe.tokenize)
+        self._verifier = Verifier(relabel.verifier) if relabel.verifier is not None else None
+        if relabel.method == "reward_model" and relabel.reward_model is not None:
+            from rayrlhf.engines.scoring.reward_ensemble import RewardEnsemble
+
+            self._reward_model = RewardEnsemble(relabel.reward_model)
+        if relabel.method == "likelihood" and plan is not None:
+            from rayrlhf.pipelines.presft.probing import LikelihoodEngine
+
+            self._likelihood = LikelihoodEngine(plan, data)
+        self._plan = plan
+
+    def __call__(self, table: Any) -> Any:
+        """Return the part with the decision on each pair and all that led to it."""
+        rows = table.to_pylist()
+        flat: list[tuple[Row, Response]] = []
+        for row in rows:
+            row["responses"] = [Response(*fields) for fields in json.loads(row[CANDIDATES])]
+            flat += [(row, response) for response in row["responses"]]
+        verified = self._verified(flat)
+        scores = iter(self._scores(rows, flat, verified))
+        verdicts = iter(verified)
+        judged = []
+        for row in rows:
+            count = len(row["responses"])
+            own_scores = [next(scores) for _ in range(count)]
+            refusals = [self._refusal(response, next(verdicts)) for response in row["responses"]]
+            judged.append(self._judge(row, own_scores, refusals))
+        columns = {name: [row[name] for row in judged] for name in judged[0]} if judged else {}
+        return extended(table, "relabeled", columns)
+
+    def _judge(self, row: Row, scores: list[float], refusals: list[str | None]) -> Row:
+        texts = [response.text for response in row["responses"]]
+        struggling = self._cut.selects(row["bleu"], row["row"])
+        decision: Decision = LEARNED
+        if struggling:
+            candidates = [Candidate(*fields) for fields in zip(texts, scores, refusals, strict=True)]
+            decision = decide(self._relabel, row["response"], candidates)
+        return {
+            "struggling": struggling,
+            "decision": decision.action,
+            "reason": decision.reason,
+            "new_response": None if decision.chosen is None else texts[decision.chosen],
+            "guarded": decision.guarded,
+            "candidates": texts,
+            "candidate_scores": scores,
+            "refusals": [refused or "" for refused in refusals],
+            "new_tokens": sum(response.tokens for response in row["responses"]),
+            "relabel_model": self._plan.label if texts and self._plan is not None else row["model"] if texts else None,
+            "relabel_sampling": sampling_text(self._plan) if texts and self._plan is not None else None,
+        }
+
+    def _verified(self, flat: list[tuple[Row, Response]]) -> list[float | None]:
+        if self._verifier is None or not flat:
+            return [None] * len(flat)
+        responses = [response for _, response in flat]
+        return list(self._verifier.scores([row for row, _ in flat], responses))
+
+    def _scores(self, rows: list[Row], flat: list[tuple[Row, Response]], verified: list[float | None]) -> list[float]:
+        """What the method says of each candidate of the part."""
+        if self._relabel.method == "mbr":
+            return [score for row in rows for score in agreement([response.text for response in row["responses"]], self._bleu)]
+        if not flat:
+            return []
+        if self._reward_model is not None:
+            texts = [response.text for _, response in flat]
+            return [float(score) for score in self._reward_model.score([row["prompt"] for row, _ in flat], texts)]
+        if self._likelihood is not None:
+            return self._likelihood.mean_logprobs([row for row, _ in flat], [response.text for _, response in flat])
+        if self._relabel.method == "verifier":
+            return [float(score or 0.0) for score in verified]
+        return [0.0] * len(flat)
+
+    def _refusal(self, response: Response, verifier_score: float | None) -> str | None:
+        return refusal(
+            response.text,
+            response.finish_reason,
+            loop_repeats=self._relabel.loop_repeats,
+            verifier_score=verifier_score,
+            verifier_minimum=self._relabel.verifier_minimum,
+        )

@@ -1,0 +1,213 @@
+"""The built-in callback that writes the run folder and shows the run: metrics, TensorBoard, samples, trace, live view."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from rayrlhf.actors.footprint import role_peaks
+from rayrlhf.actors.heartbeat import Watch
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.data.records import Prompt, Rollout
+from rayrlhf.observe.diagnostics import Diagnosis
+from rayrlhf.observe.diagnostics.machinery import LIMIT, PEAK
+from rayrlhf.observe.journal import MIRROR, RecoveryJournal
+from rayrlhf.observe.live import LiveView
+from rayrlhf.observe.memory import PeakMemory, memory_limit_bytes
+from rayrlhf.observe.metrics import MetricsSink, read_metrics
+from rayrlhf.observe.phases import PhaseTimer
+from rayrlhf.observe.run_folder import open_run
+from rayrlhf.observe.samples import Sample, SampleSink, read_samples
+from rayrlhf.observe.tensorboard import TensorBoardSink
+from rayrlhf.observe.trace import TraceWriter
+from rayrlhf.observe.trackers import Tracker, open_tracker
+from rayrlhf.ppo.callbacks import Callback
+from rayrlhf.ppo.evaluation import Evaluation
+from rayrlhf.ppo.scoring import ScoredRollouts
+from rayrlhf.ppo.token_texts import SampleTokens, token_kl
+from rayrlhf.rewards.score import RewardBatch
+
+if TYPE_CHECKING:
+    from rayrlhf.ppo.trainer import PPOTrainer
+
+GIB = 2**30
+EVALUATIONS = "evaluation"
+"""Folder of a run with every answer to the held-out prompts, one Parquet file an evaluation."""
+
+
+class Recorder(Callback):
+    """Holds a run's folder for as long as the run goes.
+
+    Attributes:
+        folder: where everything lies.
+        timer: phases of the current step; the trainer fills it, the recorder writes it to the trace.
+        diagnosis: what the newest step shows.
+        memory: peak memory over all processes of the run, sampled in the background.
+    """
+
+    def __init__(
+        self, config: PPOConfig, config_text: str, differences: Callable[[str, str], list[str]], view: LiveView
+    ) -> None:
+        """Open or create the run folder.
+
+        Raises:
+            UserError: the folder holds another configuration, is in use, or cannot be written.
+        """
+        self._config = config
+        self.folder = open_run(config.run.folder, config_text, differences, resume=config.run.resume)
+        self.timer = PhaseTimer()
+        self.memory = PeakMemory()
+        self.diagnosis = Diagnosis()
+        self._view = view
+        self._metrics = MetricsSink(self.folder.path)
+        self._samples = SampleSink(self.folder.samples)
+        self._tokens = SampleTokens(config.model)
+        self._evaluations = SampleSink(self.folder.path / EVALUATIONS)
+        self._trace = TraceWriter(self.folder.path) if config.observe.trace else None
+        self._journal = RecoveryJournal(self.folder.path)
+        self._tensorboard: TensorBoardSink | None = None
+        self._trackers: list[Tracker] = []
+        self._failed_copies = 0
+        self._watch: Watch | None = None
+
+    def __enter__(self) -> Self:
+        self.memory.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.memory.__exit__(kind, error, trace)
+        self._view.stop()
+        self._metrics.close()
+        if self._trace:
+            self._trace.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close()
+        self.folder.close()
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Show what is waited for, and put it into the trace."""
+        with self._view.wait(what):
+            yield
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the held-out prompts were answered after `step` steps already."""
+        return (self._evaluations.folder / f"step-{step:06d}.parquet").is_file()
+
+    def note(self, text: str) -> None:
+        """Show a line that stays."""
+        self._view.note(text)
+
+    def resume(self, step: int) -> None:
+        """Continue after `step`: what an interrupted run wrote beyond it is dropped, because it will be written again."""
+        self._metrics.rewind(step)
+        self._samples.rewind(step)
+        self._evaluations.rewind(step)
+        if self._config.observe.tensorboard:
+            self._tensorboard = TensorBoardSink(self.folder.tensorboard, resumed_after=step if step else None)
+        self.diagnosis.load(read_metrics(self.folder.path))
+        plain = self._config.model_dump(mode="json")
+        self._trackers = [open_tracker(name, self._config.run.name, plain) for name in self._config.observe.trackers]
+        self._view.start(self._config.run.steps, step)
+
+    def rewind(self, step: int) -> None:
+        """Go back within a run: what was written of later steps is dropped, because they will be taken again."""
+        self._metrics.rewind(step)
+        self.diagnosis.load(read_metrics(self.folder.path))
+        self._samples.rewind(step)
+        self._evaluations.rewind(step)
+        if self._tensorboard:
+            self._tensorboard.close()
+            self._tensorboard = TensorBoardSink(self.folder.tensorboard, resumed_after=step if step else None)
+
+    def recovery(self, event: str, actor: str, reason: str, seconds: float) -> None:
+        """Write down a loss or a recovery, and show it."""
+        self._journal.write(event, actor, reason, seconds)
+        self._failed_copies += event == MIRROR
+        took = f" after {seconds:.1f} s" if seconds else ""
+        self._view.note(f"{actor}: {event}{took}{f' ({reason})' if reason else ''}")
+
+    def on_start(self, trainer: "PPOTrainer") -> None:
+        """Take note of who hears from the processes."""
+        self._watch = trainer.care.watch
+
+    def on_step_end(self, step: int, metrics: Mapping[str, float], scored: ScoredRollouts) -> None:
+        """Write the step everywhere."""
+        row = dict(metrics) | {PEAK: self.memory.peak_bytes / GIB, LIMIT: memory_limit_bytes() / GIB}
+        if self._watch:
+            row |= role_peaks(self._watch.footprints())
+        if self._config.checkpoint.mirror is not None:
+            row["checkpoint/failed_copies"] = float(self._failed_copies)
+        self.diagnosis.add(step, row)
+        self._write(step, row | self.diagnosis.metrics)
+        self._samples.write(step, self._step_samples(scored))
+        if self._trace:
+            for span in self.timer.spans:
+                self._trace.span(span.name, "driver", span.start, span.end - span.start, arguments={"step": step})
+            self._trace.flush()
+        self._view.step(step, row)
+        self._tell_findings()
+
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Write every answer of an evaluation, and its numbers under the step it belongs to."""
+        samples = [
+            _sample(prompt, rollout, evaluation.rewards, index)
+            for index, (prompt, rollout) in enumerate(zip(evaluation.prompts, evaluation.rollouts, strict=True))
+        ]
+        self._evaluations.write(step, samples)
+        self.diagnosis.add(step, evaluation.metrics())
+        self._write(step, evaluation.metrics())
+        self._view.note(f"step {step}: held-out score {evaluation.mean_score:.3f} over {len(evaluation.prompts)} prompts")
+        self._tell_findings()
+
+    def on_checkpoint(self, step: int, folder: Path) -> None:
+        """Say where it is."""
+        self._view.note(f"step {step}: checkpoint {folder}")
+
+    def _tell_findings(self) -> None:
+        for finding in self.diagnosis.fresh:
+            self._view.note(str(finding))
+
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._metrics.write(step, metrics)
+        if self._tensorboard:
+            self._tensorboard.write(step, metrics)
+        for tracker in self._trackers:
+            tracker.write(step, metrics)
+
+    def _step_samples(self, scored: ScoredRollouts) -> list[Sample]:
+        """The first rollouts of the step, with what each was worth."""
+        shown = scored.rollouts[: self._config.observe.samples_per_step]
+        return [self._trained_sample(scored, index) for index in range(len(shown))]
+
+    def _trained_sample(self, scored: ScoredRollouts, index: int) -> Sample:
+        """A rollout of the step, with its tokens and their KL where a reference read it."""
+        rollout, kl = scored.rollouts[index], token_kl(scored, index)
+        sample = _sample(scored.prompts[rollout.key.prompt], rollout, scored.rewards, index)
+        if kl is None:
+            return sample
+        texts = self._tokens.texts(rollout.response_ids.tolist())
+        return replace(sample, kl=float(kl.sum()), tokens=texts, token_kl=kl.tolist())
+
+
+def read_evaluation(folder: Path, step: int) -> list[dict[str, Any]]:
+    """Every answer of the evaluation after `step` steps, one row a held-out prompt; empty if there was none."""
+    return [row for row in read_samples(folder / EVALUATIONS) if row["step"] == step]
+
+
+def _sample(prompt: Prompt, rollout: Rollout, rewards: RewardBatch, index: int) -> Sample:
+    return Sample(
+        prompt_id=rollout.key.prompt,
+        sample=rollout.key.sample,
+        prompt=prompt.text,
+        response=rollout.text,
+        score=float(rewards.scores[index]),
+        length=len(rollout.response_ids),
+        finish_reason=rollout.finish_reason,
+        version=int(rollout.versions.max()),
+        parts={name: float(values[index]) for name, values in rewards.parts.items()},
+    )

@@ -1,0 +1,61 @@
+"""The supervised start before PPO: given responses as a training batch, and the order in which they are seen."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.data.records import Prompt
+from rayrlhf.data.records import Sequence as TokenSequence
+from rayrlhf.data.training_batch import TrainingBatch
+from rayrlhf.engines.rollout.common import stop_token_ids
+from rayrlhf.engines.train.plan import UpdatePlan
+from rayrlhf.errors import UserError
+
+
+def check_warmup(config: PPOConfig, prompts: Sequence[Prompt]) -> None:
+    """Check that every prompt that may be imitated has a response.
+
+    Raises:
+        UserError: naming the row and the columns there are.
+    """
+    if config.warmup is None:
+        return
+    field = config.warmup.response_field
+    for prompt in prompts:
+        if not isinstance(prompt.columns.get(field), str) or not prompt.columns[field]:
+            columns = ", ".join(sorted(prompt.columns)) or "none"
+            raise UserError(
+                f"warmup.response_field {field!r}: row {prompt.id + 1} of {config.data.train.path} has no text there; "
+                f"its columns are: {columns}"
+            )
+
+
+def imitation_batch(config: PPOConfig, prompts: Sequence[Prompt], tokenizer: Any) -> TrainingBatch:
+    """The first `warmup.samples` shuffled prompts with their given responses, each closed by the model's own stop token."""
+    warmup = config.warmup
+    if warmup is None:
+        raise ValueError("the configuration has no warm-up")
+    order = np.random.default_rng(config.run.seed).permutation(len(prompts))[: warmup.samples]
+    stop = _stop_token(config, tokenizer)
+    sequences = []
+    for index in order:
+        prompt = prompts[index]
+        response = tokenizer(prompt.columns[warmup.response_field], add_special_tokens=False)["input_ids"]
+        ids = np.asarray([*response, stop][: config.rollout.max_new_tokens], dtype=np.int32)
+        sequences.append(TokenSequence(np.concatenate([prompt.token_ids, ids]), len(prompt.token_ids)))
+    lengths = np.array([sequence.response_length for sequence in sequences])
+    return TrainingBatch(sequences, {"action_mask": np.arange(lengths.max()) < lengths[:, None]})
+
+
+def imitation_plan(config: PPOConfig, samples: int) -> UpdatePlan:
+    """One pass in order, in optimizer steps of `warmup.mini_batch_size`."""
+    size = config.warmup.mini_batch_size if config.warmup else samples
+    return UpdatePlan([[list(range(start, min(start + size, samples))) for start in range(0, samples, size)]])
+
+
+def _stop_token(config: PPOConfig, tokenizer: Any) -> int:
+    """The token that ends a response: the tokenizer's own, which is among those the sampler stops at."""
+    stops = stop_token_ids(config.model, tokenizer)
+    return int(tokenizer.eos_token_id) if tokenizer.eos_token_id in stops else stops[0]

@@ -1,0 +1,46 @@
+"""What each learning role minimises, from the config; and which samples each optimizer step sees."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rayrlhf.actors.placement import Role
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.engines.objectives.base import Objective, PolicyObjective, SharedObjective, ValueObjective
+from rayrlhf.engines.train.plan import UpdatePlan
+
+
+def make_objectives(config: PPOConfig) -> dict[Role, Objective]:
+    """One objective per learning role: policy and critic apart, or both on the policy's trunk."""
+    algorithm = config.algorithm
+    temperature = config.rollout.temperature
+    corrected = algorithm.correction.level != "none"
+    policy = PolicyObjective(
+        algorithm.policy_loss, algorithm.kl, temperature, importance=corrected, longest=config.rollout.max_new_tokens
+    )
+    value = ValueObjective(algorithm.value_loss, temperature)
+    if config.critic.kind == "shared":
+        return {"policy": SharedObjective(policy, value)}
+    if config.critic.kind == "separate":
+        return {"policy": policy, "critic": value}
+    return {"policy": policy}
+
+
+def learning_roles(objectives: dict[Role, Objective], config: PPOConfig, step: int) -> dict[Role, Objective]:
+    """The objectives of those that learn in a step, counted from 0: the critic alone during its warm-up."""
+    if step < config.critic.warmup_steps:
+        return {role: objective for role, objective in objectives.items() if role == "critic"}
+    return objectives
+
+
+def plan_update(rows: Sequence[int], epochs: int, mini_batch_size: int, run_seed: int, step: int) -> UpdatePlan:
+    """Shuffle rows of the step's batch anew for each epoch and cut them into optimizer steps.
+
+    The order depends on (rows, run seed, step) only. Without rows there is no optimizer step.
+    """
+    random = np.random.default_rng((run_seed, step))
+    plan = []
+    for _ in range(epochs):
+        order = random.permutation(rows).tolist()
+        plan.append([order[start : start + mini_batch_size] for start in range(0, len(order), mini_batch_size)])
+    return UpdatePlan(plan)

@@ -1,0 +1,134 @@
+"""What a checkpoint claims to hold: every file with its size and SHA-256, and what it can be loaded into.
+
+The manifest is written last, when every byte it names is on the disk. Reading it back and hashing the files tells a whole
+checkpoint from one that was torn by a crash, cut by a full disk, or changed by a bad one.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rayrlhf.storage.atomic import write_atomically
+
+FORMAT = 1
+"""Version of the layout of a checkpoint folder."""
+FILE_NAME = "manifest.json"
+_BLOCK = 2**20
+
+
+class DamagedError(Exception):
+    """A folder that is not what its manifest says; the text names the file and what is wrong with it."""
+
+
+class FileRecord(NamedTuple):
+    """What one file must be: its size in bytes and the SHA-256 of its content."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(NamedTuple):
+    """The claim.
+
+    Attributes:
+        step: PPO steps done.
+        fingerprint: dotted key -> text, what a run must agree on to load the state.
+        files: path relative to the folder -> record, for all files but the manifest.
+        metric: value of the metric by which checkpoints compete; None where there is none.
+    """
+
+    step: int
+    fingerprint: Mapping[str, str]
+    files: Mapping[str, FileRecord]
+    metric: float | None = None
+
+
+def write_hashed(path: Path, content: bytes | memoryview) -> FileRecord:
+    """Write a file durably; the record is of what was meant to be written, so that a wrong disk is found out later.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(len(content), hashlib.sha256(content).hexdigest())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`, with a checksum of itself. Call last."""
+    body = {
+        "format": FORMAT,
+        "step": manifest.step,
+        "metric": manifest.metric,
+        "fingerprint": dict(manifest.fingerprint),
+        "files": {name: list(record) for name, record in sorted(manifest.files.items())},
+    }
+    write_atomically(folder / FILE_NAME, json.dumps(body | {"sha256": _digest(body)}, indent=1))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read `manifest.json`.
+
+    Raises:
+        DamagedError: it is not there, was changed, or has a layout that this version does not know.
+    """
+    try:
+        body = json.loads((folder / FILE_NAME).read_bytes())
+        claimed = body.pop("sha256")
+        if claimed != _digest(body):
+            raise DamagedError(f"{FILE_NAME}: its own checksum does not fit")
+        if body["format"] != FORMAT:
+            raise DamagedError(f"{FILE_NAME}: format {body['format']}, expected {FORMAT}")
+        files = {name: FileRecord(*record) for name, record in body["files"].items()}
+        return Manifest(body["step"], body["fingerprint"], files, body["metric"])
+    except OSError as error:
+        raise DamagedError(f"{FILE_NAME}: {error.strerror or error}") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DamagedError(f"{FILE_NAME}: not a manifest") from error
+
+
+def verify(folder: Path) -> Manifest:
+    """Read the manifest and hash every file it names.
+
+    Raises:
+        DamagedError: names the first file that is missing, cut or changed.
+    """
+    manifest = read_manifest(folder)
+    for name, record in manifest.files.items():
+        try:
+            size, digest = _hash(folder / name)
+        except OSError as error:
+            raise DamagedError(f"{name}: {error.strerror or error}") from error
+        if size != record.size:
+            raise DamagedError(f"{name}: {size} bytes, expected {record.size}")
+        if digest != record.sha256:
+            raise DamagedError(f"{name}: its SHA-256 differs from the manifest's")
+    return manifest
+
+
+def fingerprint_differences(stored: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """One `key: stored -> wanted` for each key in which two fingerprints differ."""
+    keys = dict.fromkeys([*stored, *wanted])
+    return [
+        f"{key}: {stored.get(key, 'absent')} -> {wanted.get(key, 'absent')}"
+        for key in keys
+        if stored.get(key) != wanted.get(key)
+    ]
+
+
+def _hash(path: Path) -> tuple[int, str]:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+    return size, digest.hexdigest()
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

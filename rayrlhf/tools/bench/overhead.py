@@ -1,0 +1,88 @@
+"""`rayrlhf bench overhead`: how much of a PPO step passes while no actor computes: the price of the driver and of Ray.
+
+Ray itself notes when each call of an actor began and ended. On one machine the models take turns, so what of a step is covered
+by no call is messages, bookkeeping and waiting. Where roles work side by side this is a lower bound, since a call may cover
+another's overhead.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayrlhf.tools.bench.paired import in_new_process
+from rayrlhf.tools.bench.ppo import Critic, PPOWork
+
+EXECUTE = "task:execute"
+"""Ray's name of the stretch in which the code of a call runs."""
+
+
+def idle_shares(windows: Sequence[tuple[float, float]], calls: Sequence[tuple[float, float]]) -> list[float]:
+    """Return the share of each window that no call covers.
+
+    Args:
+        windows: start and end of each step.
+        calls: start and end of each call, on the same clock, in any order; they may overlap.
+    """
+    shares = []
+    for start, end in windows:
+        covered, reached = 0.0, start
+        for first, last in sorted(calls):
+            first, last = max(first, reached), min(last, end)
+            if last > first:
+                covered += last - first
+                reached = last
+        shares.append(1.0 - covered / (end - start))
+    return shares
+
+
+def bench_overhead(
+    work: PPOWork, *, critic: Critic, rounds: int, progress: Callable[[str], None] = lambda _: None
+) -> list[float]:
+    """Return the share of each timed step, of all rounds, in which no actor computed."""
+    shares: list[float] = []
+    for number in range(rounds):
+        found = in_new_process(_run, work, critic)
+        progress(f"round {number + 1} of {rounds}: {', '.join(f'{share:.1%}' for share in found)} of each step")
+        shares += found
+    return shares
+
+
+def shares_as_json(work: PPOWork, shares: Sequence[float]) -> str:
+    """Everything measured, and its median."""
+    return json.dumps({"work": asdict(work), "shares": list(shares), "median": float(np.median(shares))}, indent=1)
+
+
+def _run(work: PPOWork, critic: Critic) -> list[float]:
+    # Ray's processes read these when they start.
+    os.environ.update({"RAY_PROFILING": "1", "RAY_task_events_report_interval_ms": "200"})
+    import time
+
+    import ray
+
+    from rayrlhf.ppo.callbacks import Callback
+    from rayrlhf.ppo.train_ppo import train_ppo
+
+    ends: list[float] = []
+    events: list[Mapping[str, Any]] = []
+
+    class Watch(Callback):
+        def on_step_end(self, step: int, metrics: Mapping[str, float], scored: Any) -> None:
+            ends.append(time.time())
+
+        def on_end(self, trainer: Any) -> None:
+            time.sleep(1.0)
+            events.extend(ray.timeline())
+
+    with tempfile.TemporaryDirectory() as name:
+        rows = "".join(json.dumps({"prompt": text}) + "\n" for text in work.texts())
+        (Path(name) / "prompts.jsonl").write_text(rows, encoding="utf-8")
+        train_ppo(work.config(critic, Path(name)), [Watch()])
+    calls = [(event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6) for event in events if event["cat"] == EXECUTE]
+    return idle_shares(list(pairwise(ends)), calls)

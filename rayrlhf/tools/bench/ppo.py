@@ -1,0 +1,230 @@
+"""`rayrlhf bench ppo`: seconds of a PPO step of ours, of TRL's PPOTrainer, and of the bare model calls that the step needs.
+
+All three sample from the same prompts, with policy, critic, reference and reward models of their own and of one size, and take
+one optimizer step an epoch. Each runs in a process of its own, in turns; a step is timed from the end of the one before,
+whatever happens in between, and the first is left out. TRL's trainer is that of its last release that had one, with its
+defaults but for gradient checkpointing, which it has on and which would make it slower. Responses end at the end token in all
+three. The bare calls are vLLM's `LLM.generate` and plain torch forwards and backwards on padded batches, one after the other;
+where the policy learns adapters alone there are none.
+
+What each phase took is told beside the speeds, as seconds and as a share of the fastest matrix product of this machine.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from rayrlhf.config.loading.load import load_config
+from rayrlhf.config.model import ModelSection
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.data.toy.word_problems import generate
+from rayrlhf.engines.rollout.common import rollout_environment
+from rayrlhf.models.builtin import resolve_model
+from rayrlhf.models.load import load_tokenizer
+from rayrlhf.tools.bench.paired import Comparison, Precision, compare, in_new_process
+from rayrlhf.tools.bench.trl_release import installed_trl
+from rayrlhf.tools.bench.work import Lengths, peak_operations, phase_operations, phase_table
+from rayrlhf.tools.launch.shape import read_shape
+
+Critic = Literal["separate", "shared"]
+BARE = "bare torch and vLLM calls"
+SHORTEST, LONGEST = 32, 96
+"""Of a prompt, in characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class PPOWork:
+    """What every contender does.
+
+    Attributes:
+        policy: path of the policy, reference and (with a new head) critic; a folder.
+        reward: path of a sequence classifier of one label; a folder.
+        precision: what is computed in; weights and optimizer stay in float32.
+        prompts: prompts of a step, one response each, all in one mini-batch.
+        new_tokens: longest response.
+        epochs: optimizer steps on a batch.
+        updates: timed PPO steps.
+        lora: rank of adapters on all linear layers of the policy, whose reference is then itself without them; 0 for none.
+    """
+
+    policy: str
+    reward: str
+    precision: Precision
+    prompts: int = 64
+    new_tokens: int = 64
+    epochs: int = 4
+    updates: int = 3
+    lora: int = 0
+
+    def texts(self) -> list[str]:
+        """The prompts of all steps, the first included."""
+        count = self.prompts * (self.updates + 1)
+        lengths = np.random.default_rng(0).integers(SHORTEST, LONGEST + 1, count)
+        rows = zip(generate(0, count, "train"), lengths, strict=True)
+        return [f"{row['solution']} {row['question']}"[-length:] for row, length in rows]
+
+    def token_ids(self) -> list[list[int]]:
+        """The prompts as the policy's tokenizer reads them."""
+        ids: list[list[int]] = load_tokenizer(self.config("none", Path()).model)(self.texts())["input_ids"]
+        return ids
+
+    def config(self, critic: str, folder: Path) -> PPOConfig:
+        """The same work as a configuration of ours."""
+        adapters = f", lora: {{rank: {self.lora}, alpha: {2 * self.lora}}}" if self.lora else ""
+        own_critic = {
+            "separate": [f"critic={{kind: separate, model: {{path: {json.dumps(self.policy)}, dtype: {self.precision}}}}}"]
+        }
+        return load_config(
+            PPOConfig,
+            None,
+            [
+                f"model={{path: {json.dumps(self.policy)}, dtype: {self.precision}{adapters}}}",
+                f"reward.model.model={{path: {json.dumps(self.reward)}, dtype: {self.precision}}}",
+                'reward.model.template="{prompt}{response}"',
+                f"data={{chat: false, train: {{path: {json.dumps(str(folder / 'prompts.jsonl'))}}}}}",
+                f"rollout={{prompts_per_step: {self.prompts}, max_new_tokens: {self.new_tokens}, max_model_length: 256}}",
+                f"train={{epochs: {self.epochs}, learning_rate: 1.0e-5}}",
+                f"run={{name: bench, root: {json.dumps(str(folder))}, steps: {self.updates + 1}}}",
+                "evaluation.every=0",
+                "checkpoint.every=0",
+                "observe.live=false",
+                *own_critic.get(critic, [f"critic.kind={critic}"] if critic != "none" else []),
+            ],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one run of a contender took.
+
+    Attributes:
+        step: seconds of a step.
+        phases: phase -> seconds of it in the last step.
+        lengths: of that step's prompts and responses.
+    """
+
+    step: float
+    phases: dict[str, float]
+    lengths: Lengths
+
+
+@dataclass(frozen=True)
+class PPOBench:
+    """Speeds of all contenders, and the last round's phases of those that tell theirs.
+
+    Attributes:
+        comparison: steps an hour.
+        seconds: contender -> phase -> seconds.
+        operations: contender -> phase -> floating-point operations; empty with adapters.
+        peak: floating-point operations a second of this machine.
+    """
+
+    comparison: Comparison
+    seconds: Mapping[str, Mapping[str, float]]
+    operations: Mapping[str, Mapping[str, float]]
+    peak: float
+
+    def as_markdown(self) -> str:
+        """Both tables."""
+        return f"{self.comparison.as_markdown()}\n\n{phase_table(self.seconds, self.operations, self.peak)}"
+
+
+def bench_ppo(
+    work: PPOWork, *, critics: tuple[Critic, ...], rounds: int, progress: Callable[[str], None] = lambda _: None
+) -> PPOBench:
+    """Let TRL, the bare calls and ours (once for each kind of critic) take turns.
+
+    Returns:
+        Steps an hour, TRL's as the baseline, and phases.
+
+    Raises:
+        UserError: TRL's release cannot be installed.
+    """
+    release, folder = installed_trl(progress)
+    last: dict[str, Measured] = {}
+
+    def measured(name: str, run: Callable[..., Measured], *arguments: Any) -> Callable[[], float]:
+        def speed() -> float:
+            last[name] = in_new_process(run, work, *arguments)
+            return 3600 / last[name].step
+
+        return speed
+
+    contenders: dict[str, Callable[[], float]] = {f"TRL {release} PPOTrainer": lambda: _run_trl(work, folder)}
+    if not work.lora:
+        contenders[BARE] = measured(BARE, _run_bare)
+    for critic in critics:
+        name = f"rayrlhf, {critic} critic"
+        contenders[name] = measured(name, _run_ours, critic)
+    adapters = f", adapters of rank {work.lora}" if work.lora else ""
+    title = (
+        f"PPO step, {work.prompts} prompts x {work.new_tokens} new tokens x {work.epochs} epochs, {work.precision}{adapters}"
+    )
+    comparison = compare(title, "steps/h", contenders, rounds, progress)
+    shape = read_shape(ModelSection(path=work.policy))
+    operations = {name: {} if work.lora else phase_operations(shape, one.lengths, work.epochs) for name, one in last.items()}
+    peak = in_new_process(peak_operations, work.precision)
+    return PPOBench(comparison, {name: one.phases for name, one in last.items()}, operations, peak)
+
+
+def write_reward_model(model: str, folder: Path) -> tuple[str, str]:
+    """Write a sequence classifier of the model's size with a random head; returns the paths of the model and of it."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    policy = resolve_model(model)
+    AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(policy).save_pretrained(folder)
+    return policy, str(folder)
+
+
+def _run_trl(work: PPOWork, folder: Path) -> float:
+    """Run TRL's trainer where its own release is found first."""
+    script = Path(__file__).with_name("trl_ppo.py")
+    job = json.dumps(asdict(work) | {"token_ids": work.token_ids()})
+    environment = os.environ | {"PYTHONPATH": str(folder), "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, str(script)], input=job, env=environment, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(f"TRL's trainer ended with {run.returncode}: {run.stderr[-2000:]}")
+    return 3600 / float(np.median(json.loads(run.stdout.splitlines()[-1])))
+
+
+def _run_ours(work: PPOWork, critic: Critic) -> Measured:
+    from time import perf_counter
+
+    from rayrlhf.ppo.callbacks import Callback
+    from rayrlhf.ppo.train_ppo import train_ppo
+
+    ends: list[float] = []
+    last: dict[str, Any] = {}
+
+    class Clock(Callback):
+        def on_step_end(self, step: int, metrics: Mapping[str, float], scored: Any) -> None:
+            ends.append(perf_counter())
+            times = {name.removeprefix("time/"): value for name, value in metrics.items() if name.startswith("time/")}
+            last["phases"] = {name: value for name, value in times.items() if name != "step" and "/" not in name}
+            prompts = [len(scored.prompts[rollout.key.prompt].token_ids) for rollout in scored.rollouts]
+            last["lengths"] = Lengths(prompts, [len(rollout.response_ids) for rollout in scored.rollouts])
+
+    with tempfile.TemporaryDirectory() as name:
+        rows = "".join(json.dumps({"prompt": text}) + "\n" for text in work.texts())
+        (Path(name) / "prompts.jsonl").write_text(rows, encoding="utf-8")
+        train_ppo(work.config(critic, Path(name)), [Clock()])
+    return Measured(float(np.median(np.diff(ends))), **last)
+
+
+def _run_bare(work: PPOWork) -> Measured:
+    # Must be there before vLLM is imported. The engine stays in this process, as it does in our actors.
+    os.environ.update(rollout_environment(work.config("none", Path()).rollout, threads=os.cpu_count() or 1))
+    from rayrlhf.tools.bench.bare_ppo import BarePPO
+
+    bare = BarePPO(work)
+    seconds = bare.seconds()
+    return Measured(seconds, bare.parts, bare.lengths)

@@ -1,0 +1,217 @@
+"""Pre-SFT measured: scoring against a bare multiprocessing loop, generation against bare vLLM, memory of a million rows.
+
+Speeds are taken from the first part (or chunk) done to the last, so that neither side pays for its start: of both, a process
+that stays up would show the same.
+"""
+
+import json
+import multiprocessing
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rayrlhf.batch_inference.intake import GIVEN
+from rayrlhf.batch_inference.part_pipeline import Limits, Pool, run_pipeline
+from rayrlhf.batch_inference.parts import PartFolder
+from rayrlhf.batch_inference.sampling import SamplingPlan
+from rayrlhf.batch_inference.source import schemas
+from rayrlhf.batch_inference.stage_resources import stage_resources
+from rayrlhf.config.model import ModelSection
+from rayrlhf.config.presft import GenerateSection, PairsSection, PipelineSection, ProbeSection
+from rayrlhf.observe.memory import PeakMemory
+from rayrlhf.pipelines.presft.probing import Prober, ProbeScorer, given_probes
+from rayrlhf.tools.bench.paired import Comparison, Contender, compare
+
+ROWS_PER_PART = 4096
+GENERATED_PER_PART = 256
+WORDS = [
+    first + second for first in ("ba", "ke", "li", "mo", "nu", "ra", "se", "ti") for second in ("do", "fa", "go", "n", "s")
+]
+LIMITS = Limits(0, 600.0)
+Texts = list[tuple[str, str]]
+
+
+def synthetic_pairs(count: int, seed: int = 0) -> Iterator[tuple[str, str]]:
+    """Yield (hypothesis, reference) pairs of 20 to 60 words that share about four of five words."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        reference = draw.choices(WORDS, k=draw.randrange(20, 61))
+        hypothesis = [word if draw.random() < 0.8 else draw.choice(WORDS) for word in reference]
+        yield " ".join(hypothesis) + ".", " ".join(reference) + "."
+
+
+def write_rows(folder: PartFolder, count: int, rows_per_part: int = ROWS_PER_PART) -> None:
+    """Write synthetic pairs as the part files that scoring reads, with the hypotheses as given responses."""
+    import pyarrow as pa
+
+    pairs, first, index = synthetic_pairs(count), 0, 0
+    while batch := list(islice(pairs, rows_per_part)):
+        rows = [
+            {
+                "row": first + place,
+                "source": first + place,
+                "prompt": f"number {first + place}",
+                "response": reference,
+                "columns": json.dumps({GIVEN: hypothesis}),
+            }
+            for place, (hypothesis, reference) in enumerate(batch)
+        ]
+        folder.write(index, pa.Table.from_pylist(rows, schema=schemas()["rows"]))
+        first, index = first + len(batch), index + 1
+    folder.seal({"rows": count})
+
+
+class SteadySpeed:
+    """Rows a second from the first report to the last."""
+
+    def __init__(self) -> None:
+        """Start without reports."""
+        self._first: float | None = None
+        self._last = 0.0
+        self._rows = 0
+
+    def done(self, rows: int) -> None:
+        """Take in a report of finished rows; those of the first only start the clock."""
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = now
+        else:
+            self._rows += rows
+        self._last = now
+
+    @property
+    def value(self) -> float:
+        """Rows a second."""
+        assert self._first is not None
+        return self._rows / (self._last - self._first)
+
+
+def bench_scoring(*, rows: int, rounds: int, progress: Callable[[str], None]) -> Comparison:
+    """Compare our scoring, Parquet to Parquet on Ray Data, with `multiprocessing.Pool` over sacrebleu on texts in memory."""
+    import ray
+
+    cpus = int(ray.cluster_resources()["CPU"])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = PartFolder(folder / "rows")
+        write_rows(source, rows)
+        pairs = list(synthetic_pairs(rows))
+        chunks = [pairs[start : start + ROWS_PER_PART] for start in range(0, rows, ROWS_PER_PART)]
+        targets = (PartFolder(folder / f"scores-{number}") for number in range(rounds))
+        contenders: dict[str, Contender] = {
+            "multiprocessing over sacrebleu": partial(_bare_scoring, chunks, cpus),
+            "rayrlhf presft score": lambda: _score(source, next(targets), cpus),
+        }
+        title = f"BLEU of {rows:,} pairs on {cpus} cores"
+        return compare(title, "rows/s", contenders, rounds, progress)
+
+
+def bench_generation(model: str, *, prompts: int, new_tokens: int, rounds: int, progress: Callable[[str], None]) -> Comparison:
+    """Compare the generation stage with bare vLLM: the same prompts, settings and limits, a fresh engine for each run."""
+    import ray
+
+    from rayrlhf.engines.rollout.common import rollout_environment
+
+    generate = GenerateSection(max_new_tokens=new_tokens, max_concurrent=64, memory_gib=1.0)
+    data = PairsSection(path="bench", chat=False)
+    plan = SamplingPlan("bench", ModelSection(path=model), generate, data, 0, 0, 1, 0.0)
+    resources = stage_resources(PipelineSection(), generate, ray.cluster_resources()["CPU"], 0.0, generating=True)
+    environment = rollout_environment(plan.rollout(), threads=resources.generator_threads)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = PartFolder(folder / "rows")
+        write_rows(source, prompts, rows_per_part=GENERATED_PER_PART)
+        pool = Pool("probe", Prober, (plan,), 1, resources.generator_cpus, environment=environment)
+        targets = (PartFolder(folder / f"probed-{number}") for number in range(rounds))
+
+        def ours() -> float:
+            speed = SteadySpeed()
+            run_pipeline(source, next(targets), [pool], LIMITS, speed.done)
+            return speed.value
+
+        def bare() -> float:
+            actor = ray.remote(BareVLLM).options(num_cpus=1, runtime_env={"env_vars": environment}).remote(plan)
+            try:
+                return float(ray.get(actor.speed.remote([row["prompt"] for row in source.rows(["prompt"])])))
+            finally:
+                ray.kill(actor)
+
+        title = f"greedy responses of {new_tokens} tokens at most to {prompts:,} prompts, {model}"
+        return compare(title, "rows/s", {"bare vLLM": bare, "rayrlhf generation stage": ours}, rounds, progress)
+
+
+class BareVLLM:
+    """vLLM's own `LLM.generate` over all prompts at once, with the settings of our engine."""
+
+    def __init__(self, plan: SamplingPlan) -> None:
+        """Start vLLM."""
+        from vllm import LLM
+
+        from rayrlhf.models.load import resolve_dtype, resolve_path
+
+        self._limit = plan.generate.max_new_tokens
+        self._engine = LLM(
+            model=resolve_path(plan.model),
+            dtype=str(resolve_dtype(plan.model.dtype)).removeprefix("torch."),
+            max_num_seqs=plan.generate.max_concurrent,
+            kv_cache_memory_bytes=int(plan.generate.memory_gib * 2**30),
+            enforce_eager=True,
+            enable_chunked_prefill=False,
+            disable_log_stats=True,
+        )
+
+    def speed(self, prompts: list[str]) -> float:
+        """Return rows a second."""
+        from vllm import SamplingParams
+
+        started = time.perf_counter()
+        self._engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=self._limit), use_tqdm=False)
+        return len(prompts) / (time.perf_counter() - started)
+
+
+def million_rows(rows: int, progress: Callable[[str], None]) -> tuple[float, float]:
+    """Score synthetic rows; returns the largest memory of all processes together in GiB, and rows a second."""
+    import ray
+
+    with tempfile.TemporaryDirectory() as name:
+        source, target = PartFolder(Path(name) / "rows"), PartFolder(Path(name) / "scores")
+        progress(f"writing {rows:,} rows")
+        write_rows(source, rows)
+        progress("scoring them")
+        with PeakMemory() as memory:
+            speed = _score(source, target, int(ray.cluster_resources()["CPU"]))
+        return memory.peak_bytes / 2**30, speed
+
+
+def _score(source: PartFolder, target: PartFolder, cpus: int) -> float:
+    probe, data = ProbeSection(response_field="answer"), PairsSection(path="bench")
+    resources = stage_resources(PipelineSection(), GenerateSection(), float(cpus), 0.0, generating=False)
+    scorer = Pool("score", ProbeScorer, (probe, data, None), resources.scorers, resources.scorer_cpus)
+    speed = SteadySpeed()
+    run_pipeline(source, target, [given_probes, scorer], LIMITS, speed.done)
+    return speed.value
+
+
+def _bare_scoring(chunks: list[Texts], processes: int) -> float:
+    speed = SteadySpeed()
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for rows in pool.imap_unordered(_score_chunk, chunks):
+            speed.done(len(rows))
+    return speed.value
+
+
+def _score_chunk(chunk: Texts) -> list[float]:
+    metric = _metric()
+    return [metric.sentence_score(hypothesis, [reference]).score for hypothesis, reference in chunk]
+
+
+@cache
+def _metric() -> Any:
+    from sacrebleu.metrics import BLEU
+
+    return BLEU(effective_order=True)

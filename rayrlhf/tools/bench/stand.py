@@ -1,0 +1,32 @@
+"""The actors of a small PPO run, without its loop, for benchmarks of what one of them does."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from rayrlhf.actors.connection import connected, running_crew
+from rayrlhf.config.loading.load import load_config
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.data.prompt_sampler import PromptSampler
+from rayrlhf.data.records import Prompt
+from rayrlhf.ppo.trainer import PPOTrainer
+
+
+def bench_config(overrides: Sequence[str]) -> PPOConfig:
+    """A configuration without data, reference or critic; prompts are given to the trainer directly."""
+    base = [
+        "run.name=bench",
+        "data.train.path=none",
+        "reward.functions=[{name: format, arguments: {pattern: x}}]",
+        "algorithm={kl: {coefficient: 0.0}, advantage: {estimator: reinforce}}",
+    ]
+    return load_config(PPOConfig, None, [*base, *overrides])
+
+
+@contextmanager
+def standing_trainer(config: PPOConfig) -> Iterator[PPOTrainer]:
+    """Start Ray and the actors with their models; all ends with the block."""
+    with connected(config.placement.address), running_crew(config) as crew:
+        crew.build(config.deadlines.start)
+        yield PPOTrainer(config, crew, PromptSampler([Prompt(0, "", np.zeros(1, np.int32))], seed=0))

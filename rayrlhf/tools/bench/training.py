@@ -1,0 +1,125 @@
+"""`rayrlhf bench train`: tokens a second of an optimizer step of our policy actor and of a bare torch step on the same samples.
+
+Both hold float32 weights, compute in autocast where the precision is bfloat16, use torch's fused AdamW and all threads, and
+stay up between runs; one works at a time. The bare step pads rows of like length together and applies the output layer from the
+shortest prompt's end on; its loss is a mean of squares, which costs nothing beside ours.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.data.records import Sequence
+from rayrlhf.data.toy.word_problems import generate
+from rayrlhf.data.training_batch import TrainingBatch
+from rayrlhf.engines.train.plan import UpdatePlan
+from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
+from rayrlhf.ppo.update_objectives import make_objectives
+from rayrlhf.tools.bench.paired import Comparison, compare
+from rayrlhf.tools.bench.stand import bench_config, standing_trainer
+
+MOST_PROBLEMS = 8
+"""Of one sample: some 300 tokens."""
+
+
+def bench_training(model: str, *, samples: int, rounds: int, progress: Callable[[str], None] = lambda _: None) -> Comparison:
+    """Let the bare step and ours take turns.
+
+    Args:
+        model: path of the policy.
+        samples: of one optimizer step.
+        rounds: steps of each.
+        progress: told each speed.
+
+    Returns:
+        Prompt and response tokens a second, the bare step's as the baseline.
+    """
+    config = bench_config([f"model.path={model}", "rollout={max_new_tokens: 8, max_model_length: 128, memory_gib: 0.25}"])
+    batch = word_problem_batch(config, samples)
+    tokens = sum(batch.lengths)
+    with standing_trainer(config) as trainer:
+        threads = trainer.crew.plan.seats["policy"][0].threads
+        bare = ray.remote(BareTrainer).options(num_cpus=0).remote(config, list(batch.sequences), threads)
+        objective = make_objectives(config)["policy"]
+        plan = UpdatePlan([[list(range(samples))]])
+        reference = ray.put(batch)
+
+        def ours() -> float:
+            policy = trainer.crew["policy"]
+            started = time.perf_counter()
+            policy.wait(policy.call("update", reference, plan, objective), "update", config.deadlines.update)
+            return tokens / (time.perf_counter() - started)
+
+        contenders: dict[str, Callable[[], float]] = {
+            "bare torch step": lambda: float(ray.get(bare.speed.remote())),
+            "rayrlhf policy update": ours,
+        }
+        for warm in contenders.values():
+            warm()
+        title = f"optimizer step on {samples} samples of {tokens:,} tokens, {model}, {threads} threads"
+        return compare(title, "tokens/s", contenders, rounds, progress)
+
+
+def word_problem_batch(config: PPOConfig, samples: int) -> TrainingBatch:
+    """Two to eight word problems a sample, their solutions as the response, and experience of the right shape."""
+    tokenizer = load_tokenizer(config.model)
+    problems = iter(generate(0, samples * MOST_PROBLEMS, "train"))
+    sequences = []
+    for count in np.random.default_rng(0).integers(2, MOST_PROBLEMS + 1, samples):
+        rows = [next(problems) for _ in range(count)]
+        prompt, response = (tokenizer("\n".join(row[name] for row in rows))["input_ids"] for name in ("question", "solution"))
+        sequences.append(Sequence(np.array([*prompt, *response], dtype=np.int32), len(prompt)))
+    lengths = np.array([sequence.response_length for sequence in sequences])
+    shape = (samples, int(lengths.max()))
+    arrays: dict[str, Any] = {
+        "old_logprobs": np.full(shape, -1.0, dtype=np.float32),
+        "advantages": np.random.default_rng(0).standard_normal(shape).astype(np.float32),
+        "action_mask": np.arange(shape[1]) < lengths[:, None],
+    }
+    return TrainingBatch(sequences, arrays)
+
+
+class BareTrainer:
+    """The same model and optimizer with nothing around them, in a process of its own."""
+
+    ROWS = 4
+    """Of a forward, at most."""
+
+    def __init__(self, config: PPOConfig, sequences: list[Sequence], threads: int) -> None:
+        """Load the model and pad the sequences."""
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(threads)
+        self._dtype = resolve_dtype(config.model.dtype)
+        self._model = AutoModelForCausalLM.from_pretrained(resolve_path(config.model), dtype=torch.float32)
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-6, fused=True)
+        rows = sorted(sequences, key=lambda sequence: len(sequence.token_ids))
+        self._batches = [rows[start : start + self.ROWS] for start in range(0, len(rows), self.ROWS)]
+
+    def speed(self) -> float:
+        """Tokens a second of one optimizer step."""
+        started = time.perf_counter()
+        self._optimizer.zero_grad()
+        for batch in self._batches:
+            loss: Any = self._logprobs(batch).square().mean()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        self._optimizer.step()
+        tokens = sum(len(sequence.token_ids) for batch in self._batches for sequence in batch)
+        return tokens / (time.perf_counter() - started)
+
+    def _logprobs(self, batch: list[Sequence]) -> torch.Tensor:
+        ids = [torch.from_numpy(sequence.token_ids.astype(np.int64)) for sequence in batch]
+        pad = torch.nn.utils.rnn.pad_sequence
+        padded, mask = pad(ids, batch_first=True), pad([torch.ones_like(one) for one in ids], batch_first=True)
+        prompt = min(sequence.prompt_length for sequence in batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+            kept = padded.shape[1] - prompt + 1
+            logits = self._model(input_ids=padded, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
+        chosen: torch.Tensor = torch.log_softmax(logits[:, :-1].float(), -1).gather(-1, padded[:, prompt:, None])
+        return chosen

@@ -1,0 +1,242 @@
+"""What a run will look like on a cluster: where every process sits, what it takes there, and what does not fit.
+
+Pure from the configuration, the machines and the shapes of the models to a `RunPlan`; only `read_shapes` looks at files.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from rayrlhf.actors.placement import Machine, Role, make_plan
+from rayrlhf.config.launch import NodeSection
+from rayrlhf.config.model import ModelSection
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.tools.launch.memory_plan import (
+    FLOAT,
+    GIB,
+    Memory,
+    Precision,
+    cache_bytes_per_token,
+    frozen_memory,
+    in_one_process,
+    rollout_memory,
+    sync_bytes,
+    train_memory,
+    waiting_between_turns,
+)
+from rayrlhf.tools.launch.role_layout import Place, lay_out
+from rayrlhf.tools.launch.shape import ModelShape, read_shape
+
+USABLE = 0.95
+"""Share of a memory that may be planned with: Ray kills processes beyond it on a node, and allocators lose some on a GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """Placement and memory of one run.
+
+    Attributes:
+        nodes: the machines.
+        places: every process.
+        memory: of one process of each role; on the rollout's GPUs per device.
+        problems: what does not fit, one line each; empty where everything does.
+        sync: bytes that a weight sync sends to each node with a replica.
+        cache_tokens: tokens whose keys and values a replica can hold.
+        longest: prompt and response of the longest sample, in tokens.
+    """
+
+    nodes: NodeSection
+    places: tuple[Place, ...]
+    memory: Mapping[Role, Memory]
+    problems: tuple[str, ...]
+    sync: int
+    cache_tokens: int
+    longest: int
+
+    def lines(self) -> Iterator[str]:
+        """The plan in words."""
+        nodes = self.nodes
+        kind = f"{nodes.gpus} GPUs of {nodes.gpu_memory_gib:g} GiB" if nodes.gpus else "no GPUs"
+        yield f"cluster: {nodes.count} x ({nodes.cpus} CPUs, {nodes.main_memory_gib:g} GiB, {kind})"
+        for role, memory in self.memory.items():
+            mine = [place for place in self.places if place.role == role]
+            yield f"{role}: {len(mine)} x {memory.total / GIB:.1f} GiB ({memory.describe()}) on {_where(mine)}"
+        sequences = self.cache_tokens // self.longest
+        yield f"KV cache of a replica: {self.cache_tokens} tokens, {sequences} samples of {self.longest}"
+        replicas = {place.node for place in self.places if place.role == "rollout"}
+        learner = {place.node for place in self.places if place.role == "policy" and place.rank == 0}
+        away = len(replicas - learner)
+        network = away * self.sync / GIB
+        yield f"weight sync: {self.sync / GIB:.2f} GiB into each of {len(replicas)} nodes, {network:.2f} GiB over the network"
+        yield from (f"does not fit: {problem}" for problem in self.problems)
+        if not self.problems:
+            yield "everything fits"
+
+
+def plan_run(config: PPOConfig, nodes: NodeSection) -> RunPlan:
+    """Plan a run without starting anything.
+
+    Raises:
+        UserError: a model's configuration cannot be read, or the cluster has too few CPUs or GPUs for the placement.
+    """
+    machine = Machine((float(nodes.cpus),) * nodes.count, (float(nodes.gpus),) * nodes.count)
+    resources = make_plan(config, machine)
+    places = lay_out(resources, machine)
+    shapes = {role: _shape(model) for role, model in _models(config).items()}
+    precision = _precision(config.model, nodes)
+    longest = _longest(config, shapes["policy"])
+    cache = _cache_bytes(config, nodes, shapes["policy"], precision, longest)
+    memory = {
+        role: _memory(config, role, len(seats), shapes.get(role), nodes, longest, cache)
+        for role, seats in resources.seats.items()
+    }
+    cache_tokens = max(cache, 0) // cache_bytes_per_token(shapes["policy"], precision)
+    sync = sync_bytes(shapes["policy"], precision)
+    problems = [*_device_problems(places, memory, nodes), *_node_problems(places, memory, nodes)]
+    if cache_tokens < longest:
+        problems.append(f"a replica's KV cache holds {cache_tokens} tokens, one sample may have {longest}")
+    return RunPlan(nodes, places, memory, tuple(problems), sync, cache_tokens, longest)
+
+
+def _models(config: PPOConfig) -> dict[Role, ModelSection]:
+    models: dict[Role, ModelSection] = {"policy": config.model, "rollout": config.model}
+    if config.critic.kind == "separate":
+        models["critic"] = config.critic.model or config.model
+    if config.needs_reference and not config.reference_in_policy:
+        models["reference"] = config.reference.model or config.model
+    if config.reward.model is not None:
+        models["reward"] = config.reward.model.model
+    return models
+
+
+def learning_shapes(config: PPOConfig) -> dict[Role, ModelShape]:
+    """Shapes of the models that learn."""
+    return {role: _shape(model) for role, model in _models(config).items() if role in ("policy", "critic")}
+
+
+def _shape(model: ModelSection) -> ModelShape:
+    lora = None if model.lora is None else model.lora.model_dump_json()
+    return _cached_shape(model.model_dump_json(include={"path", "revision", "trust_remote_code"}), lora)
+
+
+@lru_cache(maxsize=64)
+def _cached_shape(model: str, lora: str | None) -> ModelShape:
+    section = ModelSection.model_validate_json(model)
+    if lora is None:
+        return read_shape(section)
+    return read_shape(ModelSection.model_validate_json(f'{model[:-1]}, "lora": {lora}}}'))
+
+
+def _precision(model: ModelSection, nodes: NodeSection) -> Precision:
+    """`auto` on CPUs is counted as float32: which CPUs the nodes have is not known here, and it is the larger one."""
+    if model.dtype == "auto":
+        return Precision(2 if nodes.gpus else FLOAT)
+    return Precision(2 if model.dtype == "bfloat16" else FLOAT)
+
+
+def _longest(config: PPOConfig, shape: ModelShape) -> int:
+    if config.rollout.max_model_length is not None:
+        return config.rollout.max_model_length
+    prompt = config.data.max_prompt_tokens
+    return shape.context if prompt is None else min(shape.context, prompt + config.rollout.max_new_tokens)
+
+
+def _cache_bytes(config: PPOConfig, nodes: NodeSection, shape: ModelShape, precision: Precision, longest: int) -> int:
+    """Bytes of keys and values of a replica over all of its devices; negative where its weights alone are too large."""
+    rollout = config.rollout
+    if nodes.gpus:
+        devices = rollout.tensor_parallel_size
+        rest = rollout_memory(shape, precision, devices=devices, cache=0).total
+        return devices * int(rollout.gpu_memory_utilization * nodes.gpu_memory_gib * GIB - rest)
+    useful = (rollout.max_concurrent + 1) * (longest + 32) * cache_bytes_per_token(shape, precision)
+    return min(int(rollout.memory_gib * GIB), useful)
+
+
+def _memory(
+    config: PPOConfig, role: Role, ranks: int, shape: ModelShape | None, nodes: NodeSection, longest: int, cache: int
+) -> Memory:
+    """Memory of one process of a role."""
+    train, model = config.train, _models(config).get(role)
+    if shape is None or model is None:
+        return Memory(overhead=GIB // 2)  # Python, Ray and the user's reward functions; never on a GPU
+    precision = _precision(model, nodes)
+    if role == "reward" and config.reward.model is not None:
+        members = [
+            frozen_memory(
+                _shape(one), _precision(one, nodes), tokens=max(train.score_batch_tokens, longest), gpu=bool(nodes.gpus)
+            )
+            for one in config.reward.model.models
+        ]
+        if nodes.gpus and config.reward.model.offload:
+            largest = max(members, key=lambda member: member.total)  # each has a turn of its own, and all wait on the host
+            return waiting_between_turns(replace(largest, host=sum(member.host for member in members)))
+        return in_one_process(members)
+    if role == "rollout":
+        return rollout_memory(shape, precision, devices=config.rollout.tensor_parallel_size, cache=max(cache, 0))
+    if role == "reference":
+        memory = frozen_memory(shape, precision, tokens=max(train.score_batch_tokens, longest), gpu=bool(nodes.gpus))
+        return waiting_between_turns(memory) if nodes.gpus and config.reference.offload else memory
+    samples = -(-config.mini_batch_size // ranks)
+    if train.micro_batch_size is not None:
+        tokens = min(train.micro_batch_size, samples) * longest
+    else:
+        tokens = min(max(train.micro_batch_tokens, longest), samples * longest)
+    return train_memory(
+        shape,
+        train,
+        precision,
+        ranks=ranks,
+        tokens=tokens,
+        checkpointing=model.gradient_checkpointing,
+        language=role == "policy",
+        states=0 if train.optimizer.name == "sgd" else 2,
+        gpu=bool(nodes.gpus),
+    )
+
+
+def _device_problems(places: tuple[Place, ...], memory: Mapping[Role, Memory], nodes: NodeSection) -> Iterator[str]:
+    load: dict[tuple[int, int], list[Role]] = defaultdict(list)
+    for place in places:
+        for device in place.devices:
+            load[place.node, device].append(place.role)
+    limit = USABLE * nodes.gpu_memory_gib
+    told: set[tuple[Role, ...]] = set()
+    for (node, device), roles in load.items():
+        # Roles on one device score one after the other, so of those that wait elsewhere only the largest is there at once.
+        always = sum(memory[role].total - memory[role].by_turns for role in roles)
+        total = (always + max(memory[role].by_turns for role in roles)) / GIB
+        if total > limit and tuple(roles) not in told:
+            told.add(tuple(roles))  # the other devices with the same roles have the same problem
+            parts = ", ".join(f"{role} {memory[role].total / GIB:.1f}" for role in roles)
+            yield f"node {node} GPU {device}: {total:.1f} of {limit:.1f} GiB ({parts})"
+
+
+def _node_problems(places: tuple[Place, ...], memory: Mapping[Role, Memory], nodes: NodeSection) -> Iterator[str]:
+    """Main memory: all of a process that has no GPU, and what the others take on the host while they load."""
+    limit = USABLE * nodes.main_memory_gib
+    for node in range(nodes.count):
+        mine = [place for place in places if place.node == node]
+        total = sum(memory[place.role].host if place.devices else memory[place.role].total for place in mine) / GIB
+        if total > limit:
+            yield f"node {node}: {total:.1f} of {limit:.1f} GiB of main memory while {len(mine)} processes load"
+            return  # the others are alike
+
+
+def _where(places: list[Place]) -> str:
+    """For example `node 0 GPUs 0-7, node 1 GPUs 0-3`."""
+    by_node: dict[int, set[int]] = defaultdict(set)
+    for place in places:
+        by_node[place.node] |= set(place.devices)
+    return ", ".join(f"node {node}{_span(devices)}" for node, devices in sorted(by_node.items()))
+
+
+def _span(devices: set[int]) -> str:
+    if not devices:
+        return ""
+    low, high = min(devices), max(devices)
+    if len(devices) == 1:
+        return f" GPU {low}"
+    if len(devices) == high - low + 1:
+        return f" GPUs {low}-{high}"
+    return " GPUs " + ",".join(map(str, sorted(devices)))

@@ -1,0 +1,134 @@
+"""The smallest change that makes a run fit: fewest settings first, and among as many the one that costs the least.
+
+Settings are tried in the order in which an engineer would: what costs nothing but time first, what changes the training last,
+more machines only when no settings help.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+from rayrlhf.config.launch import NodeSection
+from rayrlhf.config.loading.load import load_tree
+from rayrlhf.config.loading.override import apply_override
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.errors import UserError
+from rayrlhf.tools.launch.launch_plan import USABLE, learning_shapes, plan_run
+from rayrlhf.tools.launch.memory_plan import FLOAT, GIB
+
+MOST_SETTINGS = 3
+"""Most settings of one suggestion."""
+MOST_NODES = 64
+"""Most nodes that are suggested."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """A change after which everything fits.
+
+    Attributes:
+        overrides: settings as the command line takes them.
+        nodes: nodes that it needs; as many as there are, unless no settings help.
+    """
+
+    overrides: tuple[str, ...]
+    nodes: int
+
+
+def find_remedy(config: PPOConfig, nodes: NodeSection) -> Remedy | None:
+    """Search the changes; None where none of them helps, or nothing is needed."""
+    if unloadable(config, nodes) is not None:
+        return None
+    count = nodes.count
+    while count <= max(MOST_NODES, nodes.count):
+        cluster = nodes.model_copy(update={"count": count})
+        least = 0 if count > nodes.count else 1
+        for options in (list(_options(config, cluster)), list(_adapted(config, cluster))):
+            for size in range(least, MOST_SETTINGS + 1):
+                for groups in combinations(options, size):
+                    chosen = tuple(setting for group in groups for setting in group)
+                    keys = {setting.partition("=")[0] for setting in chosen}
+                    if len(keys) == len(chosen) and fits(config, cluster, chosen):
+                        return Remedy(chosen, count)
+        count *= 2
+    return None
+
+
+def unloadable(config: PPOConfig, nodes: NodeSection) -> str | None:
+    """Why no setting can help: a rank loads its whole model in float32 before it is sharded. None where that fits."""
+    limit = USABLE * nodes.gpu_memory_gib if nodes.gpus else USABLE * nodes.main_memory_gib
+    for role, shape in learning_shapes(config).items():
+        whole = FLOAT * shape.parameters / GIB
+        if whole > limit:
+            return (
+                f"each rank of the {role} loads the whole model in float32 before it is sharded: {whole:.1f} of {limit:.1f} GiB"
+            )
+    return None
+
+
+def fits(config: PPOConfig, nodes: NodeSection, overrides: tuple[str, ...] = ()) -> bool:
+    """Whether a run fits after some settings were changed."""
+    tree = config.model_dump(mode="json")
+    try:
+        for override in overrides:
+            apply_override(tree, override)
+        return not plan_run(load_tree(PPOConfig, tree, None, "plan"), nodes).problems
+    except UserError:
+        return False  # settings that contradict each other, or a placement that the machines cannot seat
+
+
+def _options(config: PPOConfig, nodes: NodeSection) -> Iterator[tuple[str, ...]]:
+    """Settings that belong together, cheapest first."""
+    ranks = [role for role in ("policy", "critic") if role == "policy" or config.critic.kind == "separate"]
+    for setting in _single(config, nodes):
+        yield (setting,)
+    for count in (2, 4, 8, 16, 32, 64):
+        if config.placement.policy.ranks < count <= nodes.count * nodes.gpus:
+            yield tuple(f"placement.{role}.ranks={count}" for role in ranks)
+
+
+def _adapted(config: PPOConfig, nodes: NodeSection) -> Iterator[tuple[str, ...]]:
+    """The same with adapters, which train another model: a last resort before more machines."""
+    if config.model.lora is None:
+        yield ("model.lora={rank: 16}",)
+        yield from _options(config, nodes)
+
+
+def _single(config: PPOConfig, nodes: NodeSection) -> Iterator[str]:
+    train, rollout = config.train, config.rollout
+    if not config.model.gradient_checkpointing:
+        yield "model.gradient_checkpointing=true"
+    for part in (2, 4, 8):
+        if train.micro_batch_size is None and train.micro_batch_tokens // part >= 256:
+            yield f"train.micro_batch_tokens={train.micro_batch_tokens // part}"
+    for share in (0.4, 0.3, 0.2, 0.15, 0.6, 0.7, 0.8, 0.9):
+        if nodes.gpus:
+            yield f"rollout.gpu_memory_utilization={share}"
+    for gibibytes in (1.0, 0.5):
+        if not nodes.gpus and gibibytes < rollout.memory_gib:
+            yield f"rollout.memory_gib={gibibytes}"
+    yield from (f"train.zero_stage={stage}" for stage in (1, 2, 3) if stage > train.zero_stage)
+    if nodes.gpus and config.placement.mode == "colocated":
+        yield "placement.mode=disaggregated"
+    for devices in (2, 4, 8):
+        if rollout.tensor_parallel_size < devices <= nodes.gpus:
+            yield f"rollout.tensor_parallel_size={devices}"
+    if nodes.gpus and config.needs_reference and not config.reference_in_policy and not config.reference.offload:
+        yield "reference.offload=true"
+    if nodes.gpus and config.reward.model is not None and not config.reward.model.offload:
+        yield "reward.model.offload=true"
+    if not train.offload_optimizer:
+        yield "train.offload_optimizer=true"
+
+
+def advice(config: PPOConfig, nodes: NodeSection) -> str:
+    """What to do about a run that does not fit, in one line."""
+    reason = unloadable(config, nodes)
+    if reason is not None:
+        return f"no setting helps: {reason}; use GPUs with more memory, or a smaller model"
+    remedy = find_remedy(config, nodes)
+    if remedy is None:
+        return f"no change of up to {MOST_SETTINGS} settings and {MOST_NODES} nodes makes it fit"
+    settings = " ".join(f"'{setting}'" if " " in setting else setting for setting in remedy.overrides)
+    more = [f"--nodes {remedy.nodes}"] if remedy.nodes != nodes.count else []
+    return f"smallest change that fits: {' '.join([*more, settings]).strip()}"

@@ -1,0 +1,113 @@
+"""Blocks that only the page of a run needs: charts beside each other, what to know first, folded texts, tokens in colour."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Literal
+
+from rayrlhf.observe.html.page import Block, Chart, Ids, preformatted
+
+KL_STEPS = (0.05, 0.25, 1.0)
+"""Nats a token from which its colour is faint, clear and strong."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChartGrid:
+    """Charts beside each other, as many as the window has room for."""
+
+    blocks: Sequence[Chart]
+
+    def html(self, ids: Ids) -> str:
+        """Return the charts."""
+        return f'<div class="grid">{"".join(chart.html(ids) for chart in self.blocks)}</div>'
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something to know before reading on: a title, lines, and how much it matters."""
+
+    kind: Literal["good", "info", "warning", "bad"]
+    title: str
+    lines: Sequence[str] = ()
+
+    def html(self, ids: Ids) -> str:
+        """Return the notice."""
+        lines = "".join(f"<li>{escape(line)}</li>" for line in self.lines)
+        listed = f"<ul>{lines}</ul>" if lines else ""
+        return f'<div class="notice {self.kind}"><strong>{escape(self.title)}</strong>{listed}</div>'
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """A long text, or blocks, behind a line that opens them."""
+
+    title: str
+    text: str = ""
+    blocks: Sequence[Block] = ()
+
+    def html(self, ids: Ids) -> str:
+        """Return the text and the blocks."""
+        content = (preformatted(self.text) if self.text else "") + "".join(block.html(ids) for block in self.blocks)
+        return f"<details><summary>{escape(self.title)}</summary>{content}</details>"
+
+
+@dataclass(frozen=True, slots=True)
+class CurveControls:
+    """The handles of all curves on the page: how smooth, and whether the other run is drawn."""
+
+    other: str | None
+
+    def html(self, ids: Ids) -> str:
+        """Return the handles."""
+        slider = '<label>smoothing <input type="range" id="smoothing" min="0" max="0.98" step="0.02" value="0.6"></label>'
+        box = "" if self.other is None else f'<label><input type="checkbox" id="compare" checked> {escape(self.other)}</label>'
+        return f'<div class="tools">{slider}{box}</div>'
+
+
+@dataclass(frozen=True, slots=True)
+class ColouredTokens:
+    """A response whose tokens are coloured by how far the policy has moved from the reference at each.
+
+    Attributes:
+        facts: about the response, one line.
+        prompt: what was asked.
+        tokens: the response's tokens as text.
+        kl: policy's log-prob minus the reference's for each token, nats; equally many.
+    """
+
+    facts: Sequence[str]
+    prompt: str
+    tokens: Sequence[str]
+    kl: Sequence[float]
+
+    def html(self, ids: Ids) -> str:
+        """Return the response."""
+        facts = "".join(f"<span>{escape(fact)}</span>" for fact in self.facts)
+        spans = "".join(
+            f'<span class="{kl_class(value)}" title="{value:+.3f} nats">{escape(token)}</span>'
+            for token, value in zip(self.tokens, self.kl, strict=True)
+        )
+        prompt = f"<h3>prompt</h3>{preformatted(self.prompt)}<h3>response</h3>"
+        return f'<article class="pair"><header>{facts}</header>{prompt}<pre class="tokens" tabindex="0">{spans}</pre></article>'
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLegend:
+    """What the colours of tokens mean."""
+
+    def html(self, ids: Ids) -> str:
+        """Return the legend."""
+        faint, clear, strong = KL_STEPS
+        parts = [("up", "likelier than under the reference"), ("down", "less likely")]
+        keys = "".join(
+            f'<span><span class="{kind}-1">{faint:g}</span><span class="{kind}-2">{clear:g}</span>'
+            f'<span class="{kind}-3">{strong:g}</span> {words}</span>'
+            for kind, words in parts
+        )
+        return f'<p class="note legend">{keys}<span>nats a token, from</span></p>'
+
+
+def kl_class(value: float) -> str:
+    """Return the style class of a token: `up` or `down` and its strength, `level` for hardly any difference."""
+    strength = sum(abs(value) >= step for step in KL_STEPS)
+    return f"{'up' if value > 0 else 'down'}-{strength}" if strength else "level"

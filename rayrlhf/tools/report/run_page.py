@@ -1,0 +1,172 @@
+"""The page of a run: what it was, how it went, what to look at, from the folder it left. One template for every kind of run.
+
+`rayrlhf report` writes it as a file and `rayrlhf watch --serve` keeps it up to date; both show the same blocks.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rayrlhf.observe.html.page import Block, DataTable, Heading, Paragraph, Tiles, render, write_page
+from rayrlhf.observe.progress import duration
+from rayrlhf.tools.report.run_answers import answers_section, rollouts_section, tokens_section
+from rayrlhf.tools.report.run_blocks import Folded, Notice
+from rayrlhf.tools.report.run_curves import curve_sections, run_labels, with_derived
+from rayrlhf.tools.report.run_findings import findings_section
+from rayrlhf.tools.report.run_timeline import timeline_section
+from rayrlhf.tools.report.run_view import RunView, read_run
+
+HEADLINES = (
+    ("objective/scores", "score"),
+    ("evaluation/score", "held-out score"),
+    ("loss", "training loss"),
+    ("evaluation/loss", "held-out loss"),
+    ("evaluation/accuracy", "held-out accuracy"),
+    ("objective/kl", "KL, nats a response"),
+    ("policy/entropy_avg", "entropy, nats a token"),
+    ("tokens/responses_len_mean", "response length"),
+)
+"""Metrics whose first and last values head the page."""
+
+
+def write_run_report(folder: Path, *, compare: Path | None = None, output: Path | None = None) -> Path:
+    """Write a run's page as one file that opens offline; returns its path.
+
+    Args:
+        folder: the run folder; only read, except for the page itself where `output` is not given.
+        compare: another run folder, whose curves and settings are shown beside this one's.
+        output: the file; `report.html` in the run folder when None.
+
+    Raises:
+        UserError: a folder holds no run, or the file cannot be written.
+    """
+    from rayrlhf.observe.disk import writing
+
+    view = read_run(folder)
+    other = read_run(compare, most_rollouts=0) if compare is not None else None
+    path = output or folder / "report.html"
+    with writing(path):
+        write_page(path, *page_of(view, other))
+    return path
+
+
+def live_page(folder: Path, *, most_rollouts: int) -> str:
+    """Return a run's page for a server that keeps it up to date.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    return render(*page_of(read_run(folder, most_rollouts=most_rollouts)), live=True)
+
+
+def page_of(view: RunView, other: RunView | None = None) -> tuple[str, str, list[Block]]:
+    """Return title, subtitle and blocks of a run's page."""
+    blocks: list[Block] = [_state(view)]
+    if view.missing:
+        blocks.append(Notice("info", "Not all of this run can be shown", view.missing))
+    blocks.append(Tiles(_figures(view)))
+    blocks += findings_section(view)
+    blocks += _comparison(view, other)
+    blocks += curve_sections(view, other)
+    blocks += timeline_section(view)
+    blocks += answers_section(view)
+    blocks += tokens_section(view.rollouts.rows)
+    blocks += rollouts_section(view)
+    blocks += _recovery(view)
+    blocks += _what_ran(view)
+    against = f", against {other.name}" if other is not None else ""
+    return f"{view.kind}: {view.name}", f"{_subject(view)}{against}", blocks
+
+
+def _state(view: RunView) -> Notice:
+    kinds = {"finished": "good", "running": "info", "stopped": "warning", "empty": "warning"}
+    words = view.state.words()
+    return Notice(kinds[view.state.state], words[0].upper() + words[1:])  # type: ignore[arg-type]
+
+
+def _subject(view: RunView) -> str:
+    model, train = view.setting("model", "path"), view.setting("data", "train") or view.setting("data", "path")
+    data = train.get("path") if isinstance(train, dict) else train
+    return ", ".join(str(part) for part in (model, data) if part) or str(view.folder)
+
+
+def _figures(view: RunView) -> list[tuple[str, str]]:
+    figures = []
+    for metric, label in HEADLINES:
+        series = view.series.get(metric)
+        if series and len(series.values) > 1:
+            figures.append((label, f"{_short(series.values[0])} → {_short(series.last)}"))
+        elif series:
+            figures.append((label, _short(series.last)))
+    derived = with_derived(view)
+    for metric, label in (("derived/seconds_per_response", "s a response"), ("memory/peak_gib", "GiB at the peak")):
+        if metric in derived:
+            figures.append((label, _short(derived[metric].last)))
+    times = view.series.get("time/step")
+    if times:
+        figures.append(("in steps", duration(sum(times.values))))
+    score = view.result.get("score")
+    if isinstance(score, dict) and all(isinstance(score.get(key), int | float) for key in ("mean", "low", "high")):
+        figures.append(("mean score, 95 % interval", f"{score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"))
+    return figures
+
+
+def _comparison(view: RunView, other: RunView | None) -> Iterator[Block]:
+    if other is None:
+        return
+    yield Heading("Against the other run")
+    this_label, other_label = run_labels([view, other])
+    yield Paragraph(f"{other_label} is drawn dashed ({other.state.words()}).")
+    rows = [
+        (label, view.series[metric].last, other.series[metric].last, view.series[metric].last - other.series[metric].last)
+        for metric, label in HEADLINES
+        if metric in view.series and metric in other.series
+    ]
+    if rows:
+        yield DataTable(["last value", this_label, other_label, "difference"], rows)
+    one, two = flat(view.config), flat(other.config)
+    keys = [key for key in dict.fromkeys([*one, *two]) if one.get(key) != two.get(key)]
+    changed = [(key, one.get(key), two.get(key)) for key in keys]
+    if changed:
+        yield DataTable(["setting that differs", this_label, other_label], changed)
+
+
+def _recovery(view: RunView) -> Iterator[Block]:
+    if not view.recovery:
+        return
+    yield Heading("Losses and recoveries")
+    rows = [tuple(_plain(event.get(key)) for key in ("event", "actor", "seconds", "reason")) for event in view.recovery[-500:]]
+    yield DataTable(["event", "process", "seconds", "reason"], rows)
+
+
+def _what_ran(view: RunView) -> Iterator[Block]:
+    if not view.config_text and not view.environment:
+        return
+    yield Heading("What was run, and on what")
+    facts = [(key, _plain(value)) for key, value in flat(view.environment).items()]
+    if facts:
+        yield DataTable(["environment", "found"], facts)
+    if view.config_text:
+        yield Folded("config.yaml", view.config_text)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return a tree of settings as dotted key -> value, as YAML would write the value."""
+    leaves: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= flat(value, f"{prefix}{key}.")
+        else:
+            text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10_000)
+            leaves[f"{prefix}{key}"] = text.removesuffix("\n...\n").strip()
+    return leaves
+
+
+def _plain(value: Any) -> str | int | float | None:
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,0 +1,83 @@
+"""First configuration files: one small commented YAML a task, and the schema of all its keys."""
+
+import json
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rayrlhf.config.section import Section
+from rayrlhf.errors import UserError
+from rayrlhf.storage.atomic import write_atomically
+
+ROOTS = {
+    "ppo": "rayrlhf.config.ppo:PPOConfig",
+    "sft": "rayrlhf.config.tuning.configs:SFTConfig",
+    "reward": "rayrlhf.config.tuning.configs:RewardTrainingConfig",
+    "dpo": "rayrlhf.config.tuning.configs:DPOConfig",
+    "presft": "rayrlhf.config.presft:PreSFTConfig",
+    "evaluate": "rayrlhf.config.evaluate:EvaluateConfig",
+    "icl-build": "rayrlhf.config.icl:ICLBuildConfig",
+    "icl-pack": "rayrlhf.config.icl:ICLPackConfig",
+    "icl-evaluate": "rayrlhf.config.icl:ICLEvaluateConfig",
+    "icl-distill": "rayrlhf.config.icl:ICLDistillConfig",
+}
+"""Task -> the class of its configuration."""
+MODEL = "builtin:smollm2-135m-instruct"
+
+
+def config_class(task: str) -> type[Section]:
+    """Return the class of a task's configuration.
+
+    Raises:
+        UserError: an unknown task.
+    """
+    if task not in ROOTS:
+        raise UserError(f"{task}: expected one of {', '.join(ROOTS)}")
+    module, name = ROOTS[task].split(":")
+    found: type[Section] = getattr(import_module(module), name)
+    return found
+
+
+def starter(task: str, model: str = MODEL, *, gpus: int = 0) -> str:
+    """Return a first configuration of a task as YAML with comments.
+
+    Args:
+        task: one of `ROOTS`.
+        model: path of the model to begin with.
+        gpus: of this machine; a step is larger where there are any.
+
+    Raises:
+        UserError: an unknown task.
+    """
+    config_class(task)
+    text = (files(__package__) / f"{task}.yaml").read_text(encoding="utf-8")
+    return text.replace("path: MODEL", f"path: {json.dumps(model)}").replace("PROMPTS", str(128 if gpus else 16))
+
+
+def visible_gpus() -> int:
+    """GPUs of this machine, without importing torch."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def write_starter(task: str, path: Path, model: str = MODEL, *, gpus: int = 0) -> None:
+    """Write a first configuration.
+
+    Raises:
+        UserError: an unknown task, or a file that is there already.
+    """
+    text = starter(task, model, gpus=gpus)
+    if path.exists():
+        raise UserError(f"{path}: is there already; name another file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)
+
+
+def json_schema(task: str) -> dict[str, Any]:
+    """Return the JSON schema of a task's configuration, for editors: types, defaults, bounds, and what each key means.
+
+    Raises:
+        UserError: an unknown task.
+    """
+    schema = config_class(task).model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": f"rayrlhf {task}"}

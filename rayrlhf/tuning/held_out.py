@@ -1,0 +1,145 @@
+"""Measuring a model on held-out samples and pairs, the work shared by all workers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from rayrlhf.algorithms.calibration import (
+    chance_probability,
+    expected_calibration_error,
+    margin_histogram,
+    pair_accuracy,
+    reliability,
+)
+from rayrlhf.algorithms.losses import bradley_terry_loss
+from rayrlhf.data.batching import balance
+from rayrlhf.data.records import Float32, TokenScores
+from rayrlhf.data.records import Sequence as TokenSequence
+from rayrlhf.data.supervised.datasets import PreferencePair, SupervisedSample
+from rayrlhf.engines.train.engine import TrainEngine
+from rayrlhf.engines.train.supervised_batches import answer_sequence, supervised_sequence
+from rayrlhf.models.network import Want
+
+CHANCE_LEVEL = 0.05
+"""A model counts as better than chance where fair coins would be as good in fewer than this share of trials."""
+
+
+@dataclass(frozen=True)
+class PreferenceScores:
+    """Rewards of held-out pairs.
+
+    Attributes:
+        chosen: float32 [N].
+        rejected: float32 [N].
+        margins: float32 [N], as given with the data, 0 where none is.
+    """
+
+    chosen: Float32
+    rejected: Float32
+    margins: Float32
+
+    @property
+    def differences(self) -> torch.Tensor:
+        """float32 [N], chosen - rejected."""
+        return torch.from_numpy(self.chosen - self.rejected)
+
+    @property
+    def chance(self) -> float:
+        """Probability that fair coins get as many pairs right."""
+        return chance_probability(int((self.differences > 0).sum()), len(self.chosen))
+
+    @property
+    def mean(self) -> float:
+        """Mean reward over all answers."""
+        return float(np.concatenate([self.chosen, self.rejected]).mean(dtype=np.float64))
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the reward over all answers."""
+        return float(np.concatenate([self.chosen, self.rejected]).std(dtype=np.float64))
+
+    def metrics(self) -> dict[str, float]:
+        """What goes to the metrics sink."""
+        chosen, rejected, margins = (torch.from_numpy(part) for part in (self.chosen, self.rejected, self.margins))
+        return {
+            "evaluation/loss": float(bradley_terry_loss(chosen, rejected, margins).mean()),
+            "evaluation/accuracy": pair_accuracy(self.differences),
+            "evaluation/calibration_error": expected_calibration_error(self.differences),
+            "evaluation/margin": float(self.differences.mean()),
+            "evaluation/reward_mean": self.mean,
+            "evaluation/reward_spread": self.spread,
+            "evaluation/chance_probability": self.chance,
+        }
+
+    def details(self) -> dict[str, Any]:
+        """Reliability by bin and the histogram of margins, as plain values for JSON."""
+        bins, histogram = reliability(self.differences), margin_histogram(self.differences)
+        return {
+            "pairs": len(self.chosen),
+            "reliability": {"counts": bins.counts, "confidence": bins.confidence, "accuracy": bins.accuracy},
+            "margins": {"edges": histogram.edges, "counts": histogram.counts},
+        }
+
+
+def held_out_loss(engine: TrainEngine, samples: Sequence[SupervisedSample], *, sharded: bool) -> float:
+    """Mean of -log p over the tokens to learn, in nats.
+
+    Args:
+        engine: every worker's own.
+        samples: the same on every worker.
+        sharded: every worker scores a share. Under ZeRO-3 all must score all, since they gather weights together.
+    """
+    scores = shared_scores(engine, [supervised_sequence(sample) for sample in samples], "logprobs", sharded=sharded)
+    total = count = 0.0
+    for sample, score in zip(samples, scores, strict=True):
+        learnt = sample.loss_mask[-len(score) :]
+        total -= float(score[learnt].sum(dtype=np.float64))
+        count += int(learnt.sum())
+    return total / count
+
+
+def held_out_rewards(engine: TrainEngine, pairs: Sequence[PreferencePair], *, sharded: bool) -> PreferenceScores:
+    """Rewards of both answers of each pair; arguments as `held_out_loss`."""
+    sequences = [answer_sequence(answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    rewards = np.array([score[-1] for score in shared_scores(engine, sequences, "values", sharded=sharded)], dtype=np.float32)
+    margins = np.array([pair.margin or 0.0 for pair in pairs], dtype=np.float32)
+    return PreferenceScores(rewards[::2], rewards[1::2], margins)
+
+
+def answer_logprobs(
+    engine: TrainEngine, answers: Sequence[SupervisedSample], *, sharded: bool, reference: bool = False
+) -> Float32:
+    """Log-probs summed over the tokens to learn, float32 [N], nats; `reference` switches adapters off. See `held_out_loss`."""
+    sequences = [supervised_sequence(answer) for answer in answers]
+    scores = shared_scores(engine, sequences, "logprobs", sharded=sharded, reference=reference)
+    sums = [
+        float(score[answer.loss_mask[-len(score) :]].sum(dtype=np.float64))
+        for answer, score in zip(answers, scores, strict=True)
+    ]
+    return np.array(sums, dtype=np.float32)
+
+
+def shared_scores(
+    engine: TrainEngine, sequences: Sequence[TokenSequence], want: Want, *, sharded: bool, reference: bool = False
+) -> list[Float32]:
+    """Return one field of all sequences' scores, on every worker; arguments as `held_out_loss`."""
+    ranks = torch.distributed.get_world_size()
+    if not sharded or ranks == 1:
+        return [_field(score, want) for score in engine.score(sequences, frozenset({want}), reference=reference)]
+    shares = balance([len(sequence.token_ids) for sequence in sequences], ranks)
+    mine = [sequences[index] for index in shares[torch.distributed.get_rank()]]
+    own = [_field(score, want) for score in engine.score(mine, frozenset({want}), reference=reference)] if mine else []
+    parts: list[list[Float32]] = [[] for _ in range(ranks)]
+    torch.distributed.all_gather_object(parts, own)
+    by_index = {
+        index: score for share, part in zip(shares, parts, strict=True) for index, score in zip(share, part, strict=True)
+    }
+    return [by_index[index] for index in range(len(sequences))]
+
+
+def _field(score: TokenScores, want: Want) -> Float32:
+    values: Float32 = getattr(score, want)
+    return values

@@ -1,0 +1,50 @@
+"""What the model that training begins with says about all pairs, computed once: no second model sits in memory while it trains.
+
+The training engine itself is asked, before its first step and before any checkpoint is loaded; with adapters it is their base.
+The numbers lie in `reference/` of the run folder, so that a resumed run reads them.
+"""
+
+import io
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rayrlhf.data.records import Float32
+from rayrlhf.engines.train.engine import TrainEngine
+from rayrlhf.observe.disk import writing
+from rayrlhf.storage.atomic import write_atomically
+from rayrlhf.tuning.held_out import answer_logprobs
+from rayrlhf.tuning.sample_table import PairTable
+
+FOLDER = "reference"
+
+
+def with_references(engine: TrainEngine, table: PairTable, folder: Path, *, adapters: bool, sharded: bool) -> PairTable:
+    """Return a table with the reference's log-probs, from the run folder where they are; every worker takes part.
+
+    Args:
+        engine: with the weights that training begins with.
+        table: the pairs, the same on every worker.
+        folder: the run folder, seen by all workers.
+        adapters: the model has adapters, which are switched off.
+        sharded: see `rayrlhf.tuning.held_out.held_out_loss`.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    path = folder / FOLDER / f"{zlib.crc32(table.answers.token_ids.tobytes()):08x}-{len(table)}.npy"
+    found: list[Float32 | None] = [np.load(path) if torch.distributed.get_rank() == 0 and path.is_file() else None]
+    torch.distributed.broadcast_object_list(found)
+    references = found[0]
+    if references is None:
+        references = answer_logprobs(engine, table.answers.take(range(2 * len(table))), sharded=sharded, reference=adapters)
+        if torch.distributed.get_rank() == 0:
+            content = io.BytesIO()
+            np.save(content, references)
+            with writing(path):
+                path.parent.mkdir(exist_ok=True)
+                write_atomically(path, content.getvalue())
+    return replace(table, references=references)

@@ -1,0 +1,96 @@
+"""Large datasets through Ray Data: every CPU of the cluster reads and encodes slices of the files, the driver joins them.
+
+No row and no Python object per row travels: a slice goes out as its place in a file, and comes back as the flat arrays of its
+samples. The samples are the same, in the same order, as those that one process makes.
+"""
+
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from socket import gethostname
+from typing import Any, TypeVar
+
+from rayrlhf.actors.ray_data import data_context, raise_cause
+from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS
+from rayrlhf.config.tuning.data import PreferenceDataSection, SupervisedDataSection
+from rayrlhf.data.row_slices import RowSlice
+from rayrlhf.data.rows import is_file
+from rayrlhf.data.supervised.datasets import PreferencePair, SampleDataset, SupervisedSample
+from rayrlhf.errors import ActorLostError, UserError
+from rayrlhf.tuning.sample_table import PairTable, SampleTable
+
+LARGE_BYTES = 64 * 2**20
+"""Files from this size on are read through Ray Data where `data.reader` is `auto`; smaller ones are done before Ray starts."""
+BUFFER_BYTES = 512 * 2**20
+INDEX, SLICE, RESULT = "index", "slice", "result"
+
+T = TypeVar("T", SupervisedSample, PreferencePair)
+
+
+def through_ray_data(data: SupervisedDataSection | PreferenceDataSection) -> bool:
+    """Whether Ray Data reads a run's data: as `data.reader` says, or where a file of it is large."""
+    if data.reader != "auto":
+        return data.reader == "ray"
+    sections = [data.train] if data.evaluation is None else [data.train, data.evaluation]
+    files = [Path(section.path).expanduser() for section in sections if is_file(section.path)]
+    return any(file.is_file() and file.stat().st_size >= LARGE_BYTES for file in files)
+
+
+def over_cluster(work: Callable[[RowSlice], SampleDataset[T]], slices: Sequence[RowSlice]) -> Iterable[SampleDataset[T]]:
+    """Encode slices on all CPUs of the connected cluster; a `Spread`. Nodes must see the files under the same paths.
+
+    Raises:
+        UserError: as `work`; or a node does not see a file.
+        ActorLostError: Ray lost a process more often than it tries again.
+    """
+    import ray
+    import ray.data
+
+    items = [{INDEX: index, SLICE: pickle.dumps(one)} for index, one in enumerate(slices)]
+    with data_context(buffer_bytes=BUFFER_BYTES):
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(partial(_encode, work=work), num_cpus=1)
+        try:
+            parts = _in_order((row[INDEX], row[RESULT]) for row in dataset.iter_rows())
+            yield from map(_unpack, parts)
+        except ray.exceptions.RayTaskError as error:
+            raise_cause(error)
+        except INFRASTRUCTURE_ERRORS as error:
+            raise ActorLostError(f"reading the data lost its processes too often: {str(error).splitlines()[0]}") from error
+
+
+def _encode(row: dict[str, Any], work: Callable[[RowSlice], SampleDataset[T]]) -> dict[str, Any]:
+    """One slice, in a process of Ray Data."""
+    one: RowSlice = pickle.loads(row[SLICE])  # noqa: S301 - made by the driver
+    try:
+        return {INDEX: row[INDEX], RESULT: _pack(work(one))}
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{error.filename}: not there on the node {gethostname()}; put it where all nodes see it, or set data.reader=driver"
+        ) from error
+
+
+def _in_order(parts: Iterable[tuple[int, bytes]]) -> Iterator[bytes]:
+    """Hand out parts by their number, each as soon as those before it are there."""
+    waiting: dict[int, bytes] = {}
+    due = 0
+    for index, part in parts:
+        waiting[index] = part
+        while due in waiting:
+            yield waiting.pop(due)
+            due += 1
+
+
+def _pack(dataset: SampleDataset[T]) -> bytes:
+    """Samples as flat arrays, with their report and groups."""
+    table: Any = None
+    if dataset.samples:
+        pairs = isinstance(dataset.samples[0], PreferencePair)
+        table = (PairTable if pairs else SampleTable).of(dataset.samples)  # type: ignore[arg-type]
+    return pickle.dumps((table, replace(dataset, samples=[])), protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def _unpack(packed: bytes) -> SampleDataset[Any]:
+    table, dataset = pickle.loads(packed)  # noqa: S301 - made by `_pack`
+    return dataset if table is None else replace(dataset, samples=table.take(range(len(table))))

@@ -1,0 +1,68 @@
+"""What the model under training writes: answers to the prompts of a few held-out samples, in `samples/` of the run folder."""
+
+from pathlib import Path
+
+import torch
+
+from rayrlhf.config.rollout import RolloutSection
+from rayrlhf.config.tuning.configs import SFTConfig, TuningConfig
+from rayrlhf.data.records import Rollout, RolloutRequest, SampleKey
+from rayrlhf.engines.rollout.common import RolloutSpec
+from rayrlhf.engines.rollout.hf import TransformersRolloutEngine
+from rayrlhf.engines.train.engine import TrainEngine
+from rayrlhf.engines.train.supervised_batches import supervised_sequence
+from rayrlhf.models.load import load_tokenizer
+from rayrlhf.observe.samples import Sample, SampleSink
+from rayrlhf.tuning.sample_table import SampleTable, Table
+
+
+class AnswerSampler:
+    """Samples on the first worker, with a copy of the weights; the others hand theirs over and go on."""
+
+    def __init__(self, config: TuningConfig, held_out: Table, folder: Path) -> None:
+        """Choose the prompts: the first held-out samples, up to their first token to learn. Only SFT answers any."""
+        self._requests: list[RolloutRequest] = []
+        if not isinstance(config, SFTConfig) or not isinstance(held_out, SampleTable) or not config.evaluation.generations:
+            return
+        self._config, self._sampler = config, config.evaluation
+        for sample in held_out.take(range(min(len(held_out), self._sampler.generations))):
+            prompt = sample.token_ids[: supervised_sequence(sample).prompt_length]
+            self._requests.append(RolloutRequest(SampleKey(0, sample.row, 0), prompt, config.run.seed))
+        self._sink = SampleSink(folder / "samples")
+        self._engine: TransformersRolloutEngine | None = None
+
+    def write(self, step: int, engine: TrainEngine) -> None:
+        """Answer all prompts with the engine's present weights. Every worker takes part."""
+        if not self._requests:
+            return
+        first = torch.distributed.get_rank() == 0
+        if first and self._engine is None:
+            rollout = RolloutSection(backend="transformers", max_concurrent=len(self._requests))
+            model = self._config.model.model_copy(update={"lora": None})
+            self._engine = TransformersRolloutEngine(RolloutSpec(model, rollout, self._config.run.seed))
+            self._tokenizer = load_tokenizer(self._config.model)
+        if first and self._engine is not None:
+            self._engine.begin_weights(step)
+        for bucket in engine.weight_buckets():
+            if first and self._engine is not None:
+                self._engine.receive_weights(bucket)
+        if first and self._engine is not None:
+            self._engine.finish_weights()
+            self._sink.write(step, [self._sample(rollout) for rollout in self._answers(self._engine)])
+
+    def _answers(self, engine: TransformersRolloutEngine) -> list[Rollout]:
+        sampler = self._sampler
+        engine.submit(self._requests, temperature=sampler.temperature, max_new_tokens=sampler.max_new_tokens)
+        return sorted(engine.poll(len(self._requests)), key=lambda rollout: rollout.key)
+
+    def _sample(self, rollout: Rollout) -> Sample:
+        return Sample(
+            prompt_id=rollout.key.prompt,
+            sample=0,
+            prompt=self._tokenizer.decode(rollout.prompt_ids),
+            response=rollout.text,
+            score=float("nan"),
+            length=len(rollout.response_ids),
+            finish_reason=rollout.finish_reason,
+            version=int(rollout.versions.max()),
+        )

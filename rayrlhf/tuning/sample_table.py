@@ -1,0 +1,157 @@
+"""A dataset as a few flat arrays, so that all workers of a node read one copy of it from shared memory."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayrlhf.data.answer_format import AnswerFormat
+from rayrlhf.data.records import Bool, Float32, Int32
+from rayrlhf.data.supervised.datasets import PreferencePair, SupervisedSample
+from rayrlhf.data.supervised.samples import DistillationSample
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """SFT samples end to end.
+
+    Attributes:
+        token_ids: int32 [sum of lengths].
+        loss_mask: bool [sum of lengths].
+        offsets: int64 [N + 1]; sample i lies at offsets[i]:offsets[i + 1].
+        rows: int64 [N], row of each in its dataset.
+    """
+
+    token_ids: Int32
+    loss_mask: Bool
+    offsets: NDArray[np.int64]
+    rows: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, samples: Sequence[SupervisedSample]) -> Self:
+        """Return the table of some samples, at least one."""
+        lengths = [len(sample.token_ids) for sample in samples]
+        return cls(
+            np.concatenate([sample.token_ids for sample in samples]),
+            np.concatenate([sample.loss_mask for sample in samples]),
+            np.cumsum([0, *lengths]),
+            np.array([sample.row for sample in samples]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return [int(length) for length in np.diff(self.offsets)]
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that a model reads at once."""
+        return max(self.lengths)
+
+    def take(self, indices: Iterable[int]) -> Sequence[SupervisedSample]:
+        """Return samples by number, as views."""
+        places = [(index, slice(self.offsets[index], self.offsets[index + 1])) for index in indices]
+        return [SupervisedSample(self.token_ids[at], self.loss_mask[at], int(self.rows[index])) for index, at in places]
+
+
+@dataclass(frozen=True)
+class DistillationTable(SampleTable):
+    """A student's samples with what its teacher read and said.
+
+    Attributes:
+        teacher: the same responses behind what the teacher read, sample by sample.
+        signal: see `DistillationSample.signal`, of the tokens to learn of all samples end to end; None before the teacher was
+            asked.
+    """
+
+    teacher: SampleTable
+    signal: Mapping[str, Int32 | Float32] | None = None
+
+    @classmethod
+    def pair(cls, student: SampleTable, teacher: SampleTable) -> Self:
+        """Return the table of two tables that agree in rows and tokens to learn."""
+        return cls(student.token_ids, student.loss_mask, student.offsets, student.rows, teacher)
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that a model reads at once, the teacher's among them."""
+        return max(*self.lengths, *self.teacher.lengths)
+
+    @cached_property
+    def bounds(self) -> NDArray[np.int64]:
+        """int64 [N + 1]; what the teacher said of sample i lies at bounds[i]:bounds[i + 1]."""
+        learnt = np.concatenate([[0], np.cumsum(self.loss_mask, dtype=np.int64)])
+        return learnt[self.offsets]
+
+    def take(self, indices: Iterable[int]) -> Sequence[DistillationSample]:
+        """Return samples by number, as views."""
+        numbers = list(indices)
+        signal = self.signal or {}
+        parts = [{name: rows[self.bounds[n] : self.bounds[n + 1]] for name, rows in signal.items()} for n in numbers]
+        samples = super().take(numbers)
+        return [
+            DistillationSample(one.token_ids, one.loss_mask, one.row, part) for one, part in zip(samples, parts, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """Preference pairs: rows 2i and 2i + 1 of `answers` are the better and the worse answer of pair i.
+
+    Attributes:
+        answers: 2N samples.
+        margins: float32 [N]; NaN where a pair has none.
+        format: what stands around a prompt and its answer.
+        references: float32 [2N], see `PreferencePair.reference`; None where nobody computed them.
+    """
+
+    answers: SampleTable
+    margins: Float32
+    format: AnswerFormat
+    references: Float32 | None = None
+
+    @classmethod
+    def of(cls, pairs: Sequence[PreferencePair], answer_format: AnswerFormat | None = None) -> Self:
+        """Return the table of some pairs, at least one."""
+        margins = [float("nan") if pair.margin is None else pair.margin for pair in pairs]
+        answers = SampleTable.of([answer for pair in pairs for answer in (pair.chosen, pair.rejected)])
+        return cls(answers, np.array(margins, dtype=np.float32), answer_format or AnswerFormat())
+
+    def __len__(self) -> int:
+        return len(self.margins)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each pair, both answers."""
+        lengths = self.answers.lengths
+        return [chosen + rejected for chosen, rejected in zip(lengths[::2], lengths[1::2], strict=True)]
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that a model reads at once."""
+        return self.answers.longest
+
+    def take(self, indices: Iterable[int]) -> list[PreferencePair]:
+        """Return pairs by number, as views."""
+        numbers = list(indices)
+        answers = self.answers.take(chain.from_iterable((2 * index, 2 * index + 1) for index in numbers))
+        return [
+            PreferencePair(
+                answers[2 * place],
+                answers[2 * place + 1],
+                None if np.isnan(self.margins[index]) else float(self.margins[index]),
+                answers[2 * place].row,
+                None if self.references is None else (float(self.references[2 * index]), float(self.references[2 * index + 1])),
+            )
+            for place, index in enumerate(numbers)
+        ]
+
+
+Table = SampleTable | PairTable

@@ -1,0 +1,255 @@
+"""SFT, reward modelling, DPO and distillation: check the data, let Ray Train run the loop, and say what came of it."""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rayrlhf.config.loading.describe_tuning import describe_tuning
+from rayrlhf.config.loading.load import differences, dump_config
+from rayrlhf.config.tuning.configs import DistillationConfig, DPOConfig, RewardTrainingConfig, SFTConfig, TuningConfig
+from rayrlhf.data.supervised.datasets import DatasetReport, Spread, in_turn
+from rayrlhf.errors import ActorLostError, UserError
+from rayrlhf.models.load import load_architecture, load_tokenizer
+from rayrlhf.observe.live import LiveView
+from rayrlhf.observe.metrics import read_metrics
+from rayrlhf.observe.run_folder import RunFolder, open_run
+from rayrlhf.tuning.data_plan import batch_plan, best_step
+from rayrlhf.tuning.direct_preference_task import DirectPreferenceTask
+from rayrlhf.tuning.distillation_task import DistillationTask
+from rayrlhf.tuning.follow import following
+from rayrlhf.tuning.interrupt import stoppable
+from rayrlhf.tuning.length_baseline import METRIC as LENGTH_METRIC
+from rayrlhf.tuning.length_baseline import LengthBaseline, length_baseline
+from rayrlhf.tuning.refusal import clear_refusal, raise_refusal
+from rayrlhf.tuning.sample_table import PairTable, Table
+from rayrlhf.tuning.task import PreferenceTask, SupervisedTask, Task
+from rayrlhf.tuning.training_result import TuningResult, read_result
+
+__all__ = [
+    "TuningResult",
+    "check_dpo",
+    "check_reward",
+    "check_sft",
+    "train_distillation",
+    "train_dpo",
+    "train_reward",
+    "train_sft",
+]
+
+_KINDS: Mapping[type[TuningConfig], str] = {
+    SFTConfig: "sft",
+    RewardTrainingConfig: "reward",
+    DPOConfig: "dpo",
+    DistillationConfig: "icl distill",
+}
+_FREE_KEYS = ("export_anyway", "observe.", "workers.", "run.resume", "checkpoint.keep", "data.reader")
+"""Beginnings of keys that may change between a run and its resumption: they change no number of the training."""
+
+
+def check_sft(config: SFTConfig) -> str:
+    """Check a configuration and its data without starting anything; returns the plan in words.
+
+    Raises:
+        UserError: a mistake in the configuration or the data, with file, row and field.
+    """
+    return _check(SupervisedTask(config))
+
+
+def check_reward(config: RewardTrainingConfig) -> str:
+    """Check a configuration and its data without starting anything; returns the plan in words; errors as `check_sft`."""
+    return _check(PreferenceTask(config))
+
+
+def check_dpo(config: DPOConfig) -> str:
+    """Check a configuration and its data without starting anything; returns the plan in words; errors as `check_sft`."""
+    return _check(DirectPreferenceTask(config))
+
+
+def train_sft(config: SFTConfig) -> TuningResult:
+    """Fine-tune on given texts, resuming from the last committed checkpoint; a finished run is returned as it is.
+
+    Raises:
+        UserError: a mistake in the configuration, the data or the resources asked for.
+        ActorLostError: workers were lost more often than `workers.max_failures`.
+        StoppedError: SIGTERM or Ctrl-C; the same call resumes.
+    """
+    return _train(SupervisedTask(config))
+
+
+def train_reward(config: RewardTrainingConfig) -> TuningResult:
+    """Train a reward model on preference pairs, as `train_sft` does.
+
+    Raises:
+        UserError: see `train_sft`.
+        ActorLostError: see `train_sft`.
+        AlarmError: the model is not better than chance on held-out pairs, and `export_anyway` is not set.
+    """
+    return _train(PreferenceTask(config))
+
+
+def train_dpo(config: DPOConfig) -> TuningResult:
+    """Train a policy on preference pairs (DPO), as `train_sft` does; errors as `train_sft`."""
+    return _train(DirectPreferenceTask(config))
+
+
+def train_distillation(config: DistillationConfig) -> TuningResult:
+    """Train a student on what the model said with more in its context, as `train_sft` does; errors as `train_sft`."""
+    return _train(DistillationTask(config))
+
+
+def _read(task: Task, view: LiveView, stack: ExitStack) -> "_Data":
+    """Read the data here, or on the cluster, which is then connected to for the rest of the run."""
+    from rayrlhf.tuning.ray_data_reader import over_cluster, through_ray_data
+
+    if not through_ray_data(task.config.data):
+        with view.wait("reading the data"):
+            return _load(task)
+    with view.wait("starting Ray"):
+        from rayrlhf.actors.connection import connected
+
+        stack.enter_context(connected(task.config.workers.address))
+    with view.wait("reading the data through Ray Data"):
+        return _load(task, over_cluster)
+
+
+@dataclass(frozen=True)
+class _Data:
+    train: Table
+    held_out: Table | None
+    report: DatasetReport
+    rewards: bool
+
+    @property
+    def baseline(self) -> LengthBaseline | None:
+        """What a reward model has to beat; None where there are no held-out pairs."""
+        if self.rewards and isinstance(self.train, PairTable) and isinstance(self.held_out, PairTable):
+            return length_baseline(self.train, self.held_out)
+        return None
+
+    def lines(self) -> list[str]:
+        held_out = len(self.held_out) if self.held_out is not None else 0
+        lines = [*self.report.lines(), f"to train on: {len(self.train)}, held out for evaluation: {held_out}"]
+        return lines if self.baseline is None else [*lines, self.baseline.line()]
+
+
+def _check(task: Task) -> str:
+    data = _load(task)
+    steps = batch_plan(task, data.train).total_steps
+    return "\n".join([describe_tuning(task.config), *data.lines(), f"optimizer steps: {steps}"])
+
+
+def _load(task: Task, spread: Spread = in_turn) -> _Data:
+    """Read everything that can be wrong before a model is loaded."""
+    config = task.config
+    tokenizer = load_tokenizer(config.model)
+    positions = getattr(load_architecture(config.model), "max_position_embeddings", None)
+    data = _Data(*task.load(tokenizer, spread), rewards=isinstance(config, RewardTrainingConfig))
+    longest = max(table.longest for table in (data.train, data.held_out) if table is not None)
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"data.max_length {config.data.max_length}: a sample has {longest} tokens, the model {positions} positions; "
+            f"expected data.max_length <= {positions}"
+        )
+    return data
+
+
+def _train(task: Task) -> TuningResult:
+    config, started = task.config, time.monotonic()
+    kind = _KINDS[type(config)]
+    view = LiveView(f"rayrlhf {kind} {config.run.name}", live=None if config.observe.live else False)
+    with ExitStack() as stack:
+        stack.callback(view.stop)
+        data = _read(task, view, stack)
+        differ = partial(_differences, type(config))
+        # Only a run that can start leaves a folder behind.
+        folder = stack.enter_context(open_run(config.run.folder, dump_config(config), differ, resume=config.run.resume))
+        finished = read_result(folder.path)
+        if finished is not None and finished.export.is_dir():
+            view.note(f"{folder.path} is finished; its model is in {finished.export}")
+            return finished
+        for line in data.lines():
+            view.note(line)
+        _fit(task, data, folder, view, stack)
+        result = TuningResult(
+            folder.path,
+            folder.export,
+            _last_step(folder.path),
+            _final_metrics(config, folder.path) | _baseline_metric(data),
+            time.monotonic() - started,
+        )
+        result.write()
+        if data.baseline is not None:
+            view.note(f"held-out accuracy {result.metrics['evaluation/accuracy']:.1%}; {data.baseline.line()}")
+        view.note(f"exported to {folder.export}")
+        return result
+
+
+def _fit(task: Task, data: _Data, folder: RunFolder, view: LiveView, stack: ExitStack) -> None:
+    """Run the loop on Ray Train."""
+    with view.wait("starting Ray and the workers"):
+        import ray
+        from ray.train import TrainingFailedError
+
+        from rayrlhf.actors.connection import connected
+        from rayrlhf.tuning.ray_train import make_trainer, worker_resources
+        from rayrlhf.tuning.tuning_loop import TuningJob
+
+        stack.enter_context(connected(task.config.workers.address))
+        resources = worker_resources(task.config.workers)
+        reference = ray.put((data.train, data.held_out))
+        job = TuningJob(task, folder.path.resolve(), Path.cwd(), reference, resources.threads)
+        trainer = make_trainer(job, resources)
+    clear_refusal(job.folder)
+    total = batch_plan(task, data.train).total_steps
+    with following(job.folder, view, total), stoppable():
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise_refusal(job.folder)
+            raise _lost(error, task.config.workers.max_failures) from error
+    raise_refusal(job.folder)
+
+
+def _lost(error: Any, allowed: int) -> Exception:
+    """Name what failed: the workers' own error where it is a bug, the loss of a worker otherwise."""
+    import ray
+
+    failures = dict(getattr(error, "worker_failures", None) or {})
+    lost = [rank for rank, failure in failures.items() if isinstance(failure, ray.exceptions.RayActorError)]
+    if failures and not lost:
+        return error if isinstance(error, Exception) else RuntimeError(str(error))
+    ranks = ", ".join(str(rank) for rank in sorted(lost)) or "unknown"
+    return ActorLostError(
+        f"training worker {ranks} was lost, after {allowed} recoveries (workers.max_failures): {str(error).splitlines()[0]}; "
+        "the same command goes on from the last checkpoint"
+    )
+
+
+def _differences(root: type[TuningConfig], stored: str, wanted: str) -> list[str]:
+    """Lines that tell a run folder's configuration from the wanted one, where it matters."""
+    found = differences(*(root.model_validate(yaml.safe_load(text)) for text in (stored, wanted)))
+    return [line for line in found if not line.startswith(_FREE_KEYS)]
+
+
+def _last_step(folder: Path) -> int:
+    return max(int(row["step"]) for row in read_metrics(folder))
+
+
+def _baseline_metric(data: _Data) -> dict[str, float]:
+    return {} if data.baseline is None else {LENGTH_METRIC: data.baseline.accuracy}
+
+
+def _final_metrics(config: TuningConfig, folder: Path) -> dict[str, float]:
+    """The last loss, and the evaluation of the weights that were exported."""
+    rows: Sequence[dict[str, Any]] = read_metrics(folder)
+    last = [row["loss"] for row in rows if "loss" in row]
+    best = best_step(config.checkpoint.best_metric, folder)
+    evaluations = [row for row in rows if "evaluation/loss" in row and best in (None, row["step"])]
+    final = {name: value for name, value in evaluations[-1].items() if name.startswith("evaluation/")} if evaluations else {}
+    return {"loss": last[-1], **final}

@@ -1,0 +1,44 @@
+"""What a finished tuning run leaves: `result.json`, by which a rerun knows that there is nothing left to do."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rayrlhf.storage.atomic import write_atomically
+
+FILE_NAME = "result.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TuningResult:
+    """What a finished run leaves; everything else is in its folder.
+
+    Attributes:
+        folder: the run folder.
+        export: the trained model in Hugging Face format.
+        steps: optimizer steps of the run.
+        metrics: the last training loss, and what was measured on held-out rows of the exported weights.
+        seconds: wall time of the call that finished it, start-up and export included.
+    """
+
+    folder: Path
+    export: Path
+    steps: int
+    metrics: Mapping[str, float]
+    seconds: float
+
+    def write(self) -> None:
+        """Put `result.json` into the run folder; errors as `write_atomically`."""
+        values = asdict(self) | {"folder": str(self.folder), "export": str(self.export), "metrics": dict(self.metrics)}
+        write_atomically(self.folder / FILE_NAME, json.dumps(values, indent=1))
+
+
+def read_result(folder: Path) -> TuningResult | None:
+    """Return what a finished run left in a folder, or None."""
+    path = folder / FILE_NAME
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    # The folder may have been moved since.
+    return TuningResult(folder, folder / "export", values["steps"], values["metrics"], values["seconds"])

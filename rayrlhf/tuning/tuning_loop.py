@@ -1,0 +1,147 @@
+"""What each worker of Ray Train runs: the train engine over a plan of batches, with evaluations, checkpoints and the export.
+
+Which samples a step sees depends on the seed and the step alone, and the loss is normalised over the whole step, so a run that
+was killed and resumed, or has another number of workers, takes the same steps.
+"""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+
+from rayrlhf.engines.train.engine import TrainEngine
+from rayrlhf.engines.train.process_group import leave
+from rayrlhf.errors import AlarmError, UserError
+from rayrlhf.tuning.data_plan import STATE_FILE, TRAIN_NAME, batch_plan, best_step, checkpoint_name
+from rayrlhf.tuning.export import export_model
+from rayrlhf.tuning.held_out import PreferenceScores
+from rayrlhf.tuning.refusal import has_refusal, write_refusal
+from rayrlhf.tuning.sample_answers import AnswerSampler
+from rayrlhf.tuning.sample_table import PairTable
+from rayrlhf.tuning.step_recorder import StepRecorder
+from rayrlhf.tuning.step_trainer import StepTrainer
+from rayrlhf.tuning.task import Task
+
+
+@dataclass(frozen=True)
+class TuningJob:
+    """What every worker is given; picklable.
+
+    Attributes:
+        task: what to train.
+        folder: the run folder, absolute, on a file system that all workers share.
+        working_folder: where the user's relative paths start.
+        data: reference to (train table, held-out table or None).
+        threads: compute threads of a worker.
+    """
+
+    task: Task
+    folder: Path
+    working_folder: Path
+    data: "ray.ObjectRef[Any]"
+    threads: int
+
+
+def train_loop(settings: dict[str, Any]) -> None:
+    """Run one worker; the user's mistakes are written down instead of raised, because Ray Train would retry them."""
+    job: TuningJob = settings["job"]
+    if has_refusal(job.folder):
+        return
+    try:
+        _Worker(job).run()
+    except (UserError, AlarmError) as error:
+        write_refusal(job.folder, error)
+        leave()  # the others stop waiting for this one
+
+
+class _Worker:
+    def __init__(self, job: TuningJob) -> None:
+        self._job, self._task, self._config = job, job.task, job.task.config
+        if job.working_folder.is_dir():  # on the driver's node, or one that shares its disk
+            os.chdir(job.working_folder)
+        torch.set_num_threads(job.threads)
+        self._rank, self._ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        torch.manual_seed(self._config.run.seed * self._ranks + self._rank)
+        self._train, self._held_out = ray.get(job.data)
+        self._plan = batch_plan(self._task, self._train)
+        self._engine = TrainEngine(self._task.spec(self._plan.total_steps))
+        self._train = self._task.prepare(self._engine, self._train, job.folder)
+        if self._held_out is not None:
+            self._held_out = self._task.prepare(self._engine, self._held_out, job.folder)
+        self._trainer = StepTrainer(self._task, self._engine, self._train, self._plan)
+        self._answers: AnswerSampler | None = None
+        self._scores: PreferenceScores | None = None
+
+    def run(self) -> None:
+        """Train from the last committed checkpoint to the end, and export."""
+        self._restore()
+        done, total = self._engine.optimizer_steps, self._plan.total_steps
+        first = self._rank == 0
+        self._recorder = StepRecorder(self._job.folder, done, tensorboard=self._config.observe.tensorboard) if first else None
+        if done == 0:
+            self._evaluate(0)
+        for step in range(done + 1, total + 1):
+            self._trainer.take(step, self._recorder)
+            last = step == total
+            saving = last or _due(step, self._config.checkpoint.every)
+            needed = saving and self._config.checkpoint.best_metric is not None
+            found = self._evaluate(step) if last or needed or _due(step, self._config.evaluation.every) else {}
+            if saving:
+                self._save(step, found)
+        self._export()
+        if self._recorder is not None:
+            self._recorder.close()
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Measure on what is held out, let the model write, and return the numbers."""
+        if self._held_out is None:
+            return {}
+        metrics, self._scores = self._task.evaluate(self._engine, self._held_out)
+        if self._recorder is not None:
+            self._recorder.evaluation(step, metrics, self._scores)
+        if self._answers is None:
+            self._answers = AnswerSampler(self._config, self._held_out, self._job.folder)
+        self._answers.write(step, self._engine)
+        return metrics
+
+    def _save(self, step: int, metrics: dict[str, float]) -> None:
+        """Report a checkpoint; every worker brings its part, and Ray Train commits the whole."""
+        with tempfile.TemporaryDirectory(prefix="rayrlhf-checkpoint-") as folder:
+            self._engine.save_state(Path(folder))
+            if self._rank == 0:
+                state = {"step": step, "tokens": self._trainer.tokens, "workers": self._ranks}
+                Path(folder, STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report({"step": step, **metrics}, checkpoint=checkpoint, checkpoint_dir_name=checkpoint_name(step))
+
+    def _restore(self) -> None:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                self._load(Path(folder))
+
+    def _load(self, folder: Path) -> None:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        self._trainer.tokens = state["tokens"]
+        self._engine.load_state(folder, resized=state["workers"] != self._ranks)
+
+    def _export(self) -> None:
+        """Write the best checkpoint's model where a metric was named, else the last one's."""
+        best = best_step(self._config.checkpoint.best_metric, self._job.folder)
+        if best is not None and best != self._engine.optimizer_steps:
+            self._load(self._job.folder / "checkpoints" / TRAIN_NAME / checkpoint_name(best))
+            self._scores = None
+        if self._scores is None and self._held_out is not None:
+            _, self._scores = self._task.evaluate(self._engine, self._held_out)
+        answer_format = self._train.format if isinstance(self._train, PairTable) else None
+        export_model(self._config, self._engine, self._scores, answer_format, self._job.folder / "export")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

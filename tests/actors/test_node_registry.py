@@ -1,0 +1,28 @@
+"""An error about an actor says on which node and in which process it was last seen, for as long as that is true."""
+
+from types import SimpleNamespace
+
+from rayrlhf.actors import heartbeat as watch
+from rayrlhf.actors.health import RetryPolicy
+from rayrlhf.actors.node_registry import located
+from rayrlhf.actors.waiting import overrun
+from rayrlhf.actors.worker import Place
+
+NAME = "ppo/reward/0"
+
+
+def test_a_deadline_that_is_over_names_role_rank_process_node_call_and_how_long_it_waited(monkeypatch):
+    """Ray is left out: the ping has been answered."""
+    answered = SimpleNamespace(wait=lambda refs, timeout: (refs, []), get=lambda ref: Place(4711, "node", "10.0.0.7"))
+    monkeypatch.setattr(watch, "ray", answered)
+    guard = watch.Watch(RetryPolicy(ping_deadline=8.0), 1.0, lambda name, line: None)
+    guard.add(NAME, "handle")
+    assert "reward: no answer from ppo/reward/0 within 15 s (asked at " in str(overrun("reward", [NAME], 15.0))
+    guard._watched[NAME].ping = "ping"
+    guard._look_at(NAME, guard._watched[NAME])
+    late = str(overrun("reward", [NAME, "ppo/reward/1"], 15.0))
+    assert late.startswith(
+        "reward: no answer from ppo/reward/0 (process 4711 on node 10.0.0.7), ppo/reward/1 within 15 s (asked at "
+    )
+    guard.add(NAME, "another handle")
+    assert located(NAME) == NAME

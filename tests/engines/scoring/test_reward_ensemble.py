@@ -1,0 +1,81 @@
+"""Several reward models as one reward."""
+
+import json
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from rayrlhf.config.model import ModelSection
+from rayrlhf.config.reward import RewardModelSection
+from rayrlhf.engines.scoring.reward_ensemble import MODEL_PART, SPREAD_PART, RewardEnsemble, pessimistic
+from rayrlhf.engines.scoring.reward_model import STATISTICS_FILE, RewardModelEngine
+from rayrlhf.errors import UserError
+from rayrlhf.models.tiny import byte_tokenizer
+from tests.engines.training import write_llama
+
+PROMPTS, RESPONSES = ["a", "b", "c"], ["one", "two two", "three"]
+ROWS = arrays.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 4)), elements=st.floats(-100, 100, width=32))
+
+
+@given(ROWS, st.floats(0, 3))
+def test_the_reward_is_the_mean_less_deviations_computed_by_hand(values, coefficient):
+    expected = [
+        statistics.fmean(column) - coefficient * statistics.pstdev(column) for column in values.astype(float).T.tolist()
+    ]
+    np.testing.assert_allclose(pessimistic(values, coefficient), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory):
+    """Three scalar-head models with different heads, as transformers saves them, with statistics."""
+    from transformers import AutoModelForSequenceClassification
+
+    folders = []
+    for number in range(3):
+        folder = tmp_path_factory.mktemp("member")
+        start = write_llama(folder / "start", vocabulary=259)
+        torch.manual_seed(number)
+        AutoModelForSequenceClassification.from_pretrained(start, num_labels=1, pad_token_id=0).save_pretrained(
+            folder / "model"
+        )
+        byte_tokenizer().save_pretrained(folder / "model")
+        (folder / "model" / STATISTICS_FILE).write_text(json.dumps({"mean": number, "spread": 0.5 + number}))
+        folders.append(ModelSection(path=str(folder / "model"), dtype="float32"))
+    return folders
+
+
+def section(members, **changes):
+    return RewardModelSection(model=members[0], members=members[1:], template="{prompt}{response}", **changes)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_each_member_scores_by_itself_and_by_its_own_statistics(members, normalise):
+    ensemble = RewardEnsemble(section(members, uncertainty=0.7, weight=2.0, normalise=normalise))
+    alone = [
+        RewardModelEngine(section([member], normalise=normalise)).score(PROMPTS, RESPONSES).astype(float) for member in members
+    ]
+    parts = ensemble.parts(PROMPTS, RESPONSES)
+    assert ensemble.weights == {MODEL_PART: 2.0, SPREAD_PART: 0.0}
+    assert (parts[SPREAD_PART] > 0).all()
+    np.testing.assert_allclose(parts[SPREAD_PART], np.std(alone, axis=0), rtol=1e-4)
+    np.testing.assert_allclose(parts[MODEL_PART], np.mean(alone, axis=0) - 0.7 * np.std(alone, axis=0), rtol=1e-4, atol=1e-6)
+
+
+def test_one_model_alone_is_what_it_was(members):
+    alone = RewardEnsemble(section(members[:1]))
+    parts = alone.parts(PROMPTS, RESPONSES)
+    assert alone.weights == {MODEL_PART: 1.0}
+    assert list(parts) == [MODEL_PART]
+    np.testing.assert_array_equal(parts[MODEL_PART], RewardModelEngine(section(members[:1])).score(PROMPTS, RESPONSES))
+
+
+def test_mistakes_are_one_clear_line(members, tmp_path):
+    with pytest.raises(ValueError, match="uncertainty needs members"):
+        section(members[:1], uncertainty=1.0)
+    with pytest.raises(UserError, match="missing"):
+        RewardEnsemble(section([members[0], ModelSection(path=str(tmp_path / "missing"))]))

@@ -1,0 +1,68 @@
+"""A scoring run that is slow enough to be killed, as a script and as stages that say which process they are in."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from rayrlhf.batch_inference.intake import take_in
+from rayrlhf.pipelines.presft.dataset import repair, write_dataset
+from rayrlhf.pipelines.presft.presft_folder import Layout
+from rayrlhf.pipelines.presft.presft_steps import Sampled, read_cut, relabel_pairs, score_pairs, select_pairs
+from rayrlhf.pipelines.presft.probing import Prober, ProbeScorer
+from tests.pipelines.presft.runs import presft_config
+
+PAUSE_SECONDS = 0.4
+SETTINGS = ("probe.temperature=1.0", "select.rule=quantile", "select.value=0.4", "relabel.method=mbr", "relabel.samples=3")
+ROWS = 160
+
+
+class SlowProber(Prober):
+    def __init__(self, folder, plan):
+        note_process(folder, "generator")
+        super().__init__(plan)
+
+    def __call__(self, table):
+        time.sleep(PAUSE_SECONDS)
+        return super().__call__(table)
+
+
+class SlowScorer(ProbeScorer):
+    def __init__(self, folder, probe, data, plan):
+        note_process(folder, "scorer")
+        super().__init__(probe, data, plan)
+
+    def __call__(self, table):
+        time.sleep(PAUSE_SECONDS)
+        return super().__call__(table)
+
+
+def note_process(folder, name):
+    with (folder / f"{name}.pids").open("a") as file:
+        file.write(f"{os.getpid()}\n")
+
+
+def prepare(folder):
+    config, layout = presft_config(folder, *SETTINGS, count=ROWS), Layout(folder / "run")
+    take_in(config.data, layout.rows, layout.rejected, rows_per_part=16, tokenizer=None, longest=None)
+    return config, layout
+
+
+def main(folder):
+    """Score, select, relabel and repair; run again, it goes on."""
+    import ray
+
+    config, layout = prepare(folder)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    model = Sampled("tuned", config.model)
+    first = layout.round(1)
+    score_pairs(config, layout.rows, first.scores, model, config.probe, 2, lambda _: time.sleep(PAUSE_SECONDS / 4))
+    select_pairs(config, first.scores, first.selection)
+    cut = read_cut(first.selection)
+    relabel_pairs(config, config.relabel, first.scores, first.relabeled, cut, model, 3, lambda _: None)
+    repair(first.relabeled, first.repaired)
+    write_dataset(first.repaired, first.dataset)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

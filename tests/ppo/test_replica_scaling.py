@@ -1,0 +1,86 @@
+"""Replicas join and leave a running job; a wish that cannot be is one line."""
+
+import time
+
+import pytest
+import ray
+
+from rayrlhf.config.loading.load import dump_config
+from rayrlhf.errors import UserError
+from rayrlhf.observe.journal import read_journal
+from rayrlhf.observe.run_folder import open_run
+from rayrlhf.ppo.callbacks import Callback
+from rayrlhf.ppo.replica_scaling import want_replicas, wanted_replicas
+from rayrlhf.ppo.train_ppo import train_ppo
+from tests.ppo.runs import run_config
+
+
+@pytest.fixture
+def run(tmp_path):
+    def make(*overrides):
+        config = run_config(tmp_path, *overrides)
+        return open_run(config.run.folder, dump_config(config), lambda *_: [])
+
+    return make
+
+
+def test_a_wish_is_read_back_and_the_last_one_counts(run):
+    with run() as folder:
+        assert wanted_replicas(folder.path) is None
+        want_replicas(folder.path, 3)
+        want_replicas(folder.path, 2)
+        assert wanted_replicas(folder.path) == 2
+
+
+def test_what_cannot_be_is_refused_in_one_line(run, tmp_path):
+    with pytest.raises(UserError, match="no run folder"):
+        want_replicas(tmp_path, 2)
+    with run("recovery.min_replicas=2", "rollout.replicas=2") as folder, pytest.raises(UserError, match="at least 2"):
+        want_replicas(folder.path, 1)
+    with pytest.raises(UserError, match=r"no driver runs in it; start it with rollout\.replicas=4"):
+        want_replicas(folder.path, 4)
+    with run("run.determinism=exact", "run.name=other") as folder, pytest.raises(UserError, match="fixes the number"):
+        want_replicas(folder.path, 2)
+
+
+class Scale(Callback):
+    """Wants three replicas after step 1, and one again once all of them have served."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.served = []
+
+    def on_start(self, trainer):
+        self.trainer = trainer
+
+    def on_step_end(self, step, metrics, scored):
+        pool = self.trainer.care.pool
+        self.served.append(len(pool.serving))
+        if step == 1:
+            want_replicas(self.folder, 3)
+        elif len(pool.serving) == 3 and wanted_replicas(self.folder) == 3:
+            want_replicas(self.folder, 1)
+        elif len(pool.replicas) > 1 or wanted_replicas(self.folder) == 3:
+            time.sleep(0.5)
+
+
+@pytest.mark.slow
+def test_replicas_join_a_running_job_serve_its_weights_and_leave_again(tmp_path):
+    seats = [f"placement.{role}.cpus=0.5" for role in ("policy", "critic", "reference", "reward")]
+    settings = ["rollout.backend=transformers", "evaluation.enabled=false", "run.steps=50", "placement.rollout_cpus=1"]
+    config = run_config(tmp_path, *settings, *seats)
+    ray.init(num_cpus=5, include_dashboard=False, log_to_driver=False)
+    try:
+        scale = Scale(config.run.folder)
+        train_ppo(config, [scale])
+        assert scale.served[0] == 1
+        assert 3 in scale.served
+        assert scale.served[-1] == 1
+        events = [(event["event"], event["actor"]) for event in read_journal(config.run.folder)]
+        assert sorted(events) == [(kind, f"ppo/rollout/{rank}") for kind in ("joined", "left") for rank in (1, 2)]
+        end = time.monotonic() + 20
+        while ray.available_resources().get("CPU") != 5 and time.monotonic() < end:
+            time.sleep(0.5)
+        assert ray.available_resources()["CPU"] == 5  # every room is given back
+    finally:
+        ray.shutdown()

@@ -1,0 +1,46 @@
+"""What each role minimises, and which samples each optimizer step sees."""
+
+import pytest
+
+from rayrlhf.config.loading.load import load_config
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.engines.objectives.base import PolicyObjective, SharedObjective, ValueObjective
+from rayrlhf.errors import UserError
+from rayrlhf.ppo.update_objectives import learning_roles, make_objectives, plan_update
+
+REQUIRED = ["model.path=builtin:tiny", "reward.functions=[{name: length}]", "data.train.path=prompts.jsonl"]
+
+
+def objectives(*overrides):
+    return make_objectives(load_config(PPOConfig, None, [*REQUIRED, *overrides]))
+
+
+def test_a_shared_trunk_has_one_objective_and_a_separate_critic_one_of_its_own():
+    assert isinstance(objectives("critic.kind=shared")["policy"], SharedObjective)
+    apart = objectives("critic.kind=separate")
+    assert isinstance(apart["policy"], PolicyObjective)
+    assert isinstance(apart["critic"], ValueObjective)
+
+
+def test_only_the_critic_learns_during_its_warm_up():
+    config = load_config(PPOConfig, None, [*REQUIRED, "critic.warmup_steps=2"])
+    roles = [set(learning_roles(make_objectives(config), config, step)) for step in range(4)]
+    assert roles == [{"critic"}, {"critic"}, {"policy", "critic"}, {"policy", "critic"}]
+
+
+def test_a_critic_on_the_policys_trunk_has_no_warm_up_of_its_own():
+    with pytest.raises(UserError, match="warmup_steps is of no use with kind 'shared'"):
+        objectives("critic.kind=shared", "critic.warmup_steps=2")
+
+
+def test_every_epoch_sees_every_sample_once_in_an_order_of_its_own():
+    plan = plan_update(range(12), epochs=3, mini_batch_size=4, run_seed=1, step=5)
+    orders = [[row for step in epoch for row in step] for epoch in plan.epochs]
+    assert all(sorted(order) == list(range(12)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+    assert {len(step) for epoch in plan.epochs for step in epoch} == {4}
+
+
+def test_the_plan_depends_on_seed_and_step_alone():
+    assert plan_update(range(12), 2, 4, run_seed=1, step=5) == plan_update(range(12), 2, 4, run_seed=1, step=5)
+    assert plan_update(range(12), 2, 4, run_seed=1, step=5) != plan_update(range(12), 2, 4, run_seed=1, step=6)

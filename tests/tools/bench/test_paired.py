@@ -1,0 +1,32 @@
+import json
+
+import pytest
+
+from rayrlhf.tools.bench.paired import Comparison, compare, paired_ratio
+
+
+def test_contenders_take_turns_and_change_who_goes_first():
+    calls = []
+    speeds = {"base": 100.0, "ours": 200.0}
+    contenders = {name: lambda name=name: calls.append(name) or speeds[name] for name in speeds}
+    found = compare("speed", "tokens/s", contenders, 3)
+    assert calls == ["base", "ours", "ours", "base", "base", "ours"]
+    assert found.speeds == {"base": [100.0] * 3, "ours": [200.0] * 3}
+
+
+def test_a_drift_of_the_machine_does_not_reach_the_ratio():
+    baseline = [100.0, 50.0, 80.0, 20.0, 90.0]
+    ratio = paired_ratio([2.0 * speed for speed in baseline], baseline)
+    assert (ratio.median, ratio.low, ratio.high) == pytest.approx((2.0, 2.0, 2.0))
+
+
+def test_the_interval_covers_the_ratios_that_were_seen_and_holds_the_median():
+    ratio = paired_ratio([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5)
+    assert ratio.median == 3.0
+    assert 1.0 <= ratio.low < 3.0 < ratio.high <= 5.0
+
+
+def test_a_comparison_is_written_for_machines_and_for_people():
+    found = Comparison("tiny", "tokens/s", {"base": [1000.0, 1000.0], "ours": [1900.0, 2100.0]})
+    assert json.loads(found.as_json())["ratios"]["ours"][0] == pytest.approx(2.0)
+    assert "| ours | 2,000 | 2.00 (1.90 to 2.10) |" in found.as_markdown()

@@ -1,0 +1,185 @@
+"""Where processes land on simulated clusters, what does not fit, and the change that makes it fit."""
+
+import time
+
+import pytest
+
+from rayrlhf.actors.placement import GroupPlan, Machine, ResourcePlan, Seat, make_plan
+from rayrlhf.config.launch import NodeSection
+from rayrlhf.errors import UserError
+from rayrlhf.tools.launch.launch_plan import plan_run
+from rayrlhf.tools.launch.remedy import _single, advice, find_remedy, fits
+from rayrlhf.tools.launch.role_layout import lay_out
+from tests.tools.launch.models import LLAMA_7B, LLAMA_70B, ppo, write_model
+
+EIGHT = NodeSection(count=8, gpus=8, cpus=96)
+MACHINE = Machine((96.0,) * 8, (8.0,) * 8)
+DISAGGREGATED = "placement.mode=disaggregated"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models")
+    write_model(path / "7b", LLAMA_7B)
+    write_model(path / "70b", LLAMA_70B)
+    return path
+
+
+def places(config, role):
+    return [place for place in lay_out(make_plan(config, MACHINE), MACHINE) if place.role == role]
+
+
+def test_disaggregated_roles_fill_node_after_node_and_share_no_device(folder):
+    ranks = ["placement.policy.ranks=16", "placement.critic.ranks=16", "placement.reference.ranks=8", "rollout.replicas=16"]
+    config = ppo(folder / "7b", DISAGGREGATED, *ranks)
+    laid = lay_out(make_plan(config, MACHINE), MACHINE)
+    used = [(place.node, device) for place in laid for device in place.devices]
+    assert len(used) == len(set(used)) == 56
+    assert [place.node for place in places(config, "policy")] == [0] * 8 + [1] * 8
+    assert {place.node for place in places(config, "rollout")} == {5, 6}
+
+
+def test_a_tensor_parallel_replica_never_crosses_nodes(folder):
+    config = ppo(
+        folder / "7b", DISAGGREGATED, "placement.policy.ranks=6", "rollout.replicas=3", "rollout.tensor_parallel_size=4"
+    )
+    for place in places(config, "rollout"):
+        assert len(place.devices) == 4
+    assert len({(place.node, device) for place in places(config, "rollout") for device in place.devices}) == 12
+
+
+def test_colocated_roles_share_the_device_of_their_rank(folder):
+    ranks = [f"placement.{role}.ranks=8" for role in ("policy", "critic", "reference")]
+    config = ppo(folder / "7b", *ranks, "rollout.replicas=8")
+    for role in ("policy", "critic", "reference", "rollout"):
+        assert [place.devices for place in places(config, role)] == [(device,) for device in range(8)]
+
+
+def test_roles_with_labels_keep_to_nodes_of_their_own_and_others_sit_anywhere(folder):
+    labels = ["placement.policy.labels={rayrlhf/role: train}", "placement.rollout_labels={rayrlhf/role: rollout}"]
+    config = ppo(folder / "7b", DISAGGREGATED, *labels)
+    assert {place.node for place in places(config, "policy")} == {0}
+    assert {place.node for place in places(config, "rollout")} == {1}
+    assert {place.node for place in places(config, "critic")} == {0}
+    assert make_plan(config, MACHINE).groups["policy"].labels == {"rayrlhf/role": "train"}
+
+
+@pytest.mark.parametrize("key", ["placement.policy.labels", "placement.rollout_labels"])
+def test_labels_are_refused_where_roles_share_bundles(folder, key):
+    with pytest.raises(UserError, match="disaggregated"):
+        ppo(folder / "7b", f"{key}={{rayrlhf/role: train}}")
+
+
+def test_a_bundle_larger_than_any_node_is_refused_before_a_cluster_would_wait_for_it(folder):
+    with pytest.raises(UserError, match=r"up to 32 CPUs .*node 1: 16 CPUs"):
+        plan_run(ppo("builtin:tiny"), NodeSection(count=2, cpus=16))
+
+
+def test_a_group_that_must_stay_together_and_cannot_is_refused_with_what_is_left():
+    seats = {"rollout": (Seat("rollout-0", (0, 1, 2), 1.0, 1.0, 1),)}
+    plan = ResourcePlan({"rollout-0": GroupPlan("STRICT_PACK", ({"CPU": 1.0, "GPU": 1.0},) * 3)}, seats, overlap=False)
+    with pytest.raises(UserError, match=r"3 bundles of up to 1 CPUs and 1 GPUs on one node.*node 1: 4 CPUs, 2 GPUs"):
+        lay_out(plan, Machine((4.0, 4.0), (2.0, 2.0)))
+
+
+def test_too_few_gpus_are_refused_at_once_with_asked_against_available(folder):
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"asked for .* 100 GPUs .*has 768 CPUs and 64 GPUs"):
+        plan_run(ppo(folder / "7b", "placement.policy.ranks=100"), EIGHT)
+    assert time.monotonic() - started < 5
+
+
+def test_7b_does_not_fit_one_gpu_and_the_lines_say_by_how_much_and_for_whom(folder):
+    plan = plan_run(ppo(folder / "7b"), NodeSection(gpus=1, cpus=16))
+    (problem,) = plan.problems
+    assert "node 0 GPU 0" in problem
+    assert "76.0 GiB" in problem
+    assert "critic" in problem
+    assert any(line.startswith("does not fit: node 0 GPU 0") for line in plan.lines())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_is_suggested_makes_it_fit_and_no_part_of_it_can_be_left_out(folder, count):
+    config, nodes = ppo(folder / "7b"), NodeSection(count=count, gpus=8, cpus=96)
+    remedy = find_remedy(config, nodes)
+    cluster = nodes.model_copy(update={"count": remedy.nodes})
+    assert fits(config, cluster, remedy.overrides)
+    for setting in remedy.overrides:
+        if "ranks" not in setting:
+            assert not fits(config, cluster, tuple(other for other in remedy.overrides if other != setting))
+
+
+def test_a_cache_that_holds_no_sample_is_told_and_cured_by_more_of_the_device(folder):
+    config = ppo(folder / "7b", DISAGGREGATED, "model.lora={}", "critic.kind=shared", "rollout.gpu_memory_utilization=0.18")
+    nodes = NodeSection(gpus=4, cpus=96)
+    assert any("KV cache holds" in problem for problem in plan_run(config, nodes).problems)
+    (setting,) = find_remedy(config, nodes).overrides
+    assert setting.startswith("rollout.gpu_memory_utilization=")
+
+
+def test_70b_is_refused_for_the_reason_that_no_setting_can_cure(folder):
+    started = time.monotonic()
+    line = advice(ppo(folder / "70b", "train.zero_stage=3", "placement.policy.ranks=64"), EIGHT)
+    assert line.startswith("no setting helps: each rank of the policy loads the whole model in float32")
+    assert "257.0 of 76.0 GiB" in line
+    assert time.monotonic() - started < 5
+
+
+def test_the_sync_crosses_the_network_once_for_each_other_node_with_a_replica(folder):
+    config = ppo(folder / "7b", DISAGGREGATED, "placement.policy.ranks=8", "rollout.replicas=8")
+    lines = list(plan_run(config, EIGHT).lines())
+    (sync,) = [line for line in lines if line.startswith("weight sync")]
+    assert sync == "weight sync: 12.55 GiB into each of 2 nodes, 25.10 GiB over the network"
+
+
+def test_a_tiny_run_fits_a_laptop():
+    plan = plan_run(ppo("builtin:tiny"), NodeSection(cpus=2, memory_gib=16))
+    assert plan.problems == ()
+    assert {place.node for place in plan.places} == {0}
+
+
+def test_members_of_a_reward_ensemble_share_a_process_and_their_weights_add_up(folder):
+    member = f"path: {folder / '7b'}, dtype: bfloat16"
+    one = plan_run(ppo(folder / "7b", f"reward.model={{model: {{{member}}}}}"), EIGHT).memory["reward"]
+    members = f"members: [{{{member}}}, {{{member}}}]"
+    three = plan_run(ppo(folder / "7b", f"reward.model={{model: {{{member}}}, {members}}}"), EIGHT).memory["reward"]
+    assert three.weights == 3 * one.weights
+    assert three.total - one.total == 2 * one.weights
+
+
+def test_of_models_that_wait_in_main_memory_a_device_holds_the_largest_and_no_more(folder):
+    settings = [
+        "placement.policy.ranks=8",
+        "placement.critic.ranks=8",
+        "placement.reference.ranks=8",
+        "rollout.replicas=8",
+        f"reward.model={{model: {{path: {folder / '7b'}}}, template: '{{response}}'}}",
+        "placement.reward.ranks=8",
+        "train.zero_stage=3",
+    ]
+    small = NodeSection(count=1, gpus=8, cpus=96, gpu_memory_gib=10)
+
+    def needed(*more):
+        found = [line for line in plan_run(ppo(folder / "7b", *settings, *more), small).problems if "GPU 0" in line]
+        return float(found[0].split(": ")[1].split(" of")[0])
+
+    plan = plan_run(ppo(folder / "7b", *settings), small)
+    one = (plan.memory["reference"].weights + plan.memory["reference"].activations) / 2**30
+    assert needed() - needed("reference.offload=true") == pytest.approx(0, abs=0.15)
+    assert needed() - needed("reference.offload=true", "reward.model.offload=true") == pytest.approx(one, abs=0.15)
+
+
+def test_offloading_is_among_the_remedies_where_it_is_what_helps(folder):
+    plain = ppo(folder / "7b", "placement.policy.ranks=8", "placement.critic.ranks=8", "placement.reference.ranks=8")
+    assert "reference.offload=true" in list(_single(plain, EIGHT))
+    assert "reference.offload=true" not in list(_single(plain, NodeSection(count=1, gpus=0, cpus=8)))
+
+
+def test_members_that_wait_take_the_host_all_together_and_the_device_one_at_a_time(folder):
+    member = f"path: {folder / '7b'}, dtype: bfloat16"
+    one = plan_run(ppo(folder / "7b", f"reward.model={{model: {{{member}}}}}"), EIGHT).memory["reward"]
+    waiting = f"reward.model={{model: {{{member}}}, members: [{{{member}}}], offload: true}}"
+    two = plan_run(ppo(folder / "7b", waiting), EIGHT).memory["reward"]
+    assert two.total == one.total
+    assert two.by_turns == one.weights + one.activations
+    assert two.host == 2 * one.host

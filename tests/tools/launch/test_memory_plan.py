@@ -1,0 +1,166 @@
+"""Memory estimates against hand numbers, published counts, and what autograd and the train engine really keep."""
+
+import pytest
+import torch
+
+from rayrlhf.config.model import LoraSection, ModelSection
+from rayrlhf.config.train import TrainSection
+from rayrlhf.models import logprobs
+from rayrlhf.tools.launch.memory_plan import (
+    BUCKET_ELEMENTS,
+    FLOAT,
+    GIB,
+    LIVE_ELEMENTS,
+    LOGIT_BYTES,
+    Precision,
+    activation_bytes,
+    cache_bytes_per_token,
+    frozen_memory,
+    sync_bytes,
+    train_memory,
+)
+from rayrlhf.tools.launch.shape import read_shape, shape_of
+from tests.tools.launch.models import LLAMA_7B, LLAMA_70B, write_model
+
+HALF, FULL = Precision(2), Precision(4)
+PARAMETERS_7B, PARAMETERS_70B = 6_738_415_616, 68_976_648_192
+"""Llama 2's, as published with its weights."""
+
+
+@pytest.fixture(scope="module")
+def seven(tmp_path_factory):
+    return read_shape(ModelSection(path=str(write_model(tmp_path_factory.mktemp("m") / "7b", LLAMA_7B))))
+
+
+@pytest.fixture(scope="module")
+def seventy(tmp_path_factory):
+    return read_shape(ModelSection(path=str(write_model(tmp_path_factory.mktemp("m") / "70b", LLAMA_70B))))
+
+
+def test_parameters_of_7b_and_70b_are_the_published_ones_and_nothing_is_allocated(seven, seventy):
+    assert (seven.parameters, seventy.parameters) == (PARAMETERS_7B, PARAMETERS_70B)
+    assert seven.linear == PARAMETERS_7B - 2 * 32000 * 4096 - (2 * 32 + 1) * 4096
+
+
+def test_adapters_of_7b_on_query_and_value_are_the_4_million_of_the_lora_paper(tmp_path):
+    lora = LoraSection(rank=8, target_modules=["q_proj", "v_proj"])
+    shape = read_shape(ModelSection(path=str(write_model(tmp_path / "7b", LLAMA_7B)), lora=lora))
+    assert shape.trainable == 4_194_304
+    upper = read_shape(
+        ModelSection(
+            path=str(write_model(tmp_path / "7b", LLAMA_7B)),
+            lora=lora.model_copy(update={"last_layers": 8}),
+        )
+    )
+    assert (upper.trainable, upper.learned_layers) == (4_194_304 // 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "gib"),
+    [
+        # weights + gradients + moments of float32 at 7B: 4 + 4 + 8 bytes a parameter
+        (0, 1, 16 * PARAMETERS_7B / GIB),
+        (0, 8, 16 * PARAMETERS_7B / GIB),
+        # stage 1 shards moments and the master copy: 4 + 4 + 12/8
+        (1, 8, (8 + 12 / 8) * PARAMETERS_7B / GIB),
+        # stage 2 gradients as well: 4 + 16/8
+        (2, 8, (4 + 16 / 8) * PARAMETERS_7B / GIB),
+        # stage 3 everything: 20/8
+        (3, 8, 20 / 8 * PARAMETERS_7B / GIB),
+    ],
+)
+def test_sharded_bytes_of_7b_are_those_of_the_zero_paper_at_float32(seven, stage, ranks, gib):
+    memory = train_memory(seven, TrainSection(zero_stage=stage), FULL, ranks=ranks, tokens=1)
+    buffers = FLOAT * BUCKET_ELEMENTS if ranks > 1 else 0
+    gathered = FLOAT * LIVE_ELEMENTS if stage == 3 else 0
+    held = memory.weights + memory.gradients + memory.optimizer - buffers - gathered
+    assert held / GIB == pytest.approx(gib, rel=1e-6)
+
+
+def test_offloading_moves_the_optimizer_to_main_memory(seven):
+    memory = train_memory(seven, TrainSection(zero_stage=2, offload_optimizer=True), HALF, ranks=1, tokens=1)
+    assert memory.optimizer == 0
+    assert memory.host == 12 * PARAMETERS_7B
+
+
+def test_every_rank_loads_the_whole_of_70b_whatever_the_stage(seventy):
+    memory = train_memory(seventy, TrainSection(zero_stage=3), HALF, ranks=64, tokens=4096, checkpointing=True)
+    assert memory.total >= 4 * PARAMETERS_70B
+
+
+def test_keys_and_values_are_the_published_half_mebibyte_a_token_at_7b_and_grouped_at_70b(seven, seventy):
+    assert cache_bytes_per_token(seven, HALF) == 2**19
+    assert cache_bytes_per_token(seventy, HALF) == 2 * 80 * 8 * 128 * 2
+
+
+def test_a_frozen_7b_in_bfloat16_holds_two_bytes_a_linear_weight_and_four_elsewhere(seven):
+    assert frozen_memory(seven, HALF, tokens=1).weights == 2 * seven.linear + 4 * (PARAMETERS_7B - seven.linear)
+
+
+def test_a_weight_sync_of_70b_moves_128_gibibytes_in_bfloat16(seventy):
+    assert sync_bytes(seventy, HALF) / GIB == pytest.approx(128.5, abs=0.1)
+
+
+def test_the_logit_buffer_is_that_of_the_models():
+    assert LOGIT_BYTES == logprobs.CHUNK_BYTES
+
+
+def tiny(hidden, layers):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=259,
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
+            num_key_value_heads=max(1, hidden // 128),
+            head_dim=64,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def saved_bytes(network, tokens, dtype, checkpointing):
+    """Bytes of activations that autograd keeps after a forward, each storage once, without weights and their rounded copies."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    shapes = {tuple(parameter.shape) for parameter in network.parameters()}
+    shapes |= {shape[::-1] for shape in shapes}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tuple(tensor.shape) not in shapes:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    if checkpointing:
+        network.gradient_checkpointing_enable()
+        network.train()
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        output = network.model(input_ids=torch.zeros(tokens // 64, 64, dtype=torch.long), use_cache=False)
+    del output
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("hidden", "layers"), [(128, 2), (256, 4)])
+def test_activations_are_within_5_percent_of_what_autograd_keeps_and_so_is_their_growth(hidden, layers, dtype):
+    network = tiny(hidden, layers)
+    shape, precision = shape_of(network), Precision(dtype.itemsize)
+    measured = {tokens: saved_bytes(network, tokens, dtype, False) for tokens in (512, 1024)}
+    expected = {tokens: activation_bytes(shape, tokens, precision, checkpointing=False) for tokens in measured}
+    assert expected == pytest.approx(measured, rel=0.05)
+    assert expected[1024] - expected[512] == pytest.approx(measured[1024] - measured[512], rel=0.05)
+
+
+@pytest.mark.parametrize(("hidden", "layers"), [(128, 2), (256, 4)])
+def test_with_checkpointing_layers_keep_their_inputs_only_and_one_is_recomputed(hidden, layers):
+    network = tiny(hidden, layers)
+    shape = shape_of(network)
+    kept = saved_bytes(network, 1024, torch.float32, True)
+    one_layer = activation_bytes(shape, 1024, FULL, checkpointing=False) - 1024 * 2 * FLOAT * hidden
+    expected = activation_bytes(shape, 1024, FULL, checkpointing=True) - one_layer // layers
+    assert expected == pytest.approx(kept, rel=0.05)
