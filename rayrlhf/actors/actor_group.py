@@ -10,7 +10,7 @@ from ray.exceptions import ActorAlreadyExistsError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rayrlhf.actors.placement import Role, Seat
+from rayrlhf.actors.placement import Role, WorkerPlacement
 from rayrlhf.actors.waiting import wait_all
 from rayrlhf.errors import ActorLostError, DeadlineError, UserError
 
@@ -90,24 +90,28 @@ class ActorGroup:
 def create_group(
     role: Role,
     actor_class: type,
-    seats: Sequence[Seat],
+    workers: Sequence[WorkerPlacement],
     placement_groups: Mapping[str, PlacementGroup],
     run_name: str,
     environment: Mapping[str, str],
 ) -> ActorGroup:
-    """Create a role's actors in their seats. Constructors take nothing, so that Ray can restart them anywhere."""
-    names = tuple(f"{run_name}/{role}/{rank}" for rank in range(len(seats)))
+    """Create a role's actors in their workers. Constructors take nothing, so that Ray can restart them anywhere."""
+    names = tuple(f"{run_name}/{role}/{rank}" for rank in range(len(workers)))
     handles = [
-        create_actor(name, actor_class, seat, placement_groups[seat.group], environment)
-        for name, seat in zip(names, seats, strict=True)
+        create_actor(name, actor_class, worker, placement_groups[worker.group], environment)
+        for name, worker in zip(names, workers, strict=True)
     ]
     return ActorGroup(role, names, tuple(handles))
 
 
 def create_actor(
-    name: str, actor_class: type, seat: Seat, placement_group: PlacementGroup, environment: Mapping[str, str]
+    name: str,
+    actor_class: type,
+    worker: WorkerPlacement,
+    placement_group: PlacementGroup,
+    environment: Mapping[str, str],
 ) -> Any:
-    """Create one actor in its seat; returns its handle without waiting for the process.
+    """Create one actor in its worker; returns its handle without waiting for the process.
 
     A driver that was killed and started again may come before Ray has cleared away the actors of the one before.
 
@@ -116,15 +120,15 @@ def create_actor(
     """
     strategy = PlacementGroupSchedulingStrategy(
         placement_group,
-        placement_group_bundle_index=seat.bundles[0],
-        placement_group_capture_child_tasks=len(seat.bundles) > 1,
+        placement_group_bundle_index=worker.bundles[0],
+        placement_group_capture_child_tasks=len(worker.bundles) > 1,
     )
     remote = ray.remote(concurrency_groups={"health": 1, "storage": 1})(actor_class).options(
         name=name,
-        num_cpus=seat.cpus,
-        num_gpus=seat.gpus,
+        num_cpus=worker.cpus,
+        num_gpus=worker.gpus,
         scheduling_strategy=strategy,
-        runtime_env={"env_vars": process_environment(seat) | dict(environment)},
+        runtime_env={"env_vars": process_environment(worker) | dict(environment)},
     )
     end = time.monotonic() + NAME_SECONDS
     while True:
@@ -136,13 +140,13 @@ def create_actor(
             time.sleep(0.5)
 
 
-def process_environment(seat: Seat) -> dict[str, str]:
+def process_environment(worker: WorkerPlacement) -> dict[str, str]:
     """Environment of one process: its threads, and no view of devices it was not given."""
     environment = {
-        "OMP_NUM_THREADS": str(seat.threads),
+        "OMP_NUM_THREADS": str(worker.threads),
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
     }
-    if seat.gpus == 0:
+    if worker.gpus == 0:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return environment

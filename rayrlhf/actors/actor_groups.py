@@ -10,7 +10,15 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from rayrlhf.actors.actor_group import ActorGroup, create_actor, create_group
-from rayrlhf.actors.placement import GroupPlan, Machine, ResourcePlan, Role, Seat, building_order, replica_group
+from rayrlhf.actors.placement import (
+    ClusterResources,
+    GroupPlan,
+    ResourcePlan,
+    Role,
+    WorkerPlacement,
+    building_order,
+    replica_group,
+)
 from rayrlhf.actors.reference_actor import ReferenceActor
 from rayrlhf.actors.reward_actor import RewardActor
 from rayrlhf.actors.role_specs import RoleSpecs
@@ -30,13 +38,13 @@ ACTOR_CLASSES: Mapping[Role, type] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Crew:
+class ActorGroups:
     """The actors of a run by role; a role the objective does not need is absent. They are there, but empty until `build`.
 
     Attributes:
         groups: the actors that are there now; `restart` exchanges some.
         plan: where everybody sat at first.
-        seats: where everybody sits now.
+        workers: where everybody sits now.
         specs: what everybody is built from.
         run_name: first part of every actor's name.
         placed: placement groups by name.
@@ -44,7 +52,7 @@ class Crew:
 
     groups: dict[Role, ActorGroup]
     plan: ResourcePlan
-    seats: dict[Role, tuple[Seat, ...]]
+    workers: dict[Role, tuple[WorkerPlacement, ...]]
     specs: RoleSpecs
     run_name: str
     placed: dict[str, PlacementGroup]
@@ -66,7 +74,7 @@ class Crew:
             UserError: a role refuses its spec.
             DeadlineError: a role was not ready in time.
         """
-        for roles in building_order({role: self.seats[role] for role in self.groups}):
+        for roles in building_order({role: self.workers[role] for role in self.groups}):
             calls: dict[str, ray.ObjectRef] = {}
             for role in roles:
                 calls |= self.start_building(role, seconds)
@@ -102,68 +110,68 @@ class Crew:
     def _exchange(self, role: Role, rank: int) -> None:
         group = self.groups[role]
         ray.kill(group.handles[rank])
-        self.groups[role] = group.with_handle(rank, self._create(role, group.names[rank], self.seats[role][rank]))
+        self.groups[role] = group.with_handle(rank, self._create(role, group.names[rank], self.workers[role][rank]))
 
-    def ask_for_room(self, name: str) -> PlacementGroup:
+    def request_placement_group(self, name: str) -> PlacementGroup:
         """Ask the cluster for the room of one more rollout replica, under a name; nothing waits for it."""
         group = replica_group(self.plan)
-        self.placed[name] = _asked(group)
+        self.placed[name] = _create_placement_group(group)
         return self.placed[name]
 
-    def give_back_room(self, name: str) -> None:
+    def release_placement_group(self, name: str) -> None:
         """Return a room, or withdraw a request for one."""
         remove_placement_group(self.placed.pop(name))
 
     def add_replica(self, room: str) -> ray.ObjectRef:
         """Put one more rollout replica into a room that was granted; returns its `build`, without waiting."""
-        group, first = self.groups["rollout"], self.plan.seats["rollout"][0]
-        seat = replace(first, group=room, bundles=tuple(range(len(first.bundles))))
+        group, first = self.groups["rollout"], self.plan.workers["rollout"][0]
+        worker = replace(first, group=room, bundles=tuple(range(len(first.bundles))))
         name = f"{self.run_name}/rollout/{len(group)}"
-        handle = self._create("rollout", name, seat)
-        self.seats["rollout"] = (*self.seats["rollout"], seat)
+        handle = self._create("rollout", name, worker)
+        self.workers["rollout"] = (*self.workers["rollout"], worker)
         self.groups["rollout"] = replace(group, names=(*group.names, name), handles=(*group.handles, handle))
         return handle.build.remote(*self.specs.arguments("rollout"))
 
     def remove_replica(self) -> None:
         """End the rollout replica of the highest rank, and return its room if it had one of its own."""
-        group, seat = self.groups["rollout"], self.seats["rollout"][-1]
+        group, worker = self.groups["rollout"], self.workers["rollout"][-1]
         ray.kill(group.handles[-1])
         self.groups["rollout"] = replace(group, names=group.names[:-1], handles=group.handles[:-1])
-        self.seats["rollout"] = self.seats["rollout"][:-1]
-        if not any(seat.group == other.group for seats in self.seats.values() for other in seats):
-            self.give_back_room(seat.group)
+        self.workers["rollout"] = self.workers["rollout"][:-1]
+        if not any(worker.group == other.group for workers in self.workers.values() for other in workers):
+            self.release_placement_group(worker.group)
 
-    def _create(self, role: Role, name: str, seat: Seat) -> Any:
-        return create_actor(name, ACTOR_CLASSES[role], seat, self.placed[seat.group], self.specs.environment(role))
+    def _create(self, role: Role, name: str, worker: WorkerPlacement) -> Any:
+        return create_actor(name, ACTOR_CLASSES[role], worker, self.placed[worker.group], self.specs.environment(role))
 
 
-def read_machine() -> Machine:
+def read_cluster_resources() -> ClusterResources:
     """What the connected cluster offers, live nodes only."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return Machine(tuple(node.get("CPU", 0.0) for node in nodes), tuple(node.get("GPU", 0.0) for node in nodes))
+    return ClusterResources(tuple(node.get("CPU", 0.0) for node in nodes), tuple(node.get("GPU", 0.0) for node in nodes))
 
 
 @contextmanager
-def started_crew(run_name: str, specs: RoleSpecs, placement_seconds: float) -> Iterator[Crew]:
-    """Start a process for every seat and end them all on the way out, whatever happened in between.
+def started_actor_groups(run_name: str, specs: RoleSpecs, placement_seconds: float) -> Iterator[ActorGroups]:
+    """Start a process for every worker and end them all on the way out, whatever happened in between.
 
-    The processes import what they will need on their own time; `Crew.build` gives them their models.
+    The processes import what they will need on their own time; `ActorGroups.build` gives them their models.
 
     Raises:
-        UserError: the cluster cannot seat a placement group in time.
+        UserError: the cluster cannot worker a placement group in time.
     """
     plan = specs.plan
     placement_groups: dict[str, PlacementGroup] = {}
     groups: dict[Role, ActorGroup] = {}
     try:
         for name, group in plan.groups.items():
-            placement_groups[name] = _asked(group)
+            placement_groups[name] = _create_placement_group(group)
         _await_placement(placement_groups, plan, placement_seconds)
-        for role, seats in plan.seats.items():
+        for role, workers in plan.workers.items():
             environment = specs.environment(role)
-            groups[role] = create_group(role, ACTOR_CLASSES[role], seats, placement_groups, run_name, environment)
+            groups[role] = create_group(role, ACTOR_CLASSES[role], workers, placement_groups, run_name, environment)
             groups[role].call("preload")
-        yield Crew(groups, plan, dict(plan.seats), specs, run_name, placement_groups)
+        yield ActorGroups(groups, plan, dict(plan.workers), specs, run_name, placement_groups)
         _close(groups)
     finally:
         for actors in groups.values():
@@ -172,7 +180,7 @@ def started_crew(run_name: str, specs: RoleSpecs, placement_seconds: float) -> I
             remove_placement_group(placed)
 
 
-def _asked(group: GroupPlan) -> PlacementGroup:
+def _create_placement_group(group: GroupPlan) -> PlacementGroup:
     labels = [dict(group.labels)] * len(group.bundles) if group.labels else None
     return placement_group([dict(bundle) for bundle in group.bundles], group.strategy, bundle_label_selector=labels)
 

@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from rayrlhf.actors.actor_groups import Crew
-from rayrlhf.actors.health import Built, Event, Health, Lost, RetryPolicy, Settled, Started, advance
-from rayrlhf.actors.heartbeat import Watch
+from rayrlhf.actors.actor_groups import ActorGroups
+from rayrlhf.actors.health import Built, Event, Health, Lost, RetryPolicy, Started, StepCompleted, advance
+from rayrlhf.actors.heartbeat import HeartbeatMonitor
 from rayrlhf.actors.placement import Role
 from rayrlhf.actors.waiting import wait_all
 from rayrlhf.errors import ActorLostError
@@ -15,12 +15,12 @@ LossNote = Callable[[str, str, str, float], None]
 """Told of losses and recoveries: (event, actor, reason, seconds since the loss)."""
 
 
-class Healer:
+class ActorRestarter:
     """Replaces lost processes, a bounded number of times in a row.
 
     Args:
-        crew: the running actors.
-        policy: bounds of rebuilding.
+        actor_groups: the running actors.
+        retry: bounds of rebuilding.
         build_seconds: longest time a rebuild may take.
         watch: pings the processes; None for no pings.
         note: see `LossNote`.
@@ -29,22 +29,22 @@ class Healer:
 
     def __init__(
         self,
-        crew: Crew,
-        policy: RetryPolicy,
+        actor_groups: ActorGroups,
+        retry: RetryPolicy,
         build_seconds: float,
-        watch: Watch | None = None,
+        monitor: HeartbeatMonitor | None = None,
         note: LossNote = lambda *_: None,
         enabled: bool = True,
     ) -> None:
-        self._crew = crew
-        self._policy = policy
+        self._actor_groups = actor_groups
+        self._retry = retry
         self._build_seconds = build_seconds
-        self._watch = watch
+        self._watch = monitor
         self._note = note
         self._enabled = enabled
         self._health: dict[str, Health] = {}
 
-    def revive(self, role: Role, rank: int, lost: Any, error: ActorLostError) -> Any:
+    def restart_lost(self, role: Role, rank: int, lost: Any, error: ActorLostError) -> Any:
         """The handle of a living process in the place of `lost`; returns when it has its model.
 
         Several calls may find the same process gone: only the first of them replaces it.
@@ -54,7 +54,7 @@ class Healer:
         """
         if not self._enabled:
             raise error
-        group = self._crew[role]
+        group = self._actor_groups[role]
         if group.handles[rank] is not lost:
             return group.handles[rank]
         name, began = group.names[rank], time.monotonic()
@@ -65,25 +65,25 @@ class Healer:
         while True:
             health = self._health[name]
             if health.state == "abandoned":
-                raise ActorLostError(f"{error}; given up after {self._policy.attempts} rebuilds in a row", name)
+                raise ActorLostError(f"{error}; given up after {self._retry.attempts} rebuilds in a row", name)
             time.sleep(max(health.retry_at - time.monotonic(), 0.0))
             self._event(name, Started())
             try:
-                wait_all({name: self._crew.restart(role, rank)}, "rebuild", self._build_seconds)
+                wait_all({name: self._actor_groups.restart(role, rank)}, "rebuild", self._build_seconds)
                 break
             except ActorLostError as again:
                 self._event(name, Lost(str(again)))
         self._event(name, Built(current=True))
-        handle = self._crew[role].handles[rank]
+        handle = self._actor_groups[role].handles[rank]
         if self._watch:
             self._watch.add(name, handle)
         self._note("recovered", name, "", time.monotonic() - began)
         return handle
 
-    def settled(self) -> None:
+    def step_completed(self) -> None:
         """Take note that a step was completed."""
         for name in self._health:
-            self._event(name, Settled())
+            self._event(name, StepCompleted())
 
     def _event(self, name: str, event: Event) -> None:
-        self._health[name] = advance(self._health.get(name, Health()), event, time.monotonic(), self._policy)
+        self._health[name] = advance(self._health.get(name, Health()), event, time.monotonic(), self._retry)

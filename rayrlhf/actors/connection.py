@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ray
 
-from rayrlhf.actors.actor_groups import Crew, read_machine, started_crew
+from rayrlhf.actors.actor_groups import ActorGroups, read_cluster_resources, started_actor_groups
 from rayrlhf.actors.placement import make_plan
 from rayrlhf.actors.role_specs import RoleSpecs
 from rayrlhf.config.ppo import PPOConfig
@@ -51,8 +51,8 @@ def ambient_address(note: Path = CURRENT_CLUSTER) -> str:
 
 
 @contextmanager
-def running_crew(config: PPOConfig) -> Iterator[Crew]:
+def running_actor_groups(config: PPOConfig) -> Iterator[ActorGroups]:
     """Start a run's processes on the connected cluster, without models yet; they end with the block."""
-    specs = RoleSpecs(config, make_plan(config, read_machine()))
-    with started_crew(config.run.name, specs, config.deadlines.placement) as crew:
-        yield crew
+    specs = RoleSpecs(config, make_plan(config, read_cluster_resources()))
+    with started_actor_groups(config.run.name, specs, config.deadlines.placement) as actor_groups:
+        yield actor_groups

@@ -92,21 +92,21 @@ class Synced:
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
+class StepCompleted:
     """A step was completed with everybody in place: earlier rebuilds no longer count."""
 
 
-Event = Pong | Silent | Lost | Started | Built | Synced | Settled
+Event = Pong | Silent | Lost | Started | Built | Synced | StepCompleted
 
 
-def advance(health: Health, event: Event, now: float, policy: RetryPolicy) -> Health:
+def advance(health: Health, event: Event, now: float, retry: RetryPolicy) -> Health:
     """What is known after `event`, seen at `now`. An event that makes no sense in a state changes nothing."""
     state = health.state
     match event:
         case Lost(reason) if state in ("healthy", "suspect", "stale", "rebuilding"):
-            return _lost(health, reason, now, policy)
-        case Silent(seconds) if state in ("healthy", "suspect", "stale") and seconds >= policy.ping_deadline:
-            return _lost(health, f"no answer to a ping for {seconds:.0f} s", now, policy)
+            return _lost(health, reason, now, retry)
+        case Silent(seconds) if state in ("healthy", "suspect", "stale") and seconds >= retry.ping_deadline:
+            return _lost(health, f"no answer to a ping for {seconds:.0f} s", now, retry)
         case Silent(seconds) if state == "healthy":
             return replace(health, state="suspect", since=now, reason=f"no answer to a ping for {seconds:.0f} s")
         case Pong() if state == "suspect":
@@ -117,13 +117,13 @@ def advance(health: Health, event: Event, now: float, policy: RetryPolicy) -> He
             return replace(health, state="healthy" if current else "stale", since=now, reason="")
         case Synced() if state == "stale":
             return replace(health, state="healthy", since=now)
-        case Settled() if state == "healthy":
+        case StepCompleted() if state == "healthy":
             return replace(health, attempts=0)
     return health
 
 
-def _lost(health: Health, reason: str, now: float, policy: RetryPolicy) -> Health:
+def _lost(health: Health, reason: str, now: float, retry: RetryPolicy) -> Health:
     attempts = health.attempts + 1
-    if attempts > policy.attempts:
+    if attempts > retry.attempts:
         return replace(health, state="abandoned", since=now, attempts=attempts, reason=reason)
-    return Health("down", now, attempts, now + policy.delay(attempts), reason)
+    return Health("down", now, attempts, now + retry.delay(attempts), reason)

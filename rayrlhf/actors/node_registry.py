@@ -3,14 +3,14 @@
 The watch, on its own thread, writes; errors are put together on the threads that wait.
 """
 
-from rayrlhf.actors.worker import Place
+from rayrlhf.actors.worker import ProcessLocation
 
-_known: dict[str, Place] = {}
+_known: dict[str, ProcessLocation] = {}
 
 
-def seen(name: str, place: Place) -> None:
+def record_location(name: str, location: ProcessLocation) -> None:
     """Note where an actor answered from."""
-    _known[name] = place
+    _known[name] = location
 
 
 def forget(name: str) -> None:
@@ -18,7 +18,7 @@ def forget(name: str) -> None:
     _known.pop(name, None)
 
 
-def located(name: str) -> str:
+def describe_location(name: str) -> str:
     """An actor with its place, such as `ppo/reward/0 (process 4711 on node 10.0.0.7)`; its name alone before its first ping."""
-    place = _known.get(name)
-    return f"{name} (process {place.pid} on node {place.address})" if place else name
+    location = _known.get(name)
+    return f"{name} (process {location.pid} on node {location.address})" if location else name

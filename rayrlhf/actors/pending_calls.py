@@ -12,7 +12,7 @@ _open: list[tuple[str, Mapping[str, float]]] = []
 
 
 @contextmanager
-def asked(what: str, since: Mapping[str, float]) -> Iterator[None]:
+def track_calls(what: str, since: Mapping[str, float]) -> Iterator[None]:
     """Tell, inside the block, that a call is waited for.
 
     Args:
@@ -28,7 +28,7 @@ def asked(what: str, since: Mapping[str, float]) -> Iterator[None]:
         _open[:] = [other for other in _open if other is not entry]
 
 
-def waited_for(name: str) -> str:
+def pending_call(name: str) -> str:
     """The newest call that an actor owes, such as `generate asked 12 s ago`; empty where it owes none."""
     for what, since in reversed(_open):
         began = since.get(name)

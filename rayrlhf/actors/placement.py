@@ -1,4 +1,4 @@
-"""Where every process of a run sits: a pure function from the config and the machine to placement groups and seats.
+"""Where every process of a run sits: a pure function from the config and the machine to placement groups and workers.
 
 Colocated roles share the bundles of one placement group by fractions; disaggregated roles get a group each; a
 tensor-parallel replica always has a group of its own on one node, so that it can be lost and rebuilt alone.
@@ -17,7 +17,7 @@ Strategy = Literal["PACK", "STRICT_PACK"]
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class ClusterResources:
     """What a cluster offers: CPUs and GPUs of each live node."""
 
     node_cpus: tuple[float, ...]
@@ -51,7 +51,7 @@ class Demand:
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class WorkerPlacement:
     """One process's place: a placement group, its bundles (several for a tensor-parallel replica), and its share."""
 
     group: str
@@ -73,16 +73,16 @@ class GroupPlan:
 
 @dataclass(frozen=True, slots=True)
 class ResourcePlan:
-    """All placement groups by name, all seats by role, and whether roles work at the same time."""
+    """All placement groups by name, all workers by role, and whether roles work at the same time."""
 
     groups: Mapping[str, GroupPlan]
-    seats: Mapping[Role, tuple[Seat, ...]]
+    workers: Mapping[Role, tuple[WorkerPlacement, ...]]
     overlap: bool
 
 
 def demands(config: PPOConfig) -> list[Demand]:
     """The roles this config starts. Roles that the objective does not need are not among them."""
-    place = config.placement
+    location = config.placement
     roles: list[tuple[Role, bool]] = [
         ("policy", True),
         ("critic", config.critic.kind == "separate"),
@@ -92,24 +92,24 @@ def demands(config: PPOConfig) -> list[Demand]:
     wanted = []
     for role, needed in roles:
         if needed:
-            part = getattr(place, role)
+            part = getattr(location, role)
             uses_gpu = role != "reward" or config.reward.model is not None
             wanted.append(Demand(role, part.ranks, part.cpus, part.gpus, part.threads, uses_gpu, labels=part.labels))
     tensor_parallel = config.rollout.tensor_parallel_size
     rollout = Demand(
         "rollout",
         config.rollout.replicas,
-        place.rollout_cpus,
-        place.rollout_gpus,
-        place.rollout_threads,
+        location.rollout_cpus,
+        location.rollout_gpus,
+        location.rollout_threads,
         devices=tensor_parallel,
-        labels=place.rollout_labels,
+        labels=location.rollout_labels,
     )
     return [*wanted, rollout]
 
 
-def make_plan(config: PPOConfig, machine: Machine) -> ResourcePlan:
-    """Seat every process of the run.
+def make_plan(config: PPOConfig, machine: ClusterResources) -> ResourcePlan:
+    """WorkerPlacement every process of the run.
 
     Raises:
         UserError: the machine has fewer CPUs or GPUs than the placement asks for (says asked and available).
@@ -117,14 +117,14 @@ def make_plan(config: PPOConfig, machine: Machine) -> ResourcePlan:
     wanted = demands(config)
     colocated = config.placement.mode == "colocated"
     overlap = _overlap(config, machine)
-    settled = [_settle(demand, wanted, machine, colocated, overlap) for demand in wanted]
-    plan = _colocated(settled, overlap) if colocated else _disaggregated(settled, overlap)
-    _check_fits(plan, settled, machine)
+    resolved = [_resolve_demand(demand, wanted, machine, colocated, overlap) for demand in wanted]
+    plan = _colocated(resolved, overlap) if colocated else _disaggregated(resolved, overlap)
+    _check_fits(plan, resolved, machine)
     _check_transfer(config, plan)
     return plan
 
 
-def _overlap(config: PPOConfig, machine: Machine) -> bool:
+def _overlap(config: PPOConfig, machine: ClusterResources) -> bool:
     """Roles that share devices take turns, and `exact` runs keep one fixed order of batches."""
     if config.run.determinism == "exact":
         return False
@@ -134,7 +134,7 @@ def _overlap(config: PPOConfig, machine: Machine) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Settled:
+class _ResolvedDemand:
     role: Role
     ranks: int
     cpus: float
@@ -144,7 +144,9 @@ class _Settled:
     labels: Mapping[str, str]
 
 
-def _settle(demand: Demand, wanted: Sequence[Demand], machine: Machine, colocated: bool, overlap: bool) -> _Settled:
+def _resolve_demand(
+    demand: Demand, wanted: Sequence[Demand], machine: ClusterResources, colocated: bool, overlap: bool
+) -> _ResolvedDemand:
     """Fill in what the user left open."""
     processes = sum(other.ranks for other in wanted)
     cpus = demand.cpus or (1.0 if machine.gpus else _floor(machine.cpus / processes))
@@ -158,7 +160,7 @@ def _settle(demand: Demand, wanted: Sequence[Demand], machine: Machine, colocate
         gpus = _floor(1.0 / sum(other.uses_gpu and other.devices == 1 for other in wanted))
     node_cpus = int(min(machine.node_cpus, default=1.0))
     threads = demand.threads or max(1, int(cpus) if overlap or machine.gpus else node_cpus)
-    return _Settled(demand.role, demand.ranks, cpus, gpus, threads, demand.devices, demand.labels)
+    return _ResolvedDemand(demand.role, demand.ranks, cpus, gpus, threads, demand.devices, demand.labels)
 
 
 def _floor(value: float) -> float:
@@ -170,9 +172,9 @@ def _bundle(cpus: float, gpus: float) -> dict[str, float]:
     return {"CPU": round(cpus, 4)} | ({"GPU": math.ceil(gpus - 1e-9) if gpus > 1 else round(gpus, 4)} if gpus else {})
 
 
-def _colocated(settled: Sequence[_Settled], overlap: bool) -> ResourcePlan:
+def _colocated(resolved: Sequence[_ResolvedDemand], overlap: bool) -> ResourcePlan:
     """Rank i of every role shares bundle i; tensor-parallel replicas stand apart."""
-    shared = [part for part in settled if part.devices == 1]
+    shared = [part for part in resolved if part.devices == 1]
     width = max(part.ranks for part in shared)
     bundles = []
     for index in range(width):
@@ -180,74 +182,78 @@ def _colocated(settled: Sequence[_Settled], overlap: bool) -> ResourcePlan:
         gpus = sum(part.gpus for part in present)
         bundles.append(_bundle(sum(part.cpus for part in present), math.ceil(gpus - 1e-9)))
     groups: dict[str, GroupPlan] = {"colocated": GroupPlan("PACK", tuple(bundles))}
-    seats: dict[Role, tuple[Seat, ...]] = {}
-    for part in settled:
+    workers: dict[Role, tuple[WorkerPlacement, ...]] = {}
+    for part in resolved:
         if part.devices == 1:
-            seats[part.role] = tuple(Seat("colocated", (i,), part.cpus, part.gpus, part.threads) for i in range(part.ranks))
+            workers[part.role] = tuple(
+                WorkerPlacement("colocated", (i,), part.cpus, part.gpus, part.threads) for i in range(part.ranks)
+            )
         else:
-            seats[part.role] = _replica_groups(part, groups)
-    return ResourcePlan(groups, seats, overlap)
+            workers[part.role] = _replica_groups(part, groups)
+    return ResourcePlan(groups, workers, overlap)
 
 
-def _disaggregated(settled: Sequence[_Settled], overlap: bool) -> ResourcePlan:
+def _disaggregated(resolved: Sequence[_ResolvedDemand], overlap: bool) -> ResourcePlan:
     groups: dict[str, GroupPlan] = {}
-    seats: dict[Role, tuple[Seat, ...]] = {}
-    for part in settled:
+    workers: dict[Role, tuple[WorkerPlacement, ...]] = {}
+    for part in resolved:
         if part.role == "rollout":
-            seats[part.role] = _replica_groups(part, groups)
+            workers[part.role] = _replica_groups(part, groups)
             continue
         groups[part.role] = GroupPlan("PACK", tuple(_bundle(part.cpus, part.gpus) for _ in range(part.ranks)), part.labels)
-        seats[part.role] = tuple(Seat(part.role, (i,), part.cpus, part.gpus, part.threads) for i in range(part.ranks))
-    return ResourcePlan(groups, seats, overlap)
+        workers[part.role] = tuple(
+            WorkerPlacement(part.role, (i,), part.cpus, part.gpus, part.threads) for i in range(part.ranks)
+        )
+    return ResourcePlan(groups, workers, overlap)
 
 
-def building_order(seats: Mapping[Role, Sequence[Seat]]) -> list[list[Role]]:
+def building_order(workers: Mapping[Role, Sequence[WorkerPlacement]]) -> list[list[Role]]:
     """Which roles may load their models side by side: all of them, unless samplers share GPUs with others.
 
     vLLM measures how much of a GPU its model takes while it starts, and takes what others load meanwhile for its own; so it
     goes first.
     """
-    others: list[Role] = [role for role in seats if role != "rollout"]
-    places = {(seat.group, bundle) for role in others for seat in seats[role] if seat.gpus for bundle in seat.bundles}
-    shares = any((seat.group, bundle) in places for seat in seats["rollout"] if seat.gpus for bundle in seat.bundles)
-    return [["rollout"], others] if shares else [list(seats)]
+    others: list[Role] = [role for role in workers if role != "rollout"]
+    places = {(worker.group, bundle) for role in others for worker in workers[role] if worker.gpus for bundle in worker.bundles}
+    shares = any((worker.group, bundle) in places for worker in workers["rollout"] if worker.gpus for bundle in worker.bundles)
+    return [["rollout"], others] if shares else [list(workers)]
 
 
-def _replica_groups(part: _Settled, groups: dict[str, GroupPlan]) -> tuple[Seat, ...]:
+def _replica_groups(part: _ResolvedDemand, groups: dict[str, GroupPlan]) -> tuple[WorkerPlacement, ...]:
     """One group a rollout replica, on one node when it spans several devices."""
-    seats = []
+    workers = []
     for index in range(part.ranks):
         name = f"{part.role}-{index}"
         per_device = part.gpus / part.devices
         bundles = tuple(_bundle(part.cpus, per_device) for _ in range(part.devices))
         groups[name] = GroupPlan("STRICT_PACK", bundles, part.labels)
-        seats.append(Seat(name, tuple(range(part.devices)), part.cpus, per_device, part.threads))
-    return tuple(seats)
+        workers.append(WorkerPlacement(name, tuple(range(part.devices)), part.cpus, per_device, part.threads))
+    return tuple(workers)
 
 
 def replica_group(plan: ResourcePlan) -> GroupPlan:
     """Room for one more rollout replica like those of the plan."""
-    seat = plan.seats["rollout"][0]
-    group = plan.groups[seat.group]
-    bundles = tuple(_bundle(seat.cpus, seat.gpus) for _ in seat.bundles)
+    worker = plan.workers["rollout"][0]
+    group = plan.groups[worker.group]
+    bundles = tuple(_bundle(worker.cpus, worker.gpus) for _ in worker.bundles)
     return GroupPlan("STRICT_PACK", bundles, group.labels)
 
 
 def _check_transfer(config: PPOConfig, plan: ResourcePlan) -> None:
     transfer = config.rollout.weight_transfer
     for role in ("policy", "rollout"):
-        if transfer != "shared_memory" and not plan.seats[role][0].gpus:
+        if transfer != "shared_memory" and not plan.workers[role][0].gpus:
             raise UserError(
                 f"rollout.weight_transfer: {transfer!r} goes from GPU to GPU, and the {role} has none; expected 'shared_memory'"
             )
 
 
-def _check_fits(plan: ResourcePlan, settled: Sequence[_Settled], machine: Machine) -> None:
+def _check_fits(plan: ResourcePlan, resolved: Sequence[_ResolvedDemand], machine: ClusterResources) -> None:
     asked_cpus = sum(bundle["CPU"] for group in plan.groups.values() for bundle in group.bundles)
     asked_gpus = sum(bundle.get("GPU", 0) for group in plan.groups.values() for bundle in group.bundles)
     if asked_cpus <= machine.cpus + 1e-6 and asked_gpus <= machine.gpus + 1e-6:
         return
-    parts = ", ".join(f"{part.role} {part.ranks} x ({part.cpus:g} CPU, {part.gpus:g} GPU)" for part in settled)
+    parts = ", ".join(f"{part.role} {part.ranks} x ({part.cpus:g} CPU, {part.gpus:g} GPU)" for part in resolved)
     raise UserError(
         f"placement: asked for {asked_cpus:g} CPUs and {asked_gpus:g} GPUs ({parts}), "
         f"but the cluster has {machine.cpus:g} CPUs and {machine.gpus:g} GPUs; lower placement.*.cpus/gpus/ranks or add nodes"

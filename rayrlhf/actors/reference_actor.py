@@ -8,7 +8,7 @@ from rayrlhf.config.model import ModelSection
 from rayrlhf.data.records import Records, TokenScores
 from rayrlhf.data.records import Sequence as TokenSequence
 from rayrlhf.engines.scoring.frozen import FrozenEngine
-from rayrlhf.models.network import Want
+from rayrlhf.models.network import OutputName
 
 
 class ReferenceActor(Worker):
@@ -23,7 +23,7 @@ class ReferenceActor(Worker):
 
     @measured
     def score(
-        self, sequences: Sequence[TokenSequence], want: frozenset[Want], temperature: float, reference: bool
+        self, sequences: Sequence[TokenSequence], outputs: frozenset[OutputName], temperature: float, reference: bool
     ) -> list[TokenScores]:
         """Score this rank's share of the sequences."""
-        return Records(self._engine.score(sequences, want, temperature=temperature, reference=reference))
+        return Records(self._engine.score(sequences, outputs, temperature=temperature, reference=reference))

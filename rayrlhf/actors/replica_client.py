@@ -11,7 +11,7 @@ from rayrlhf.errors import ActorLostError
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceOrder:
+class DeviceSyncRequest:
     """What every rank of the policy is told of one transfer.
 
     Attributes:
@@ -41,7 +41,7 @@ class ReplicaClient:
         ActorLostError: a replica is gone; names it.
     """
 
-    def __init__(self, order: DeviceOrder) -> None:
+    def __init__(self, order: DeviceSyncRequest) -> None:
         """Speak to the replicas of an order."""
         self._order = order
 

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup
 
-from rayrlhf.actors.actor_groups import Crew
+from rayrlhf.actors.actor_groups import ActorGroups
 from rayrlhf.actors.actor_restarter import LossNote
 from rayrlhf.actors.health import (
     Built,
@@ -19,12 +19,12 @@ from rayrlhf.actors.health import (
     Health,
     Lost,
     RetryPolicy,
-    Settled,
     Started,
+    StepCompleted,
     Synced,
     advance,
 )
-from rayrlhf.actors.heartbeat import Watch
+from rayrlhf.actors.heartbeat import HeartbeatMonitor
 from rayrlhf.actors.waiting import fetch, overrun
 from rayrlhf.errors import ActorLostError
 
@@ -52,8 +52,8 @@ class ReplicaPool:
     """All replicas of a run.
 
     Args:
-        crew: the running actors.
-        policy: bounds of rebuilding.
+        actor_groups: the running actors.
+        retry: bounds of rebuilding.
         watch: pings the replicas; None for no pings.
         minimum: replicas that must serve.
         patience: longest time below the minimum, in seconds.
@@ -64,25 +64,25 @@ class ReplicaPool:
 
     def __init__(
         self,
-        crew: Crew,
-        policy: RetryPolicy | None = None,
-        watch: Watch | None = None,
+        actor_groups: ActorGroups,
+        retry: RetryPolicy | None = None,
+        monitor: HeartbeatMonitor | None = None,
         minimum: int = 1,
         patience: float = 600.0,
         note: LossNote = lambda *_: None,
         enabled: bool = True,
         build_seconds: float = 600.0,
     ) -> None:
-        self._crew = crew
-        self._policy = policy or RetryPolicy()
-        self._watch = watch
+        self._actor_groups = actor_groups
+        self._retry = retry or RetryPolicy()
+        self._watch = monitor
         self._minimum = minimum
         self._patience = patience
         self._note = note
         self._enabled = enabled
         self._build_seconds = build_seconds
         now = time.monotonic()
-        group = crew["rollout"]
+        group = actor_groups["rollout"]
         self.replicas = [
             Replica(rank, name, handle, Health(since=now))
             for rank, (name, handle) in enumerate(zip(group.names, group.handles, strict=True))
@@ -130,9 +130,9 @@ class ReplicaPool:
             self._watch.remove(replica.name)
         ray.kill(replica.handle)
         self._note("lost", replica.name, str(error), 0.0)
-        self.tend()
+        self.poll_rebuilds()
 
-    def tend(self) -> None:
+    def poll_rebuilds(self) -> None:
         """Start rebuilds that are due and look at those that may be done; never waits.
 
         Raises:
@@ -143,8 +143,8 @@ class ReplicaPool:
         self._let_in(now)
         for replica in self.replicas:
             if replica.health.is_due(now):
-                replica.building = self._crew.restart("rollout", replica.rank)
-                replica.handle = self._crew["rollout"].handles[replica.rank]
+                replica.building = self._actor_groups.restart("rollout", replica.rank)
+                replica.handle = self._actor_groups["rollout"].handles[replica.rank]
                 self._event(replica, Started())
             elif replica.building is not None and ray.wait([replica.building], timeout=0)[0]:
                 self._built(replica)
@@ -169,31 +169,31 @@ class ReplicaPool:
         """
         while len(self.replicas) + len(self._rooms) > wanted:
             if self._rooms:
-                self._crew.give_back_room(self._rooms.popitem()[0])
+                self._actor_groups.release_placement_group(self._rooms.popitem()[0])
                 continue
             replica = self.replicas.pop()
             if self._watch:
                 self._watch.remove(replica.name)
             self._down_since.pop(replica.rank, None)
             self._joining.discard(replica.rank)
-            self._crew.remove_replica()
+            self._actor_groups.remove_replica()
             self._note("left", replica.name, f"{wanted} replicas are wanted", 0.0)
         while len(self.replicas) + len(self._rooms) < wanted:
             self._rooms_asked += 1
             name = f"rollout-joining-{self._rooms_asked}"
-            self._rooms[name] = self._crew.ask_for_room(name)
+            self._rooms[name] = self._actor_groups.request_placement_group(name)
 
-    def settled(self) -> None:
+    def step_completed(self) -> None:
         """Take note that a step was completed."""
         for replica in self.replicas:
-            self._event(replica, Settled())
+            self._event(replica, StepCompleted())
 
     def _let_in(self, now: float) -> None:
         """Start a replica in every room that was granted meanwhile."""
         for name in [name for name, room in self._rooms.items() if room.wait(0)]:
             del self._rooms[name]
-            building = self._crew.add_replica(name)
-            group = self._crew["rollout"]
+            building = self._actor_groups.add_replica(name)
+            group = self._actor_groups["rollout"]
             rank = len(group) - 1
             health = Health("rebuilding", since=now)
             self.replicas.append(Replica(rank, group.names[rank], group.handles[rank], health, building))
@@ -212,7 +212,7 @@ class ReplicaPool:
             self._watch.add(replica.name, replica.handle)
 
     def _event(self, replica: Replica, event: Event) -> None:
-        replica.health = advance(replica.health, event, time.monotonic(), self._policy)
+        replica.health = advance(replica.health, event, time.monotonic(), self._retry)
 
     def _check_enough(self, now: float) -> None:
         serving = len(self.serving) + len(self.stale)

@@ -19,14 +19,14 @@ class RoleSpecs:
 
     def environment(self, role: Role) -> dict[str, str]:
         """Environment variables a role's processes start with."""
-        seat = self.plan.seats[role][0]
+        worker = self.plan.workers[role][0]
         if role == "rollout":
-            return rollout_environment(self.config.rollout, threads=seat.threads)
+            return rollout_environment(self.config.rollout, threads=worker.threads)
         return TRAINER_ENVIRONMENT if role in ("policy", "critic", "reference") else {}
 
     def backend(self, role: Role) -> Literal["gloo", "nccl"]:
         """Collective backend of a role's process group."""
-        return "nccl" if self.plan.seats[role][0].gpus else "gloo"
+        return "nccl" if self.plan.workers[role][0].gpus else "gloo"
 
     def arguments(self, role: Role) -> tuple[Any, ...]:
         """Arguments of `build` for a role that does not learn."""
@@ -69,5 +69,5 @@ TRAINER_ENVIRONMENT = {
 
 def optimizer_steps(config: PPOConfig) -> int:
     """Optimizer steps of a whole run, for learning-rate schedules."""
-    warmup = -(-config.warmup.samples // config.warmup.mini_batch_size) if config.warmup else 0
+    warmup = -(-config.sft_warmup.samples // config.sft_warmup.mini_batch_size) if config.sft_warmup else 0
     return warmup + config.run.steps * config.updates_per_step

@@ -10,7 +10,7 @@ import ray
 import torch.distributed
 
 from rayrlhf.actors.actor_metrics import measured
-from rayrlhf.actors.replica_client import DeviceOrder, ReplicaClient
+from rayrlhf.actors.replica_client import DeviceSyncRequest, ReplicaClient
 from rayrlhf.actors.worker import Worker
 from rayrlhf.data.records import Records, TokenScores
 from rayrlhf.data.records import Sequence as TokenSequence
@@ -21,7 +21,7 @@ from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.plan import UpdatePlan, UpdateReport
 from rayrlhf.engines.train.process_group import ProcessGroupSpec, join
 from rayrlhf.engines.train.spec import TrainEngineSpec
-from rayrlhf.models.network import Want
+from rayrlhf.models.network import OutputName
 from rayrlhf.storage.manifest import FileRecord
 from rayrlhf.weight_sync.object_store import SharedTensor, to_shared
 
@@ -46,10 +46,10 @@ class TrainActor(Worker):
 
     @measured
     def score(
-        self, sequences: Sequence[TokenSequence], want: frozenset[Want], temperature: float, reference: bool
+        self, sequences: Sequence[TokenSequence], outputs: frozenset[OutputName], temperature: float, reference: bool
     ) -> list[TokenScores]:
         """Score this rank's share of the sequences."""
-        return Records(self._engine.score(sequences, want, temperature=temperature, reference=reference))
+        return Records(self._engine.score(sequences, outputs, temperature=temperature, reference=reference))
 
     @measured
     def update(self, batch: TrainingBatch, plan: UpdatePlan, objective: Objective) -> UpdateReport:
@@ -69,7 +69,7 @@ class TrainActor(Worker):
             pass
 
     @measured
-    def send_weights(self, order: DeviceOrder) -> None:
+    def send_weights(self, order: DeviceSyncRequest) -> None:
         """Bring the merged weights to replicas from GPU to GPU; every rank must be called, and rank 0 sends.
 
         Raises:

@@ -18,8 +18,8 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from rayrlhf.actors.node_registry import located
-from rayrlhf.actors.pending_calls import asked
+from rayrlhf.actors.node_registry import describe_location
+from rayrlhf.actors.pending_calls import track_calls
 from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, UserError
 
 Key = TypeVar("Key")
@@ -51,7 +51,7 @@ def as_completed(pending: Mapping[str, ray.ObjectRef], what: str, seconds: float
     left = dict(pending)
     began = time.monotonic()
     since = dict.fromkeys(left, began)
-    with asked(what, since):
+    with track_calls(what, since):
         while left:
             name = wait_any(left, what, seconds, began + seconds)
             del since[name]
@@ -95,7 +95,7 @@ def lost_because(error: BaseException) -> str:
 def overrun(what: str, names: list[str], seconds: float) -> DeadlineError:
     """The error for a wait that took longer than its deadline."""
     since = time.strftime("%H:%M:%S", time.localtime(time.time() - seconds))
-    late = ", ".join(located(name) for name in sorted(names))
+    late = ", ".join(describe_location(name) for name in sorted(names))
     return DeadlineError(f"{what}: no answer from {late} within {seconds:.0f} s (asked at {since})")
 
 

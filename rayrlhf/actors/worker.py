@@ -14,7 +14,7 @@ from rayrlhf.actors.actor_metrics import ActorMetrics
 from rayrlhf.actors.footprint import Footprint, own_footprint
 
 
-class Place(NamedTuple):
+class ProcessLocation(NamedTuple):
     """Where a process runs: its id, the Ray node's id, the node's address; and the memory it took there so far."""
 
     pid: int
@@ -41,11 +41,11 @@ class Worker:
                 importlib.import_module(name)
 
     @ray.method(concurrency_group="health")
-    def ping(self) -> Place:
+    def ping(self) -> ProcessLocation:
         """Where this process is. Runs on a thread of its own, so that a busy actor still answers."""
         context, footprint = ray.get_runtime_context(), own_footprint()
         self.actor_metrics.peak_memory(footprint.resident)
-        return Place(os.getpid(), context.get_node_id(), ray.util.get_node_ip_address(), footprint)
+        return ProcessLocation(os.getpid(), context.get_node_id(), ray.util.get_node_ip_address(), footprint)
 
     def where(self) -> tuple[str, str]:
         """(Ray node id, node address)."""

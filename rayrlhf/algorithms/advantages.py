@@ -10,7 +10,7 @@ GRPO: by how many standard deviations a response beats the others to its prompt 
 Dr. GRPO: the group's mean is the baseline, without division by its spread (Liu et al. 2025, "Understanding R1-Zero").
 
 Dividing by the spread weighs prompts that are nearly always or nearly never solved above the others. The paper's other change,
-that long responses are not paid less per token, is the loss's: `algorithm.policy_loss.normalisation: constant`.
+that long responses are not paid less per token, is the loss's: `algorithm.policy_loss.loss_aggregation: constant`.
 
 RLOO: a response against the mean of the others to its prompt (Kool et al. 2019; Ahmadian et al. 2024, "Back to basics").
 
@@ -103,7 +103,7 @@ def grpo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_ma
     """
     rewards = inputs.sequence_rewards
     moments = group_moments(rewards, inputs.groups)
-    return Advantages(inputs.spread(known_or_zero((rewards - moments.mean) / (moments.std + EPSILON))), None)
+    return Advantages(inputs.broadcast(known_or_zero((rewards - moments.mean) / (moments.std + EPSILON))), None)
 
 
 def dr_grpo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_masked: bool) -> Advantages:
@@ -111,7 +111,7 @@ def dr_grpo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip
     rewards = inputs.sequence_rewards
     advantages = rewards - group_moments(rewards, inputs.groups).mean
     # A group of one known response would be compared with itself, which gives 0 as it should.
-    return Advantages(inputs.spread(known_or_zero(advantages)), None)
+    return Advantages(inputs.broadcast(known_or_zero(advantages)), None)
 
 
 def rloo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_masked: bool) -> Advantages:
@@ -122,7 +122,7 @@ def rloo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_ma
     rewards = inputs.sequence_rewards
     size, mean, _ = group_moments(rewards, inputs.groups)
     others = torch.where(size > 1, size - 1, torch.nan)
-    return Advantages(inputs.spread(known_or_zero((rewards - mean) * size / others)), None)
+    return Advantages(inputs.broadcast(known_or_zero((rewards - mean) * size / others)), None)
 
 
 def rewards_to_go(inputs: AdvantageInputs, *, gamma: float, skip_masked: bool) -> Tensor:

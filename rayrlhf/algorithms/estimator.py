@@ -39,7 +39,7 @@ class AdvantageInputs:
         """What each response earned in all, float [B]: its shaped score, and its KL penalty where that is in the reward."""
         return zero_masked(self.rewards, self.value_mask).sum(1)
 
-    def spread(self, sequence_advantages: Tensor) -> Tensor:
+    def broadcast(self, sequence_advantages: Tensor) -> Tensor:
         """Give every token of a response the response's advantage: float [B] to float [B, T], 0 outside the action mask."""
         wide = sequence_advantages[:, None].expand(self.mask.shape)
         return zero_masked(wide.to(self.rewards.dtype), self.mask)

@@ -29,7 +29,7 @@ from rayrlhf.algorithms.masking import zero_masked
 
 
 @dataclass(frozen=True)
-class LossTerms:
+class TokenLoss:
     """A loss before reduction.
 
     Attributes:
@@ -48,7 +48,7 @@ class LossTerms:
 
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None = 0.2
-) -> LossTerms:
+) -> TokenLoss:
     """1/2 max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2).
 
     Args:
@@ -73,7 +73,7 @@ def clipped_value_loss(
         "ppo/val/error": free,
         "ppo/val/vpred": values,
     }
-    return LossTerms(loss, {name: tensor.detach() for name, tensor in statistics.items()})
+    return TokenLoss(loss, {name: tensor.detach() for name, tensor in statistics.items()})
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> Tensor:
@@ -98,7 +98,7 @@ def centering_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 def preference_loss(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, *, center_coefficient: float = 0.0
-) -> LossTerms:
+) -> TokenLoss:
     """Bradley-Terry loss plus `center_coefficient` times the centering term.
 
     Args:
@@ -122,7 +122,7 @@ def preference_loss(
         "margin": chosen - rejected,
         "mean_reward": torch.stack([chosen, rejected]).mean(0),
     }
-    return LossTerms(loss, {name: tensor.detach() for name, tensor in statistics.items()})
+    return TokenLoss(loss, {name: tensor.detach() for name, tensor in statistics.items()})
 
 
 DirectLoss = Literal["sigmoid", "robust", "ipo"]
@@ -130,7 +130,7 @@ DirectLoss = Literal["sigmoid", "robust", "ipo"]
 
 def direct_preference_loss(
     log_ratios: Tensor, lengths: Tensor, *, loss: DirectLoss = "sigmoid", beta: float = 0.1, label_smoothing: float = 0.0
-) -> LossTerms:
+) -> TokenLoss:
     """Return the loss of pairs from what policy and reference say about both answers.
 
     Args:
@@ -163,4 +163,4 @@ def direct_preference_loss(
         "reward_chosen": chosen,
         "reward_rejected": rejected,
     }
-    return LossTerms(losses, statistics)
+    return TokenLoss(losses, statistics)

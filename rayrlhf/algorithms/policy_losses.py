@@ -22,7 +22,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from rayrlhf.algorithms.losses import LossTerms, clipped_value_loss
+from rayrlhf.algorithms.losses import TokenLoss, clipped_value_loss
 from rayrlhf.algorithms.masking import zero_masked
 
 MAX_LOG_RATIO = 20.0
@@ -38,7 +38,7 @@ def clipped_policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
-) -> LossTerms:
+) -> TokenLoss:
     """max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)) with rho = p / p_old.
 
     Args:
@@ -59,7 +59,7 @@ def clipped_policy_loss(
     advantages = zero_masked(advantages, mask)
     ratio = bounded_ratio(log_ratio)
     loss, clipped = clipped_surrogate(ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    return LossTerms(loss, policy_statistics(loss, clipped, ratio, log_ratio, advantages, mask))
+    return TokenLoss(loss, policy_statistics(loss, clipped, ratio, log_ratio, advantages, mask))
 
 
 def bounded_ratio(log_ratio: Tensor) -> Tensor:
@@ -120,11 +120,11 @@ def sequence_policy_loss(
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
     dual_clip: float | None = None,
-) -> LossTerms:
+) -> TokenLoss:
     """max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high)) at each token, s being its response's ratio.
 
-    Divided by the response's length and averaged over responses (normalisation `sequence`, the default here) this is equation 5
-    of the paper, and TRL 1.16.0's `importance_sampling_level="sequence"` with `loss_type="grpo"`.
+    With loss aggregation `sequence`, the default for this loss, this is equation 5 of the
+    paper, and TRL 1.16.0's `importance_sampling_level="sequence"` with `loss_type="grpo"`.
 
     Args:
         logprobs: float [B, T], with gradient.
@@ -143,7 +143,7 @@ def sequence_policy_loss(
     lengths = mask.sum(1, keepdim=True).clamp(min=1)
     ratio = bounded_ratio(log_ratio.sum(1, keepdim=True) / lengths).expand(log_ratio.shape)
     loss, clipped = clipped_surrogate(ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    return LossTerms(loss, policy_statistics(loss, clipped, ratio, log_ratio, advantages, mask))
+    return TokenLoss(loss, policy_statistics(loss, clipped, ratio, log_ratio, advantages, mask))
 
 
 def bounded_weight_loss(
@@ -155,7 +155,7 @@ def bounded_weight_loss(
     clip_low: float = 0.2,
     clip_high: float = 4.0,
     dual_clip: float | None = None,
-) -> LossTerms:
+) -> TokenLoss:
     """-min(rho, 1 + clip_high) A log p, the weight detached.
 
     Args:
@@ -178,21 +178,21 @@ def bounded_weight_loss(
     ratio = bounded_ratio(log_ratio)
     loss = -ratio.clamp(max=1 + clip_high) * advantages * logprobs
     clipped = (ratio > 1 + clip_high) & (advantages > 0)
-    return LossTerms(loss, policy_statistics(loss, clipped, ratio, log_ratio, advantages, mask))
+    return TokenLoss(loss, policy_statistics(loss, clipped, ratio, log_ratio, advantages, mask))
 
 
 __all__ = [
     "POLICY_LOSSES",
-    "USUAL_NORMALISATION",
-    "LossTerms",
-    "Normalisation",
+    "DEFAULT_LOSS_AGGREGATION",
+    "TokenLoss",
+    "LossAggregation",
     "PolicyLoss",
     "clipped_policy_loss",
     "clipped_value_loss",
-    "normalised",
+    "aggregated",
 ]
 
-Normalisation = Literal["token", "sequence", "constant"]
+LossAggregation = Literal["token", "sequence", "constant"]
 """What the sum over an optimizer step is divided by: its tokens; each response by its length, then by the number of responses;
 or the number of responses times one length for all."""
 
@@ -210,7 +210,7 @@ class PolicyLoss(Protocol):
         clip_low: float,
         clip_high: float,
         dual_clip: float | None,
-    ) -> LossTerms:
+    ) -> TokenLoss:
         """Per-token loss and statistics."""
         ...
 
@@ -221,21 +221,21 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
     "cispo": bounded_weight_loss,
 }
 
-USUAL_NORMALISATION: dict[str, Normalisation] = {"ppo": "token", "gspo": "sequence", "cispo": "token"}
-"""The normalisation that each loss was published with (for ppo, that of DAPO and of both lines of TRL)."""
+DEFAULT_LOSS_AGGREGATION: dict[str, LossAggregation] = {"ppo": "token", "gspo": "sequence", "cispo": "token"}
+"""The loss_aggregation that each loss was published with (for ppo, that of DAPO and of both lines of TRL)."""
 
 
-def normalised(loss: Tensor, mask: Tensor, normalisation: Normalisation, longest: int) -> Tensor:
+def aggregated(loss: Tensor, mask: Tensor, loss_aggregation: LossAggregation, longest: int) -> Tensor:
     """Divide what must be divided row by row; the caller divides by the tokens or responses of the whole optimizer step.
 
     Args:
         loss: float [B, T], 0 behind the mask.
         mask: bool [B, T], the action mask.
-        normalisation: `token` leaves the loss as it is; `sequence` divides by the row's length, so that each response counts
+        loss_aggregation: `token` leaves the loss as it is; `sequence` divides by the row's length, so that each response counts
             the same (Shao et al. 2024); `constant` divides by `longest`, so that each token does, whatever the others' lengths
             (Liu et al. 2025).
         longest: the constant, in tokens.
     """
-    if normalisation == "token":
+    if loss_aggregation == "token":
         return loss
-    return loss / (mask.sum(1, keepdim=True).clamp(min=1) if normalisation == "sequence" else longest)
+    return loss / (mask.sum(1, keepdim=True).clamp(min=1) if loss_aggregation == "sequence" else longest)

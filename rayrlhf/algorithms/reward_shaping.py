@@ -180,7 +180,7 @@ def shape_scores(
     return shaped if clip is None else shaped.clamp(-clip, clip)
 
 
-def penalise_missing_stop(scores: Tensor, stopped: Tensor, penalty: float) -> Tensor:
+def penalize_missing_stop(scores: Tensor, stopped: Tensor, penalty: float) -> Tensor:
     """Subtract `penalty` from the scores [B] of responses that did not stop by themselves (TRL 1.12.0 `missing_eos_penalty`).
 
     Args:

@@ -1,6 +1,6 @@
 """A step's metrics from its tensors, under TRL's names: TRL modern's (1.12.0) where it has one, else TRL classic's (0.11.4).
 
-Metrics of the update itself are sums of `LossTerms.statistics`; here is what the driver knows before and after it.
+Metrics of the update itself are sums of `TokenLoss.statistics`; here is what the driver knows before and after it.
 """
 
 from torch import Tensor

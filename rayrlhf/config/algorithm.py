@@ -1,6 +1,6 @@
 """The maths of the update: KL, reward shaping, advantages, losses. Names and formulas are those of `rayrlhf.algorithms`."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -25,7 +25,7 @@ class KlSection(Section):
     """Samples over which the adaptive coefficient corrects itself; a larger one reacts more slowly."""
 
     @model_validator(mode="after")
-    def _a_target_needs_a_start(self) -> Self:
+    def _check_target(self) -> Self:
         if self.target is not None and self.coefficient == 0:
             raise ValueError("target adapts the coefficient by factors, so a coefficient of 0 would stay 0: give one above 0")
         if self.target is not None and self.placement == "loss":
@@ -74,7 +74,9 @@ class AdvantageSection(Section):
 
 
 class PolicyLossSection(Section):
-    """The surrogate that the policy minimises."""
+    """The surrogate that the policy minimizes."""
+
+    renamed_keys: ClassVar = {"normalisation": "loss_aggregation", "normalisation_length": "loss_aggregation_length"}
 
     name: str = "ppo"
     """A name in `rayrlhf.algorithms.policy_losses.POLICY_LOSSES`."""
@@ -85,23 +87,23 @@ class PolicyLossSection(Section):
     dual_clip: float | None = Field(None, gt=1)
     """Bound on the loss of a token with a negative advantage, in multiples of it (Ye et al. 2020)."""
     entropy_coefficient: float = Field(0.0, ge=0)
-    """Weight of the mean entropy per token, which is subtracted from the loss whatever its normalisation."""
-    normalisation: Literal["token", "sequence", "constant"] | None = None
+    """Weight of the mean entropy per token, which is subtracted from the loss whatever its loss_aggregation."""
+    loss_aggregation: Literal["token", "sequence", "constant"] | None = None
     """Divide an optimizer step's sum by its tokens; or each response by its length and then by the number of responses; or by
-    the number of responses times `normalisation_length` (Dr. GRPO). When not given, gspo takes `sequence`, others `token`."""
-    normalisation_length: int | None = Field(None, ge=1)
+    the number of responses times `loss_aggregation_length` (Dr. GRPO). Default: `sequence` for gspo, else `token`."""
+    loss_aggregation_length: int | None = Field(None, ge=1)
     """Tokens that `constant` divides a response by; `rollout.max_new_tokens` when not given."""
 
     @model_validator(mode="after")
-    def _no_key_is_without_effect(self) -> Self:
+    def _check_unused_keys(self) -> Self:
         if self.name == "cispo" and self.dual_clip is not None:
             raise ValueError("dual_clip is of no use with name 'cispo', whose weight is bounded by clip_high: remove it")
-        if self.normalisation_length is not None and self.normalisation != "constant":
-            raise ValueError("normalisation_length is of no use without normalisation 'constant': remove it, or set that")
+        if self.loss_aggregation_length is not None and self.loss_aggregation != "constant":
+            raise ValueError("loss_aggregation_length is of no use without loss_aggregation 'constant': remove it, or set that")
         return self
 
 
-class CorrectionSection(Section):
+class OffPolicyCorrectionSection(Section):
     """Weights for the gap between the sampler's log-probs and the trainer's (`rayrlhf.algorithms.importance`).
 
     Off by default: in float32 the gap is about 5e-6 nats. In bfloat16 it is about 0.03, and `level: token` is a good start.
@@ -140,10 +142,12 @@ class ParitySection(Section):
 class AlgorithmSection(Section):
     """Everything about the objective."""
 
+    renamed_keys: ClassVar = {"correction": "off_policy_correction"}
+
     kl: KlSection = KlSection()
     shaping: ShapingSection = ShapingSection()
     advantage: AdvantageSection = AdvantageSection()
     policy_loss: PolicyLossSection = PolicyLossSection()
-    correction: CorrectionSection = CorrectionSection()
+    off_policy_correction: OffPolicyCorrectionSection = OffPolicyCorrectionSection()
     value_loss: ValueLossSection = ValueLossSection()
     parity: ParitySection = ParitySection()

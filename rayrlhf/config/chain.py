@@ -43,7 +43,7 @@ class ChainConfig(Section):
     """Ray address for all stages; a job's own cluster, or a new local one, when not given."""
 
     @model_validator(mode="after")
-    def _names_differ(self) -> Self:
+    def _check_stage_names(self) -> Self:
         names = [stage.name for stage in self.stages]
         for name in names:
             if names.count(name) > 1:

@@ -24,7 +24,7 @@ class DatasetSection(Section):
     """Use only the first n rows."""
 
     @model_validator(mode="after")
-    def _the_template_holds_the_prompt(self) -> Self:
+    def _check_template(self) -> Self:
         if self.template is not None and "{prompt}" not in self.template:
             raise ValueError("template has no {prompt} in it, where the prompt goes")
         return self

@@ -1,6 +1,6 @@
 """Which examples are shown beside a question, and how they are written down."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -25,7 +25,7 @@ class SelectionSection(Section):
     """Texts and answers with fewer words are not compared by resemblance."""
 
     @model_validator(mode="after")
-    def _only_vectors_need_an_encoder(self) -> Self:
+    def _check_encoder(self) -> Self:
         if (self.encoder is not None) != (self.selection == "nearest"):
             raise ValueError("encoder and selection nearest belong together: give both or neither")
         return self
@@ -42,7 +42,7 @@ class ContextSection(Section):
     """What `system` and `text` put between examples."""
 
     @model_validator(mode="after")
-    def _has_a_place_for_the_prompt(self) -> Self:
+    def _check_layout(self) -> Self:
         if "{prompt}" not in self.question:
             raise ValueError("question has no {prompt} in it, where the prompt goes")
         return self
@@ -50,6 +50,8 @@ class ContextSection(Section):
 
 class RolloutDemonstrationsSection(SelectionSection):
     """Demonstrations before every prompt while responses are sampled; never the prompt itself or its text."""
+
+    renamed_values: ClassVar = {"train_with": {"in_context": "with_demonstrations", "bare": "without_demonstrations"}}
 
     count: int = Field(4, ge=1)
     """Before each prompt; what does not fit into the prompt's tokens goes from the far end, and is counted."""
@@ -59,8 +61,10 @@ class RolloutDemonstrationsSection(SelectionSection):
     """The column of the pool with the answer, as text."""
     context: ContextSection = ContextSection()
     """How they are written down; `text` where `data.chat` is false."""
-    train_with: Literal["in_context", "bare"] = "in_context"
-    """`in_context`: policy, reference and critic read what the sampler read, and evaluations show demonstrations too. `bare`:
-    they read the prompt alone, as evaluations do. The sampler's log-probs are then of another context: old log-probs are the
-    trainer's in either case, `mismatch_alarm` is off, and `algorithm.correction` has to be. Rewards judge the answer to the
-    prompt alone in both."""
+    train_with: Literal["with_demonstrations", "without_demonstrations"] = "with_demonstrations"
+    """Prompt that policy, reference and critic read, and that evaluations use.
+
+    `with_demonstrations`: the same as the rollout engine. `without_demonstrations`: the prompt alone. The engine's log-probs then
+    have another context, so `mismatch_alarm` is off and `algorithm.off_policy_correction` must be off. Old log-probs are the
+    trainer's, and rewards judge the response to the prompt alone, in both cases.
+    """

@@ -71,7 +71,7 @@ class EvaluateConfig(Section):
     """Write the best answers to `kept.jsonl`, for `rayrlhf sft`; a chain's later stages name it `${this.dataset}`."""
 
     @model_validator(mode="after")
-    def _answers_can_differ(self) -> Self:
+    def _check_samples(self) -> Self:
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"samples {self.samples} with temperature 0: greedy answers to a prompt are all the same")
         names = [function.name for function in self.reward.functions] + ["reward_model"] * (self.reward.model is not None)
@@ -80,7 +80,7 @@ class EvaluateConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _the_environment_is_read(self) -> Self:
+    def _check_environment(self) -> Self:
         paid = any(function.name == "environment" for function in self.reward.functions)
         if paid and self.environment is None:
             raise ValueError("reward.functions: 'environment' pays what an environment said: give the section environment")

@@ -54,7 +54,7 @@ class DemonstrationsSection(SelectionSection):
     """Most."""
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _check_fit(self) -> Self:
         if self.least > self.most:
             raise ValueError(f"least {self.least} is more than most {self.most}")
         return self
@@ -75,7 +75,7 @@ class SampleSection(Section):
     """Most tokens of a sample with its answer; where more were drawn, the farthest demonstrations go first."""
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _check_fit(self) -> Self:
         if self.loss_on == "every" and self.layout != "turns":
             raise ValueError(f"loss_on every needs layout turns, found {self.layout}, which marks no answers apart")
         if "{prompt}" not in self.question:
@@ -174,7 +174,7 @@ class NeighborsSection(Section):
     """Documents with fewer words are left out only if all their words are equal."""
 
     @model_validator(mode="after")
-    def _only_vectors_need_an_encoder(self) -> Self:
+    def _check_encoder(self) -> Self:
         if (self.encoder is not None) != (self.by == "nearest"):
             raise ValueError("encoder and by nearest belong together: give both or neither")
         return self
@@ -212,7 +212,7 @@ class ShotsSection(SelectionSection):
     """How often everything is asked with other draws; once where nothing is drawn."""
 
     @model_validator(mode="after")
-    def _points_are_different(self) -> Self:
+    def _check_counts(self) -> Self:
         if min(self.counts) < 0 or len(set(self.counts)) < len(self.counts):
             raise ValueError(f"counts {self.counts}: expected different numbers from 0 on")
         if len(set(self.ablations)) < len(self.ablations):
@@ -246,7 +246,7 @@ class ICLEvaluateConfig(Section):
     pipeline: PipelineSection = PipelineSection()
 
     @model_validator(mode="after")
-    def _reward_and_metric_belong_together(self) -> Self:
+    def _check_metric(self) -> Self:
         if (self.reward is not None) != (self.metric == "reward"):
             raise ValueError("reward and metric reward belong together: give both or neither")
         if self.reward is not None and self.reward.model is not None:
@@ -276,7 +276,7 @@ class TeacherSection(SelectionSection):
     """Most tokens of what the teacher reads before its answer; the farthest demonstrations go first."""
 
     @model_validator(mode="after")
-    def _reads_more_than_the_student(self) -> Self:
+    def _check_context(self) -> Self:
         if not self.demonstrations and self.instruction is None:
             raise ValueError("the teacher reads no more than the student: give demonstrations above 0, an instruction, or both")
         return self

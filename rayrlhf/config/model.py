@@ -60,7 +60,7 @@ class CriticSection(Section):
     """PPO steps at the start in which a separate critic learns alone, so that the first advantages mean something."""
 
     @model_validator(mode="after")
-    def _only_a_separate_critic_has_settings_of_its_own(self) -> Self:
+    def _check_critic_settings(self) -> Self:
         for name in ("model", "learning_rate", "warmup_steps"):
             if self.kind != "separate" and getattr(self, name):
                 raise ValueError(f"{name} is of no use with kind '{self.kind}': remove it, or set kind to 'separate'")

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -20,7 +20,7 @@ from rayrlhf.config.runtime import (
     PlacementSection,
     RecoverySection,
     RunSection,
-    WarmupSection,
+    SFTWarmupSection,
 )
 from rayrlhf.config.section import Section
 from rayrlhf.config.train import TrainSection
@@ -28,6 +28,8 @@ from rayrlhf.config.train import TrainSection
 
 class PPOConfig(Section):
     """Everything `rayrlhf ppo` needs."""
+
+    renamed_keys: ClassVar = {"warmup": "sft_warmup"}
 
     run: RunSection = RunSection()
     model: ModelSection
@@ -43,7 +45,7 @@ class PPOConfig(Section):
     asynchronous: AsyncSection = Field(AsyncSection(), alias="async")
     """How far sampling runs ahead of training."""
     train: TrainSection = TrainSection()
-    warmup: WarmupSection | None = None
+    sft_warmup: SFTWarmupSection | None = None
     """A short supervised start; none when not given."""
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -85,7 +87,7 @@ class PPOConfig(Section):
         return self.needs_reference and self.model.lora is not None and self.reference.model is None
 
     @model_validator(mode="after")
-    def _batches_divide(self) -> Self:
+    def _check_batch_sizes(self) -> Self:
         if self.samples_per_step % self.mini_batch_size:
             raise ValueError(
                 f"train.mini_batch_size {self.mini_batch_size} does not divide the {self.samples_per_step} samples of a step "
@@ -99,7 +101,7 @@ class PPOConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _names_are_known(self) -> Self:
+    def _check_names(self) -> Self:
         # Imported here: the registries bring torch, which reading a configuration does not need otherwise.
         from rayrlhf.algorithms.advantages import ADVANTAGE_ESTIMATORS
         from rayrlhf.algorithms.policy_losses import POLICY_LOSSES
@@ -109,7 +111,7 @@ class PPOConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _critic_fits_the_estimator(self) -> Self:
+    def _check_critic(self) -> Self:
         from rayrlhf.algorithms.advantages import ADVANTAGE_ESTIMATORS
 
         name = self.algorithm.advantage.estimator
@@ -126,7 +128,7 @@ class PPOConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _samples_fit_the_estimator(self) -> Self:
+    def _check_group_size(self) -> Self:
         from rayrlhf.algorithms.advantages import ADVANTAGE_ESTIMATORS
 
         name, shaping = self.algorithm.advantage.estimator, self.algorithm.shaping
@@ -144,7 +146,7 @@ class PPOConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _refilling_compares_responses(self) -> Self:
+    def _check_refill(self) -> Self:
         if self.rollout.refill_rounds and self.rollout.samples_per_prompt == 1:
             raise ValueError(
                 f"rollout.refill_rounds {self.rollout.refill_rounds} replaces prompts whose responses all score the same, as "
@@ -153,13 +155,13 @@ class PPOConfig(Section):
         return self
 
     @property
-    def trains_bare(self) -> bool:
+    def trains_without_demonstrations(self) -> bool:
         """Whether what is trained reads prompts without the demonstrations that the sampler reads."""
         shown = self.rollout.demonstrations
-        return shown is not None and shown.train_with == "bare"
+        return shown is not None and shown.train_with == "without_demonstrations"
 
     @model_validator(mode="after")
-    def _demonstrations_fit(self) -> Self:
+    def _check_demonstrations(self) -> Self:
         shown = self.rollout.demonstrations
         if shown is None:
             return self
@@ -171,15 +173,15 @@ class PPOConfig(Section):
                 f"rollout.demonstrations.context.layout '{shown.context.layout}' with data.chat {str(self.data.chat).lower()}: "
                 f"expected {wanted}"
             )
-        if self.trains_bare and self.algorithm.correction.level != "none":
+        if self.trains_without_demonstrations and self.algorithm.off_policy_correction.level != "none":
             raise ValueError(
-                f"algorithm.correction.level '{self.algorithm.correction.level}' compares with the sampler, which reads "
-                "another context with rollout.demonstrations.train_with 'bare': expected 'none'"
+                f"algorithm.off_policy_correction.level '{self.algorithm.off_policy_correction.level}' compares with the "
+                "engine, which reads another context with rollout.demonstrations.train_with 'without_demonstrations': expected 'none'"
             )
         return self
 
     @model_validator(mode="after")
-    def _sampling_may_run_ahead(self) -> Self:
+    def _check_asynchronous(self) -> Self:
         staleness = self.asynchronous.max_staleness
         if not staleness:
             return self
@@ -190,14 +192,14 @@ class PPOConfig(Section):
                 f"async.max_staleness {staleness} issues whole steps ahead, before it is known what rollout.refill_rounds "
                 f"{self.rollout.refill_rounds} would replace: set one of them to 0"
             )
-        if "level" not in self.algorithm.correction.model_fields_set and not self.trains_bare:
+        if "level" not in self.algorithm.off_policy_correction.model_fields_set and not self.trains_without_demonstrations:
             # As with the critic: a default that follows another section.
-            correction = self.algorithm.correction.model_copy(update={"level": "token"})
+            correction = self.algorithm.off_policy_correction.model_copy(update={"level": "token"})
             object.__setattr__(self, "algorithm", self.algorithm.model_copy(update={"correction": correction}))
         return self
 
     @model_validator(mode="after")
-    def _sleeping_replicas_leave_their_memory_to_somebody(self) -> Self:
+    def _check_sleep_mode(self) -> Self:
         if not self.rollout.sleep:
             return self
         if self.rollout.backend != "vllm":
@@ -212,7 +214,7 @@ class PPOConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _weights_can_go_from_gpu_to_gpu(self) -> Self:
+    def _check_device_transfer(self) -> Self:
         transfer, mode = self.rollout.weight_transfer, self.placement.mode
         if transfer == "shared_memory":
             return self
@@ -226,14 +228,14 @@ class PPOConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _the_overlong_buffer_fits(self) -> Self:
+    def _check_overlong_buffer(self) -> Self:
         buffer, longest = self.algorithm.shaping.overlong_buffer, self.rollout.max_new_tokens
         if buffer is not None and buffer > longest:
             raise ValueError(f"algorithm.shaping.overlong_buffer {buffer} is more than rollout.max_new_tokens {longest}")
         return self
 
     @model_validator(mode="after")
-    def _lengths_fit(self) -> Self:
+    def _check_lengths_fit(self) -> Self:
         longest, new = self.rollout.max_model_length, self.rollout.max_new_tokens
         prompt = self.data.max_prompt_tokens or 1
         if longest is not None and prompt + new > longest:
@@ -244,7 +246,7 @@ class PPOConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _enough_replicas(self) -> Self:
+    def _check_replicas(self) -> Self:
         if self.recovery.min_replicas > self.rollout.replicas:
             raise ValueError(
                 f"recovery.min_replicas {self.recovery.min_replicas} is more than rollout.replicas {self.rollout.replicas}"
@@ -252,7 +254,7 @@ class PPOConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _the_environment_fits(self) -> Self:
+    def _check_environment_fits(self) -> Self:
         paid = any(function.name == "environment" for function in self.reward.functions)
         if self.environment is None:
             if paid:
@@ -273,7 +275,7 @@ class PPOConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _rewards_of_tokens_are_not_rescaled(self) -> Self:
+    def _check_token_rewards(self) -> Self:
         shaping = self.algorithm.shaping
         within = [function for function in self.reward.functions if function.per != "response"]
         if within and (shaping.scale or shaping.center or shaping.clip is not None):
@@ -284,7 +286,7 @@ class PPOConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _evaluation_has_prompts(self) -> Self:
+    def _check_evaluation(self) -> Self:
         if self.evaluation.every and self.evaluation.enabled and self.data.evaluation is None:
             raise ValueError(f"evaluation.every {self.evaluation.every} needs prompts in data.evaluation")
         return self

@@ -125,13 +125,13 @@ class ProbeSection(Section):
     """BLEU tokenizer of sacrebleu; the flores ones are downloaded on first use."""
 
     @model_validator(mode="after")
-    def _several_greedy_responses_are_one(self) -> Self:
+    def _check_greedy(self) -> Self:
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"samples {self.samples} at temperature 0 are {self.samples} times the same: set temperature")
         return self
 
     @model_validator(mode="after")
-    def _given_responses_are_not_sampled(self) -> Self:
+    def _check_given_responses(self) -> Self:
         if self.response_field is not None and (self.samples > 1 or self.likelihood):
             raise ValueError("response_field gives one response and needs no model: remove samples and likelihood")
         return self
@@ -146,7 +146,7 @@ class SelectSection(Section):
     """`threshold`: scores below this BLEU (0 to 100). `quantile`: this share of all pairs (0 to 1), the lowest scores first."""
 
     @model_validator(mode="after")
-    def _the_rule_has_its_value(self) -> Self:
+    def _check_rule(self) -> Self:
         if (self.rule == "gap") != (self.value is None):
             needed = "takes no value" if self.rule == "gap" else "needs a value"
             raise ValueError(f"rule {self.rule!r} {needed}")
@@ -178,7 +178,7 @@ class RelabelSection(Section):
     """A response that ends in this many repeats of the same text (at least 32 characters in all) is refused."""
 
     @model_validator(mode="after")
-    def _the_method_has_what_it_needs(self) -> Self:
+    def _check_method(self) -> Self:
         if self.method == "greedy" and self.samples > 1:
             raise ValueError("method 'greedy' takes one sample; choose mbr, reward_model, verifier or likelihood")
         if self.method == "mbr" and self.samples < 3:
@@ -201,7 +201,7 @@ class QualitySection(Section):
     """0 is greedy."""
 
     @model_validator(mode="after")
-    def _the_verifier_is_functions(self) -> Self:
+    def _check_verifier(self) -> Self:
         _check_functions_only("quality.verifier", self.verifier)
         return self
 
@@ -226,7 +226,7 @@ class PreSFTConfig(Section):
     pipeline: PipelineSection = PipelineSection()
 
     @model_validator(mode="after")
-    def _a_new_response_can_be_made(self) -> Self:
+    def _check_relabeling(self) -> Self:
         if self.probe.response_field is not None and self.run.rounds > 1:
             raise ValueError("probe.response_field answers for one round only: set run.rounds to 1")
         sampled = self.relabels and self.relabel.method != "greedy"

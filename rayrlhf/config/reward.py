@@ -1,7 +1,7 @@
 """What a response is worth."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -27,7 +27,7 @@ class RewardFunctionSection(Section):
     sees each at its token or at the last token of its turn."""
 
     @model_validator(mode="after")
-    def _only_single_numbers_are_remembered(self) -> Self:
+    def _check_cache(self) -> Self:
         if self.cache and self.per != "response":
             raise ValueError(f"cache: true remembers one number a response, and the function pays per {self.per}")
         return self
@@ -35,6 +35,8 @@ class RewardFunctionSection(Section):
 
 class RewardModelSection(Section):
     """A scalar-head model that scores text, with its own tokenizer and template; or several of them as one."""
+
+    renamed_keys: ClassVar = {"normalise": "normalize"}
 
     model: ModelSection
     members: list[ModelSection] = Field(default_factory=list)
@@ -48,7 +50,7 @@ class RewardModelSection(Section):
     the model (system prompt, end of sequence), or the chat template of its tokenizer."""
     max_length: int = Field(1024, ge=1)
     """Longest text in tokens."""
-    normalise: bool = False
+    normalize: bool = False
     """Shift and scale rewards to mean 0 and spread 1 by the statistics that `rayrlhf reward` stored with the model; each
     member by its own."""
     offload: bool = False
@@ -60,13 +62,13 @@ class RewardModelSection(Section):
         return [self.model, *self.members]
 
     @model_validator(mode="after")
-    def _only_several_models_disagree(self) -> Self:
+    def _check_ensemble(self) -> Self:
         if self.uncertainty and not self.members:
             raise ValueError("uncertainty needs members: one model alone does not disagree with itself")
         return self
 
     @model_validator(mode="after")
-    def _the_template_holds_the_response(self) -> Self:
+    def _check_template(self) -> Self:
         if self.template is not None and "{response}" not in self.template:
             raise ValueError("template has no {response} in it, where the response goes")
         return self
@@ -87,7 +89,7 @@ class RewardSection(Section):
     """Python files to import first, so that they can register functions of their own."""
 
     @model_validator(mode="after")
-    def _something_must_score(self) -> Self:
+    def _check_sources(self) -> Self:
         if not self.functions and self.model is None:
             raise ValueError("give at least one of reward.functions and reward.model")
         return self

@@ -42,7 +42,7 @@ class EnvironmentSection(Section):
     for agents, whose messages go through the chat template."""
 
     @model_validator(mode="after")
-    def _the_template_holds_the_observation(self) -> Self:
+    def _check_template(self) -> Self:
         if self.template.count("{observation}") != 1:
             raise ValueError("template must have {observation} in it once, where the environment's words go")
         return self

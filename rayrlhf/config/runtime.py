@@ -108,7 +108,7 @@ class PlacementSection(Section):
     """Ray address; a job's own cluster, or a new local one, when not given."""
 
     @model_validator(mode="after")
-    def _labels_need_groups_of_their_own(self) -> Self:
+    def _check_labels(self) -> Self:
         roles = [name for name in ("policy", "critic", "reference", "reward") if getattr(self, name).labels]
         if self.mode == "colocated" and (roles or self.rollout_labels):
             raise ValueError(
@@ -179,8 +179,7 @@ class RecoverySection(Section):
 class AsyncSection(Section):
     """How far sampling may run ahead of training.
 
-    With `max_staleness` above 0, importance weights against the sampler are on (`algorithm.correction.level: token`), unless
-    that level is given.
+    With `max_staleness` above 0, the default of `algorithm.off_policy_correction.level` becomes `token`.
     """
 
     max_staleness: int = Field(0, ge=0)
@@ -190,7 +189,7 @@ class AsyncSection(Section):
     """What becomes of unfinished responses when new weights come: they go on with them, or begin anew."""
 
 
-class WarmupSection(Section):
+class SFTWarmupSection(Section):
     """Imitate given responses for a moment, so that rewards which ask for a form have something to reinforce."""
 
     response_field: str

@@ -4,6 +4,9 @@ A section is a pydantic model in a file of its own. Unknown keys, wrong types an
 `rayrlhf.config.loading.load` turns pydantic's report into one line for the user.
 """
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -14,3 +17,8 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, serialize_by_alias=True
     )
+
+    renamed_keys: ClassVar[Mapping[str, str]] = {}
+    """Old key -> new key, for files written before a rename."""
+    renamed_values: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    """Key -> old value -> new value."""

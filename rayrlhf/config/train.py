@@ -67,13 +67,13 @@ class TrainSection(Section):
     `export-average`; no average when not given."""
 
     @model_validator(mode="after")
-    def _an_average_needs_whole_weights(self) -> Self:
+    def _check_ema(self) -> Self:
         if self.ema_decay is not None and self.zero_stage == 3:
             raise ValueError(f"ema_decay {self.ema_decay:g} needs whole weights on a rank: expected zero_stage 0, 1 or 2")
         return self
 
     @model_validator(mode="after")
-    def _offloading_needs_sharding(self) -> Self:
+    def _check_offload(self) -> Self:
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
         return self

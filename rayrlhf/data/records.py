@@ -15,8 +15,8 @@ Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
 
 
-STRETCH = 1 << 20
-"""Distance between the sample numbers of the stretches of one sample; see `Rollout.others`."""
+SEGMENT_STRIDE = 1 << 20
+"""Distance between the sample numbers of the segments of one sample; see `Rollout.others`."""
 
 
 class Record:
@@ -128,8 +128,8 @@ class Rollout(Record):
         seed: the request's seed.
         rewards: float32 [R], what an environment paid, at the last token of the turn that earned it; None without one.
         failure: why the environment could not play the sample; nothing is learned from it then. Empty otherwise.
-        others: further stretches of the same sample, where its agent began a conversation anew: each with a prompt of its own,
-            the sample's reward, and a sample number `STRETCH` above the one before.
+        others: further segments of the same sample, where its agent began a conversation anew: each with a prompt of its own,
+            the sample's reward, and a sample number `SEGMENT_STRIDE` above the one before.
     """
 
     key: SampleKey
@@ -143,7 +143,7 @@ class Rollout(Record):
     seed: int
     rewards: Float32 | None = None
     failure: str = ""
-    others: "tuple[Rollout, ...]" = ()
+    extra_segments: "tuple[Rollout, ...]" = ()
 
     def sequence(self) -> "Sequence":
         """The rollout as a token sequence for scoring and training."""

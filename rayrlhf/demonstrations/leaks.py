@@ -37,7 +37,7 @@ class LeakRules:
 
 
 def words_of(text: str) -> list[str]:
-    """Return the words of a text, normalised, without punctuation."""
+    """Return the words of a text, aggregated, without punctuation."""
     return re.findall(r"\w+", normalized(text))
 
 

@@ -59,7 +59,7 @@ class Demonstrator:
         self._pool = read_pool(self._source, section.answer_field)
 
     def show(self, dataset: DatasetSection, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Return the prompts with demonstrations: as their tokens, or beside them as `context_ids` with `train_with: bare`.
+        """Return the prompts with demonstrations: as their tokens, or as `context_ids` when training without them.
 
         Args:
             dataset: that the prompts are of, the pool's own or another.
@@ -81,7 +81,7 @@ class Demonstrator:
         for prompt, target, nearest in zip(prompts, targets, chosen, strict=True):
             token_ids, missing = self._context(prompt, target, nearest)
             dropped += missing
-            bare = section.train_with == "bare"
+            bare = section.train_with == "without_demonstrations"
             shown.append(replace(prompt, context_ids=token_ids) if bare else replace(prompt, token_ids=token_ids))
         self._tell(dataset.path, counts, dropped)
         return shown

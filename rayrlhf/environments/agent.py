@@ -148,8 +148,8 @@ class AgentLoop:
         """Give agents that were cancelled a moment to clean up, and stop."""
 
         async def rest() -> None:
-            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            await asyncio.wait(others, timeout=1.0) if others else None
+            running = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            await asyncio.wait(running, timeout=1.0) if running else None
 
         with suppress(TimeoutError):
             self.start(rest()).result(2.0)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.data.records import STRETCH, Rollout
+from rayrlhf.data.records import SEGMENT_STRIDE, Rollout
 from rayrlhf.errors import AlarmError
 
 PART = "environment"
@@ -42,12 +42,12 @@ def without_failed(batches: Iterable[list[Rollout]], asked: int, most: float) ->
             yield played
 
 
-def with_others(rollouts: Iterable[Rollout]) -> list[Rollout]:
-    """Return rollouts with the further stretches of each behind it: every stretch is a sample to learn from.
+def with_extra_segments(rollouts: Iterable[Rollout]) -> list[Rollout]:
+    """Return rollouts with the further segments of each behind it: every segment is a sample to learn from.
 
-    A stretch has its sample's reward and counts as another response of its group, so a sample of several weighs more there.
+    A segment has its sample's reward and counts as another response of its group, so a sample of several weighs more there.
     """
-    return [part for rollout in rollouts for part in (rollout, *rollout.others)]
+    return [part for rollout in rollouts for part in (rollout, *rollout.extra_segments)]
 
 
 def turn_weight(config: PPOConfig) -> float:
@@ -58,17 +58,17 @@ def turn_weight(config: PPOConfig) -> float:
 
 
 def turns(rollout: Rollout) -> int:
-    """Turns of the policy: stretches of sampled tokens."""
+    """Turns of the policy: segments of sampled tokens."""
     mask = rollout.action_mask.astype(np.int8)
     return int((np.diff(mask, prepend=0) == 1).sum())
 
 
 def episode_metrics(rollouts: Sequence[Rollout], asked: int) -> dict[str, float]:
-    """Of a step's rollouts: mean turns and environment's tokens, stretches a sample, and the share of samples that failed."""
-    samples = sum(rollout.key.sample < STRETCH for rollout in rollouts)
+    """Of a step's rollouts: mean turns and environment's tokens, segments a sample, and the share of samples that failed."""
+    samples = sum(rollout.key.sample < SEGMENT_STRIDE for rollout in rollouts)
     return {
         "environment/turns": float(np.mean([turns(rollout) for rollout in rollouts])),
         "environment/tokens": float(np.mean([(~rollout.action_mask).sum() for rollout in rollouts])),
-        "environment/stretches": len(rollouts) / samples,
+        "environment/segments": len(rollouts) / samples,
         "environment/failed": 1 - samples / asked,
     }

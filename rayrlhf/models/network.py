@@ -22,7 +22,7 @@ from rayrlhf.models.packed_attention import attend_within_segments
 from rayrlhf.models.value_head import HeadInit, ValueHead, find_head, make_head
 
 Head = Literal["lm", "value"]
-Want = Literal["logprobs", "entropy", "values", "hidden", "divergence"]
+OutputName = Literal["logprobs", "entropy", "values", "hidden", "divergence"]
 
 
 class Positions(NamedTuple):
@@ -115,7 +115,7 @@ class Network(nn.Module):
         self,
         input_ids: Tensor,
         positions: Positions,
-        want: frozenset[Want],
+        outputs: frozenset[OutputName],
         temperature: float = 1.0,
         teacher: TeacherSignal | None = None,
     ) -> NetworkOutput:
@@ -124,36 +124,36 @@ class Network(nn.Module):
         Args:
             input_ids: int64 [B, L], right-padded with any valid token id; [1, L] packed.
             positions: where to read.
-            want: which fields of the output to compute.
+            outputs: which fields of the output to compute.
             temperature: of the distribution that log-probs and entropy are taken from.
             teacher: what the divergence is measured from, at each predictor.
 
         Raises:
             ValueError: something was asked for that this network has no head for.
         """
-        self._check(want)
+        self._check(outputs)
         if self.prefix is not None:
             hidden = self.prefix.run(input_ids, positions.lengths).flatten(0, 1)
         else:
             hidden = self.trunk(**self._trunk_inputs(input_ids, positions), use_cache=False).last_hidden_state.flatten(0, 1)
         logprobs = entropy = values = predicting = None
-        if want & {"logprobs", "entropy", "hidden", "divergence"}:
+        if outputs & {"logprobs", "entropy", "hidden", "divergence"}:
             predicting = hidden.index_select(0, positions.predictors)
-        if predicting is not None and want & {"logprobs", "entropy"}:
+        if predicting is not None and outputs & {"logprobs", "entropy"}:
             head = self.model.get_output_embeddings()
             logprobs, entropy = logprobs_and_entropy(
-                predicting, head.weight, head.bias, positions.targets, temperature=temperature, entropy="entropy" in want
+                predicting, head.weight, head.bias, positions.targets, temperature=temperature, entropy="entropy" in outputs
             )
         apart = None
-        if predicting is not None and teacher is not None and "divergence" in want:
+        if predicting is not None and teacher is not None and "divergence" in outputs:
             apart = self._divergence(predicting, teacher)
-        if "values" in want and self.v_head is not None:
+        if "values" in outputs and self.v_head is not None:
             values = self.v_head(hidden.index_select(0, positions.values))
         return NetworkOutput(
-            logprobs if "logprobs" in want else None,
-            entropy if "entropy" in want else None,
+            logprobs if "logprobs" in outputs else None,
+            entropy if "entropy" in outputs else None,
             values,
-            predicting if "hidden" in want else None,
+            predicting if "hidden" in outputs else None,
             apart,
         )
 
@@ -177,10 +177,10 @@ class Network(nn.Module):
             inputs["inputs_embeds"] = embedded + _noise(embedded, positions, self.noise_alpha)
         return inputs
 
-    def _check(self, want: frozenset[Want]) -> None:
-        if "values" in want and self.v_head is None:
+    def _check(self, outputs: frozenset[OutputName]) -> None:
+        if "values" in outputs and self.v_head is None:
             raise ValueError("values were asked of a network without a value head")
-        if want & {"logprobs", "entropy", "divergence"} and not self.has_lm_head:
+        if outputs & {"logprobs", "entropy", "divergence"} and not self.has_lm_head:
             raise ValueError("log-probs were asked of a network without an output layer")
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import ray
 
-from rayrlhf.actors.actor_groups import Crew
+from rayrlhf.actors.actor_groups import ActorGroups
 from rayrlhf.actors.placement import Role
 from rayrlhf.actors.waiting import wait_all
 from rayrlhf.config.runtime import CheckpointSection
@@ -99,7 +99,7 @@ class Checkpointer:
 
     Args:
         folder: `checkpoints/` of the run folder, which this process alone writes to.
-        crew: the running actors.
+        actor_groups: the running actors.
         section: how many to keep, and how to write.
         fingerprint: what a run must agree on to load them.
         seconds: deadline of each wait.
@@ -109,14 +109,14 @@ class Checkpointer:
     def __init__(
         self,
         folder: Path,
-        crew: Crew,
+        actor_groups: ActorGroups,
         section: CheckpointSection,
         fingerprint: Mapping[str, str],
         seconds: float,
         mirror: Mirror | None = None,
     ) -> None:
         self._folder = folder
-        self._crew = crew
+        self._actor_groups = actor_groups
         self._section = section
         self._fingerprint = dict(fingerprint)
         self._seconds = seconds
@@ -138,7 +138,7 @@ class Checkpointer:
             DeadlineError: a rank did not copy or write in time.
         """
         done = self.finish()
-        groups = [self._crew[role] for role in LEARNING_ROLES if role in self._crew]
+        groups = [self._actor_groups[role] for role in LEARNING_ROLES if role in self._actor_groups]
         captured = [(group, group.call("capture_state")) for group in groups]
         for group, pending in captured:
             group.wait(pending, "checkpoint: copying the state", self._seconds)
@@ -242,13 +242,13 @@ class Checkpointer:
         return max(scored)[1] if scored else None
 
 
-def load_checkpoint(checkpoint: Checkpoint, crew: Crew, seconds: float) -> dict[str, Any]:
+def load_checkpoint(checkpoint: Checkpoint, actor_groups: ActorGroups, seconds: float) -> dict[str, Any]:
     """Bring every learning role back to a checkpoint; returns the driver's state.
 
     A role may have another number of ranks than it had.
     """
     state: dict[str, Any] = json.loads((checkpoint.folder / STATE_FILE).read_text(encoding="utf-8"))
-    groups = [crew[role] for role in LEARNING_ROLES if role in crew]
+    groups = [actor_groups[role] for role in LEARNING_ROLES if role in actor_groups]
     loading = []
     for group in groups:
         resized = state["ranks"][group.role] != len(group)

@@ -22,7 +22,7 @@ from rayrlhf.algorithms.masking import whiten
 from rayrlhf.algorithms.reward_shaping import (
     RunningMoments,
     overlong_penalty,
-    penalise_missing_stop,
+    penalize_missing_stop,
     shape_scores,
     slot_count,
     token_rewards,
@@ -85,11 +85,11 @@ class ExperienceMaker:
         longest = max(len(rollout.response_ids) for rollout in rollouts)
         width = slot_count(longest, self._config.rollout.max_new_tokens, position)
         mask = _padded([rollout.action_mask for rollout in rollouts], width).bool()
-        logprobs = _readings(scored, "policy", "logprobs", width)
+        logprobs = _forward_passes(scored, "policy", "logprobs", width)
         scores = self._shape(scored)
         kl = None
-        if "reference" in scored.readings:
-            kl = kl_penalty(logprobs, _readings(scored, "reference", "logprobs", width), algorithm.kl.estimator)
+        if "reference" in scored.forward_passes:
+            kl = kl_penalty(logprobs, _forward_passes(scored, "reference", "logprobs", width), algorithm.kl.estimator)
         in_reward = kl if algorithm.kl.placement == "reward" else None
         coefficient = self._controller.value
         at_end, by_token = self._credited(scores, scored, width)
@@ -113,8 +113,8 @@ class ExperienceMaker:
         arrays = {"old_logprobs": logprobs, "advantages": result.advantages, "action_mask": mask & kept}
         if values is not None and result.returns is not None:
             arrays |= {"old_values": values, "returns": result.returns, "value_mask": earned.value_mask & kept}
-        if "reference" in scored.readings:
-            arrays["ref_logprobs"] = _readings(scored, "reference", "logprobs", width)
+        if "reference" in scored.forward_passes:
+            arrays["ref_logprobs"] = _forward_passes(scored, "reference", "logprobs", width)
         weights, weight_metrics = self._corrected(logprobs, rollouts, mask)
         batch = TrainingBatch(
             Records(rollout.sequence() for rollout in rollouts), {k: v.numpy() for k, v in (arrays | weights).items()}
@@ -176,7 +176,7 @@ class ExperienceMaker:
             scores = scores + shaping.overlong_penalty * overlong_penalty(lengths, limit, shaping.overlong_buffer)
         if shaping.missing_eos_penalty is not None:
             stopped = torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
-            scores = penalise_missing_stop(scores, stopped, shaping.missing_eos_penalty)
+            scores = penalize_missing_stop(scores, stopped, shaping.missing_eos_penalty)
         return scores
 
     def _kept(self, rollouts: Sequence[Rollout]) -> Tensor:
@@ -189,7 +189,7 @@ class ExperienceMaker:
         self, logprobs: Tensor, rollouts: Sequence[Rollout], mask: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Importance weights as an array of the batch, and their metrics; nothing where they are switched off."""
-        section = self._config.algorithm.correction
+        section = self._config.algorithm.off_policy_correction
         if section.level == "none":
             return {}, {}
         sampler = _padded([rollout.logprobs for rollout in rollouts], mask.shape[1])
@@ -201,7 +201,7 @@ class ExperienceMaker:
         if self._config.critic.kind == "none":
             return None
         owner = "policy" if self._config.critic.kind == "shared" else "critic"
-        return _readings(scored, owner, "values", width)
+        return _forward_passes(scored, owner, "values", width)
 
     def _metrics(
         self,
@@ -217,7 +217,9 @@ class ExperienceMaker:
         responses = torch.tensor([int(rollout.action_mask.sum()) for rollout in rollouts])
         stopped = torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
         apart = mismatch(logprobs, sampler, mask)
-        if self._config.trains_bare:  # what the demonstrations are worth to the sampler, which proves nothing of a sync
+        if (
+            self._config.trains_without_demonstrations
+        ):  # what the demonstrations are worth to the sampler, which proves nothing of a sync
             apart = {
                 name.replace("sampling/sampling_", CONTEXT).replace("sampling/", CONTEXT): gap for name, gap in apart.items()
             }
@@ -235,6 +237,6 @@ def _padded(rows: Sequence[np.ndarray], width: int) -> Tensor:
     return torch.from_numpy(padded)
 
 
-def _readings(scored: ScoredRollouts, name: str, field: str, width: int) -> Tensor:
-    rows: list[TokenScores] = scored.readings[name]
+def _forward_passes(scored: ScoredRollouts, name: str, field: str, width: int) -> Tensor:
+    rows: list[TokenScores] = scored.forward_passes[name]
     return _padded([getattr(row, field) for row in rows], width)

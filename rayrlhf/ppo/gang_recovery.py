@@ -15,8 +15,8 @@ from ray.exceptions import RayTaskError
 
 from rayrlhf.actors.actor_group import ActorGroup
 from rayrlhf.actors.actor_restarter import LossNote
-from rayrlhf.actors.health import Health, Lost, Settled, Started, advance
-from rayrlhf.actors.pending_calls import asked
+from rayrlhf.actors.health import Health, Lost, Started, StepCompleted, advance
+from rayrlhf.actors.pending_calls import track_calls
 from rayrlhf.actors.placement import Role
 from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS, overrun
 from rayrlhf.errors import ActorLostError
@@ -51,22 +51,22 @@ class Recovery:
         self._note = note
         self._section = trainer.config.recovery
         self._start = trainer.state()
-        self._roles: tuple[Role, ...] = tuple(role for role in LEARNING_ROLES if role in trainer.crew)
+        self._roles: tuple[Role, ...] = tuple(role for role in LEARNING_ROLES if role in trainer.actor_groups)
         self._snapshot: _Snapshot | None = None
         self._health = Health()
 
     def commit(self) -> None:
         """Take note of a step's end; with `recovery.snapshot: step` keep a copy of the training state."""
-        self._health = advance(self._health, Settled(), time.monotonic(), self._trainer.care.policy)
+        self._health = advance(self._health, StepCompleted(), time.monotonic(), self._trainer.fault_tolerance.retry)
         if self._section.snapshot != "step":
             return
         state = json.loads(json.dumps(self._trainer.state()))
         seconds = self._trainer.config.deadlines.update
         parts: dict[Role, list[ray.ObjectRef]] = {}
         for role in self._roles:
-            parts[role] = list(self._trainer.crew[role].call("snapshot").values())
+            parts[role] = list(self._trainer.actor_groups[role].call("snapshot").values())
         for role, pending in parts.items():
-            _await_values(self._trainer.crew[role], pending, seconds)
+            _await_values(self._trainer.actor_groups[role], pending, seconds)
         self._snapshot = _Snapshot(state, parts)
 
     def restore(self, error: ActorLostError) -> int:
@@ -78,16 +78,16 @@ class Recovery:
         role = lost_role(error)
         if not self._section.enabled or role not in self._roles:
             raise error
-        began, policy = time.monotonic(), self._trainer.care.policy
+        began, retry = time.monotonic(), self._trainer.fault_tolerance.retry
         self._note("lost", error.actor, str(error), 0.0)
         self._checkpointer.abandon()
         lost, reason = [known for known in self._roles if known == role], str(error)
         while True:
-            self._health = advance(self._health, Lost(reason), time.monotonic(), policy)
+            self._health = advance(self._health, Lost(reason), time.monotonic(), retry)
             if self._health.state == "abandoned":
-                raise ActorLostError(f"{reason}; given up after {policy.attempts} rebuilds in a row", error.actor)
+                raise ActorLostError(f"{reason}; given up after {retry.attempts} rebuilds in a row", error.actor)
             time.sleep(max(self._health.retry_at - time.monotonic(), 0.0))
-            self._health = advance(self._health, Started(), time.monotonic(), policy)
+            self._health = advance(self._health, Started(), time.monotonic(), retry)
             try:
                 self._rebuild(lost)
                 break
@@ -101,21 +101,21 @@ class Recovery:
 
     def _rebuild(self, lost: list[Role]) -> None:
         """Start the lost roles anew and load the committed state into all of them."""
-        crew, seconds = self._trainer.crew, self._trainer.config.deadlines.start
+        actor_groups, seconds = self._trainer.actor_groups, self._trainer.config.deadlines.start
         checkpoint, _ = self._checkpointer.find()
         snapshot = self._usable_snapshot()
         # Without any committed state everybody begins anew.
         for role in lost if snapshot or checkpoint else self._roles:
-            self._unwatch(role)
-            crew.restart_gang(role, seconds)
-            self._watch(role)
+            self._unmonitor(role)
+            actor_groups.restart_gang(role, seconds)
+            self._monitor(role)
         if snapshot:
             for role, parts in snapshot.parts.items():
-                group = crew[role]
+                group = actor_groups[role]
                 group.wait(group.call("load_snapshot", *parts), "restoring the snapshot", seconds)
             self._trainer.load_state(snapshot.state)
         elif checkpoint:
-            self._trainer.load_state(load_checkpoint(checkpoint, crew, seconds))
+            self._trainer.load_state(load_checkpoint(checkpoint, actor_groups, seconds))
         else:
             self._trainer.load_state(self._start)
 
@@ -131,22 +131,22 @@ class Recovery:
             self._snapshot = None
         return self._snapshot
 
-    def _watch(self, role: Role) -> None:
-        watch, group = self._trainer.care.watch, self._trainer.crew[role]
+    def _monitor(self, role: Role) -> None:
+        monitor, group = self._trainer.fault_tolerance.monitor, self._trainer.actor_groups[role]
         for name, handle in zip(group.names, group.handles, strict=True):
-            if watch:
-                watch.add(name, handle)
+            if monitor:
+                monitor.add(name, handle)
 
-    def _unwatch(self, role: Role) -> None:
-        watch = self._trainer.care.watch
-        for name in self._trainer.crew[role].names:
-            if watch:
-                watch.remove(name)
+    def _unmonitor(self, role: Role) -> None:
+        monitor = self._trainer.fault_tolerance.monitor
+        for name in self._trainer.actor_groups[role].names:
+            if monitor:
+                monitor.remove(name)
 
 
 def _await_values(group: ActorGroup, pending: list[ray.ObjectRef], seconds: float) -> None:
     """Wait until values are there, without bringing them into this process."""
-    with asked("snapshot", dict.fromkeys(group.names, time.monotonic())):
+    with track_calls("snapshot", dict.fromkeys(group.names, time.monotonic())):
         _, late = ray.wait(pending, num_returns=len(pending), timeout=seconds, fetch_local=False)
     if late:
         raise overrun("snapshot", [group.names[pending.index(ref)] for ref in late], seconds)

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import ray
 
-from rayrlhf.actors.pending_calls import asked
+from rayrlhf.actors.pending_calls import track_calls
 from rayrlhf.actors.replica_pool import Replica, ReplicaPool
 from rayrlhf.actors.waiting import fetch, overrun
 from rayrlhf.data.records import Prompt, Records, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import sample_seed
 from rayrlhf.errors import ActorLostError
-from rayrlhf.ppo.request_queue import WorkBook
+from rayrlhf.ppo.request_queue import RequestQueue
 
 GENERATE = "generate"
 MESSAGE_SIZE = 32
@@ -65,7 +65,7 @@ class _Poll(NamedTuple):
 
 
 @dataclass
-class Order:
+class GenerationBatch:
     """Requests that were added together.
 
     Attributes:
@@ -89,7 +89,7 @@ class Generation:
         refresh: gives the current weights to rebuilt replicas, which then count as serving.
         max_new_tokens: longest response.
         seconds: longest time in which no replica finishes anything.
-        sticky: see `WorkBook`.
+        sticky: see `RequestQueue`.
         poll_seconds: longest time of one poll, which is what new weights may have to wait for; None for no bound.
     """
 
@@ -109,31 +109,31 @@ class Generation:
         self._seconds = seconds
         self._sticky = sticky
         self._poll_seconds = poll_seconds
-        self._book = WorkBook([], 0, sticky=False)
-        self._orders: dict[SampleKey, Order] = {}
+        self._book = RequestQueue([], 0, sticky=False)
+        self._batches: dict[SampleKey, GenerationBatch] = {}
         self._polls: dict[int, _Poll] = {}
         self._submits: dict[int, list[ray.ObjectRef]] = {}
-        self._asked: dict[str, float] = {}
+        self._pending: dict[str, float] = {}
         self._given: dict[int, Any] = {}
 
-    def add(self, requests: Sequence[RolloutRequest], temperature: float) -> Order:
+    def add(self, requests: Sequence[RolloutRequest], temperature: float) -> GenerationBatch:
         """Take in requests, to be sampled at a temperature (0 is greedy) whenever somebody waits for something.
 
         Raises:
             ValueError: a request whose key is on its way already, as when what is sampled ahead is sampled by hand too.
         """
-        known = next((request.key for request in requests if request.key in self._orders), None)
+        known = next((request.key for request in requests if request.key in self._batches), None)
         if known is not None:
             raise ValueError(f"request {known} is on its way already")
         if self._book.done:
-            self._book = WorkBook(requests, len(self._pool.replicas), sticky=self._sticky)
+            self._book = RequestQueue(requests, len(self._pool.replicas), sticky=self._sticky)
         else:
             self._book.add(requests)
-        order = Order(requests, temperature, len(requests))
-        self._orders |= dict.fromkeys((request.key for request in requests), order)
-        return order
+        batch = GenerationBatch(requests, temperature, len(requests))
+        self._batches |= dict.fromkeys((request.key for request in requests), batch)
+        return batch
 
-    def collect(self, order: Order) -> Iterator[list[Rollout]]:
+    def collect(self, batch: GenerationBatch) -> Iterator[list[Rollout]]:
         """Wait for requests that were added; yields batches of their rollouts as they finish, each request's once.
 
         Raises:
@@ -141,21 +141,21 @@ class Generation:
             ActorLostError: too few replicas are left.
         """
         progress = time.monotonic()
-        with asked(GENERATE, self._asked):
-            while order.missing or order.finished:
-                if order.finished:
-                    batch, order.finished = order.finished, []
-                    yield batch
+        with track_calls(GENERATE, self._pending):
+            while batch.missing or batch.finished:
+                if batch.finished:
+                    finished, batch.finished = batch.finished, []
+                    yield finished
                     continue
-                self._pool.tend()
+                self._pool.poll_rebuilds()
                 if self._pool.stale:
                     self._refresh(self._pool.stale)
-                self._hand_out()
+                self._dispatch()
                 for replica in self._next_answers(time.monotonic() - progress):
                     self._answer(replica)
                     progress = time.monotonic()
-        for request in order.requests:
-            del self._orders[request.key]
+        for request in batch.requests:
+            del self._batches[request.key]
 
     def meanwhile(self, calls: Mapping[str, ray.ObjectRef], seconds: float) -> None:
         """Keep the replicas busy until one of these calls has an answer, or `seconds` are over.
@@ -163,10 +163,10 @@ class Generation:
         The policy may be busy with one of them, so rebuilt replicas get their weights later.
         """
         end, waited = time.monotonic() + seconds, list(calls.values())
-        with asked(GENERATE, self._asked):
+        with track_calls(GENERATE, self._pending):
             while not self._book.done and time.monotonic() < end and not ray.wait(waited, timeout=0)[0]:
-                self._pool.tend()
-                self._hand_out()
+                self._pool.poll_rebuilds()
+                self._dispatch()
                 polls = [poll.answer for poll in self._polls.values()]
                 ray.wait([*waited, *polls], timeout=min(TICK_SECONDS, max(end - time.monotonic(), 0.0)))
                 for replica in self._ready(polls):
@@ -188,17 +188,17 @@ class Generation:
     def reset(self) -> None:
         """Forget all requests, here and on the replicas."""
         self.cut()
-        self._book = WorkBook([], 0, sticky=False)
-        self._orders.clear()
+        self._book = RequestQueue([], 0, sticky=False)
+        self._batches.clear()
 
     def _drop(self, rank: int) -> None:
         """Take back what a rank owes, and wait for it no longer."""
         if rank in self._polls:
-            self._asked.pop(self._polls.pop(rank).name, None)
+            self._pending.pop(self._polls.pop(rank).name, None)
         self._submits.pop(rank, None)
         self._book.lost(rank)
 
-    def _hand_out(self) -> None:
+    def _dispatch(self) -> None:
         book, replicas = self._book, self._pool.replicas
         for rank in {*self._polls, *book.ranks}:
             if rank >= len(replicas) or self._is_gone(rank, replicas[rank]):
@@ -207,8 +207,8 @@ class Generation:
         for replica in replicas:
             if replica.health.state == "abandoned":
                 book.release(replica.rank)
-        for rank, share in book.hand_out(list(serving)).items():
-            for temperature, part in groupby(share, key=lambda request: self._orders[request.key].temperature):
+        for rank, share in book.dispatch(list(serving)).items():
+            for temperature, part in groupby(share, key=lambda request: self._batches[request.key].temperature):
                 submit = serving[rank].handle.submit.remote(Records(part), temperature, self._max_new_tokens)
                 self._submits.setdefault(rank, []).append(submit)
             self._given[rank] = serving[rank].handle
@@ -216,7 +216,7 @@ class Generation:
             if rank not in self._polls and book.holds(rank):
                 answer = replica.handle.poll.remote(MESSAGE_SIZE, self._poll_seconds)
                 self._polls[rank] = _Poll(answer, replica.handle, replica.name)
-                self._asked[replica.name] = time.monotonic()
+                self._pending[replica.name] = time.monotonic()
 
     def _is_gone(self, rank: int, replica: Replica) -> bool:
         """Whether the process that was given work is there no more; it may have been lost when nobody waited for it."""
@@ -253,7 +253,7 @@ class Generation:
     def _answer(self, replica: Replica) -> None:
         """Take a replica's answer and keep what it finished; if it was lost, its open requests go back to the book."""
         poll, submits = self._polls.pop(replica.rank), self._submits.pop(replica.rank, [])
-        self._asked.pop(replica.name, None)
+        self._pending.pop(replica.name, None)
         try:
             for submit in submits:
                 fetch(submit, GENERATE, replica.name)
@@ -264,6 +264,6 @@ class Generation:
             self._book.lost(replica.rank)
             return
         for rollout in self._book.finished(finished):
-            order = self._orders[rollout.key]
-            order.missing -= 1
-            order.finished.append(rollout)
+            batch = self._batches[rollout.key]
+            batch.missing -= 1
+            batch.finished.append(rollout)

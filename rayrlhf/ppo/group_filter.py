@@ -7,13 +7,13 @@ step is filled up with them, so that its size never changes. Prompts that were l
 
 from collections.abc import Mapping, Sequence
 
-from rayrlhf.data.records import STRETCH, Rollout, SampleKey
+from rayrlhf.data.records import SEGMENT_STRIDE, Rollout, SampleKey
 
 SAMPLED_TOKENS = "sampling/tokens"
 """Response tokens that a step sampled, those it left out included."""
 
 
-class Harvest:
+class GroupFilter:
     """Collects the responses of a step, round after round.
 
     What is kept or left out is a draw: the responses that one handing-out of a prompt led to. A prompt that the stream handed
@@ -29,34 +29,34 @@ class Harvest:
         self._prompts = prompts
         self._samples = samples_per_prompt
         self._rounds_left = rounds + 1
-        self._telling: list[list[Rollout]] = []
-        self._flat: list[list[Rollout]] = []
+        self._with_signal: list[list[Rollout]] = []
+        self._zero_variance: list[list[Rollout]] = []
         self._tokens = 0
 
     @property
     def missing(self) -> int:
         """Prompts to sample in the next round; 0 when the step is full."""
-        return self._prompts - len(self._telling) if self._rounds_left else 0
+        return self._prompts - len(self._with_signal) if self._rounds_left else 0
 
     def add(self, rollouts: Sequence[Rollout], scores: Mapping[SampleKey, float]) -> None:
         """Take in a round: all responses to the prompts that were missing, and what each of them scored."""
         self._rounds_left -= 1
         self._tokens += sum(len(rollout.response_ids) for rollout in rollouts)
-        draws: dict[tuple[int, int], list[Rollout]] = {}
+        groups: dict[tuple[int, int], list[Rollout]] = {}
         for rollout in rollouts:
-            draws.setdefault((rollout.key.prompt, rollout.key.sample % STRETCH // self._samples), []).append(rollout)
-        for draw in draws.values():
-            telling = len({scores[rollout.key] for rollout in draw}) > 1
-            (self._telling if telling else self._flat).append(draw)
+            groups.setdefault((rollout.key.prompt, rollout.key.sample % SEGMENT_STRIDE // self._samples), []).append(rollout)
+        for group in groups.values():
+            has_signal = len({scores[rollout.key] for rollout in group}) > 1
+            (self._with_signal if has_signal else self._zero_variance).append(group)
 
     def rollouts(self) -> list[Rollout]:
         """The responses of the step: those of the draws that tell good from bad, then as many others as it takes."""
-        fill = self._flat[: self._prompts - len(self._telling)]
-        return [rollout for draw in [*self._telling, *fill] for rollout in draw]
+        fill = self._zero_variance[: self._prompts - len(self._with_signal)]
+        return [rollout for group in [*self._with_signal, *fill] for rollout in group]
 
     def metrics(self) -> dict[str, float]:
         """Draws sampled in the step, how many of them were left out, and the response tokens of all."""
-        sampled = len(self._telling) + len(self._flat)
+        sampled = len(self._with_signal) + len(self._zero_variance)
         return {
             "sampling/prompts": float(sampled),
             "sampling/prompts_left_out": float(sampled - self._prompts),

@@ -26,7 +26,7 @@ def assign(requests: Sequence[RolloutRequest], replicas: int) -> list[list[Rollo
     return shares
 
 
-class WorkBook:
+class RequestQueue:
     """The requests that are being sampled.
 
     Args:
@@ -42,7 +42,7 @@ class WorkBook:
         self._waiting: list[RolloutRequest] = [] if sticky else list(requests)
         self._due: set[int] = {rank for rank, share in self._shares.items() if share} if sticky else set()
         self._holder: dict[SampleKey, int] = {}
-        self._owed: Counter[int] = Counter()
+        self._in_flight: Counter[int] = Counter()
 
     def add(self, requests: Sequence[RolloutRequest]) -> None:
         """Take in further requests, whose keys are new.
@@ -58,14 +58,14 @@ class WorkBook:
     @property
     def ranks(self) -> list[int]:
         """Ranks that owe something."""
-        return [rank for rank, owed in self._owed.items() if owed]
+        return [rank for rank, owed in self._in_flight.items() if owed]
 
     @property
     def done(self) -> bool:
         """Whether every request has its rollout."""
         return not self._open
 
-    def hand_out(self, serving: Sequence[int]) -> dict[int, list[RolloutRequest]]:
+    def dispatch(self, serving: Sequence[int]) -> dict[int, list[RolloutRequest]]:
         """What to send to the ranks that serve now; what is sent is theirs until `finished` or `lost`."""
         given = {rank: list(self._shares[rank]) for rank in serving if rank in self._due}
         self._due -= set(given)
@@ -78,13 +78,13 @@ class WorkBook:
             self._waiting = []
         for rank, share in given.items():
             held = {request.key: rank for request in share if request.key in self._open}
-            self._owed[rank] += len(held)
+            self._in_flight[rank] += len(held)
             self._holder |= held
         return given
 
     def holds(self, rank: int) -> bool:
         """Whether a rank still owes something."""
-        return self._owed[rank] > 0
+        return self._in_flight[rank] > 0
 
     def finished(self, rollouts: Iterable[Rollout]) -> list[Rollout]:
         """Close the requests of these rollouts; returns those that were open, so late duplicates are not among them."""
@@ -93,7 +93,7 @@ class WorkBook:
             if self._open.pop(rollout.key, None) is not None:
                 holder = self._holder.pop(rollout.key, None)
                 if holder is not None:
-                    self._owed[holder] -= 1
+                    self._in_flight[holder] -= 1
                 fresh.append(rollout)
         return fresh
 
@@ -108,7 +108,7 @@ class WorkBook:
         owed = [key for key, holder in self._holder.items() if holder == rank]
         for key in owed:
             del self._holder[key]
-        self._owed[rank] = 0
+        self._in_flight[rank] = 0
         if self._sticky and owed:
             self._due.add(rank)
         else:

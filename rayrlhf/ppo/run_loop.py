@@ -15,7 +15,7 @@ from rayrlhf.ppo.checkpoint import Checkpoint, Checkpointer, load_checkpoint
 from rayrlhf.ppo.gang_recovery import Recovery
 from rayrlhf.ppo.replica_scaling import wanted_replicas
 from rayrlhf.ppo.run_recorder import Recorder
-from rayrlhf.ppo.sft_warmup import imitation_batch
+from rayrlhf.ppo.sft_warmup import sft_warmup_batch
 from rayrlhf.ppo.stopping import StopRequest
 from rayrlhf.ppo.trainer import PPOTrainer
 
@@ -90,7 +90,7 @@ class RunLoop:
             self._end_as_asked()
         wanted = wanted_replicas(self._recorder.folder.path)
         if wanted is not None:
-            trainer.care.pool.scale(wanted)
+            trainer.fault_tolerance.pool.scale(wanted)
         self._metrics |= trainer.train_step()
         self._heed_alarms()
         self._announce(self._checkpointer.poll())
@@ -124,7 +124,7 @@ class RunLoop:
                 recorder.note(line)
             if checkpoint:
                 with recorder.waiting(f"resuming from step {checkpoint.step}"):
-                    trainer.load_state(load_checkpoint(checkpoint, trainer.crew, self._config.deadlines.update))
+                    trainer.load_state(load_checkpoint(checkpoint, trainer.actor_groups, self._config.deadlines.update))
                 self._saved_step = checkpoint.step
         recorder.resume(trainer.steps_done)
 
@@ -148,7 +148,7 @@ class RunLoop:
 
     def _warm_up(self) -> None:
         """Imitate the given responses, where the configuration asks for it."""
-        batch = imitation_batch(self._config, self._prompts, load_tokenizer(self._config.model))
+        batch = sft_warmup_batch(self._config, self._prompts, load_tokenizer(self._config.model))
         with self._recorder.waiting(f"warming up on {len(batch)} given responses"):
             report = self._trainer.warm_up(batch)
         first, last = (report.step_metrics[index]["loss/imitation"] for index in (0, -1))
@@ -186,8 +186,8 @@ class RunLoop:
 
     def _save_before_the_end(self, error: ActorLostError) -> None:
         """Keep the work since the last checkpoint if all of it is still there."""
-        crew = self._trainer.crew
-        gangs_alive = all(crew[role].gone() is None for role in ("policy", "critic") if role in crew)
+        actor_groups = self._trainer.actor_groups
+        gangs_alive = all(actor_groups[role].gone() is None for role in ("policy", "critic") if role in actor_groups)
         if self._trainer.consistent and gangs_alive and self._trainer.steps_done != self._saved_step:
             self._recorder.note(f"{error}; writing a checkpoint before the end")
             self._checkpoint(self._trainer.steps_done)

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from rayrlhf.actors.footprint import role_peaks
-from rayrlhf.actors.heartbeat import Watch
+from rayrlhf.actors.heartbeat import HeartbeatMonitor
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Prompt, Rollout
 from rayrlhf.observe.diagnostics import Diagnosis
@@ -70,7 +70,7 @@ class Recorder(Callback):
         self._tensorboard: TensorBoardSink | None = None
         self._trackers: list[Tracker] = []
         self._failed_copies = 0
-        self._watch: Watch | None = None
+        self._watch: HeartbeatMonitor | None = None
 
     def __enter__(self) -> Self:
         self.memory.__enter__()
@@ -133,7 +133,7 @@ class Recorder(Callback):
 
     def on_start(self, trainer: "PPOTrainer") -> None:
         """Take note of who hears from the processes."""
-        self._watch = trainer.care.watch
+        self._watch = trainer.fault_tolerance.monitor
 
     def on_step_end(self, step: int, metrics: Mapping[str, float], scored: ScoredRollouts) -> None:
         """Write the step everywhere."""

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import ray
 
-from rayrlhf.actors.actor_groups import Crew
-from rayrlhf.actors.actor_restarter import Healer
+from rayrlhf.actors.actor_groups import ActorGroups
+from rayrlhf.actors.actor_restarter import ActorRestarter
 from rayrlhf.actors.placement import Role
 from rayrlhf.data.batching import balance
 from rayrlhf.data.records import Float32, Prompt, Records, Rollout, SampleKey, TokenScores
 from rayrlhf.errors import ActorLostError, DeadlineError
-from rayrlhf.models.network import Want
+from rayrlhf.models.network import OutputName
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.rewards.score import RewardBatch
 
@@ -26,7 +26,7 @@ STATELESS: tuple[Role, ...] = ("reward", "reference")
 """Roles whose lost process another one replaces; the others carry training state."""
 
 
-class Reading(NamedTuple):
+class ForwardPass(NamedTuple):
     """One model's reading of a step.
 
     Attributes:
@@ -40,7 +40,7 @@ class Reading(NamedTuple):
 
     name: str
     role: Role
-    want: frozenset[Want]
+    outputs: frozenset[OutputName]
     temperature: float = 1.0
     reference: bool = False
     replicate: bool = False
@@ -68,7 +68,7 @@ class ScoredRollouts:
 
     rollouts: tuple[Rollout, ...]
     rewards: RewardBatch
-    readings: Mapping[str, list[TokenScores]]
+    forward_passes: Mapping[str, list[TokenScores]]
     prompts: Mapping[int, Prompt]
     greedy: "ScoredRollouts | None" = None
 
@@ -93,8 +93,8 @@ class Scorer:
     """Collects rollouts and scores them, concurrently or in turns.
 
     Attributes:
-        crew: the actors.
-        healer: replaces lost reward and reference actors, whose calls are then repeated.
+        actor_groups: the actors.
+        restarter: replaces lost reward and reference actors, whose calls are then repeated.
         readings: the models that read.
         prompts: prompt id -> prompt, for the reward functions' columns.
         overlap: start calls as rollouts arrive.
@@ -104,9 +104,9 @@ class Scorer:
         meanwhile: called with calls that are waited for, and how long at most.
     """
 
-    crew: Crew
-    healer: Healer
-    readings: Sequence[Reading]
+    actor_groups: ActorGroups
+    restarter: ActorRestarter
+    forward_passes: Sequence[ForwardPass]
     prompts: Mapping[int, Prompt]
     overlap: bool
     seconds: float
@@ -123,22 +123,22 @@ class Scorer:
         if self.overlap:
             if self.known is None:
                 self._start_reward(finished)
-            for reading in self.readings:
-                self._start_reading(reading, finished)
+            for forward_pass in self.forward_passes:
+                self._start_forward_pass(forward_pass, finished)
 
     def finish(self) -> ScoredRollouts:
         """Wait for every score; the result does not depend on the order in which rollouts finished."""
         ordered = sorted(self._rollouts, key=lambda rollout: rollout.key)
         rewards = self.known or self._rewards(ordered)
-        readings = {}
-        for reading in self.readings:
-            with self.timer.phase(reading.name):
+        forward_passes = {}
+        for forward_pass in self.forward_passes:
+            with self.timer.phase(forward_pass.name):
                 if not self.overlap:
-                    self._start_reading(reading, ordered)
-                scores = self._collect(reading.name)
-            readings[reading.name] = [scores[rollout.key] for rollout in ordered]
+                    self._start_forward_pass(forward_pass, ordered)
+                scores = self._collect(forward_pass.name)
+            forward_passes[forward_pass.name] = [scores[rollout.key] for rollout in ordered]
         merged = _merged([rewards[rollout.key] for rollout in ordered])
-        return ScoredRollouts(tuple(ordered), merged, readings, self.prompts)
+        return ScoredRollouts(tuple(ordered), merged, forward_passes, self.prompts)
 
     def _rewards(self, ordered: Sequence[Rollout]) -> Mapping[SampleKey, RewardRow]:
         with self.timer.phase(REWARD):
@@ -147,23 +147,28 @@ class Scorer:
             return self._collect(REWARD)
 
     def _start_reward(self, rollouts: Sequence[Rollout]) -> None:
-        shares = _shares(rollouts, len(self.crew["reward"]))
+        shares = _shares(rollouts, len(self.actor_groups["reward"]))
         arguments = [(Records(self.prompts[rollout.key.prompt] for rollout in share), Records(share)) for share in shares]
         self._call(REWARD, "reward", arguments, shares)
 
-    def _start_reading(self, reading: Reading, rollouts: Sequence[Rollout]) -> None:
-        ranks = len(self.crew[reading.role])
-        shares = [list(rollouts)] * ranks if reading.replicate else _shares(rollouts, ranks)
+    def _start_forward_pass(self, forward_pass: ForwardPass, rollouts: Sequence[Rollout]) -> None:
+        ranks = len(self.actor_groups[forward_pass.role])
+        shares = [list(rollouts)] * ranks if forward_pass.replicate else _shares(rollouts, ranks)
         arguments = [
-            (Records(rollout.sequence() for rollout in share), reading.want, reading.temperature, reading.reference)
+            (
+                Records(rollout.sequence() for rollout in share),
+                forward_pass.outputs,
+                forward_pass.temperature,
+                forward_pass.reference,
+            )
             for share in shares
         ]
-        self._call(reading.name, reading.role, arguments, shares)
+        self._call(forward_pass.name, forward_pass.role, arguments, shares)
 
     def _call(self, name: str, role: Role, arguments: Sequence[tuple[Any, ...]], shares: Sequence[Sequence[Rollout]]) -> None:
         calls = self._calls.setdefault(name, [])
         for rank, (own, share) in enumerate(zip(arguments, shares, strict=True)):
-            handle = self.crew[role].handles[rank]
+            handle = self.actor_groups[role].handles[rank]
             keys = [rollout.key for rollout in share]
             calls.append(_Call(role, rank, handle, handle.score.remote(*own), own, keys))
 
@@ -177,8 +182,8 @@ class Scorer:
         return answers
 
     def _answer(self, call: _Call, what: str) -> Any:
-        """One answer; a process without state is replaced and asked again, as often as the healer lets it."""
-        group = self.crew[call.role]
+        """One answer; a process without state is replaced and asked again, as often as the restarter lets it."""
+        group = self.actor_groups[call.role]
         try:
             pending = {group.names[call.rank]: call.answer}
             self.meanwhile(pending, self.seconds)
@@ -188,7 +193,7 @@ class Scorer:
                 raise
             # A process that answers pings but not this call (a reward function that hangs) is no better than a lost one.
             lost = error if isinstance(error, ActorLostError) else ActorLostError(str(error), group.names[call.rank])
-            handle = self.healer.revive(call.role, call.rank, call.handle, lost)
+            handle = self.restarter.restart_lost(call.role, call.rank, call.handle, lost)
         return self._answer(call._replace(handle=handle, answer=handle.score.remote(*call.arguments)), what)
 
 

@@ -20,21 +20,21 @@ def check_warmup(config: PPOConfig, prompts: Sequence[Prompt]) -> None:
     Raises:
         UserError: naming the row and the columns there are.
     """
-    if config.warmup is None:
+    if config.sft_warmup is None:
         return
-    field = config.warmup.response_field
+    field = config.sft_warmup.response_field
     for prompt in prompts:
         if not isinstance(prompt.columns.get(field), str) or not prompt.columns[field]:
             columns = ", ".join(sorted(prompt.columns)) or "none"
             raise UserError(
-                f"warmup.response_field {field!r}: row {prompt.id + 1} of {config.data.train.path} has no text there; "
+                f"sft_warmup.response_field {field!r}: row {prompt.id + 1} of {config.data.train.path} has no text there; "
                 f"its columns are: {columns}"
             )
 
 
-def imitation_batch(config: PPOConfig, prompts: Sequence[Prompt], tokenizer: Any) -> TrainingBatch:
-    """The first `warmup.samples` shuffled prompts with their given responses, each closed by the model's own stop token."""
-    warmup = config.warmup
+def sft_warmup_batch(config: PPOConfig, prompts: Sequence[Prompt], tokenizer: Any) -> TrainingBatch:
+    """The first `sft_warmup.samples` shuffled prompts with their given responses, each closed by the model's own stop token."""
+    warmup = config.sft_warmup
     if warmup is None:
         raise ValueError("the configuration has no warm-up")
     order = np.random.default_rng(config.run.seed).permutation(len(prompts))[: warmup.samples]
@@ -49,9 +49,9 @@ def imitation_batch(config: PPOConfig, prompts: Sequence[Prompt], tokenizer: Any
     return TrainingBatch(sequences, {"action_mask": np.arange(lengths.max()) < lengths[:, None]})
 
 
-def imitation_plan(config: PPOConfig, samples: int) -> UpdatePlan:
-    """One pass in order, in optimizer steps of `warmup.mini_batch_size`."""
-    size = config.warmup.mini_batch_size if config.warmup else samples
+def sft_warmup_plan(config: PPOConfig, samples: int) -> UpdatePlan:
+    """One pass in order, in optimizer steps of `sft_warmup.mini_batch_size`."""
+    size = config.sft_warmup.mini_batch_size if config.sft_warmup else samples
     return UpdatePlan([[list(range(start, min(start + size, samples))) for start in range(0, samples, size)]])
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.prompt_sampler import PromptSampler
 from rayrlhf.data.records import Prompt, RolloutRequest
-from rayrlhf.ppo.generation import Generation, Order
+from rayrlhf.ppo.generation import Generation, GenerationBatch
 from rayrlhf.ppo.staleness import capacity
 
 
@@ -19,7 +19,7 @@ class Issued(NamedTuple):
     """What was issued for a step."""
 
     prompts: list[Prompt]
-    order: Order
+    batch: GenerationBatch
 
 
 class Pipeline:

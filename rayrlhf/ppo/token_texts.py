@@ -39,12 +39,12 @@ def token_kl(scored: ScoredRollouts, index: int) -> Float32 | None:
         Schulman 2020, "Approximating KL Divergence"); None where no reference read the step. Where the policy did not read it
         again, its own log-probs from sampling stand in.
     """
-    rows = scored.readings.get("reference")
+    rows = scored.forward_passes.get("reference")
     reference = rows[index].logprobs if rows is not None else None
     if reference is None:
         return None
     rollout = scored.rollouts[index]
-    policy = scored.readings.get("policy")
+    policy = scored.forward_passes.get("policy")
     read = policy[index].logprobs if policy is not None else None
     difference = (rollout.logprobs if read is None else read) - reference
     return np.where(rollout.action_mask, difference, np.float32(0)).astype(np.float32)

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rayrlhf.actors.connection import connected, running_crew
-from rayrlhf.actors.fault_tolerance import watched
-from rayrlhf.config.loading.load import describe, differences, dump_config
+from rayrlhf.actors.connection import connected, running_actor_groups
+from rayrlhf.actors.fault_tolerance import monitored
+from rayrlhf.config.loading.describe import describe
+from rayrlhf.config.loading.load import differences, dump_config, stored_config
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.prompt_datasets import load_prompt_dataset
@@ -93,7 +92,7 @@ def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResul
         with view.wait("starting Ray and the actors"):
             stack.enter_context(connected(config.placement.address))
             stop = stack.enter_context(stop_requests())
-            crew = stack.enter_context(running_crew(config))
+            actor_groups = stack.enter_context(running_actor_groups(config))
         with view.wait("reading the prompts"):
             train_prompts, evaluation_prompts = load_prompts(config)
             check_warmup(config, train_prompts)
@@ -101,15 +100,21 @@ def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResul
         # Only a run that can start leaves a folder behind.
         recorder = stack.enter_context(Recorder(config, dump_config(config), stored_differences, view))
         with view.wait("loading the models"):
-            crew.build(config.deadlines.start)
+            actor_groups.build(config.deadlines.start)
         sampler = PromptSampler(train_prompts, seed=config.run.seed, shuffle=config.data.shuffle)
-        care = stack.enter_context(watched(config, crew, recorder.recovery))
+        fault_tolerance = stack.enter_context(monitored(config, actor_groups, recorder.recovery))
         gauges = ClusterMetrics(config.run.name)
         trainer = PPOTrainer(
-            config, crew, sampler, evaluation_prompts, recorder.timer, callbacks=[recorder, gauges, *callbacks], care=care
+            config,
+            actor_groups,
+            sampler,
+            evaluation_prompts,
+            recorder.timer,
+            callbacks=[recorder, gauges, *callbacks],
+            fault_tolerance=fault_tolerance,
         )
         checkpointer = Checkpointer(
-            recorder.folder.checkpoints, crew, config.checkpoint, fingerprint(config), config.deadlines.update, mirror
+            recorder.folder.checkpoints, actor_groups, config.checkpoint, fingerprint(config), config.deadlines.update, mirror
         )
         RunLoop(trainer, recorder, checkpointer, train_prompts, stop).run()
     return PPOResult(recorder.folder.path, trainer.steps_done, time.monotonic() - started, recorder.memory.peak_bytes / GIB)
@@ -129,7 +134,7 @@ def stored_differences(stored: str, wanted: str) -> list[str]:
 
     A run may go on elsewhere and on more or fewer processes; one that is `exact` may not, because its bits depend on them.
     """
-    before, after = (PPOConfig.model_validate(yaml.safe_load(text)) for text in (stored, wanted))
+    before, after = (stored_config(PPOConfig, text) for text in (stored, wanted))
     found = differences(before, after)
     if "exact" in (before.run.determinism, after.run.determinism):
         return found
@@ -158,7 +163,7 @@ def load_prompts(config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
     if config.data.evaluation is None or not config.evaluation.enabled:
         return train, []
     held_out = load_prompt_dataset(config.data.evaluation, config.data, tokenizer, longest)[: config.evaluation.prompts]
-    if demonstrator is not None and not config.trains_bare:
+    if demonstrator is not None and not config.trains_without_demonstrations:
         held_out = demonstrator.show(config.data.evaluation, held_out)
     return train, held_out
 

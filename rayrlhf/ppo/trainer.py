@@ -12,28 +12,28 @@ from typing import Any, Literal
 import ray
 import torch
 
-from rayrlhf.actors.actor_groups import Crew
-from rayrlhf.actors.fault_tolerance import Care, make_care
+from rayrlhf.actors.actor_groups import ActorGroups
+from rayrlhf.actors.fault_tolerance import FaultTolerance, make_fault_tolerance
 from rayrlhf.actors.placement import Role
 from rayrlhf.actors.replica_pool import Replica
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.prompt_sampler import PromptSampler
 from rayrlhf.data.records import Prompt, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.objectives.base import ImitationObjective
+from rayrlhf.engines.objectives.base import CrossEntropyObjective
 from rayrlhf.engines.train.plan import UpdateReport
-from rayrlhf.environments.episodes import episode_metrics, with_others, without_failed
+from rayrlhf.environments.episodes import episode_metrics, with_extra_segments, without_failed
 from rayrlhf.errors import AlarmError
 from rayrlhf.models.load import resolve_dtype
-from rayrlhf.models.network import Want
+from rayrlhf.models.network import OutputName
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.evaluation import Evaluation
 from rayrlhf.ppo.experience import Experience, ExperienceMaker
-from rayrlhf.ppo.generation import POLL_SECONDS, Generation, Order, make_requests
-from rayrlhf.ppo.group_filter import SAMPLED_TOKENS, Harvest
-from rayrlhf.ppo.scoring import Reading, RewardRow, ScoredRollouts, Scorer
-from rayrlhf.ppo.sft_warmup import imitation_plan
+from rayrlhf.ppo.generation import POLL_SECONDS, Generation, GenerationBatch, make_requests
+from rayrlhf.ppo.group_filter import SAMPLED_TOKENS, GroupFilter
+from rayrlhf.ppo.scoring import ForwardPass, RewardRow, ScoredRollouts, Scorer
+from rayrlhf.ppo.sft_warmup import sft_warmup_plan
 from rayrlhf.ppo.step_metrics import fresh_gap, reward_metrics, staleness_metrics, step_metrics
 from rayrlhf.ppo.step_pipeline import Pipeline
 from rayrlhf.ppo.update_objectives import learning_roles, make_objectives, plan_update
@@ -48,7 +48,7 @@ class PPOTrainer:
 
     Args:
         config: the resolved configuration.
-        crew: the running actors.
+        actor_groups: the running actors.
         sampler: the training prompts.
         evaluation_prompts: the held-out prompts; empty for no evaluation.
         timer: collects the phases of a step.
@@ -65,29 +65,29 @@ class PPOTrainer:
     def __init__(
         self,
         config: PPOConfig,
-        crew: Crew,
+        actor_groups: ActorGroups,
         sampler: PromptSampler,
         evaluation_prompts: Sequence[Prompt] = (),
         timer: PhaseTimer | None = None,
         callbacks: Iterable[Callback] = (),
-        care: Care | None = None,
+        fault_tolerance: FaultTolerance | None = None,
     ) -> None:
         self.config = config
-        self.crew = crew
+        self.actor_groups = actor_groups
         self.sampler = sampler
         self.evaluation_prompts = tuple(evaluation_prompts)
         self.timer = timer or PhaseTimer()
         self.callbacks = list(callbacks)
-        self.care = care or make_care(config, crew)
+        self.fault_tolerance = fault_tolerance or make_fault_tolerance(config, actor_groups)
         self.steps_done = 0
         self.weight_version = 0
-        self.warmed_up = config.warmup is None
+        self.warmed_up = config.sft_warmup is None
         self.consistent = True
         self._experience = ExperienceMaker(config)
         self._objectives = make_objectives(config)
         ahead = config.asynchronous.max_staleness > 0
         self._generation = Generation(
-            self.care.pool,
+            self.fault_tolerance.pool,
             self._refresh,
             config.rollout.max_new_tokens,
             config.deadlines.generate,
@@ -105,7 +105,7 @@ class PPOTrainer:
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> ScoredRollouts:
         """Rewards, reference log-probs, values and old log-probs of rollouts of these prompts."""
         scorer = self._scorer(prompts)
-        scorer.add(with_others(rollouts))
+        scorer.add(with_extra_segments(rollouts))
         return scorer.finish()
 
     def step(self, scored: ScoredRollouts) -> dict[str, float]:
@@ -121,14 +121,14 @@ class PPOTrainer:
         staleness = staleness_metrics(scored.rollouts, self.weight_version, self.config.asynchronous.max_staleness)
         gap = fresh_gap(experience.batch.arrays["old_logprobs"], scored.rollouts, self.weight_version)
         allowed = self.config.rollout.mismatch_alarm
-        if gap is not None and not gap <= allowed and not self.config.trains_bare:
+        if gap is not None and not gap <= allowed and not self.config.trains_without_demonstrations:
             raise AlarmError(
                 f"step {self.steps_done}: trainer and sampler log-probs differ by {gap:.3g} nats on average, above the "
                 f"{allowed:.3g} of rollout.mismatch_alarm: the rollout engine does not serve the policy's weights"
             )
         if self.config.rollout.sleep:
             with self.timer.phase("sleep"):
-                put_to_sleep(self.care.pool, self.config.deadlines.sync)
+                put_to_sleep(self.fault_tolerance.pool, self.config.deadlines.sync)
         reports = self._update(experience)
         with self.timer.phase("weight_sync"):
             sync = self.sync(self.weight_version + 1)
@@ -146,7 +146,7 @@ class PPOTrainer:
             metrics = self.step(scored) | sampled
             self.sampler.consumed([prompt.id for prompt in prompts])
             self.consistent = True
-        self.care.settled()
+        self.fault_tolerance.step_completed()
         tokens = sampled.get(SAMPLED_TOKENS, sum(len(rollout.response_ids) for rollout in scored.rollouts))
         metrics |= self.timer.metrics(generated_tokens=int(tokens))
         for callback in self.callbacks:
@@ -156,9 +156,9 @@ class PPOTrainer:
     def warm_up(self, batch: TrainingBatch) -> UpdateReport:
         """Imitate given responses before the first step, and bring the replicas up to date."""
         self.consistent = False
-        plan = imitation_plan(self.config, len(batch))
-        policy = self.crew["policy"]
-        pending = policy.call("update", ray.put(batch), plan, ImitationObjective(self.config.rollout.temperature))
+        plan = sft_warmup_plan(self.config, len(batch))
+        policy = self.actor_groups["policy"]
+        pending = policy.call("update", ray.put(batch), plan, CrossEntropyObjective(self.config.rollout.temperature))
         report: UpdateReport = policy.wait(pending, "warm-up", self.config.deadlines.update)[0]
         self.sync(self.weight_version + 1)
         self.warmed_up = self.consistent = True
@@ -176,7 +176,7 @@ class PPOTrainer:
 
     def export(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder (adapters merged) that transformers and vLLM load unchanged."""
-        policy = self.crew["policy"]
+        policy = self.actor_groups["policy"]
         policy.wait(policy.call("export", folder.absolute()), "export", self.config.deadlines.update)
 
     @property
@@ -209,8 +209,8 @@ class PPOTrainer:
 
     def sync(self, version: int) -> SyncReport:
         """Bring every replica that is there to the policy's weights; one that is being rebuilt gets them later."""
-        pool = self.care.pool
-        pool.tend()
+        pool = self.fault_tolerance.pool
+        pool.poll_rebuilds()
         if self.config.asynchronous.on_update == "cut":
             self._generation.cut()
         self.weight_version = version
@@ -221,8 +221,8 @@ class PPOTrainer:
         return self.config.run.determinism == "exact"
 
     def _send_weights(self, replicas: Sequence[Replica]) -> SyncReport:
-        policy, seconds, rollout = self.crew["policy"], self.config.deadlines.sync, self.config.rollout
-        return sync_weights(policy, self.care.pool, replicas, self.weight_version, self.sync_dtype, seconds, rollout)
+        policy, seconds, rollout = self.actor_groups["policy"], self.config.deadlines.sync, self.config.rollout
+        return sync_weights(policy, self.fault_tolerance.pool, replicas, self.weight_version, self.sync_dtype, seconds, rollout)
 
     def _refresh(self, replicas: Sequence[Replica]) -> None:
         """Bring rebuilt replicas up to date; before the first sync they are so by themselves."""
@@ -230,16 +230,18 @@ class PPOTrainer:
             self._send_weights(replicas)
         else:
             for replica in replicas:
-                self.care.pool.synced(replica)
+                self.fault_tolerance.pool.synced(replica)
 
     def _stream(self, requests: list[RolloutRequest], temperature: float | None) -> Iterator[list[Rollout]]:
         wanted = self.config.rollout.temperature if temperature is None else temperature
         return self._collect(self._generation.add(requests, wanted))
 
-    def _collect(self, order: Order) -> Iterator[list[Rollout]]:
-        finished = self._generation.collect(order)
+    def _collect(self, generation_batch: GenerationBatch) -> Iterator[list[Rollout]]:
+        finished = self._generation.collect(generation_batch)
         environment = self.config.environment
-        return without_failed(finished, len(order.requests), environment.max_failed_share) if environment else finished
+        return (
+            without_failed(finished, len(generation_batch.requests), environment.max_failed_share) if environment else finished
+        )
 
     def _requests(
         self, prompts: Sequence[Prompt], samples: int, step: int | None = None, seen: dict[int, int] | None = None
@@ -256,7 +258,7 @@ class PPOTrainer:
         """A checksum of every learning role's weights, so that two runs can be told apart by one bit."""
         checksums = {}
         for role in self._objectives:
-            group = self.crew[role]
+            group = self.actor_groups[role]
             value = group.wait(group.call("checksum"), "checksum", self.config.deadlines.update)[0]
             checksums[f"{role}/weights_checksum"] = float(value)
         return checksums
@@ -266,31 +268,35 @@ class PPOTrainer:
         config = self.config.rollout
         if config.refill_rounds:
             return self._refilled()
-        prompts, order = self._pipeline.take(self.steps_done)
+        prompts, generation_batch = self._pipeline.take(self.steps_done)
         scorer = self._scorer(prompts)
         with self.timer.phase("generate"):
-            for finished in self._collect(order):
-                scorer.add(with_others(finished))
+            for finished in self._collect(generation_batch):
+                scorer.add(with_extra_segments(finished))
         scored = scorer.finish()
-        return prompts, scored, episode_metrics(scored.rollouts, len(order.requests)) if self.config.environment else {}
+        return (
+            prompts,
+            scored,
+            episode_metrics(scored.rollouts, len(generation_batch.requests)) if self.config.environment else {},
+        )
 
     def _refilled(self) -> tuple[list[Prompt], ScoredRollouts, dict[str, float]]:
         """As `_sampled`, with prompts that teach nothing replaced; models read only the responses that are kept."""
         config, seen = self.config.rollout, dict[int, int]()
-        harvest = Harvest(config.prompts_per_step, config.samples_per_prompt, config.refill_rounds)
+        group_filter = GroupFilter(config.prompts_per_step, config.samples_per_prompt, config.refill_rounds)
         prompts: list[Prompt] = []
         rewards: dict[SampleKey, RewardRow] = {}
-        while harvest.missing:
-            drawn = self.sampler.next(harvest.missing)
+        while group_filter.missing:
+            drawn = self.sampler.next(group_filter.missing)
             requests = self._requests(drawn, config.samples_per_prompt, seen=seen)
             judged = self._rewarded(drawn, requests, config.temperature, whole=True)
             rewards |= judged.reward_rows()
-            harvest.add(judged.rollouts, {key: row.score for key, row in rewards.items()})
+            group_filter.add(judged.rollouts, {key: row.score for key, row in rewards.items()})
             prompts += drawn
-        kept = harvest.rollouts()
+        kept = group_filter.rollouts()
         scorer = self._scorer(prompts, rewards)
         scorer.add(kept)
-        return prompts, scorer.finish(), harvest.metrics()
+        return prompts, scorer.finish(), group_filter.metrics()
 
     def _greedy(self, scored: ScoredRollouts) -> ScoredRollouts:
         """A greedy response to each prompt of these rollouts, under a sample number that no sampled one has."""
@@ -305,34 +311,46 @@ class PPOTrainer:
         with self.timer.phase("generate"):
             rollouts = [rollout for batch in self._stream(requests, temperature) for rollout in batch]
         by_id = {prompt.id: prompt for prompt in prompts}
-        scorer = Scorer(self.crew, self.care.healer, (), by_id, False, self.config.deadlines.score, self.timer)
-        scorer.add(with_others(rollouts) if whole else rollouts)
+        scorer = Scorer(
+            self.actor_groups, self.fault_tolerance.restarter, (), by_id, False, self.config.deadlines.score, self.timer
+        )
+        scorer.add(with_extra_segments(rollouts) if whole else rollouts)
         return scorer.finish()
 
     def _scorer(self, prompts: Sequence[Prompt], known: Mapping[SampleKey, RewardRow] | None = None) -> Scorer:
         by_id = {prompt.id: prompt for prompt in prompts}
         seconds = self.config.deadlines.score
-        overlap = self.crew.plan.overlap
+        overlap = self.actor_groups.plan.overlap
         wait = self._generation.meanwhile
-        return Scorer(self.crew, self.care.healer, self._readings(), by_id, overlap, seconds, self.timer, known, wait)
+        return Scorer(
+            self.actor_groups,
+            self.fault_tolerance.restarter,
+            self._forward_passes(),
+            by_id,
+            overlap,
+            seconds,
+            self.timer,
+            known,
+            wait,
+        )
 
-    def _readings(self) -> list[Reading]:
+    def _forward_passes(self) -> list[ForwardPass]:
         """Which models read the rollouts, and what for. Forwards that nothing needs are not among them."""
-        config, crew = self.config, self.crew
+        config, actor_groups = self.config, self.actor_groups
         temperature = config.rollout.temperature
-        logprobs: frozenset[Want] = frozenset({"logprobs"})
-        values: frozenset[Want] = frozenset({"values"})
+        logprobs: frozenset[OutputName] = frozenset({"logprobs"})
+        values: frozenset[OutputName] = frozenset({"values"})
         replicate = config.train.zero_stage == 3
-        readings = []
+        forward_passes = []
         if config.needs_reference:
             owner: Role = "policy" if config.reference_in_policy else "reference"
             shared_copy = config.reference_in_policy and replicate
-            readings.append(Reading("reference", owner, logprobs, temperature, True, shared_copy))
-        if "critic" in crew:
-            readings.append(Reading("critic", "critic", values, replicate=replicate))
+            forward_passes.append(ForwardPass("reference", owner, logprobs, temperature, True, shared_copy))
+        if "critic" in actor_groups:
+            forward_passes.append(ForwardPass("critic", "critic", values, replicate=replicate))
         own = logprobs | values if config.critic.kind == "shared" else logprobs
-        readings.append(Reading("policy", "policy", own, temperature, replicate=replicate))
-        return readings
+        forward_passes.append(ForwardPass("policy", "policy", own, temperature, replicate=replicate))
+        return forward_passes
 
     def _update(self, experience: Experience) -> dict[Role, UpdateReport]:
         """Run the optimizer steps of every learning role: side by side on devices of their own, else in turns."""
@@ -344,13 +362,13 @@ class PPOTrainer:
         tokens = sum(lengths[row] for row in experience.learnable) * train.epochs
         calls: dict[Role, dict[str, ray.ObjectRef]] = {}
         reports: dict[Role, UpdateReport] = {}
-        overlap = self.crew.plan.overlap
+        overlap = self.actor_groups.plan.overlap
         objectives = learning_roles(self._objectives, config, self.steps_done)
         if overlap:
-            calls = {role: self.crew[role].call("update", batch, plan, goal) for role, goal in objectives.items()}
+            calls = {role: self.actor_groups[role].call("update", batch, plan, goal) for role, goal in objectives.items()}
         for role, objective in objectives.items():
             with self.timer.phase(f"update_{role}", tokens):
-                pending = calls[role] if overlap else self.crew[role].call("update", batch, plan, objective)
+                pending = calls[role] if overlap else self.actor_groups[role].call("update", batch, plan, objective)
                 self._generation.meanwhile(pending, config.deadlines.update)
-                reports[role] = self.crew[role].wait(pending, f"{role} update", config.deadlines.update)[0]
+                reports[role] = self.actor_groups[role].wait(pending, f"{role} update", config.deadlines.update)[0]
         return reports

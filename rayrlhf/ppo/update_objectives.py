@@ -14,7 +14,7 @@ def make_objectives(config: PPOConfig) -> dict[Role, Objective]:
     """One objective per learning role: policy and critic apart, or both on the policy's trunk."""
     algorithm = config.algorithm
     temperature = config.rollout.temperature
-    corrected = algorithm.correction.level != "none"
+    corrected = algorithm.off_policy_correction.level != "none"
     policy = PolicyObjective(
         algorithm.policy_loss, algorithm.kl, temperature, importance=corrected, longest=config.rollout.max_new_tokens
     )

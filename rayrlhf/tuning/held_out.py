@@ -21,7 +21,7 @@ from rayrlhf.data.records import Sequence as TokenSequence
 from rayrlhf.data.supervised.datasets import PreferencePair, SupervisedSample
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.supervised_batches import answer_sequence, supervised_sequence
-from rayrlhf.models.network import Want
+from rayrlhf.models.network import OutputName
 
 CHANCE_LEVEL = 0.05
 """A model counts as better than chance where fair coins would be as good in fewer than this share of trials."""
@@ -123,15 +123,15 @@ def answer_logprobs(
 
 
 def shared_scores(
-    engine: TrainEngine, sequences: Sequence[TokenSequence], want: Want, *, sharded: bool, reference: bool = False
+    engine: TrainEngine, sequences: Sequence[TokenSequence], outputs: OutputName, *, sharded: bool, reference: bool = False
 ) -> list[Float32]:
     """Return one field of all sequences' scores, on every worker; arguments as `held_out_loss`."""
     ranks = torch.distributed.get_world_size()
     if not sharded or ranks == 1:
-        return [_field(score, want) for score in engine.score(sequences, frozenset({want}), reference=reference)]
+        return [_field(score, outputs) for score in engine.score(sequences, frozenset({outputs}), reference=reference)]
     shares = balance([len(sequence.token_ids) for sequence in sequences], ranks)
     mine = [sequences[index] for index in shares[torch.distributed.get_rank()]]
-    own = [_field(score, want) for score in engine.score(mine, frozenset({want}), reference=reference)] if mine else []
+    own = [_field(score, outputs) for score in engine.score(mine, frozenset({outputs}), reference=reference)] if mine else []
     parts: list[list[Float32]] = [[] for _ in range(ranks)]
     torch.distributed.all_gather_object(parts, own)
     by_index = {
@@ -140,6 +140,6 @@ def shared_scores(
     return [by_index[index] for index in range(len(sequences))]
 
 
-def _field(score: TokenScores, want: Want) -> Float32:
-    values: Float32 = getattr(score, want)
+def _field(score: TokenScores, outputs: OutputName) -> Float32:
+    values: Float32 = getattr(score, outputs)
     return values

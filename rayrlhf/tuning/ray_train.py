@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from rayrlhf.actors.actor_groups import read_machine
-from rayrlhf.actors.placement import Machine
+from rayrlhf.actors.actor_groups import read_cluster_resources
+from rayrlhf.actors.placement import ClusterResources
 from rayrlhf.config.tuning.run import TuningCheckpointSection, WorkersSection
 from rayrlhf.errors import UserError
 from rayrlhf.tuning.data_plan import TRAIN_NAME
@@ -22,7 +22,7 @@ class WorkerResources:
     threads: int
 
 
-def worker_resources(workers: WorkersSection, machine: Machine | None = None) -> WorkerResources:
+def worker_resources(workers: WorkersSection, machine: ClusterResources | None = None) -> WorkerResources:
     """Fill in what the configuration leaves open.
 
     Args:
@@ -32,7 +32,7 @@ def worker_resources(workers: WorkersSection, machine: Machine | None = None) ->
     Raises:
         UserError: the cluster cannot hold the fewest workers.
     """
-    machine = machine or read_machine()
+    machine = machine or read_cluster_resources()
     gpus = workers.gpus if workers.gpus is not None else float(machine.gpus >= workers.fewest)
     share = machine.cpus / workers.most
     cpus = workers.cpus if workers.cpus is not None else (float(int(share)) if share >= 1 else share)

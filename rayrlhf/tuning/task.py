@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from rayrlhf.config.tuning.configs import RewardTrainingConfig, SFTConfig, TuningConfig
 from rayrlhf.data.supervised.datasets import DatasetReport, Spread, in_turn, load_preference_data, load_supervised_data
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.objectives.base import ImitationObjective, Objective
+from rayrlhf.engines.objectives.base import CrossEntropyObjective, Objective
 from rayrlhf.engines.objectives.preference import PreferenceObjective
 from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec
 from rayrlhf.engines.train.supervised_batches import preference_batch, supervised_batch
@@ -69,7 +69,7 @@ class SupervisedTask:
     @property
     def objective(self) -> Objective:
         """Imitation."""
-        return ImitationObjective()
+        return CrossEntropyObjective()
 
     def load(self, tokenizer: Any, spread: Spread = in_turn) -> Datasets:
         """See `Task.load`."""

@@ -1,6 +1,6 @@
 """What each worker of Ray Train runs: the train engine over a plan of batches, with evaluations, checkpoints and the export.
 
-Which samples a step sees depends on the seed and the step alone, and the loss is normalised over the whole step, so a run that
+Which samples a step sees depends on the seed and the step alone, and the loss is aggregated over the whole step, so a run that
 was killed and resumed, or has another number of workers, takes the same steps.
 """
 

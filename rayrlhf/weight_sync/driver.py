@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 import ray
 
 from rayrlhf.actors.actor_group import ActorGroup
-from rayrlhf.actors.pending_calls import asked
-from rayrlhf.actors.replica_client import DeviceOrder
+from rayrlhf.actors.pending_calls import track_calls
+from rayrlhf.actors.replica_client import DeviceSyncRequest
 from rayrlhf.actors.replica_pool import Replica, ReplicaPool
 from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS, lost_because, overrun, wait_all
 from rayrlhf.config.rollout import RolloutSection
@@ -53,7 +53,7 @@ def sync_weights(
     started = time.monotonic()
     if rollout.weight_transfer != "shared_memory":
         names = tuple((replica.name, replica.handle) for replica in replicas)
-        order = DeviceOrder(rollout.weight_transfer, names, rollout.tensor_parallel_size, version, dtype)
+        order = DeviceSyncRequest(rollout.weight_transfer, names, rollout.tensor_parallel_size, version, dtype)
         _between_devices(policy, pool, replicas, order, seconds)
         return SyncReport(version, 0, time.monotonic() - started)
     others = {
@@ -85,7 +85,7 @@ def sync_weights(
 
 
 def _between_devices(
-    policy: ActorGroup, pool: ReplicaPool, replicas: Sequence[Replica], order: DeviceOrder, seconds: float
+    policy: ActorGroup, pool: ReplicaPool, replicas: Sequence[Replica], order: DeviceSyncRequest, seconds: float
 ) -> None:
     """Let the policy send to the replicas itself. They share one communicator: the loss of a member is the loss of all."""
     if not replicas:
@@ -118,7 +118,7 @@ def put_to_sleep(pool: ReplicaPool, seconds: float) -> None:
 def _buckets(stream: Any, name: str, seconds: float) -> Iterator[ray.ObjectRef]:
     """References to the policy's buckets; the end of the stream, or the reason why there is none."""
     while True:
-        with asked(SYNC, {name: time.monotonic()}):
+        with track_calls(SYNC, {name: time.monotonic()}):
             ready, _ = ray.wait([stream], timeout=seconds)
         if not ready:
             raise overrun(f"{SYNC}: next bucket", [name], seconds)

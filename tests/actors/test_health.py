@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayrlhf.actors.health import Built, Health, Lost, Pong, RetryPolicy, Settled, Silent, Started, Synced, advance
+from rayrlhf.actors.health import Built, Health, Lost, Pong, RetryPolicy, Silent, Started, StepCompleted, Synced, advance
 
 POLICY = RetryPolicy(attempts=3, backoff=2.0, ping_deadline=30.0)
 STATES = ("healthy", "suspect", "down", "rebuilding", "stale", "abandoned")
@@ -23,7 +23,7 @@ MOVES = [
     ("stale", Silent(31), "down"),
     ("stale", Lost("gone"), "down"),
 ]
-EVENTS = (Pong(), Silent(6), Silent(31), Lost("gone"), Started(), Built(), Built(current=True), Synced(), Settled())
+EVENTS = (Pong(), Silent(6), Silent(31), Lost("gone"), Started(), Built(), Built(current=True), Synced(), StepCompleted())
 
 
 @pytest.mark.parametrize(("state", "event", "after"), MOVES)
@@ -77,7 +77,7 @@ def test_a_process_lost_too_often_in_a_row_is_abandoned_with_the_last_reason():
 def test_a_settled_step_makes_earlier_rebuilds_not_count():
     health = Health()
     for _ in range(20):
-        for event in (Lost("gone"), Started(), Built(current=True), Settled()):
+        for event in (Lost("gone"), Started(), Built(current=True), StepCompleted()):
             health = advance(health, event, 0.0, POLICY)
     assert health.state == "healthy"
 

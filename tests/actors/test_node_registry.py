@@ -2,27 +2,27 @@
 
 from types import SimpleNamespace
 
-from rayrlhf.actors import heartbeat as watch
+from rayrlhf.actors import heartbeat as monitor
 from rayrlhf.actors.health import RetryPolicy
-from rayrlhf.actors.node_registry import located
+from rayrlhf.actors.node_registry import describe_location
 from rayrlhf.actors.waiting import overrun
-from rayrlhf.actors.worker import Place
+from rayrlhf.actors.worker import ProcessLocation
 
 NAME = "ppo/reward/0"
 
 
 def test_a_deadline_that_is_over_names_role_rank_process_node_call_and_how_long_it_waited(monkeypatch):
     """Ray is left out: the ping has been answered."""
-    answered = SimpleNamespace(wait=lambda refs, timeout: (refs, []), get=lambda ref: Place(4711, "node", "10.0.0.7"))
-    monkeypatch.setattr(watch, "ray", answered)
-    guard = watch.Watch(RetryPolicy(ping_deadline=8.0), 1.0, lambda name, line: None)
+    answered = SimpleNamespace(wait=lambda refs, timeout: (refs, []), get=lambda ref: ProcessLocation(4711, "node", "10.0.0.7"))
+    monkeypatch.setattr(monitor, "ray", answered)
+    guard = monitor.HeartbeatMonitor(RetryPolicy(ping_deadline=8.0), 1.0, lambda name, line: None)
     guard.add(NAME, "handle")
     assert "reward: no answer from ppo/reward/0 within 15 s (asked at " in str(overrun("reward", [NAME], 15.0))
-    guard._watched[NAME].ping = "ping"
-    guard._look_at(NAME, guard._watched[NAME])
+    guard._monitored[NAME].ping = "ping"
+    guard._check(NAME, guard._monitored[NAME])
     late = str(overrun("reward", [NAME, "ppo/reward/1"], 15.0))
     assert late.startswith(
         "reward: no answer from ppo/reward/0 (process 4711 on node 10.0.0.7), ppo/reward/1 within 15 s (asked at "
     )
     guard.add(NAME, "another handle")
-    assert located(NAME) == NAME
+    assert describe_location(NAME) == NAME

@@ -6,50 +6,50 @@ from types import SimpleNamespace
 
 import pytest
 
-from rayrlhf.actors import heartbeat as watch
+from rayrlhf.actors import heartbeat as monitor
 from rayrlhf.actors.health import RetryPolicy
-from rayrlhf.actors.node_registry import located, seen
-from rayrlhf.actors.pending_calls import asked, waited_for
-from rayrlhf.actors.worker import Place
+from rayrlhf.actors.node_registry import describe_location, record_location
+from rayrlhf.actors.pending_calls import pending_call, track_calls
+from rayrlhf.actors.worker import ProcessLocation
 
 
 def test_a_wait_is_known_from_its_beginning_to_its_end():
-    with asked("policy update", {"run/policy/0": time.monotonic() - 12}):
-        assert waited_for("run/policy/0") == "policy update asked 12 s ago"
-        assert waited_for("run/policy/1") == ""
-    assert waited_for("run/policy/0") == ""
+    with track_calls("policy update", {"run/policy/0": time.monotonic() - 12}):
+        assert pending_call("run/policy/0") == "policy update asked 12 s ago"
+        assert pending_call("run/policy/1") == ""
+    assert pending_call("run/policy/0") == ""
 
 
 def test_of_several_waits_on_one_actor_the_newest_is_told_and_equal_ones_end_one_by_one():
     since = {"a": time.monotonic()}
-    with asked("score", since):
-        with asked("score", dict(since)), asked("sync", {"a": time.monotonic() - 3}):
-            assert waited_for("a") == "sync asked 3 s ago"
-        assert waited_for("a") == "score asked 0 s ago"
+    with track_calls("score", since):
+        with track_calls("score", dict(since)), track_calls("sync", {"a": time.monotonic() - 3}):
+            assert pending_call("a") == "sync asked 3 s ago"
+        assert pending_call("a") == "score asked 0 s ago"
 
 
 def test_who_has_answered_is_waited_for_no_more():
     since = {"a": time.monotonic(), "b": time.monotonic()}
-    with asked("generate", since):
+    with track_calls("generate", since):
         del since["a"]
-        assert (waited_for("a"), waited_for("b")) == ("", "generate asked 0 s ago")
+        assert (pending_call("a"), pending_call("b")) == ("", "generate asked 0 s ago")
 
 
 def test_a_wait_that_fails_is_over():
-    with pytest.raises(ValueError, match="no"), asked("generate", {"a": 0.0}):
+    with pytest.raises(ValueError, match="no"), track_calls("generate", {"a": 0.0}):
         raise ValueError("no")
-    assert waited_for("a") == ""
+    assert pending_call("a") == ""
 
 
 def test_the_line_about_a_hanging_process_names_role_rank_process_node_call_and_how_long_it_waited(monkeypatch):
     """Ray is left out: it would not let a ping be as old as this."""
     killed, lines = [], []
-    monkeypatch.setattr(watch, "ray", SimpleNamespace(wait=lambda refs, timeout: ([], refs), kill=killed.append))
-    guard = watch.Watch(RetryPolicy(ping_deadline=8.0), 1.0, lambda name, line: lines.append((name, line)))
-    actor = watch._Watched("handle", ping="ping", sent=time.monotonic() - 9)
-    seen("ppo/rollout/1", Place(4711, "node", "10.0.0.7"))
-    with asked("generate", {"ppo/rollout/1": time.monotonic() - 11}):
-        guard._look_at("ppo/rollout/1", actor)
+    monkeypatch.setattr(monitor, "ray", SimpleNamespace(wait=lambda refs, timeout: ([], refs), kill=killed.append))
+    guard = monitor.HeartbeatMonitor(RetryPolicy(ping_deadline=8.0), 1.0, lambda name, line: lines.append((name, line)))
+    actor = monitor._Monitored("handle", ping="ping", sent=time.monotonic() - 9)
+    record_location("ppo/rollout/1", ProcessLocation(4711, "node", "10.0.0.7"))
+    with track_calls("generate", {"ppo/rollout/1": time.monotonic() - 11}):
+        guard._check("ppo/rollout/1", actor)
     assert killed == ["handle"]
     ((name, line),) = lines
     assert name == "ppo/rollout/1"
@@ -58,4 +58,4 @@ def test_the_line_about_a_hanging_process_names_role_rank_process_node_call_and_
         r"the run waits for generate asked 11 s ago; the process is ended"
     )
     assert re.fullmatch(expected, line)
-    assert located("ppo/rollout/1") == "ppo/rollout/1"
+    assert describe_location("ppo/rollout/1") == "ppo/rollout/1"

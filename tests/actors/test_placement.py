@@ -2,12 +2,12 @@
 
 import pytest
 
-from rayrlhf.actors.placement import Machine, building_order, make_plan
+from rayrlhf.actors.placement import ClusterResources, building_order, make_plan
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.errors import UserError
 
-LAPTOP = Machine((2.0,), (0.0,))
-CLUSTER = Machine((96.0,) * 8, (8.0,) * 8)
+LAPTOP = ClusterResources((2.0,), (0.0,))
+CLUSTER = ClusterResources((96.0,) * 8, (8.0,) * 8)
 
 
 def config(**sections):
@@ -21,37 +21,37 @@ def config(**sections):
 
 def test_a_laptop_seats_all_five_roles_by_fractions_of_its_two_cores():
     plan = make_plan(config(), LAPTOP)
-    assert set(plan.seats) == {"policy", "critic", "reference", "reward", "rollout"}
-    assert sum(seat.cpus for seats in plan.seats.values() for seat in seats) <= 2.0
-    assert {seat.group for seats in plan.seats.values() for seat in seats} == {"colocated"}
+    assert set(plan.workers) == {"policy", "critic", "reference", "reward", "rollout"}
+    assert sum(worker.cpus for workers in plan.workers.values() for worker in workers) <= 2.0
+    assert {worker.group for workers in plan.workers.values() for worker in workers} == {"colocated"}
 
 
 def test_roles_that_share_cores_take_turns_with_all_of_them():
     plan = make_plan(config(), LAPTOP)
     assert not plan.overlap
-    assert {seat.threads for seats in plan.seats.values() for seat in seats} == {2}
+    assert {worker.threads for workers in plan.workers.values() for worker in workers} == {2}
 
 
 def test_roles_that_the_objective_does_not_need_are_not_started():
     no_kl = config(algorithm={"kl": {"coefficient": 0}}, critic={"kind": "shared"})
-    assert set(make_plan(no_kl, LAPTOP).seats) == {"policy", "reward", "rollout"}
+    assert set(make_plan(no_kl, LAPTOP).workers) == {"policy", "reward", "rollout"}
     lora = config(model={"path": "builtin:tiny", "lora": {}})
-    assert "reference" not in make_plan(lora, LAPTOP).seats
+    assert "reference" not in make_plan(lora, LAPTOP).workers
 
 
 def test_colocated_gpu_roles_share_each_device_and_never_exceed_it():
-    place = {role: {"ranks": 8} for role in ("policy", "critic", "reference")}
-    plan = make_plan(config(placement=place, rollout={"replicas": 8}), CLUSTER)
+    location = {role: {"ranks": 8} for role in ("policy", "critic", "reference")}
+    plan = make_plan(config(placement=location, rollout={"replicas": 8}), CLUSTER)
     for bundle in range(8):
-        sharers = [seat for seats in plan.seats.values() for seat in seats if seat.bundles == (bundle,)]
-        assert 0 < sum(seat.gpus for seat in sharers) <= 1.0
-    assert plan.seats["reward"][0].gpus == 0
+        sharers = [worker for workers in plan.workers.values() for worker in workers if worker.bundles == (bundle,)]
+        assert 0 < sum(worker.gpus for worker in sharers) <= 1.0
+    assert plan.workers["reward"][0].gpus == 0
 
 
 def test_disaggregated_roles_get_groups_of_their_own_and_overlap():
     plan = make_plan(config(placement={"mode": "disaggregated", "policy": {"ranks": 4}}), CLUSTER)
     assert set(plan.groups) == {"policy", "critic", "reference", "reward", "rollout-0"}
-    assert [seat.gpus for seat in plan.seats["policy"]] == [1.0] * 4
+    assert [worker.gpus for worker in plan.workers["policy"]] == [1.0] * 4
     assert plan.overlap
 
 
@@ -62,7 +62,7 @@ def test_a_tensor_parallel_replica_is_packed_on_one_node_in_a_group_of_its_own(m
         group = plan.groups[f"rollout-{index}"]
         assert group.strategy == "STRICT_PACK"
         assert [bundle["GPU"] for bundle in group.bundles] == [1.0] * 4
-        assert plan.seats["rollout"][index].bundles == (0, 1, 2, 3)
+        assert plan.workers["rollout"][index].bundles == (0, 1, 2, 3)
 
 
 def test_exact_runs_never_overlap():
@@ -87,14 +87,14 @@ def test_too_little_hardware_says_what_is_asked_and_what_is_there():
     ],
 )
 def test_samplers_load_before_those_that_they_share_gpus_with(sections, machine, first):
-    seats = make_plan(config(**sections), machine).seats
-    order = building_order(seats)
+    workers = make_plan(config(**sections), machine).workers
+    order = building_order(workers)
     assert set(order[0]) == first
-    assert sorted(role for roles in order for role in roles) == sorted(seats)
+    assert sorted(role for roles in order for role in roles) == sorted(workers)
 
 
 def test_weights_that_go_from_gpu_to_gpu_need_gpus_at_both_ends():
     sections = {"placement": {"mode": "disaggregated"}, "rollout": {"weight_transfer": "nccl"}}
-    assert make_plan(config(**sections), CLUSTER).seats["policy"][0].gpus
+    assert make_plan(config(**sections), CLUSTER).workers["policy"][0].gpus
     with pytest.raises(UserError, match=r"weight_transfer: 'nccl' goes from GPU to GPU, and the policy has none"):
-        make_plan(config(**sections), Machine((64.0,), (0.0,)))
+        make_plan(config(**sections), ClusterResources((64.0,), (0.0,)))

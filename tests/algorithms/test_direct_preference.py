@@ -41,16 +41,16 @@ def test_robust_labels_give_the_clean_loss_in_the_mean_over_wrong_labels():
 
 
 def test_a_policy_that_is_its_reference_has_no_rewards_and_the_loss_of_a_coin():
-    terms = direct_preference_loss(torch.zeros(3, 2), torch.ones(3, 2))
-    torch.testing.assert_close(terms.loss, torch.full((3,), math.log(2)))
-    assert all(not terms.statistics[name].any() for name in ("accuracy", "margin", "reward_chosen", "reward_rejected"))
+    token_loss = direct_preference_loss(torch.zeros(3, 2), torch.ones(3, 2))
+    torch.testing.assert_close(token_loss.loss, torch.full((3,), math.log(2)))
+    assert all(not token_loss.statistics[name].any() for name in ("accuracy", "margin", "reward_chosen", "reward_rejected"))
 
 
 def test_rewards_are_beta_times_log_ratios_and_stay_finite_where_these_are_huge():
     ratios = torch.tensor([[1e4, -1e4], [-1e4, 1e4]], requires_grad=True)
-    terms = direct_preference_loss(ratios, torch.ones(2, 2), beta=0.5)
-    terms.loss.sum().backward()
-    assert torch.isfinite(terms.loss).all()
+    token_loss = direct_preference_loss(ratios, torch.ones(2, 2), beta=0.5)
+    token_loss.loss.sum().backward()
+    assert torch.isfinite(token_loss.loss).all()
     assert torch.isfinite(ratios.grad).all()
-    assert terms.statistics["margin"].tolist() == [1e4, -1e4]
-    assert terms.statistics["accuracy"].tolist() == [1.0, 0.0]
+    assert token_loss.statistics["margin"].tolist() == [1e4, -1e4]
+    assert token_loss.statistics["accuracy"].tolist() == [1.0, 0.0]

@@ -63,13 +63,13 @@ def test_the_gradient_of_the_kl_loss_is_that_of_the_full_kl(estimator: str) -> N
     logits = torch.randn(9, generator=generator, dtype=torch.float64).requires_grad_()
     ref_logits = torch.randn(9, generator=generator, dtype=torch.float64)
     log_p = logits.log_softmax(-1)
-    terms = kl_loss(log_p[None], ref_logits.log_softmax(-1)[None], torch.ones(1, 9, dtype=torch.bool), estimator)
-    (ours,) = torch.autograd.grad((log_p.exp().detach() * terms[0]).sum(), logits)
+    token_loss = kl_loss(log_p[None], ref_logits.log_softmax(-1)[None], torch.ones(1, 9, dtype=torch.bool), estimator)
+    (ours,) = torch.autograd.grad((log_p.exp().detach() * token_loss[0]).sum(), logits)
     reference = ref_logits.log_softmax(-1)
     log_p = logits.log_softmax(-1)
     (exact,) = torch.autograd.grad((log_p.exp() * (log_p - reference)).sum(), logits)
     torch.testing.assert_close(ours, exact)
-    torch.testing.assert_close(terms[0], kl_penalty(log_p, reference, estimator))
+    torch.testing.assert_close(token_loss[0], kl_penalty(log_p, reference, estimator))
 
 
 @given(batches())

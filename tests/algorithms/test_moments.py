@@ -4,7 +4,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rayrlhf.algorithms.reward_shaping import RunningMoments, penalise_missing_stop, shape_scores
+from rayrlhf.algorithms.reward_shaping import RunningMoments, penalize_missing_stop, shape_scores
 
 scores = st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=6)
 
@@ -61,5 +61,5 @@ def test_a_score_that_is_not_finite_never_enters_the_moments(bad: list[float]) -
 
 
 def test_only_responses_that_did_not_stop_pay_the_penalty() -> None:
-    penalised = penalise_missing_stop(torch.tensor([2.0, 2.0]), torch.tensor([True, False]), 1.5)
+    penalised = penalize_missing_stop(torch.tensor([2.0, 2.0]), torch.tensor([True, False]), 1.5)
     assert penalised.tolist() == [2.0, 0.5]

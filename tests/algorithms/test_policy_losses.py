@@ -18,19 +18,19 @@ def scalar_loss(ratio: float, advantage: float, low: float, high: float, dual_cl
 @given(batches(), st.floats(0.05, 0.5), st.floats(0.05, 0.5), st.none() | st.floats(1.1, 4))
 def test_each_token_has_the_loss_of_the_formula(batch: Batch, low: float, high: float, dual_clip: float | None) -> None:
     logprobs, old, advantages = batch.logprobs(), batch.logprobs(), batch.floats()
-    terms = clipped_policy_loss(logprobs, old, advantages, batch.mask, clip_low=low, clip_high=high, dual_clip=dual_clip)
+    token_loss = clipped_policy_loss(logprobs, old, advantages, batch.mask, clip_low=low, clip_high=high, dual_clip=dual_clip)
     for row, column in batch.mask.nonzero().tolist():
         ratio = (logprobs - old)[row, column].exp().item()
         expected = scalar_loss(ratio, advantages[row, column].item(), low, high, dual_clip)
-        assert terms.loss[row, column].item() == pytest.approx(expected, abs=1e-9)
+        assert token_loss.loss[row, column].item() == pytest.approx(expected, abs=1e-9)
 
 
 @given(batches())
 def test_the_first_update_has_ratio_1_and_loses_minus_the_advantage(batch: Batch) -> None:
     logprobs, advantages = batch.logprobs(), batch.floats()
-    terms = clipped_policy_loss(logprobs, logprobs, advantages, batch.mask)
-    sums, tokens = terms.sums(), batch.mask.sum()
-    assert torch.equal(terms.loss[batch.mask], -advantages[batch.mask])
+    token_loss = clipped_policy_loss(logprobs, logprobs, advantages, batch.mask)
+    sums, tokens = token_loss.sums(), batch.mask.sum()
+    assert torch.equal(token_loss.loss[batch.mask], -advantages[batch.mask])
     assert sums["val/ratio"] == tokens
     assert sums["policy/clipfrac_avg"] == sums["policy/approxkl_avg"] == sums["ppo/policy/policykl"] == 0
 
@@ -39,20 +39,20 @@ def test_the_first_update_has_ratio_1_and_loses_minus_the_advantage(batch: Batch
 def test_statistics_are_those_of_the_masked_tokens(batch: Batch) -> None:
     logprobs, old, advantages = batch.logprobs(), batch.logprobs(), batch.floats()
     leaf = batch.behind_nan(logprobs).requires_grad_()
-    terms = clipped_policy_loss(leaf, batch.behind_nan(old), batch.behind_nan(advantages), batch.mask)
+    token_loss = clipped_policy_loss(leaf, batch.behind_nan(old), batch.behind_nan(advantages), batch.mask)
     gap = (logprobs - old)[batch.mask]
     advantage = advantages[batch.mask]
     moved_out = ((gap.exp() > 1.2) & (advantage > 0)) | ((gap.exp() < 0.8) & (advantage < 0))
     expected = {
-        "loss/policy_avg": terms.loss[batch.mask].sum(),
+        "loss/policy_avg": token_loss.loss[batch.mask].sum(),
         "policy/approxkl_avg": (0.5 * gap**2).sum(),
         "policy/clipfrac_avg": moved_out.sum().double(),
         "val/ratio": gap.exp().sum(),
         "ppo/policy/policykl": -gap.sum(),
         "ppo/policy/advantages_mean": advantage.sum(),
     }
-    assert terms.sums().keys() == expected.keys()
-    for name, total in terms.sums().items():
+    assert token_loss.sums().keys() == expected.keys()
+    for name, total in token_loss.sums().items():
         assert not total.requires_grad
         torch.testing.assert_close(total, expected[name].detach())
 
@@ -82,8 +82,8 @@ def test_splitting_the_batch_does_not_change_the_gradient(batch: Batch, size: in
     def gradient(micro_batch: int) -> torch.Tensor:
         leaf = logprobs.clone().requires_grad_()
         for rows in torch.arange(len(leaf)).split(micro_batch):
-            terms = clipped_policy_loss(leaf[rows], old[rows], advantages[rows], batch.mask[rows])
-            (terms.loss.sum() / batch.mask.sum()).backward()
+            token_loss = clipped_policy_loss(leaf[rows], old[rows], advantages[rows], batch.mask[rows])
+            (token_loss.loss.sum() / batch.mask.sum()).backward()
         assert leaf.grad is not None
         return leaf.grad
 
@@ -107,10 +107,10 @@ def test_a_clipped_token_gets_no_gradient_and_dual_clip_stops_runaway_ratios() -
 
 def test_an_absurd_ratio_stays_finite() -> None:
     logprobs = torch.tensor([[0.0]]).requires_grad_()
-    terms = clipped_policy_loss(logprobs, torch.tensor([[-1000.0]]), torch.tensor([[-1.0]]), torch.tensor([[True]]))
-    terms.loss.sum().backward()
+    token_loss = clipped_policy_loss(logprobs, torch.tensor([[-1000.0]]), torch.tensor([[-1.0]]), torch.tensor([[True]]))
+    token_loss.loss.sum().backward()
     assert logprobs.grad is not None
-    assert terms.loss.isfinite().all()
+    assert token_loss.loss.isfinite().all()
     assert logprobs.grad.isfinite().all()
 
 
@@ -118,10 +118,10 @@ def test_an_empty_micro_batch_adds_0() -> None:
     # Ranks that ran out of samples still take part in the collectives.
     nan = torch.full((2, 3), torch.nan)
     logprobs = nan.clone().requires_grad_()
-    terms = POLICY_LOSSES["ppo"](
+    token_loss = POLICY_LOSSES["ppo"](
         logprobs, nan, nan, torch.zeros(2, 3, dtype=torch.bool), clip_low=0.2, clip_high=0.2, dual_clip=None
     )
-    terms.loss.sum().backward()
+    token_loss.loss.sum().backward()
     assert logprobs.grad is not None
     assert not logprobs.grad.any()
-    assert all(total == 0 for total in terms.sums().values())
+    assert all(total == 0 for total in token_loss.sums().values())

@@ -8,7 +8,7 @@ import torch
 from rayrlhf.algorithms.gae import gae
 from rayrlhf.algorithms.importance import moved_too_far
 from rayrlhf.algorithms.kl import full_kl, kl_controller, kl_penalty
-from rayrlhf.algorithms.losses import LossTerms
+from rayrlhf.algorithms.losses import TokenLoss
 from rayrlhf.algorithms.masking import whiten
 from rayrlhf.algorithms.policy_losses import POLICY_LOSSES, clipped_value_loss
 from rayrlhf.algorithms.reward_shaping import RunningMoments, TokenRewards, shape_scores, token_rewards
@@ -59,7 +59,7 @@ def our_advantages(name: str, index: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @cache
-def our_losses(name: str, index: int) -> list[tuple[LossTerms, LossTerms, torch.Tensor]]:
+def our_losses(name: str, index: int) -> list[tuple[TokenLoss, TokenLoss, torch.Tensor]]:
     """Policy terms, value terms and mask of each recorded mini-batch."""
     case, step, _ = load(name, index)
     losses = []

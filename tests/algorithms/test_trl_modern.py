@@ -8,9 +8,9 @@ import torch
 from rayrlhf.algorithms.advantages import estimate_advantages
 from rayrlhf.algorithms.estimator import AdvantageInputs, Advantages
 from rayrlhf.algorithms.kl import kl_penalty
-from rayrlhf.algorithms.losses import LossTerms
+from rayrlhf.algorithms.losses import TokenLoss
 from rayrlhf.algorithms.policy_losses import POLICY_LOSSES, clipped_value_loss
-from rayrlhf.algorithms.reward_shaping import TokenRewards, penalise_missing_stop, token_rewards
+from rayrlhf.algorithms.reward_shaping import TokenRewards, penalize_missing_stop, token_rewards
 from rayrlhf.algorithms.statistics import length_statistics, objective_statistics
 from tests.fixtures.oracle_cases import MODERN_NAMES, ModernCase, modern_case
 
@@ -41,7 +41,7 @@ def values_of(case: ModernCase) -> torch.Tensor:
 @cache
 def our_scores(name: str) -> torch.Tensor:
     case = modern_case(name)
-    return penalise_missing_stop(case.scores_raw, stopped_of(case), case.config["missing_eos_penalty"])
+    return penalize_missing_stop(case.scores_raw, stopped_of(case), case.config["missing_eos_penalty"])
 
 
 @cache
@@ -67,9 +67,9 @@ def our_advantages(name: str, *, whitened: bool) -> Advantages:
 
 
 @cache
-def our_policy_terms(name: str) -> list[tuple[LossTerms, torch.Tensor]]:
+def our_policy_losses(name: str) -> list[tuple[TokenLoss, torch.Tensor]]:
     case = modern_case(name)
-    terms = []
+    token_loss = []
     for batch in case.micro_batches:
         rows = batch.indices
         mask = case.advantages_mask[rows]
@@ -82,8 +82,8 @@ def our_policy_terms(name: str) -> list[tuple[LossTerms, torch.Tensor]]:
             clip_high=case.config["cliprange"],
             dual_clip=None,
         )
-        terms.append((loss, mask))
-    return terms
+        token_loss.append((loss, mask))
+    return token_loss
 
 
 @every_case
@@ -119,8 +119,8 @@ def test_advantages_match_before_and_after_whitening(name: str) -> None:
 
 @every_case
 def test_policy_losses_of_each_micro_batch_match(name: str) -> None:
-    for batch, (terms, mask) in zip(modern_case(name).micro_batches, our_policy_terms(name), strict=True):
-        close(terms.loss.sum() / mask.sum(), batch.statistics["policy_loss"])
+    for batch, (token_loss, mask) in zip(modern_case(name).micro_batches, our_policy_losses(name), strict=True):
+        close(token_loss.loss.sum() / mask.sum(), batch.statistics["policy_loss"])
 
 
 @pytest.mark.parametrize(("name", "micro_batch"), [("v2_k1_eos_penalty", 0), ("v2_k1_eos_penalty", 1), ("v2_last_batch", 0)])
@@ -131,10 +131,10 @@ def test_value_losses_match_while_the_critic_is_the_recorded_one(name: str, micr
     mask = our_rewards(name).value_mask[rows]
     returns = our_advantages(name, whitened=False).returns
     assert returns is not None
-    terms = clipped_value_loss(values_of(case)[rows], values_of(case)[rows], returns[rows], mask, clip=0.2)
-    close(2 * terms.loss.sum() / mask.sum(), batch.statistics["value_loss_unhalved"])
-    close(terms.sums()["ppo/val/error"] / mask.sum(), batch.statistics["value_loss_unhalved"])
-    close(terms.sums()["val/clipfrac_avg"] / mask.sum(), batch.statistics["value_clipfrac"])
+    token_loss = clipped_value_loss(values_of(case)[rows], values_of(case)[rows], returns[rows], mask, clip=0.2)
+    close(2 * token_loss.loss.sum() / mask.sum(), batch.statistics["value_loss_unhalved"])
+    close(token_loss.sums()["ppo/val/error"] / mask.sum(), batch.statistics["value_loss_unhalved"])
+    close(token_loss.sums()["val/clipfrac_avg"] / mask.sum(), batch.statistics["value_clipfrac"])
 
 
 @every_case
@@ -151,20 +151,20 @@ def test_objective_metrics_match(name: str) -> None:
 @every_case
 def test_update_metrics_match(name: str) -> None:
     case = modern_case(name)
-    terms = our_policy_terms(name)
-    slots = terms[0][1].numel()
+    token_loss = our_policy_losses(name)
+    slots = token_loss[0][1].numel()
 
     def average(key: str) -> float:
-        return sum(float(loss.sums()[key] / mask.sum()) for loss, mask in terms) / len(terms)
+        return sum(float(loss.sums()[key] / mask.sum()) for loss, mask in token_loss) / len(token_loss)
 
     close(average("loss/policy_avg"), case.metrics["loss/policy_avg"])
     close(average("policy/clipfrac_avg"), case.metrics["policy/clipfrac_avg"])
     # TRL averages these two over all slots, where slots behind the mask count as ratio 1.
     close(
-        sum(float(loss.sums()["policy/approxkl_avg"]) for loss, _ in terms) / slots / len(terms),
+        sum(float(loss.sums()["policy/approxkl_avg"]) for loss, _ in token_loss) / slots / len(token_loss),
         case.metrics["policy/approxkl_avg"],
     )
-    ratios = torch.stack([(loss.sums()["val/ratio"] + (~mask).sum()) / slots for loss, mask in terms])
+    ratios = torch.stack([(loss.sums()["val/ratio"] + (~mask).sum()) / slots for loss, mask in token_loss])
     close(ratios.mean(), case.metrics["val/ratio"])
     close(ratios.var(), case.metrics["val/ratio_var"])
     value_losses = [0.5 * batch.statistics["value_loss_unhalved"] for batch in case.micro_batches]

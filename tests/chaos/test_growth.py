@@ -21,7 +21,7 @@ class Sizes(Callback):
 
     def on_start(self, trainer):
         self.processes = {"driver": psutil.Process()}
-        for group in trainer.crew.groups.values():
+        for group in trainer.actor_groups.groups.values():
             for name, place in zip(group.names, ray.get([handle.ping.remote() for handle in group.handles]), strict=True):
                 self.processes[name] = psutil.Process(place.pid)
 

@@ -7,8 +7,8 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
-from rayrlhf.actors.actor_groups import read_machine
-from rayrlhf.actors.placement import Machine, make_plan
+from rayrlhf.actors.actor_groups import read_cluster_resources
+from rayrlhf.actors.placement import ClusterResources, make_plan
 from rayrlhf.errors import UserError
 from rayrlhf.tools.launch.role_layout import lay_out
 from tests.actors.test_placement import config
@@ -56,8 +56,8 @@ def granted(plan):
 
 @pytest.mark.parametrize("sections", [DISAGGREGATED, COLOCATED], ids=["disaggregated", "colocated"])
 def test_ray_seats_processes_together_as_the_plan_does_and_packs_every_replica(cluster, sections):
-    machine = read_machine()
-    assert machine == Machine((CPUS,) * NODES, (GPUS,) * NODES)
+    machine = read_cluster_resources()
+    assert machine == ClusterResources((CPUS,) * NODES, (GPUS,) * NODES)
     plan = make_plan(config(**sections), machine)
     nodes = granted(plan)
     for name, group in plan.groups.items():
@@ -67,9 +67,9 @@ def test_ray_seats_processes_together_as_the_plan_does_and_packs_every_replica(c
     # Nodes have no order in Ray, so what must agree is how many nodes each role's processes fill. Replicas are groups of their
     # own, placed in whatever order Ray comes to them: each is whole on one node, but two of them may share one or not.
     seated = {}
-    for role, seats in plan.seats.items():
-        seated[role] = len({nodes[seat.group][seat.bundles[0]] for seat in seats})
-    for role in plan.seats.keys() - {"rollout"}:
+    for role, workers in plan.workers.items():
+        seated[role] = len({nodes[worker.group][worker.bundles[0]] for worker in workers})
+    for role in plan.workers.keys() - {"rollout"}:
         planned = len({place.node for place in lay_out(plan, machine) if place.role == role})
         assert seated[role] == planned, role
 
@@ -78,8 +78,8 @@ def test_a_plan_that_cannot_be_is_refused_within_seconds_with_asked_against_avai
     started = time.monotonic()
     too_many = config(placement={"mode": "disaggregated", "policy": {"ranks": 40}, "critic": {"ranks": 30}})
     with pytest.raises(UserError, match=r"asked for .* and 72 GPUs .*but the cluster has 256 CPUs and 64 GPUs"):
-        make_plan(too_many, read_machine())
+        make_plan(too_many, read_cluster_resources())
     wide = config(rollout={"replicas": 1, "tensor_parallel_size": 16}, placement={"mode": "disaggregated"})
     with pytest.raises(UserError, match="on one node, but what is left is"):
-        lay_out(make_plan(wide, read_machine()), read_machine())
+        lay_out(make_plan(wide, read_cluster_resources()), read_cluster_resources())
     assert time.monotonic() - started < 5

@@ -10,7 +10,7 @@ from rayrlhf.errors import UserError
 def test_sampling_does_not_run_ahead_by_default_and_nothing_is_corrected(minimal):
     config = load_config(PPOConfig, minimal)
     assert config.asynchronous.max_staleness == 0
-    assert config.algorithm.correction.level == "none"
+    assert config.algorithm.off_policy_correction.level == "none"
 
 
 def test_a_dumped_configuration_has_the_key_by_its_name_and_is_the_same_when_read(minimal, tmp_path):
@@ -23,12 +23,14 @@ def test_a_dumped_configuration_has_the_key_by_its_name_and_is_the_same_when_rea
 
 
 def test_old_samples_are_weighed_unless_the_configuration_says_otherwise(minimal):
-    ahead = load_config(PPOConfig, minimal, ["async.max_staleness=1"]).algorithm.correction
+    ahead = load_config(PPOConfig, minimal, ["async.max_staleness=1"]).algorithm.off_policy_correction
     assert (ahead.level, ahead.mode) == ("token", "truncate")
-    other = load_config(PPOConfig, minimal, ["async.max_staleness=1", "algorithm.correction.high=3"]).algorithm.correction
+    other = load_config(
+        PPOConfig, minimal, ["async.max_staleness=1", "algorithm.off_policy_correction.high=3"]
+    ).algorithm.off_policy_correction
     assert (other.level, other.high) == ("token", 3)
-    chosen = load_config(PPOConfig, minimal, ["async.max_staleness=1", "algorithm.correction.level=none"])
-    assert chosen.algorithm.correction.level == "none"
+    chosen = load_config(PPOConfig, minimal, ["async.max_staleness=1", "algorithm.off_policy_correction.level=none"])
+    assert chosen.algorithm.off_policy_correction.level == "none"
 
 
 @pytest.mark.parametrize(

@@ -37,24 +37,24 @@ def read(settings, token_ids):
 
 
 @pytest.mark.parametrize("selection", ["random", "bm25"])
-@pytest.mark.parametrize("train_with", ["in_context", "bare"])
+@pytest.mark.parametrize("train_with", ["with_demonstrations", "without_demonstrations"])
 def test_every_prompt_stands_behind_others_with_their_answers_and_never_behind_its_own_text(tmp_path, selection, train_with):
     shown = f"rollout.demonstrations={{count: 3, selection: {selection}, train_with: {train_with}}}"
     settings = config(tmp_path, shown)
     train, held_out = load_prompts(settings)
     plain, _ = load_prompts(config(tmp_path, "rollout.demonstrations=null"))
     for row, prompt, bare in zip(ROWS, train, plain, strict=True):
-        seen = read(settings, prompt.token_ids if train_with == "in_context" else prompt.context_ids)
+        seen = read(settings, prompt.token_ids if train_with == "with_demonstrations" else prompt.context_ids)
         assert sum(other["completion"] in seen for other in ROWS[:12]) == 3
         assert row["completion"] not in seen
         assert normalized(seen).count(normalized(row["prompt"])) == 1
         assert prompt.text == bare.text
         # What is asked of a replica is what was seen; what is trained on has the same end, the question.
         assert read(settings, make_requests([prompt], 1, 0, 0)[0].prompt_ids) == seen
-        if train_with == "bare":
+        if train_with == "without_demonstrations":
             assert (prompt.token_ids == bare.token_ids).all()
     first = read(settings, held_out[0].token_ids)
-    assert (sum(row["completion"] in first for row in ROWS[:12]) == 3) == (train_with == "in_context")
+    assert (sum(row["completion"] in first for row in ROWS[:12]) == 3) == (train_with == "with_demonstrations")
     assert held_out[0].context_ids is None
 
 
@@ -87,7 +87,7 @@ def test_plain_text_is_written_as_its_form_says(tmp_path):
         (["data.chat=false"], ROWS, r"layout 'turns' with data.chat false: expected text"),
         (["environment={name: guessing}"], ROWS, "an environment opens its own conversation"),
         (
-            ["rollout.demonstrations.train_with=bare", "algorithm.correction.level=token"],
+            ["rollout.demonstrations.train_with=without_demonstrations", "algorithm.off_policy_correction.level=token"],
             ROWS,
             "compares with the sampler, which reads another context",
         ),
@@ -101,6 +101,6 @@ def test_a_mistake_is_one_line(tmp_path, overrides, rows, words):
 
 
 def test_importance_weights_stay_off_when_another_context_is_trained_on_asynchronously(tmp_path):
-    assert config(tmp_path, "async.max_staleness=1").algorithm.correction.level == "token"
-    bare = config(tmp_path, "async.max_staleness=1", "rollout.demonstrations.train_with=bare")
-    assert bare.algorithm.correction.level == "none"
+    assert config(tmp_path, "async.max_staleness=1").algorithm.off_policy_correction.level == "token"
+    bare = config(tmp_path, "async.max_staleness=1", "rollout.demonstrations.train_with=without_demonstrations")
+    assert bare.algorithm.off_policy_correction.level == "none"

@@ -17,16 +17,16 @@ CASES = {
     "token": ({}, {"loss_type": "dapo"}),
     "clip-higher": ({"clip_low": 0.1, "clip_high": 0.28}, {"loss_type": "dapo", "epsilon_low": 0.1, "epsilon_high": 0.28}),
     "dual clip": ({"dual_clip": 1.5}, {"loss_type": "dapo", "delta": 1.5}),
-    "sequence": ({"normalisation": "sequence"}, {"loss_type": "grpo"}),
-    "constant": ({"normalisation": "constant"}, {"loss_type": "dr_grpo", "max_completion_length": LONGEST}),
+    "sequence": ({"loss_aggregation": "sequence"}, {"loss_type": "grpo"}),
+    "constant": ({"loss_aggregation": "constant"}, {"loss_type": "dr_grpo", "max_completion_length": LONGEST}),
     "another constant": (
-        {"normalisation": "constant", "normalisation_length": 7},
+        {"loss_aggregation": "constant", "loss_aggregation_length": 7},
         {"loss_type": "dr_grpo", "max_completion_length": 7},
     ),
     "gspo": ({"name": "gspo"}, {"loss_type": "grpo", "importance_sampling_level": "sequence"}),
     "cispo": ({"name": "cispo", "clip_high": 0.5}, {"loss_type": "cispo", "epsilon_high": 1.5}),
     "cispo a sequence": (
-        {"name": "cispo", "clip_high": 9.0, "normalisation": "constant"},
+        {"name": "cispo", "clip_high": 9.0, "loss_aggregation": "constant"},
         {"loss_type": "cispo", "epsilon_high": 10.0},
     ),
     "entropy, token": (
@@ -34,7 +34,7 @@ CASES = {
         {"loss_type": "bnpo", "entropy_coef": 0.3, "_entropy_bonus_enabled": True},
     ),
     "entropy, sequence": (
-        {"entropy_coefficient": 0.3, "normalisation": "sequence"},
+        {"entropy_coefficient": 0.3, "loss_aggregation": "sequence"},
         {"loss_type": "grpo", "entropy_coef": 0.3, "_entropy_bonus_enabled": True},
     ),
 }
@@ -43,7 +43,7 @@ CASES = {
 def loss_of(objective: PolicyObjective, outputs: dict[str, Tensor], arrays: dict[str, Tensor]) -> Tensor:
     mask = arrays["action_mask"]
     denominators = {"action_mask": float(mask.sum()), responses_under("action_mask"): float(mask.any(1).sum())}
-    return weighted_loss(objective.terms(outputs, arrays), denominators)
+    return weighted_loss(objective.compute(outputs, arrays), denominators)
 
 
 def arrays_of(batch: Batch, old: Tensor, advantages: Tensor, **more: Tensor) -> dict[str, Tensor]:
@@ -77,23 +77,23 @@ def test_value_and_gradient_are_those_of_trl(case: str, batch: Batch) -> None:
 
 @reproducible
 @given(batches(holes=False), st.sampled_from([None, "sequence"]))
-def test_the_kl_in_the_loss_has_trls_value_and_the_gradient_of_k2(batch: Batch, normalisation: str | None) -> None:
+def test_the_kl_in_the_loss_has_trls_value_and_the_gradient_of_k2(batch: Batch, loss_aggregation: str | None) -> None:
     from tests.algorithms.trl_group import trl_loss
 
     old, start, reference, nothing = batch.logprobs(), batch.logprobs(), batch.logprobs(), torch.zeros(len(batch.mask)).double()
     leaf = start.clone().requires_grad_()
     objective = PolicyObjective(
-        PolicyLossSection.model_validate({"normalisation": normalisation}),
+        PolicyLossSection.model_validate({"loss_aggregation": loss_aggregation}),
         KlSection(estimator="k3", placement="loss", coefficient=0.4),
     )
     loss = loss_of(objective, {"logprobs": leaf}, arrays_of(batch, old, nothing, ref_logprobs=reference))
     theirs = trl_loss(
         batch.mask, start, old, nothing, reference=reference, beta=0.4, use_bias_correction_kl=True,
-        loss_type="grpo" if normalisation else "dapo",
+        loss_type="grpo" if loss_aggregation else "dapo",
     )  # fmt: skip
     torch.testing.assert_close(loss.detach(), theirs)
     loss.backward()
-    share = 1 / (batch.mask.sum(1, keepdim=True) * len(batch.mask)) if normalisation else 1 / batch.mask.sum()
+    share = 1 / (batch.mask.sum(1, keepdim=True) * len(batch.mask)) if loss_aggregation else 1 / batch.mask.sum()
     expected = 0.4 * (start - old).exp() * (start - reference) * share
     torch.testing.assert_close(leaf.grad, torch.where(batch.mask, expected, 0.0))
 
@@ -125,8 +125,8 @@ def test_splitting_into_micro_batches_does_not_change_the_gradient(case: str, ba
         leaf = start.clone().requires_grad_()
         for rows in torch.arange(len(mask)).split(count):
             outputs = {"logprobs": leaf[rows], "entropy": entropy[rows]}
-            terms = objective.terms(outputs, {name: array[rows] for name, array in arrays.items()})
-            weighted_loss(terms, denominators).backward()
+            components = objective.compute(outputs, {name: array[rows] for name, array in arrays.items()})
+            weighted_loss(components, denominators).backward()
         assert leaf.grad is not None
         assert leaf.grad.isfinite().all()
         gradients.append(leaf.grad)

@@ -15,7 +15,7 @@ from rayrlhf.config.model import ModelSection
 from rayrlhf.config.train import OptimizerSection, TrainSection
 from rayrlhf.data.records import Sequence as TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.objectives.base import Objective, PolicyObjective, SharedObjective, Term, ValueObjective
+from rayrlhf.engines.objectives.base import LossComponent, Objective, PolicyObjective, SharedObjective, ValueObjective
 from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec, UpdatePlan
 from tests.engines.training import join_alone, weights_of, write_model
 from tests.fixtures.oracle_cases import (
@@ -63,9 +63,9 @@ class Recording:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def terms(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[Term]:
+    def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
         self.outputs.append({name: tensor.detach().clone() for name, tensor in outputs.items()})
-        return self.inner.terms(outputs, arrays)
+        return self.inner.compute(outputs, arrays)
 
 
 def first_gradients_of(engine: TrainEngine) -> dict[str, Tensor]:

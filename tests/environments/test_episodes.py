@@ -9,11 +9,11 @@ import torch
 from rayrlhf.algorithms.gae import gae
 from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.data.records import STRETCH, Prompt, Rollout, SampleKey, TokenScores
-from rayrlhf.environments.episodes import episode_metrics, turns, with_others, without_failed
+from rayrlhf.data.records import SEGMENT_STRIDE, Prompt, Rollout, SampleKey, TokenScores
+from rayrlhf.environments.episodes import episode_metrics, turns, with_extra_segments, without_failed
 from rayrlhf.errors import AlarmError, UserError
 from rayrlhf.ppo.experience import ExperienceMaker
-from rayrlhf.ppo.group_filter import Harvest
+from rayrlhf.ppo.group_filter import GroupFilter
 from rayrlhf.ppo.scoring import ScoredRollouts
 from rayrlhf.rewards.environment import environment
 from rayrlhf.rewards.score import RewardBatch
@@ -174,13 +174,13 @@ def test_turns_and_the_environments_tokens_are_counted():
 
 def test_further_stretches_are_samples_of_their_group_and_counted_apart():
     rollouts, *_ = case()
-    other = replace(rollouts[1], key=SampleKey(0, 0, STRETCH))
-    several = [replace(rollouts[0], others=(other,)), rollouts[2]]
-    parts = with_others(several)
+    other = replace(rollouts[1], key=SampleKey(0, 0, SEGMENT_STRIDE))
+    several = [replace(rollouts[0], extra_segments=(other,)), rollouts[2]]
+    parts = with_extra_segments(several)
     assert [part.key for part in parts] == [rollouts[0].key, other.key, rollouts[2].key]
     metrics = episode_metrics(parts, 4)
     assert (metrics["environment/stretches"], metrics["environment/failed"]) == (1.5, 0.5)
-    harvest = Harvest(1, 2, 0)
+    harvest = GroupFilter(1, 2, 0)
     pair = [replace(rollouts[2], key=SampleKey(0, 0, sample)) for sample in (0, 1)]
     drawn = [*pair, other]
     harvest.add(drawn, {pair[0].key: 0.0, pair[1].key: 1.0, other.key: 0.0})

@@ -48,7 +48,7 @@ class Books(Callback):
 
 def kill(role):
     def do(trainer):
-        os.kill(ray.get(trainer.crew[role].handles[-1].ping.remote()).pid, signal.SIGKILL)
+        os.kill(ray.get(trainer.actor_groups[role].handles[-1].ping.remote()).pid, signal.SIGKILL)
 
     return do
 

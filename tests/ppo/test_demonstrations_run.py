@@ -53,7 +53,7 @@ def logprobs(model, sequence):
     return logits.log_softmax(-1).gather(1, ids[:, None])[sequence.prompt_length - 1 :, 0].numpy()
 
 
-@pytest.mark.parametrize("train_with", [pytest.param("in_context", marks=pytest.mark.slow), "bare"])
+@pytest.mark.parametrize("train_with", [pytest.param("with_demonstrations", marks=pytest.mark.slow), "without_demonstrations"])
 def test_what_is_trained_reads_the_context_or_the_bare_prompt_and_learns_the_response_alone(tmp_path, train_with):
     pool = tmp_path / "pool.jsonl"
     rows = [{"prompt": f"say number {number}", "completion": f"{number}{number}"} for number in range(9)]
@@ -67,14 +67,14 @@ def test_what_is_trained_reads_the_context_or_the_bare_prompt_and_learns_the_res
     for index, rollout in enumerate(kept.scored.rollouts):
         prompt = prompts[rollout.key.prompt]
         assert np.array_equal(rollout.prompt_ids, prompt.token_ids)
-        assert tokenizer.decode(rollout.prompt_ids).count("say number") == (2 if train_with == "in_context" else 0)
+        assert tokenizer.decode(rollout.prompt_ids).count("say number") == (2 if train_with == "with_demonstrations" else 0)
         assert len(rollout.action_mask) == len(rollout.response_ids) == len(rollout.logprobs)
         expected = logprobs(model, rollout.sequence())
-        for reading in ("policy", "reference"):
-            np.testing.assert_allclose(kept.scored.readings[reading][index].logprobs, expected, atol=1e-4)
+        for forward_pass in ("policy", "reference"):
+            np.testing.assert_allclose(kept.scored.forward_passes[forward_pass][index].logprobs, expected, atol=1e-4)
         gaps.append(np.abs(rollout.logprobs - expected))
     difference = float(np.concatenate(gaps).mean())
-    if train_with == "in_context":
+    if train_with == "with_demonstrations":
         assert difference < 1e-4
         assert kept.metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(difference, abs=1e-5)
     else:

@@ -6,7 +6,7 @@ import pytest
 import ray
 import torch
 
-from rayrlhf.actors import actor_groups as crew
+from rayrlhf.actors import actor_groups as actor_groups
 from rayrlhf.actors.rollout_actor import RolloutActor
 from rayrlhf.actors.train_actor import PolicyActor
 from rayrlhf.observe.metrics import read_metrics
@@ -59,13 +59,13 @@ class KillsAReplica(Callback):
 
     def on_step_end(self, step, metrics, scored):
         if step == 1:
-            ray.kill(self.trainer.crew["rollout"].handles[1])
+            ray.kill(self.trainer.actor_groups["rollout"].handles[1])
 
 
 @pytest.mark.slow
 def test_what_the_policy_sends_is_what_replicas_sample_from_and_a_lost_one_joins_a_new_group(tmp_path, monkeypatch):
-    classes = {**crew.ACTOR_CLASSES, "policy": Policy, "rollout": Rollouts}
-    monkeypatch.setattr(crew, "ACTOR_CLASSES", classes)
+    classes = {**actor_groups.ACTOR_CLASSES, "policy": Policy, "rollout": Rollouts}
+    monkeypatch.setattr(actor_groups, "ACTOR_CLASSES", classes)
     monkeypatch.setattr("rayrlhf.actors.placement._check_transfer", lambda config, plan: None)
     settings = ["rollout.weight_transfer=nccl", "placement.mode=disaggregated", "critic.kind=shared", "rollout.replicas=2"]
     config = run_config(tmp_path, *settings, "algorithm.kl.coefficient=0", "run.steps=8", "evaluation.enabled=false")

@@ -44,7 +44,7 @@ def scored(responses, stopped, scores, policy, reference, values, readers=("poli
         for index, response in enumerate(responses)
     ]
     own, value_reader = readers
-    readings = {
+    forward_passes = {
         "reference": [TokenScores(logprobs=np.asarray(row, np.float32)) for row in reference],
         own: [
             TokenScores(logprobs=np.asarray(row, np.float32), values=np.asarray(value, np.float32))
@@ -52,9 +52,9 @@ def scored(responses, stopped, scores, policy, reference, values, readers=("poli
         ],
     }
     if value_reader != own:
-        readings[value_reader] = [TokenScores(values=np.asarray(value, np.float32)) for value in values]
+        forward_passes[value_reader] = [TokenScores(values=np.asarray(value, np.float32)) for value in values]
     prompts = {index: Prompt(index, "", prompt) for index in range(len(rollouts))}
-    return ScoredRollouts(tuple(rollouts), RewardBatch(np.asarray(scores, np.float32), {}), readings, prompts)
+    return ScoredRollouts(tuple(rollouts), RewardBatch(np.asarray(scores, np.float32), {}), forward_passes, prompts)
 
 
 @pytest.mark.parametrize("name", ["base_kl_adaptive", "adam_default", "mse_fixed_accum_gamma"])
@@ -132,8 +132,8 @@ def test_the_gap_between_trainer_and_sampler_is_measured_on_sampled_tokens_only(
     rows = scored(
         [[1, 2], [3]], [True, True], [0.0, 0.0], [[-1.0, -2.0], [-3.0]], [[-1.0, -2.0], [-3.0]], [[0.0] * 3, [0.0] * 2]
     )
-    shifted = [TokenScores(logprobs=row.logprobs + 0.5, values=row.values) for row in rows.readings["policy"]]
-    moved = ScoredRollouts(rows.rollouts, rows.rewards, {**rows.readings, "policy": shifted}, rows.prompts)
+    shifted = [TokenScores(logprobs=row.logprobs + 0.5, values=row.values) for row in rows.forward_passes["policy"]]
+    moved = ScoredRollouts(rows.rollouts, rows.rewards, {**rows.forward_passes, "policy": shifted}, rows.prompts)
     config = load("critic.kind=shared", "rollout.prompts_per_step=2")
     assert ExperienceMaker(config).make(rows).metrics[LOGPROB_GAP] == 0.0
     assert ExperienceMaker(config).make(moved).metrics[LOGPROB_GAP] == pytest.approx(0.5)
@@ -201,7 +201,7 @@ def test_length_costs_before_the_limit_cuts_off():
     ("level", "weights"), [("none", None), ("token", [1.5] * 4), ("sequence", [1.5**2, 1.5**3, 1.5**2, 4])]
 )
 def test_the_samplers_logprobs_are_corrected_where_asked_for(level, weights):
-    settings = [f"algorithm.correction.level={level}", "algorithm.correction.high=4"]
+    settings = [f"algorithm.off_policy_correction.level={level}", "algorithm.off_policy_correction.high=4"]
     config = load(*GROUPED, *settings)
     experience = ExperienceMaker(config).make(two_prompts([1.0, 3.0, 5.0, 5.0], policy_shift=float(np.log(1.5))))
     assert make_objectives(config)["policy"].importance == (weights is not None)

@@ -41,7 +41,7 @@ class Hurt(Callback):
 
     def on_start(self, trainer):
         roles = ("policy", "reward", "reference", "rollout")
-        self.pids = {role: ray.get(trainer.crew[role].handles[-1].ping.remote()).pid for role in roles}
+        self.pids = {role: ray.get(trainer.actor_groups[role].handles[-1].ping.remote()).pid for role in roles}
 
 
 @pytest.fixture(scope="module")
@@ -118,19 +118,19 @@ def test_a_replica_that_is_lost_again_and_again_ends_the_run_with_the_reason_and
 
     class KillEveryReplica(Callback):
         def on_step_end(self, step, metrics, scored):
-            self.crew["rollout"].handles[0].__ray_call__.remote(lambda worker: os._exit(1))
+            self.actor_groups["rollout"].handles[0].__ray_call__.remote(lambda worker: os._exit(1))
 
         def on_start(self, trainer):
-            self.crew = trainer.crew
-            restart = type(trainer.crew).restart
+            self.actor_groups = trainer.actor_groups
+            restart = type(trainer.actor_groups).restart
 
-            def doomed(crew, role, rank):
-                built = restart(crew, role, rank)
-                crew[role].handles[rank].__ray_call__.remote(lambda worker: os._exit(1))
+            def doomed(actor_groups, role, rank):
+                built = restart(actor_groups, role, rank)
+                actor_groups[role].handles[rank].__ray_call__.remote(lambda worker: os._exit(1))
                 return built
 
-            self.crew.__class__.restart = doomed
-            self.undo = lambda: setattr(self.crew.__class__, "restart", restart)
+            self.actor_groups.__class__.restart = doomed
+            self.undo = lambda: setattr(self.actor_groups.__class__, "restart", restart)
 
     killer = KillEveryReplica()
     try:

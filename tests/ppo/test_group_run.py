@@ -25,7 +25,7 @@ class Watch(Callback):
 
     def on_start(self, trainer):
         self.trainer = trainer
-        self.roles = tuple(trainer.crew.groups)
+        self.roles = tuple(trainer.actor_groups.groups)
 
     def on_step_end(self, step, metrics, scored):
         self.prompts.append(Counter(rollout.key.prompt for rollout in scored.rollouts))
@@ -44,7 +44,7 @@ def test_grpo_refills_its_steps_without_critic_or_reference(tmp_path):
         "algorithm.advantage.estimator=grpo",
         "algorithm.policy_loss={name: gspo, clip_low: 0.0003, clip_high: 0.0004}",
         "algorithm.kl.coefficient=0",
-        "algorithm.correction.level=token",
+        "algorithm.off_policy_correction.level=token",
         "evaluation.enabled=false",
     )
     watch = Watch()
@@ -63,7 +63,7 @@ def test_grpo_refills_its_steps_without_critic_or_reference(tmp_path):
         assert np.isfinite(row["policy/grad_norm"])
         assert row["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=1e-4)
         assert "critic/grad_norm" not in row
-        assert scored.readings.keys() == {"policy"}
+        assert scored.forward_passes.keys() == {"policy"}
     assert max(row["policy/grad_norm"] for row in rows) > 0
 
 

@@ -54,7 +54,7 @@ class Scale(Callback):
         self.trainer = trainer
 
     def on_step_end(self, step, metrics, scored):
-        pool = self.trainer.care.pool
+        pool = self.trainer.fault_tolerance.pool
         self.served.append(len(pool.serving))
         if step == 1:
             want_replicas(self.folder, 3)
@@ -66,9 +66,9 @@ class Scale(Callback):
 
 @pytest.mark.slow
 def test_replicas_join_a_running_job_serve_its_weights_and_leave_again(tmp_path):
-    seats = [f"placement.{role}.cpus=0.5" for role in ("policy", "critic", "reference", "reward")]
+    workers = [f"placement.{role}.cpus=0.5" for role in ("policy", "critic", "reference", "reward")]
     settings = ["rollout.backend=transformers", "evaluation.enabled=false", "run.steps=50", "placement.rollout_cpus=1"]
-    config = run_config(tmp_path, *settings, *seats)
+    config = run_config(tmp_path, *settings, *workers)
     ray.init(num_cpus=5, include_dashboard=False, log_to_driver=False)
     try:
         scale = Scale(config.run.folder)

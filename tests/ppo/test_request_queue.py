@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrlhf.data.records import Rollout, RolloutRequest, SampleKey
-from rayrlhf.ppo.request_queue import WorkBook
+from rayrlhf.ppo.request_queue import RequestQueue
 
 
 def requests(count):
@@ -21,18 +21,18 @@ def rollout(request):
 
 
 def test_a_lost_replicas_open_requests_go_to_the_others_and_its_finished_ones_do_not():
-    book = WorkBook(requests(8), 2, sticky=False)
-    given = book.hand_out([0, 1])
+    book = RequestQueue(requests(8), 2, sticky=False)
+    given = book.dispatch([0, 1])
     assert len(given[0]) == len(given[1]) == 4
     book.finished([rollout(request) for request in given[0][:1]])
     assert book.lost(0) == 3
     assert not book.holds(0)
-    assert [request.key for request in book.hand_out([1])[1]] == [request.key for request in given[0][1:]]
+    assert [request.key for request in book.dispatch([1])[1]] == [request.key for request in given[0][1:]]
 
 
 def test_a_late_duplicate_is_dropped():
-    book = WorkBook(requests(2), 1, sticky=False)
-    share = book.hand_out([0])[0]
+    book = RequestQueue(requests(2), 1, sticky=False)
+    share = book.dispatch([0])[0]
     assert len(book.finished([rollout(share[0])])) == 1
     assert book.finished([rollout(share[0])]) == []
     assert [fresh.key for fresh in book.finished([rollout(share[0]), rollout(share[1])])] == [share[1].key]
@@ -40,37 +40,37 @@ def test_a_late_duplicate_is_dropped():
 
 
 def test_a_sticky_share_waits_for_its_rank_and_is_sampled_as_a_whole_again():
-    book = WorkBook(requests(8), 2, sticky=True)
-    given = book.hand_out([0, 1])
+    book = RequestQueue(requests(8), 2, sticky=True)
+    given = book.dispatch([0, 1])
     book.finished([rollout(request) for request in given[0][:3]])
     assert book.lost(0) == 1
-    assert book.hand_out([1]) == {}
-    assert book.hand_out([0, 1]) == {0: given[0]}
+    assert book.dispatch([1]) == {}
+    assert book.dispatch([0, 1]) == {0: given[0]}
 
 
 def test_the_share_of_a_rank_that_will_not_come_back_goes_to_the_others():
-    book = WorkBook(requests(8), 2, sticky=True)
-    book.hand_out([0, 1])
+    book = RequestQueue(requests(8), 2, sticky=True)
+    book.dispatch([0, 1])
     book.lost(0)
     book.release(0)
-    assert len(book.hand_out([1])[1]) == 4
+    assert len(book.dispatch([1])[1]) == 4
 
 
 def test_with_no_replica_that_serves_nothing_is_handed_out_and_nothing_is_forgotten():
-    book = WorkBook(requests(4), 2, sticky=False)
-    assert book.hand_out([]) == {}
-    assert sum(len(share) for share in book.hand_out([1]).values()) == 4
+    book = RequestQueue(requests(4), 2, sticky=False)
+    assert book.dispatch([]) == {}
+    assert sum(len(share) for share in book.dispatch([1]).values()) == 4
 
 
 @given(st.data(), st.booleans(), st.integers(1, 12), st.integers(1, 3))
 def test_under_any_sequence_of_losses_every_request_is_answered_exactly_once(data, sticky, count, ranks):
-    book = WorkBook(requests(count), ranks, sticky=sticky)
+    book = RequestQueue(requests(count), ranks, sticky=sticky)
     queues = {rank: [] for rank in range(ranks)}
     taken = []
     for _ in range(200):
         if book.done:
             break
-        for rank, share in book.hand_out(range(ranks)).items():
+        for rank, share in book.dispatch(range(ranks)).items():
             queues[rank] += share
         rank = data.draw(st.integers(0, ranks - 1))
         if queues[rank] and data.draw(st.integers(0, 4)):
@@ -80,7 +80,7 @@ def test_under_any_sequence_of_losses_every_request_is_answered_exactly_once(dat
             queues[rank].clear()
             book.lost(rank)
     while not book.done:
-        for rank, share in book.hand_out(range(ranks)).items():
+        for rank, share in book.dispatch(range(ranks)).items():
             queues[rank] += share
         for queue in queues.values():
             taken += [fresh.key for fresh in book.finished(rollout(request) for request in queue)]
@@ -93,15 +93,15 @@ def of_step(step, count):
 
 
 def test_requests_of_later_steps_can_be_added_and_what_was_taken_back_of_earlier_ones_goes_first():
-    book = WorkBook(of_step(1, 4), 2, sticky=False)
-    book.hand_out([0, 1])
+    book = RequestQueue(of_step(1, 4), 2, sticky=False)
+    book.dispatch([0, 1])
     book.add(of_step(2, 4))
     assert book.ranks == [0, 1]
     assert book.lost(0) == 2
-    assert [request.key.step for request in book.hand_out([1])[1]] == [1, 1, 2, 2, 2, 2]
+    assert [request.key.step for request in book.dispatch([1])[1]] == [1, 1, 2, 2, 2, 2]
     assert book.ranks == [1]
 
 
 def test_shares_that_belong_to_their_ranks_do_not_grow():
     with pytest.raises(ValueError, match="cannot be added"):
-        WorkBook(of_step(1, 4), 2, sticky=True).add(of_step(2, 4))
+        RequestQueue(of_step(1, 4), 2, sticky=True).add(of_step(2, 4))

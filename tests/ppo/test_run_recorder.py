@@ -34,9 +34,9 @@ def scored(**logprobs: list[float]) -> ScoredRollouts:
         )
         for number in range(2)
     )
-    readings = {name: [TokenScores(logprobs=np.array(values, np.float32))] * 2 for name, values in logprobs.items()}
+    forward_passes = {name: [TokenScores(logprobs=np.array(values, np.float32))] * 2 for name, values in logprobs.items()}
     prompts = {number: Prompt(number, f"prompt {number}", IDS) for number in range(2)}
-    return ScoredRollouts(rollouts, RewardBatch(scores=torch.tensor([0.5, 1.5]), parts={}), readings, prompts)
+    return ScoredRollouts(rollouts, RewardBatch(scores=torch.tensor([0.5, 1.5]), parts={}), forward_passes, prompts)
 
 
 @pytest.fixture

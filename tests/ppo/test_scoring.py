@@ -8,7 +8,7 @@ import pytest
 from rayrlhf.data.records import Prompt, Rollout, SampleKey
 from rayrlhf.errors import ActorLostError, DeadlineError
 from rayrlhf.observe.phases import PhaseTimer
-from rayrlhf.ppo.scoring import Reading, Scorer
+from rayrlhf.ppo.scoring import ForwardPass, Scorer
 from rayrlhf.rewards.score import RewardBatch
 
 ONE = np.ones(1, dtype=np.int32)
@@ -41,13 +41,13 @@ class Group:
         return [RewardBatch(scores, {})]
 
 
-class Healer:
+class ActorRestarter:
     """Gives out spare processes; raises when there is none left, as after too many rebuilds in a row."""
 
     def __init__(self, *spare):
         self.spare, self.errors = list(spare), []
 
-    def revive(self, role, rank, lost, error):
+    def restart_lost(self, role, rank, lost, error):
         self.errors.append((role, rank, lost, error))
         if not self.spare:
             raise error
@@ -63,31 +63,31 @@ def rollouts():
     return {0: prompt}, made
 
 
-def scorer(crew, healer, readings=()):
+def scorer(actor_groups, restarter, forward_passes=()):
     prompts, made = rollouts()
-    found = Scorer(crew, healer, readings, prompts, overlap=False, seconds=15.0, timer=PhaseTimer())
+    found = Scorer(actor_groups, restarter, forward_passes, prompts, overlap=False, seconds=15.0, timer=PhaseTimer())
     found.add(made)
     return found
 
 
 def test_a_reward_that_does_not_answer_in_time_is_replaced_and_its_call_repeated():
     stuck, again, good = Process(answers=False), Process(answers=False), Process()
-    healer = Healer(again, good)
-    scored = scorer({"reward": Group("reward", stuck)}, healer).finish()
+    restarter = ActorRestarter(again, good)
+    scored = scorer({"reward": Group("reward", stuck)}, restarter).finish()
     assert scored.rewards.scores.tolist() == [0, 1, 2, 3]
     assert stuck.asked == again.asked == good.asked
-    assert [(role, rank, lost) for role, rank, lost, _ in healer.errors] == [("reward", 0, stuck), ("reward", 0, again)]
-    assert all(isinstance(error, ActorLostError) and error.actor == "run/reward/0" for *_, error in healer.errors)
+    assert [(role, rank, lost) for role, rank, lost, _ in restarter.errors] == [("reward", 0, stuck), ("reward", 0, again)]
+    assert all(isinstance(error, ActorLostError) and error.actor == "run/reward/0" for *_, error in restarter.errors)
 
 
 def test_one_that_never_answers_ends_the_run_with_what_was_waited_for():
     with pytest.raises(ActorLostError, match="reward: no answer from run/reward/0 within 15 s"):
-        scorer({"reward": Group("reward", Process(answers=False))}, Healer()).finish()
+        scorer({"reward": Group("reward", Process(answers=False))}, ActorRestarter()).finish()
 
 
 def test_a_policy_that_is_late_is_not_replaced_because_it_carries_the_training_state():
-    crew = {"reward": Group("reward", Process()), "policy": Group("policy", Process(answers=False))}
-    healer = Healer(Process())
+    actor_groups = {"reward": Group("reward", Process()), "policy": Group("policy", Process(answers=False))}
+    restarter = ActorRestarter(Process())
     with pytest.raises(DeadlineError, match="old: no answer from run/policy/0"):
-        scorer(crew, healer, [Reading("old", "policy", frozenset({"logprobs"}))]).finish()
-    assert healer.errors == []
+        scorer(actor_groups, restarter, [ForwardPass("old", "policy", frozenset({"logprobs"}))]).finish()
+    assert restarter.errors == []

@@ -17,7 +17,7 @@ class AtUpdates(Callback):
         self.answers = []
 
     def on_start(self, trainer):
-        update, replica = trainer._update, trainer.crew["rollout"].handles[0]
+        update, replica = trainer._update, trainer.actor_groups["rollout"].handles[0]
 
         def asking(experience):
             try:

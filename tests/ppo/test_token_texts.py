@@ -17,7 +17,7 @@ def logprobs(count: int = 5) -> np.ndarray:
     return RANDOM.normal(-2, 1, count).astype(np.float32)
 
 
-def scored(mask: list[bool], **readings: np.ndarray | None) -> ScoredRollouts:
+def scored(mask: list[bool], **forward_passes: np.ndarray | None) -> ScoredRollouts:
     size = len(mask)
     rollout = Rollout(
         key=SampleKey(1, 0, 0),
@@ -31,7 +31,9 @@ def scored(mask: list[bool], **readings: np.ndarray | None) -> ScoredRollouts:
         seed=0,
     )
     rewards = RewardBatch(scores=torch.zeros(1), parts={})
-    return ScoredRollouts((rollout,), rewards, {name: [TokenScores(logprobs=read)] for name, read in readings.items()}, {})
+    return ScoredRollouts(
+        (rollout,), rewards, {name: [TokenScores(logprobs=read)] for name, read in forward_passes.items()}, {}
+    )
 
 
 def test_each_tokens_part_is_the_k1_estimate_and_tokens_of_others_have_none():

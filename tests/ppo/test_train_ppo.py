@@ -154,8 +154,8 @@ def test_a_sampler_that_does_not_serve_the_policy_stops_the_run(tmp_path):
 
     class Sabotage(Callback):
         def on_start(self, trainer):
-            handle = trainer.crew["rollout"].handles[0]
-            buckets = ray.get(list(trainer.crew["policy"].handles[0].weights.remote(2**28, "float32")))
+            handle = trainer.actor_groups["rollout"].handles[0]
+            buckets = ray.get(list(trainer.actor_groups["policy"].handles[0].weights.remote(2**28, "float32")))
             wrong = [[item._replace(data=np.asarray(item.data) * 3) for item in bucket] for bucket in buckets]
             ray.get(handle.begin_weights.remote(0))
             for bucket in wrong:

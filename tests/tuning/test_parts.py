@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from rayrlhf.actors.placement import Machine
+from rayrlhf.actors.placement import ClusterResources
 from rayrlhf.config.loading.load import dump_config, load_config
 from rayrlhf.config.tuning.configs import SFTConfig
 from rayrlhf.config.tuning.run import TuningCheckpointSection, WorkersSection
@@ -69,11 +69,11 @@ def test_a_file_is_followed_line_by_line_and_again_after_it_was_rewound(tmp_path
 @pytest.mark.parametrize(
     ("settings", "machine", "expected"),
     [
-        ({}, Machine((2.0,), (0.0,)), (2.0, 0.0, 2)),
-        ({"count": 2}, Machine((2.0,), (0.0,)), (1.0, 0.0, 1)),
-        ({"count": (1, 4)}, Machine((2.0,), (0.0,)), (0.5, 0.0, 1)),
-        ({"count": 2, "cpus": 4.0, "threads": 3}, Machine((8.0, 8.0), (1.0, 1.0)), (4.0, 1.0, 3)),
-        ({"count": 2}, Machine((8.0,), (1.0,)), (4.0, 0.0, 4)),
+        ({}, ClusterResources((2.0,), (0.0,)), (2.0, 0.0, 2)),
+        ({"count": 2}, ClusterResources((2.0,), (0.0,)), (1.0, 0.0, 1)),
+        ({"count": (1, 4)}, ClusterResources((2.0,), (0.0,)), (0.5, 0.0, 1)),
+        ({"count": 2, "cpus": 4.0, "threads": 3}, ClusterResources((8.0, 8.0), (1.0, 1.0)), (4.0, 1.0, 3)),
+        ({"count": 2}, ClusterResources((8.0,), (1.0,)), (4.0, 0.0, 4)),
     ],
 )
 def test_what_a_worker_asks_for_follows_from_the_machine(settings, machine, expected):
@@ -83,7 +83,7 @@ def test_what_a_worker_asks_for_follows_from_the_machine(settings, machine, expe
 
 def test_more_workers_than_fit_are_refused_before_anything_waits_for_them():
     with pytest.raises(UserError, match=r"2 x 2 cpus asked for, but the cluster's nodes have 3, 1"):
-        worker_resources(WorkersSection(count=2, cpus=2.0), Machine((3.0, 1.0), (0.0, 0.0)))
+        worker_resources(WorkersSection(count=2, cpus=2.0), ClusterResources((3.0, 1.0), (0.0, 0.0)))
 
 
 def test_a_refusal_reaches_the_driver_as_the_error_it_was(tmp_path):

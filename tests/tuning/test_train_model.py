@@ -96,8 +96,8 @@ def test_a_reward_model_is_exported_with_its_statistics_and_format_and_scores_as
 
     section = ModelSection(path=str(result.export), dtype="float32")
     plain = RewardModelEngine(RewardModelSection(model=section)).score(["is it 3?"], ["yes"])
-    normalised = RewardModelEngine(RewardModelSection(model=section, normalise=True)).score(["is it 3?"], ["yes"])
-    assert normalised[0] == pytest.approx((plain[0] - statistics["mean"]) / statistics["spread"], rel=1e-4)
+    aggregated = RewardModelEngine(RewardModelSection(model=section, normalize=True)).score(["is it 3?"], ["yes"])
+    assert aggregated[0] == pytest.approx((plain[0] - statistics["mean"]) / statistics["spread"], rel=1e-4)
 
     tokenizer = AutoTokenizer.from_pretrained(result.export)
     turns = [{"role": "user", "content": "is it 3?"}, {"role": "assistant", "content": "yes"}]

@@ -48,7 +48,7 @@ def _arithmetic(config: PPOConfig) -> Iterator[str]:
         fate = "go on with" if ahead.on_update == "continue" else "begin anew with"
         yield (
             f"sampling: up to {_count(ahead.max_staleness, 'step')} ahead of training; unfinished responses {fate} new "
-            f"weights, importance weights: {config.algorithm.correction.level}"
+            f"weights, importance weights: {config.algorithm.off_policy_correction.level}"
         )
     if rollout.sleep:
         yield "sampling: replicas give their GPU memory back while models train"

@@ -13,15 +13,13 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from rayrlhf.config.loading.describe import describe
 from rayrlhf.config.loading.override import apply_override
 from rayrlhf.config.loading.presets import PRESETS
 from rayrlhf.config.loading.problems import problems
+from rayrlhf.config.loading.renamed_keys import with_current_keys
 from rayrlhf.config.loading.yaml_text import dump, parse, problem_of
 from rayrlhf.config.section import Section
 from rayrlhf.errors import UserError
-
-__all__ = ["describe", "differences", "dump_config", "load_config", "load_tree"]
 
 T = TypeVar("T", bound=Section)
 _COMMAND_LINE = "command line"
@@ -29,7 +27,7 @@ _MOST_LINES = 5
 _ABSENT = "(absent)"
 
 
-def load_config(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
+def load_config(cls: type[T], path: Path | str | None, overrides: Sequence[str] = ()) -> T:
     """Read, merge and validate a configuration.
 
     Args:
@@ -42,6 +40,7 @@ def load_config(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) 
         UserError: no such file, not YAML, a key given twice, an unknown key, a missing or wrong value. At most five lines, each
             with file, dotted key and what was expected.
     """
+    path = Path(path) if path is not None else None
     tree = _read(path) if path is not None else {}
     given = [apply_override(tree, override) for override in overrides]
     return _validated(cls, tree, given, str(path) if path is not None else _COMMAND_LINE, _COMMAND_LINE)
@@ -67,7 +66,8 @@ def _validated(cls: type[T], tree: dict[str, Any], given: Sequence[str], file: s
     """Validate a merged tree; `given` are the dotted keys that came from `over`, everything else came from `file`."""
     name = tree.pop("preset", None)
     if name is not None:
-        tree = _merged(_preset(name, over if "preset" in given else file), tree)
+        tree = _merged(_preset(name, over if "preset" in given else file), with_current_keys(tree, cls))
+    tree = with_current_keys(tree, cls)
     try:
         return cls.model_validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
@@ -78,6 +78,11 @@ def _validated(cls: type[T], tree: dict[str, Any], given: Sequence[str], file: s
         if len(lines) > _MOST_LINES:
             lines[_MOST_LINES - 1 :] = [f"{file}: and {len(lines) - _MOST_LINES + 1} more"]
         raise UserError("\n".join(lines)) from error
+
+
+def stored_config(cls: type[T], text: str) -> T:
+    """Return the configuration that a run folder holds as YAML text, which `dump_config` wrote then or an older version did."""
+    return cls.model_validate(with_current_keys(yaml.safe_load(text), cls))
 
 
 def dump_config(config: Section) -> str:

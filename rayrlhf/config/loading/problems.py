@@ -59,7 +59,7 @@ def known_keys(root: type[Section], prefix: str = "") -> Iterator[str]:
     for attribute, field in root.model_fields.items():
         name = field.alias or attribute
         yield prefix + name
-        for section, in_list in _sections_in(field.annotation):
+        for section, in_list in sections_in(field.annotation):
             yield from known_keys(section, f"{prefix}{name}.{'0.' if in_list else ''}")
 
 
@@ -128,12 +128,13 @@ def _similar_leaf(leaf: str, keys: list[str]) -> list[str]:
     return [by_leaf[match] for match in near[:1]]
 
 
-def _sections_in(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[Section], bool]]:
+def sections_in(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[Section], bool]]:
+    """Yield the section classes of a field annotation, each with whether it stands in a list."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation, in_list
     elif isinstance(annotation, types.UnionType) or typing.get_origin(annotation) in (typing.Union, list):
         for argument in typing.get_args(annotation):
-            yield from _sections_in(argument, in_list or typing.get_origin(annotation) is list)
+            yield from sections_in(argument, in_list or typing.get_origin(annotation) is list)
 
 
 def _short(value: Any) -> str:

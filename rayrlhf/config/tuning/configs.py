@@ -45,7 +45,7 @@ class SFTConfig(Section):
         return self.data.evaluation is not None or self.data.held_out_share > 0
 
     @model_validator(mode="after")
-    def _sections_fit(self) -> Self:
+    def _check_sections(self) -> Self:
         _check_evaluation(self.has_evaluation, self.evaluation, self.checkpoint)
         _check_batch(self.train, self.workers, self.data.max_length, 1)
         return self
@@ -78,7 +78,7 @@ class RewardTrainingConfig(Section):
         return self.data.evaluation is not None or self.data.held_out_share > 0
 
     @model_validator(mode="after")
-    def _sections_fit(self) -> Self:
+    def _check_sections(self) -> Self:
         _check_evaluation(self.has_evaluation, self.evaluation, self.checkpoint)
         _check_batch(self.train, self.workers, self.data.max_length, 2)
         return self
@@ -102,7 +102,7 @@ class DPOConfig(Section):
         return self.data.evaluation is not None or self.data.held_out_share > 0
 
     @model_validator(mode="after")
-    def _sections_fit(self) -> Self:
+    def _check_sections(self) -> Self:
         _check_evaluation(self.has_evaluation, self.evaluation, self.checkpoint)
         _check_batch(self.train, self.workers, self.data.max_length, 2)
         if self.data.overlong == "truncate":

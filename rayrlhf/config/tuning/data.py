@@ -77,7 +77,7 @@ class SupervisedDataSection(TuningDataSection):
         return self.evaluation_share or 0.0
 
     @model_validator(mode="after")
-    def _evaluation_has_one_source(self) -> Self:
+    def _check_evaluation_source(self) -> Self:
         _check_one_source(self.evaluation is not None, self.evaluation_share)
         return self
 
@@ -103,7 +103,7 @@ class PreferenceDataSection(TuningDataSection):
         return DEFAULT_PAIR_SHARE if self.evaluation_share is None else self.evaluation_share
 
     @model_validator(mode="after")
-    def _evaluation_has_one_source(self) -> Self:
+    def _check_evaluation_source(self) -> Self:
         _check_one_source(self.evaluation is not None, self.evaluation_share)
         return self
 

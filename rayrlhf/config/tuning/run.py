@@ -107,7 +107,7 @@ class WorkersSection(Section):
         return self.count if isinstance(self.count, int) else self.count[1]
 
     @model_validator(mode="after")
-    def _the_range_rises(self) -> Self:
+    def _check_worker_range(self) -> Self:
         if self.fewest > self.most:
             raise ValueError(f"count: expected [fewest, most], found [{self.fewest}, {self.most}]")
         return self

@@ -51,7 +51,7 @@ class TuningTrainSection(Section):
         return TrainSection(**values, optimizer=self.optimizer, schedule=self.schedule)
 
     @model_validator(mode="after")
-    def _a_batch_has_one_size(self) -> Self:
+    def _check_batch_size(self) -> Self:
         if self.batch_size is not None and self.batch_tokens is not None:
             raise ValueError("batch_size and batch_tokens are both given; an optimizer step has one size")
         if self.packing and self.micro_batch_size is not None:
@@ -102,7 +102,7 @@ class DirectPreferenceTrainSection(TuningTrainSection):
     """`initial`: the model that training begins with, asked once about all pairs; `none` leaves it out."""
 
     @model_validator(mode="after")
-    def _ipo_smooths_nothing(self) -> Self:
+    def _check_ipo(self) -> Self:
         if self.loss == "ipo" and self.label_smoothing:
             raise ValueError(f"label_smoothing {self.label_smoothing:g} has no effect on loss ipo; expected sigmoid or robust")
         return self

@@ -12,30 +12,36 @@ import torch
 from torch import Tensor
 
 from rayrlhf.algorithms.kl import kl_loss
-from rayrlhf.algorithms.losses import LossTerms
+from rayrlhf.algorithms.losses import TokenLoss
 from rayrlhf.algorithms.masking import zero_masked
-from rayrlhf.algorithms.policy_losses import POLICY_LOSSES, USUAL_NORMALISATION, bounded_ratio, clipped_value_loss, normalised
+from rayrlhf.algorithms.policy_losses import (
+    DEFAULT_LOSS_AGGREGATION,
+    POLICY_LOSSES,
+    aggregated,
+    bounded_ratio,
+    clipped_value_loss,
+)
 from rayrlhf.config.algorithm import KlSection, PolicyLossSection, ValueLossSection
-from rayrlhf.models.network import Want
+from rayrlhf.models.network import OutputName
 
 RATIO, POLICY_KL = "val/ratio", "ppo/policy/policykl"
 """Statistics that the ratio guard and early stopping decide on."""
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
+class LossComponent:
     """One summand of the objective.
 
     Attributes:
         mask: name of the array [B, T] whose True places it is averaged over.
         coefficient: its weight in the objective.
-        terms: loss and statistics per token [B, T], 0 behind the mask.
+        token_loss: loss and statistics per token [B, T], 0 behind the mask.
         per_response: the loss, but no statistic, is averaged over responses with a True place instead of over True places.
     """
 
     mask: str
     coefficient: float
-    terms: LossTerms
+    token_loss: TokenLoss
     per_response: bool = False
 
     @property
@@ -48,7 +54,7 @@ class Objective(Protocol):
     """A picklable description of what to minimise."""
 
     @property
-    def want(self) -> frozenset[Want]:
+    def outputs(self) -> frozenset[OutputName]:
         """What the network must compute."""
         ...
 
@@ -62,7 +68,7 @@ class Objective(Protocol):
         """Masks the terms are averaged over, by array name."""
         ...
 
-    def terms(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[Term]:
+    def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
         """Evaluate the objective on a micro-batch.
 
         Args:
@@ -87,7 +93,7 @@ class PolicyObjective:
         temperature: the rollout's.
         importance: multiply the surrogate by the array `importance_weights` (sampler correction, TRL 1.16 vLLM correction).
         entropy: report the policy's entropy; computed anyway where there is a bonus.
-        longest: tokens that the normalisation `constant` divides a response by, unless the loss's settings give a number.
+        longest: tokens that the loss_aggregation `constant` divides a response by, unless the loss's settings give a number.
     """
 
     loss: PolicyLossSection = field(default_factory=PolicyLossSection)
@@ -98,9 +104,9 @@ class PolicyObjective:
     longest: int = 1
 
     @property
-    def want(self) -> frozenset[Want]:
+    def outputs(self) -> frozenset[OutputName]:
         """Log-probs, and entropy where asked for."""
-        wanted: set[Want] = {"logprobs"}
+        wanted: set[OutputName] = {"logprobs"}
         if self.entropy or self.loss.entropy_coefficient:
             wanted.add("entropy")
         return frozenset(wanted)
@@ -110,8 +116,8 @@ class PolicyObjective:
         """The action mask."""
         return ("action_mask",)
 
-    def terms(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[Term]:
-        """Evaluate on a micro-batch (see `Objective.terms`)."""
+    def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
+        """Evaluate on a micro-batch (see `Objective.compute`)."""
         logprobs, mask = outputs["logprobs"], arrays["action_mask"]
         surrogate = POLICY_LOSSES[self.loss.name](
             logprobs,
@@ -131,17 +137,17 @@ class PolicyObjective:
             weight = bounded_ratio(zero_masked(logprobs.detach() - arrays["old_logprobs"], mask))
             statistics["loss/kl_avg"] = penalty.detach()
             loss = loss + self.kl.coefficient * weight * penalty
-        normalisation = self.loss.normalisation or USUAL_NORMALISATION[self.loss.name]
-        loss = normalised(loss, mask, normalisation, self.loss.normalisation_length or self.longest)
-        terms = [Term("action_mask", 1.0, LossTerms(loss, statistics), per_response=normalisation != "token")]
-        return [*terms, self._bonus(outputs["entropy"], mask)] if "entropy" in outputs else terms
+        loss_aggregation = self.loss.loss_aggregation or DEFAULT_LOSS_AGGREGATION[self.loss.name]
+        loss = aggregated(loss, mask, loss_aggregation, self.loss.loss_aggregation_length or self.longest)
+        components = [LossComponent("action_mask", 1.0, TokenLoss(loss, statistics), per_response=loss_aggregation != "token")]
+        return [*components, self._bonus(outputs["entropy"], mask)] if "entropy" in outputs else components
 
-    def _bonus(self, entropy: Tensor, mask: Tensor) -> Term:
+    def _bonus(self, entropy: Tensor, mask: Tensor) -> LossComponent:
         """Minus the entropy; it is a mean over tokens whatever the surrogate is divided by (so is TRL 1.16's)."""
         entropy = zero_masked(entropy, mask)
         coefficient = self.loss.entropy_coefficient
         loss = -entropy if coefficient else torch.zeros_like(entropy)
-        return Term("action_mask", coefficient, LossTerms(loss, {"policy/entropy_avg": entropy.detach()}))
+        return LossComponent("action_mask", coefficient, TokenLoss(loss, {"policy/entropy_avg": entropy.detach()}))
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,7 @@ class ValueObjective:
     temperature: float = 1.0
 
     @property
-    def want(self) -> frozenset[Want]:
+    def outputs(self) -> frozenset[OutputName]:
         """Values."""
         return frozenset({"values"})
 
@@ -161,12 +167,12 @@ class ValueObjective:
         """The value mask."""
         return ("value_mask",)
 
-    def terms(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[Term]:
-        """Evaluate on a micro-batch (see `Objective.terms`)."""
-        terms = clipped_value_loss(
+    def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
+        """Evaluate on a micro-batch (see `Objective.compute`)."""
+        components = clipped_value_loss(
             outputs["values"], arrays["old_values"], arrays["returns"], arrays["value_mask"], clip=self.loss.clip
         )
-        return [Term("value_mask", self.loss.coefficient, terms)]
+        return [LossComponent("value_mask", self.loss.coefficient, components)]
 
 
 @dataclass(frozen=True)
@@ -177,9 +183,9 @@ class SharedObjective:
     value: ValueObjective
 
     @property
-    def want(self) -> frozenset[Want]:
+    def outputs(self) -> frozenset[OutputName]:
         """What either part wants."""
-        return self.policy.want | self.value.want
+        return self.policy.outputs | self.value.outputs
 
     @property
     def temperature(self) -> float:
@@ -191,19 +197,19 @@ class SharedObjective:
         """Both masks."""
         return (*self.policy.masks, *self.value.masks)
 
-    def terms(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[Term]:
-        """Evaluate both parts on a micro-batch (see `Objective.terms`)."""
-        return self.policy.terms(outputs, arrays) + self.value.terms(outputs, arrays)
+    def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
+        """Evaluate both parts on a micro-batch (see `Objective.compute`)."""
+        return self.policy.compute(outputs, arrays) + self.value.compute(outputs, arrays)
 
 
 @dataclass(frozen=True)
-class ImitationObjective:
+class CrossEntropyObjective:
     """Cross-entropy of given responses: the mean of -log p over all response tokens of the optimizer step."""
 
     temperature: float = 1.0
 
     @property
-    def want(self) -> frozenset[Want]:
+    def outputs(self) -> frozenset[OutputName]:
         """Log-probs."""
         return frozenset({"logprobs"})
 
@@ -212,13 +218,16 @@ class ImitationObjective:
         """The action mask."""
         return ("action_mask",)
 
-    def terms(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[Term]:
-        """Evaluate on a micro-batch (see `Objective.terms`)."""
+    def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
+        """Evaluate on a micro-batch (see `Objective.compute`)."""
         loss = zero_masked(-outputs["logprobs"], arrays["action_mask"])
-        return [Term("action_mask", 1.0, LossTerms(loss, {"loss/imitation": loss.detach()}))]
+        return [LossComponent("action_mask", 1.0, TokenLoss(loss, {"loss/imitation": loss.detach()}))]
 
 
-def weighted_loss(terms: Sequence[Term], denominators: Mapping[str, float]) -> Tensor:
-    """Return the scalar sum of coefficient * (sum of a term's losses) / (its denominator, by `Term.denominator`)."""
-    parts = [term.coefficient / denominators[term.denominator] * term.terms.loss.sum() for term in terms]
+def weighted_loss(components: Sequence[LossComponent], denominators: Mapping[str, float]) -> Tensor:
+    """Return the scalar sum of coefficient * (sum of a term's losses) / (its denominator, by `LossComponent.denominator`)."""
+    parts = [
+        component.coefficient / denominators[component.denominator] * component.token_loss.loss.sum()
+        for component in components
+    ]
     return torch.stack(parts).sum()

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from rayrlhf.algorithms.losses import DirectLoss, LossTerms, direct_preference_loss
+from rayrlhf.algorithms.losses import DirectLoss, TokenLoss, direct_preference_loss
 from rayrlhf.algorithms.masking import zero_masked
 from rayrlhf.data.supervised.samples import PreferencePair
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.objectives.base import Term
+from rayrlhf.engines.objectives.base import LossComponent
 from rayrlhf.engines.objectives.preference import PAIR_MASK
 from rayrlhf.engines.train.supervised_batches import supervised_batch
-from rayrlhf.models.network import Want
+from rayrlhf.models.network import OutputName
 
 REFERENCE = "reference_logprob"
 
@@ -28,7 +28,7 @@ class DirectPreferenceObjective:
     temperature: float = 1.0
 
     @property
-    def want(self) -> frozenset[Want]:
+    def outputs(self) -> frozenset[OutputName]:
         """Log-probs."""
         return frozenset({"logprobs"})
 
@@ -37,8 +37,8 @@ class DirectPreferenceObjective:
         """The answers' tokens, whose log-probs are needed, and one place a pair, which the loss is averaged over."""
         return ("action_mask", PAIR_MASK)
 
-    def terms(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[Term]:
-        """Evaluate on a micro-batch of whole pairs (see `Objective.terms`); terms are [pairs, 1]."""
+    def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
+        """Evaluate on a micro-batch of whole pairs (see `Objective.compute`); terms are [pairs, 1]."""
         mask = arrays["action_mask"]
         sums = zero_masked(outputs["logprobs"], mask).sum(1)
         pairs = direct_preference_loss(
@@ -49,7 +49,7 @@ class DirectPreferenceObjective:
             label_smoothing=self.label_smoothing,
         )
         statistics = {name: values[:, None] for name, values in pairs.statistics.items()}
-        return [Term(PAIR_MASK, 1.0, LossTerms(pairs.loss[:, None], statistics))]
+        return [LossComponent(PAIR_MASK, 1.0, TokenLoss(pairs.loss[:, None], statistics))]
 
 
 def direct_preference_batch(pairs: Sequence[PreferencePair]) -> TrainingBatch:

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rayrlhf.algorithms.losses import LossTerms
+from rayrlhf.algorithms.losses import TokenLoss
 from rayrlhf.algorithms.masking import zero_masked
 from rayrlhf.data.supervised.samples import DistillationSample
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.objectives.base import Term
+from rayrlhf.engines.objectives.base import LossComponent
 from rayrlhf.engines.train.supervised_batches import supervised_batch
-from rayrlhf.models.network import TeacherSignal, Want
+from rayrlhf.models.network import OutputName, TeacherSignal
 
 HIDDEN, IDS, LOGPROBS = "teacher_hidden", "teacher_ids", "teacher_logprobs"
 
@@ -29,7 +29,7 @@ class DistillationObjective:
     temperature: float = 1.0
 
     @property
-    def want(self) -> frozenset[Want]:
+    def outputs(self) -> frozenset[OutputName]:
         """The divergence."""
         return frozenset({"divergence"})
 
@@ -38,10 +38,10 @@ class DistillationObjective:
         """The action mask."""
         return ("action_mask",)
 
-    def terms(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[Term]:
-        """Evaluate on a micro-batch (see `Objective.terms`)."""
+    def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
+        """Evaluate on a micro-batch (see `Objective.compute`)."""
         loss = zero_masked(outputs["divergence"], arrays["action_mask"])
-        return [Term("action_mask", 1.0, LossTerms(loss, {"loss/distillation": loss.detach()}))]
+        return [LossComponent("action_mask", 1.0, TokenLoss(loss, {"loss/distillation": loss.detach()}))]
 
 
 def distillation_batch(samples: Sequence[DistillationSample]) -> TrainingBatch:

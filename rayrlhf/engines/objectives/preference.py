@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rayrlhf.algorithms.losses import LossTerms, preference_loss
-from rayrlhf.engines.objectives.base import Term
-from rayrlhf.models.network import Want
+from rayrlhf.algorithms.losses import TokenLoss, preference_loss
+from rayrlhf.engines.objectives.base import LossComponent
+from rayrlhf.models.network import OutputName
 
 PAIR_MASK, MARGIN = "pair_mask", "margin"
 
@@ -23,7 +23,7 @@ class PreferenceObjective:
     temperature: float = 1.0
 
     @property
-    def want(self) -> frozenset[Want]:
+    def outputs(self) -> frozenset[OutputName]:
         """The value after the last token, which is the reward."""
         return frozenset({"values"})
 
@@ -32,9 +32,9 @@ class PreferenceObjective:
         """One place a pair."""
         return (PAIR_MASK,)
 
-    def terms(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[Term]:
-        """Evaluate on a micro-batch of whole pairs (see `Objective.terms`); terms are [pairs, 1]."""
+    def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
+        """Evaluate on a micro-batch of whole pairs (see `Objective.compute`); terms are [pairs, 1]."""
         chosen, rejected = outputs["values"].view(-1, 2).unbind(1)
         pairs = preference_loss(chosen, rejected, arrays[MARGIN].view(-1, 2)[:, 0], center_coefficient=self.center_coefficient)
         statistics = {name: values[:, None] for name, values in pairs.statistics.items()}
-        return [Term(PAIR_MASK, 1.0, LossTerms(pairs.loss[:, None], statistics))]
+        return [LossComponent(PAIR_MASK, 1.0, TokenLoss(pairs.loss[:, None], statistics))]

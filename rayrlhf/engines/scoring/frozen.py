@@ -16,10 +16,10 @@ from rayrlhf.config.model import ModelSection
 from rayrlhf.data.batching import micro_batches
 from rayrlhf.data.records import Sequence as TokenSequence
 from rayrlhf.data.records import TokenScores
-from rayrlhf.engines.scoring.offload import settle
+from rayrlhf.engines.scoring.offload import move_to_device
 from rayrlhf.engines.train.collate import collate
 from rayrlhf.models.load import resolve_dtype
-from rayrlhf.models.network import Network, NetworkOutput, Want, build_network
+from rayrlhf.models.network import Network, NetworkOutput, OutputName, build_network
 
 Forward = Callable[..., NetworkOutput]
 
@@ -28,7 +28,7 @@ Forward = Callable[..., NetworkOutput]
 def score_sequences(
     forward: Forward,
     sequences: Sequence[TokenSequence],
-    want: frozenset[Want],
+    outputs: frozenset[OutputName],
     *,
     temperature: float,
     token_budget: int,
@@ -39,7 +39,7 @@ def score_sequences(
     Args:
         forward: the network, or an engine around it.
         sequences: in any order of lengths.
-        want: fields of `TokenScores` to fill.
+        outputs: fields of `TokenScores` to fill.
         temperature: of the distribution log-probs and entropies are taken from.
         token_budget: most tokens of one forward, padding included.
         device: the network's.
@@ -53,7 +53,7 @@ def score_sequences(
         members = [sequences[index] for index in batch]
         responses = [sequence.response_length for sequence in members]
         padded = collate(members, max(responses) + 1, device)
-        output = forward(padded.input_ids, padded.positions, want, temperature)
+        output = forward(padded.input_ids, padded.positions, outputs, temperature)
         for index, record in zip(batch, _records(output, responses), strict=True):
             scores[index] = record
     return [record for record in scores if record is not None]
@@ -86,17 +86,22 @@ class FrozenEngine:
         network.requires_grad_(False)
         _hold_linear_weights_in(network, self._dtype)
         self._network: Network = network
-        self._offload = settle(network, self._device, offload=offload)
+        self._offload = move_to_device(network, self._device, offload=offload)
 
     def score(
-        self, sequences: Sequence[TokenSequence], want: frozenset[Want], *, temperature: float = 1.0, reference: bool = False
+        self,
+        sequences: Sequence[TokenSequence],
+        outputs: frozenset[OutputName],
+        *,
+        temperature: float = 1.0,
+        reference: bool = False,
     ) -> list[TokenScores]:
         """Score sequences in the order given (see `rayrlhf.engines.rollout.base.ScoreEngine`); `reference` has no effect."""
         with self._offload.in_place(), autocast(self._device, self._dtype):
             return score_sequences(
                 self._network,
                 sequences,
-                want,
+                outputs,
                 temperature=temperature,
                 token_budget=self._batch_tokens,
                 device=self._device,

@@ -38,7 +38,7 @@ class Offload:
                 tensor.data = waiting
 
 
-def settle(network: nn.Module, device: torch.device, *, offload: bool) -> Offload:
+def move_to_device(network: nn.Module, device: torch.device, *, offload: bool) -> Offload:
     """Move a frozen network to its device, or leave it in page-locked main memory until its turn comes.
 
     Args:

@@ -3,7 +3,7 @@
 A policy finds answers that one reward model overrates by mistake. Models trained apart (other seeds, other data) seldom share
 the mistake and disagree there, so an answer pays `uncertainty` standard deviations of its rewards over the members (Coste et
 al. 2023, "Reward Model Ensembles Help Mitigate Overoptimization"; they subtract the variance, this keeps the reward's unit).
-Members must speak in one unit: `normalise` sees to that.
+Members must speak in one unit: `normalize` sees to that.
 
 All members stand in the same process and read one after the other, so that every rank can score any response.
 """

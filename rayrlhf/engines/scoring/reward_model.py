@@ -15,7 +15,7 @@ from rayrlhf.data.answer_format import AnswerFormat
 from rayrlhf.data.records import Float32
 from rayrlhf.data.records import Sequence as TokenSequence
 from rayrlhf.engines.scoring.frozen import autocast, score_sequences, training_device
-from rayrlhf.engines.scoring.offload import settle
+from rayrlhf.engines.scoring.offload import move_to_device
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
 from rayrlhf.models.network import build_network
@@ -50,17 +50,17 @@ class RewardModelEngine:
                 f"reward.model {section.model.path!r}: no scalar head in the folder, expected weights named "
                 "`score.weight` or `v_head.summary.weight` (train one with a sequence-classification head of one label)"
             )
-        self._mean, self._spread = _statistics(section, folder) if section.normalise else (0.0, 1.0)
+        self._mean, self._spread = _statistics(section, folder) if section.normalize else (0.0, 1.0)
         self._device = training_device()
         self._dtype = resolve_dtype(section.model.dtype)
         network = build_network(section.model, frozenset({"value"}), "zero", 0)
         self._network = network.requires_grad_(False)
-        self._offload = settle(network, self._device, offload=section.offload)
+        self._offload = move_to_device(network, self._device, offload=section.offload)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float32:
         """One reward a pair, float32 [B]. Texts longer than `reward.model.max_length` tokens lose their left end.
 
-        With `reward.model.normalise` rewards have the mean 0 and the spread 1 that the model's held-out answers had.
+        With `reward.model.normalize` rewards have the mean 0 and the spread 1 that the model's held-out answers had.
         """
         sequences = [self._sequence(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         with self._offload.in_place(), autocast(self._device, self._dtype):
@@ -97,9 +97,9 @@ def _statistics(section: RewardModelSection, folder: Path) -> tuple[float, float
         mean, spread = float(found["mean"]), float(found["spread"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"reward.model.normalise: {path}: expected the mean and spread that `rayrlhf reward` stores beside the model; "
-            "set reward.model.normalise=false for other models"
+            f"reward.model.normalize: {path}: expected the mean and spread that `rayrlhf reward` stores beside the model; "
+            "set reward.model.normalize=false for other models"
         ) from error
     if not spread > 0:
-        raise UserError(f"reward.model.normalise: {path}: spread {spread:g}, expected > 0")
+        raise UserError(f"reward.model.normalize: {path}: spread {spread:g}, expected > 0")
     return mean, spread

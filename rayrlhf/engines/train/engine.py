@@ -28,7 +28,7 @@ from rayrlhf.engines.train.update import Updater
 from rayrlhf.models.adapter_folder import adapter_parameters, save_adapters
 from rayrlhf.models.load import load_tokenizer, resolve_dtype
 from rayrlhf.models.lora import adapters_disabled, checkpoint_tensors, has_lora
-from rayrlhf.models.network import Network, Want, build_network
+from rayrlhf.models.network import Network, OutputName, build_network
 from rayrlhf.models.reward_folder import is_reward_model, save_reward_model
 from rayrlhf.weight_sync.buckets import WeightBucket, bucketed
 
@@ -66,7 +66,12 @@ class TrainEngine:
         return self._updater.optimizer_steps
 
     def score(
-        self, sequences: Sequence[TokenSequence], want: frozenset[Want], *, temperature: float = 1.0, reference: bool = False
+        self,
+        sequences: Sequence[TokenSequence],
+        outputs: frozenset[OutputName],
+        *,
+        temperature: float = 1.0,
+        reference: bool = False,
     ) -> list[TokenScores]:
         """Score sequences in the order given; `reference` switches adapters off.
 
@@ -81,7 +86,7 @@ class TrainEngine:
             return score_sequences(
                 self._engine,
                 sequences,
-                want,
+                outputs,
                 temperature=temperature,
                 token_budget=self._spec.train.score_batch_tokens,
                 device=self._device,

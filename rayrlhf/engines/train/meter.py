@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from rayrlhf.engines.objectives.base import RATIO, Term
+from rayrlhf.engines.objectives.base import RATIO, LossComponent
 from rayrlhf.engines.train.plan import UpdateReport
 
 
@@ -40,12 +40,12 @@ class UpdateMeter:
         """Start an optimizer step."""
         self._sums = {}
 
-    def add(self, terms: Sequence[Term], counts: Mapping[str, float]) -> None:
+    def add(self, components: Sequence[LossComponent], counts: Mapping[str, float]) -> None:
         """Add a micro-batch's statistics; `counts` are its tokens under each mask."""
-        for term in terms:
-            for name, total in term.terms.sums().items():
+        for component in components:
+            for name, total in component.token_loss.sums().items():
                 before = self._sums.get(name, (0.0, 0.0))
-                self._sums[name] = (before[0] + float(total), before[1] + counts[term.mask])
+                self._sums[name] = (before[0] + float(total), before[1] + counts[component.mask])
 
     def add_tokens(self, lengths: Sequence[int], *, real: bool, packed: bool = False) -> None:
         """Count the tokens of a forward and backward; those of a filler are padding."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rayrlhf.algorithms.importance import moved_too_far, ratio_exploded
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.objectives.base import POLICY_KL, RATIO, Objective, Term, responses_under, weighted_loss
+from rayrlhf.engines.objectives.base import POLICY_KL, RATIO, LossComponent, Objective, responses_under, weighted_loss
 from rayrlhf.engines.objectives.distillation import teacher_signal
 from rayrlhf.engines.train.backends.deepspeed import zero_gradients
 from rayrlhf.engines.train.collate import collate
@@ -93,31 +93,31 @@ class Updater:
         meter: UpdateMeter,
     ) -> None:
         with meter.clock("forward"):
-            terms = self._forward(batch, objective)
+            components = self._forward(batch, objective)
             # DeepSpeed averages gradients over the ranks; the denominators are global, so the gradient is a sum.
-            loss = weighted_loss(terms, denominators) * (self._ranks * micro_batch.weight)
+            loss = weighted_loss(components, denominators) * (self._ranks * micro_batch.weight)
         if micro_batch.weight:
             counts = _counts(batch, range(len(batch)), objective)
-            meter.add(terms, counts)
-            if self._spec.parity.mini_batch_means and self._exploded(_means(terms, counts)):
+            meter.add(components, counts)
+            if self._spec.parity.mini_batch_means and self._exploded(_means(components, counts)):
                 loss = loss * 0.0
         meter.add_tokens(batch.lengths, real=bool(micro_batch.weight), packed=self._spec.packing)
         with meter.clock("backward"):
             self._engine.backward(loss, scale_wrt_gas=False)
 
-    def _forward(self, batch: TrainingBatch, objective: Objective) -> list[Term]:
+    def _forward(self, batch: TrainingBatch, objective: Objective) -> list[LossComponent]:
         learnt = None
         if self._spec.targets_only:
             learnt = np.logical_or.reduce([batch.arrays[mask] for mask in objective.masks])
         collated = collate(batch.sequences, batch.width, self._device, targets_mask=learnt, packed=self._spec.packing)
         arrays = {name: torch.from_numpy(array).to(self._device) for name, array in batch.arrays.items()}
-        teacher = teacher_signal(arrays, collated.logprob_slots) if "divergence" in objective.want else None
-        output = self._engine(collated.input_ids, collated.positions, objective.want, objective.temperature, teacher)
+        teacher = teacher_signal(arrays, collated.logprob_slots) if "divergence" in objective.outputs else None
+        output = self._engine(collated.input_ids, collated.positions, objective.outputs, objective.temperature, teacher)
         tables: dict[str, Tensor] = {}
-        for name in objective.want:
+        for name in objective.outputs:
             slots = collated.value_slots if name == "values" else collated.logprob_slots
             tables[name] = collated.table(getattr(output, name), slots)
-        return objective.terms(tables, arrays)
+        return objective.compute(tables, arrays)
 
     def _step(self, meter: UpdateMeter) -> None:
         train, parity = self._spec.train, self._spec.parity
@@ -159,7 +159,7 @@ class Updater:
 
 
 def _counts(batch: TrainingBatch, rows: Sequence[int], objective: Objective) -> dict[str, float]:
-    """Tokens under each of the objective's masks, and responses that have any (see `Term.denominator`)."""
+    """Tokens under each of the objective's masks, and responses that have any (see `LossComponent.denominator`)."""
     counts = {}
     for mask in objective.masks:
         places = batch.arrays[mask][list(rows)].reshape(len(rows), -1)
@@ -168,5 +168,9 @@ def _counts(batch: TrainingBatch, rows: Sequence[int], objective: Objective) -> 
     return counts
 
 
-def _means(terms: Sequence[Term], counts: dict[str, float]) -> dict[str, float]:
-    return {name: float(total) / max(counts[term.mask], 1.0) for term in terms for name, total in term.terms.sums().items()}
+def _means(components: Sequence[LossComponent], counts: dict[str, float]) -> dict[str, float]:
+    return {
+        name: float(total) / max(counts[component.mask], 1.0)
+        for component in components
+        for name, total in component.token_loss.sums().items()
+    }

@@ -23,8 +23,8 @@ from rayrlhf.environments.agent import Agent, AgentLoop, Endpoint, run_agent
 from rayrlhf.environments.chat_server import MODEL, Call, ChatServer, Refusal
 from rayrlhf.environments.chat_tokens import ChatTokens
 from rayrlhf.environments.lookup_table import told
-from rayrlhf.environments.players.agent_session import Session, Stretch, answered, refuse
-from rayrlhf.environments.players.wrapper import EngineAround
+from rayrlhf.environments.players.agent_session import Segment, Session, answered, refuse
+from rayrlhf.environments.players.wrapper import WrappedEngine
 from rayrlhf.environments.transcript import failed_rollout
 from rayrlhf.errors import UserError
 
@@ -40,7 +40,7 @@ class _Ended(NamedTuple):
     token: str
 
 
-class AgentEngine(EngineAround):
+class AgentEngine(WrappedEngine):
     """Plays samples with agents. See `RolloutEngine` for the protocol; `max_new_tokens` bounds each conversation's answers.
 
     Args:
@@ -78,7 +78,7 @@ class AgentEngine(EngineAround):
         self._limits: dict[SampleKey, tuple[float, int]] = {}
         self._sessions: dict[str, Session] = {}
         self._asked: list[Call] = []
-        self._speaking: dict[SampleKey, tuple[Session, Stretch, int]] = {}
+        self._speaking: dict[SampleKey, tuple[Session, Segment, int]] = {}
         self._finished: list[Rollout] = []
 
     @property
@@ -197,30 +197,30 @@ class AgentEngine(EngineAround):
         session = self._sessions[call.token]
         temperature = self._limits[session.request.key][0]
         try:
-            stretch, limit = session.turn(call, self._chat)
+            segment, limit = session.turn(call, self._chat)
         except Refusal as refusal:
             session.since = time.monotonic()
             call.reply.set_exception(refusal)
             return
-        context = np.concatenate([stretch.transcript.token_ids, stretch.heard])
+        context = np.concatenate([segment.transcript.token_ids, segment.heard])
         seed = turn_seed(session.request.seed, session.turns)
-        key = stretch.transcript.request.key
+        key = segment.transcript.request.key
         try:
             self._engine.submit([RolloutRequest(key, context, seed)], temperature=temperature, max_new_tokens=limit)
         except UserError as error:  # The model's context is full.
-            stretch.call = None
+            segment.call = None
             call.reply.set_exception(session.full(error))
             return
-        session.sampled(stretch)
-        self._speaking[key] = (session, stretch, self.version)
+        session.sampled(segment)
+        self._speaking[key] = (session, segment, self.version)
 
     def _spoke(self, turn: Rollout) -> None:
-        session, stretch, version = self._speaking.pop(turn.key)
+        session, segment, version = self._speaking.pop(turn.key)
         session.since = time.monotonic()
         if not session.run.done():
-            answered(stretch, turn, version)
+            answered(segment, turn, version)
             return
-        stretch.call = None  # Nobody is there to read it.
+        segment.call = None  # Nobody is there to read it.
         if not session.waiting:
             self._end(session)
 
@@ -256,7 +256,7 @@ class AgentEngine(EngineAround):
         session.run.cancel()
         over = [call for call in self._asked if call.token == session.token]
         self._asked = [call for call in self._asked if call.token != session.token]
-        refuse([*over, *(stretch.call for stretch in session.stretches if stretch.call)], "the sample is over")
+        refuse([*over, *(segment.call for segment in session.segments if segment.call)], "the sample is over")
 
     def _drain(self) -> None:
         """Refuse what came in meanwhile."""

@@ -1,7 +1,7 @@
 """One sample of an agent: the conversations that it leads with the policy, as transcripts of tokens. Pure but for the template.
 
 A request that goes on from an answer continues that answer's transcript, its sampled tokens as they are. Any other begins a
-stretch of its own: another conversation, or the same one rewritten. All stretches share the sample's reward.
+segment of its own: another conversation, or the same one rewritten. All segments share the sample's reward.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rayrlhf.data.records import STRETCH, Int32, Rollout, RolloutRequest
+from rayrlhf.data.records import SEGMENT_STRIDE, Int32, Rollout, RolloutRequest
 from rayrlhf.data.templates import Message
 from rayrlhf.environments.chat_server import Call, Completion, Refusal
 from rayrlhf.environments.chat_tokens import ChatTokens, goes_on
@@ -21,7 +21,7 @@ from rayrlhf.errors import UserError
 
 
 @dataclass(eq=False)
-class Stretch:
+class Segment:
     """One conversation of a sample, which only grew.
 
     Attributes:
@@ -43,14 +43,14 @@ class Session:
 
     Attributes:
         request: the sample that was asked for.
-        tokens: most tokens of a stretch behind its prompt.
+        tokens: most tokens of a segment behind its prompt.
         max_turns: answers that the agent may have.
         max_turn_tokens: longest answer; None for what there is room for.
         attempt: how often the sample has been begun before.
         token: the bearer token.
         run: what the agent will say.
         since: when it was last heard or answered, on the monotonic clock.
-        stretches: in the order in which they began.
+        segments: in the order in which they began.
         turns: answers begun.
         refused: a request had no room any more, so that what the agent does then is not its failure.
         overdue: why it was given up; empty while it was not.
@@ -64,7 +64,7 @@ class Session:
     token: str
     run: "Future[Any]"
     since: float
-    stretches: list[Stretch] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
     turns: int = 0
     refused: bool = False
     overdue: str = ""
@@ -72,10 +72,10 @@ class Session:
     @property
     def waiting(self) -> bool:
         """Whether an answer is on its way."""
-        return any(stretch.call for stretch in self.stretches)
+        return any(segment.call for segment in self.segments)
 
-    def turn(self, call: Call, chat: ChatTokens) -> tuple[Stretch, int]:
-        """Return the stretch that a request belongs to, ready for an answer, and how long that may be.
+    def turn(self, call: Call, chat: ChatTokens) -> tuple[Segment, int]:
+        """Return the segment that a request belongs to, ready for an answer, and how long that may be.
 
         Raises:
             Refusal: there is no room for another answer, or the template refuses the conversation.
@@ -83,19 +83,19 @@ class Session:
         if self.turns >= self.max_turns:
             raise self._full(f"the {self.max_turns} turns of environment.max_turns are used up")
         try:
-            stretch = self._continued(call, chat) or self._begun(chat.opening(call.messages))
+            segment = self._continued(call, chat) or self._begun(chat.opening(call.messages))
         except UserError as error:
             raise Refusal(HTTPStatus.BAD_REQUEST, "invalid_messages", str(error)) from error
-        room = self.tokens - len(stretch.transcript) - len(stretch.heard)
+        room = self.tokens - len(segment.transcript) - len(segment.heard)
         if room < 1:
             raise self._full("the tokens of rollout.max_new_tokens are used up")
-        stretch.call = call
-        return stretch, min(room, self.max_turn_tokens or room, call.max_tokens or room)
+        segment.call = call
+        return segment, min(room, self.max_turn_tokens or room, call.max_tokens or room)
 
-    def sampled(self, stretch: Stretch) -> None:
-        """Take note that the sampler has taken the request of a stretch: from here on the stretch and the turn count."""
-        if stretch not in self.stretches:
-            self.stretches.append(stretch)
+    def sampled(self, segment: Segment) -> None:
+        """Take note that the sampler has taken the request of a segment: from here on the segment and the turn count."""
+        if segment not in self.segments:
+            self.segments.append(segment)
         self.turns += 1
 
     def full(self, error: UserError) -> Refusal:
@@ -103,55 +103,55 @@ class Session:
         return self._full(str(error))
 
     def rollout(self, reward: float, tokenizer: Any) -> Rollout | None:
-        """Return the whole sample, the reward paid at the end of each stretch; None where the policy never spoke."""
+        """Return the whole sample, the reward paid at the end of each segment; None where the policy never spoke."""
         reason: Literal["stop", "length"] = "length" if self.refused else "stop"
         parts = []
-        for stretch in self.stretches:
-            if stretch.transcript.turns:
-                stretch.transcript.earn(reward)
-                parts.append(stretch.transcript.rollout(reason, tokenizer))
+        for segment in self.segments:
+            if segment.transcript.turns:
+                segment.transcript.earn(reward)
+                parts.append(segment.transcript.rollout(reason, tokenizer))
         if not parts:
             return None
         named = [
-            replace(part, key=self.request.key._replace(sample=self.request.key.sample + STRETCH * at))
+            replace(part, key=self.request.key._replace(sample=self.request.key.sample + SEGMENT_STRIDE * at))
             for at, part in enumerate(parts)
         ]
-        return replace(named[0], others=tuple(named[1:]))
+        return replace(named[0], extra_segments=tuple(named[1:]))
 
-    def _continued(self, call: Call, chat: ChatTokens) -> Stretch | None:
-        for stretch in reversed(self.stretches):
-            if stretch.call is None and goes_on(call.messages, stretch.messages):
-                heard = chat.between(call.messages, len(stretch.messages), int(stretch.transcript.token_ids[-1]))
+    def _continued(self, call: Call, chat: ChatTokens) -> Segment | None:
+        for segment in reversed(self.segments):
+            if segment.call is None and goes_on(call.messages, segment.messages):
+                heard = chat.between(call.messages, len(segment.messages), int(segment.transcript.token_ids[-1]))
                 if heard is not None:
-                    stretch.heard = heard
-                    return stretch
+                    segment.heard = heard
+                    return segment
         return None
 
-    def _begun(self, opening: Int32) -> Stretch:
-        sample = self.request.key.sample + STRETCH * len(self.stretches)
+    def _begun(self, opening: Int32) -> Segment:
+        sample = self.request.key.sample + SEGMENT_STRIDE * len(self.segments)
         key = self.request.key._replace(sample=sample)
-        return Stretch(Transcript(RolloutRequest(key, opening, self.request.seed)))
+        return Segment(Transcript(RolloutRequest(key, opening, self.request.seed)))
 
     def _full(self, message: str) -> Refusal:
         self.refused = True
         return Refusal(HTTPStatus.BAD_REQUEST, "context_length_exceeded", message)
 
 
-def answered(stretch: Stretch, turn: Rollout, version: int) -> None:
-    """Put what the policy said into its stretch, and give it to the agent that waits.
+def answered(segment: Segment, turn: Rollout, version: int) -> None:
+    """Put what the policy said into its segment, and give it to the agent that waits.
 
     Args:
-        stretch: with its request.
+        segment: with its request.
         turn: as the sampler recorded it.
         version: weight version that what stands before it goes by.
     """
-    call = stretch.call
+    call = segment.call
     if call is None:
         raise ValueError("nobody asked for this answer")
-    stretch.transcript.hear(stretch.heard, version)
-    stretch.transcript.say(turn)
-    stretch.messages = [*call.messages, {"role": "assistant", "content": turn.text}]
-    stretch.call, stretch.heard = None, np.zeros(0, np.int32)
+    segment.transcript.hear(segment.heard, version)
+    segment.transcript.say(turn)
+    segment.messages = [*call.messages, {"role": "assistant", "content": turn.text}]
+    segment.call, segment.heard = None, np.zeros(0, np.int32)
     call.reply.set_result(Completion(turn.text, turn.finish_reason, len(turn.prompt_ids), len(turn.response_ids)))
 
 

@@ -18,7 +18,7 @@ from rayrlhf.data.records import Int32, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import turn_seed
 from rayrlhf.engines.rollout.base import RolloutEngine
 from rayrlhf.environments.lookup_table import Failed, Table
-from rayrlhf.environments.players.wrapper import EngineAround
+from rayrlhf.environments.players.wrapper import WrappedEngine
 from rayrlhf.environments.protocol import Action, Answer, Environment
 from rayrlhf.environments.registry import environment_maker
 from rayrlhf.environments.transcript import Transcript, failed_rollout
@@ -42,7 +42,7 @@ class _Episode:
         self.attempt = attempt
 
 
-class EpisodeEngine(EngineAround):
+class EpisodeEngine(WrappedEngine):
     """Plays samples with several turns. See `RolloutEngine` for the protocol; `max_new_tokens` bounds whole responses.
 
     Args:

@@ -6,7 +6,7 @@ from rayrlhf.engines.rollout.base import RolloutEngine, TransferEngine
 from rayrlhf.weight_sync.buckets import WeightBucket
 
 
-class EngineAround:
+class WrappedEngine:
     """A sampler around a sampler.
 
     Attributes:

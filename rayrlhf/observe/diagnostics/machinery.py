@@ -48,7 +48,7 @@ MACHINERY_CHECKS = (
     Check(
         "sampler_mismatch",
         "alarm",
-        "Set algorithm.correction.level: token, take float32, or see whether every weight sync arrives (sync/version).",
+        "Set algorithm.off_policy_correction.level: token, use float32, or check that weight syncs arrive (sync/version).",
         sampler_mismatch,
     ),
     Check("stale_rollouts", "alarm", "A replica serves old weights: look at recoveries.jsonl.", stale_rollouts),

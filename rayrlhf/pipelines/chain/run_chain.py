@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from rayrlhf.actors.connection import connected
 from rayrlhf.config.chain import ChainConfig, StageSection
-from rayrlhf.config.loading.load import differences, dump_config, load_config, load_tree
+from rayrlhf.config.loading.load import differences, dump_config, load_config, load_tree, stored_config
 from rayrlhf.config.section import Section
 from rayrlhf.errors import UserError
 from rayrlhf.observe.disk import writing
@@ -137,7 +136,7 @@ def _check_done(stage: PlannedStage) -> None:
     if not stage.done.is_file():
         return
     stored: dict[str, Any] = json.loads(stage.done.read_text(encoding="utf-8"))
-    before = type(stage.config).model_validate(yaml.safe_load(stored["config"]))
+    before = stored_config(type(stage.config), stored["config"])
     changed = differences(before, stage.config)
     if changed:
         raise UserError(

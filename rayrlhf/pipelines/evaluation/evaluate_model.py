@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from rayrlhf.config.data import DataSection
 from rayrlhf.config.evaluate import EvaluateConfig
-from rayrlhf.config.loading.load import differences, dump_config
+from rayrlhf.config.loading.load import differences, dump_config, stored_config
 from rayrlhf.data.prompt_datasets import load_prompt_dataset, read_prompts
 from rayrlhf.data.records import Float32, Prompt, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import sample_seed
@@ -235,4 +234,4 @@ def _samples(
 
 
 def _stored_differences(stored: str, wanted: str) -> list[str]:
-    return differences(*(EvaluateConfig.model_validate(yaml.safe_load(text)) for text in (stored, wanted)))
+    return differences(*(stored_config(EvaluateConfig, text) for text in (stored, wanted)))

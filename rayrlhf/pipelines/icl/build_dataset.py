@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rayrlhf.batch_inference.intake import take_in
 from rayrlhf.batch_inference.part_pipeline import Limits, Pool, run_pipeline
 from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.batch_inference.stage_resources import TASK_CPUS, TASKS, PartProgress
 from rayrlhf.config.icl import ICLBuildConfig
-from rayrlhf.config.loading.load import differences, dump_config
+from rayrlhf.config.loading.load import differences, dump_config, stored_config
 from rayrlhf.demonstrations.rankers import check_encoder
 from rayrlhf.demonstrations.ranking import Bm25Ranker
 from rayrlhf.errors import UserError
@@ -205,7 +203,7 @@ def _opened(config: ICLBuildConfig) -> RunFolder:
     indexed = (config.run.folder / INDEX).is_dir()
 
     def compare(stored: str, wanted: str) -> list[str]:
-        old, new = (ICLBuildConfig.model_validate(yaml.safe_load(text)) for text in (stored, wanted))
+        old, new = (stored_config(ICLBuildConfig, text) for text in (stored, wanted))
         return [line for line in differences(old, new) if not may_change(line.partition(":")[0], indexed=indexed)]
 
     text = dump_config(config)

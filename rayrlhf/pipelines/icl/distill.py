@@ -14,15 +14,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rayrlhf.batch_inference.part_pipeline import Limits, Pool, run_pipeline
 from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.batch_inference.sampling import SamplingPlan
 from rayrlhf.batch_inference.stage_resources import PartProgress, stage_resources
 from rayrlhf.config.demonstrations import SelectionSection
 from rayrlhf.config.icl import ICLDistillConfig, ShotsSection
-from rayrlhf.config.loading.load import differences, dump_config
+from rayrlhf.config.loading.load import differences, dump_config, stored_config
 from rayrlhf.config.tuning.configs import DistillationConfig
 from rayrlhf.config.tuning.data import DistillationDataSection, SupervisedDatasetSection
 from rayrlhf.config.tuning.run import TuningRunSection
@@ -273,5 +271,5 @@ def _tokenizer(config: ICLDistillConfig) -> Any:
 
 
 def _differences(stored: str, wanted: str) -> list[str]:
-    old, new = (ICLDistillConfig.model_validate(yaml.safe_load(text)) for text in (stored, wanted))
+    old, new = (stored_config(ICLDistillConfig, text) for text in (stored, wanted))
     return [line for line in differences(old, new) if not line.startswith(FREE)]

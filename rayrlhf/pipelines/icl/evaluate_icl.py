@@ -12,14 +12,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rayrlhf.batch_inference.part_pipeline import Limits, Pool, run_pipeline
 from rayrlhf.batch_inference.parts import PartFolder, merge
 from rayrlhf.batch_inference.sampling import SamplingPlan
 from rayrlhf.batch_inference.stage_resources import PartProgress, stage_resources
 from rayrlhf.config.icl import ICLEvaluateConfig
-from rayrlhf.config.loading.load import differences, dump_config
+from rayrlhf.config.loading.load import differences, dump_config, stored_config
 from rayrlhf.config.model import ModelSection
 from rayrlhf.demonstrations.choosing import ChoiceCounts, require_pool
 from rayrlhf.demonstrations.example import Example
@@ -222,5 +220,5 @@ def _answer(
 
 
 def _differences(stored: str, wanted: str) -> list[str]:
-    old, new = (ICLEvaluateConfig.model_validate(yaml.safe_load(text)) for text in (stored, wanted))
+    old, new = (stored_config(ICLEvaluateConfig, text) for text in (stored, wanted))
     return [line for line in differences(old, new) if not line.startswith("pipeline.")]

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from rayrlhf.batch_inference.part_pipeline import Limits, Pool, run_pipeline
 from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.batch_inference.stage_resources import TASK_CPUS, TASKS, PartProgress
 from rayrlhf.config.icl import ICLPackConfig
-from rayrlhf.config.loading.load import differences, dump_config
+from rayrlhf.config.loading.load import differences, dump_config, stored_config
 from rayrlhf.demonstrations.ranking import Bm25Ranker
 from rayrlhf.errors import UserError
 from rayrlhf.observe.run_folder import RunFolder, open_run
@@ -190,7 +189,7 @@ def _opened(config: ICLPackConfig) -> RunFolder:
     """Create the run folder, or take up the packing in it."""
 
     def compare(stored: str, wanted: str) -> list[str]:
-        old, new = (ICLPackConfig.model_validate(yaml.safe_load(text)) for text in (stored, wanted))
+        old, new = (stored_config(ICLPackConfig, text) for text in (stored, wanted))
         return [line for line in differences(old, new) if line.partition(":")[0] not in FREE]
 
     text = dump_config(config)

@@ -18,10 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from rayrlhf.batch_inference.parts import PartFolder
-from rayrlhf.config.loading.load import differences, dump_config
+from rayrlhf.config.loading.load import differences, dump_config, stored_config
 from rayrlhf.config.presft import PreSFTConfig
 from rayrlhf.observe.run_folder import RunFolder, open_run
 from rayrlhf.storage.atomic import write_atomically
@@ -130,7 +128,7 @@ def open_presft(config: PreSFTConfig) -> RunFolder:
 
 def _differences(layout: Layout) -> Callable[[str, str], list[str]]:
     def compare(stored: str, wanted: str) -> list[str]:
-        old, new = (PreSFTConfig.model_validate(yaml.safe_load(text)) for text in (stored, wanted))
+        old, new = (stored_config(PreSFTConfig, text) for text in (stored, wanted))
         relabeled = bool(layout.round(1).relabeled.indices())
         return [line for line in differences(old, new) if not may_change(line.partition(":")[0], relabeled=relabeled)]
 

@@ -21,7 +21,7 @@ import psutil
 import ray
 
 from rayrlhf.actors.actor_group import ActorGroup
-from rayrlhf.actors.actor_groups import Crew
+from rayrlhf.actors.actor_groups import ActorGroups
 from rayrlhf.actors.placement import Role
 from rayrlhf.config.loading.load import dump_config, load_config
 from rayrlhf.config.ppo import PPOConfig
@@ -102,7 +102,12 @@ def _step(samples: int, replicas: int) -> DriverCost:
         view = LiveView("bench", live=False)
         with Recorder(config, dump_config(config), lambda *_: [], view) as recorder:
             trainer = PPOTrainer(
-                config, _crew(replicas, stopwatch), PromptSampler(prompts, seed=0), (), recorder.timer, callbacks=[recorder]
+                config,
+                _actor_groups(replicas, stopwatch),
+                PromptSampler(prompts, seed=0),
+                (),
+                recorder.timer,
+                callbacks=[recorder],
             )
             recorder.resume(0)
             with _peak() as peak:
@@ -189,7 +194,7 @@ class _Replica:
         )
 
 
-def _crew(replicas: int, stopwatch: _Stopwatch) -> Crew:
+def _actor_groups(replicas: int, stopwatch: _Stopwatch) -> ActorGroups:
     def handle(**methods: Callable[..., Any]) -> Any:
         return SimpleNamespace(**{name: stopwatch.answered(method) for name, method in methods.items()})
 
@@ -215,7 +220,7 @@ def _crew(replicas: int, stopwatch: _Stopwatch) -> Crew:
         for role, mine in handles.items()
     }
     plan = cast(Any, SimpleNamespace(overlap=True))
-    return Crew(groups, plan, {}, cast(Any, None), "bench", {})
+    return ActorGroups(groups, plan, {}, cast(Any, None), "bench", {})
 
 
 @ray.remote(num_cpus=0, num_returns="streaming")
@@ -223,11 +228,11 @@ def _no_weights() -> Iterator[list[Any]]:
     yield []
 
 
-def _read(sequences: Sequence[Any], want: frozenset[str], *_: Any) -> Records[TokenScores]:
+def _read(sequences: Sequence[Any], outputs: frozenset[str], *_: Any) -> Records[TokenScores]:
     scores: Records[TokenScores] = Records()
     for sequence in sequences:
-        logprobs = np.full(sequence.response_length, -1.0, np.float32) if "logprobs" in want else None
-        values = np.zeros(sequence.response_length + 1, np.float32) if "values" in want else None
+        logprobs = np.full(sequence.response_length, -1.0, np.float32) if "logprobs" in outputs else None
+        values = np.zeros(sequence.response_length + 1, np.float32) if "values" in outputs else None
         scores.append(TokenScores(logprobs, None, values))
     return scores
 

@@ -49,7 +49,7 @@ def bench_rollout(
     ids = load_tokenizer(config.model)([row["question"] for row in rows])["input_ids"]
     prompts = [Prompt(number, "", np.array(one, dtype=np.int32)) for number, one in enumerate(ids)]
     with standing_trainer(config) as trainer:
-        threads = trainer.crew.plan.seats["rollout"][0].threads
+        threads = trainer.actor_groups.plan.workers["rollout"][0].threads
         environment = rollout_environment(config.rollout, threads=threads)
         bare = ray.remote(BareSampler).options(num_cpus=0, runtime_env={"env_vars": environment}).remote(config)
 

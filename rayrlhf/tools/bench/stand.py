@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from rayrlhf.actors.connection import connected, running_crew
+from rayrlhf.actors.connection import connected, running_actor_groups
 from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.prompt_sampler import PromptSampler
@@ -27,6 +27,6 @@ def bench_config(overrides: Sequence[str]) -> PPOConfig:
 @contextmanager
 def standing_trainer(config: PPOConfig) -> Iterator[PPOTrainer]:
     """Start Ray and the actors with their models; all ends with the block."""
-    with connected(config.placement.address), running_crew(config) as crew:
-        crew.build(config.deadlines.start)
-        yield PPOTrainer(config, crew, PromptSampler([Prompt(0, "", np.zeros(1, np.int32))], seed=0))
+    with connected(config.placement.address), running_actor_groups(config) as actor_groups:
+        actor_groups.build(config.deadlines.start)
+        yield PPOTrainer(config, actor_groups, PromptSampler([Prompt(0, "", np.zeros(1, np.int32))], seed=0))

@@ -94,7 +94,7 @@ class _Stand:
         return sum(tensor.data.nbytes for bucket in self._buckets() for tensor in ray.get(bucket))
 
     def _buckets(self) -> Iterator[ray.ObjectRef]:
-        yield from self.trainer.crew["policy"].handles[0].weights.remote(BUCKET_BYTES, self.trainer.sync_dtype)
+        yield from self.trainer.actor_groups["policy"].handles[0].weights.remote(BUCKET_BYTES, self.trainer.sync_dtype)
 
 
 def _copy(size: int) -> float:

@@ -43,14 +43,14 @@ def bench_training(model: str, *, samples: int, rounds: int, progress: Callable[
     batch = word_problem_batch(config, samples)
     tokens = sum(batch.lengths)
     with standing_trainer(config) as trainer:
-        threads = trainer.crew.plan.seats["policy"][0].threads
+        threads = trainer.actor_groups.plan.workers["policy"][0].threads
         bare = ray.remote(BareTrainer).options(num_cpus=0).remote(config, list(batch.sequences), threads)
         objective = make_objectives(config)["policy"]
         plan = UpdatePlan([[list(range(samples))]])
         reference = ray.put(batch)
 
         def ours() -> float:
-            policy = trainer.crew["policy"]
+            policy = trainer.actor_groups["policy"]
             started = time.perf_counter()
             policy.wait(policy.call("update", reference, plan, objective), "update", config.deadlines.update)
             return tokens / (time.perf_counter() - started)

@@ -84,15 +84,15 @@ def _cluster_spec(launch: Launch) -> dict[str, Any]:
 
 def _groups(launch: Launch) -> list[tuple[str, int, dict[str, str]]]:
     """Name, nodes and labels of each worker group: one, or one for each set of labels that the placement asks for."""
-    from rayrlhf.actors.placement import Machine, make_plan
+    from rayrlhf.actors.placement import ClusterResources, make_plan
     from rayrlhf.tools.launch.role_layout import lay_out
 
     nodes = launch.cluster.nodes
-    machine = Machine((float(nodes.cpus),) * nodes.count, (float(nodes.gpus),) * nodes.count)
+    machine = ClusterResources((float(nodes.cpus),) * nodes.count, (float(nodes.gpus),) * nodes.count)
     plan = make_plan(launch.config, machine)
     labelled: dict[tuple[tuple[str, str], ...], set[int]] = {}
     for place in lay_out(plan, machine):
-        group = plan.groups[plan.seats[place.role][place.rank].group]
+        group = plan.groups[plan.workers[place.role][place.rank].group]
         if group.labels:
             labelled.setdefault(tuple(sorted(group.labels.items())), set()).add(place.node)
     groups = [("-".join(value for _, value in labels), len(used), dict(labels)) for labels, used in sorted(labelled.items())]

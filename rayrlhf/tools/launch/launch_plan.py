@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from rayrlhf.actors.placement import Machine, Role, make_plan
+from rayrlhf.actors.placement import ClusterResources, Role, make_plan
 from rayrlhf.config.launch import NodeSection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
@@ -80,7 +80,7 @@ def plan_run(config: PPOConfig, nodes: NodeSection) -> RunPlan:
     Raises:
         UserError: a model's configuration cannot be read, or the cluster has too few CPUs or GPUs for the placement.
     """
-    machine = Machine((float(nodes.cpus),) * nodes.count, (float(nodes.gpus),) * nodes.count)
+    machine = ClusterResources((float(nodes.cpus),) * nodes.count, (float(nodes.gpus),) * nodes.count)
     resources = make_plan(config, machine)
     places = lay_out(resources, machine)
     shapes = {role: _shape(model) for role, model in _models(config).items()}
@@ -88,8 +88,8 @@ def plan_run(config: PPOConfig, nodes: NodeSection) -> RunPlan:
     longest = _longest(config, shapes["policy"])
     cache = _cache_bytes(config, nodes, shapes["policy"], precision, longest)
     memory = {
-        role: _memory(config, role, len(seats), shapes.get(role), nodes, longest, cache)
-        for role, seats in resources.seats.items()
+        role: _memory(config, role, len(workers), shapes.get(role), nodes, longest, cache)
+        for role, workers in resources.workers.items()
     }
     cache_tokens = max(cache, 0) // cache_bytes_per_token(shapes["policy"], precision)
     sync = sync_bytes(shapes["policy"], precision)

@@ -82,7 +82,7 @@ def activation_bytes(shape: ModelShape, tokens: int, precision: Precision, *, ch
     """Bytes that autograd saves for one forward of `tokens` tokens, padding included.
 
     With H hidden, Q the queries' width, K the keys' width, I the feed-forward width, a layer saves per token, in float32:
-    24 H (two norms keep input and normalised input; the inputs of both blocks), 8 Q + 8 K (queries, keys, values and the
+    24 H (two norms keep input and aggregated input; the inputs of both blocks), 8 Q + 8 K (queries, keys, values and the
     attention's output) and 16 I (gate, its activation, up, their product). Under bfloat16 the norms stay float32 (16 H), each
     of the five products of a block's input keeps a rounded copy of its own (10 H), and the rest halves.
 
@@ -91,7 +91,7 @@ def activation_bytes(shape: ModelShape, tokens: int, precision: Precision, *, ch
     hidden, attention, wide = shape.hidden, shape.query + shape.key_value, shape.intermediate
     full = 24 * hidden + 8 * attention + 16 * wide
     layer = 26 * hidden + 4 * attention + 8 * wide if precision.reduced else full
-    ends = 2 * FLOAT * hidden  # the last norm's input and normalised input
+    ends = 2 * FLOAT * hidden  # the last norm's input and aggregated input
     layers = shape.learned_layers
     if checkpointing:
         return tokens * (FLOAT * hidden * layers + layer + ends)

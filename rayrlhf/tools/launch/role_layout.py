@@ -7,7 +7,7 @@ keeps a STRICT_PACK group on one; first fit over nodes in order is what that com
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rayrlhf.actors.placement import GroupPlan, Machine, ResourcePlan, Role
+from rayrlhf.actors.placement import ClusterResources, GroupPlan, ResourcePlan, Role
 from rayrlhf.errors import UserError
 
 _LITTLE = 1e-6
@@ -69,8 +69,8 @@ class _Node:
         return twin
 
 
-def lay_out(plan: ResourcePlan, machine: Machine) -> tuple[Place, ...]:
-    """Seat all processes of a run on the nodes of a cluster that nobody else uses.
+def lay_out(plan: ResourcePlan, machine: ClusterResources) -> tuple[Place, ...]:
+    """WorkerPlacement all processes of a run on the nodes of a cluster that nobody else uses.
 
     Raises:
         UserError: a placement group finds no room; says what it asked for and what the nodes have left.
@@ -79,12 +79,12 @@ def lay_out(plan: ResourcePlan, machine: Machine) -> tuple[Place, ...]:
     granted = {name: _grant(name, group, nodes) for name, group in plan.groups.items()}
     used: dict[tuple[int, int], float] = {}
     places = []
-    for role, seats in plan.seats.items():
-        for rank, seat in enumerate(seats):
-            bundles = [granted[seat.group][index] for index in seat.bundles]
+    for role, workers in plan.workers.items():
+        for rank, worker in enumerate(workers):
+            bundles = [granted[worker.group][index] for index in worker.bundles]
             devices: list[int] = []
             for node, offered in bundles:
-                devices.extend(_devices(seat.gpus, node, offered, used))
+                devices.extend(_devices(worker.gpus, node, offered, used))
             places.append(Place(role, rank, bundles[0][0], tuple(devices)))
     return tuple(places)
 

@@ -6,12 +6,12 @@ from typing import Any
 from rayrlhf.observe.html.page import Block, DataTable, Heading, Paragraph, SideBySide
 from rayrlhf.observe.resampling import bootstrap_paired_difference
 from rayrlhf.observe.samples import PART_PREFIX, TOKEN_KL, TOKENS
-from rayrlhf.tools.report.run_blocks import ColouredTokens, TokenLegend
+from rayrlhf.tools.report.run_blocks import ColoredTokens, TokenLegend
 from rayrlhf.tools.report.run_samples import reward_parts, spread
 from rayrlhf.tools.report.run_view import RunView
 
 PAIRS_SHOWN = 6
-COLOURED_SHOWN = 6
+COLORED_SHOWN = 6
 Row = Mapping[str, Any]
 
 
@@ -54,11 +54,11 @@ def tokens_section(rows: Sequence[Row]) -> Iterator[Block]:
         "response it is the KL that the reward's penalty takes."
     )
     yield TokenLegend()
-    for place in spread(len(coloured), COLOURED_SHOWN):
+    for place in spread(len(coloured), COLORED_SHOWN):
         row = coloured[place]
         kl = [float(value or 0.0) for value in row[TOKEN_KL]]
         facts = [f"step {row.get('step')}", f"score {_number(row.get('score'))}", f"KL {sum(kl):.2f} nats, {len(kl)} tokens"]
-        yield ColouredTokens(facts, _text(row, "prompt"), [str(token) for token in row[TOKENS]], kl)
+        yield ColoredTokens(facts, _text(row, "prompt"), [str(token) for token in row[TOKENS]], kl)
 
 
 def rollouts_section(view: RunView) -> Iterator[Block]:

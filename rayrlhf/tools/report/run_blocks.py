@@ -65,7 +65,7 @@ class CurveControls:
 
 
 @dataclass(frozen=True, slots=True)
-class ColouredTokens:
+class ColoredTokens:
     """A response whose tokens are coloured by how far the policy has moved from the reference at each.
 
     Attributes:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from rayrlhf.config.loading.load import describe, load_config
+from rayrlhf.config.loading.describe import describe
+from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
 
 
@@ -50,5 +51,5 @@ def test_sampling_ahead_and_sleep_are_told_where_they_are_on(minimal):
     ahead = "sampling: up to 2 steps ahead of training; unfinished responses go on with new weights, importance weights: token"
     assert ahead in plan(minimal, "async.max_staleness=2")
     cut = "sampling: up to 1 step ahead of training; unfinished responses begin anew with new weights, importance weights: none"
-    assert cut in plan(minimal, "async={max_staleness: 1, on_update: cut}", "algorithm.correction.level=none")
+    assert cut in plan(minimal, "async={max_staleness: 1, on_update: cut}", "algorithm.off_policy_correction.level=none")
     assert "sampling: replicas give their GPU memory back while models train" in plan(minimal, "rollout.sleep=true")

@@ -128,7 +128,10 @@ def test_differences_show_old_and_new(minimal):
             "algorithm.policy_loss={name: cispo, dual_clip: 3}",
             "algorithm.policy_loss: dual_clip is of no use with name 'cispo'",
         ),
-        ("algorithm.policy_loss.normalisation_length=9", "normalisation_length is of no use without normalisation 'constant'"),
+        (
+            "algorithm.policy_loss.loss_aggregation_length=9",
+            "loss_aggregation_length is of no use without loss_aggregation 'constant'",
+        ),
         ("critic={kind: shared, learning_rate: 1}", "critic: learning_rate is of no use with kind 'shared'"),
         ("train.offload_optimizer=true", "offload_optimizer needs zero_stage 1, 2 or 3"),
         ("preset=trl-clasic", "preset: unknown preset trl-clasic; did you mean trl-classic?"),

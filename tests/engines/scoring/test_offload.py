@@ -8,7 +8,7 @@ from rayrlhf.config.model import ModelSection
 from rayrlhf.config.reward import RewardModelSection
 from rayrlhf.engines.scoring import frozen as score_engine
 from rayrlhf.engines.scoring import reward_model
-from rayrlhf.engines.scoring.offload import Offload, settle
+from rayrlhf.engines.scoring.offload import Offload, move_to_device
 
 
 def network():
@@ -52,7 +52,7 @@ def test_a_turn_that_fails_gives_its_memory_back():
 @pytest.mark.parametrize(("device", "offload"), [("meta", False), ("cpu", True), ("cpu", False)])
 def test_what_is_not_offloaded_goes_to_its_device_and_stays_there(device, offload):
     built = network()
-    turn = settle(built, torch.device(device), offload=offload)
+    turn = move_to_device(built, torch.device(device), offload=offload)
     with turn.in_place():
         assert {tensor.device.type for tensor in built.state_dict().values()} == {device}
     assert {tensor.device.type for tensor in built.state_dict().values()} == {device}
@@ -76,8 +76,8 @@ def test_both_engines_settle_their_model_as_the_configuration_says_and_score_wit
         told.append(offload)
         return Turn(network, torch.clone if offload else None)
 
-    monkeypatch.setattr(score_engine, "settle", settled)
-    monkeypatch.setattr(reward_model, "settle", settled)
+    monkeypatch.setattr(score_engine, "move_to_device", settled)
+    monkeypatch.setattr(reward_model, "move_to_device", settled)
     policy, reward = write_reward_model("builtin:tiny?layers=1&hidden=64&context=64", tmp_path / "reward")
     reference = score_engine.FrozenEngine(ModelSection(path=policy, dtype="float32"), 1024, offload=wanted)
     (read,) = reference.score([Sequence(np.arange(3, 9, dtype=np.int32), 2)], frozenset({"logprobs"}))
@@ -93,7 +93,7 @@ def test_both_engines_settle_their_model_as_the_configuration_says_and_score_wit
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_nothing_is_left_of_a_turn():
     built, device = network(), torch.device("cuda")
-    turn = settle(built, device, offload=True)
+    turn = move_to_device(built, device, offload=True)
     before = torch.cuda.memory_allocated()
     with turn.in_place():
         assert {tensor.device.type for tensor in built.state_dict().values()} == {"cuda"}

@@ -53,11 +53,11 @@ def section(members, **changes):
     return RewardModelSection(model=members[0], members=members[1:], template="{prompt}{response}", **changes)
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-def test_each_member_scores_by_itself_and_by_its_own_statistics(members, normalise):
-    ensemble = RewardEnsemble(section(members, uncertainty=0.7, weight=2.0, normalise=normalise))
+@pytest.mark.parametrize("normalize", [False, True])
+def test_each_member_scores_by_itself_and_by_its_own_statistics(members, normalize):
+    ensemble = RewardEnsemble(section(members, uncertainty=0.7, weight=2.0, normalize=normalize))
     alone = [
-        RewardModelEngine(section([member], normalise=normalise)).score(PROMPTS, RESPONSES).astype(float) for member in members
+        RewardModelEngine(section([member], normalize=normalize)).score(PROMPTS, RESPONSES).astype(float) for member in members
     ]
     parts = ensemble.parts(PROMPTS, RESPONSES)
     assert ensemble.weights == {MODEL_PART: 2.0, SPREAD_PART: 0.0}

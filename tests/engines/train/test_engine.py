@@ -120,9 +120,9 @@ def test_micro_batches_order_and_padding_do_not_change_the_gradient(llama: str, 
 
 def test_scores_come_back_in_order_and_do_not_depend_on_their_neighbours(llama: str) -> None:
     sequences = random_sequences(9, 3)
-    want = frozenset({"logprobs", "entropy", "values", "hidden"})
-    together = engine_of(llama).score(sequences, want, temperature=0.7)
-    alone = engine_of(llama, score_batch_tokens=1).score(sequences, want, temperature=0.7)
+    outputs = frozenset({"logprobs", "entropy", "values", "hidden"})
+    together = engine_of(llama).score(sequences, outputs, temperature=0.7)
+    alone = engine_of(llama, score_batch_tokens=1).score(sequences, outputs, temperature=0.7)
     for sequence, first, second in zip(sequences, together, alone, strict=True):
         length = sequence.response_length
         assert first.logprobs.shape == first.entropy.shape == (length,)
@@ -352,7 +352,7 @@ def test_an_exported_policy_and_critic_load_again_and_score_the_same(tmp_path: P
     model = "builtin:tiny?layers=2&hidden=64"
     sequences = random_sequences(4, vocabulary=90)
     batch = random_batch(sequences)
-    for heads, want, lora in (
+    for heads, outputs, lora in (
         (SHARED, frozenset({"logprobs", "values"}), LoraSection(rank=2)),
         (CRITIC, frozenset({"values"}), None),
     ):
@@ -361,8 +361,8 @@ def test_an_exported_policy_and_critic_load_again_and_score_the_same(tmp_path: P
         engine.update(batch, one_step(4), BOTH if heads == SHARED else ValueObjective())
         engine.export(folder)
         again = engine_of(str(folder), heads)
-        for first, second in zip(engine.score(sequences, want), again.score(sequences, want), strict=True):
-            for name in want:
+        for first, second in zip(engine.score(sequences, outputs), again.score(sequences, outputs), strict=True):
+            for name in outputs:
                 np.testing.assert_allclose(getattr(first, name), getattr(second, name), rtol=0, atol=2e-5)
         assert (folder / "tokenizer.json").is_file()
         assert "{%" in (folder / "chat_template.jinja").read_text()

@@ -12,7 +12,7 @@ import torch
 
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.rollout import EnvironmentSection, RolloutSection
-from rayrlhf.data.records import STRETCH, Prompt, Records, RolloutRequest, SampleKey
+from rayrlhf.data.records import SEGMENT_STRIDE, Prompt, Records, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import turn_seed
 from rayrlhf.data.templates import render
 from rayrlhf.engines.rollout.common import RolloutSpec
@@ -83,7 +83,7 @@ def test_sampled_tokens_arrive_as_they_were_sampled_and_what_the_agent_says_betw
     assert rollout.logprobs[rollout.action_mask].tolist() == [-1, -2, -3, -1, -2]
     assert not rollout.logprobs[~rollout.action_mask].any()
     assert rollout.rewards.tolist() == [0.0] * (len(rollout.rewards) - 1) + [2.0]
-    assert (rollout.finish_reason, rollout.key, rollout.others, rollout.failure) == ("stop", request().key, (), "")
+    assert (rollout.finish_reason, rollout.key, rollout.extra_segments, rollout.failure) == ("stop", request().key, (), "")
     (one, _), (two, limit) = scripted.asked
     assert one.prompt_ids.tolist() == first
     assert two.prompt_ids.tolist() == [*first, *ids("ab"), END, *between]
@@ -99,12 +99,12 @@ def test_tokens_that_no_encoder_would_give_survive():
     first = opened(("user", "ask"))
     assert rollout.response_ids[:2].tolist() == broken
     assert scripted.asked[1][0].prompt_ids[len(first) :][:2].tolist() == broken
-    assert rollout.others == ()
+    assert rollout.extra_segments == ()
 
 
 def test_an_answer_that_was_cut_is_closed_by_the_template_and_one_that_came_back_stripped_still_goes_on():
     rollout, scripted = play([ids(" ab "), [*ids("c"), END]], "stripping", max_turn_tokens=4)
-    assert rollout.others == ()
+    assert rollout.extra_segments == ()
     first = opened(("user", "ask"))
     text = TOKENIZER.decode(scripted.asked[1][0].prompt_ids[len(first) :].tolist())
     assert text.startswith(" ab <|im_end|>\n<|im_start|>user\ngo on<|im_end|>\n")
@@ -113,14 +113,14 @@ def test_an_answer_that_was_cut_is_closed_by_the_template_and_one_that_came_back
 
 def test_a_request_that_goes_on_from_nothing_begins_a_stretch_with_the_same_reward():
     rollout, _ = play([[*ids("a"), END], [*ids("b"), END], [*ids("c"), END]], "forgetful")
-    (other,) = rollout.others
+    (other,) = rollout.extra_segments
     assert rollout.response_ids[rollout.action_mask].tolist() == [*ids("a"), END, *ids("b"), END]
     assert other.response_ids.tolist() == [*ids("c"), END]
     assert other.prompt_ids.tolist() == opened(("system", "Sum up."), ("user", "all of it"))
-    assert other.key == SampleKey(0, 0, STRETCH)
+    assert other.key == SampleKey(0, 0, SEGMENT_STRIDE)
     assert [float(part.rewards.sum()) for part in (rollout, other)] == [0.5, 0.5]
     (travelled,) = Records([rollout]).__reduce__()[0](*Records([rollout]).__reduce__()[1])
-    assert travelled.others[0].response_ids.tolist() == other.response_ids.tolist()
+    assert travelled.extra_segments[0].response_ids.tolist() == other.response_ids.tolist()
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_an_answer_that_nobody_waited_for_is_not_learned_from():
     engine.close()
     assert len(scripted.asked) == 2
     assert rollout.response_ids.tolist() == [*ids("a"), END]
-    assert rollout.others == ()
+    assert rollout.extra_segments == ()
 
 
 def test_in_lockstep_every_batch_has_a_turn_of_every_agent_in_the_order_of_the_samples():
@@ -339,13 +339,13 @@ def test_the_samplers_logprobs_are_those_of_one_pass_over_each_stretch():
     engine.close()
     assert sorted(sample.key.sample for sample in played) == [0, 1, 2, 3]
     network = load_network(tie=True)
-    for part in [part for sample in played for part in (sample, *sample.others)]:
+    for part in [part for sample in played for part in (sample, *sample.extra_segments)]:
         tokens = torch.from_numpy(part.sequence().token_ids).long()
         with torch.no_grad():
             logits = network(input_ids=tokens[None]).logits[0, len(part.prompt_ids) - 1 : -1]
         logprobs = torch.log_softmax(logits, -1).gather(-1, tokens[len(part.prompt_ids) :, None])[:, 0].numpy()
         assert np.abs(logprobs - part.logprobs)[part.action_mask].max() < 1e-4
-    assert all(len(sample.others) == 1 and 2 <= sample.action_mask.sum() <= 12 for sample in played)
+    assert all(len(sample.extra_segments) == 1 and 2 <= sample.action_mask.sum() <= 12 for sample in played)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from rayrlhf.actors.placement import GroupPlan, Machine, ResourcePlan, Seat, make_plan
+from rayrlhf.actors.placement import ClusterResources, GroupPlan, ResourcePlan, WorkerPlacement, make_plan
 from rayrlhf.config.launch import NodeSection
 from rayrlhf.errors import UserError
 from rayrlhf.tools.launch.launch_plan import plan_run
@@ -13,7 +13,7 @@ from rayrlhf.tools.launch.role_layout import lay_out
 from tests.tools.launch.models import LLAMA_7B, LLAMA_70B, ppo, write_model
 
 EIGHT = NodeSection(count=8, gpus=8, cpus=96)
-MACHINE = Machine((96.0,) * 8, (8.0,) * 8)
+MACHINE = ClusterResources((96.0,) * 8, (8.0,) * 8)
 DISAGGREGATED = "placement.mode=disaggregated"
 
 
@@ -76,10 +76,10 @@ def test_a_bundle_larger_than_any_node_is_refused_before_a_cluster_would_wait_fo
 
 
 def test_a_group_that_must_stay_together_and_cannot_is_refused_with_what_is_left():
-    seats = {"rollout": (Seat("rollout-0", (0, 1, 2), 1.0, 1.0, 1),)}
-    plan = ResourcePlan({"rollout-0": GroupPlan("STRICT_PACK", ({"CPU": 1.0, "GPU": 1.0},) * 3)}, seats, overlap=False)
+    workers = {"rollout": (WorkerPlacement("rollout-0", (0, 1, 2), 1.0, 1.0, 1),)}
+    plan = ResourcePlan({"rollout-0": GroupPlan("STRICT_PACK", ({"CPU": 1.0, "GPU": 1.0},) * 3)}, workers, overlap=False)
     with pytest.raises(UserError, match=r"3 bundles of up to 1 CPUs and 1 GPUs on one node.*node 1: 4 CPUs, 2 GPUs"):
-        lay_out(plan, Machine((4.0, 4.0), (2.0, 2.0)))
+        lay_out(plan, ClusterResources((4.0, 4.0), (2.0, 2.0)))
 
 
 def test_too_few_gpus_are_refused_at_once_with_asked_against_available(folder):

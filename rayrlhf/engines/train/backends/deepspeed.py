@@ -1,6 +1,6 @@
 """DeepSpeed around a network: sharding of optimizer, gradients and weights (ZeRO, Rajbhandari et al. 2020), and nothing else.
 
-Of DeepSpeed's conveniences this project uses as few as it can: the optimizer is torch's, losses are normalised by us, the end
+Of DeepSpeed's conveniences this project uses as few as it can: the optimizer is torch's, losses are aggregated by us, the end
 of gradient accumulation is set by hand, and no operator is compiled.
 """
 

@@ -38,7 +38,7 @@ class _MemoryFiles:
         self._root = root
 
     def save(self, state_dict: Any, path: str) -> None:
-        self.files[str(Path(path).relative_to(self._root))] = _serialised(state_dict)
+        self.files[str(Path(path).relative_to(self._root))] = _serialized(state_dict)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Nothing to make."""
@@ -83,8 +83,8 @@ def capture(engine: Any, updater: Updater) -> StateFiles:
         )
     finally:
         engine.checkpoint_engine, engine._copy_recovery_script = disk, script
-    average = {} if updater.average is None else {_AVERAGE: _serialised(updater.average.state())}
-    return memory.files | average | {_random_name(): _serialised(_random_state())}
+    average = {} if updater.average is None else {_AVERAGE: _serialized(updater.average.state())}
+    return memory.files | average | {_random_name(): _serialized(_random_state())}
 
 
 def state_folder(folder: Path) -> Path:
@@ -211,7 +211,7 @@ def _plain_classes() -> list[Any]:
     return [LossScaler, ZeroStageEnum, fragment_address]
 
 
-def _serialised(value: Any) -> NDArray[np.uint8]:
+def _serialized(value: Any) -> NDArray[np.uint8]:
     stream = io.BytesIO()
     torch.save(value, stream)
     return np.frombuffer(stream.getbuffer(), dtype=np.uint8)
