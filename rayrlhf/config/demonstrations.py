@@ -64,7 +64,7 @@ class RolloutDemonstrationsSection(SelectionSection):
     train_with: Literal["with_demonstrations", "without_demonstrations"] = "with_demonstrations"
     """Prompt that policy, reference and critic read, and that evaluations use.
 
-    `with_demonstrations`: the same as the rollout engine. `without_demonstrations`: the prompt alone. The engine's log-probs then
-    have another context, so `mismatch_alarm` is off and `algorithm.off_policy_correction` must be off. Old log-probs are the
-    trainer's, and rewards judge the response to the prompt alone, in both cases.
+    `with_demonstrations`: the same as the rollout engine. `without_demonstrations`: the prompt alone. The engine's log-probs
+    then have another context, so `mismatch_alarm` is off and `algorithm.off_policy_correction` must be off. Old log-probs are
+    the trainer's, and rewards judge the response to the prompt alone, in both cases.
     """

@@ -176,7 +176,8 @@ class PPOConfig(Section):
         if self.trains_without_demonstrations and self.algorithm.off_policy_correction.level != "none":
             raise ValueError(
                 f"algorithm.off_policy_correction.level '{self.algorithm.off_policy_correction.level}' compares with the "
-                "engine, which reads another context with rollout.demonstrations.train_with 'without_demonstrations': expected 'none'"
+                "engine, which reads another context with rollout.demonstrations.train_with 'without_demonstrations': "
+                "expected 'none'"
             )
         return self
 
