@@ -6,7 +6,7 @@ The names below are what a user's own script needs. They are imported when first
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "Callback": "rayrlhf.ppo.callbacks",

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from rayrlhf.actors.actor_metrics import measured
 from rayrlhf.actors.worker import Worker
 from rayrlhf.config.model import ModelSection
-from rayrlhf.data.records import Records, TokenScores
-from rayrlhf.data.records import Sequence as TokenSequence
+from rayrlhf.data.records import Records, TokenScores, TokenSequence
 from rayrlhf.engines.scoring.frozen import FrozenEngine
 from rayrlhf.models.network import OutputName
 

@@ -12,8 +12,7 @@ import torch.distributed
 from rayrlhf.actors.actor_metrics import measured
 from rayrlhf.actors.replica_client import DeviceSyncRequest, ReplicaClient
 from rayrlhf.actors.worker import Worker
-from rayrlhf.data.records import Records, TokenScores
-from rayrlhf.data.records import Sequence as TokenSequence
+from rayrlhf.data.records import Records, TokenScores, TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import Objective
 from rayrlhf.engines.train.backends import deepspeed_state as train_state

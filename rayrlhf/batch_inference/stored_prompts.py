@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from rayrlhf.config.presft import PairsSection
-from rayrlhf.data.records import Int32
-from rayrlhf.data.records import Sequence as TokenSequence
+from rayrlhf.data.records import Int32, TokenSequence
 from rayrlhf.data.templates import Message, conversation, render
 
 

@@ -96,7 +96,7 @@ class ClusterConfig(Section):
 
     name: str = Field("rayrlhf", pattern=Name)
     """First part of the names of what is made."""
-    image: str = Field("ghcr.io/example/rayrlhf:0.1.0-cpu", pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$")
+    image: str = Field("ghcr.io/example/rayrlhf:0.2.0-cpu", pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$")
     """Container image for head and nodes, made from `cluster/Dockerfile`; replace it by your own."""
     nodes: NodeSection = NodeSection()
     storage: StorageSection = StorageSection()

@@ -145,13 +145,13 @@ class Rollout(Record):
     failure: str = ""
     extra_segments: "tuple[Rollout, ...]" = ()
 
-    def sequence(self) -> "Sequence":
+    def sequence(self) -> "TokenSequence":
         """The rollout as a token sequence for scoring and training."""
-        return Sequence(np.concatenate([self.prompt_ids, self.response_ids]), len(self.prompt_ids))
+        return TokenSequence(np.concatenate([self.prompt_ids, self.response_ids]), len(self.prompt_ids))
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence(Record):
+class TokenSequence(Record):
     """Tokens of one sample. Response token j stands at `token_ids[prompt_length + j]` and is predicted one place before.
 
     Attributes:

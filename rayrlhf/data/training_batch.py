@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rayrlhf.data.records import Sequence as TokenSequence
+from rayrlhf.data.records import TokenSequence
 
 
 @dataclass(frozen=True, slots=True)

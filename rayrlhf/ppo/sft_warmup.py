@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.data.records import Prompt
-from rayrlhf.data.records import Sequence as TokenSequence
+from rayrlhf.data.records import Prompt, TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.rollout.common import stop_token_ids
 from rayrlhf.engines.train.plan import UpdatePlan

@@ -16,8 +16,7 @@ from rayrlhf.algorithms.calibration import (
 )
 from rayrlhf.algorithms.losses import bradley_terry_loss
 from rayrlhf.data.batching import balance
-from rayrlhf.data.records import Float32, TokenScores
-from rayrlhf.data.records import Sequence as TokenSequence
+from rayrlhf.data.records import Float32, TokenScores, TokenSequence
 from rayrlhf.data.supervised.datasets import PreferencePair, SupervisedSample
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.supervised_batches import answer_sequence, supervised_sequence

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.data.records import Prompt, Records, Rollout, SampleKey, Sequence, TokenScores
+from rayrlhf.data.records import Prompt, Records, Rollout, SampleKey, TokenScores, TokenSequence
 
 
 def rollout(number, length):
@@ -59,7 +59,7 @@ def test_other_values_of_a_record_travel_as_they_are():
 
 
 def test_a_single_record_is_pickled_whole_and_stays_frozen():
-    arrived = pickle.loads(pickle.dumps(Sequence(np.arange(3, dtype=np.int32), 1)))
+    arrived = pickle.loads(pickle.dumps(TokenSequence(np.arange(3, dtype=np.int32), 1)))
     assert arrived.response_length == 2
     with pytest.raises(AttributeError):
         arrived.prompt_length = 2

@@ -13,7 +13,7 @@ from torch import Tensor
 from rayrlhf.config.algorithm import ParitySection, PolicyLossSection, ValueLossSection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.train import OptimizerSection, TrainSection
-from rayrlhf.data.records import Sequence as TokenSequence
+from rayrlhf.data.records import TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import LossComponent, Objective, PolicyObjective, SharedObjective, ValueObjective
 from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec, UpdatePlan

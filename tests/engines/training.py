@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from rayrlhf.data.records import Sequence
+from rayrlhf.data.records import TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.train.process_group import ProcessGroupSpec, join, leave
 
@@ -63,15 +63,15 @@ def write_llama(folder: Path, *, tie: bool = False, layers: int = 2, vocabulary:
     return folder
 
 
-def random_sequences(count: int, seed: int = 0, vocabulary: int = 61) -> list[Sequence]:
+def random_sequences(count: int, seed: int = 0, vocabulary: int = 61) -> list[TokenSequence]:
     generator = np.random.default_rng(seed)
     return [
-        Sequence(generator.integers(0, vocabulary, size=prompt + response).astype(np.int32), int(prompt))
+        TokenSequence(generator.integers(0, vocabulary, size=prompt + response).astype(np.int32), int(prompt))
         for prompt, response in zip(generator.integers(1, 9, count), generator.integers(1, 14, count), strict=True)
     ]
 
 
-def random_batch(sequences: list[Sequence], seed: int = 0, *, extra_columns: int = 0) -> TrainingBatch:
+def random_batch(sequences: list[TokenSequence], seed: int = 0, *, extra_columns: int = 0) -> TrainingBatch:
     """Experience with numbers of the usual size, and NaN wherever nothing may look."""
     generator = np.random.default_rng(seed)
     shape = (len(sequences), max(sequence.response_length for sequence in sequences) + extra_columns)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from rayrlhf.config.model import ModelSection
 from rayrlhf.data.batching import micro_batches
-from rayrlhf.data.records import Sequence as TokenSequence
-from rayrlhf.data.records import TokenScores
+from rayrlhf.data.records import TokenScores, TokenSequence
 from rayrlhf.engines.scoring.offload import move_to_device
 from rayrlhf.engines.train.collate import collate
 from rayrlhf.models.load import resolve_dtype

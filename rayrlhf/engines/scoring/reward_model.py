@@ -12,8 +12,7 @@ import numpy as np
 
 from rayrlhf.config.reward import RewardModelSection
 from rayrlhf.data.answer_format import AnswerFormat
-from rayrlhf.data.records import Float32
-from rayrlhf.data.records import Sequence as TokenSequence
+from rayrlhf.data.records import Float32, TokenSequence
 from rayrlhf.engines.scoring.frozen import autocast, score_sequences, training_device
 from rayrlhf.engines.scoring.offload import move_to_device
 from rayrlhf.errors import UserError

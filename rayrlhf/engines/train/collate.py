@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rayrlhf.data.records import Sequence as TokenSequence
+from rayrlhf.data.records import TokenSequence
 from rayrlhf.models.network import Positions
 
 

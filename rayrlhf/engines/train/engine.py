@@ -12,8 +12,7 @@ from typing import Literal
 
 import torch
 
-from rayrlhf.data.records import Sequence as TokenSequence
-from rayrlhf.data.records import TokenScores
+from rayrlhf.data.records import TokenScores, TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import Objective
 from rayrlhf.engines.scoring.frozen import score_sequences, training_device

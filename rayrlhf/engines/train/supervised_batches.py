@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rayrlhf.data.records import Sequence as TokenSequence
+from rayrlhf.data.records import TokenSequence
 from rayrlhf.data.supervised.samples import PreferencePair, SupervisedSample
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.preference import MARGIN, PAIR_MASK

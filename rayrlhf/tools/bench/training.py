@@ -14,7 +14,7 @@ import ray
 import torch
 
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.data.records import Sequence
+from rayrlhf.data.records import TokenSequence
 from rayrlhf.data.toy.word_problems import generate
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.train.plan import UpdatePlan
@@ -73,7 +73,7 @@ def word_problem_batch(config: PPOConfig, samples: int) -> TrainingBatch:
     for count in np.random.default_rng(0).integers(2, MOST_PROBLEMS + 1, samples):
         rows = [next(problems) for _ in range(count)]
         prompt, response = (tokenizer("\n".join(row[name] for row in rows))["input_ids"] for name in ("question", "solution"))
-        sequences.append(Sequence(np.array([*prompt, *response], dtype=np.int32), len(prompt)))
+        sequences.append(TokenSequence(np.array([*prompt, *response], dtype=np.int32), len(prompt)))
     lengths = np.array([sequence.response_length for sequence in sequences])
     shape = (samples, int(lengths.max()))
     arrays: dict[str, Any] = {
@@ -90,7 +90,7 @@ class BareTrainer:
     ROWS = 4
     """Of a forward, at most."""
 
-    def __init__(self, config: PPOConfig, sequences: list[Sequence], threads: int) -> None:
+    def __init__(self, config: PPOConfig, sequences: list[TokenSequence], threads: int) -> None:
         """Load the model and pad the sequences."""
         from transformers import AutoModelForCausalLM
 
@@ -113,7 +113,7 @@ class BareTrainer:
         tokens = sum(len(sequence.token_ids) for batch in self._batches for sequence in batch)
         return tokens / (time.perf_counter() - started)
 
-    def _logprobs(self, batch: list[Sequence]) -> torch.Tensor:
+    def _logprobs(self, batch: list[TokenSequence]) -> torch.Tensor:
         ids = [torch.from_numpy(sequence.token_ids.astype(np.int64)) for sequence in batch]
         pad = torch.nn.utils.rnn.pad_sequence
         padded, mask = pad(ids, batch_first=True), pad([torch.ones_like(one) for one in ids], batch_first=True)

@@ -62,7 +62,7 @@ def test_what_is_not_offloaded_goes_to_its_device_and_stays_there(device, offloa
 def test_both_engines_settle_their_model_as_the_configuration_says_and_score_within_a_turn(monkeypatch, wanted, tmp_path):
     import numpy as np
 
-    from rayrlhf.data.records import Sequence
+    from rayrlhf.data.records import TokenSequence
     from rayrlhf.tools.bench.ppo import write_reward_model
 
     told, turns = [], []
@@ -80,7 +80,7 @@ def test_both_engines_settle_their_model_as_the_configuration_says_and_score_wit
     monkeypatch.setattr(reward_model, "move_to_device", settled)
     policy, reward = write_reward_model("builtin:tiny?layers=1&hidden=64&context=64", tmp_path / "reward")
     reference = score_engine.FrozenEngine(ModelSection(path=policy, dtype="float32"), 1024, offload=wanted)
-    (read,) = reference.score([Sequence(np.arange(3, 9, dtype=np.int32), 2)], frozenset({"logprobs"}))
+    (read,) = reference.score([TokenSequence(np.arange(3, 9, dtype=np.int32), 2)], frozenset({"logprobs"}))
     assert np.isfinite(read.logprobs).all()
     section = RewardModelSection(
         model=ModelSection(path=reward, dtype="float32"), template="{prompt}{response}", offload=wanted
@@ -90,6 +90,7 @@ def test_both_engines_settle_their_model_as_the_configuration_says_and_score_wit
     assert len(turns) == 2
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_nothing_is_left_of_a_turn():
     built, device = network(), torch.device("cuda")

@@ -14,7 +14,7 @@ from torch import Tensor
 from rayrlhf.config.algorithm import KlSection, ParitySection, PolicyLossSection, ValueLossSection
 from rayrlhf.config.model import LoraSection, ModelSection
 from rayrlhf.config.train import OptimizerSection, ScheduleSection, TrainSection
-from rayrlhf.data.records import Sequence
+from rayrlhf.data.records import TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import Objective, PolicyObjective, SharedObjective, ValueObjective
 from rayrlhf.engines.scoring.frozen import FrozenEngine
@@ -403,7 +403,7 @@ def test_bfloat16_trains_float32_masters_and_its_reference_agrees_exactly(llama:
 
 def test_right_padding_needs_no_mask(llama: str) -> None:
     network = build_network(ModelSection(path=llama, dtype="float32"), POLICY, "zero", 0)
-    short, long = Sequence(np.arange(9, dtype=np.int32), 3), Sequence(np.arange(20, dtype=np.int32), 3)
+    short, long = TokenSequence(np.arange(9, dtype=np.int32), 3), TokenSequence(np.arange(20, dtype=np.int32), 3)
     padded = torch.zeros(2, 20, dtype=torch.int64)
     padded[0, :9], padded[1] = torch.arange(9), torch.arange(20)
     mask = torch.zeros_like(padded)

@@ -61,7 +61,7 @@ def llama(hidden, layers):
 
 def samples(tokens):
     """A PPO batch of that many tokens: prompts of 8, all samples of one length."""
-    from rayrlhf.data.records import Sequence
+    from rayrlhf.data.records import TokenSequence
     from rayrlhf.data.training_batch import TrainingBatch
 
     count, responses = tokens // TOKENS_A_SAMPLE, TOKENS_A_SAMPLE - 8
@@ -72,7 +72,7 @@ def samples(tokens):
         "old_logprobs": np.full((count, responses), -8.3, dtype=np.float32),
         "advantages": generator.normal(size=(count, responses)).astype(np.float32),
     }
-    return TrainingBatch([Sequence(row, 8) for row in ids], arrays)
+    return TrainingBatch([TokenSequence(row, 8) for row in ids], arrays)
 
 
 def main(hidden, layers, tokens, dtype):
