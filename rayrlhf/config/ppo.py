@@ -196,7 +196,7 @@ class PPOConfig(Section):
         if "level" not in self.algorithm.off_policy_correction.model_fields_set and not self.trains_without_demonstrations:
             # As with the critic: a default that follows another section.
             correction = self.algorithm.off_policy_correction.model_copy(update={"level": "token"})
-            object.__setattr__(self, "algorithm", self.algorithm.model_copy(update={"correction": correction}))
+            object.__setattr__(self, "algorithm", self.algorithm.model_copy(update={"off_policy_correction": correction}))
         return self
 
     @model_validator(mode="after")

@@ -69,6 +69,6 @@ def episode_metrics(rollouts: Sequence[Rollout], asked: int) -> dict[str, float]
     return {
         "environment/turns": float(np.mean([turns(rollout) for rollout in rollouts])),
         "environment/tokens": float(np.mean([(~rollout.action_mask).sum() for rollout in rollouts])),
-        "environment/segments": len(rollouts) / samples,
+        "environment/stretches": len(rollouts) / samples,
         "environment/failed": 1 - samples / asked,
     }

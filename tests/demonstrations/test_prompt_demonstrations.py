@@ -89,7 +89,7 @@ def test_plain_text_is_written_as_its_form_says(tmp_path):
         (
             ["rollout.demonstrations.train_with=without_demonstrations", "algorithm.off_policy_correction.level=token"],
             ROWS,
-            "compares with the sampler, which reads another context",
+            "compares with the engine, which reads another context",
         ),
         (["rollout.demonstrations.selection=nearest"], ROWS, "encoder and selection nearest belong together"),
         (["rollout.demonstrations.count=0"], ROWS, r"rollout\.demonstrations\.count"),

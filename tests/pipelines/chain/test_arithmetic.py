@@ -8,7 +8,7 @@ import pytest
 
 from rayrlhf.pipelines.chain.run_chain import load_chain, run_chain
 
-CHAIN = Path(__file__).parents[2] / "examples" / "arithmetic" / "chain.yaml"
+CHAIN = Path(__file__).parents[3] / "examples" / "arithmetic" / "chain.yaml"
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ def test_ray_is_started_only_where_a_stage_is_left_that_needs_it(chain, started,
 
 
 def test_the_arithmetic_example_plans_with_the_stages_it_promises():
-    example = Path(__file__).parents[2] / "examples" / "arithmetic"
+    example = Path(__file__).parents[3] / "examples" / "arithmetic"
     planned = plan_chain(load_chain(example / "chain.yaml"), example)
     assert [stage.section.kind for stage in planned] == ["sft", "evaluate", "reward", "ppo", "evaluate"]
     policy = next(stage for stage in planned if stage.section.kind == "ppo").config

@@ -9,7 +9,7 @@ import pytest
 from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.presft import PreSFTConfig
 
-EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "presft"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "presft"
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLE.glob("*.yaml")), ids=lambda path: path.name)
