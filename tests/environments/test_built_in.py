@@ -76,12 +76,12 @@ def test_every_sample_of_a_prompt_plays_for_the_same_number_and_prompts_differ()
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "calculater"}, "is not built in; did you mean 'calculator'?"),
+        ({"name": "calculater"}, "is not registered; did you mean 'calculator'?"),
         ({"name": "tests.environments.sample_players:Ecko"}, "has no class or function 'Ecko'; did you mean 'Echo'?"),
-        ({"name": "nowhere.at_all:Game"}, "nowhere.at_all cannot be imported"),
+        ({"name": "nowhere.at_all:Game"}, "'nowhere.at_all' cannot be imported"),
         ({"name": "nowhere.py:Game"}, "no such file"),
         ({"name": "rayrlhf.environments.protocol:Action"}, "Action needs a method 'async def reset'"),
-        ({"name": "guessing", "arguments": {"hihg": 3}}, "unexpected keyword argument 'hihg'"),
+        ({"name": "guessing", "arguments": {"hihg": 3}}, "takes no argument 'hihg'; did you mean 'high'?"),
     ],
 )
 def test_a_name_or_argument_that_fits_nothing_is_told_with_the_nearest(settings, message):

@@ -1,4 +1,4 @@
-"""Names to functions: registered, in a module, in a file; and what a wrong name says."""
+"""Plugin names: registered, in a module, in a file; and the messages of wrong names."""
 
 import pickle
 import sys
@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from rayrlhf.errors import UserError
-from rayrlhf.rewards import registry
-from rayrlhf.rewards.registry import BUILT_IN, import_files, register, resolve
+from rayrlhf.plugins import Registry, bind_arguments
+from rayrlhf.rewards.registry import REWARD_FUNCTIONS, import_files, register, resolve
 
 
 @pytest.fixture(autouse=True)
 def own_names(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(REWARD_FUNCTIONS, "_registered", {})
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def user_file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", sorted(BUILT_IN))
+@pytest.mark.parametrize("name", sorted(REWARD_FUNCTIONS.built_in))
 def test_every_built_in_name_resolves(name: str):
     assert callable(resolve(name))
 
@@ -82,7 +82,7 @@ def test_a_name_cannot_be_taken_twice():
         (":f", "cannot be imported"),
         ("missing.py:f", "missing.py: no such file"),
         ("{file}:pollite", "has no function 'pollite'; did you mean 'polite'?"),
-        ("{file}:constant", "does not hold a function under 'constant'"),
+        ("{file}:constant", "'constant' is of type int, expected a function"),
     ],
 )
 def test_a_wrong_name_is_one_line_that_says_what_would_be_right(user_file: Path, name: str, message: str):
@@ -102,3 +102,38 @@ def test_a_file_that_cannot_be_imported_is_one_line_and_leaves_no_module(tmp_pat
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is not None
     assert {name for name in set(sys.modules) - modules if name.startswith("_rayrlhf")} == set()
+
+
+def test_a_built_in_plugin_may_be_given_as_an_object():
+    registry: Registry[type] = Registry("shape", {"square": dict, "line": "builtins:list"}, "class")
+    assert registry.resolve("square") is dict
+    assert registry.resolve("line") is list
+    registry.register("dot")(set)
+    assert registry.names == ["dot", "line", "square"]
+    with pytest.raises(UserError, match=r"shape 'dots' is not registered; did you mean 'dot'\?.* give module:class"):
+        registry.resolve("dots")
+
+
+def loss(inputs, *, clip_range=0.2, floor):
+    return inputs, clip_range, floor
+
+
+def test_arguments_are_bound_by_name():
+    assert bind_arguments("loss 'x'", loss, {"floor": 1}, positional=1)(7) == (7, 0.2, 1)
+    assert bind_arguments("loss 'x'", lambda **rest: rest, {"any": 1})() == {"any": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"flor": 1}, "loss 'x' takes no argument 'flor'; did you mean 'floor'?"),
+        ({"zzz": 1}, "loss 'x' takes no argument 'zzz'; expected clip_range, floor"),
+        ({"inputs": 1}, "loss 'x' takes no argument 'inputs'"),
+        ({}, "loss 'x': arguments do not fit: missing a required argument: 'floor'"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_with_the_nearest_valid_one(arguments, message):
+    with pytest.raises(UserError) as caught:
+        bind_arguments("loss 'x'", loss, arguments, positional=1)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
