@@ -15,11 +15,13 @@ from torch import Tensor
 
 from rayrlhf.algorithms.masking import zero_masked
 
+MAX_K3 = 10.0
+"""Bound on k3 in nats per token (as OpenRLHF and NeMo-RL). It grows as e^-d: one token at d = -51 overflows a variance."""
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "k1": lambda log_ratio: log_ratio,
     "abs": torch.abs,
     "k2": lambda log_ratio: 0.5 * log_ratio.square(),
-    "k3": lambda log_ratio: torch.expm1(-log_ratio) + log_ratio,
+    "k3": lambda log_ratio: (torch.expm1(-log_ratio) + log_ratio).clamp(max=MAX_K3),
 }
 """From d = log p - log p_ref to nats. TRL 0.11.4 calls k1 `kl` and k2 `mse`."""
 
@@ -130,7 +132,8 @@ class FixedKLController:
 class AdaptiveKLController(FixedKLController):
     """Proportional control in log space (Ziegler et al. 2019, section 2.2; TRL 0.11.4).
 
-    beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * samples / horizon).
+    beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * min(samples / horizon, 1)).
+    TRL does not bound samples / horizon, so its coefficient turns negative above 5.
     """
 
     def __init__(self, value: float, target: float, horizon: int) -> None:
@@ -141,7 +144,7 @@ class AdaptiveKLController(FixedKLController):
     def update(self, kl: float, samples: int) -> None:
         """Raise the coefficient when `kl` (nats per sequence) is above the target, lower it when below."""
         error = min(max(kl / self.target - 1, -MAX_ERROR), MAX_ERROR)
-        self.value *= 1 + error * samples / self.horizon
+        self.value *= 1 + error * min(samples / self.horizon, 1.0)
 
 
 def kl_controller(coefficient: float, target: float | None, horizon: int) -> KLController:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class MaskedMoments(NamedTuple):
-    """Scalar tensors: how many values the mask selects, their mean, and their unbiased variance."""
+    """Scalar tensors: number of selected values, their mean and unbiased variance, both float64."""
 
     size: Tensor
     mean: Tensor
@@ -46,6 +46,8 @@ def masked_moments(values: Tensor, mask: Tensor) -> MaskedMoments:
         ValueError: the mask is False everywhere.
     """
     count = _count(mask)
+    # In float32 the mean of equal rewards is off by an ulp, which whitening scales by 1e4 and AdamW turns into a full step.
+    values = values.double()
     mean = masked_sum(values, mask) / count
     squares = masked_sum((values - mean).square(), mask)
     return MaskedMoments(count, mean, squares / (count - 1).clamp(min=1))
@@ -77,5 +79,5 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
         ValueError: the mask is False everywhere.
     """
     _, mean, variance = masked_moments(values, mask)
-    whitened = (values - mean) * torch.rsqrt(variance + EPSILON)
-    return zero_masked(whitened if shift_mean else whitened + mean, mask)
+    whitened = (values.double() - mean) * torch.rsqrt(variance + EPSILON)
+    return zero_masked((whitened if shift_mean else whitened + mean).to(values.dtype), mask)

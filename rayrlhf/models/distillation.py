@@ -92,9 +92,10 @@ class TopTeacher:
         """See `Teacher.gradient`."""
         ids, logprobs = self.ids[rows], self.logprobs[rows].to(student.dtype)
         inside = student.gather(-1, ids).exp_().sub_(logprobs[:, :-1].exp())
-        share = (logprobs[:, -1] - _rest(student, ids)).exp()
-        share = torch.where(logprobs[:, -1] > -torch.inf, share, 0.0)
-        return student.exp_().mul_(1.0 - share[:, None]).scatter_(-1, ids, inside)
+        # p_r / q_r overflows where the student gives the rest next to nothing; p_r * (q / q_r) never exceeds p_r.
+        rest = _rest(student, ids).clamp(min=torch.finfo(student.dtype).min)[:, None]
+        share = (student - rest).add_(logprobs[:, -1:]).exp_()
+        return student.exp_().sub_(share).scatter_(-1, ids, inside)
 
 
 def divergence(hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Teacher) -> Tensor:

@@ -33,3 +33,10 @@ def test_a_resumed_controller_walks_the_same_path(kls: list[float], cut: int) ->
     for kl in kls[cut:]:
         second.update(kl, samples=64)
     assert second.value == whole.value
+
+
+def test_a_step_larger_than_the_horizon_never_makes_the_coefficient_negative():
+    controller = kl_controller(0.2, 6.0, 20)
+    for _ in range(50):
+        controller.update(0.0, 128)
+        assert controller.value > 0

@@ -21,7 +21,8 @@ def test_each_estimator_is_its_formula(batch: Batch) -> None:
     torch.testing.assert_close(kl_penalty(logprobs, reference, "k1"), gap)
     torch.testing.assert_close(kl_penalty(logprobs, reference, "abs"), gap.abs())
     torch.testing.assert_close(kl_penalty(logprobs, reference, "k2"), gap**2 / 2)
-    torch.testing.assert_close(kl_penalty(logprobs, reference, "k3"), reference.exp() / logprobs.exp() - 1 + gap)
+    k3 = reference.exp() / logprobs.exp() - 1 + gap
+    torch.testing.assert_close(kl_penalty(logprobs, reference, "k3"), k3.clamp(max=10.0))
     for estimator in ("abs", "k2", "k3"):
         assert (kl_penalty(logprobs, reference, estimator) >= 0).all()
 
@@ -87,3 +88,9 @@ def test_nan_behind_the_mask_reaches_neither_the_kl_loss_nor_its_gradient(batch:
 def test_an_unknown_estimator_is_an_error_that_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'full' is not one of k1, abs, k2, k3"):
         kl_penalty(torch.zeros(1, 1), torch.zeros(1, 1), "full")
+
+
+@pytest.mark.parametrize("log_ratio", [-51.0, -91.0, -1e4])
+def test_one_token_of_k3_has_bounded_influence(log_ratio):
+    kl = kl_penalty(torch.full((1, 1), log_ratio), torch.zeros(1, 1), "k3")
+    assert kl.item() == 10.0

@@ -53,3 +53,9 @@ def test_a_single_value_becomes_0_or_keeps_its_mean() -> None:
 def test_nothing_to_whiten_is_an_error() -> None:
     with pytest.raises(ValueError, match="selects no value"):
         whiten(torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("value", [0.7, 0.1, 1e3 / 3, -2.4])
+def test_equal_values_whiten_to_exactly_nothing(value):
+    equal = torch.full((64, 100), value)
+    assert not whiten(equal, torch.ones_like(equal, dtype=torch.bool)).abs().max() > 1e-9

@@ -108,3 +108,15 @@ def test_logits_of_all_places_never_exist_at_once(monkeypatch, kept):
     assert max(shapes) == 2
     # Full: student and teacher, forward and backward. Most likely ones: the teacher once, the student forward and backward.
     assert sum(shapes) == (4 if kept is None else 3) * ROWS
+
+
+@pytest.mark.parametrize("lead", [50.0, 92.5, 200.0])
+def test_the_top_k_gradient_is_finite_however_sure_the_student_is(lead):
+    teacher = TopTeacher(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.3, 0.2]]).log())
+    logits = torch.tensor([[lead, 0.0, 0.0, 0.0]])
+    gradient = teacher.gradient(slice(0, 1), logits.log_softmax(-1))
+    exact = logits.double().log_softmax(-1)
+    rest = exact[:, 2:].logsumexp(-1, keepdim=True)
+    wanted = exact.exp() - torch.tensor([[0.5, 0.3, 0.0, 0.0]], dtype=torch.float64)
+    wanted[:, 2:] -= 0.2 * (exact[:, 2:] - rest).exp()
+    torch.testing.assert_close(gradient.double(), wanted, atol=1e-6, rtol=0)
