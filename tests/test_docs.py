@@ -1,28 +1,43 @@
-"""What the documents promise is there: functions, tests, configuration keys, files that links lead to."""
+"""The pages hold: functions, tests, keys, links, commands and code blocks exist and run, and the site builds."""
 
 import importlib
+import importlib.util
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import typer
+import yaml
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
+from rayrlhf import errors
 from rayrlhf.cli import app
+from rayrlhf.config.chain import ChainConfig
+from rayrlhf.config.launch import ClusterConfig
+from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.tools.starters import ROOTS, config_class, starter
 
 ROOT = Path(__file__).parents[1]
 MATHS = ROOT / "rayrlhf/algorithms/README.md"
 MIGRATION = ROOT / "examples/from_trl/README.md"
-PAGES = sorted(path for path in ROOT.rglob("*.md") if not {".venv", "node_modules"} & set(path.parts))
+PAGES = sorted(path for path in ROOT.rglob("*.md") if not {".venv", "node_modules", "site", "runs"} & set(path.parts))
+SITE = [ROOT / "README.md", *(path for path in PAGES if path.is_relative_to(ROOT / "docs"))]
+TUTORIAL = ROOT / "docs/tutorial.md"
+HOSTED = re.compile(r"https://github\.com/rayrlhf/rayrlhf/(?:blob|tree)/main/([\w./-]+)")
 
 
 def rows(path: Path, columns: int) -> Iterator[list[str]]:
-    """Cells of the rows of all tables of so many columns, their heads left out; `\\|` is no border."""
+    """Cells of all tables of so many columns, without their heads; `\\|` is no border."""
     lines = path.read_text(encoding="utf-8").splitlines()
     for line, below in zip(lines, [*lines[1:], ""], strict=True):
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
@@ -87,9 +102,18 @@ def test_every_field_of_trls_configuration_has_a_row(title, fields):
 
 @pytest.mark.parametrize("path", PAGES, ids=[str(path.relative_to(ROOT)) for path in PAGES])
 def test_every_link_of_a_page_leads_to_a_file(path):
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         if "://" not in target:
             assert (path.parent / target).exists(), target
+    for target in HOSTED.findall(text):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=[str(path.relative_to(ROOT)) for path in PAGES])
+def test_every_test_that_a_page_names_exists(path):
+    for name in re.findall(r"\btests/[\w/.]+\w", path.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), name
 
 
 def commands(path: Path) -> Iterator[list[str]]:
@@ -125,7 +149,11 @@ def test_pages_have_commands():
 
 
 HUB = "openai/gsm8k"
-DRY = [(path, words) for path, words in COMMANDS if words[0] in {"ppo", "sft", "reward", "dpo", "presft", "evaluate", "run"}]
+DRY = [
+    (path, words)
+    for path, words in COMMANDS
+    if path != TUTORIAL and words[0] in {"ppo", "sft", "reward", "dpo", "presft", "evaluate", "run"}
+]
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +183,162 @@ def test_a_command_of_a_page_gets_as_far_as_its_plan(path, words, clone, monkeyp
     result = CliRunner().invoke(app, [*given, "--dry-run"])
     assert result.exit_code == 0, result.exception
     assert len(result.output.splitlines()) > 3
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    path: Path
+    line: int
+    language: str
+    title: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(path: Path) -> Iterator[Block]:
+    """All fenced blocks of a page, in order."""
+    text = path.read_text(encoding="utf-8")
+    for found in re.finditer(r"^```(\w*)[ ]?(?:title=\"([^\"]*)\")?[^\n]*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        language, title, body = found.groups()
+        yield Block(path, text.count("\n", 0, found.start()) + 1, language, title or "", body)
+
+
+BLOCKS = [block for path in SITE for block in blocks(path)]
+CHECKED = {"bash", "python", "yaml", "json", "jsonl"}
+PROGRAMS = {"rayrlhf", "python", "python3", "pytest", "ray", "pip"}
+COMPLETE = {"chain": ChainConfig, "cluster": ClusterConfig}
+PPO_BASE = {
+    "model": {"path": "builtin:tiny"},
+    "data": {
+        "train": {"path": "builtin:word-problems"},
+        "evaluation": {"path": "builtin:word-problems", "split": "evaluation"},
+    },
+    "reward": {"functions": [{"name": "word_problems"}]},
+}
+"""The least that a fragment of a PPO configuration is laid over."""
+
+
+def test_every_block_is_in_a_language_that_a_test_checks():
+    output = {block.path.name for block in BLOCKS if block.language == "text"}
+    assert {block.language for block in BLOCKS} <= CHECKED | {"text"}
+    assert output <= {"cli.md", "tutorial.md"}
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "bash"], ids=str)
+def test_every_line_of_a_shell_block_calls_a_known_program_on_files_that_exist(block):
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        assert words[0].removeprefix(".venv/bin/") in PROGRAMS, line
+        if words[0] in {"python", "pytest"}:
+            paths = [word for word in words[1:] if word.startswith(("examples/", "tests/", "cluster/", "docs/"))]
+            assert all((ROOT / path).exists() for path in paths), line
+
+
+def merged(under: dict, over: dict) -> dict:
+    result = dict(under)
+    for key, value in over.items():
+        below = result.get(key)
+        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "yaml"], ids=str)
+def test_every_yaml_block_is_a_valid_configuration_or_a_part_of_one(block, tmp_path):
+    task = next((name for name in (*COMPLETE, *ROOTS) if Path(block.title).stem.startswith(name)), "ppo")
+    tree = yaml.safe_load(block.text)
+    if task not in COMPLETE:
+        base = PPO_BASE if task == "ppo" else yaml.safe_load(starter(task))
+        tree = merged(base if task == "ppo" else {key: base[key] for key in base if key not in tree}, tree)
+    path = tmp_path / "block.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    load_config(COMPLETE[task] if task in COMPLETE else config_class(task), path)
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language in {"json", "jsonl"}], ids=str)
+def test_every_json_block_is_json(block):
+    for text in block.text.splitlines() if block.language == "jsonl" else [block.text]:
+        json.loads(text)
+
+
+STARTS_RAY = {ROOT / "README.md", ROOT / "docs/guides/custom-loop.md"}
+"""Pages whose Python runs a training step."""
+PYTHON = list(dict.fromkeys(block.path for block in BLOCKS if block.language == "python" and block.path != TUTORIAL))
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[pytest.mark.slow] if path in STARTS_RAY else [], id=path.name) for path in PYTHON]
+)
+def test_the_python_of_a_page_runs_as_printed(path, clone):
+    text = "\n".join(block.text for block in BLOCKS if block.path == path and block.language == "python")
+    done = run([sys.executable, "-c", text], clone)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a program of this environment in a folder."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_as_printed(tmp_path):
+    for block in blocks(TUTORIAL):
+        if block.title:
+            (tmp_path / block.title).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / block.title).write_text(block.text, encoding="utf-8")
+        elif block.language in {"bash", "python"}:
+            command = ["bash", "-ec", block.text] if block.language == "bash" else [sys.executable, "-c", block.text]
+            done = run(command, tmp_path)
+            assert done.returncode == 0, f"{block}: {done.stdout[-1500:]}{done.stderr[-1500:]}"
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "docs/generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_generated_pages_are_current():
+    stale = [str(path.relative_to(ROOT)) for path in generator().stale_pages()]
+    assert stale == [], "run `python docs/generate.py`"
+
+
+def test_every_task_has_a_configuration_page_and_every_command_a_section():
+    assert set(ROOTS) <= set(generator().PAGES)
+    text = (ROOT / "docs/reference/cli.md").read_text(encoding="utf-8")
+    for name in typer.main.get_command(app).commands:
+        assert f"## `rayrlhf {name}`" in text, name
+
+
+def test_the_site_builds_strictly(tmp_path):
+    done = run([sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")], ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "WARNING" not in done.stderr
+    assert "site/" in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    for page in (tmp_path / "site").rglob("*.html"):
+        loaded = re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"?(https?://[^\s\">]+)", page.read_text(encoding="utf-8"))
+        assert [url for url in loaded if not url.startswith("https://rayrlhf.github.io/")] == [], page
+
+
+def test_the_troubleshooting_page_quotes_messages_that_the_code_prints():
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "rayrlhf").rglob("*.py")))
+    source = re.sub(r"\"\s*\n\s*f?\"", "", source)
+    page = ROOT / "docs/troubleshooting.md"
+    text = page.read_text(encoding="utf-8")
+    quoted = [row[0] for row in rows(page, 2) if "`" in row[0]]
+    assert len(quoted) > 20
+    machine = text.split("## The machine")[1]
+    parts = [part.strip(" ;") for message in re.findall(r"`([^`]+)`", "\n".join(quoted)) for part in message.split("...")]
+    assert [part for part in parts if part not in source and part not in machine] == []
+    for name, value in vars(errors).items():
+        if isinstance(value, type):
+            assert f"`{name}`" in text, name

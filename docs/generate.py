@@ -1,0 +1,193 @@
+"""Writes the reference pages: `python docs/generate.py`; `--check` compares them with the code and writes nothing.
+
+Configuration pages come from the pydantic sections, the command line page from typer, the findings from the diagnostics.
+"""
+
+import json
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import typer
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+from typer.cli import get_docs_for_click
+
+from rayrlhf.cli import app
+from rayrlhf.config.section import Section
+from rayrlhf.observe.diagnostics import CHECKS
+from rayrlhf.tools.starters import ROOTS
+
+DOCS = Path(__file__).parent
+PAGES = {
+    **ROOTS,
+    "chain": "rayrlhf.config.chain:ChainConfig",
+    "cluster": "rayrlhf.config.launch:ClusterConfig",
+    "simulation": "rayrlhf.config.launch:SimulationConfig",
+}
+COMMANDS = {
+    "chain": "rayrlhf run CHAIN",
+    "cluster": "rayrlhf plan CONFIG --cluster FILE",
+    "simulation": "rayrlhf plan CONFIG --simulate FILE",
+}
+BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "at least", "max_length": "at most"}
+NAMES: dict[Any, str] = {int: "int", float: "float", str: "text", bool: "bool", Path: "path", type(None): "null", Any: "any"}
+
+
+def sections_in(annotation: Any) -> Iterator[type[Section]]:
+    """Section classes inside a field's annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from sections_in(argument)
+
+
+def type_text(annotation: Any) -> str:
+    """Readable form of a field's type."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " \\| ".join(f"`{value}`" for value in arguments)
+    if origin is typing.Annotated:
+        return type_text(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return " \\| ".join(dict.fromkeys(type_text(argument) for argument in arguments if argument is not type(None)))
+    if origin in (list, tuple):
+        return f"list of {type_text(arguments[0])}"
+    if origin is dict:
+        return f"map of {type_text(arguments[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "section"
+    return NAMES.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def bounds_text(field: FieldInfo) -> str:
+    """Bounds of a number or a length, such as `>= 0`."""
+    found = [f"{sign} {getattr(part, name)}" for part in field.metadata for name, sign in BOUNDS.items() if hasattr(part, name)]
+    return f", {', '.join(found)}" if found else ""
+
+
+def default_text(field: FieldInfo) -> str:
+    """A field's default as YAML would show it, or `required`."""
+    if field.is_required():
+        return "**required**"
+    value = field.get_default(call_default_factory=True)
+    if value is PydanticUndefined or isinstance(value, Section):
+        return "see below"
+    if isinstance(value, Path):
+        value = str(value)
+    return f"`{json.dumps(value, default=str, ensure_ascii=False)}`"
+
+
+def one_line(text: str) -> str:
+    """Text that fits a table cell."""
+    return re.sub(r"\s+", " ", text.strip()).replace("|", "\\|").replace("{", "&#123;")
+
+
+def section_rows(cls: type[Section], prefix: str) -> Iterator[str]:
+    """One table row per key of a section."""
+    for attribute, field in cls.model_fields.items():
+        key = field.alias or attribute
+        inner = list(sections_in(field.annotation))
+        meaning = one_line(field.description or (inner[0].__doc__ or "").splitlines()[0] if inner else field.description or "")
+        name = f"[`{key}`](#{anchor(prefix + key)})" if inner else f"`{key}`"
+        yield f"| {name} | {type_text(field.annotation)}{bounds_text(field)} | {default_text(field)} | {meaning} |"
+
+
+def anchor(dotted: str) -> str:
+    """Anchor of a section's heading."""
+    return dotted.replace("_", "-") or "keys"
+
+
+def section_text(cls: type[Section], dotted: str, seen: dict[type[Section], str], choice: str = "") -> Iterator[str]:
+    """Heading, description and keys of a section, and of the sections in it."""
+    anchored = f"{{ #{anchor(dotted)}{'-' + choice if choice else ''} }}"
+    yield f"## `{dotted}`{f' with `name: {choice}`' if choice else ''} {anchored}\n" if dotted else f"## Top level {anchored}\n"
+    if cls in seen:
+        yield f"Keys as in [`{seen[cls]}`](#{anchor(seen[cls])}).\n"
+        return
+    seen[cls] = dotted
+    if cls.__doc__:
+        yield re.sub(r"\n\s+", "\n", cls.__doc__.strip()) + "\n"
+    prefix = f"{dotted}." if dotted else ""
+    yield "| key | type | default | meaning |\n|---|---|---|---|"
+    yield "\n".join(section_rows(cls, prefix)) + "\n"
+    old = [f"`{old}` (now `{new}`)" for old, new in cls.renamed_keys.items()]
+    if old:
+        yield f"Old spellings that still work: {', '.join(old)}.\n"
+    for attribute, field in cls.model_fields.items():
+        inner = list(dict.fromkeys(sections_in(field.annotation)))
+        for section in inner:
+            yield from section_text(section, prefix + (field.alias or attribute), seen, choice_of(section) if inner[1:] else "")
+
+
+def choice_of(section: type[Section]) -> str:
+    """The `name` that selects one section of a union."""
+    named = section.model_fields.get("name")
+    return str(typing.get_args(named.annotation)[0]) if named and typing.get_args(named.annotation) else section.__name__
+
+
+def configuration_page(task: str) -> str:
+    """The reference page of one kind of configuration file."""
+    module, name = PAGES[task].split(":")
+    cls: type[Section] = getattr(import_module(module), name)
+    command = COMMANDS.get(task, f"rayrlhf {task.replace('-', ' ', 1)} CONFIG")
+    head = f"# {task} configuration\n\nRead by `{command}`. Class: `{PAGES[task].replace(':', '.')}`.\n"
+    return "\n".join([head, *section_text(cls, "", {})]).rstrip() + "\n"
+
+
+def cli_page() -> str:
+    """The reference page of all commands."""
+    command = typer.main.get_command(app)
+    text = get_docs_for_click(obj=command, ctx=command.context_class(command, info_name="rayrlhf"), name="rayrlhf")
+    text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n?", "", text)  # shortened help, repeated in full below
+    text = re.sub(r"(?m)^\* `--help`: .*\n", "", text)
+    text = re.sub(r"\*\*Options\*\*:\n\n(?=#|\Z|\n)", "", text)
+    text = text[text.index("## `") :].replace("```console\n$ ", "```text\n")
+    head = "# Commands\n\nAll commands of `rayrlhf`, generated from the code. `rayrlhf COMMAND --help` prints the same.\n\n"
+    head += (
+        "Exit codes: 0 success, 1 a run that stopped itself, 2 a mistake in the input, 75 stopped on request and resumable.\n\n"
+    )
+    return head + re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def findings_page() -> str:
+    """The reference page of the checks of running runs."""
+    head = (
+        "# Findings\n\nAfter each step checks read the metrics of a run. A finding has evidence and a remedy. It is printed,\n"
+        "written as the metric `alarm/NAME`, and shown by `rayrlhf report` and `rayrlhf watch`. `observe.on_alarm` sets the\n"
+        "reaction to alarms. Generated from the code.\n\n| finding | severity | condition | remedy |\n|---|---|---|---|\n"
+    )
+    return head + "".join(
+        f"| `{c.name}` | {c.severity} | {one_line(c.look.__doc__ or '')} | {one_line(c.remedy)} |\n" for c in CHECKS
+    )
+
+
+def pages() -> dict[Path, str]:
+    """All generated pages by path."""
+    found = {DOCS / f"reference/configuration/{task}.md": configuration_page(task) for task in PAGES}
+    return {**found, DOCS / "reference/cli.md": cli_page(), DOCS / "reference/findings.md": findings_page()}
+
+
+def stale_pages() -> list[Path]:
+    """Generated pages that do not match the code."""
+    return [path for path, text in pages().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+
+
+def main() -> None:
+    """Write the pages, or check them."""
+    if "--check" in sys.argv:
+        if found := stale_pages():
+            sys.exit(f"not current, run `python docs/generate.py`: {', '.join(str(path) for path in found)}")
+        return
+    for path, text in pages().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
