@@ -141,6 +141,7 @@ def save_model_folder(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         for name, tensors in (extra or {}).items():
+            (partial / name).parent.mkdir(exist_ok=True)
             save_file(dict(tensors), partial / name)
 
 

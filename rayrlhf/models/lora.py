@@ -27,11 +27,13 @@ class CheckpointTensor:
         name: its checkpoint name.
         parameters: what `value` reads; under ZeRO-3 these must be gathered first.
         value: returns the tensor; a view of the parameter itself where no adapter sits on it, so do not write to it.
+        is_buffer: whether it is a persistent buffer, which keeps its own dtype.
     """
 
     name: str
     parameters: tuple[nn.Parameter, ...]
     value: Callable[[], Tensor]
+    is_buffer: bool = False
 
 
 def add_lora(network: Any, section: LoraSection, seed: int) -> None:
@@ -95,6 +97,11 @@ def checkpoint_tensors(network: nn.Module) -> Iterator[CheckpointTensor]:
             continue
         layer = network.get_submodule(prefix)
         yield CheckpointTensor(f"{prefix}.{leaf}", tuple(layer.parameters()), _folded(layer, parameter))
+    parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    for name, value in network.state_dict(keep_vars=True).items():
+        # Persistent buffers are part of the model too: a router's score correction, the bounds of an activation.
+        if name not in parameters:
+            yield CheckpointTensor(name.replace(_BASE, "."), (), value.detach, is_buffer=True)
 
 
 def _folded(layer: Any, base: nn.Parameter) -> Callable[[], Tensor]:

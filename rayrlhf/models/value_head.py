@@ -13,8 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-HEAD_FILE = "value_head.safetensors"
-"""Where a head lies beside its trunk in a Hugging Face folder."""
+HEAD_FILE = "value_head/model.safetensors"
+"""Value head in a Hugging Face folder. It has a subfolder because vLLM loads every safetensors file next to the weights."""
+OLD_HEAD_FILE = "value_head.safetensors"
 
 HeadInit = Literal["normal", "zero", "default"]
 _SUMMARY, _SCORE = "v_head.summary.", "score."
@@ -94,6 +95,6 @@ def make_head(hidden_size: int, stored: dict[str, Tensor] | None, kind: HeadInit
 
 
 def _head_files(folder: Path) -> Iterable[Path]:
-    """Every file that may hold the head, the dedicated one first."""
-    dedicated = folder / HEAD_FILE
-    return ([dedicated] if dedicated.is_file() else []) + sorted(set(folder.glob("*.safetensors")) - {dedicated})
+    """Files that may hold the head, dedicated ones first."""
+    dedicated = [folder / name for name in (HEAD_FILE, OLD_HEAD_FILE) if (folder / name).is_file()]
+    return dedicated + sorted(set(folder.glob("*.safetensors")) - set(dedicated))

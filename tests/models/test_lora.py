@@ -105,3 +105,16 @@ def test_unknown_targets_and_too_many_layers_are_the_users_mistakes() -> None:
         with_lora(LoraSection(target_modules=["nothing_like_it"]))
     with pytest.raises(UserError, match="last_layers 9: the model has 3 layers"):
         with_lora(LoraSection(last_layers=9))
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_persistent_buffers_are_part_of_the_checkpoint_under_their_own_dtype(adapters: bool) -> None:
+    network = with_lora(LoraSection(rank=2)) if adapters else load_causal_model(TINY)
+    network.model.layers[0].mlp.register_buffer("score_correction", torch.linspace(-1, 1, 4, dtype=torch.float64))
+    network.model.layers[0].mlp.register_buffer("scratch", torch.zeros(4), persistent=False)
+    tensors = {tensor.name: tensor for tensor in checkpoint_tensors(network)}
+    assert "model.layers.0.mlp.scratch" not in tensors
+    correction = tensors["model.layers.0.mlp.score_correction"]
+    assert correction.is_buffer
+    assert torch.equal(correction.value(), torch.linspace(-1, 1, 4, dtype=torch.float64))
+    assert [name for name, tensor in tensors.items() if tensor.is_buffer] == [correction.name]

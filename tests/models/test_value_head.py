@@ -56,12 +56,14 @@ def test_values_are_float32_under_a_bfloat16_trunk() -> None:
         ("model.safetensors", {"v_head.summary.weight": (1, 6), "v_head.summary.bias": (1,)}, True),
         ("model.safetensors", {"score.weight": (1, 6), "model.norm.weight": (6,)}, False),
         (HEAD_FILE, {"v_head.summary.weight": (1, 6), "v_head.summary.bias": (1,)}, True),
+        ("value_head.safetensors", {"v_head.summary.weight": (1, 6), "v_head.summary.bias": (1,)}, True),
     ],
 )
 def test_a_stored_head_is_taken_over_bit_for_bit(
     tmp_path: Path, file: str, tensors: dict[str, tuple[int, ...]], has_bias: bool
 ) -> None:
     stored = {name: torch.randn(shape) for name, shape in tensors.items()}
+    (tmp_path / file).parent.mkdir(exist_ok=True)
     save_file(stored, tmp_path / file)
     head = make_head(6, find_head(tmp_path), "zero", seed=0)
     assert (head.summary.bias is not None) == has_bias
@@ -70,6 +72,7 @@ def test_a_stored_head_is_taken_over_bit_for_bit(
 
 def test_a_dedicated_file_wins_over_a_score_layer(tmp_path: Path) -> None:
     save_file({"score.weight": torch.ones(1, 6)}, tmp_path / "model.safetensors")
+    (tmp_path / HEAD_FILE).parent.mkdir()
     save_file({"v_head.summary.weight": torch.full((1, 6), 2.0)}, tmp_path / HEAD_FILE)
     head = find_head(tmp_path)
     assert head is not None

@@ -214,7 +214,8 @@ class TrainEngine:
     def _checkpoint(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
         for tensor in checkpoint_tensors(self._network.model):
             with whole(tensor.parameters):
-                value = tensor.value().to(device, dtype).contiguous()
+                value = tensor.value()
+                value = value.to(device, value.dtype if tensor.is_buffer else dtype).contiguous()
                 if any(hasattr(parameter, "ds_id") for parameter in tensor.parameters):
                     value = value.clone()  # the gathered memory goes away with the block
             yield tensor.name, value

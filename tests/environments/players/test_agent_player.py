@@ -353,7 +353,10 @@ def test_the_samplers_logprobs_are_those_of_one_pass_over_each_stretch():
     [
         ({"name": "program"}, "missing a required argument: 'command'"),
         ({"name": "tests.environments.agents:turnes"}, "has no class or function 'turnes'; did you mean 'turns'?"),
-        ({"name": "tests.environments.agents:turns", "arguments": {"cuont": 1}}, "takes no argument 'cuont'; did you mean 'count'?"),
+        (
+            {"name": "tests.environments.agents:turns", "arguments": {"cuont": 1}},
+            "takes no argument 'cuont'; did you mean 'count'?",
+        ),
     ],
 )
 def test_an_agent_that_is_not_there_or_not_called_so_is_refused(settings, message):
