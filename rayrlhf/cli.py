@@ -267,7 +267,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="A list of findings for programs.")] = False,
 ) -> None:
     """Check whether this machine can run what is installed on it, and say how to mend what cannot."""
-    from rayrlhf.tools.doctor.run_doctor import run_doctor
+    from rayrlhf.tools.doctor.machine_checks import run_doctor
 
     if not run_doctor(as_json=as_json, echo=typer.echo):
         raise typer.Exit(1)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 HEAVY = ("torch", "ray", "transformers", "vllm", "deepspeed", "datasets", "pandas")
@@ -28,3 +29,11 @@ def test_public_names_are_imported_on_first_use():
 
     assert rayrlhf.PPOConfig is PPOConfig
     assert set(rayrlhf.__all__) >= {"train_ppo", "PPOTrainer", "load_config", "Callback"}
+
+
+def test_modules_do_not_import_each_other_in_a_cycle():
+    import grimp
+
+    graph = grimp.build_graph("rayrlhf", exclude_type_checking_imports=True)
+    imports = {module: graph.find_modules_directly_imported_by(module) - {module} for module in graph.modules}
+    TopologicalSorter(imports).prepare()  # raises CycleError with the modules of a cycle

@@ -13,7 +13,7 @@ from typing import Any
 
 from rayrlhf.config.data import DatasetSection
 from rayrlhf.config.presft import PairsSection
-from rayrlhf.data.rows import JSON_LINES, PARQUET, open_rows
+from rayrlhf.data.dataset_rows import JSON_LINES, PARQUET, open_rows
 from rayrlhf.errors import UserError
 
 

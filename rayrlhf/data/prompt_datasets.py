@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rayrlhf.config.data import DataSection, DatasetSection
+from rayrlhf.data.dataset_rows import Rows, read_rows
 from rayrlhf.data.records import Int32, Prompt
-from rayrlhf.data.rows import Rows, read_rows
 from rayrlhf.data.templates import Message, check_messages, conversation, last_user_text, render, require_chat_template
 from rayrlhf.errors import UserError
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from rayrlhf.config.data import DataSection, DatasetSection
 from rayrlhf.config.demonstrations import RolloutDemonstrationsSection
+from rayrlhf.data.dataset_rows import Rows, read_rows
 from rayrlhf.data.records import Int32, Prompt
-from rayrlhf.data.rows import Rows, read_rows
 from rayrlhf.data.templates import render
 from rayrlhf.demonstrations.choosing import ChoiceCounts, choose, require_pool
 from rayrlhf.demonstrations.context import TextForm, as_messages, as_text, fit

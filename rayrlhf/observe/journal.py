@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.observe.disk import writing
+from rayrlhf.storage.atomic import writing
 
 FILE_NAME = "recovery.jsonl"
 MIRROR = "mirror"

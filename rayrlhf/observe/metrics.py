@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, SupportsFloat
 
 from rayrlhf.errors import UserError
-from rayrlhf.observe.disk import writing
-from rayrlhf.storage.atomic import write_atomically
+from rayrlhf.storage.atomic import write_atomically, writing
 
 FILE_NAME = "metrics.jsonl"
 NON_FINITE = "metrics/non_finite"

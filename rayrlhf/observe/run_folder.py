@@ -15,9 +15,8 @@ from types import TracebackType
 from typing import IO, Literal, Self
 
 from rayrlhf.errors import UserError
-from rayrlhf.observe.disk import writing
 from rayrlhf.observe.host_facts import write_environment
-from rayrlhf.storage.atomic import folder_atomically, write_atomically
+from rayrlhf.storage.atomic import folder_atomically, write_atomically, writing
 
 Differences = Callable[[str, str], list[str]]
 """(stored config text, new config text) -> one line per key that differs; empty when both mean the same."""

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rayrlhf.observe.disk import writing
-from rayrlhf.storage.atomic import file_atomically
+from rayrlhf.storage.atomic import file_atomically, writing
 
 PART_PREFIX = "reward/"
 """Starts the name of each reward part's column."""

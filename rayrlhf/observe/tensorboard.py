@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import SupportsFloat
 
-from rayrlhf.observe.disk import writing
+from rayrlhf.storage.atomic import writing
 
 
 class TensorBoardSink:

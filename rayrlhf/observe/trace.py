@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.observe.disk import writing
+from rayrlhf.storage.atomic import writing
 
 FILE_NAME = "trace.json"
 BUFFERED_EVENTS = 256

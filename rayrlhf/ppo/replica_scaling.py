@@ -8,8 +8,7 @@ import json
 from pathlib import Path
 
 from rayrlhf.errors import UserError
-from rayrlhf.observe.disk import writing
-from rayrlhf.storage.atomic import write_atomically
+from rayrlhf.storage.atomic import write_atomically, writing
 
 FILE_NAME = "wanted.json"
 

@@ -12,7 +12,7 @@ from rayrlhf.actors.heartbeat import HeartbeatMonitor
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Prompt, Rollout
 from rayrlhf.observe.diagnostics import Diagnosis
-from rayrlhf.observe.diagnostics.machinery import LIMIT, PEAK
+from rayrlhf.observe.diagnostics.system_checks import LIMIT, PEAK
 from rayrlhf.observe.journal import MIRROR, RecoveryJournal
 from rayrlhf.observe.live import LiveView
 from rayrlhf.observe.memory import PeakMemory, memory_limit_bytes

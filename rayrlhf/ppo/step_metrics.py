@@ -8,8 +8,8 @@ from rayrlhf.actors.placement import Role
 from rayrlhf.algorithms.statistics import explained_variance
 from rayrlhf.data.records import Rollout
 from rayrlhf.engines.train.plan import UpdateReport
-from rayrlhf.observe.diagnostics.machinery import ALLOWED, STALENESS
-from rayrlhf.observe.diagnostics.policy import FIRST_RATIO
+from rayrlhf.observe.diagnostics.policy_checks import FIRST_RATIO
+from rayrlhf.observe.diagnostics.system_checks import ALLOWED, STALENESS
 from rayrlhf.ppo.experience import Experience
 from rayrlhf.ppo.scoring import ScoredRollouts
 from rayrlhf.weight_sync.driver import SyncReport

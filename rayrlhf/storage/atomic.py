@@ -12,8 +12,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from rayrlhf.errors import UserError
+
 TEMPORARY_SUFFIX = ".partial"
 """Ends the name of every file and folder that is still being written; such a leftover of a killed process may be deleted."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an operating system's refusal inside the block into the user's one line.
+
+    Raises:
+        UserError: names the path and the system's reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        # The culprit is worth naming when it is a folder above: a file in the way, a read-only mount.
+        above = error.filename is not None and Path(error.filename) in path.parents
+        raise UserError(f"cannot write {path}: {error.strerror or error}{f' ({error.filename})' if above else ''}") from error
 
 
 def write_atomically(path: Path | str, content: bytes | str) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from rayrlhf.config.tuning.configs import DistillationConfig
 from rayrlhf.data.supervised.datasets import SampleDataset, Spread, SupervisedSample, in_turn, load_supervised_data
-from rayrlhf.data.supervised.samples import count_tokens
+from rayrlhf.data.supervised.supervised_samples import count_tokens
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.distillation import HIDDEN, IDS, LOGPROBS, DistillationObjective, distillation_batch
 from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec

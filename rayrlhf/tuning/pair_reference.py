@@ -14,8 +14,7 @@ import torch
 
 from rayrlhf.data.records import Float32
 from rayrlhf.engines.train.engine import TrainEngine
-from rayrlhf.observe.disk import writing
-from rayrlhf.storage.atomic import write_atomically
+from rayrlhf.storage.atomic import write_atomically, writing
 from rayrlhf.tuning.held_out import answer_logprobs
 from rayrlhf.tuning.sample_table import PairTable
 

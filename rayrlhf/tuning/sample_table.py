@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rayrlhf.data.answer_format import AnswerFormat
 from rayrlhf.data.records import Bool, Float32, Int32
 from rayrlhf.data.supervised.datasets import PreferencePair, SupervisedSample
-from rayrlhf.data.supervised.samples import DistillationSample
+from rayrlhf.data.supervised.supervised_samples import DistillationSample
 
 
 @dataclass(frozen=True)

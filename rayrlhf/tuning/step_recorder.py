@@ -5,11 +5,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from rayrlhf.observe.disk import writing
 from rayrlhf.observe.metrics import MetricsSink
 from rayrlhf.observe.phases import TOKENS_PER_SECOND
 from rayrlhf.observe.tensorboard import TensorBoardSink
-from rayrlhf.storage.atomic import write_atomically
+from rayrlhf.storage.atomic import write_atomically, writing
 from rayrlhf.tuning.held_out import PreferenceScores
 
 EVALUATIONS = "evaluation"

@@ -20,8 +20,7 @@ from rayrlhf.engines.objectives.distillation import HIDDEN, IDS, LOGPROBS
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.supervised_batches import supervised_sequence
 from rayrlhf.models.distillation import most_likely
-from rayrlhf.observe.disk import writing
-from rayrlhf.storage.atomic import folder_atomically
+from rayrlhf.storage.atomic import folder_atomically, writing
 from rayrlhf.tuning.held_out import shared_scores
 from rayrlhf.tuning.sample_table import DistillationTable
 
@@ -78,7 +77,7 @@ def with_teacher(
 
 
 def said(hidden: Float32, layer: Layer, vocabulary: int | Literal["full"]) -> dict[str, np.ndarray]:
-    """Return what is kept of hidden states [N, H], see `rayrlhf.data.supervised.samples.DistillationSample`."""
+    """Return what is kept of hidden states [N, H], see `rayrlhf.data.supervised.supervised_samples.DistillationSample`."""
     if vocabulary == "full":
         return {HIDDEN: hidden}
     ids, logprobs = most_likely(torch.from_numpy(hidden).to(layer[0].device), *layer, vocabulary)

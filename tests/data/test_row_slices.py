@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rayrlhf.config.data import DatasetSection
 from rayrlhf.data import row_slices
-from rayrlhf.data.rows import open_rows
+from rayrlhf.data.dataset_rows import open_rows
 from rayrlhf.errors import UserError
 
 

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.train import OptimizerSection, TrainSection
-from rayrlhf.data.supervised.samples import PreferencePair, SupervisedSample
+from rayrlhf.data.supervised.supervised_samples import PreferencePair, SupervisedSample
 from rayrlhf.engines.objectives.base import CrossEntropyObjective
 from rayrlhf.engines.objectives.preference import PreferenceObjective
 from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec, UpdatePlan

@@ -18,12 +18,12 @@ from rayrlhf.config.tuning.data import (
     TuningDataSection,
 )
 from rayrlhf.data.answer_format import AnswerFormat
+from rayrlhf.data.dataset_rows import RowSource, open_rows
 from rayrlhf.data.holdout import group_key, held_out
 from rayrlhf.data.row_slices import RowSlice
-from rayrlhf.data.rows import RowSource, open_rows
 from rayrlhf.data.supervised.encoding import PreferenceRecipe, SupervisedRecipe, encode_batch, encode_preference_batch
 from rayrlhf.data.supervised.row_formats import Row, RowShape, preference_shape, supervised_shape
-from rayrlhf.data.supervised.samples import DatasetReport, PreferencePair, SupervisedSample, count_tokens
+from rayrlhf.data.supervised.supervised_samples import DatasetReport, PreferencePair, SupervisedSample, count_tokens
 from rayrlhf.data.templates import require_chat_template
 from rayrlhf.errors import UserError
 

@@ -21,8 +21,8 @@ from rayrlhf.config.tuning.data import (
 from rayrlhf.data.records import Bool, Int32
 from rayrlhf.data.supervised.chat_spans import assistant_spans, crosses_a_start, tokens_in_spans
 from rayrlhf.data.supervised.row_formats import Row, RowShape
-from rayrlhf.data.supervised.rows import EQUAL, NOTHING, InvalidRowError, WrittenRow, write_pair, write_supervised
-from rayrlhf.data.supervised.samples import DatasetReport, PreferencePair, SupervisedSample, count_tokens
+from rayrlhf.data.supervised.supervised_rows import EQUAL, NOTHING, InvalidRowError, WrittenRow, write_pair, write_supervised
+from rayrlhf.data.supervised.supervised_samples import DatasetReport, PreferencePair, SupervisedSample, count_tokens
 from rayrlhf.data.templates import render
 from rayrlhf.errors import UserError
 

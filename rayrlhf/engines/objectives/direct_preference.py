@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rayrlhf.algorithms.losses import DirectLoss, TokenLoss, direct_preference_loss
 from rayrlhf.algorithms.masking import zero_masked
-from rayrlhf.data.supervised.samples import PreferencePair
+from rayrlhf.data.supervised.supervised_samples import PreferencePair
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import LossComponent
 from rayrlhf.engines.objectives.preference import PAIR_MASK

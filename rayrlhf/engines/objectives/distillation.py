@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rayrlhf.algorithms.losses import TokenLoss
 from rayrlhf.algorithms.masking import zero_masked
-from rayrlhf.data.supervised.samples import DistillationSample
+from rayrlhf.data.supervised.supervised_samples import DistillationSample
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import LossComponent
 from rayrlhf.engines.train.supervised_batches import supervised_batch

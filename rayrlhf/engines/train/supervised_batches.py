@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rayrlhf.data.records import TokenSequence
-from rayrlhf.data.supervised.samples import PreferencePair, SupervisedSample
+from rayrlhf.data.supervised.supervised_samples import PreferencePair, SupervisedSample
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.preference import MARGIN, PAIR_MASK
 

@@ -2,14 +2,34 @@
 
 import sys
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rayrlhf.observe.diagnostics.checks import findings
-from rayrlhf.observe.diagnostics.finding import Finding
+from rayrlhf.observe.diagnostics.finding import Check, Finding
+from rayrlhf.observe.diagnostics.history import History
+from rayrlhf.observe.diagnostics.policy_checks import POLICY_CHECKS
+from rayrlhf.observe.diagnostics.response_checks import RESPONSE_CHECKS
+from rayrlhf.observe.diagnostics.system_checks import SYSTEM_CHECKS
 
+CHECKS: tuple[Check, ...] = (*POLICY_CHECKS, *RESPONSE_CHECKS, *SYSTEM_CHECKS)
+"""In the order in which they are told."""
 FIRST, LAST = 40, 400
 """Rows that are kept of the start and of the end: no check looks at others, and a long run stays cheap to look at."""
+
+
+def findings(rows: Sequence[Mapping[str, float | None]]) -> list[Finding]:
+    """Return what the newest of some steps show, alarms first.
+
+    Args:
+        rows: of `metrics.jsonl`, from the first step on. Rows without a metric, or with null for it, say nothing of it.
+    """
+    history = History(rows)
+    found = []
+    for check in CHECKS:
+        sign = check.look(history)
+        if sign is not None:
+            found.append(Finding(check.name, check.severity, sign.since, sign.evidence, check.remedy))
+    return sorted(found, key=lambda finding: finding.severity != "alarm")
 
 
 class Diagnosis:

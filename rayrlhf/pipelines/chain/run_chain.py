@@ -20,10 +20,9 @@ from rayrlhf.config.chain import ChainConfig, StageSection
 from rayrlhf.config.loading.load import differences, dump_config, load_config, load_tree, stored_config
 from rayrlhf.config.section import Section
 from rayrlhf.errors import UserError
-from rayrlhf.observe.disk import writing
 from rayrlhf.pipelines.chain.references import fill_in
 from rayrlhf.pipelines.chain.stages import STAGES
-from rayrlhf.storage.atomic import write_atomically
+from rayrlhf.storage.atomic import write_atomically, writing
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ def bench_presft_command(
     output: Annotated[Path | None, typer.Option(help="Folder for the results as JSON and Markdown.")] = None,
 ) -> None:
     """Pre-SFT's scoring against a bare loop, its generation against bare vLLM, and the memory of a million rows."""
-    from rayrlhf.tools.bench.presft_benchmarks import run_bench_presft
+    from rayrlhf.tools.bench.benchmarks import run_bench_presft
 
     run_bench_presft(what, rows, rounds=rounds, output=output, echo=typer.echo)
 

@@ -11,8 +11,12 @@ from rayrlhf.storage.atomic import write_atomically
 from rayrlhf.tools.bench.paired import Comparison, Precision
 
 if TYPE_CHECKING:
-    from rayrlhf.tools.bench.driver import DriverCost
-    from rayrlhf.tools.bench.ppo import PPOBench
+    from rayrlhf.tools.bench.driver_cost import DriverCost
+    from rayrlhf.tools.bench.ppo_step import PPOBench
+
+PRESFT_ROWS = {"scoring": 200_000, "generation": 2_048, "memory": 1_000_000}
+PRESFT_TOKENS = 32
+PRESFT_MODEL = "builtin:tiny?context=1024"
 
 
 def run_bench_sft(
@@ -37,7 +41,7 @@ def run_bench_sft(
     Raises:
         UserError: an unknown precision, or TRL is not installed.
     """
-    from rayrlhf.tools.bench.sft import bench_sft
+    from rayrlhf.tools.bench.sft_speed import bench_sft
 
     found = [
         bench_sft(precision=precision, packing=packed, rounds=rounds, steps=steps, progress=echo)
@@ -77,7 +81,8 @@ def run_bench_ppo(
     Raises:
         UserError: an unknown precision, or TRL's release cannot be installed.
     """
-    from rayrlhf.tools.bench.ppo import PPOWork, bench_ppo, write_reward_model
+    from rayrlhf.tools.bench.ppo_step import bench_ppo, write_reward_model
+    from rayrlhf.tools.bench.work import PPOWork
 
     found = []
     with TemporaryDirectory() as folder:
@@ -98,7 +103,7 @@ def run_bench_rollout(
     model: str, *, new_tokens: int, rounds: int, transformers: bool, output: Path | None, echo: Callable[[str], None]
 ) -> Comparison:
     """Compare sampling through our actors with bare vLLM, and with transformers if asked for; `output` gets `rollout.*`."""
-    from rayrlhf.tools.bench.rollout import bench_rollout
+    from rayrlhf.tools.bench.rollout_speed import bench_rollout
 
     found = bench_rollout(model, new_tokens=new_tokens, rounds=rounds, transformers=transformers, progress=echo)
     return _shown(found, output, "rollout", echo)
@@ -106,7 +111,7 @@ def run_bench_rollout(
 
 def run_bench_sync(model: str, *, rounds: int, output: Path | None, echo: Callable[[str], None]) -> Comparison:
     """Compare a weight sync and its transport with a copy in memory; `output` gets `sync.*`."""
-    from rayrlhf.tools.bench.sync import bench_sync
+    from rayrlhf.tools.bench.sync_speed import bench_sync
 
     return _shown(bench_sync(model, rounds=rounds, progress=echo), output, "sync", echo)
 
@@ -115,7 +120,7 @@ def run_bench_driver(
     samples: Sequence[int], *, replicas: int, output: Path | None, echo: Callable[[str], None]
 ) -> "list[DriverCost]":
     """Measure what steps of so many samples cost the driver; `output` gets `driver.json`."""
-    from rayrlhf.tools.bench.driver import bench_driver, costs_as_json
+    from rayrlhf.tools.bench.driver_cost import bench_driver, costs_as_json
 
     found = bench_driver(samples, replicas=replicas, progress=echo)
     if output is not None:
@@ -128,7 +133,7 @@ def run_bench_training(
     model: str, *, samples: int, rounds: int, output: Path | None, echo: Callable[[str], None]
 ) -> Comparison:
     """Compare an optimizer step of the policy actor with a bare torch step; `output` gets `train.*`."""
-    from rayrlhf.tools.bench.training import bench_training
+    from rayrlhf.tools.bench.update_speed import bench_training
 
     return _shown(bench_training(model, samples=samples, rounds=rounds, progress=echo), output, "train", echo)
 
@@ -138,7 +143,8 @@ def run_bench_overhead(
 ) -> list[float]:
     """Measure the share of a PPO step in which no actor computes; `output` gets `overhead.json`."""
     from rayrlhf.tools.bench.overhead import bench_overhead, shares_as_json
-    from rayrlhf.tools.bench.ppo import PPOWork, write_reward_model
+    from rayrlhf.tools.bench.ppo_step import write_reward_model
+    from rayrlhf.tools.bench.work import PPOWork
 
     with TemporaryDirectory() as folder:
         policy, reward = write_reward_model(model, Path(folder) / "reward")
@@ -149,6 +155,43 @@ def run_bench_overhead(
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(output / "overhead.json", shares_as_json(work, shares) + "\n")
     return shares
+
+
+def run_bench_presft(what: str, rows: int, *, rounds: int, output: Path | None, echo: Callable[[str], None]) -> None:
+    """Run a benchmark and show what it found.
+
+    Args:
+        what: `scoring`, `generation` or `memory`.
+        rows: of a run; 0 for the usual size.
+        rounds: runs of each contender; `memory` runs once.
+        output: folder for the results.
+        echo: told what is measured.
+
+    Raises:
+        UserError: an unknown benchmark.
+    """
+    if what not in PRESFT_ROWS:
+        raise UserError(f"bench presft {what}: expected {', '.join(PRESFT_ROWS)}")
+    from rayrlhf.actors.connection import connected
+    from rayrlhf.tools.bench.presft_speed import bench_generation, bench_scoring, million_rows
+
+    rows = rows or PRESFT_ROWS[what]
+    with connected(None):
+        if what == "memory":
+            gib, speed = million_rows(rows, echo)
+            echo(f"{rows:,} rows: at most {gib:.2f} GiB in all processes together, {speed:,.0f} rows/s")
+            if output is not None:
+                output.mkdir(parents=True, exist_ok=True)
+                found = {"rows": rows, "peak_gib": gib, "rows_per_second": speed}
+                write_atomically(output / "presft-memory.json", json.dumps(found, indent=1))
+            return
+        if what == "scoring":
+            comparison = bench_scoring(rows=rows, rounds=rounds, progress=echo)
+        else:
+            comparison = bench_generation(PRESFT_MODEL, prompts=rows, new_tokens=PRESFT_TOKENS, rounds=rounds, progress=echo)
+    echo(comparison.as_markdown())
+    if output is not None:
+        write_comparisons([comparison], output, f"presft-{what}")
 
 
 def _shown(found: Comparison, output: Path | None, name: str, echo: Callable[[str], None]) -> Comparison:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from rayrlhf.tools.bench.paired import in_new_process
-from rayrlhf.tools.bench.ppo import Critic, PPOWork
+from rayrlhf.tools.bench.work import Critic, PPOWork
 
 EXECUTE = "task:execute"
 """Ray's name of the stretch in which the code of a call runs."""

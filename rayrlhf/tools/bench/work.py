@@ -1,96 +1,79 @@
-"""What a phase of a PPO step has to compute, and how fast this machine multiplies matrices: the measure of all phases.
+"""The PPO job that every contender of the benchmarks runs."""
 
-A forward takes two floating-point operations a weight of a linear layer and token (Kaplan et al. 2020, section 2.1), attention
-four a token, earlier token and unit of width, of which a causal mask leaves half, and the output layer two a weight and wanted
-position. A backward takes twice its forward. What is not a product of matrices is not counted, and padding is not work.
-"""
-
-import time
-from collections.abc import Mapping, Sequence
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
-from rayrlhf.tools.launch.shape import ModelShape
+import numpy as np
 
-SIZES = (1024, 2048)
-"""Edges of the square matrices that the peak is measured with; the fastest counts."""
-SECONDS = 1.0
-"""Of each measurement."""
+from rayrlhf.config.loading.load import load_config
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.data.toy.word_problems import generate
+from rayrlhf.models.load import load_tokenizer
+from rayrlhf.tools.bench.paired import Precision
+
+Critic = Literal["separate", "shared"]
+MIN_CHARACTERS, MAX_CHARACTERS = 32, 96
+"""Length of a prompt in characters."""
 
 
 @dataclass(frozen=True, slots=True)
-class Lengths:
-    """Tokens of one PPO step: of each prompt and of its response."""
+class PPOWork:
+    """What every contender does.
 
-    prompts: Sequence[int]
-    responses: Sequence[int]
-
-
-def forward_operations(shape: ModelShape, lengths: Lengths, *, outputs: bool) -> float:
-    """Floating-point operations of one forward over prompts and responses.
-
-    Args:
-        shape: of the model.
-        lengths: of the sequences.
-        outputs: whether the output layer is applied, to the responses.
+    Attributes:
+        policy: path of the policy, reference and (with a new head) critic; a folder.
+        reward: path of a sequence classifier of one label; a folder.
+        precision: what is computed in; weights and optimizer stay in float32.
+        prompts: prompts of a step, one response each, all in one mini-batch.
+        new_tokens: longest response.
+        epochs: optimizer steps on a batch.
+        updates: timed PPO steps.
+        lora: rank of adapters on all linear layers of the policy, whose reference is then itself without them; 0 for none.
     """
-    whole = [prompt + response for prompt, response in zip(lengths.prompts, lengths.responses, strict=True)]
-    linear = 2.0 * shape.linear * sum(whole)
-    attention = 2.0 * shape.layers * shape.query * sum(length * length for length in whole)
-    head = 2.0 * shape.output * sum(lengths.responses) if outputs else 0.0
-    return linear + attention + head
 
+    policy: str
+    reward: str
+    precision: Precision
+    prompts: int = 64
+    new_tokens: int = 64
+    epochs: int = 4
+    updates: int = 3
+    lora: int = 0
 
-def phase_operations(shape: ModelShape, lengths: Lengths, epochs: int) -> dict[str, float]:
-    """Floating-point operations of each phase of a PPO step in which all models are of this shape and learn whole."""
-    with_outputs = forward_operations(shape, lengths, outputs=True)
-    without = forward_operations(shape, lengths, outputs=False)
-    return {
-        "generate": with_outputs,
-        "reference": with_outputs,
-        "policy": with_outputs,
-        "reward": without,
-        "critic": without,
-        "update_policy": 3 * epochs * with_outputs,
-        "update_critic": 3 * epochs * without,
-    }
+    def texts(self) -> list[str]:
+        """The prompts of all steps, the first included."""
+        count = self.prompts * (self.updates + 1)
+        lengths = np.random.default_rng(0).integers(MIN_CHARACTERS, MAX_CHARACTERS + 1, count)
+        rows = zip(generate(0, count, "train"), lengths, strict=True)
+        return [f"{row['solution']} {row['question']}"[-length:] for row, length in rows]
 
+    def token_ids(self) -> list[list[int]]:
+        """The prompts as the policy's tokenizer reads them."""
+        ids: list[list[int]] = load_tokenizer(self.config("none", Path()).model)(self.texts())["input_ids"]
+        return ids
 
-def peak_operations(precision: str) -> float:
-    """Floating-point operations a second of the fastest square product that torch makes of this data type, with all threads."""
-    import torch
-
-    dtype = getattr(torch, precision)
-    best = 0.0
-    for size in SIZES:
-        first, second = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-        first @ second
-        count, started = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - started) < SECONDS:
-            first @ second
-            count += 1
-        best = max(best, 2.0 * size**3 * count / elapsed)
-    return best
-
-
-def phase_table(seconds: Mapping[str, Mapping[str, float]], operations: Mapping[str, Mapping[str, float]], peak: float) -> str:
-    """Return a Markdown table of phases: what each contender took for them, and that as a share of the peak.
-
-    Args:
-        seconds: contender -> phase -> seconds.
-        operations: contender -> phase -> floating-point operations; what is not in it is shown without a share.
-        peak: floating-point operations a second.
-    """
-    names = list(seconds)
-    phases = list(dict.fromkeys(phase for one in seconds.values() for phase in one))
-    lines = [f"| seconds (share of {peak / 1e9:,.0f} GFLOP/s) | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-    for phase in phases:
-        cells = [_cell(seconds[name].get(phase), operations[name].get(phase), peak) for name in names]
-        lines.append(f"| {phase} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _cell(seconds: float | None, operations: float | None, peak: float) -> str:
-    if seconds is None:
-        return ""
-    share = f" ({operations / seconds / peak:.0%})" if operations and seconds else ""
-    return f"{seconds:.2f}{share}"
+    def config(self, critic: str, folder: Path) -> PPOConfig:
+        """The same work as a configuration of ours."""
+        adapters = f", lora: {{rank: {self.lora}, alpha: {2 * self.lora}}}" if self.lora else ""
+        own_critic = {
+            "separate": [f"critic={{kind: separate, model: {{path: {json.dumps(self.policy)}, dtype: {self.precision}}}}}"]
+        }
+        return load_config(
+            PPOConfig,
+            None,
+            [
+                f"model={{path: {json.dumps(self.policy)}, dtype: {self.precision}{adapters}}}",
+                f"reward.model.model={{path: {json.dumps(self.reward)}, dtype: {self.precision}}}",
+                'reward.model.template="{prompt}{response}"',
+                f"data={{chat: false, train: {{path: {json.dumps(str(folder / 'prompts.jsonl'))}}}}}",
+                f"rollout={{prompts_per_step: {self.prompts}, max_new_tokens: {self.new_tokens}, max_model_length: 256}}",
+                f"train={{epochs: {self.epochs}, learning_rate: 1.0e-5}}",
+                f"run={{name: bench, root: {json.dumps(str(folder))}, steps: {self.updates + 1}}}",
+                "evaluation.every=0",
+                "checkpoint.every=0",
+                "observe.live=false",
+                *own_critic.get(critic, [f"critic.kind={critic}"] if critic != "none" else []),
+            ],
+        )

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 import yaml
 
-from rayrlhf.tools.launch.emit import Launch, header
+from rayrlhf.tools.launch.launch_spec import Launch, header
 
 USER = 1000
 """User and group of the image; `cluster/Dockerfile` creates them."""

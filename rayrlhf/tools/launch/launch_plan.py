@@ -25,8 +25,8 @@ from rayrlhf.tools.launch.memory_plan import (
     train_memory,
     waiting_between_turns,
 )
+from rayrlhf.tools.launch.model_shape import ModelShape, read_shape
 from rayrlhf.tools.launch.role_layout import Place, lay_out
-from rayrlhf.tools.launch.shape import ModelShape, read_shape
 
 USABLE = 0.95
 """Share of a memory that may be planned with: Ray kills processes beyond it on a node, and allocators lose some on a GPU."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from rayrlhf.config.train import TrainSection
-from rayrlhf.tools.launch.shape import ModelShape
+from rayrlhf.tools.launch.model_shape import ModelShape
 
 GIB = 2**30
 FLOAT = 4

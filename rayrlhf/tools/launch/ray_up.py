@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from rayrlhf.errors import UserError
-from rayrlhf.tools.launch.emit import Launch, header
+from rayrlhf.tools.launch.launch_spec import Launch, header
 
 _TOKEN = "~/.ray/auth_token"  # noqa: S105 - a path
 

@@ -6,7 +6,7 @@ mode 0600 in the user's home that all nodes see; before its time is over Slurm s
 
 import shlex
 
-from rayrlhf.tools.launch.emit import Launch, header
+from rayrlhf.tools.launch.launch_spec import Launch, header
 
 SIGNAL_SECONDS = 600
 """How long before the end of its time the run is asked to stop."""

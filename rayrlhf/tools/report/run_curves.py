@@ -16,9 +16,9 @@ from rayrlhf.tools.report.catalogue import (
     Curve,
     curves_of,
 )
+from rayrlhf.tools.report.metric_series import Series, per_step, quotient, thinned
 from rayrlhf.tools.report.run_blocks import ChartGrid, CurveControls, Folded
 from rayrlhf.tools.report.run_view import RunView, all_names
-from rayrlhf.tools.report.series import Series, per_step, quotient, thinned
 
 
 def curve_sections(view: RunView, other: RunView | None) -> Iterator[Block]:

@@ -42,7 +42,7 @@ def write_run_report(folder: Path, *, compare: Path | None = None, output: Path 
     Raises:
         UserError: a folder holds no run, or the file cannot be written.
     """
-    from rayrlhf.observe.disk import writing
+    from rayrlhf.storage.atomic import writing
 
     view = read_run(folder)
     other = read_run(compare, most_rollouts=0) if compare is not None else None

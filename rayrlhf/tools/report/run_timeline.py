@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from rayrlhf.observe.html.charts import Figure, axes
 from rayrlhf.observe.html.page import Block, Chart, DataTable, Heading, Paragraph
-from rayrlhf.tools.report.roles import RoleSpan, RoleTime, last_steps, role_order, role_times
+from rayrlhf.tools.report.metric_series import Series, thinned
+from rayrlhf.tools.report.role_times import RoleSpan, RoleTime, last_steps, role_order, role_times
 from rayrlhf.tools.report.run_view import RunView
-from rayrlhf.tools.report.series import Series, thinned
 
 STEPS_SHOWN = 3
 PHASE_PREFIX = "time/"

@@ -12,11 +12,11 @@ from rayrlhf.observe.host_facts import FILE_NAME as ENVIRONMENT
 from rayrlhf.observe.journal import FILE_NAME as JOURNAL
 from rayrlhf.observe.metrics import FILE_NAME as METRICS
 from rayrlhf.observe.trace import FILE_NAME as TRACE
-from rayrlhf.tools.report.roles import RoleSpan, role_spans
+from rayrlhf.tools.report.metric_series import Series, series_by_name
+from rayrlhf.tools.report.role_times import RoleSpan, role_spans
 from rayrlhf.tools.report.run_files import MetricsTail, Row, read_lines, read_mapping, read_spans
 from rayrlhf.tools.report.run_samples import SampledRollouts, read_rollouts, sample_rollouts
 from rayrlhf.tools.report.run_state import RunState, is_locked, judge
-from rayrlhf.tools.report.series import Series, series_by_name
 
 MOST_ROLLOUTS = 600
 MOST_ANSWERS = 2000

@@ -12,10 +12,25 @@ from rich.console import Console
 from rayrlhf.observe.live import LiveView
 from rayrlhf.tools.report.run_files import MetricsTail, Row
 from rayrlhf.tools.report.run_view import read_run
-from rayrlhf.tools.watch.clock import ReplayClock
 
 STATE_SECONDS = 10.0
 """Time between looks at whether the run still goes."""
+
+
+class ReplayClock:
+    """Steady seconds, plus what was skipped."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._skipped = 0.0
+
+    def __call__(self) -> float:
+        """Return seconds."""
+        return self._clock() + self._skipped
+
+    def skip(self, seconds: float) -> None:
+        """Move on by some seconds."""
+        self._skipped += max(0.0, seconds)
 
 
 def watch_terminal(

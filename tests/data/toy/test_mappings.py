@@ -3,7 +3,7 @@
 import pytest
 
 from rayrlhf.config.data import DatasetSection
-from rayrlhf.data.rows import read_rows
+from rayrlhf.data.dataset_rows import read_rows
 from rayrlhf.data.toy.mappings import ENDINGS, LABELS, LETTERS, MOST_TASKS, ROWS_PER_TASK, generate, mappings, words
 from rayrlhf.errors import UserError
 

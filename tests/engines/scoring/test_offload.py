@@ -63,7 +63,7 @@ def test_both_engines_settle_their_model_as_the_configuration_says_and_score_wit
     import numpy as np
 
     from rayrlhf.data.records import TokenSequence
-    from rayrlhf.tools.bench.ppo import write_reward_model
+    from rayrlhf.tools.bench.ppo_step import write_reward_model
 
     told, turns = [], []
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from rayrlhf.tools.bench.rollout import bench_rollout
-from rayrlhf.tools.bench.sync import COPY, MANY, ONE, WHOLE, bench_sync
-from rayrlhf.tools.bench.training import bench_training
+from rayrlhf.tools.bench.rollout_speed import bench_rollout
+from rayrlhf.tools.bench.sync_speed import COPY, MANY, ONE, WHOLE, bench_sync
+from rayrlhf.tools.bench.update_speed import bench_training
 
 TINY = "builtin:tiny?layers=1&hidden=64&context=256"
 

@@ -3,7 +3,8 @@
 import pytest
 
 from rayrlhf.tools.bench.overhead import bench_overhead, idle_shares
-from rayrlhf.tools.bench.ppo import PPOWork, write_reward_model
+from rayrlhf.tools.bench.ppo_step import write_reward_model
+from rayrlhf.tools.bench.work import PPOWork
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 
 from rayrlhf.config.train import TrainSection
 from rayrlhf.tools.launch.memory_plan import CPU_PROCESS_BYTES, Precision, train_memory
-from rayrlhf.tools.launch.shape import shape_of
+from rayrlhf.tools.launch.model_shape import shape_of
 from tests.tools.launch.measured_rank import llama
 
 MODELS = [(256, 8), (512, 8)]

@@ -19,7 +19,7 @@ from rayrlhf.tools.launch.memory_plan import (
     sync_bytes,
     train_memory,
 )
-from rayrlhf.tools.launch.shape import read_shape, shape_of
+from rayrlhf.tools.launch.model_shape import read_shape, shape_of
 from tests.tools.launch.models import LLAMA_7B, LLAMA_70B, write_model
 
 HALF, FULL = Precision(2), Precision(4)

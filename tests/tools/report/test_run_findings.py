@@ -7,10 +7,10 @@ import pytest
 from rayrlhf.observe.diagnostics import Finding
 from rayrlhf.observe.html.page import DataTable
 from rayrlhf.tools.report import run_findings
+from rayrlhf.tools.report.metric_series import Series
 from rayrlhf.tools.report.run_blocks import Notice
 from rayrlhf.tools.report.run_state import RunState
 from rayrlhf.tools.report.run_view import RunView
-from rayrlhf.tools.report.series import Series
 
 
 def view(kind: str = "PPO", **series: Series) -> RunView:

@@ -12,8 +12,7 @@ from rich.console import Console
 from rayrlhf.errors import UserError
 from rayrlhf.observe.metrics import MetricsSink
 from rayrlhf.tools.watch import watch_terminal as terminal
-from rayrlhf.tools.watch.clock import ReplayClock
-from rayrlhf.tools.watch.watch_terminal import watch_terminal
+from rayrlhf.tools.watch.watch_terminal import ReplayClock, watch_terminal
 from tests.tools.report.runs import write_run
 
 

@@ -17,8 +17,8 @@ from rayrlhf.data.toy.word_problems import generate
 from rayrlhf.engines.rollout.common import rollout_environment
 from rayrlhf.engines.rollout.vllm import PREFILL_TOKENS
 from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
+from rayrlhf.tools.bench.bench_trainer import bench_config, standing_trainer
 from rayrlhf.tools.bench.paired import Comparison, compare
-from rayrlhf.tools.bench.stand import bench_config, standing_trainer
 
 PROMPTS = 128
 """Of one run, all decoded at the same time."""

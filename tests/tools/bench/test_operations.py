@@ -5,8 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rayrlhf.tools.bench.work import Lengths, forward_operations, phase_operations, phase_table
-from rayrlhf.tools.launch.shape import shape_of
+from rayrlhf.tools.bench.operations import Lengths, forward_operations, phase_operations, phase_table
+from rayrlhf.tools.launch.model_shape import shape_of
 
 
 @pytest.fixture(scope="module")

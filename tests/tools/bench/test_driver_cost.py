@@ -5,7 +5,7 @@ import json
 from typer.testing import CliRunner
 
 from rayrlhf.cli import app
-from rayrlhf.tools.bench.driver import MAKING
+from rayrlhf.tools.bench.driver_cost import MAKING
 
 
 def test_the_driver_takes_a_whole_step_with_simulated_replicas(tmp_path):

@@ -12,8 +12,8 @@ import numpy as np
 import ray
 
 from rayrlhf.ppo.trainer import PPOTrainer
+from rayrlhf.tools.bench.bench_trainer import bench_config, standing_trainer
 from rayrlhf.tools.bench.paired import Comparison, compare
-from rayrlhf.tools.bench.stand import bench_config, standing_trainer
 from rayrlhf.weight_sync.driver import BUCKET_BYTES
 from rayrlhf.weight_sync.object_store import SharedTensor
 

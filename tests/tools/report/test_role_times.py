@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayrlhf.tools.report.roles import RoleSpan, last_steps, role_order, role_spans, role_times
+from rayrlhf.tools.report.role_times import RoleSpan, last_steps, role_order, role_spans, role_times
 from rayrlhf.tools.report.run_files import WorkSpan
 
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rayrlhf.config.data import DatasetSection
-from rayrlhf.data.rows import read_rows
+from rayrlhf.data.dataset_rows import read_rows
 from rayrlhf.data.toy import word_problems
 from rayrlhf.errors import UserError
 from tests.data.hub_folder import write_hub_folder

@@ -6,8 +6,8 @@ from rayrlhf.batch_inference.bleu import BleuScorer
 from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.errors import UserError
 from rayrlhf.pipelines.presft.probing import given_probes
-from rayrlhf.tools.bench.presft import SteadySpeed, synthetic_pairs, write_rows
-from rayrlhf.tools.bench.presft_benchmarks import run_bench_presft
+from rayrlhf.tools.bench.benchmarks import run_bench_presft
+from rayrlhf.tools.bench.presft_speed import SteadySpeed, synthetic_pairs, write_rows
 
 
 def test_synthetic_pairs_are_alike_but_not_equal_and_come_back_from_their_part_files(tmp_path):
@@ -22,7 +22,7 @@ def test_synthetic_pairs_are_alike_but_not_equal_and_come_back_from_their_part_f
 
 def test_a_speed_counts_from_the_first_report(monkeypatch):
     times = iter([100.0, 102.0, 104.0])
-    monkeypatch.setattr("rayrlhf.tools.bench.presft.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("rayrlhf.tools.bench.presft_speed.time.perf_counter", lambda: next(times))
     speed = SteadySpeed()
     for rows in (1000, 30, 50):
         speed.done(rows)

@@ -12,7 +12,7 @@ from rayrlhf.data.batching import micro_batches
 from rayrlhf.errors import UserError
 from rayrlhf.tools.bench.benchmarks import run_bench_sft
 from rayrlhf.tools.bench.paired import in_new_process
-from rayrlhf.tools.bench.sft import BATCH, MAX_LENGTH, PADDED_TOKENS, _StepClock, texts
+from rayrlhf.tools.bench.sft_speed import BATCH, MAX_LENGTH, PADDED_TOKENS, _StepClock, texts
 
 
 def test_texts_have_the_lengths_of_gsm8k_and_none_is_too_long():

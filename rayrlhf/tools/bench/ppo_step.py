@@ -12,93 +12,24 @@ What each phase took is told beside the speeds, as seconds and as a share of the
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.model import ModelSection
-from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.data.toy.word_problems import generate
 from rayrlhf.engines.rollout.common import rollout_environment
 from rayrlhf.models.builtin import resolve_model
-from rayrlhf.models.load import load_tokenizer
-from rayrlhf.tools.bench.paired import Comparison, Precision, compare, in_new_process
-from rayrlhf.tools.bench.trl_release import installed_trl
-from rayrlhf.tools.bench.work import Lengths, peak_operations, phase_operations, phase_table
-from rayrlhf.tools.launch.shape import read_shape
+from rayrlhf.tools.bench.operations import Lengths, peak_operations, phase_operations, phase_table
+from rayrlhf.tools.bench.paired import Comparison, compare, in_new_process
+from rayrlhf.tools.bench.trl_baseline import installed_trl, run_trl
+from rayrlhf.tools.bench.work import Critic, PPOWork
+from rayrlhf.tools.launch.model_shape import read_shape
 
-Critic = Literal["separate", "shared"]
-BARE = "bare torch and vLLM calls"
-SHORTEST, LONGEST = 32, 96
-"""Of a prompt, in characters."""
-
-
-@dataclass(frozen=True, slots=True)
-class PPOWork:
-    """What every contender does.
-
-    Attributes:
-        policy: path of the policy, reference and (with a new head) critic; a folder.
-        reward: path of a sequence classifier of one label; a folder.
-        precision: what is computed in; weights and optimizer stay in float32.
-        prompts: prompts of a step, one response each, all in one mini-batch.
-        new_tokens: longest response.
-        epochs: optimizer steps on a batch.
-        updates: timed PPO steps.
-        lora: rank of adapters on all linear layers of the policy, whose reference is then itself without them; 0 for none.
-    """
-
-    policy: str
-    reward: str
-    precision: Precision
-    prompts: int = 64
-    new_tokens: int = 64
-    epochs: int = 4
-    updates: int = 3
-    lora: int = 0
-
-    def texts(self) -> list[str]:
-        """The prompts of all steps, the first included."""
-        count = self.prompts * (self.updates + 1)
-        lengths = np.random.default_rng(0).integers(SHORTEST, LONGEST + 1, count)
-        rows = zip(generate(0, count, "train"), lengths, strict=True)
-        return [f"{row['solution']} {row['question']}"[-length:] for row, length in rows]
-
-    def token_ids(self) -> list[list[int]]:
-        """The prompts as the policy's tokenizer reads them."""
-        ids: list[list[int]] = load_tokenizer(self.config("none", Path()).model)(self.texts())["input_ids"]
-        return ids
-
-    def config(self, critic: str, folder: Path) -> PPOConfig:
-        """The same work as a configuration of ours."""
-        adapters = f", lora: {{rank: {self.lora}, alpha: {2 * self.lora}}}" if self.lora else ""
-        own_critic = {
-            "separate": [f"critic={{kind: separate, model: {{path: {json.dumps(self.policy)}, dtype: {self.precision}}}}}"]
-        }
-        return load_config(
-            PPOConfig,
-            None,
-            [
-                f"model={{path: {json.dumps(self.policy)}, dtype: {self.precision}{adapters}}}",
-                f"reward.model.model={{path: {json.dumps(self.reward)}, dtype: {self.precision}}}",
-                'reward.model.template="{prompt}{response}"',
-                f"data={{chat: false, train: {{path: {json.dumps(str(folder / 'prompts.jsonl'))}}}}}",
-                f"rollout={{prompts_per_step: {self.prompts}, max_new_tokens: {self.new_tokens}, max_model_length: 256}}",
-                f"train={{epochs: {self.epochs}, learning_rate: 1.0e-5}}",
-                f"run={{name: bench, root: {json.dumps(str(folder))}, steps: {self.updates + 1}}}",
-                "evaluation.every=0",
-                "checkpoint.every=0",
-                "observe.live=false",
-                *own_critic.get(critic, [f"critic.kind={critic}"] if critic != "none" else []),
-            ],
-        )
+PLAIN = "bare torch and vLLM calls"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +89,9 @@ def bench_ppo(
 
         return speed
 
-    contenders: dict[str, Callable[[], float]] = {f"TRL {release} PPOTrainer": lambda: _run_trl(work, folder)}
+    contenders: dict[str, Callable[[], float]] = {f"TRL {release} PPOTrainer": lambda: run_trl(work, folder)}
     if not work.lora:
-        contenders[BARE] = measured(BARE, _run_bare)
+        contenders[PLAIN] = measured(PLAIN, _run_plain)
     for critic in critics:
         name = f"rayrlhf, {critic} critic"
         contenders[name] = measured(name, _run_ours, critic)
@@ -183,17 +114,6 @@ def write_reward_model(model: str, folder: Path) -> tuple[str, str]:
     AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1).save_pretrained(folder)
     AutoTokenizer.from_pretrained(policy).save_pretrained(folder)
     return policy, str(folder)
-
-
-def _run_trl(work: PPOWork, folder: Path) -> float:
-    """Run TRL's trainer where its own release is found first."""
-    script = Path(__file__).with_name("trl_ppo.py")
-    job = json.dumps(asdict(work) | {"token_ids": work.token_ids()})
-    environment = os.environ | {"PYTHONPATH": str(folder), "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run([sys.executable, str(script)], input=job, env=environment, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise RuntimeError(f"TRL's trainer ended with {run.returncode}: {run.stderr[-2000:]}")
-    return 3600 / float(np.median(json.loads(run.stdout.splitlines()[-1])))
 
 
 def _run_ours(work: PPOWork, critic: Critic) -> Measured:
@@ -220,11 +140,11 @@ def _run_ours(work: PPOWork, critic: Critic) -> Measured:
     return Measured(float(np.median(np.diff(ends))), **last)
 
 
-def _run_bare(work: PPOWork) -> Measured:
+def _run_plain(work: PPOWork) -> Measured:
     # Must be there before vLLM is imported. The engine stays in this process, as it does in our actors.
     os.environ.update(rollout_environment(work.config("none", Path()).rollout, threads=os.cpu_count() or 1))
-    from rayrlhf.tools.bench.bare_ppo import BarePPO
+    from rayrlhf.tools.bench.plain_ppo import PlainPPO
 
-    bare = BarePPO(work)
-    seconds = bare.seconds()
-    return Measured(seconds, bare.parts, bare.lengths)
+    plain = PlainPPO(work)
+    seconds = plain.seconds()
+    return Measured(seconds, plain.parts, plain.lengths)

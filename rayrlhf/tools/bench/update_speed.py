@@ -20,8 +20,8 @@ from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
 from rayrlhf.ppo.update_objectives import make_objectives
+from rayrlhf.tools.bench.bench_trainer import bench_config, standing_trainer
 from rayrlhf.tools.bench.paired import Comparison, compare
-from rayrlhf.tools.bench.stand import bench_config, standing_trainer
 
 MOST_PROBLEMS = 8
 """Of one sample: some 300 tokens."""

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rayrlhf.tools.report.metric_series import Series, per_step, quotient, series_by_name, thinned
 from rayrlhf.tools.report.run_curves import staleness, with_derived
 from rayrlhf.tools.report.run_state import RunState
 from rayrlhf.tools.report.run_view import RunView
-from rayrlhf.tools.report.series import Series, per_step, quotient, series_by_name, thinned
 
 
 def test_metrics_of_several_lines_of_a_step_are_one_series_and_the_last_taking_counts():

@@ -7,7 +7,8 @@ from rayrlhf.config.model import CriticSection, ModelSection
 from rayrlhf.errors import UserError
 from rayrlhf.models.builtin import resolve_model
 from rayrlhf.tools.bench.benchmarks import run_bench_ppo
-from rayrlhf.tools.bench.ppo import BARE, LONGEST, SHORTEST, PPOWork, bench_ppo, write_reward_model
+from rayrlhf.tools.bench.ppo_step import PLAIN, bench_ppo, write_reward_model
+from rayrlhf.tools.bench.work import MAX_CHARACTERS, MIN_CHARACTERS, PPOWork
 
 
 def test_every_contender_gets_the_same_prompts_of_the_stated_lengths():
@@ -15,8 +16,8 @@ def test_every_contender_gets_the_same_prompts_of_the_stated_lengths():
     ids = work.token_ids()
     lengths = np.array([len(one) for one in ids])
     assert len(ids) == 64 * 3
-    assert lengths.min() >= SHORTEST
-    assert lengths.max() <= LONGEST
+    assert lengths.min() >= MIN_CHARACTERS
+    assert lengths.max() <= MAX_CHARACTERS
     assert ids == work.token_ids()
     assert [len(text) for text in work.texts()] == lengths.tolist()
 
@@ -52,8 +53,8 @@ def test_trl_the_bare_calls_and_ours_are_measured_side_by_side(tmp_path):
     work = PPOWork(policy, reward, "float32", prompts=8, new_tokens=8, epochs=2, updates=1)
     found = bench_ppo(work, critics=("shared",), rounds=1)
     speeds = found.comparison.speeds
-    assert list(speeds) == ["TRL 1.12.0 PPOTrainer", BARE, "rayrlhf, shared critic"]
+    assert list(speeds) == ["TRL 1.12.0 PPOTrainer", PLAIN, "rayrlhf, shared critic"]
     assert all(speed > 0 for (speed,) in speeds.values())
     assert {"generate", "reference", "update_policy"} <= found.seconds["rayrlhf, shared critic"].keys()
-    assert found.seconds[BARE].keys() == found.operations[BARE].keys()
+    assert found.seconds[PLAIN].keys() == found.operations[PLAIN].keys()
     assert "| update_policy |" in found.as_markdown()

@@ -7,9 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from rayrlhf.cli import app
-from rayrlhf.tools.doctor.checks import CHECKS, GIB, examine
-from rayrlhf.tools.doctor.facts import Facts, gather
-from rayrlhf.tools.doctor.run_doctor import to_text
+from rayrlhf.tools.doctor.machine_checks import CHECKS, GIB, examine, to_text
+from rayrlhf.tools.doctor.machine_facts import Facts, gather
 
 GOOD = Facts(
     python=(3, 11),
@@ -91,14 +90,14 @@ def test_this_machine_can_run_what_is_installed_on_it():
 
 
 def test_a_broken_machine_is_exit_code_1(monkeypatch):
-    monkeypatch.setattr("rayrlhf.tools.doctor.run_doctor.gather", lambda: replace(GOOD, processor_flags=frozenset()))
+    monkeypatch.setattr("rayrlhf.tools.doctor.machine_checks.gather", lambda: replace(GOOD, processor_flags=frozenset()))
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "no AVX2" in result.output
 
 
 def test_facts_of_this_machine_are_gathered(tmp_path, monkeypatch):
-    monkeypatch.setattr("rayrlhf.tools.doctor.facts._import_error", lambda name: None)
+    monkeypatch.setattr("rayrlhf.tools.doctor.machine_facts._import_error", lambda name: None)
     facts = gather(tmp_path / "not" / "there")
     assert facts.packages["torch"]
     assert facts.writable["run folders"]

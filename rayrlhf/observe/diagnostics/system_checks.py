@@ -44,7 +44,7 @@ def memory_limit(history: History) -> Sign | None:
     return Sign(peak[0].step, f"the run's processes took {peak[0].value:.1f} GiB of the {limit[0].value:.1f} GiB there are")
 
 
-MACHINERY_CHECKS = (
+SYSTEM_CHECKS = (
     Check(
         "sampler_mismatch",
         "alarm",

@@ -7,24 +7,22 @@ value a token, one optimizer step of policy and critic an epoch. What a PPO step
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rayrlhf.tools.bench.work import Lengths
-
-if TYPE_CHECKING:
-    from rayrlhf.tools.bench.ppo import PPOWork
+from rayrlhf.tools.bench.operations import Lengths
+from rayrlhf.tools.bench.work import PPOWork
 
 ROWS = 16
 """Rows of a forward: the fastest of 8, 16, 32 and 64 on the machine this was written on."""
 
 
-class BarePPO:
+class PlainPPO:
     """All models of the job in this process."""
 
-    def __init__(self, work: "PPOWork") -> None:
+    def __init__(self, work: PPOWork) -> None:
         """Start vLLM and load the models."""
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
         from vllm import LLM
