@@ -151,7 +151,7 @@ class RunLoop:
         batch = sft_warmup_batch(self._config, self._prompts, load_tokenizer(self._config.model))
         with self._recorder.waiting(f"warming up on {len(batch)} given responses"):
             report = self._trainer.warm_up(batch)
-        first, last = (report.step_metrics[index]["loss/imitation"] for index in (0, -1))
+        first, last = (report.step_metrics[index]["loss/cross_entropy"] for index in (0, -1))
         self._recorder.note(f"warm-up: cross-entropy {first:.2f} -> {last:.2f} nats a token over {len(batch)} responses")
 
     def _checkpoint(self, step: int) -> None:

@@ -20,7 +20,7 @@ from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.prompt_sampler import PromptSampler
 from rayrlhf.data.records import Prompt, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.objectives.base import CrossEntropyObjective
+from rayrlhf.engines.objectives.cross_entropy import CrossEntropyObjective
 from rayrlhf.engines.train.plan import UpdateReport
 from rayrlhf.environments.episodes import episode_metrics, with_extra_segments, without_failed
 from rayrlhf.errors import AlarmError

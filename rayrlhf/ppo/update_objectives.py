@@ -6,7 +6,10 @@ import numpy as np
 
 from rayrlhf.actors.placement import Role
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.engines.objectives.base import Objective, PolicyObjective, SharedObjective, ValueObjective
+from rayrlhf.engines.objectives.base import Objective
+from rayrlhf.engines.objectives.policy import PolicyObjective
+from rayrlhf.engines.objectives.shared import SharedObjective
+from rayrlhf.engines.objectives.value import ValueObjective
 from rayrlhf.engines.train.plan import UpdatePlan
 
 

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 from rayrlhf.config.tuning.configs import RewardTrainingConfig, SFTConfig, TuningConfig
 from rayrlhf.data.supervised.datasets import DatasetReport, Spread, in_turn, load_preference_data, load_supervised_data
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.objectives.base import CrossEntropyObjective, Objective
+from rayrlhf.engines.objectives.base import Objective
+from rayrlhf.engines.objectives.cross_entropy import CROSS_ENTROPY, CrossEntropyObjective
 from rayrlhf.engines.objectives.preference import PreferenceObjective
 from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec
 from rayrlhf.engines.train.supervised_batches import preference_batch, supervised_batch
@@ -102,7 +103,7 @@ class SupervisedTask:
 
     def loss(self, metrics: Mapping[str, float]) -> float:
         """Mean over the tokens to learn, in nats."""
-        return metrics["loss/imitation"]
+        return metrics[CROSS_ENTROPY]
 
     def evaluate(self, engine: TrainEngine, held_out: Table) -> tuple[dict[str, float], PreferenceScores | None]:
         """The same mean on held-out samples."""

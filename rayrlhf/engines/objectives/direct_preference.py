@@ -1,4 +1,4 @@
-"""What DPO minimises: pairs classified by log-ratios to a reference whose log-probs were computed before training."""
+"""DPO objective: preference pairs with reference log-probs computed before training."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ REFERENCE = "reference_logprob"
 
 @dataclass(frozen=True)
 class DirectPreferenceObjective:
-    """The loss of `rayrlhf.algorithms.losses`, averaged over the pairs of the optimizer step."""
+    """DPO loss of `rayrlhf.algorithms.losses`, averaged over the pairs of the optimizer step."""
 
     loss: DirectLoss = "sigmoid"
     beta: float = 0.1
@@ -34,11 +34,11 @@ class DirectPreferenceObjective:
 
     @property
     def masks(self) -> Sequence[str]:
-        """The answers' tokens, whose log-probs are needed, and one place a pair, which the loss is averaged over."""
+        """Action mask for the log-probs, and pair mask to average the loss over."""
         return ("action_mask", PAIR_MASK)
 
     def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
-        """Evaluate on a micro-batch of whole pairs (see `Objective.compute`); terms are [pairs, 1]."""
+        """Evaluate on a micro-batch of whole pairs (see `Objective.compute`); losses are [pairs, 1]."""
         mask = arrays["action_mask"]
         sums = zero_masked(outputs["logprobs"], mask).sum(1)
         pairs = direct_preference_loss(
@@ -53,12 +53,12 @@ class DirectPreferenceObjective:
 
 
 def direct_preference_batch(pairs: Sequence[PreferencePair]) -> TrainingBatch:
-    """Return pairs as a training batch: two rows each, kept together, the reference's log-probs in their first column.
+    """Build a training batch of pairs: two adjacent rows each, reference log-probs in column 0.
 
-    A pair without reference log-probs has 0 there, which is DPO without a reference.
+    Pairs without reference log-probs get 0, which is DPO without a reference.
 
     Raises:
-        ValueError: an answer has nothing to learn, or begins at the first token.
+        ValueError: a response has no target token, or its first token is a target.
     """
     batch = supervised_batch([answer for pair in pairs for answer in (pair.chosen, pair.rejected)])
     pair_mask = np.zeros((len(batch), batch.width), dtype=np.bool_)

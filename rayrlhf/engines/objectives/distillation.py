@@ -1,7 +1,7 @@
-"""What distillation minimises: the forward KL from a teacher, at the tokens of responses that teacher and student both read.
+"""Distillation objective: forward KL from a teacher at the response tokens.
 
-What the teacher said travels with the batch: `teacher_hidden` [B, T, H], or `teacher_ids` [B, T, K] beside `teacher_logprobs`
-[B, T, K + 1]. It was computed once, before training, so no second model sits in memory.
+The teacher's outputs are part of the batch: `teacher_hidden` [B, T, H], or `teacher_ids` [B, T, K] and `teacher_logprobs`
+[B, T, K + 1]. They are computed once before training, so no second model is in memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,12 +30,12 @@ class DistillationObjective:
 
     @property
     def outputs(self) -> frozenset[OutputName]:
-        """The divergence."""
+        """Divergence from the teacher."""
         return frozenset({"divergence"})
 
     @property
     def masks(self) -> Sequence[str]:
-        """The action mask."""
+        """Action mask."""
         return ("action_mask",)
 
     def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
@@ -45,10 +45,10 @@ class DistillationObjective:
 
 
 def distillation_batch(samples: Sequence[DistillationSample]) -> TrainingBatch:
-    """Return samples as a training batch, what the teacher said in the columns of the tokens to learn and 0 elsewhere.
+    """Build a training batch with the teacher's outputs at the target tokens and 0 elsewhere.
 
     Raises:
-        ValueError: a sample has nothing to learn, or its first token is a target.
+        ValueError: a sample has no target token, or its first token is a target.
     """
     batch = supervised_batch(samples)
     mask = batch.arrays["action_mask"]
@@ -62,7 +62,7 @@ def distillation_batch(samples: Sequence[DistillationSample]) -> TrainingBatch:
 
 
 def teacher_signal(arrays: Mapping[str, Tensor], slots: Tensor) -> TeacherSignal:
-    """Return what the teacher said of the places `slots`, int64 [N], numbers of cells of a [B, T] table."""
+    """Return the teacher's outputs at `slots`, int64 [N] flat indices into a [B, T] table."""
     flat = {name: arrays[name].flatten(0, 1).index_select(0, slots) for name in (HIDDEN, IDS, LOGPROBS) if name in arrays}
     if HIDDEN in flat:
         return TeacherSignal(hidden=flat[HIDDEN])

@@ -1,4 +1,4 @@
-"""What a reward model minimises: of each pair, minus the log of the chance it gives to the better answer."""
+"""Reward-model objective: the Bradley-Terry loss of preference pairs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +14,10 @@ PAIR_MASK, MARGIN = "pair_mask", "margin"
 
 @dataclass(frozen=True)
 class PreferenceObjective:
-    """The Bradley-Terry loss with margin and centering (see `rayrlhf.algorithms.losses`), averaged over pairs.
+    """Bradley-Terry loss with margin and centering (see `rayrlhf.algorithms.losses`), averaged over pairs.
 
-    Rows 2i and 2i + 1 of a batch are the better and the worse answer of pair i; see `rayrlhf.engines.train.supervised_batches`.
+    Rows 2i and 2i + 1 of a batch are the chosen and the rejected response of pair i (see
+    `rayrlhf.engines.train.supervised_batches`).
     """
 
     center_coefficient: float = 0.0
@@ -24,16 +25,16 @@ class PreferenceObjective:
 
     @property
     def outputs(self) -> frozenset[OutputName]:
-        """The value after the last token, which is the reward."""
+        """Values; the one after the last token is the reward."""
         return frozenset({"values"})
 
     @property
     def masks(self) -> Sequence[str]:
-        """One place a pair."""
+        """Pair mask, with one True position per pair."""
         return (PAIR_MASK,)
 
     def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
-        """Evaluate on a micro-batch of whole pairs (see `Objective.compute`); terms are [pairs, 1]."""
+        """Evaluate on a micro-batch of whole pairs (see `Objective.compute`); losses are [pairs, 1]."""
         chosen, rejected = outputs["values"].view(-1, 2).unbind(1)
         pairs = preference_loss(chosen, rejected, arrays[MARGIN].view(-1, 2)[:, 0], center_coefficient=self.center_coefficient)
         statistics = {name: values[:, None] for name, values in pairs.statistics.items()}

@@ -82,7 +82,7 @@ def main(hidden, layers, tokens, dtype):
     from rayrlhf.config.algorithm import PolicyLossSection
     from rayrlhf.config.model import ModelSection
     from rayrlhf.config.train import TrainSection
-    from rayrlhf.engines.objectives.base import PolicyObjective
+    from rayrlhf.engines.objectives.policy import PolicyObjective
     from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec, UpdatePlan
     from tests.engines.training import join_alone
 

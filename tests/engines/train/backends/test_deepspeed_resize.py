@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.train import TrainSection
-from rayrlhf.engines.objectives.base import PolicyObjective, SharedObjective, ValueObjective
+from rayrlhf.engines.objectives.policy import PolicyObjective
+from rayrlhf.engines.objectives.shared import SharedObjective
+from rayrlhf.engines.objectives.value import ValueObjective
 from rayrlhf.engines.train.backends import deepspeed as deepspeed_setup
 from rayrlhf.engines.train.backends.deepspeed_resize import recut_each, recut_row
 from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec, UpdatePlan
@@ -63,7 +65,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes and this one did in turns."""
     folder = tmp_path_factory.mktemp("worlds")
     write_llama(folder / "model")
-    code, port = f"from tests.engines.{Path(__file__).stem} import main; main()", str(free_port())
+    code, port = f"from {__name__} import main; main()", str(free_port())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deepspeed_setup, "PARTITION_THRESHOLD", SOME_ARE_SHARDED)
         others = [

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.train import OptimizerSection, TrainSection
 from rayrlhf.data.supervised.supervised_samples import PreferencePair, SupervisedSample
-from rayrlhf.engines.objectives.base import CrossEntropyObjective
+from rayrlhf.engines.objectives.cross_entropy import CrossEntropyObjective
 from rayrlhf.engines.objectives.preference import PreferenceObjective
 from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec, UpdatePlan
 from rayrlhf.engines.train.supervised_batches import preference_batch, supervised_batch
@@ -105,7 +105,8 @@ def test_sft_has_the_loss_and_gradients_of_trl(model, tmp_path, packing):
     report, gradients = step_of(
         engine_of(model, frozenset({"lm"}), packing=packing), supervised_batch(samples), CrossEntropyObjective()
     )
-    assert report.metrics["loss/imitation"] == pytest.approx(loss.item(), abs=TOLERANCE)
+    assert report.metrics["loss/cross_entropy"] == pytest.approx(loss.item(), abs=TOLERANCE)
+    assert report.metrics["loss/imitation"] == report.metrics["loss/cross_entropy"]  # the former name
     assert gradient_error(gradients, trl_model_gradients(oracle)) <= TOLERANCE
 
 

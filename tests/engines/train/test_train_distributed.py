@@ -12,7 +12,10 @@ from rayrlhf.algorithms.importance import moved_too_far
 from rayrlhf.config.algorithm import ParitySection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.train import OptimizerSection, TrainSection
-from rayrlhf.engines.objectives.base import POLICY_KL, PolicyObjective, SharedObjective, ValueObjective
+from rayrlhf.engines.objectives.base import POLICY_KL
+from rayrlhf.engines.objectives.policy import PolicyObjective
+from rayrlhf.engines.objectives.shared import SharedObjective
+from rayrlhf.engines.objectives.value import ValueObjective
 from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec, UpdatePlan
 from rayrlhf.engines.train.process_group import ProcessGroupSpec, join
 from tests.engines.training import free_port, join_alone, leave_at_once, random_batch, random_sequences, weights_of, write_llama
@@ -62,7 +65,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of a world of two in processes of their own, and of this process alone, at work side by side."""
     folder = tmp_path_factory.mktemp("ranks")
     write_llama(folder / "model")
-    code, port = f"from tests.engines.{Path(__file__).stem} import main; main()", free_port()
+    code, port = f"from {__name__} import main; main()", free_port()
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(rank), "2", str(port), str(folder)],

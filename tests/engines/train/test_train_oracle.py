@@ -15,7 +15,10 @@ from rayrlhf.config.model import ModelSection
 from rayrlhf.config.train import OptimizerSection, TrainSection
 from rayrlhf.data.records import TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.objectives.base import LossComponent, Objective, PolicyObjective, SharedObjective, ValueObjective
+from rayrlhf.engines.objectives.base import LossComponent, Objective
+from rayrlhf.engines.objectives.policy import PolicyObjective
+from rayrlhf.engines.objectives.shared import SharedObjective
+from rayrlhf.engines.objectives.value import ValueObjective
 from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec, UpdatePlan
 from tests.engines.training import join_alone, weights_of, write_model
 from tests.fixtures.oracle_cases import (
@@ -55,16 +58,16 @@ def _alone() -> None:
 
 @dataclass
 class Recording:
-    """An objective that keeps what the network said on each micro-batch."""
+    """An objective that keeps the network outputs of each micro-batch."""
 
     inner: Any
-    outputs: list[dict[str, Tensor]] = field(default_factory=list)
+    recorded: list[dict[str, Tensor]] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
     def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
-        self.outputs.append({name: tensor.detach().clone() for name, tensor in outputs.items()})
+        self.recorded.append({name: tensor.detach().clone() for name, tensor in outputs.items()})
         return self.inner.compute(outputs, arrays)
 
 
@@ -178,7 +181,7 @@ def test_two_classic_steps_replay_forwards_gradients_norms_and_weights(name: str
         report = engine.update(classic_batch(step, sequences), plan, recording)
         assert report.epochs == len(step.permutations)
         assert report.stopped_early == (len(step.permutations) < case.config["ppo_epochs"])
-        check_forwards(step, recording.outputs, forward_tolerance)
+        check_forwards(step, recording.recorded, forward_tolerance)
         np.testing.assert_allclose(report.grad_norms, step.grad_norms, rtol=max(2e-6, forward_tolerance))
         if step.first_gradients:
             assert flat_error(gradients, step.first_gradients) <= START_TOLERANCE
@@ -262,7 +265,7 @@ def test_a_modern_update_replays_in_two_engines_as_in_trls_single_optimizer(name
         recording = Recording(objective)
         norms[role] = engine.update(batch, plan, recording).grad_norms
         if role == "policy":
-            for output, mini_batch in zip(recording.outputs, case.micro_batches, strict=True):
+            for output, mini_batch in zip(recording.recorded, case.micro_batches, strict=True):
                 check_modern_forward(output, mini_batch, case.advantages_mask)
         after = case.policy_weights_after if role == "policy" else case.value_weights_after
         found = weights_of(engine)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rayrlhf.config.algorithm import KlSection, PolicyLossSection
-from rayrlhf.engines.objectives.base import PolicyObjective, responses_under, weighted_loss
+from rayrlhf.engines.objectives.base import responses_under, weighted_loss
+from rayrlhf.engines.objectives.policy import PolicyObjective
 from tests.algorithms.batches import Batch, batches
 
 LONGEST = 16

@@ -1,0 +1,40 @@
+"""Cross-entropy objective of SFT and of the SFT warm-up before PPO."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rayrlhf.algorithms.losses import TokenLoss
+from rayrlhf.algorithms.masking import zero_masked
+from rayrlhf.engines.objectives.base import LossComponent
+from rayrlhf.models.network import OutputName
+
+CROSS_ENTROPY, CROSS_ENTROPY_ALIAS = "loss/cross_entropy", "loss/imitation"
+"""Metric name, and the former name that is still emitted."""
+
+
+@dataclass(frozen=True)
+class CrossEntropyObjective:
+    """Mean of -log p over all response tokens of the optimizer step."""
+
+    temperature: float = 1.0
+
+    @property
+    def outputs(self) -> frozenset[OutputName]:
+        """Log-probs."""
+        return frozenset({"logprobs"})
+
+    @property
+    def masks(self) -> Sequence[str]:
+        """Action mask."""
+        return ("action_mask",)
+
+    def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
+        """Evaluate on a micro-batch (see `Objective.compute`)."""
+        loss = zero_masked(-outputs["logprobs"], arrays["action_mask"])
+        return [
+            LossComponent(
+                "action_mask", 1.0, TokenLoss(loss, dict.fromkeys((CROSS_ENTROPY, CROSS_ENTROPY_ALIAS), loss.detach()))
+            )
+        ]

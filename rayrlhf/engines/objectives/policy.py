@@ -1,0 +1,82 @@
+"""Policy objective: the surrogate with an optional entropy bonus, KL penalty and importance weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rayrlhf.algorithms.kl import kl_loss
+from rayrlhf.algorithms.losses import TokenLoss
+from rayrlhf.algorithms.masking import zero_masked
+from rayrlhf.algorithms.policy_losses import DEFAULT_LOSS_AGGREGATION, POLICY_LOSSES, aggregated, bounded_ratio
+from rayrlhf.config.algorithm import KlSection, PolicyLossSection
+from rayrlhf.engines.objectives.base import LossComponent
+from rayrlhf.models.network import OutputName
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """Policy surrogate plus the configured entropy bonus, KL penalty and importance weights.
+
+    Attributes:
+        loss: settings of the surrogate.
+        kl: KL penalty; added here only if its placement is "loss".
+        temperature: sampling temperature of the rollouts.
+        importance: multiply the surrogate by the array `importance_weights` (off-policy correction, TRL 1.16 vLLM correction).
+        entropy: report the policy's entropy; always computed if there is a bonus.
+        longest: tokens that the loss aggregation `constant` divides a response by, unless `loss` sets a number.
+    """
+
+    loss: PolicyLossSection = field(default_factory=PolicyLossSection)
+    kl: KlSection | None = None
+    temperature: float = 1.0
+    importance: bool = False
+    entropy: bool = True
+    longest: int = 1
+
+    @property
+    def outputs(self) -> frozenset[OutputName]:
+        """Log-probs, and entropy if it is reported or rewarded."""
+        names: set[OutputName] = {"logprobs"}
+        if self.entropy or self.loss.entropy_coefficient:
+            names.add("entropy")
+        return frozenset(names)
+
+    @property
+    def masks(self) -> Sequence[str]:
+        """Action mask."""
+        return ("action_mask",)
+
+    def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
+        """Evaluate on a micro-batch (see `Objective.compute`)."""
+        logprobs, mask = outputs["logprobs"], arrays["action_mask"]
+        surrogate = POLICY_LOSSES[self.loss.name](
+            logprobs,
+            arrays["old_logprobs"],
+            arrays["advantages"],
+            mask,
+            clip_low=self.loss.clip_low,
+            clip_high=self.loss.clip_high,
+            dual_clip=self.loss.dual_clip,
+        )
+        loss, statistics = surrogate.loss, dict(surrogate.statistics)
+        if self.importance:
+            loss = loss * zero_masked(arrays["importance_weights"], mask)
+        if self.kl is not None and self.kl.placement == "loss" and self.kl.coefficient:
+            penalty = kl_loss(logprobs, arrays["ref_logprobs"], mask, self.kl.estimator)
+            # The tokens come from an older policy; the ratio corrects the estimate to the current policy's KL.
+            weight = bounded_ratio(zero_masked(logprobs.detach() - arrays["old_logprobs"], mask))
+            statistics["loss/kl_avg"] = penalty.detach()
+            loss = loss + self.kl.coefficient * weight * penalty
+        loss_aggregation = self.loss.loss_aggregation or DEFAULT_LOSS_AGGREGATION[self.loss.name]
+        loss = aggregated(loss, mask, loss_aggregation, self.loss.loss_aggregation_length or self.longest)
+        components = [LossComponent("action_mask", 1.0, TokenLoss(loss, statistics), per_response=loss_aggregation != "token")]
+        return [*components, self._bonus(outputs["entropy"], mask)] if "entropy" in outputs else components
+
+    def _bonus(self, entropy: Tensor, mask: Tensor) -> LossComponent:
+        """Negative entropy, averaged over tokens regardless of the surrogate's aggregation (as in TRL 1.16)."""
+        entropy = zero_masked(entropy, mask)
+        coefficient = self.loss.entropy_coefficient
+        loss = -entropy if coefficient else torch.zeros_like(entropy)
+        return LossComponent("action_mask", coefficient, TokenLoss(loss, {"policy/entropy_avg": entropy.detach()}))

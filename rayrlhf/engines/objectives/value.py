@@ -1,0 +1,36 @@
+"""Value objective: the critic's clipped squared error."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from rayrlhf.algorithms.policy_losses import clipped_value_loss
+from rayrlhf.config.algorithm import ValueLossSection
+from rayrlhf.engines.objectives.base import LossComponent
+from rayrlhf.models.network import OutputName
+
+
+@dataclass(frozen=True)
+class ValueObjective:
+    """Clipped squared error of the critic times its coefficient."""
+
+    loss: ValueLossSection = field(default_factory=ValueLossSection)
+    temperature: float = 1.0
+
+    @property
+    def outputs(self) -> frozenset[OutputName]:
+        """Values."""
+        return frozenset({"values"})
+
+    @property
+    def masks(self) -> Sequence[str]:
+        """Value mask."""
+        return ("value_mask",)
+
+    def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
+        """Evaluate on a micro-batch (see `Objective.compute`)."""
+        components = clipped_value_loss(
+            outputs["values"], arrays["old_values"], arrays["returns"], arrays["value_mask"], clip=self.loss.clip
+        )
+        return [LossComponent("value_mask", self.loss.coefficient, components)]
