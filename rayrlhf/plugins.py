@@ -31,7 +31,7 @@ class Registry(Generic[Plugin]):
     Args:
         kind: begins every error message, for example `reward function` or `environment.name`.
         built_in: name -> plugin, or `module:attribute` to import on first use.
-        noun: term for a plugin in error messages, `function` or `class`.
+        noun: term for a plugin in error messages, for example `function`.
         accepts: returns False for an object that cannot be a plugin of this kind.
     """
 
@@ -87,8 +87,8 @@ class Registry(Generic[Plugin]):
         source, colon, attribute = target.rpartition(":")
         if not colon:
             raise UserError(
-                f"{self.kind} {name!r} is not registered{did_you_mean(name, self.names)}; known are {', '.join(self.names)}, "
-                f"or give module:{self._noun} or path/to/file.py:{self._noun}"
+                f"{self.kind} {name!r} is not registered{did_you_mean(name, self.names)}; "
+                f"known are {', '.join(self.names) or 'none'}, or give module:attribute or path/to/file.py:attribute"
             )
         where = f"{self.kind} {name!r}"
         module = import_file(Path(source), where) if source.endswith(".py") else _import_module(source, where)
@@ -97,7 +97,8 @@ class Registry(Generic[Plugin]):
             raise UserError(f"{where}: {source} has no {self._noun} {attribute!r}{did_you_mean(attribute, candidates)}")
         plugin = getattr(module, attribute)
         if not self._accepts(plugin):
-            raise UserError(f"{where}: {attribute!r} is of type {type(plugin).__name__}, expected a {self._noun}")
+            found = "another class" if inspect.isclass(plugin) else f"of type {type(plugin).__name__}"
+            raise UserError(f"{where}: {attribute!r} is {found}, expected a {self._noun}")
         return cast(Plugin, plugin)
 
 
@@ -128,6 +129,17 @@ def bind_arguments(
     except TypeError as error:
         raise UserError(f"{where}: arguments do not fit: {error}") from error
     return partial(function, **arguments)
+
+
+def check_methods(where: str, plugin: object, names: Iterable[str]) -> None:
+    """Check that a class has the members of its protocol.
+
+    Raises:
+        UserError: one is missing; the message names it.
+    """
+    for name in names:
+        if not hasattr(plugin, name):
+            raise UserError(f"{where}: {getattr(plugin, '__name__', plugin)} needs a method {name!r}")
 
 
 class _SourceLoader(importlib.machinery.SourceFileLoader):

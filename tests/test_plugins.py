@@ -110,7 +110,7 @@ def test_a_built_in_plugin_may_be_given_as_an_object():
     assert registry.resolve("line") is list
     registry.register("dot")(set)
     assert registry.names == ["dot", "line", "square"]
-    with pytest.raises(UserError, match=r"shape 'dots' is not registered; did you mean 'dot'\?.* give module:class"):
+    with pytest.raises(UserError, match=r"shape 'dots' is not registered; did you mean 'dot'\?.* give module:attribute"):
         registry.resolve("dots")
 
 

@@ -5,10 +5,11 @@ What the policy talks to between its turns.
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayrlhf.config.demonstrations import RolloutDemonstrationsSection
 from rayrlhf.config.section import Section
+from rayrlhf.plugins import did_you_mean
 
 
 class EnvironmentSection(Section):
@@ -48,11 +49,17 @@ class EnvironmentSection(Section):
         return self
 
 
+BACKENDS = ("vllm", "transformers")
+"""Built-in rollout engines."""
+
+
 class RolloutSection(Section):
     """Sampling on the rollout replicas. A step samples `prompts_per_step` x `samples_per_prompt` responses."""
 
-    backend: Literal["vllm", "transformers"] = "vllm"
-    """What samples; `transformers` needs no vLLM and is slow."""
+    backend: str = "vllm"
+    """Rollout engine: `vllm`, `transformers` (needs no vLLM and is slow), `module:Class` or `path/to/file.py:Class`."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further keyword arguments of the engine's class."""
     replicas: int = Field(1, ge=1)
     """Copies of the policy that sample."""
     tensor_parallel_size: int = Field(1, ge=1)
@@ -90,3 +97,13 @@ class RolloutSection(Section):
     mismatch_alarm: float = Field(0.5, gt=0)
     """Stop when the mean |trainer log-prob - sampler log-prob| of a step exceeds this many nats, over the tokens that the
     newest weights sampled: what older ones did (`async.max_staleness`) differs also by what was learned since."""
+
+    @field_validator("backend")
+    @classmethod
+    def _check_backend(cls, backend: str) -> str:
+        if backend not in BACKENDS and ":" not in backend:
+            raise ValueError(
+                f"{backend!r} is no rollout engine{did_you_mean(backend, BACKENDS)}; expected {', '.join(BACKENDS)}, "
+                "module:Class or path/to/file.py:Class"
+            )
+        return backend

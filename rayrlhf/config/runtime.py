@@ -8,7 +8,7 @@ Sampling ahead: rollouts of later steps while the policy still trains.
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -136,6 +136,15 @@ class DeadlineSection(Section):
     """Each bucket of a weight sync."""
 
 
+class CallbackSection(Section):
+    """A callback of the run."""
+
+    name: str
+    """`module:Class` or `path/to/file.py:Class`, a subclass of `rayrlhf.Callback`."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the class."""
+
+
 class ObserveSection(Section):
     """What a run writes and shows."""
 
@@ -152,6 +161,8 @@ class ObserveSection(Section):
     """The terminal view; plain lines where there is no terminal."""
     trace: bool = True
     """Write `trace.json` for Perfetto: who did what when."""
+    callbacks: list[CallbackSection] = Field(default_factory=list)
+    """The user's own callbacks, called in this order after the built-in ones."""
 
 
 class RecoverySection(Section):

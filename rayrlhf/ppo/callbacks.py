@@ -1,8 +1,12 @@
-"""What a user can hook into the loop. A callback sees plain values and may raise to end the run."""
+"""Callbacks of the training loop. A callback sees plain values and may raise to end the run."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rayrlhf.config.runtime import CallbackSection
+from rayrlhf.plugins import Registry, bind_arguments
 
 if TYPE_CHECKING:
     from rayrlhf.ppo.evaluation import Evaluation
@@ -27,3 +31,19 @@ class Callback:
 
     def on_end(self, trainer: "PPOTrainer") -> None:
         """The last step is done and the actors are still up."""
+
+
+CALLBACKS: Registry[type[Callback]] = Registry(
+    "callback", {}, "subclass of rayrlhf.Callback", lambda found: inspect.isclass(found) and issubclass(found, Callback)
+)
+
+
+def resolve_callbacks(sections: Iterable[CallbackSection]) -> list[Callable[[], Callback]]:
+    """Return the classes of `observe.callbacks` with their arguments bound.
+
+    Raises:
+        UserError: a name cannot be resolved to a subclass of `Callback`, or the arguments do not fit it.
+    """
+    return [
+        bind_arguments(f"callback {section.name!r}", CALLBACKS.resolve(section.name), section.arguments) for section in sections
+    ]

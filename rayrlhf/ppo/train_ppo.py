@@ -1,9 +1,8 @@
 """A PPO run from start to end: check everything that can be checked cheaply, start the actors, train, leave no trace."""
 
-import importlib.util
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,12 @@ from rayrlhf.data.prompt_sampler import PromptSampler
 from rayrlhf.data.records import Prompt
 from rayrlhf.demonstrations.prompt_demonstrations import Demonstrator
 from rayrlhf.engines.rollout.common import context_length
+from rayrlhf.engines.rollout.factory import check_rollout_backend
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_architecture, load_tokenizer
 from rayrlhf.observe.live import LiveView
 from rayrlhf.observe.trackers import check_trackers
-from rayrlhf.ppo.callbacks import Callback
+from rayrlhf.ppo.callbacks import Callback, resolve_callbacks
 from rayrlhf.ppo.checkpoint import Checkpointer
 from rayrlhf.ppo.cluster_metrics import ClusterMetrics
 from rayrlhf.ppo.run_loop import RunLoop
@@ -60,10 +60,9 @@ def check_ppo(config: PPOConfig) -> str:
     """Check a configuration without starting anything; returns the plan in words.
 
     Raises:
-        UserError: see `load_prompts` and `load_functions`; also a backend that is not installed.
+        UserError: see `load_prompts` and `load_functions`; also a backend that is not installed, or a wrong callback.
     """
-    _check_backend(config)
-    load_functions(config.reward)
+    _check_plugins(config)
     train, evaluation = load_prompts(config)
     check_warmup(config, train)
     return f"{describe(config)}\nprompts: {len(train)} to train on, {len(evaluation)} held out"
@@ -84,8 +83,7 @@ def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResul
         StoppedError: SIGTERM or Ctrl-C asked the run to stop; it did so at a step's end, and the same call resumes it.
     """
     started = time.monotonic()
-    _check_backend(config)
-    load_functions(config.reward)
+    own_callbacks = _check_plugins(config)
     view = LiveView(f"rayrlhf ppo {config.run.name}", live=None if config.observe.live else False)
     with ExitStack() as stack:
         stack.callback(view.stop)
@@ -110,7 +108,7 @@ def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResul
             sampler,
             evaluation_prompts,
             recorder.timer,
-            callbacks=[recorder, gauges, *callbacks],
+            callbacks=[recorder, gauges, *callbacks, *(make() for make in own_callbacks)],
             fault_tolerance=fault_tolerance,
         )
         checkpointer = Checkpointer(
@@ -168,13 +166,12 @@ def load_prompts(config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
     return train, held_out
 
 
-def _check_backend(config: PPOConfig) -> None:
+def _check_plugins(config: PPOConfig) -> list[Callable[[], Callback]]:
+    """Check backends, reward functions and callbacks; returns the constructors of `observe.callbacks`."""
     check_trackers(config.observe.trackers)
-    if config.rollout.backend == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise UserError(
-            "rollout.backend: vllm is not installed; expected `pip install 'rayrlhf[cpu]'` or `'rayrlhf[gpu]'`, "
-            "or rollout.backend=transformers"
-        )
+    check_rollout_backend(config.rollout)
+    load_functions(config.reward)
+    return resolve_callbacks(config.observe.callbacks)
 
 
 def fingerprint(config: PPOConfig) -> dict[str, str]:

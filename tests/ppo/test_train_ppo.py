@@ -167,13 +167,41 @@ def test_a_sampler_that_does_not_serve_the_policy_stops_the_run(tmp_path):
         train_ppo(tight, [Sabotage()])
 
 
-def test_a_reward_function_that_returns_nan_is_named_in_one_line(tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text("def bad(responses):\n    return [float('nan')] * len(responses)\n")
-    functions = f"reward.functions=[{{name: '{file}:bad'}}]"
-    config = run_config(tmp_path, functions, "rollout.backend=transformers", "critic.kind=shared", "algorithm.kl.coefficient=0")
+PLUGINS = """
+from pathlib import Path
+from rayrlhf import Callback
+from rayrlhf.engines.rollout.hf import TransformersRolloutEngine
+
+class Engine(TransformersRolloutEngine):
+    def __init__(self, spec, *, mark):
+        super().__init__(spec)
+        Path(mark).write_text("engine")
+
+class Started(Callback):
+    def __init__(self, mark):
+        self.mark = Path(mark)
+
+    def on_start(self, trainer):
+        self.mark.write_text(self.mark.read_text() + " and callback")
+
+def bad(responses):
+    return [float('nan')] * len(responses)
+"""
+
+
+def test_a_users_file_provides_engine_callback_and_reward_and_a_nan_reward_is_named_in_one_line(tmp_path):
+    file, mark = tmp_path / "mine.py", tmp_path / "mark"
+    file.write_text(PLUGINS)
+    plugins = [
+        f"rollout.backend={file}:Engine",
+        f"rollout.arguments={{mark: '{mark}'}}",
+        f"observe.callbacks=[{{name: '{file}:Started', arguments: {{mark: '{mark}'}}}}]",
+        f"reward.functions=[{{name: '{file}:bad'}}]",
+    ]
+    config = run_config(tmp_path, *plugins, "critic.kind=shared", "algorithm.kl.coefficient=0")
     with pytest.raises(UserError, match="reward function 'bad' returned float nan for sample 0"):
         train_ppo(config)
+    assert mark.read_text() == "engine and callback"
 
 
 def test_the_command_line_ends_a_users_mistake_with_one_line_and_exit_code_2(tmp_path):

@@ -1,11 +1,33 @@
 """Rollout engine factory.
 
 vLLM is the default backend. The transformers backend runs the same protocol in plain PyTorch, for machines without vLLM and as
-the oracle for vLLM in the tests.
+the oracle for vLLM in the tests. A user's own class is built as `Class(spec, **rollout.arguments)`.
 """
 
+import importlib.util
+import inspect
+from collections.abc import Callable
+
+from rayrlhf.config.rollout import RolloutSection
 from rayrlhf.engines.rollout.base import RolloutEngine
 from rayrlhf.engines.rollout.common import RolloutSpec
+from rayrlhf.errors import UserError
+from rayrlhf.plugins import Registry, bind_arguments, check_methods
+
+METHODS = (
+    "submit", "poll", "cancel", "unfinished", "sleep", "begin_weights", "receive_weights", "finish_weights", "close",
+)  # fmt: skip
+"""Members that a class needs to be a rollout engine; `version` is an attribute of its instances."""
+
+ROLLOUT_ENGINES: Registry[Callable[..., RolloutEngine]] = Registry(
+    "rollout.backend",
+    {
+        "vllm": "rayrlhf.engines.rollout.vllm:VLLMRolloutEngine",
+        "transformers": "rayrlhf.engines.rollout.hf:TransformersRolloutEngine",
+    },
+    "class",
+    inspect.isclass,
+)
 
 
 def build_rollout_engine(spec: RolloutSpec) -> RolloutEngine:
@@ -14,12 +36,23 @@ def build_rollout_engine(spec: RolloutSpec) -> RolloutEngine:
     `rayrlhf.environments.players.factory.build_player` adds the environment of the spec, if any.
 
     Raises:
-        UserError: the backend is not installed, or it cannot serve this model with these settings.
+        UserError: see `check_rollout_backend`; also settings with which the backend cannot serve this model.
     """
-    if spec.rollout.backend == "vllm":
-        from rayrlhf.engines.rollout.vllm import VLLMRolloutEngine
+    return check_rollout_backend(spec.rollout)(spec)
 
-        return VLLMRolloutEngine(spec)
-    from rayrlhf.engines.rollout.hf import TransformersRolloutEngine
 
-    return TransformersRolloutEngine(spec)
+def check_rollout_backend(rollout: RolloutSection) -> Callable[[RolloutSpec], RolloutEngine]:
+    """Return the class of a backend with `rollout.arguments` bound.
+
+    Raises:
+        UserError: the backend is not installed or cannot be resolved, it lacks a method, or the arguments do not fit it.
+    """
+    if rollout.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "rollout.backend: vllm is not installed; pip install 'rayrlhf[cpu]' ('rayrlhf[gpu]' on GPUs), "
+            "or set rollout.backend=transformers"
+        )
+    where = f"rollout.backend {rollout.backend!r}"
+    engine = ROLLOUT_ENGINES.resolve(rollout.backend)
+    check_methods(where, engine, METHODS)
+    return bind_arguments(where, engine, rollout.arguments, positional=1)

@@ -10,7 +10,6 @@ On CPUs one replica is one process, and nothing is compiled: compilation would c
 `tensor_parallel_size`, `gpu_memory_utilization` and `sleep` apply; that path has never been run (`examples/gpu/`).
 """
 
-import importlib.util
 import math
 import os
 import sys
@@ -55,13 +54,8 @@ class VLLMRolloutEngine:
             executor: vLLM's `distributed_executor_backend` for tensor-parallel replicas ("mp", "ray"); its choice when None.
 
         Raises:
-            UserError: vLLM is not installed or refuses the settings.
+            UserError: vLLM refuses the settings.
         """
-        if importlib.util.find_spec("vllm") is None:
-            raise UserError(
-                "rollout.backend: vllm is not installed; pip install rayrlhf[cpu] (rayrlhf[gpu] on GPUs),"
-                " or set rollout.backend=transformers"
-            )
         for name, value in VLLM_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from rayrlhf.weight_sync.vllm_buckets import WeightSyncClient

@@ -18,6 +18,7 @@ from rayrlhf.data.prompt_datasets import load_prompt_dataset, read_prompts
 from rayrlhf.data.records import Float32, Prompt, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import sample_seed
 from rayrlhf.engines.rollout.common import RolloutSpec, context_length
+from rayrlhf.engines.rollout.factory import check_rollout_backend
 from rayrlhf.engines.scoring.reward_ensemble import RewardEnsemble
 from rayrlhf.environments.players.factory import build_player
 from rayrlhf.environments.registry import check_environment
@@ -80,9 +81,10 @@ def check_evaluation(config: EvaluateConfig) -> str:
     """Check a configuration without loading the model; returns the plan in words.
 
     Raises:
-        UserError: a mistake in data, reward functions, environment or lengths.
+        UserError: a mistake in data, reward functions, rollout backend, environment or lengths.
     """
     load_functions(config.reward)
+    check_rollout_backend(config.rollout)
     if config.environment is not None:
         check_environment(config.environment)
     prompts = _load_prompts(config)

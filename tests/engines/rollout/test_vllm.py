@@ -16,7 +16,7 @@ from tests.engines.rollout_cases import CONTEXT, make_requests, sample, start
 def test_without_vllm_the_error_says_what_to_install(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else found(name, *rest))
-    with pytest.raises(UserError, match=r"^rollout.backend: vllm is not installed; pip install rayrlhf\[cpu\].*$"):
+    with pytest.raises(UserError, match=r"^rollout.backend: vllm is not installed; pip install 'rayrlhf\[cpu\]'.*$"):
         start("vllm")
 
 
