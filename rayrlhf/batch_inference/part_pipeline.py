@@ -1,8 +1,8 @@
-"""Part files through streaming stages on Ray Data: read, the stages, write, all at once and in bounded memory.
+"""Ray Data pipeline over part files: read, stages and write stream in bounded memory.
 
-A Ray Data block is a part here, from the first stage to the last, so a stage sees whole parts and the last one can write each
-under its own name, whole or not at all. Parts that are there already are not asked for; Ray restarts actors that die and hands
-their part to another. That makes the pipeline safe to kill anywhere, as long as every stage is a pure function of its part.
+A Ray Data block is a part in every stage, so a stage processes whole parts and the last one writes each under its own name,
+atomically. Existing parts are skipped. Ray restarts actors that die and retries their part on another. The pipeline may be
+killed at any time, as long as every stage is a pure function of its part.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,11 +13,11 @@ from typing import Any
 from rayrlhf.actors.ray_data import data_context, raise_cause
 from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS
 from rayrlhf.batch_inference.parts import PartFolder
-from rayrlhf.batch_inference.stage_resources import TASK_CPUS
+from rayrlhf.batch_inference.stage_resources import TASK_CPUS, TASKS
 from rayrlhf.errors import ActorLostError, DeadlineError, UserError
 
 BUFFER_BYTES = 512 * 2**20
-"""Most memory that parts between stages take; reading is faster than scoring and would fill the machine otherwise."""
+"""Maximum memory of parts between stages. Reading is faster than scoring and would fill the machine otherwise."""
 PART, ROWS = "part", "rows"
 
 
@@ -26,13 +26,13 @@ class Pool:
     """One stage served by a pool of actors.
 
     Attributes:
-        name: for the progress and errors.
+        name: in progress and errors.
         worker: a class whose instances take a part (an Arrow table) and return a part.
         arguments: of its constructor; small and picklable.
-        size: processes.
-        cpus: of each.
-        gpus: of each.
-        environment: variables its processes start with.
+        size: number of processes.
+        cpus: per process.
+        gpus: per process.
+        environment: environment variables of its processes.
     """
 
     name: str
@@ -45,12 +45,22 @@ class Pool:
 
 
 Stage = Pool | Callable[[Any], Any]
-"""A pool, or a plain function of a part for work that needs no state."""
+"""A pool, or a function of a part for stateless work."""
+
+
+def cpu_pool(name: str, worker: type, arguments: tuple[Any, ...], size: int | None) -> Pool:
+    """Return a pool that divides the cluster's CPUs evenly; one process per CPU where `size` is None."""
+    import ray
+
+    cpus = ray.cluster_resources().get("CPU", 1.0)
+    size = size or max(1, int(cpus))
+    hundredths = int(100 * (cpus - TASKS * TASK_CPUS) / size)  # rounded down, so that the shares fit
+    return Pool(name, worker, arguments, size, min(1.0, hundredths / 100))
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """When to give up: restarts of one process, and seconds without progress."""
+    """Failure limits: restarts per process, and seconds without progress."""
 
     max_restarts: int
     stall_seconds: float
@@ -59,12 +69,12 @@ class Limits:
 def run_pipeline(
     source: PartFolder, target: PartFolder, stages: Sequence[Stage], limits: Limits, done: Callable[[int], None]
 ) -> None:
-    """Make the parts of `target` that are missing; `done` is told the rows of each as it is written.
+    """Write the missing parts of `target`; `done` is called with the rows of each.
 
     Raises:
-        UserError: a stage found a mistake of the user.
-        ActorLostError: a process died more often than allowed.
-        DeadlineError: nothing moved for too long.
+        UserError: a stage found a user error.
+        ActorLostError: a process exceeded `max_restarts`.
+        DeadlineError: no progress within `stall_seconds`.
     """
     import ray
     import ray.data.exceptions
@@ -85,13 +95,13 @@ def run_pipeline(
         except (ray.exceptions.RayTaskError, UserError) as error:
             raise_cause(error)
         except INFRASTRUCTURE_ERRORS as error:
-            raise ActorLostError(f"a stage lost its process too often: {_first_line(error)}") from error
+            raise ActorLostError(f"a pipeline stage exceeded its restarts: {_first_line(error)}") from error
         except ray.data.exceptions.ExecutionTimeoutError as error:
             raise DeadlineError(f"no part was finished within {limits.stall_seconds:.0f} s: {_first_line(error)}") from error
 
 
 class _Worker:
-    """A stage's worker behind the part number, which travels in a column of its own."""
+    """Wraps a stage's worker, and carries the part number in a column."""
 
     def __init__(self, worker: type, arguments: tuple[Any, ...]) -> None:
         self._worker = worker(*arguments)
@@ -139,7 +149,7 @@ def _dataset(source: PartFolder, target: PartFolder, missing: list[int], stages:
 def _pooled(pool: Pool, dataset: Any, size: int, limits: Limits) -> Any:
     import ray
 
-    # One part in work and one waiting: more would only be handed out again if the process died.
+    # One part in progress and one queued; more would only be retried if the process died.
     compute = ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2)
     hidden = {} if pool.gpus else {"CUDA_VISIBLE_DEVICES": ""}
     return dataset.map_batches(

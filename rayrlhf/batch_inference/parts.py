@@ -1,7 +1,7 @@
-"""A table as a folder of part files, each whole or absent: the unit of work, of memory and of resuming.
+"""A table as a folder of part files, each written atomically: the unit of work, memory and resuming.
 
-Part k holds the rows k x size ... of the stage before it, in order, so whatever died and whenever, running the stage again
-makes the parts that are missing and changes none of the others. When all are there a seal (`done.json`) ends the stage.
+Part k holds rows k x size ... of the previous stage, in order. After a crash, running the stage again writes the missing parts
+and changes no other. A seal (`done.json`) marks a complete stage.
 """
 
 import json
@@ -26,7 +26,7 @@ class PartFolder:
         return self.path / f"part-{index:06d}.parquet"
 
     def indices(self) -> list[int]:
-        """Return which parts are there, in order."""
+        """Return the indices of existing parts, in order."""
         return sorted(int(file.stem.removeprefix("part-")) for file in self.path.glob("part-*.parquet"))
 
     def files(self) -> list[Path]:
@@ -35,30 +35,30 @@ class PartFolder:
 
     @property
     def sealed(self) -> bool:
-        """Whether the stage is complete."""
+        """True once the stage is complete."""
         return (self.path / SEAL).is_file()
 
     def facts(self) -> dict[str, Any]:
-        """Return what the stage noted when it was sealed.
+        """Return the facts stored in the seal.
 
         Raises:
-            FileNotFoundError: it is not.
+            FileNotFoundError: the stage is not sealed.
         """
         facts: dict[str, Any] = json.loads((self.path / SEAL).read_text(encoding="utf-8"))
         return facts
 
     def seal(self, facts: dict[str, Any]) -> None:
-        """End the stage with what is known of it."""
+        """Mark the stage as complete, and store facts about it."""
         self.clear_leftovers()
         write_atomically(self.path / SEAL, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
     def clear_leftovers(self) -> None:
-        """Remove what a killed writer left."""
+        """Remove temporary files of a killed writer."""
         for file in self.path.glob(f".*{TEMPORARY_SUFFIX}"):
             file.unlink(missing_ok=True)
 
     def write(self, index: int, table: Any) -> Path:
-        """Write a part, whole or not at all; one that is there already is replaced by its equal."""
+        """Write a part atomically, replacing an existing one."""
         import pyarrow.parquet as pq
 
         self.path.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,10 @@ class PartFolder:
 
 
 def merge(parts: PartFolder, path: Path) -> int:
-    """Write all parts as one Parquet file, a part at a time; returns its rows. The same parts give the same bytes."""
+    """Write all parts as one Parquet file and return its rows.
+
+    One part is in memory at a time. The same parts give the same bytes.
+    """
     import pyarrow.parquet as pq
 
     count = 0

@@ -1,7 +1,4 @@
-"""The columns of every Parquet file that Pre-SFT leaves. Each stage adds columns and takes none away.
-
-The user's dataset as a stream: row after row from a JSONL or Parquet file, a built-in or a hub name, never all in memory.
-"""
+"""Streaming reader of a dataset: JSONL, Parquet, built-in or hub, one chunk in memory at a time."""
 
 import json
 from collections.abc import Iterator
@@ -11,21 +8,21 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from rayrlhf.config.batch_inference import PairsSection
 from rayrlhf.config.data import DatasetSection
-from rayrlhf.config.presft import PairsSection
 from rayrlhf.data.dataset_rows import JSON_LINES, PARQUET, open_rows
 from rayrlhf.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """One row as it stands in the dataset.
+    """One row of the dataset, as read.
 
     Attributes:
         number: the line of a JSONL file, else 1, 2, ...
         fields: the row; None where it could not be read.
-        problem: why not.
-        text: what stands there, for the rejected table.
+        problem: the reason.
+        text: the unreadable line, for the rejected table.
     """
 
     number: int
@@ -38,7 +35,7 @@ def stream_rows(section: PairsSection) -> Iterator[SourceRow]:
     """Yield the first `limit` rows of a dataset, or all, in order.
 
     Raises:
-        UserError: no such file or dataset, or not a Parquet file.
+        UserError: no such file or dataset, or an invalid Parquet file.
     """
     return islice(_stream(section), section.limit)
 
@@ -87,54 +84,33 @@ def _parquet(path: Path) -> Iterator[SourceRow]:
 
 
 @cache
-def schemas() -> dict[str, Any]:
-    """Return the Arrow schema of each stage's files by name: rows, rejected, scores, relabeled.
+def row_schema() -> Any:
+    """Return the Arrow schema of usable rows.
 
-    `row` numbers the usable rows of a round from 0; `source` is the row (the line of a JSONL file) of the user's own dataset,
-    the same in all rounds. `messages` is a conversational prompt as JSON, `columns` the row's other fields as JSON. `finish` is
-    "stop" or "length", `tokens` what was sampled. `sampling` is JSON.
+    `row` numbers the usable rows from 0. `source` is the row (the line of a JSONL file) of the user's dataset. `messages` is a
+    conversational prompt as JSON, `columns` the row's other fields as JSON.
     """
     import pyarrow as pa
 
-    text, texts = pa.string(), pa.list_(pa.string())
-    whole, real, reals = pa.int64(), pa.float64(), pa.list_(pa.float64())
+    text, whole = pa.string(), pa.int64()
     rows = [("row", whole), ("source", whole), ("prompt", text), ("messages", text), ("response", text)]
-    rows += [("prompt_tokens", pa.int32()), ("response_tokens", pa.int32()), ("columns", text)]
-    probes = [("probes", texts), ("probe_finish", texts), ("probe_tokens", pa.list_(pa.int32()))]
-    scores = [("probe_bleu", reals), ("bleu", real), ("likelihood", real), ("model", text), ("sampling", text)]
-    candidates = [("candidates", texts), ("candidate_scores", reals), ("refusals", texts), ("new_tokens", pa.int32())]
-    decision = [
-        ("struggling", pa.bool_()),
-        ("decision", text),
-        ("reason", text),
-        ("new_response", text),
-        ("guarded", pa.bool_()),
-    ]
-    made_by = [("relabel_model", text), ("relabel_sampling", text)]
-    return {
-        "rows": pa.schema(rows),
-        "rejected": pa.schema([("source", whole), ("reason", text), ("content", text)]),
-        "probed": pa.schema([*rows, *probes]),
-        "scores": pa.schema([*rows, *probes, *scores]),
-        "relabeled": pa.schema([*rows, *probes, *scores, *decision, *candidates, *made_by]),
-    }
+    return pa.schema([*rows, ("prompt_tokens", pa.int32()), ("response_tokens", pa.int32()), ("columns", text)])
 
 
-def extended(table: Any, name: str, columns: dict[str, list[Any]]) -> Any:
-    """Return an Arrow table with further columns, in a stage's schema.
-
-    Raises:
-        KeyError: a column of the schema is neither in the table nor given.
-    """
+def rejected_schema() -> Any:
+    """Return the Arrow schema of unusable rows."""
     import pyarrow as pa
 
-    schema = schemas()[name]
-    arrays = [
-        pa.array(columns[field.name], field.type) if field.name in columns else table.column(field.name) for field in schema
-    ]
-    return pa.table(arrays, schema=schema)
+    return pa.schema([("source", pa.int64()), ("reason", pa.string()), ("content", pa.string())])
 
 
-def storable(text: str) -> str:
+def messages_type() -> Any:
+    """Return the Arrow type of a conversation."""
+    import pyarrow as pa
+
+    return pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
+def replace_surrogates(text: str) -> str:
     """Replace lone surrogates, which a byte-level tokenizer or JSON can produce and UTF-8 cannot hold."""
     return text.encode("utf-8", "replace").decode("utf-8")

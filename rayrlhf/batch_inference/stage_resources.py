@@ -1,9 +1,7 @@
-"""How far a stage is, as a plain line now and then: rows done, rows a second, time to go.
+"""CPUs, GPUs and processes of each streaming stage, and its progress line.
 
-What each streaming stage asks Ray for: a pure function of the configuration and the machine.
-
-Every pool pins its CPUs for as long as it lives, so a pool that takes all of them starves the tasks that read and write, and
-the pipeline stands still. Here the pools leave room for those tasks on any machine, down to one core.
+Every actor pool holds its CPUs for its lifetime. A pool with all CPUs would starve the tasks that read and write, and the
+pipeline would deadlock. So the pools leave CPUs for those tasks on any machine, down to one core.
 """
 
 import time
@@ -11,28 +9,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from rayrlhf.config.presft import GenerateSection, PipelineSection
+from rayrlhf.config.batch_inference import GenerateSection, PipelineSection
 from rayrlhf.errors import UserError
 from rayrlhf.observe.progress import duration
 
 TASK_CPUS = 0.1
-"""Of one reading or writing task; they are mostly waiting."""
+"""CPUs of one read or write task, which mostly waits for I/O."""
 TASKS = 2
-"""Reading and writing tasks that always find room."""
-SCORER_CPUS_BESIDE_GENERATORS = 0.25
+"""Read and write tasks that always have CPUs."""
+SHARED_SCORER_CPUS = 0.25
+"""CPUs of a scorer while generators run."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageResources:
-    """Processes and what each of them asks for.
+    """Number of processes, and the resources of each.
 
     Attributes:
         generators: generator processes; 0 when nothing is generated.
-        generator_cpus: of each.
-        generator_gpus: of each.
-        generator_threads: OpenMP threads of each.
+        generator_cpus: CPUs per generator.
+        generator_gpus: GPUs per generator.
+        generator_threads: OpenMP threads per generator.
         scorers: scorer processes.
-        scorer_cpus: of each.
+        scorer_cpus: CPUs per scorer.
     """
 
     generators: int
@@ -46,17 +45,17 @@ class StageResources:
 def stage_resources(
     pipeline: PipelineSection, generate: GenerateSection, cpus: float, gpus: float, *, generating: bool
 ) -> StageResources:
-    """Divide the machine.
+    """Divide the cluster among generators and scorers.
 
     Args:
-        pipeline: what the user fixed.
-        generate: says how many devices a generator spans.
+        pipeline: the user's settings.
+        generate: sets the GPUs per generator (`tensor_parallel_size`).
         cpus: of the cluster.
         gpus: of the cluster.
-        generating: whether this pass samples anything.
+        generating: False for a pass that only scores.
 
     Raises:
-        UserError: the cluster has less than was asked for.
+        UserError: the cluster has fewer resources than requested.
     """
     free = cpus - TASKS * TASK_CPUS
     if not generating:
@@ -64,39 +63,47 @@ def stage_resources(
         return StageResources(0, 0.0, 0.0, 1, scorers, min(1.0, _floor(free / scorers)))
     generators = pipeline.generators
     scorers = pipeline.scorers or max(1, int((cpus - generators) / 2))
-    left = (free - scorers * SCORER_CPUS_BESIDE_GENERATORS) / generators
-    # On GPUs a generator needs one CPU to drive its device; on CPUs it computes with whatever is there.
+    left = (free - scorers * SHARED_SCORER_CPUS) / generators
+    # On a GPU a generator needs one CPU to drive it; on CPUs it computes with all that are left.
     gpu_share = float(generate.tensor_parallel_size) if gpus else 0.0
     generator_gpus = gpu_share if pipeline.generator_gpus is None else pipeline.generator_gpus
     generator_cpus = pipeline.generator_cpus or _floor(min(left, 1.0) if generator_gpus else left)
-    asked = generators * generator_cpus + scorers * SCORER_CPUS_BESIDE_GENERATORS + TASKS * TASK_CPUS
-    if generator_cpus <= 0 or asked > cpus + 1e-6 or generators * generator_gpus > gpus:
+    requested = generators * generator_cpus + scorers * SHARED_SCORER_CPUS + TASKS * TASK_CPUS
+    if generator_cpus <= 0 or requested > cpus + 1e-6 or generators * generator_gpus > gpus:
         raise UserError(
             f"pipeline: {generators} generators with {max(generator_cpus, 0):g} CPUs and {generator_gpus:g} GPUs each and "
-            f"{scorers} scorers do not fit into {cpus:g} CPUs and {gpus:g} GPUs; ask for fewer"
+            f"{scorers} scorers do not fit into {cpus:g} CPUs and {gpus:g} GPUs; set fewer"
         )
     threads = pipeline.generator_threads or max(1, int(cpus // generators))
-    return StageResources(generators, generator_cpus, generator_gpus, threads, scorers, SCORER_CPUS_BESIDE_GENERATORS)
+    return StageResources(generators, generator_cpus, generator_gpus, threads, scorers, SHARED_SCORER_CPUS)
 
 
 def _floor(value: float) -> float:
-    """Cut to two decimals, so that fractions add up to no more than there is."""
+    """Round down to two decimals, so that the fractions fit into the total."""
     return int(value * 100 + 1e-6) / 100
 
 
-class Noted(Protocol):
-    """Something that prints a line."""
+def cluster_resources(pipeline: PipelineSection, generate: GenerateSection, *, generating: bool) -> StageResources:
+    """Divide the resources of the connected cluster; see `stage_resources`."""
+    import ray
+
+    total = ray.cluster_resources()
+    return stage_resources(pipeline, generate, total.get("CPU", 1.0), total.get("GPU", 0.0), generating=generating)
+
+
+class ProgressSink(Protocol):
+    """Output of progress lines, such as `LiveView`."""
 
     def note(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line permanently."""
         ...
 
 
 class PartProgress:
-    """Says how a stage gets on, at most every few seconds and at its end."""
+    """Prints rows done, rows per second and time left, every few seconds and at the end."""
 
-    def __init__(self, view: Noted, *, seconds: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
-        """Prepare; `seconds` lie between two lines, `clock` is steady."""
+    def __init__(self, view: ProgressSink, *, seconds: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        """Set the interval between lines in seconds, and a monotonic clock."""
         self._view, self._seconds, self._clock = view, seconds, clock
 
     def note(self, text: str) -> None:
@@ -104,7 +111,7 @@ class PartProgress:
         self._view.note(text)
 
     def rows(self, text: str, total: int) -> Callable[[int], None]:
-        """Return what a stage tells of each part that is done."""
+        """Return a function to call with the rows of each finished part."""
         started = last = self._clock()
         count = 0
 

@@ -1,4 +1,4 @@
-"""From a stored row to what the model reads: the same tokens for the length check, for sampling and for likelihoods."""
+"""Tokenization of stored rows: the same tokens for length checks, generation and likelihoods."""
 
 import json
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rayrlhf.config.presft import PairsSection
+from rayrlhf.config.batch_inference import PairsSection
 from rayrlhf.data.records import Int32, TokenSequence
 from rayrlhf.data.templates import Message, conversation, render
 
@@ -14,17 +14,17 @@ from rayrlhf.data.templates import Message, conversation, render
 def encode_prompts(
     tokenizer: Any, section: PairsSection, prompts: Sequence[str], messages: Sequence[str | None], numbers: Sequence[int]
 ) -> list[Int32]:
-    """Return the token ids of each prompt, opened for the model's answer.
+    """Return the token ids of each prompt, with the generation prompt.
 
     Args:
         tokenizer: of the model.
-        section: says whether text goes through the chat template, and the system prompt.
+        section: chat template and system prompt settings.
         prompts: text of each.
-        messages: the conversation as JSON where a prompt is one, else None.
-        numbers: row numbers in the dataset, for messages of errors.
+        messages: the conversation as JSON for a conversational prompt, else None.
+        numbers: row numbers in the dataset, for error messages.
 
     Raises:
-        UserError: the chat template refuses a conversation.
+        UserError: the chat template rejects a conversation.
     """
     chats: dict[int, list[Message]] = {}
     for index, (prompt, stored) in enumerate(zip(prompts, messages, strict=True)):
@@ -48,7 +48,10 @@ def encode_prompts(
 def response_sequences(
     tokenizer: Any, prompt_ids: Sequence[Int32], responses: Sequence[str], longest: int
 ) -> list[TokenSequence]:
-    """Return prompt + response as token sequences, cut to `longest` tokens; a response has at least one token."""
+    """Return prompt + response as token sequences, truncated to `longest` tokens.
+
+    An empty response becomes the end-of-sequence token.
+    """
     encoded = tokenizer(list(responses), add_special_tokens=False, return_attention_mask=False)["input_ids"]
     sequences = []
     for prompt, response in zip(prompt_ids, encoded, strict=True):

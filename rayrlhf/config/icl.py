@@ -12,9 +12,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from rayrlhf.config.batch_inference import GenerateSection, PairsSection, PipelineSection
 from rayrlhf.config.demonstrations import ContextSection, SelectionSection
 from rayrlhf.config.model import ModelSection
-from rayrlhf.config.presft import GenerateSection, PairsSection, PipelineSection
 from rayrlhf.config.reward import RewardSection
 from rayrlhf.config.section import Section
 from rayrlhf.config.tuning.run import SupervisedCheckpointSection, SupervisedEvaluationSection, WorkersSection

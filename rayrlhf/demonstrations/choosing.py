@@ -1,7 +1,7 @@
-"""From a ranking to demonstrations: walk from the nearest on, pass over what leaks, count why, stop at k.
+"""Selection of k demonstrations from a ranking, without leaks and repeated texts.
 
-The ranker is asked for somewhat more than k; where leaks eat the surplus it is asked for twice as many, until the pool is
-exhausted. Fewer than k are returned only then, and the shortfall is counted rather than hidden.
+The ranker returns more than k positions. Where leaks use up the surplus, twice as many are requested until the pool is
+exhausted. Only then are fewer than k returned, and the shortfall is counted.
 """
 
 from collections import Counter
@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rayrlhf.demonstrations.example import Example, normalized
-from rayrlhf.demonstrations.leaks import Leak, LeakRules, find_leak
+from rayrlhf.demonstrations.example import Example, Leak, LeakRules, find_leak, normalized
 from rayrlhf.demonstrations.ranking import Ranker
 from rayrlhf.errors import UserError
 
@@ -19,12 +18,12 @@ Order = Literal["near_to_far", "far_to_near"]
 
 @dataclass(slots=True)
 class ChoiceCounts:
-    """What happened while choosing.
+    """Counts of skipped candidates and shortfalls.
 
     Attributes:
-        leaks: candidates passed over, by reason; a candidate counts once for each target it was nearest to.
-        repeated: candidates passed over since an equal text was already chosen for the same target.
-        short: targets that got fewer demonstrations than asked for.
+        leaks: candidates skipped, by reason; a candidate counts once per target.
+        repeated: candidates skipped because an equal text was already chosen for the target.
+        short: targets with fewer demonstrations than requested.
     """
 
     leaks: Counter[Leak] = field(default_factory=Counter)
@@ -33,7 +32,7 @@ class ChoiceCounts:
 
 
 def require_pool(size: int, demonstrations: int, where: str) -> None:
-    """Check that a pool can serve k demonstrations and still leave out the target itself.
+    """Check that a pool has enough examples for k demonstrations.
 
     Raises:
         UserError: fewer examples than k.
@@ -52,34 +51,34 @@ def choose(
     rules: LeakRules,
     counts: ChoiceCounts,
 ) -> list[list[Example]]:
-    """Return up to `demonstrations` examples of the pool for each target, the nearest first.
+    """Return up to `demonstrations` examples of the pool per target, nearest first.
 
     Args:
-        targets: what the demonstrations are for.
-        pool: what the ranker's positions mean.
-        ranker: who is near.
+        targets: the questions.
+        pool: the examples that the ranker's positions index.
+        ranker: ranks the pool per target.
         demonstrations: k.
-        rules: what counts as a leak.
-        counts: is added to.
+        rules: leak thresholds.
+        counts: updated in place.
     """
     rankings = ranker.rank(targets, 2 * demonstrations + 4)
     chosen = []
     for target, ranking in zip(targets, rankings, strict=True):
-        found, passed = _walk(target, ranking, pool, demonstrations, rules)
+        found, skipped = _walk(target, ranking, pool, demonstrations, rules)
         depth = 2 * demonstrations + 4
         while len(found) < demonstrations and len(ranking) == depth:
             depth *= 2
             [ranking] = ranker.rank([target], depth)
-            found, passed = _walk(target, ranking, pool, demonstrations, rules)
-        counts.leaks.update(passed.leaks)
-        counts.repeated += passed.repeated
+            found, skipped = _walk(target, ranking, pool, demonstrations, rules)
+        counts.leaks.update(skipped.leaks)
+        counts.repeated += skipped.repeated
         counts.short += len(found) < demonstrations
         chosen.append(found)
     return chosen
 
 
 def in_order(nearest_first: Sequence[Example], order: Order) -> list[Example]:
-    """Return demonstrations as the context shows them; `far_to_near` puts the nearest beside the question."""
+    """Return demonstrations in context order; `far_to_near` puts the nearest next to the question."""
     return list(nearest_first) if order == "near_to_far" else list(reversed(nearest_first))
 
 
@@ -88,17 +87,17 @@ def _walk(
 ) -> tuple[list[Example], ChoiceCounts]:
     found: list[Example] = []
     texts: set[str] = set()
-    passed = ChoiceCounts()
+    skipped = ChoiceCounts()
     for position in ranking:
         if len(found) == demonstrations:
             break
         candidate = pool[position]
         leak = find_leak(target, candidate, rules)
         if leak is not None:
-            passed.leaks[leak] += 1
+            skipped.leaks[leak] += 1
         elif normalized(candidate.prompt) in texts:
-            passed.repeated += 1
+            skipped.repeated += 1
         else:
             found.append(candidate)
             texts.add(normalized(candidate.prompt))
-    return found, passed
+    return found, skipped

@@ -1,7 +1,7 @@
-"""Demonstrations and a question as what the model reads: turns, one system block, or plain text; within a budget of tokens.
+"""Layout of demonstrations and a question within a token budget.
 
-Where not all fit, the farthest go first, whatever the order on show: the nearest is worth most. How many went is returned, for
-whoever counts. A question that does not fit even alone is an error, because cutting it would ask something else.
+They become turns, a system block or plain text. Where not all fit, the farthest demonstrations are dropped first, in any order of display, because the nearest help most. The
+number of dropped ones is returned. A question that does not fit alone is an error, because truncation would change it.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,11 +19,11 @@ Context = TypeVar("Context")
 
 @dataclass(frozen=True, slots=True)
 class TextForm:
-    """How plain text shows an example.
+    """Plain-text format of an example.
 
     Attributes:
-        question: with `{prompt}`; it ends where the model's answer begins.
-        separator: stands after each demonstration's answer.
+        question: contains `{prompt}`; the model's answer follows it.
+        separator: follows each demonstration's answer.
     """
 
     question: str = "{prompt}\n"
@@ -33,27 +33,27 @@ class TextForm:
         """Check the question.
 
         Raises:
-            UserError: it has no place for the prompt.
+            UserError: `{prompt}` is missing.
         """
         if "{prompt}" not in self.question:
-            raise UserError(f"question {self.question!r}: expected a place for the prompt, {{prompt}}")
+            raise UserError(f"question {self.question!r}: expected {{prompt}} in it")
 
     def ask(self, prompt: str) -> str:
-        """Return the prompt as a question that waits for its answer."""
+        """Return the formatted question."""
         return self.question.replace("{prompt}", prompt)
 
 
 def as_messages(
     demonstrations: Sequence[Example], prompt: str, layout: Layout, form: TextForm, system_prompt: str | None = None
 ) -> list[Message]:
-    """Return a conversation that waits for the answer.
+    """Return a conversation that ends with the question.
 
     Args:
-        demonstrations: in the order on show.
+        demonstrations: in display order.
         prompt: the question.
-        layout: `turns` shows each demonstration as a user and an assistant turn, `system` all of them in the system turn.
-        form: how the system block writes an example.
-        system_prompt: the first words of the system turn, if any.
+        layout: `turns` gives each demonstration a user and an assistant turn, `system` puts all into the system turn.
+        form: format of an example in the system turn.
+        system_prompt: beginning of the system turn, if any.
     """
     opening = [system_prompt] if system_prompt is not None else []
     turns: list[Message] = []
@@ -67,7 +67,10 @@ def as_messages(
 
 
 def as_text(demonstrations: Sequence[Example], prompt: str, form: TextForm, opening: str | None = None) -> str:
-    """Return plain text that waits for the answer, for models without a chat template; `opening` are its first words."""
+    """Return plain text that ends with the question, for models without a chat template.
+
+    `opening` is its beginning, if any.
+    """
     shown = [form.ask(shown.prompt) + shown.answer for shown in demonstrations]
     return form.separator.join([*([opening] if opening is not None else []), *shown, form.ask(prompt)])
 
@@ -77,9 +80,9 @@ class Fitted(Generic[Context]):
     """A context within its budget.
 
     Attributes:
-        context: what `assemble` made of the demonstrations that stayed.
-        demonstrations: those, in the order on show.
-        dropped: number of those that did not fit.
+        context: returned by `assemble` for the demonstrations that fit.
+        demonstrations: those, in display order.
+        dropped: number of demonstrations that did not fit.
         tokens: length of the context.
     """
 
@@ -100,15 +103,15 @@ def fit(
     """Return the context with as many of the nearest demonstrations as fit.
 
     Args:
-        nearest_first: the demonstrations as chosen.
-        order: of those that stay, as shown.
-        assemble: makes the context of demonstrations in the order on show.
-        count: tokens of a context.
-        budget: largest number of tokens.
-        where: file and row of the question, for messages of errors.
+        nearest_first: the chosen demonstrations.
+        order: display order.
+        assemble: builds the context from demonstrations in display order.
+        count: returns the tokens of a context.
+        budget: maximum tokens.
+        where: file and row of the question, for error messages.
 
     Raises:
-        UserError: the question alone is over the budget.
+        UserError: the question alone exceeds the budget.
     """
     for kept in range(len(nearest_first), -1, -1):
         shown = in_order(nearest_first[:kept], order)

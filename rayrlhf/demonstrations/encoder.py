@@ -1,7 +1,7 @@
-"""Text to vectors with any Hugging Face encoder: hidden states pooled over the text's own tokens, scaled to length 1.
+"""Text embeddings by a Hugging Face encoder: pooled hidden states, normalized to length 1.
 
-How to pool belongs to how an encoder was trained. Sentence-transformers folders say it in `1_Pooling/config.json`; for any
-other the user has to, because a wrong guess gives vectors that look well and rank badly.
+An encoder must be pooled as it was trained. Sentence-transformers folders state it in `1_Pooling/config.json`; for others the
+user must set it, because vectors with the wrong pooling look fine and rank badly.
 """
 
 import json
@@ -22,31 +22,29 @@ Pooling = Literal["mean", "cls"]
 
 
 def pooling_of(folder: Path) -> Pooling:
-    """Return how the encoder in a folder says it pools.
+    """Return the pooling that an encoder's folder states.
 
     Raises:
-        UserError: it says nothing, or a way that is not supported.
+        UserError: none is stated, or an unsupported one.
     """
     path = folder / "1_Pooling" / "config.json"
     if not path.is_file():
-        raise UserError(
-            f"encoder {folder}: no 1_Pooling/config.json says how its vectors are pooled; set pooling to mean or cls"
-        )
-    said = json.loads(path.read_text())
-    if said.get("pooling_mode_mean_tokens"):
+        raise UserError(f"encoder {folder}: no 1_Pooling/config.json states its pooling; set pooling to mean or cls")
+    stored = json.loads(path.read_text())
+    if stored.get("pooling_mode_mean_tokens"):
         return "mean"
-    if said.get("pooling_mode_cls_token"):
+    if stored.get("pooling_mode_cls_token"):
         return "cls"
-    raise UserError(f"{path}: expected pooling by mean or cls, found neither; set pooling to the one that is meant")
+    raise UserError(f"{path}: expected pooling by mean or cls, found neither; set pooling")
 
 
 def pool(hidden: "Tensor", mask: "Tensor", pooling: Pooling) -> "Tensor":
-    """Return one vector of length 1 a text.
+    """Return one vector of length 1 per text.
 
     Args:
         hidden: [texts, tokens, width], the last hidden states.
-        mask: [texts, tokens], 1 on the text's own tokens, padded on the right.
-        pooling: `mean` over these tokens, or the first one (`cls`).
+        mask: [texts, tokens], 1 on tokens and 0 on padding at the right.
+        pooling: `mean` over the tokens, or the first one (`cls`).
 
     Returns:
         [texts, width], float32; a text without tokens gives zeros.
@@ -59,18 +57,18 @@ def pool(hidden: "Tensor", mask: "Tensor", pooling: Pooling) -> "Tensor":
 
 
 class Encoder:
-    """One encoder in memory."""
+    """An encoder in memory."""
 
     def __init__(self, path: str, pooling: Pooling | None = None, max_tokens: int = 256) -> None:
         """Load the encoder in float32 on the CPU.
 
         Args:
             path: a folder, hub name or built-in.
-            pooling: None asks the folder.
-            max_tokens: longer texts are cut behind.
+            pooling: None uses the folder's.
+            max_tokens: longer texts are truncated at the end.
 
         Raises:
-            UserError: no such model, or nobody says how to pool.
+            UserError: no such model, or its pooling is unknown.
         """
         from transformers import AutoModel, AutoTokenizer
 
@@ -83,7 +81,7 @@ class Encoder:
         self._model = AutoModel.from_pretrained(folder, dtype="float32").eval()
 
     def encode(self, texts: Sequence[str], batch: int = 32) -> NDArray[np.float32]:
-        """Return one vector of length 1 a text, [texts, width]; zeros for a text without tokens."""
+        """Return float32 [texts, width], rows of length 1, zeros for a text without tokens."""
         import torch
 
         tokens = [self._tokenizer(text, truncation=True, max_length=self._max_tokens)["input_ids"] for text in texts]

@@ -1,8 +1,8 @@
-"""Prompts of PPO with demonstrations before them: what the sampler reads, chosen once a run by the rules of this room.
+"""Demonstrations before PPO prompts, selected once per run.
 
-Everybody else reads the same, or the bare prompt (`train_with`). A prompt is never its own demonstration, nor is an example
-with its text, from whatever file. Where not all demonstrations fit, the farthest go first; a prompt with room for none stays as
-it is.
+The rollout engine reads them. The trained models read the same or the prompt without demonstrations (`train_with`). A prompt is
+never its own demonstration, nor is an example with an equal text from any file. Where not all fit, the farthest are dropped
+first; a prompt that leaves no budget for any stays unchanged.
 """
 
 import logging
@@ -20,9 +20,8 @@ from rayrlhf.data.records import Int32, Prompt
 from rayrlhf.data.templates import render
 from rayrlhf.demonstrations.choosing import ChoiceCounts, choose, require_pool
 from rayrlhf.demonstrations.context import TextForm, as_messages, as_text, fit
-from rayrlhf.demonstrations.example import Example
-from rayrlhf.demonstrations.leaks import LeakRules
-from rayrlhf.demonstrations.rankers import make_rankers
+from rayrlhf.demonstrations.example import Example, LeakRules
+from rayrlhf.demonstrations.ranking import make_rankers
 from rayrlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,18 +30,18 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 
-class Demonstrator:
-    """Puts demonstrations before prompts.
+class PromptDemonstrations:
+    """Adds demonstrations to prompts.
 
     Args:
-        section: which, how many, and who reads them.
-        data: how prompts are made.
+        section: selection, number and `train_with`.
+        data: prompt formatting.
         tokenizer: of the policy.
-        budget: most tokens of a prompt with its demonstrations.
+        budget: maximum tokens of a prompt with its demonstrations.
         seed: of the run.
 
     Raises:
-        UserError: a row of the pool without a text to ask or to answer; fewer examples than demonstrations.
+        UserError: a pool row without question or answer text; fewer examples than demonstrations.
     """
 
     def __init__(
@@ -59,18 +58,18 @@ class Demonstrator:
         self._pool = read_pool(self._source, section.answer_field)
 
     def show(self, dataset: DatasetSection, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Return the prompts with demonstrations: as their tokens, or as `context_ids` when training without them.
+        """Return the prompts with demonstrations in `token_ids`, or in `context_ids` (`train_with`).
 
         Args:
-            dataset: that the prompts are of, the pool's own or another.
-            prompts: as `rayrlhf.data.prompt_datasets.load_prompt_dataset` makes them.
+            dataset: of the prompts; may be the pool's.
+            prompts: from `rayrlhf.data.prompt_datasets.load_prompt_dataset`.
 
         Raises:
             UserError: a prompt is a conversation; fewer examples than demonstrations.
         """
         section, counts = self._section, ChoiceCounts()
         rows = read_rows(dataset)
-        # A pool that the prompts are of themselves has to leave each of them out.
+        # A pool made of the prompts themselves has one candidate fewer per prompt.
         own = _place(dataset) == _place(self._source)
         require_pool(len(self._pool) - own, section.count, self._source.path)
         targets = [self._target(rows, dataset, prompt) for prompt in prompts]
@@ -81,9 +80,9 @@ class Demonstrator:
         for prompt, target, nearest in zip(prompts, targets, chosen, strict=True):
             token_ids, missing = self._context(prompt, target, nearest)
             dropped += missing
-            bare = section.train_with == "without_demonstrations"
-            shown.append(replace(prompt, context_ids=token_ids) if bare else replace(prompt, token_ids=token_ids))
-        self._tell(dataset.path, counts, dropped)
+            without = section.train_with == "without_demonstrations"
+            shown.append(replace(prompt, context_ids=token_ids) if without else replace(prompt, token_ids=token_ids))
+        self._warn(dataset.path, counts, dropped)
         return shown
 
     def _target(self, rows: Rows, dataset: DatasetSection, prompt: Prompt) -> Example:
@@ -93,10 +92,10 @@ class Demonstrator:
         return Example(f"{_place(dataset)}:{prompt.id}", prompt.text, answer if isinstance(answer, str) else "")
 
     def _context(self, prompt: Prompt, target: Example, nearest: Sequence[Example]) -> tuple[Int32, int]:
-        """What is read in place of a prompt, and how many demonstrations did not fit."""
+        """Return the tokens with demonstrations, and the number of dropped demonstrations."""
         write = partial(self._write, target)
         if len(write([])) > self._budget:
-            return prompt.token_ids, len(nearest)  # cut by data.overlong
+            return prompt.token_ids, len(nearest)  # truncated by data.overlong
         fitted = fit(nearest, self._section.order, write, len, self._budget, target.identity)
         return np.asarray(fitted.context, dtype=np.int32), fitted.dropped
 
@@ -111,22 +110,22 @@ class Demonstrator:
             ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return list(ids)
 
-    def _tell(self, path: str, counts: ChoiceCounts, dropped: int) -> None:
+    def _warn(self, path: str, counts: ChoiceCounts, dropped: int) -> None:
         for count, what in (
-            (sum(counts.leaks.values()), "candidates passed over as leaks"),
-            (counts.repeated, "candidates passed over as repeated texts"),
-            (counts.short, "prompts with fewer demonstrations than asked for, since there are no more"),
-            (dropped, "demonstrations dropped from the far end, over the prompt's tokens"),
+            (sum(counts.leaks.values()), "candidates skipped as leaks"),
+            (counts.repeated, "candidates skipped as repeated texts"),
+            (counts.short, "prompts with fewer demonstrations than requested, because the pool has no more"),
+            (dropped, "farthest demonstrations dropped, over the prompt's token budget"),
         ):
             if count:
                 _logger.warning("%s: rollout.demonstrations: %d %s", path, count, what)
 
 
 def read_pool(section: DatasetSection, answer_field: str) -> list[Example]:
-    """Return the rows of a dataset as examples, its template around their prompts.
+    """Return the rows of a dataset as examples, with its template applied to the prompts.
 
     Raises:
-        UserError: naming file, row and field: no text to ask or to answer; or as `read_rows`.
+        UserError: a row without question or answer text, with file, row and field; or as `read_rows`.
     """
     rows = read_rows(section)
     return [_example(rows, index, section, answer_field) for index in range(len(rows.values))]
@@ -148,5 +147,5 @@ def _example(rows: Rows, index: int, section: DatasetSection, answer_field: str)
 
 
 def _place(section: DatasetSection) -> str:
-    """Name the rows of a dataset, equal for equal rows whatever their limit."""
+    """Return the identity prefix of a dataset's rows, independent of its limit."""
     return f"{section.path}[{section.subset or ''}:{section.split}]"

@@ -1,43 +1,43 @@
-"""Who is near whom: a ranker names, for each question, positions in the pool from the nearest on.
+"""Rankers: the positions of a pool per question, nearest first.
 
-A ranking is a function of the question and the pool alone, never of the batch it came in, and a deeper ranking begins with the
-shallower one. So the demonstrations for k = 4 contain those for k = 2, and a k-curve compares like with like. Ties go to the
-earlier position. Where a pool holds several tasks, only positions of the question's own task are named.
+A ranking is a function of the question and the pool, independent of the batch, and a deeper ranking begins with the shallower
+one. So the demonstrations for k = 4 contain those for k = 2, and a k-curve compares like with like. Ties go to the earlier
+position. In a pool of several tasks only positions of the question's own task are returned.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rayrlhf.demonstrations.example import Example
-from rayrlhf.demonstrations.leaks import words_of
+from rayrlhf.config.demonstrations import SelectionSection
+from rayrlhf.demonstrations.example import Example, words_of
 from rayrlhf.errors import UserError
 
 AT_ONCE = 64
-"""Queries that are compared with a pool of vectors in one pass over it."""
+"""Queries per pass over a pool of vectors."""
 ROUGHNESS = 1e-4
-"""More than two ways to add up the product of two float32 vectors of length 1 differ by."""
+"""Upper bound of the difference between two summation orders of a float32 dot product of vectors of length 1."""
 Tasks = Mapping[str, NDArray[np.int64]]
-"""The positions of each task in a pool, in rising order."""
+"""Positions of each task in a pool, ascending."""
 
 
 class Ranker(Protocol):
-    """Names positions in a pool, the nearest first."""
+    """Ranks a pool per query."""
 
     def rank(self, queries: Sequence[Example], depth: int) -> list[list[int]]:
-        """Return different positions for each query, the nearest first: `depth` of them, or all there are."""
+        """Return up to `depth` distinct positions per query, nearest first."""
         ...
 
 
 class RandomRanker:
-    """Ranks by lot, drawn from the seed and the query's identity."""
+    """Ranks at random, seeded by the seed and the query's identity."""
 
     def __init__(self, size: int, seed: int, tasks: Tasks | None = None) -> None:
-        """Rank a pool of `size` examples; `tasks` says which of them are of one task, None that all are."""
+        """Rank a pool of `size` examples; `tasks` None means a single task."""
         self._size, self._seed, self._tasks = size, seed, tasks
 
     def rank(self, queries: Sequence[Example], depth: int) -> list[list[int]]:
@@ -53,7 +53,7 @@ class RandomRanker:
     def _draw(self, query: Example, size: int, depth: int) -> list[int]:
         digest = hashlib.sha256(f"{self._seed}\0{query.identity}".encode()).digest()
         generator = np.random.default_rng(int.from_bytes(digest[:16]))
-        moved: dict[int, int] = {}  # Fisher-Yates that stores only what it moved, so a deep pool costs nothing.
+        moved: dict[int, int] = {}  # Fisher-Yates that stores only moved positions, so a large pool costs nothing.
         drawn = []
         for place in range(min(depth, size)):
             other = int(generator.integers(place, size))
@@ -63,32 +63,35 @@ class RandomRanker:
 
 
 class Bm25Ranker:
-    """Ranks by BM25 of the prompts' words (Robertson and Zaragoza 2009, Lucene's variant, k1 = 1.5, b = 0.75)."""
+    """Ranks by BM25 of the prompts' words.
 
-    def __init__(self, index: Any, size: int, tasks: Tasks | None = None, most_words: int | None = None) -> None:
-        """Take an index as `build` and `open` make them.
+    Robertson and Zaragoza 2009, Lucene's variant, k1 = 1.5, b = 0.75.
+    """
+
+    def __init__(self, index: Any, size: int, tasks: Tasks | None = None, max_words: int | None = None) -> None:
+        """Use an index of `build` or `open`.
 
         Args:
             index: of `bm25s`.
             size: number of texts in it.
             tasks: as for `RandomRanker`.
-            most_words: a longer question asks with so many of its different words, the rarest; None asks with all of them,
-                as often as they stand in it.
+            max_words: a longer query is reduced to this many distinct words, the rarest; None uses all words, with their
+                counts.
         """
-        self._index, self._size, self._tasks, self._most_words = index, size, tasks, most_words
+        self._index, self._size, self._tasks, self._most_words = index, size, tasks, max_words
 
     @classmethod
     def build(cls, texts: Iterable[str], folder: Path | None = None, tasks: Tasks | None = None) -> "Bm25Ranker":
-        """Index texts, of which only the words are held in memory, and store the index where a folder is given.
+        """Build an index of texts, and save it where a folder is given.
 
-        `tasks` is as for `RandomRanker`.
+        Only words are held in memory. `tasks` is as for `RandomRanker`.
 
         Raises:
             UserError: no text has a word.
         """
         import bm25s
 
-        # One object for a word however often it occurs: a long document costs eight bytes a word here.
+        # One string object per distinct word: a long document costs eight bytes per word.
         known: dict[str, str] = {}
         words = [[known.setdefault(word, word) for word in words_of(text)] for text in texts]
         if not any(words):
@@ -100,15 +103,18 @@ class Bm25Ranker:
         return cls(index, len(words), tasks)
 
     @classmethod
-    def open(cls, folder: Path, tasks: Tasks | None = None, most_words: int | None = None) -> "Bm25Ranker":
-        """Open a stored index memory-mapped, so that processes of one machine share its pages; arguments as `__init__`."""
+    def open(cls, folder: Path, tasks: Tasks | None = None, max_words: int | None = None) -> "Bm25Ranker":
+        """Open a saved index memory-mapped, so that processes of a node share its pages.
+
+        Other arguments are as for `__init__`.
+        """
         import bm25s
 
         index = bm25s.BM25.load(str(folder), mmap=True, show_progress=False)
-        return cls(index, int(index.scores["num_docs"]), tasks, most_words)
+        return cls(index, int(index.scores["num_docs"]), tasks, max_words)
 
     def rank(self, queries: Sequence[Example], depth: int) -> list[list[int]]:
-        """Return positions by falling score; see `Ranker`."""
+        """Return positions by descending score; see `Ranker`."""
         return [_nearest_of_task(self._scores(query), query, self._tasks, depth) for query in queries]
 
     def _scores(self, query: Example) -> NDArray[np.float32]:
@@ -121,14 +127,14 @@ class Bm25Ranker:
         return scores
 
     def _texts_with(self, word: str) -> int:
-        """Return how many texts have a word: the length of its column."""
+        """Return the number of texts with a word: the length of its column."""
         column = self._index.vocab_dict[word]
         starts = self._index.scores["indptr"]
         return int(starts[column + 1] - starts[column])
 
 
 class VectorRanker:
-    """Ranks by cosine of embeddings."""
+    """Ranks by cosine similarity of embeddings."""
 
     def __init__(
         self, pool: NDArray[np.float32], queries: Mapping[str, NDArray[np.float32]], tasks: Tasks | None = None
@@ -143,7 +149,7 @@ class VectorRanker:
         self._pool, self._queries, self._tasks = pool, queries, tasks
 
     def rank(self, queries: Sequence[Example], depth: int) -> list[list[int]]:
-        """Return positions by falling cosine; see `Ranker`."""
+        """Return positions by descending cosine; see `Ranker`."""
         if self._tasks is not None:
             own = [_positions(self._tasks, query) for query in queries]
             return [
@@ -153,7 +159,7 @@ class VectorRanker:
         found: list[list[int]] = []
         for start in range(0, len(queries), AT_ONCE):
             vectors = np.stack([self._queries[query.identity] for query in queries[start : start + AT_ONCE]])
-            # One pass over the pool for many queries. Such a product's last bits depend on the batch: it only says who is near.
+            # One pass over the pool for many queries. Its last bits depend on the batch, so it only preselects.
             rough = vectors @ self._pool.T
             found += [self._nearest(vector, row, depth) for vector, row in zip(vectors, rough, strict=True)]
         return found
@@ -167,8 +173,61 @@ class VectorRanker:
         return [int(near[place]) for place in _nearest(_cosines(self._pool[near], query), depth)]
 
 
+def make_rankers(
+    section: SelectionSection, targets: Sequence[Example], pool: Sequence[Example], seed: int, *, by_task: bool
+) -> Callable[[int], Ranker]:
+    """Return the ranker per draw 0, 1, ...; deterministic rankers ignore the draw.
+
+    Args:
+        section: selection settings.
+        targets: the queries.
+        pool: the examples that positions index; may be `targets` itself.
+        seed: of the run.
+        by_task: True returns only examples of a target's own task.
+
+    Raises:
+        UserError: no prompt of the pool has a word, for `bm25`; the encoder's pooling is unknown, for `nearest`.
+    """
+    texts = [example.prompt for example in pool]
+    tasks = positions_by_task(pool) if by_task else None
+    if section.selection == "random":
+        return lambda draw: RandomRanker(len(texts), seed + draw, tasks)
+    if section.selection == "bm25":
+        lexical = Bm25Ranker.build(texts, tasks=tasks)
+        return lambda _: lexical
+    from rayrlhf.demonstrations.encoder import Encoder
+
+    encoder = Encoder(str(section.encoder), section.pooling)
+    own = encoder.encode([target.prompt for target in targets])
+    queries = {target.identity: vector for target, vector in zip(targets, own, strict=True)}
+    near = VectorRanker(own if pool is targets else encoder.encode(texts), queries, tasks)
+    return lambda _: near
+
+
+def check_encoder(section: SelectionSection) -> None:
+    """Check that the pooling of the `nearest` encoder is known, without loading it.
+
+    Raises:
+        UserError: it is unknown, or the encoder is missing.
+    """
+    from rayrlhf.config.model import ModelSection
+    from rayrlhf.demonstrations.encoder import pooling_of
+    from rayrlhf.models.load import resolve_path
+
+    if section.encoder is not None and section.pooling is None:
+        pooling_of(Path(resolve_path(ModelSection(path=section.encoder))))
+
+
+def positions_by_task(pool: Sequence[Example]) -> Tasks:
+    """Return the positions of each task."""
+    positions: dict[str, list[int]] = {}
+    for position, example in enumerate(pool):
+        positions.setdefault(example.task, []).append(position)
+    return {task: np.array(places, dtype=np.int64) for task, places in positions.items()}
+
+
 def _cosines(pool: NDArray[np.float32], query: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Each row's product with the query, [rows], whose bits depend on nothing but that row and the query."""
+    """Return dot products [rows], bitwise independent of the other rows."""
     products: NDArray[np.float32] = np.einsum("rw,w->r", pool, query)
     return products
 
@@ -188,7 +247,7 @@ def _nearest(scores: NDArray[np.float32], depth: int) -> list[int]:
     depth = min(depth, len(scores))
     if depth == 0:
         return []
-    # Everything that ties with the last place has to be looked at, or the earlier position could lose.
+    # All ties of the last place are considered, so that the earlier position wins.
     last = -np.partition(-scores, depth - 1)[depth - 1]
     candidates = np.flatnonzero(scores >= last)
     best = candidates[np.argsort(-scores[candidates], kind="stable")[:depth]]

@@ -17,7 +17,7 @@ from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.prompt_datasets import load_prompt_dataset
 from rayrlhf.data.prompt_sampler import PromptSampler
 from rayrlhf.data.records import Prompt
-from rayrlhf.demonstrations.prompt_demonstrations import Demonstrator
+from rayrlhf.demonstrations.prompt_demonstrations import PromptDemonstrations
 from rayrlhf.engines.rollout.common import context_length
 from rayrlhf.engines.rollout.factory import check_rollout_backend
 from rayrlhf.errors import UserError
@@ -154,7 +154,7 @@ def load_prompts(config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
             f"the {context} tokens of the model's context (rollout.max_model_length)"
         )
     shown = config.rollout.demonstrations
-    demonstrator = Demonstrator(shown, config.data, tokenizer, longest, config.run.seed) if shown is not None else None
+    demonstrator = PromptDemonstrations(shown, config.data, tokenizer, longest, config.run.seed) if shown is not None else None
     train = load_prompt_dataset(config.data.train, config.data, tokenizer, longest)
     if demonstrator is not None:
         train = demonstrator.show(config.data.train, train)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrlhf.config.loading.describe_tuning import describe_tuning
-from rayrlhf.config.loading.load import differences, dump_config, stored_config
+from rayrlhf.config.loading.load import dump_config, stored_differences
 from rayrlhf.config.tuning.configs import DistillationConfig, DPOConfig, RewardTrainingConfig, SFTConfig, TuningConfig
 from rayrlhf.data.supervised.datasets import DatasetReport, Spread, in_turn
 from rayrlhf.errors import ActorLostError, UserError
@@ -231,8 +231,7 @@ def _lost(error: Any, allowed: int) -> Exception:
 
 def _differences(root: type[TuningConfig], stored: str, wanted: str) -> list[str]:
     """Lines that tell a run folder's configuration from the wanted one, where it matters."""
-    found = differences(*(stored_config(root, text) for text in (stored, wanted)))
-    return [line for line in found if not line.startswith(_FREE_KEYS)]
+    return stored_differences(root, stored, wanted, may_change=lambda key: key.startswith(_FREE_KEYS))
 
 
 def _last_step(folder: Path) -> int:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrlhf.batch_inference.stage_resources import TASK_CPUS, TASKS, stage_resources
-from rayrlhf.config.presft import GenerateSection, PipelineSection
+from rayrlhf.config.batch_inference import GenerateSection, PipelineSection
 from rayrlhf.errors import UserError
 
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from rayrlhf.demonstrations.choosing import ChoiceCounts, choose, in_order, require_pool
-from rayrlhf.demonstrations.example import Example, normalized
-from rayrlhf.demonstrations.leaks import Leak, LeakRules, words_of
+from rayrlhf.demonstrations.example import Example, Leak, LeakRules, normalized, words_of
 from rayrlhf.demonstrations.ranking import Bm25Ranker, RandomRanker, Ranker, VectorRanker
 from rayrlhf.errors import UserError
 

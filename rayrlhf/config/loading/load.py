@@ -6,7 +6,7 @@ the key, and whether the file or the command line gave it. Every mistake is one 
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,6 +98,21 @@ def differences(old: Section, new: Section) -> list[str]:
         for key in dict.fromkeys([*before, *after])
         if before.get(key) != after.get(key)
     ]
+
+
+def stored_differences(
+    cls: type[Section], stored: str, wanted: str, *, may_change: Callable[[str], bool] = lambda key: False
+) -> list[str]:
+    """Compare the configuration text of a run folder with a new one; see `differences`.
+
+    Args:
+        cls: the root section of both.
+        stored: what the run folder holds.
+        wanted: the new configuration.
+        may_change: returns True for a dotted key whose differences are ignored.
+    """
+    old, new = (stored_config(cls, text) for text in (stored, wanted))
+    return [line for line in differences(old, new) if not may_change(line.partition(":")[0])]
 
 
 def _read(path: Path) -> dict[str, Any]:

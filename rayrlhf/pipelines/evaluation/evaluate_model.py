@@ -7,29 +7,31 @@ One process, one engine, no Ray: an evaluation is a few minutes of sampling. Ans
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from rayrlhf.config.data import DataSection
 from rayrlhf.config.evaluate import EvaluateConfig
-from rayrlhf.config.loading.load import differences, dump_config, stored_config
+from rayrlhf.config.loading.load import dump_config, stored_differences
 from rayrlhf.data.prompt_datasets import load_prompt_dataset, read_prompts
 from rayrlhf.data.records import Float32, Prompt, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import sample_seed
 from rayrlhf.engines.rollout.common import RolloutSpec, context_length
 from rayrlhf.engines.rollout.factory import check_rollout_backend
 from rayrlhf.engines.scoring.reward_ensemble import RewardEnsemble
+from rayrlhf.environments.episodes import without_failed
 from rayrlhf.environments.players.factory import build_player
 from rayrlhf.environments.registry import check_environment
-from rayrlhf.errors import UserError
+from rayrlhf.environments.transcript import transcript_lines
+from rayrlhf.errors import AlarmError, UserError
 from rayrlhf.models.load import load_architecture, load_tokenizer
 from rayrlhf.observe.resampling import Interval, bootstrap_mean, distinct_share
 from rayrlhf.observe.run_folder import open_run
-from rayrlhf.observe.samples import Sample, SampleSink
+from rayrlhf.observe.samples import Line, Sample, SampleSink
 from rayrlhf.pipelines.evaluation.best_of import best_of, pass_at, powers_of_two
-from rayrlhf.pipelines.evaluation.keeping import KEPT, as_lines, kept_rows
-from rayrlhf.pipelines.evaluation.transcript_samples import transcripts, whole_prompts
+from rayrlhf.pipelines.evaluation.rejection_sampling import KEPT, as_lines, kept_rows
 from rayrlhf.rewards.functions import ScoringBatch, load_functions
 from rayrlhf.rewards.score import RewardBatch, run_functions, weighted_sum
 from rayrlhf.storage.atomic import write_atomically
@@ -100,7 +102,7 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult:
     """
     functions = load_functions(config.reward)
     prompts = _load_prompts(config)
-    with open_run(config.run.folder, dump_config(config), _stored_differences) as folder:
+    with open_run(config.run.folder, dump_config(config), partial(stored_differences, EvaluateConfig)) as folder:
         if (folder.path / RESULT).is_file():
             return read_result(folder.path)
         answered = _answer(config, prompts)
@@ -139,6 +141,35 @@ def read_result(folder: Path) -> EvaluationResult:
         kept=stored.get("kept", 0),
         failed=stored.get("failed", 0),
     )
+
+
+def whole_prompts(config: EvaluateConfig, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Prompt]:
+    """Return the prompts all of whose samples were played; all of them where there is no environment.
+
+    Args:
+        config: names the share of samples that may fail.
+        prompts: P of them.
+        rollouts: P x samples, in any order.
+
+    Raises:
+        AlarmError: too many failed, or no prompt is left.
+    """
+    if config.environment is None:
+        return list(prompts)
+    list(without_failed([list(rollouts)], len(rollouts), config.environment.max_failed_share))  # raises above the share
+    reasons = {rollout.key.prompt: rollout.failure for rollout in rollouts if rollout.failure}
+    kept = [prompt for prompt in prompts if prompt.id not in reasons]
+    if not kept:
+        raise AlarmError(f"a sample of every prompt failed in its environment; the first: {next(iter(reasons.values()))}")
+    return kept
+
+
+def transcripts(config: EvaluateConfig, rollouts: Sequence[Rollout]) -> list[list[Line] | None]:
+    """Return who said what in each rollout; None for each where there is no environment."""
+    if config.environment is None:
+        return [None] * len(rollouts)
+    tokenizer = load_tokenizer(config.model)
+    return [transcript_lines(rollout, tokenizer) for rollout in rollouts]
 
 
 def _load_prompts(config: EvaluateConfig) -> list[Prompt]:
@@ -233,7 +264,3 @@ def _samples(
         )
         for index, (prompt, rollout) in enumerate(zip(asked, rollouts, strict=True))
     ]
-
-
-def _stored_differences(stored: str, wanted: str) -> list[str]:
-    return differences(*(stored_config(EvaluateConfig, text) for text in (stored, wanted)))

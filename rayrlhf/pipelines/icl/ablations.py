@@ -1,6 +1,6 @@
 """Whether demonstrations teach the mapping from question to answer, or only what answers look like.
 
-Two ways to spoil them tell. `format` gives each demonstration an answer drawn at random from all answers: form and label space
+Two ways to corrupt them tell. `format` gives each demonstration an answer drawn at random from all answers: form and label space
 stay, the mapping is gone (Min et al. 2022, "Rethinking the Role of Demonstrations"). `flip` exchanges answers by one fixed rule
 for the whole run: the mapping is there and contradicts the truth (Wei et al. 2023, "Larger language models do in-context
 learning differently"). A model that reads the mapping falls to chance under the first and below it under the second.
@@ -20,7 +20,7 @@ from rayrlhf.errors import UserError
 Ablation = Literal["none", "flip", "format"]
 
 
-class Spoiler:
+class AnswerCorruptor:
     """Changes the answers of demonstrations, never those of the questions asked."""
 
     def __init__(self, ablation: Ablation, answers: Sequence[str], seed: int) -> None:
@@ -41,7 +41,7 @@ class Spoiler:
         shuffled = random.Random(seed).sample(self._answers, len(self._answers))
         self._other = dict(zip(shuffled, [*shuffled[1:], *shuffled[:1]], strict=True))
 
-    def spoil(self, target: Example, demonstrations: Sequence[Example]) -> list[Example]:
+    def corrupt(self, target: Example, demonstrations: Sequence[Example]) -> list[Example]:
         """Return the demonstrations as the target's context shows them, a function of seed, target and demonstration alone."""
         if self._ablation == "none":
             return list(demonstrations)

@@ -1,28 +1,72 @@
 """The stages of a k-curve over part files: a model answers the questions, then the answers are scored."""
 
+from collections.abc import Callable
 from typing import Any
 
-from rayrlhf.batch_inference.bleu import BleuScorer
-from rayrlhf.batch_inference.sampling import Response, SamplingPlan
-from rayrlhf.batch_inference.verification import Verifier
-from rayrlhf.config.icl import ICLEvaluateConfig
+from rayrlhf.batch_inference.generation import BatchGenerator, GenerationPlan, Response, generator_pool
+from rayrlhf.batch_inference.part_pipeline import Limits, Pool, run_pipeline
+from rayrlhf.batch_inference.parts import PartFolder
+from rayrlhf.batch_inference.scoring import BleuScorer, Verifier
+from rayrlhf.batch_inference.stage_resources import cluster_resources
+from rayrlhf.config.icl import ICLDistillConfig, ICLEvaluateConfig
+from rayrlhf.config.model import ModelSection
 from rayrlhf.demonstrations.example import normalized
 
 
-class Answerer:
+def answer_plan(
+    config: ICLEvaluateConfig | ICLDistillConfig, label: str, model: ModelSection, temperature: float = 0.0
+) -> GenerationPlan:
+    """Return the plan of one answer per question."""
+    # The context contains the system prompt already, and plain text must not get a chat template.
+    data = config.data.model_copy(update={"system_prompt": None, "chat": config.context.layout != "text"})
+    return GenerationPlan(label, model, config.generate, data, config.run.seed, 0, 1, temperature)
+
+
+def answer_questions(
+    config: ICLEvaluateConfig | ICLDistillConfig,
+    plan: GenerationPlan,
+    questions: PartFolder,
+    answers: PartFolder,
+    done: Callable[[int], None],
+) -> None:
+    """Generate the answers, and score them in an evaluation, unless that is done."""
+    if answers.sealed:
+        return
+    resources = cluster_resources(config.pipeline, config.generate, generating=True)
+    stages = [generator_pool("answer", AnswerGenerator, plan, resources)]
+    if isinstance(config, ICLEvaluateConfig):
+        stages.append(Pool("score", AnswerScorer, (config,), 1, resources.scorer_cpus))
+    run_pipeline(questions, answers, stages, Limits(config.pipeline.max_restarts, config.pipeline.stall_seconds), done)
+    answers.seal({"rows": questions.facts()["rows"]})
+
+
+def load_context_tokenizer(model: ModelSection, layout: str) -> Any:
+    """Load a tokenizer, and check that it has a chat template unless contexts are plain text.
+
+    Raises:
+        UserError: no tokenizer, or no chat template.
+    """
+    from rayrlhf.data.templates import require_chat_template
+    from rayrlhf.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    if layout != "text":
+        require_chat_template(tokenizer)
+    return tokenizer
+
+
+class AnswerGenerator:
     """Adds a model's answers to a part of questions."""
 
-    def __init__(self, plan: SamplingPlan) -> None:
+    def __init__(self, plan: GenerationPlan) -> None:
         """Start the model."""
-        from rayrlhf.batch_inference.sampling import Sampler
-
-        self._sampler = Sampler(plan)
+        self._generator = BatchGenerator(plan)
 
     def __call__(self, table: Any) -> Any:
         """Return the part with `text`, `finish` and `tokens`."""
         import pyarrow as pa
 
-        answers = [responses[0] for responses in self._sampler.answer(table.to_pylist())]
+        answers = [responses[0] for responses in self._generator.generate(table.to_pylist())]
         columns = {
             "text": pa.array([answer.text for answer in answers], pa.string()),
             "finish": pa.array([answer.finish_reason for answer in answers], pa.string()),

@@ -8,21 +8,21 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.batch_inference.intake import take_in
-from rayrlhf.batch_inference.part_pipeline import Limits, Pool, run_pipeline
+from rayrlhf.batch_inference.ingest import ingest_dataset
+from rayrlhf.batch_inference.part_pipeline import Limits, cpu_pool, run_pipeline
 from rayrlhf.batch_inference.parts import PartFolder
-from rayrlhf.batch_inference.stage_resources import TASK_CPUS, TASKS, PartProgress
+from rayrlhf.batch_inference.stage_resources import PartProgress
 from rayrlhf.config.icl import ICLBuildConfig
-from rayrlhf.config.loading.load import differences, dump_config, stored_config
-from rayrlhf.demonstrations.rankers import check_encoder
-from rayrlhf.demonstrations.ranking import Bm25Ranker
+from rayrlhf.config.loading.load import dump_config, stored_differences
+from rayrlhf.demonstrations.ranking import Bm25Ranker, check_encoder
 from rayrlhf.errors import UserError
-from rayrlhf.observe.run_folder import RunFolder, open_run
-from rayrlhf.pipelines.icl.builder import BM25, TOKENIZER, VECTORS, Builder, BuildPlan, sample_schema
+from rayrlhf.observe.run_folder import open_run
 from rayrlhf.pipelines.icl.example_pool import StoredPool, read_examples, write_pool, write_vectors
+from rayrlhf.pipelines.icl.sample_builder import BM25, TOKENIZER, VECTORS, BuildPlan, SampleBuilder, sample_schema
 from rayrlhf.storage.atomic import file_atomically, folder_atomically, write_atomically
 
 DATASET, INDEX, REPORT = "dataset.parquet", "index", "report.json"
@@ -91,7 +91,7 @@ def build_dataset(config: ICLBuildConfig) -> BuildResult:
     """Make the dataset, or finish what an interrupted build began.
 
     Raises:
-        UserError: a mistake in the configuration or the data, see `check_build` and `take_in`; fewer examples than
+        UserError: a mistake in the configuration or the data, see `check_build` and `ingest_dataset`; fewer examples than
             demonstrations are asked for; no sample fits.
         ActorLostError: a process died more often than allowed.
     """
@@ -101,33 +101,27 @@ def build_dataset(config: ICLBuildConfig) -> BuildResult:
     check_build(config)
     folder = config.run.folder
     view = LiveView(f"rayrlhf icl build {config.run.name}", live=False)
-    with _opened(config):
+    free = partial(may_change, indexed=(folder / INDEX).is_dir())
+    compare = partial(stored_differences, ICLBuildConfig, may_change=free)
+    with open_run(folder, dump_config(config), compare, folders=()):
         rows, samples = PartFolder(folder / "intake" / "rows"), PartFolder(folder / "samples")
         with view.wait("reading the examples"):
             rejected = PartFolder(folder / "intake" / "rejected")
             size = config.pipeline.rows_per_part
-            take_in(config.data, rows, rejected, rows_per_part=size, tokenizer=None, longest=None)
+            ingest_dataset(config.data, rows, rejected, rows_per_part=size, tokenizer=None, longest=None)
         with view.wait("making the index"):
             index = _index(config, rows, folder / INDEX)
         with connected(config.pipeline.address):
             done = PartProgress(view).rows("building", rows.facts()["rows"])
             limits = Limits(config.pipeline.max_restarts, config.pipeline.stall_seconds)
-            run_pipeline(rows, samples, [_pool(BuildPlan(config, index.resolve()))], limits, done)
+            pool = cpu_pool("build", SampleBuilder, (BuildPlan(config, index.resolve()),), config.pipeline.builders)
+            run_pipeline(rows, samples, [pool], limits, done)
         report = _report(rows, samples)
         if not report["samples"]:
             raise UserError(f"{config.data.path}: no row fits into sample.max_tokens {config.sample.max_tokens}")
         _merge(config, samples, folder / DATASET)
         write_atomically(folder / REPORT, json.dumps(report, indent=1) + "\n")
         return BuildResult(folder / DATASET, report)
-
-
-def _pool(plan: BuildPlan) -> Pool:
-    import ray
-
-    cpus = ray.cluster_resources().get("CPU", 1.0)
-    size = plan.config.pipeline.builders or max(1, int(cpus))
-    hundredths = int(100 * (cpus - TASKS * TASK_CPUS) / size)  # cut, so that all shares add up to no more than there is
-    return Pool("build", Builder, (plan,), size, min(1.0, hundredths / 100))
 
 
 def _index(config: ICLBuildConfig, rows: PartFolder, folder: Path) -> Path:
@@ -196,21 +190,6 @@ def _merge(config: ICLBuildConfig, samples: PartFolder, path: Path) -> None:
     with file_atomically(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
         for table in samples.tables():
             writer.write_table(table.filter(pc.equal(table.column("problem"), "")).select(schema.names))
-
-
-def _opened(config: ICLBuildConfig) -> RunFolder:
-    """Create the run folder, or take up the build in it with the settings that may change."""
-    indexed = (config.run.folder / INDEX).is_dir()
-
-    def compare(stored: str, wanted: str) -> list[str]:
-        old, new = (stored_config(ICLBuildConfig, text) for text in (stored, wanted))
-        return [line for line in differences(old, new) if not may_change(line.partition(":")[0], indexed=indexed)]
-
-    text = dump_config(config)
-    folder = open_run(config.run.folder, text, compare, folders=())
-    if folder.config.read_text(encoding="utf-8") != text:
-        write_atomically(folder.config, text)
-    return folder
 
 
 def may_change(key: str, *, indexed: bool) -> bool:

@@ -8,14 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayrlhf.batch_inference.parts import PartFolder
-from rayrlhf.demonstrations.example import Example
-from rayrlhf.demonstrations.leaks import words_of
+from rayrlhf.demonstrations.example import Example, words_of
 from rayrlhf.pipelines.icl.document_path import Piece
 from rayrlhf.storage.atomic import file_atomically, folder_atomically
 
 IDS, LENGTHS, SOURCES = "ids.bin", "lengths.npy", "sources.npy"
 CONTEXTS_AT_ONCE = 1024
-MOST_PAIRS = 20_000
+MAX_PAIRS = 20_000
 """Neighbours that are compared for the report, spread evenly over the order."""
 
 
@@ -75,7 +74,7 @@ def write_contexts(contexts: Sequence[Sequence[Piece]], tokens: StoredTokens, pa
 
 
 def relatedness(order: Sequence[int], pool: Sequence[Example], vectors: NDArray[np.float32] | None) -> dict[str, float]:
-    """Return how alike documents are that follow each other, as means over at most `MOST_PAIRS` pairs.
+    """Return how alike documents are that follow each other, as means over at most `MAX_PAIRS` pairs.
 
     Args:
         order: documents as visited.
@@ -88,7 +87,7 @@ def relatedness(order: Sequence[int], pool: Sequence[Example], vectors: NDArray[
     """
     if len(order) < 2:
         return {}
-    places = np.unique(np.linspace(0, len(order) - 2, MOST_PAIRS).astype(int)).tolist()
+    places = np.unique(np.linspace(0, len(order) - 2, MAX_PAIRS).astype(int)).tolist()
     pairs = [(order[place], order[place + 1]) for place in places]
     shared = [_shared(set(words_of(pool[first].prompt)), set(words_of(pool[second].prompt))) for first, second in pairs]
     measures: dict[str, Any] = {"shared words": np.mean(shared)}

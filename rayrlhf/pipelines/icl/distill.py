@@ -10,29 +10,29 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.batch_inference.part_pipeline import Limits, Pool, run_pipeline
 from rayrlhf.batch_inference.parts import PartFolder
-from rayrlhf.batch_inference.sampling import SamplingPlan
-from rayrlhf.batch_inference.stage_resources import PartProgress, stage_resources
+from rayrlhf.batch_inference.source import messages_type
+from rayrlhf.batch_inference.stage_resources import PartProgress
 from rayrlhf.config.demonstrations import SelectionSection
 from rayrlhf.config.icl import ICLDistillConfig, ShotsSection
-from rayrlhf.config.loading.load import differences, dump_config, stored_config
+from rayrlhf.config.loading.load import dump_config, stored_differences
 from rayrlhf.config.tuning.configs import DistillationConfig
 from rayrlhf.config.tuning.data import DistillationDataSection, SupervisedDatasetSection
 from rayrlhf.config.tuning.run import TuningRunSection
 from rayrlhf.data.templates import Message
 from rayrlhf.demonstrations.choosing import ChoiceCounts, require_pool
 from rayrlhf.demonstrations.context import TextForm, as_messages, as_text
-from rayrlhf.demonstrations.rankers import check_encoder, make_rankers
+from rayrlhf.demonstrations.ranking import check_encoder, make_rankers
 from rayrlhf.errors import UserError
 from rayrlhf.observe.run_folder import open_run
-from rayrlhf.pipelines.icl.answering import Answerer
-from rayrlhf.pipelines.icl.example_pool import read_examples, taken_in
-from rayrlhf.pipelines.icl.questions import Questioner, question_schema
+from rayrlhf.pipelines.icl.answering import answer_plan, answer_questions, load_context_tokenizer
+from rayrlhf.pipelines.icl.example_pool import ingest_examples, read_examples
+from rayrlhf.pipelines.icl.questions import QuestionBuilder, question_schema
 from rayrlhf.storage.atomic import file_atomically, write_atomically
 
 DATASET, REPORT, STUDENT = "dataset.parquet", "report.json", "student"
@@ -81,7 +81,7 @@ def check_distillation(config: ICLDistillConfig) -> str:
         UserError: no tokenizer, or no chat template where one is needed; no room for an answer beside the context; an
             encoder that does not say how it pools.
     """
-    _tokenizer(config)
+    load_context_tokenizer(config.model, config.context.layout)
     check_encoder(config.teacher)
     teacher = config.teacher
     more = [f"{teacher.demonstrations} demonstrations ({teacher.selection})"] if teacher.demonstrations else []
@@ -113,14 +113,18 @@ def distill_context(config: ICLDistillConfig) -> DistillResult:
     check_distillation(config)
     folder = config.run.folder
     view = LiveView(f"rayrlhf icl distill {config.run.name}", live=False)
-    with open_run(folder, dump_config(config), _differences, folders=()), ExitStack() as stack:
+    compare = partial(stored_differences, ICLDistillConfig, may_change=lambda key: key.startswith(FREE))
+    with open_run(folder, dump_config(config), compare, folders=()), ExitStack() as stack:
         with view.wait("choosing the demonstrations"):
             questions = _questions(config, folder)
         answers = questions
         if config.teacher.responses == "sampled":
             stack.enter_context(connected(config.pipeline.address))
             answers = PartFolder(folder / "answers")
-            _answer(config, questions, answers, PartProgress(view))
+            model = config.model.model_copy(update={"lora": None})
+            plan = answer_plan(config, "teacher", model, config.teacher.temperature)
+            done = PartProgress(view).rows("teacher answers", questions.facts()["rows"])
+            answer_questions(config, plan, questions, answers, done)
         _write_dataset(config, answers, folder / DATASET)
         report = _report(config, questions, answers)
         write_atomically(folder / REPORT, json.dumps(report, indent=1) + "\n")
@@ -161,19 +165,21 @@ def _questions(config: ICLDistillConfig, folder: Path) -> PartFolder:
     size = config.pipeline.rows_per_part
     shown_to_others = config.pool is None and config.teacher.demonstrations > 0
     answered = shown_to_others or config.teacher.responses == "given"
-    rows = taken_in(config.data, folder / "intake" / "prompts", size, answered=answered)
+    rows = ingest_examples(config.data, folder / "intake" / "prompts", size, answered=answered)
     targets = pool = list(chain.from_iterable(read_examples(config.data, rows)))
     if config.pool is not None:
-        pool = list(chain.from_iterable(read_examples(config.pool, taken_in(config.pool, folder / "intake" / "pool", size))))
+        pool_rows = ingest_examples(config.pool, folder / "intake" / "pool", size)
+        pool = list(chain.from_iterable(read_examples(config.pool, pool_rows)))
     teacher, counts = config.teacher, ChoiceCounts()
     source = config.pool or config.data
     require_pool(len(pool) - (config.pool is None), teacher.demonstrations, source.path)
     selection = {name: getattr(teacher, name) for name in SelectionSection.model_fields}
     shots = ShotsSection(counts=[teacher.demonstrations], seeds=1, **selection)
     opening = "\n\n".join(text for text in (config.data.system_prompt, teacher.instruction) if text is not None) or None
-    questioner = Questioner(shots, config.context, opening, _tokenizer(config), _budget(config))
+    tokenizer = load_context_tokenizer(config.model, config.context.layout)
+    builder = QuestionBuilder(shots, config.context, opening, tokenizer, _budget(config))
     rankers = make_rankers(teacher, targets, pool, config.run.seed, by_task=source.task_field is not None)
-    made = questioner.rows(targets, pool, rankers, counts)
+    made = builder.rows(targets, pool, rankers, counts)
     written = [row | {"row": number, "columns": "{}"} for number, row in enumerate(made)]
     for part, start in enumerate(range(0, len(written), size)):
         questions.write(part, pa.Table.from_pylist(written[start : start + size], schema=question_schema()))
@@ -183,37 +189,12 @@ def _questions(config: ICLDistillConfig, folder: Path) -> PartFolder:
     return questions
 
 
-def _answer(config: ICLDistillConfig, questions: PartFolder, answers: PartFolder, progress: PartProgress) -> None:
-    """Let the teacher answer, unless it has."""
-    import ray
-
-    from rayrlhf.engines.rollout.common import rollout_environment
-
-    if answers.sealed:
-        return
-    cluster = ray.cluster_resources()
-    cpus, gpus = cluster.get("CPU", 1.0), cluster.get("GPU", 0.0)
-    has = stage_resources(config.pipeline, config.generate, cpus, gpus, generating=True)
-    # The context holds the system prompt already, and plain text is to stay plain.
-    data = config.data.model_copy(update={"system_prompt": None, "chat": config.context.layout != "text"})
-    model = config.model.model_copy(update={"lora": None})
-    plan = SamplingPlan("teacher", model, config.generate, data, config.run.seed, 0, 1, config.teacher.temperature)
-    environment = rollout_environment(plan.rollout(), threads=has.generator_threads)
-    stage = Pool("answer", Answerer, (plan,), has.generators, has.generator_cpus, has.generator_gpus, environment)
-    rows = questions.facts()["rows"]
-    limits = Limits(config.pipeline.max_restarts, config.pipeline.stall_seconds)
-    run_pipeline(questions, answers, [stage], limits, progress.rows("teacher answers", rows))
-    answers.seal({"rows": rows})
-
-
 def _write_dataset(config: ICLDistillConfig, answers: PartFolder, path: Path) -> None:
     """Write what SFT's columns hold, and `context` beside them; the same parts give the same bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    text: Any = pa.string()
-    messages = pa.list_(pa.struct([("role", text), ("content", text)]))
-    kind = text if config.context.layout == "text" else messages
+    kind: Any = pa.string() if config.context.layout == "text" else messages_type()
     schema = pa.schema([("prompt", kind), ("context", kind), ("completion", kind)])
     with file_atomically(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
         for table in answers.tables():
@@ -258,18 +239,3 @@ def _budget(config: ICLDistillConfig) -> int:
     if positions <= answer + END_TOKENS + 1:
         raise UserError(f"generate.max_new_tokens {answer}: the model's context has {positions} tokens, which leaves no prompt")
     return min(most, int(positions) - answer - END_TOKENS)
-
-
-def _tokenizer(config: ICLDistillConfig) -> Any:
-    from rayrlhf.data.templates import require_chat_template
-    from rayrlhf.models.load import load_tokenizer
-
-    tokenizer = load_tokenizer(config.model)
-    if config.context.layout != "text":
-        require_chat_template(tokenizer)
-    return tokenizer
-
-
-def _differences(stored: str, wanted: str) -> list[str]:
-    old, new = (stored_config(ICLDistillConfig, text) for text in (stored, wanted))
-    return [line for line in differences(old, new) if not line.startswith(FREE)]

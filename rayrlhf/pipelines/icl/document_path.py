@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rayrlhf.demonstrations.leaks import LeakRules, resemblance, words_of
+from rayrlhf.demonstrations.example import LeakRules, resemblance, words_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def are_near_duplicates(first: str, second: str, rules: LeakRules) -> bool:
     return min(len(words), len(others)) >= rules.words and resemblance(first, second) >= rules.resemblance
 
 
-def left_out(copies: Iterable[tuple[int, int]]) -> dict[int, int]:
+def duplicates_to_drop(copies: Iterable[tuple[int, int]]) -> dict[int, int]:
     """Return which documents to leave out, each with the earlier document that stays for it.
 
     Only neighbours need to be compared, since near-duplicates are each other's nearest.

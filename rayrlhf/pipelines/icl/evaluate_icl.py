@@ -6,28 +6,26 @@ them.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.batch_inference.part_pipeline import Limits, Pool, run_pipeline
 from rayrlhf.batch_inference.parts import PartFolder, merge
-from rayrlhf.batch_inference.sampling import SamplingPlan
-from rayrlhf.batch_inference.stage_resources import PartProgress, stage_resources
+from rayrlhf.batch_inference.stage_resources import PartProgress
 from rayrlhf.config.icl import ICLEvaluateConfig
-from rayrlhf.config.loading.load import differences, dump_config, stored_config
+from rayrlhf.config.loading.load import dump_config, stored_differences
 from rayrlhf.config.model import ModelSection
 from rayrlhf.demonstrations.choosing import ChoiceCounts, require_pool
 from rayrlhf.demonstrations.example import Example
-from rayrlhf.demonstrations.rankers import check_encoder, make_rankers
+from rayrlhf.demonstrations.ranking import check_encoder, make_rankers
 from rayrlhf.errors import UserError
 from rayrlhf.observe.run_folder import open_run
-from rayrlhf.pipelines.icl.answering import Answerer, AnswerScorer
+from rayrlhf.pipelines.icl.answering import answer_plan, answer_questions, load_context_tokenizer
 from rayrlhf.pipelines.icl.curve import Point, curve
-from rayrlhf.pipelines.icl.example_pool import read_examples, taken_in
-from rayrlhf.pipelines.icl.questions import Questioner, question_schema
+from rayrlhf.pipelines.icl.example_pool import ingest_examples, read_examples
+from rayrlhf.pipelines.icl.questions import QuestionBuilder, question_schema
 from rayrlhf.storage.atomic import write_atomically
 
 CURVE, ANSWERS = "curve.json", "answers.parquet"
@@ -63,7 +61,7 @@ def check_evaluation(config: ICLEvaluateConfig) -> str:
         UserError: a model has no tokenizer, or no chat template where one is needed.
     """
     for model in config.models.values():
-        _tokenizer(config, model)
+        load_context_tokenizer(model, config.context.layout)
     shots = config.demonstrations
     check_encoder(shots)
     return "\n".join(
@@ -92,9 +90,10 @@ def evaluate_curve(config: ICLEvaluateConfig) -> CurveResult:
     check_evaluation(config)
     folder = config.run.folder
     view = LiveView(f"rayrlhf icl evaluate {config.run.name}", live=False)
-    with open_run(folder, dump_config(config), _differences, folders=()):
+    compare = partial(stored_differences, ICLEvaluateConfig, may_change=lambda key: key.startswith("pipeline."))
+    with open_run(folder, dump_config(config), compare, folders=()):
         with view.wait("reading the examples"):
-            asked = _Asked.read(config, folder)
+            asked = _QuestionSet.read(config, folder)
         for name, model in config.models.items():
             with view.wait(f"writing the questions for {name}"):
                 asked.write_questions(name, model)
@@ -103,7 +102,8 @@ def evaluate_curve(config: ICLEvaluateConfig) -> CurveResult:
             for name, model in config.models.items():
                 questions = PartFolder(folder / "questions" / name)
                 done = progress.rows(f"{name} answers", questions.facts()["rows"])
-                _answer(config, name, model, questions, PartFolder(folder / "answers" / name), done)
+                plan = answer_plan(config, name, model)
+                answer_questions(config, plan, questions, PartFolder(folder / "answers" / name), done)
         points = []
         for name in config.models:
             answers = PartFolder(folder / "answers" / name)
@@ -115,7 +115,7 @@ def evaluate_curve(config: ICLEvaluateConfig) -> CurveResult:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _QuestionSet:
     """The questions' and the demonstrations' examples."""
 
     config: ICLEvaluateConfig
@@ -125,13 +125,13 @@ class _Asked:
     pool: list[Example]
 
     @classmethod
-    def read(cls, config: ICLEvaluateConfig, folder: Path) -> "_Asked":
-        rows = taken_in(config.data, folder / "intake" / "questions", config.pipeline.rows_per_part)
+    def read(cls, config: ICLEvaluateConfig, folder: Path) -> "_QuestionSet":
+        rows = ingest_examples(config.data, folder / "intake" / "questions", config.pipeline.rows_per_part)
         targets = list(chain.from_iterable(read_examples(config.data, rows)))
         columns = [row["columns"] for row in rows.rows(["columns"])]
         pool = targets
         if config.pool is not None:
-            other = taken_in(config.pool, folder / "intake" / "pool", config.pipeline.rows_per_part)
+            other = ingest_examples(config.pool, folder / "intake" / "pool", config.pipeline.rows_per_part)
             pool = list(chain.from_iterable(read_examples(config.pool, other)))
         require_pool(len(pool) - (config.pool is None), max(config.demonstrations.counts), (config.pool or config.data).path)
         return cls(config, folder, targets, columns, pool)
@@ -144,14 +144,14 @@ class _Asked:
         if folder.sealed:
             return
         counts = ChoiceCounts()
-        tokenizer = _tokenizer(self.config, model)
-        questioner = Questioner(
+        tokenizer = load_context_tokenizer(model, self.config.context.layout)
+        builder = QuestionBuilder(
             self.config.demonstrations, self.config.context, self.config.data.system_prompt, tokenizer, self._budget(model)
         )
         by_task = (self.config.pool or self.config.data).task_field is not None
         shots = self.config.demonstrations
         rankers = make_rankers(shots, self.targets, self.pool, self.config.run.seed, by_task=by_task)
-        made = questioner.rows(self.targets, self.pool, rankers, counts)
+        made = builder.rows(self.targets, self.pool, rankers, counts)
         rows = [row | {"row": number, "columns": self.columns[row["source"]]} for number, row in enumerate(made)]
         size = self.config.pipeline.rows_per_part
         for part, start in enumerate(range(0, len(rows), size)):
@@ -167,58 +167,7 @@ class _Asked:
         from rayrlhf.models.load import load_architecture
 
         generate = self.config.generate
-        longest = context_length(_plan(self.config, "", model).rollout(), load_architecture(model))
+        longest = context_length(answer_plan(self.config, "", model).rollout(), load_architecture(model))
         if longest <= generate.max_new_tokens:
             raise UserError(f"generate.max_new_tokens {generate.max_new_tokens}: the model's context has {longest} tokens")
         return int(longest - generate.max_new_tokens)
-
-
-def _tokenizer(config: ICLEvaluateConfig, model: ModelSection) -> Any:
-    from rayrlhf.data.templates import require_chat_template
-    from rayrlhf.models.load import load_tokenizer
-
-    tokenizer = load_tokenizer(model)
-    if config.context.layout != "text":
-        require_chat_template(tokenizer)
-    return tokenizer
-
-
-def _plan(config: ICLEvaluateConfig, name: str, model: ModelSection) -> SamplingPlan:
-    # The context holds the system prompt already, and plain text is to stay plain.
-    data = config.data.model_copy(update={"system_prompt": None, "chat": config.context.layout != "text"})
-    return SamplingPlan(name, model, config.generate, data, config.run.seed, 0, 1, 0.0)
-
-
-def _answer(
-    config: ICLEvaluateConfig,
-    name: str,
-    model: ModelSection,
-    questions: PartFolder,
-    answers: PartFolder,
-    done: Callable[[int], None],
-) -> None:
-    import ray
-
-    from rayrlhf.engines.rollout.common import rollout_environment
-
-    if answers.sealed:
-        return
-    cluster = ray.cluster_resources()
-    resources = stage_resources(
-        config.pipeline, config.generate, cluster.get("CPU", 1.0), cluster.get("GPU", 0.0), generating=True
-    )
-    plan = _plan(config, name, model)
-    environment = rollout_environment(plan.rollout(), threads=resources.generator_threads)
-    answerer = Pool(
-        "answer", Answerer, (plan,), resources.generators, resources.generator_cpus, resources.generator_gpus, environment
-    )
-    scorer = Pool("score", AnswerScorer, (config,), 1, resources.scorer_cpus)
-    run_pipeline(
-        questions, answers, [answerer, scorer], Limits(config.pipeline.max_restarts, config.pipeline.stall_seconds), done
-    )
-    answers.seal({"rows": questions.facts()["rows"]})
-
-
-def _differences(stored: str, wanted: str) -> list[str]:
-    old, new = (stored_config(ICLEvaluateConfig, text) for text in (stored, wanted))
-    return [line for line in differences(old, new) if not line.startswith("pipeline.")]

@@ -15,7 +15,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from rayrlhf.batch_inference.intake import take_in
+from rayrlhf.batch_inference.ingest import ingest_dataset
 from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.config.icl import ExamplesSection
 from rayrlhf.demonstrations.example import Example
@@ -110,9 +110,9 @@ def read_examples(section: ExamplesSection, rows: PartFolder) -> Iterator[list[E
         yield part
 
 
-def taken_in(section: ExamplesSection, folder: Path, rows_per_part: int, *, answered: bool = True) -> PartFolder:
-    """Read a dataset into `rows/` of a folder, what is unusable into `rejected/`, unless that is done; errors as `take_in`."""
+def ingest_examples(section: ExamplesSection, folder: Path, rows_per_part: int, *, answered: bool = True) -> PartFolder:
+    """Ingest examples into `rows/` and `rejected/` of a folder; see `ingest_dataset`."""
     rows = PartFolder(folder / "rows")
     rejected = PartFolder(folder / "rejected")
-    take_in(section, rows, rejected, rows_per_part=rows_per_part, tokenizer=None, longest=None, answered=answered)
+    ingest_dataset(section, rows, rejected, rows_per_part=rows_per_part, tokenizer=None, longest=None, answered=answered)
     return rows

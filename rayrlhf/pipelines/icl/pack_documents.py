@@ -9,23 +9,24 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rayrlhf.batch_inference.part_pipeline import Limits, Pool, run_pipeline
+from rayrlhf.batch_inference.part_pipeline import Limits, cpu_pool, run_pipeline
 from rayrlhf.batch_inference.parts import PartFolder
-from rayrlhf.batch_inference.stage_resources import TASK_CPUS, TASKS, PartProgress
+from rayrlhf.batch_inference.stage_resources import PartProgress
 from rayrlhf.config.icl import ICLPackConfig
-from rayrlhf.config.loading.load import differences, dump_config, stored_config
+from rayrlhf.config.loading.load import dump_config, stored_differences
 from rayrlhf.demonstrations.ranking import Bm25Ranker
 from rayrlhf.errors import UserError
-from rayrlhf.observe.run_folder import RunFolder, open_run
+from rayrlhf.observe.run_folder import open_run
 from rayrlhf.pipelines.icl.contexts import StoredTokens, relatedness, write_contexts, write_tokens
-from rayrlhf.pipelines.icl.document_path import cut, left_out, random_order, related_order
-from rayrlhf.pipelines.icl.example_pool import StoredPool, read_examples, taken_in, write_pool, write_vectors
-from rayrlhf.pipelines.icl.linker import BM25, TOKENIZER, VECTORS, DocumentEncoder, Linker, LinkPlan
+from rayrlhf.pipelines.icl.document_path import cut, duplicates_to_drop, random_order, related_order
+from rayrlhf.pipelines.icl.example_pool import StoredPool, ingest_examples, read_examples, write_pool, write_vectors
+from rayrlhf.pipelines.icl.neighbors import BM25, TOKENIZER, VECTORS, DocumentEncoder, NeighborFinder, NeighborPlan
 from rayrlhf.storage.atomic import folder_atomically, write_atomically
 
 DATASET, BASELINE, INDEX, TOKENS, REPORT = "dataset.parquet", "baseline.parquet", "index", "tokens", "report.json"
@@ -89,7 +90,7 @@ def pack_documents(config: ICLPackConfig) -> PackResult:
     """Make both datasets, or finish what an interrupted packing began.
 
     Raises:
-        UserError: a mistake in the configuration or the data, see `check_packing` and `take_in`.
+        UserError: a mistake in the configuration or the data, see `check_packing` and `ingest_dataset`.
         ActorLostError: a process died more often than allowed.
     """
     from rayrlhf.actors.connection import connected
@@ -98,33 +99,25 @@ def pack_documents(config: ICLPackConfig) -> PackResult:
     check_packing(config)
     folder = config.run.folder
     view = LiveView(f"rayrlhf icl pack {config.run.name}", live=False)
-    with _opened(config):
+    compare = partial(stored_differences, ICLPackConfig, may_change=FREE.__contains__)
+    with open_run(folder, dump_config(config), compare, folders=()):
         with view.wait("reading the documents"):
-            rows = taken_in(config.data.examples(), folder / "intake", config.pipeline.rows_per_part, answered=False)
+            rows = ingest_examples(config.data.examples(), folder / "intake", config.pipeline.rows_per_part, answered=False)
         limits = Limits(config.pipeline.max_restarts, config.pipeline.stall_seconds)
         vectors, links = PartFolder(folder / "vectors"), PartFolder(folder / "links")
         count = rows.facts()["rows"]
         with connected(config.pipeline.address):
             if config.neighbors.by == "nearest" and not (folder / INDEX).is_dir():
-                stage = _pool(config, "encode", DocumentEncoder, (config,))
+                stage = cpu_pool("encode", DocumentEncoder, (config,), config.pipeline.builders)
                 run_pipeline(rows, vectors, [stage], limits, PartProgress(view).rows("encoding", count))
             with view.wait("making the index"):
                 index = _index(config, rows, vectors, folder / INDEX)
-            stage = _pool(config, "link", Linker, (LinkPlan(config, index.resolve()),))
+            stage = cpu_pool("link", NeighborFinder, (NeighborPlan(config, index.resolve()),), config.pipeline.builders)
             run_pipeline(rows, links, [stage], limits, PartProgress(view).rows("linking", count))
         with view.wait("writing the contexts"):
             report = _written(config, rows, links, folder)
         write_atomically(folder / REPORT, json.dumps(report, indent=1) + "\n")
         return PackResult(folder / DATASET, folder / BASELINE, report)
-
-
-def _pool(config: ICLPackConfig, name: str, worker: type, arguments: tuple[Any, ...]) -> Pool:
-    import ray
-
-    cpus = ray.cluster_resources().get("CPU", 1.0)
-    size = config.pipeline.builders or max(1, int(cpus))
-    hundredths = int(100 * (cpus - TASKS * TASK_CPUS) / size)  # cut, so that all shares add up to no more than there is
-    return Pool(name, worker, arguments, size, min(1.0, hundredths / 100))
 
 
 def _index(config: ICLPackConfig, rows: PartFolder, vectors: PartFolder, folder: Path) -> Path:
@@ -157,7 +150,7 @@ def _written(config: ICLPackConfig, rows: PartFolder, links: PartFolder, folder:
         neighbors += table.column("neighbors").to_pylist()
         own, copied = (table.column(name).to_pylist() for name in ("row", "copies"))
         copies += [(row, other) for row, others in zip(own, copied, strict=True) for other in others]
-    removed = left_out(copies)
+    removed = duplicates_to_drop(copies)
     orders = {
         DATASET: related_order(neighbors, frozenset(removed)),
         BASELINE: random_order(len(neighbors), config.run.seed, frozenset(removed)),
@@ -183,17 +176,3 @@ def _written(config: ICLPackConfig, rows: PartFolder, links: PartFolder, folder:
         "relatedness": relatedness(orders[DATASET], pool, vectors),
         "relatedness_by_lot": relatedness(orders[BASELINE], pool, vectors),
     }
-
-
-def _opened(config: ICLPackConfig) -> RunFolder:
-    """Create the run folder, or take up the packing in it."""
-
-    def compare(stored: str, wanted: str) -> list[str]:
-        old, new = (stored_config(ICLPackConfig, text) for text in (stored, wanted))
-        return [line for line in differences(old, new) if line.partition(":")[0] not in FREE]
-
-    text = dump_config(config)
-    folder = open_run(config.run.folder, text, compare, folders=())
-    if folder.config.read_text(encoding="utf-8") != text:
-        write_atomically(folder.config, text)
-    return folder

@@ -15,17 +15,16 @@ from rayrlhf.config.icl import ShotsSection
 from rayrlhf.data.templates import Message, render
 from rayrlhf.demonstrations.choosing import ChoiceCounts, choose
 from rayrlhf.demonstrations.context import TextForm, as_messages, as_text, fit
-from rayrlhf.demonstrations.example import Example
-from rayrlhf.demonstrations.leaks import LeakRules
+from rayrlhf.demonstrations.example import Example, LeakRules
 from rayrlhf.demonstrations.ranking import Ranker
-from rayrlhf.pipelines.icl.ablations import Ablation, Spoiler, copy_control
+from rayrlhf.pipelines.icl.ablations import Ablation, AnswerCorruptor, copy_control
 
 Row = dict[str, Any]
 Context = str | list[Message]
 
 
 @dataclass(frozen=True, slots=True)
-class Questioner:
+class QuestionBuilder:
     """Writes questions for one model.
 
     Attributes:
@@ -62,16 +61,18 @@ class Questioner:
         """
         rules = LeakRules(self.section.resemblance, self.section.resembling_words)
         for seed in range(self.section.draws):
-            spoilers = {name: Spoiler(name, [shown.answer for shown in pool], seed) for name in self.section.ablations}
+            corruptors = {
+                name: AnswerCorruptor(name, [shown.answer for shown in pool], seed) for name in self.section.ablations
+            }
             most = max(self.section.counts)
             chosen = choose(targets, pool, ranker(seed), most, rules, counts) if most else [[] for _ in targets]
             for number, (target, nearest) in enumerate(zip(targets, chosen, strict=True)):
-                for ablation, spoiler in spoilers.items():
+                for ablation, corruptor in corruptors.items():
                     for wanted in self._wanted(ablation):
-                        yield self._row(number, seed, ablation, wanted, target, spoiler.spoil(target, nearest[:wanted]))
+                        yield self._row(number, seed, ablation, wanted, target, corruptor.corrupt(target, nearest[:wanted]))
 
     def _wanted(self, ablation: Ablation) -> list[int]:
-        """Without demonstrations there is nothing to spoil."""
+        """Without demonstrations there is nothing to corrupt."""
         return [count for count in self.section.counts if count or ablation == "none"]
 
     def _row(self, number: int, seed: int, ablation: Ablation, wanted: int, target: Example, nearest: Sequence[Example]) -> Row:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrlhf.batch_inference.parts import PartFolder
-from rayrlhf.batch_inference.source import schemas
+from rayrlhf.batch_inference.source import messages_type, row_schema
 from rayrlhf.storage.atomic import file_atomically
 
 
@@ -25,9 +25,9 @@ def repair(relabeled: PartFolder, repaired: PartFolder) -> int:
                 changed = {"row": count + len(rows), "response": response}
                 if response != row["response"]:
                     changed["response_tokens"] = None
-                rows.append({name: (row | changed)[name] for name in schemas()["rows"].names})
+                rows.append({name: (row | changed)[name] for name in row_schema().names})
         if rows:
-            repaired.write(index, pa.Table.from_pylist(rows, schema=schemas()["rows"]))
+            repaired.write(index, pa.Table.from_pylist(rows, schema=row_schema()))
         count += len(rows)
     repaired.seal({"rows": count})
     return count
@@ -49,14 +49,13 @@ def write_dataset(rows: PartFolder, path: Path) -> None:
 
     if path.is_file():
         return
-    text = pa.string()
-    messages = pa.list_(pa.struct([("role", text), ("content", text)]))
+    text: Any = pa.string()
     with file_atomically(path) as partial:
         writer: Any = None
         try:
             for table in rows.tables(["source", "prompt", "messages", "response"]):
                 conversational = table.column("messages")[0].as_py() is not None
-                kind = messages if conversational else text
+                kind = messages_type() if conversational else text
                 schema = pa.schema([("prompt", kind), ("completion", kind), ("source", pa.int64())])
                 writer = writer or pq.ParquetWriter(partial, schema, compression="zstd")
                 writer.write_table(pa.Table.from_pylist(list(_examples(table.to_pylist())), schema=schema))

@@ -6,7 +6,7 @@ What can be known to be wrong before a dataset is read or a process started.
 import importlib.util
 from collections.abc import Iterator
 
-from rayrlhf.batch_inference.bleu import BleuScorer
+from rayrlhf.batch_inference.scoring import BleuScorer
 from rayrlhf.config.presft import PreSFTConfig
 from rayrlhf.errors import UserError
 

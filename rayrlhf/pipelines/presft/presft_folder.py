@@ -14,15 +14,14 @@ round-1/scores, selection.json, relabeled, repaired, dataset.parquet, tuned/
 round-2/...                        the same on the dataset of round 1
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rayrlhf.batch_inference.parts import PartFolder
-from rayrlhf.config.loading.load import differences, dump_config, stored_config
+from rayrlhf.config.loading.load import dump_config, stored_differences
 from rayrlhf.config.presft import PreSFTConfig
 from rayrlhf.observe.run_folder import RunFolder, open_run
-from rayrlhf.storage.atomic import write_atomically
 
 REPAIRED_DATASET = "dataset.parquet"
 
@@ -118,21 +117,10 @@ def open_presft(config: PreSFTConfig) -> RunFolder:
     Raises:
         UserError: it holds a run with other settings that matter, no run but other files, or a process is running in it.
     """
-    layout = Layout(config.run.folder)
-    text = dump_config(config)
-    folder = open_run(config.run.folder, text, _differences(layout), folders=())
-    if folder.config.read_text(encoding="utf-8") != text:
-        write_atomically(folder.config, text)
-    return folder
-
-
-def _differences(layout: Layout) -> Callable[[str, str], list[str]]:
-    def compare(stored: str, wanted: str) -> list[str]:
-        old, new = (stored_config(PreSFTConfig, text) for text in (stored, wanted))
-        relabeled = bool(layout.round(1).relabeled.indices())
-        return [line for line in differences(old, new) if not may_change(line.partition(":")[0], relabeled=relabeled)]
-
-    return compare
+    folder = config.run.folder
+    free = partial(may_change, relabeled=bool(Layout(folder).round(1).relabeled.indices()))
+    compare = partial(stored_differences, PreSFTConfig, may_change=free)
+    return open_run(folder, dump_config(config), compare, folders=())
 
 
 def may_change(key: str, *, relabeled: bool) -> bool:

@@ -23,8 +23,8 @@ from rayrlhf.pipelines.presft.presft_folder import Layout, RoundFolder
 from rayrlhf.pipelines.presft.selection import HIGHEST
 
 BINS = 50
-MOST_POINTS = 2000
-MOST_STRUGGLING = 100
+MAX_POINTS = 2000
+MAX_STRUGGLING = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +53,14 @@ def read_round(folder: RoundFolder, figures: dict[str, Any]) -> RoundView:
     lowest: list[tuple[float, int, dict[str, Any]]] = []
     lengths: list[int] = []
     scores: list[float] = []
-    step = max(1, -(-figures["rows"] // MOST_POINTS))
+    step = max(1, -(-figures["rows"] // MAX_POINTS))
     parts = folder.relabeled if folder.relabeled.sealed else folder.scores
     for table in parts.tables():
         counts += np.histogram(np.minimum(table.column("bleu").to_numpy(), HIGHEST), bins=edges)[0]
-        order = np.argsort(table.column("bleu").to_numpy(), kind="stable")[:MOST_STRUGGLING]
+        order = np.argsort(table.column("bleu").to_numpy(), kind="stable")[:MAX_STRUGGLING]
         for row in table.take(order).to_pylist():
             heapq.heappush(lowest, (-row["bleu"], -row["row"], row))
-            if len(lowest) > MOST_STRUGGLING:
+            if len(lowest) > MAX_STRUGGLING:
                 heapq.heappop(lowest)
         sampled = table.filter(np.asarray(table.column("row").to_numpy()) % step == 0)
         lengths += [len(response) for response in sampled.column("response").to_pylist()]
@@ -179,7 +179,7 @@ def _pairs(view: RoundView, prefix: str) -> Iterator[Block]:
         (row["source"], row["bleu"], row.get("decision", ""), row["prompt"], row["response"], row["probes"][0])
         for row in view.lowest
     ]
-    yield Paragraph(f"The {len(rows)} lowest scores (at most {MOST_STRUGGLING}):")
+    yield Paragraph(f"The {len(rows)} lowest scores (at most {MAX_STRUGGLING}):")
     yield DataTable(["row", "BLEU", "decision", "prompt", "original", "probe"], rows, filterable=True)
 
 

@@ -10,17 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayrlhf.batch_inference.bleu import BleuScorer
+from rayrlhf.batch_inference.generation import GenerationPlan, generator_pool
 from rayrlhf.batch_inference.part_pipeline import Limits, Pool, Stage, run_pipeline
 from rayrlhf.batch_inference.parts import PartFolder
-from rayrlhf.batch_inference.sampling import SamplingPlan
-from rayrlhf.batch_inference.stage_resources import StageResources, stage_resources
+from rayrlhf.batch_inference.scoring import BleuScorer
+from rayrlhf.batch_inference.stage_resources import cluster_resources
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.presft import PreSFTConfig, ProbeSection, RelabelSection
-from rayrlhf.engines.rollout.common import rollout_environment
 from rayrlhf.errors import UserError
-from rayrlhf.pipelines.presft.probing import Prober, ProbeScorer, correlation, given_probes
-from rayrlhf.pipelines.presft.relabeling import CandidateSampler, Judge, ProbesAsCandidates, with_candidates
+from rayrlhf.pipelines.presft.probing import ProbeGenerator, ProbeScorer, correlation, given_probes
+from rayrlhf.pipelines.presft.relabeling import CandidateGenerator, PairDecider, ProbesAsCandidates, with_candidates
 from rayrlhf.pipelines.presft.selection import Cut, find_cut, needs_candidates
 from rayrlhf.storage.atomic import write_atomically
 
@@ -29,7 +28,7 @@ Done = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
+class LabeledModel:
     """A model to sample from: its name in tables, and where its weights are."""
 
     label: str
@@ -40,7 +39,7 @@ def score_pairs(
     config: PreSFTConfig,
     rows: PartFolder,
     scores: PartFolder,
-    model: Sampled | None,
+    model: LabeledModel | None,
     probe: ProbeSection,
     step: int,
     done: Done,
@@ -59,8 +58,8 @@ def score_pairs(
     if scores.sealed:
         return
     plan = None if model is None else _plan(config, model, step, probe.samples, probe.temperature)
-    resources = _resources(config, generating=plan is not None)
-    first: Stage = given_probes if plan is None else _generator("probe", Prober, (plan,), config, resources)
+    resources = cluster_resources(config.pipeline, config.generate, generating=plan is not None)
+    first: Stage = given_probes if plan is None else generator_pool("probe", ProbeGenerator, plan, resources)
     scorer = Pool("score", ProbeScorer, (probe, config.data, plan), resources.scorers, resources.scorer_cpus)
     run_pipeline(rows, scores, [first, scorer], _limits(config), done)
     scores.seal(_score_facts(scores, BleuScorer(probe.tokenize).signature))
@@ -109,7 +108,7 @@ def relabel_pairs(
     scores: PartFolder,
     relabeled: PartFolder,
     cut: Cut,
-    model: Sampled | None,
+    model: LabeledModel | None,
     step: int,
     done: Done,
 ) -> None:
@@ -131,22 +130,23 @@ def relabel_pairs(
     sampling = needs_candidates(relabel) and not reuse
     temperature = 0.0 if relabel.method == "greedy" else relabel.temperature
     plan = None if model is None else _plan(config, model, step, relabel.samples, temperature)
-    resources = _resources(config, generating=sampling)
+    resources = cluster_resources(config.pipeline, config.generate, generating=sampling)
     first: Stage
     if not needs_candidates(relabel):
         first = partial(with_candidates, candidates={})
     elif sampling:
-        first = _generator("relabel", CandidateSampler, (plan, cut), config, resources)
+        assert plan is not None
+        first = generator_pool("relabel", CandidateGenerator, plan, resources, (cut,))
     else:
         first = ProbesAsCandidates(cut)
     arguments = (relabel, config.probe, config.data, plan if sampling else None, cut)
-    judge = Pool("judge", Judge, arguments, resources.scorers, resources.scorer_cpus)
-    run_pipeline(scores, relabeled, [first, judge], _limits(config), done)
+    decider = Pool("decide", PairDecider, arguments, resources.scorers, resources.scorer_cpus)
+    run_pipeline(scores, relabeled, [first, decider], _limits(config), done)
     relabeled.seal({"reused_probe": reuse, "method": relabel.method, "samples": relabel.samples})
 
 
-def _plan(config: PreSFTConfig, model: Sampled, step: int, samples: int, temperature: float) -> SamplingPlan:
-    return SamplingPlan(
+def _plan(config: PreSFTConfig, model: LabeledModel, step: int, samples: int, temperature: float) -> GenerationPlan:
+    return GenerationPlan(
         label=model.label,
         model=model.model,
         generate=config.generate,
@@ -155,28 +155,6 @@ def _plan(config: PreSFTConfig, model: Sampled, step: int, samples: int, tempera
         step=step,
         samples=samples,
         temperature=temperature,
-    )
-
-
-def _resources(config: PreSFTConfig, *, generating: bool) -> StageResources:
-    import ray
-
-    total = ray.cluster_resources()
-    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
-    return stage_resources(config.pipeline, config.generate, cpus, gpus, generating=generating)
-
-
-def _generator(name: str, worker: type, arguments: tuple[Any, ...], config: PreSFTConfig, resources: StageResources) -> Pool:
-    plan: SamplingPlan = arguments[0]
-    environment = rollout_environment(plan.rollout(), threads=resources.generator_threads)
-    return Pool(
-        name,
-        worker,
-        arguments,
-        resources.generators,
-        resources.generator_cpus,
-        resources.generator_gpus,
-        environment,
     )
 
 

@@ -7,18 +7,19 @@ How likely the tuned model finds a response: the mean log-probability of its tok
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from rayrlhf.batch_inference.bleu import BleuScorer, aggregate
-from rayrlhf.batch_inference.intake import GIVEN
-from rayrlhf.batch_inference.sampling import SamplingPlan
-from rayrlhf.batch_inference.source import extended
+from rayrlhf.batch_inference.generation import BatchGenerator, GenerationPlan
+from rayrlhf.batch_inference.ingest import GIVEN
+from rayrlhf.batch_inference.scoring import BleuScorer, aggregate
 from rayrlhf.batch_inference.stored_prompts import encode_prompts, response_sequences
-from rayrlhf.config.presft import PairsSection, ProbeSection
+from rayrlhf.config.batch_inference import PairsSection
+from rayrlhf.config.presft import ProbeSection
 from rayrlhf.engines.scoring.frozen import FrozenEngine
 from rayrlhf.models.load import load_tokenizer
+from rayrlhf.pipelines.presft.columns import with_columns
 
 BATCH_TOKENS = 8192
 """Token budget of one forward."""
@@ -27,7 +28,7 @@ BATCH_TOKENS = 8192
 class LikelihoodEngine:
     """The tuned model, read only."""
 
-    def __init__(self, plan: SamplingPlan, data: PairsSection) -> None:
+    def __init__(self, plan: GenerationPlan, data: PairsSection) -> None:
         """Load the model.
 
         Raises:
@@ -52,28 +53,22 @@ class LikelihoodEngine:
         return [float(score.logprobs.mean()) for score in scores if score.logprobs is not None]
 
 
-if TYPE_CHECKING:
-    from rayrlhf.pipelines.presft.probing import LikelihoodEngine
-
-
-class Prober:
+class ProbeGenerator:
     """Adds the model's responses to a part."""
 
-    def __init__(self, plan: SamplingPlan) -> None:
+    def __init__(self, plan: GenerationPlan) -> None:
         """Start the model."""
-        from rayrlhf.batch_inference.sampling import Sampler
-
-        self._sampler = Sampler(plan)
+        self._generator = BatchGenerator(plan)
 
     def __call__(self, table: Any) -> Any:
         """Return the part with `probes`, `probe_finish` and `probe_tokens`."""
-        answers = self._sampler.answer(table.to_pylist())
+        answers = self._generator.generate(table.to_pylist())
         columns: dict[str, list[Any]] = {
             "probes": [[response.text for response in responses] for responses in answers],
             "probe_finish": [[response.finish_reason for response in responses] for responses in answers],
             "probe_tokens": [[response.tokens for response in responses] for responses in answers],
         }
-        return extended(table, "probed", columns)
+        return with_columns(table, "probed", columns)
 
 
 def given_probes(table: Any) -> Any:
@@ -84,7 +79,7 @@ def given_probes(table: Any) -> Any:
         "probe_finish": [["stop"]] * len(responses),
         "probe_tokens": [[0]] * len(responses),
     }
-    return extended(table, "probed", columns)
+    return with_columns(table, "probed", columns)
 
 
 class ProbeScorer:
@@ -92,15 +87,13 @@ class ProbeScorer:
 
     _likelihood: "LikelihoodEngine | None" = None
 
-    def __init__(self, probe: ProbeSection, data: PairsSection, plan: SamplingPlan | None) -> None:
+    def __init__(self, probe: ProbeSection, data: PairsSection, plan: GenerationPlan | None) -> None:
         """Load the BLEU tokenizer, and the model for likelihoods."""
         self._probe = probe
         self._bleu = BleuScorer(probe.tokenize)
         self._model = "given" if plan is None else plan.label
         self._sampling = "{}" if plan is None else sampling_text(plan)
         if probe.likelihood and plan is not None:
-            from rayrlhf.pipelines.presft.probing import LikelihoodEngine
-
             self._likelihood = LikelihoodEngine(plan, data)
 
     def __call__(self, table: Any) -> Any:
@@ -117,10 +110,10 @@ class ProbeScorer:
             "model": [self._model] * len(originals),
             "sampling": [self._sampling] * len(originals),
         }
-        return extended(table, "scores", columns)
+        return with_columns(table, "scores", columns)
 
 
-def sampling_text(plan: SamplingPlan) -> str:
+def sampling_text(plan: GenerationPlan) -> str:
     """Return the sampling parameters as JSON, for the provenance of each row."""
     names = ("seed", "step", "samples", "temperature")
     parameters = {name: getattr(plan, name) for name in names}

@@ -4,18 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.batch_inference.sampling import Response
-from rayrlhf.batch_inference.verification import Verifier
+from rayrlhf.batch_inference.generation import Response
+from rayrlhf.batch_inference.scoring import Verifier
 from rayrlhf.config.presft import PreSFTConfig, ProbeSection, QualitySection
 from rayrlhf.pipelines.presft.presft_folder import Layout
-from rayrlhf.pipelines.presft.presft_steps import Done, Sampled, score_pairs
+from rayrlhf.pipelines.presft.presft_steps import Done, LabeledModel, score_pairs
 from rayrlhf.storage.atomic import write_atomically
 
 STEP = 1
 """Seeds of held-out answers: the same for every model, and none that a round uses."""
 
 
-def measure_quality(config: PreSFTConfig, layout: Layout, model: Sampled, done: Done) -> dict[str, Any]:
+def measure_quality(config: PreSFTConfig, layout: Layout, model: LabeledModel, done: Done) -> dict[str, Any]:
     """Answer the held-out prompts, unless that is done, and return `rows`, `bleu` and, with a verifier, `score`.
 
     Raises:

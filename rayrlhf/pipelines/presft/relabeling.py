@@ -3,11 +3,11 @@
 import json
 from typing import TYPE_CHECKING, Any
 
-from rayrlhf.batch_inference.bleu import BleuScorer
-from rayrlhf.batch_inference.sampling import Response, SamplingPlan
-from rayrlhf.batch_inference.source import extended
-from rayrlhf.batch_inference.verification import Verifier
-from rayrlhf.config.presft import PairsSection, ProbeSection, RelabelSection
+from rayrlhf.batch_inference.generation import BatchGenerator, GenerationPlan, Response
+from rayrlhf.batch_inference.scoring import BleuScorer, Verifier
+from rayrlhf.config.batch_inference import PairsSection
+from rayrlhf.config.presft import ProbeSection, RelabelSection
+from rayrlhf.pipelines.presft.columns import with_columns
 from rayrlhf.pipelines.presft.probing import sampling_text
 from rayrlhf.pipelines.presft.selection import LEARNED, Candidate, Cut, Decision, agreement, decide, refusal
 
@@ -20,21 +20,19 @@ CANDIDATES = "_candidates"
 Row = dict[str, Any]
 
 
-class CandidateSampler:
+class CandidateGenerator:
     """Adds new responses for the struggling pairs of a part."""
 
-    def __init__(self, plan: SamplingPlan, cut: Cut) -> None:
+    def __init__(self, plan: GenerationPlan, cut: Cut) -> None:
         """Start the model."""
-        from rayrlhf.batch_inference.sampling import Sampler
-
-        self._sampler = Sampler(plan)
+        self._generator = BatchGenerator(plan)
         self._cut = cut
 
     def __call__(self, table: Any) -> Any:
         """Return the part with its candidates."""
         rows = table.to_pylist()
         struggling = [index for index, row in enumerate(rows) if self._cut.selects(row["bleu"], row["row"])]
-        answers = self._sampler.answer([rows[index] for index in struggling])
+        answers = self._generator.generate([rows[index] for index in struggling])
         return with_candidates(table, dict(zip(struggling, answers, strict=True)))
 
 
@@ -66,14 +64,14 @@ def with_candidates(table: Any, candidates: dict[int, list[Response]]) -> Any:
     return table.append_column(CANDIDATES, pa.array(texts, pa.string()))
 
 
-class Judge:
+class PairDecider:
     """Decides on every pair of a part."""
 
     _reward_model: "RewardEnsemble | None" = None
     _likelihood: "LikelihoodEngine | None" = None
 
     def __init__(
-        self, relabel: RelabelSection, probe: ProbeSection, data: PairsSection, plan: SamplingPlan | None, cut: Cut
+        self, relabel: RelabelSection, probe: ProbeSection, data: PairsSection, plan: GenerationPlan | None, cut: Cut
     ) -> None:
         """Load what the method needs.
 
@@ -110,7 +108,7 @@ class Judge:
             refusals = [self._refusal(response, next(verdicts)) for response in row["responses"]]
             judged.append(self._judge(row, own_scores, refusals))
         columns = {name: [row[name] for row in judged] for name in judged[0]} if judged else {}
-        return extended(table, "relabeled", columns)
+        return with_columns(table, "relabeled", columns)
 
     def _judge(self, row: Row, scores: list[float], refusals: list[str | None]) -> Row:
         texts = [response.text for response in row["responses"]]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rayrlhf.batch_inference.intake import take_in
+from rayrlhf.batch_inference.ingest import ingest_dataset
 from rayrlhf.batch_inference.stage_resources import PartProgress
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.presft import PreSFTConfig
@@ -16,7 +16,7 @@ from rayrlhf.pipelines.presft.datasheet import write_datasheet
 from rayrlhf.pipelines.presft.dry_run import check_presft
 from rayrlhf.pipelines.presft.presft_folder import Layout, open_presft
 from rayrlhf.pipelines.presft.presft_report import write_report
-from rayrlhf.pipelines.presft.presft_steps import Sampled, read_cut, relabel_pairs, score_pairs, select_pairs
+from rayrlhf.pipelines.presft.presft_steps import LabeledModel, read_cut, relabel_pairs, score_pairs, select_pairs
 from rayrlhf.pipelines.presft.quality import measure_quality
 from rayrlhf.pipelines.presft.sft_configs import MERGED, sft_config, tuned_model
 from rayrlhf.tuning.training_result import read_result
@@ -99,7 +99,7 @@ class Run:
             tokenizer, longest = _measuring(config)
         size = config.pipeline.rows_per_part
         given = config.probe.response_field
-        take_in(
+        ingest_dataset(
             config.data,
             layout.rows,
             layout.rejected,
@@ -113,7 +113,7 @@ class Run:
             held_out, rejected = layout.held_out, layout.quality("rejected")
             if tokenizer is None:
                 tokenizer, longest = _measuring(config)
-            take_in(config.quality.data, held_out, rejected, rows_per_part=size, tokenizer=tokenizer, longest=longest)
+            ingest_dataset(config.quality.data, held_out, rejected, rows_per_part=size, tokenizer=tokenizer, longest=longest)
             write_dataset(held_out, self._held_out_dataset())
 
     def current_round(self) -> int:
@@ -177,7 +177,7 @@ class Run:
         if config.model.lora is not None and not (folder / MERGED).is_dir():
             exported_model(folder, merge=True)
         if config.quality is not None:
-            model = Sampled(layout.label(number), tuned_model(config, folder))
+            model = LabeledModel(layout.label(number), tuned_model(config, folder))
             done = self.progress.rows(f"{model.label}: held-out answers", layout.held_out.facts()["rows"])
             measure_quality(config, layout, model, done)
 
@@ -195,15 +195,15 @@ class Run:
             sheet,
         )
 
-    def _tuned(self, number: int) -> Sampled | None:
+    def _tuned(self, number: int) -> LabeledModel | None:
         """The model that a round asks; tuned now if that is still to be done."""
         config, layout = self.config, self.layout
         if number == 0 and config.probe.model is not None:
-            return Sampled("given", config.probe.model)
+            return LabeledModel("given", config.probe.model)
         if config.probe.response_field is not None:
             return None
         self.tune(number, layout.dataset if number == 0 else layout.round(number).dataset)
-        return Sampled(layout.label(number), tuned_model(config, layout.tuned(number)))
+        return LabeledModel(layout.label(number), tuned_model(config, layout.tuned(number)))
 
     def _needs_model(self) -> bool:
         return self.config.probe.response_field is None

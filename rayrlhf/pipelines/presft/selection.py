@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rayrlhf.batch_inference.bleu import BleuScorer
+from rayrlhf.batch_inference.scoring import BleuScorer
 from rayrlhf.config.presft import RelabelSection, SelectSection
 
 HISTOGRAM_BINS = 256

@@ -15,16 +15,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.batch_inference.intake import GIVEN
+from rayrlhf.batch_inference.generation import GenerationPlan
+from rayrlhf.batch_inference.ingest import GIVEN
 from rayrlhf.batch_inference.part_pipeline import Limits, Pool, run_pipeline
 from rayrlhf.batch_inference.parts import PartFolder
-from rayrlhf.batch_inference.sampling import SamplingPlan
-from rayrlhf.batch_inference.source import schemas
+from rayrlhf.batch_inference.source import row_schema
 from rayrlhf.batch_inference.stage_resources import stage_resources
+from rayrlhf.config.batch_inference import GenerateSection, PairsSection, PipelineSection
 from rayrlhf.config.model import ModelSection
-from rayrlhf.config.presft import GenerateSection, PairsSection, PipelineSection, ProbeSection
+from rayrlhf.config.presft import ProbeSection
 from rayrlhf.observe.memory import PeakMemory
-from rayrlhf.pipelines.presft.probing import Prober, ProbeScorer, given_probes
+from rayrlhf.pipelines.presft.probing import ProbeGenerator, ProbeScorer, given_probes
 from rayrlhf.tools.bench.paired import Comparison, Contender, compare
 
 ROWS_PER_PART = 4096
@@ -61,7 +62,7 @@ def write_rows(folder: PartFolder, count: int, rows_per_part: int = ROWS_PER_PAR
             }
             for place, (hypothesis, reference) in enumerate(batch)
         ]
-        folder.write(index, pa.Table.from_pylist(rows, schema=schemas()["rows"]))
+        folder.write(index, pa.Table.from_pylist(rows, schema=row_schema()))
         first, index = first + len(batch), index + 1
     folder.seal({"rows": count})
 
@@ -119,14 +120,14 @@ def bench_generation(model: str, *, prompts: int, new_tokens: int, rounds: int, 
 
     generate = GenerateSection(max_new_tokens=new_tokens, max_concurrent=64, memory_gib=1.0)
     data = PairsSection(path="bench", chat=False)
-    plan = SamplingPlan("bench", ModelSection(path=model), generate, data, 0, 0, 1, 0.0)
+    plan = GenerationPlan("bench", ModelSection(path=model), generate, data, 0, 0, 1, 0.0)
     resources = stage_resources(PipelineSection(), generate, ray.cluster_resources()["CPU"], 0.0, generating=True)
     environment = rollout_environment(plan.rollout(), threads=resources.generator_threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = PartFolder(folder / "rows")
         write_rows(source, prompts, rows_per_part=GENERATED_PER_PART)
-        pool = Pool("probe", Prober, (plan,), 1, resources.generator_cpus, environment=environment)
+        pool = Pool("probe", ProbeGenerator, (plan,), 1, resources.generator_cpus, environment=environment)
         targets = (PartFolder(folder / f"probed-{number}") for number in range(rounds))
 
         def ours() -> float:
@@ -148,7 +149,7 @@ def bench_generation(model: str, *, prompts: int, new_tokens: int, rounds: int, 
 class BareVLLM:
     """vLLM's own `LLM.generate` over all prompts at once, with the settings of our engine."""
 
-    def __init__(self, plan: SamplingPlan) -> None:
+    def __init__(self, plan: GenerationPlan) -> None:
         """Start vLLM."""
         from vllm import LLM
 

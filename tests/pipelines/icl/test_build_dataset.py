@@ -21,8 +21,8 @@ from rayrlhf.demonstrations.ranking import Bm25Ranker
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_tokenizer
 from rayrlhf.pipelines.icl.build_dataset import build_dataset, check_build, may_change
-from rayrlhf.pipelines.icl.builder import OVER_BUDGET, Builder, BuildPlan, drawn
 from rayrlhf.pipelines.icl.example_pool import StoredPool, write_pool, write_vectors
+from rayrlhf.pipelines.icl.sample_builder import OVER_BUDGET, BuildPlan, SampleBuilder, draw_count
 
 TINY = "builtin:tiny?layers=1&hidden=64"
 WORDS = ["red fox", "blue hen", "red hen", "green ant", "blue fox", "green cow", "red cow", "blue ant"]
@@ -51,7 +51,7 @@ def built(pool: list[Example], folder: Path, *overrides: str) -> list[dict[str, 
     if settings.demonstrations.selection == "bm25":
         Bm25Ranker.build([example.prompt for example in pool], folder / "bm25")
     table = pa.table({"row": range(len(pool)), "source": range(1, len(pool) + 1)})
-    rows: list[dict[str, Any]] = Builder(BuildPlan(settings, folder))(table).to_pylist()
+    rows: list[dict[str, Any]] = SampleBuilder(BuildPlan(settings, folder))(table).to_pylist()
     return rows
 
 
@@ -66,11 +66,13 @@ def test_a_stored_pool_gives_back_what_was_written_and_the_positions_of_each_tas
 
 
 def test_the_number_of_demonstrations_is_drawn_evenly_and_zero_shot_is_kept() -> None:
-    counts = Counter(drawn(f"d:{number}", 0, 3, seed=1) for number in range(4000))
+    counts = Counter(draw_count(f"d:{number}", 0, 3, seed=1) for number in range(4000))
     assert set(counts) == {0, 1, 2, 3}
     assert all(abs(count - 1000) < 150 for count in counts.values())
-    assert [drawn(f"d:{number}", 2, 2, seed=0) for number in range(5)] == [2] * 5
-    assert [drawn(f"d:{number}", 0, 9, 0) for number in range(50)] != [drawn(f"d:{number}", 0, 9, 1) for number in range(50)]
+    assert [draw_count(f"d:{number}", 2, 2, seed=0) for number in range(5)] == [2] * 5
+    assert [draw_count(f"d:{number}", 0, 9, 0) for number in range(50)] != [
+        draw_count(f"d:{number}", 0, 9, 1) for number in range(50)
+    ]
 
 
 @pytest.mark.parametrize("selection", ["random", "bm25"])
@@ -220,7 +222,7 @@ def test_processes_map_the_examples_and_the_vectors_and_copy_neither(tmp_path: P
     write_vectors(iter([vectors[:3000], vectors[3000:]]), 5000, tmp_path / "vectors.npy")
     before = pa.total_allocated_bytes()
     nearest = ("demonstrations.selection=nearest", f"demonstrations.encoder={TINY}", "demonstrations.pooling=mean")
-    builder = Builder(BuildPlan(config(*nearest), tmp_path))
+    builder = SampleBuilder(BuildPlan(config(*nearest), tmp_path))
     assert pa.total_allocated_bytes() - before < 10_000 < (tmp_path / "examples.arrow").stat().st_size
     assert isinstance(builder._vectors, np.memmap)
     np.testing.assert_array_equal(builder._vectors, vectors)

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from rayrlhf.demonstrations.leaks import LeakRules
-from rayrlhf.pipelines.icl.document_path import Piece, are_near_duplicates, cut, left_out, random_order, related_order
+from rayrlhf.demonstrations.example import LeakRules
+from rayrlhf.pipelines.icl.document_path import Piece, are_near_duplicates, cut, duplicates_to_drop, random_order, related_order
 
 LONG = "the quick brown fox jumps over the lazy dog near the old river bank today"
 
@@ -53,7 +53,7 @@ def test_near_duplicates_share_their_words_or_nearly_all_of_them(first: str, sec
 
 def test_of_near_duplicates_the_earliest_stays() -> None:
     # 4 is near 3 alone, which is left out for 1: so 4 stays.
-    assert left_out([(2, 0), (0, 2), (3, 1), (4, 3), (4, 4)]) == {2: 0, 3: 1}
+    assert duplicates_to_drop([(2, 0), (0, 2), (3, 1), (4, 3), (4, 4)]) == {2: 0, 3: 1}
 
 
 @pytest.mark.parametrize("seed", range(10))

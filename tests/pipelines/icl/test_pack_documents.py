@@ -24,7 +24,7 @@ from rayrlhf.models.load import load_tokenizer
 from rayrlhf.pipelines.icl.contexts import StoredTokens, relatedness, write_contexts, write_tokens
 from rayrlhf.pipelines.icl.document_path import Piece
 from rayrlhf.pipelines.icl.example_pool import write_pool, write_vectors
-from rayrlhf.pipelines.icl.linker import DocumentEncoder, Linker, LinkPlan
+from rayrlhf.pipelines.icl.neighbors import DocumentEncoder, NeighborFinder, NeighborPlan
 from rayrlhf.pipelines.icl.pack_documents import check_packing
 
 TINY = "builtin:tiny?layers=1&hidden=64"
@@ -55,7 +55,7 @@ def linked(documents: list[str], folder: Path, settings: ICLPackConfig) -> list[
         vectors = DocumentEncoder(settings)(pa.table({"prompt": documents})).column("vector").to_pylist()
         write_vectors(iter([np.array(vectors, dtype=np.float32)]), len(documents), folder / "vectors.npy")
     rows = pa.table({"row": range(len(documents)), "source": range(1, len(documents) + 1)})
-    made: list[dict[str, Any]] = Linker(LinkPlan(settings, folder))(rows).to_pylist()
+    made: list[dict[str, Any]] = NeighborFinder(NeighborPlan(settings, folder))(rows).to_pylist()
     return made
 
 
@@ -92,7 +92,7 @@ def test_a_long_document_asks_with_its_rarest_words(tmp_path: Path) -> None:
     Bm25Ranker.build(documents, tmp_path)
     query = [Example("q", "uncommon" + 9 * " common", "")]
     assert Bm25Ranker.open(tmp_path).rank(query, 1) == [[1]]
-    assert Bm25Ranker.open(tmp_path, most_words=1).rank(query, 2) == [[3, 0]]
+    assert Bm25Ranker.open(tmp_path, max_words=1).rank(query, 2) == [[3, 0]]
 
 
 def test_contexts_hold_the_tokens_of_their_pieces_and_say_which_rows_they_are_from(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from rayrlhf.demonstrations.example import Example
 from rayrlhf.demonstrations.ranking import RandomRanker
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_tokenizer
-from rayrlhf.pipelines.icl.questions import Questioner
+from rayrlhf.pipelines.icl.questions import QuestionBuilder
 
 POOL = [Example(f"d:{number}", f"item {number} of the list", "even" if number % 2 == 0 else "odd") for number in range(12)]
 TWINS = [Example("other:1", "Item 3  of the LIST", "odd"), Example("other:2", "item 3 of the list", "odd")]
@@ -25,8 +25,8 @@ def tokenizer():
 
 def asked(tokenizer, targets=POOL[:4], pool=(*POOL, *TWINS), *, budget=4096, system=None, layout="turns", **shots):
     counts = ChoiceCounts()
-    questioner = Questioner(ShotsSection(**shots), ContextSection(layout=layout), system, tokenizer, budget)
-    rows = list(questioner.rows(targets, pool, lambda seed: RandomRanker(len(pool), seed), counts))
+    builder = QuestionBuilder(ShotsSection(**shots), ContextSection(layout=layout), system, tokenizer, budget)
+    rows = list(builder.rows(targets, pool, lambda seed: RandomRanker(len(pool), seed), counts))
     return rows, counts
 
 

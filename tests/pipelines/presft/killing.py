@@ -5,11 +5,11 @@ import sys
 import time
 from pathlib import Path
 
-from rayrlhf.batch_inference.intake import take_in
+from rayrlhf.batch_inference.ingest import ingest_dataset
 from rayrlhf.pipelines.presft.dataset import repair, write_dataset
 from rayrlhf.pipelines.presft.presft_folder import Layout
-from rayrlhf.pipelines.presft.presft_steps import Sampled, read_cut, relabel_pairs, score_pairs, select_pairs
-from rayrlhf.pipelines.presft.probing import Prober, ProbeScorer
+from rayrlhf.pipelines.presft.presft_steps import LabeledModel, read_cut, relabel_pairs, score_pairs, select_pairs
+from rayrlhf.pipelines.presft.probing import ProbeGenerator, ProbeScorer
 from tests.pipelines.presft.runs import presft_config
 
 PAUSE_SECONDS = 0.4
@@ -17,7 +17,7 @@ SETTINGS = ("probe.temperature=1.0", "select.rule=quantile", "select.value=0.4",
 ROWS = 160
 
 
-class SlowProber(Prober):
+class SlowProber(ProbeGenerator):
     def __init__(self, folder, plan):
         note_process(folder, "generator")
         super().__init__(plan)
@@ -44,7 +44,7 @@ def note_process(folder, name):
 
 def prepare(folder):
     config, layout = presft_config(folder, *SETTINGS, count=ROWS), Layout(folder / "run")
-    take_in(config.data, layout.rows, layout.rejected, rows_per_part=16, tokenizer=None, longest=None)
+    ingest_dataset(config.data, layout.rows, layout.rejected, rows_per_part=16, tokenizer=None, longest=None)
     return config, layout
 
 
@@ -54,7 +54,7 @@ def main(folder):
 
     config, layout = prepare(folder)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    model = Sampled("tuned", config.model)
+    model = LabeledModel("tuned", config.model)
     first = layout.round(1)
     score_pairs(config, layout.rows, first.scores, model, config.probe, 2, lambda _: time.sleep(PAUSE_SECONDS / 4))
     select_pairs(config, first.scores, first.selection)

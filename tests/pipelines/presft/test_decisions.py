@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayrlhf.batch_inference.bleu import BleuScorer
+from rayrlhf.batch_inference.scoring import BleuScorer
 from rayrlhf.config.presft import RelabelSection
 from rayrlhf.pipelines.presft.selection import Candidate, agreement, best, decide
 

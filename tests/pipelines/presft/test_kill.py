@@ -10,7 +10,7 @@ import time
 import pytest
 
 from rayrlhf.batch_inference.part_pipeline import Limits, Pool, run_pipeline
-from rayrlhf.pipelines.presft.presft_steps import Sampled, _plan
+from rayrlhf.pipelines.presft.presft_steps import LabeledModel, _plan
 from tests.pipelines.presft.killing import ROWS, SlowProber, SlowScorer, prepare
 
 pytestmark = pytest.mark.slow
@@ -28,7 +28,7 @@ def wait_for(condition, seconds=120.0):
 
 
 def stages(folder, config):
-    plan = _plan(config, Sampled("tuned", config.model), 2, 1, 1.0)
+    plan = _plan(config, LabeledModel("tuned", config.model), 2, 1, 1.0)
     generator = Pool("probe", SlowProber, (folder, plan), 1, 0.9, environment={"OMP_NUM_THREADS": "1"})
     return [generator, Pool("score", SlowScorer, (folder, config.probe, config.data, plan), 1, 0.25)]
 

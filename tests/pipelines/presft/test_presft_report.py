@@ -6,14 +6,14 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
-from rayrlhf.batch_inference.source import schemas
 from rayrlhf.cli import app
 from rayrlhf.config.loading.load import dump_config
 from rayrlhf.errors import UserError
+from rayrlhf.pipelines.presft.columns import schemas
 from rayrlhf.pipelines.presft.dataset import repair
 from rayrlhf.pipelines.presft.datasheet import rft_tokens, write_datasheet
 from rayrlhf.pipelines.presft.presft_folder import Layout
-from rayrlhf.pipelines.presft.presft_report import MOST_STRUGGLING, read_round, write_presft_report, write_report
+from rayrlhf.pipelines.presft.presft_report import MAX_STRUGGLING, read_round, write_presft_report, write_report
 from tests.pipelines.presft.runs import presft_config
 
 ROWS = 300
@@ -115,7 +115,7 @@ def test_every_pair_is_in_the_histogram_and_the_lowest_come_first(finished):
     assert sum(view.counts) == ROWS
     assert view.counts[-1] == 225
     learned = [index for index in range(ROWS) if index % 4]
-    assert [row["row"] for row in view.lowest] == [*range(0, ROWS, 4), *learned[: MOST_STRUGGLING - 75]]
+    assert [row["row"] for row in view.lowest] == [*range(0, ROWS, 4), *learned[: MAX_STRUGGLING - 75]]
     assert len(view.lengths) == len(view.scores) == ROWS
 
 

@@ -7,12 +7,12 @@ import pyarrow.parquet as pq
 import pytest
 import sacrebleu
 
-from rayrlhf.batch_inference.intake import take_in
+from rayrlhf.batch_inference.ingest import ingest_dataset
 from rayrlhf.batch_inference.part_pipeline import Limits, Pool, run_pipeline
 from rayrlhf.errors import ActorLostError, DeadlineError, UserError
 from rayrlhf.pipelines.presft.dataset import repair, write_dataset
 from rayrlhf.pipelines.presft.presft_folder import Layout
-from rayrlhf.pipelines.presft.presft_steps import Sampled, read_cut, relabel_pairs, score_pairs, select_pairs
+from rayrlhf.pipelines.presft.presft_steps import LabeledModel, read_cut, relabel_pairs, score_pairs, select_pairs
 from rayrlhf.pipelines.presft.selection import Cut
 from tests.pipelines.presft.runs import MODEL, presft_config
 
@@ -22,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("small_ray")
 def take(config, layout):
     field = config.probe.response_field
     part = config.pipeline.rows_per_part
-    take_in(config.data, layout.rows, layout.rejected, rows_per_part=part, tokenizer=None, longest=None, given_field=field)
+    ingest_dataset(
+        config.data, layout.rows, layout.rejected, rows_per_part=part, tokenizer=None, longest=None, given_field=field
+    )
 
 
 def score(config, layout, model=None):
@@ -56,7 +58,7 @@ def test_given_responses_are_scored_selected_and_put_in_place_of_the_originals(t
 
 def test_the_model_is_asked_twice_the_same_and_a_missing_part_comes_back_alike(tmp_path):
     config = presft_config(tmp_path, "probe.temperature=1.0", "probe.samples=2", "probe.likelihood=true", count=20)
-    model = Sampled("tuned", config.model)
+    model = LabeledModel("tuned", config.model)
     layout = Layout(tmp_path / "run")
     take(config, layout)
     score(config, layout, model)
@@ -74,7 +76,7 @@ def test_the_model_is_asked_twice_the_same_and_a_missing_part_comes_back_alike(t
 
 def test_parts_of_one_row_make_every_row_a_checkpoint(tmp_path):
     config = presft_config(tmp_path, "probe.temperature=1.0", "pipeline.rows_per_part=1", count=5)
-    model = Sampled("tuned", config.model)
+    model = LabeledModel("tuned", config.model)
     layout = Layout(tmp_path / "run")
     take(config, layout)
     assert score(config, layout, model) == [1] * 5
@@ -94,7 +96,7 @@ def test_struggling_pairs_alone_are_sampled_anew(tmp_path):
     take(config, layout)
     score(config, layout)
     folder = layout.round(1)
-    model = Sampled("given", config.model)
+    model = LabeledModel("given", config.model)
     relabel_pairs(config, config.relabel, folder.scores, folder.relabeled, Cut(50.0), model, 3, lambda _: None)
     for row in folder.relabeled.rows():
         struggling = row["row"] % 3 == 0

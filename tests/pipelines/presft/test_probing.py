@@ -7,12 +7,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rayrlhf.batch_inference.bleu import BleuScorer
-from rayrlhf.batch_inference.intake import GIVEN
-from rayrlhf.batch_inference.source import schemas
-from rayrlhf.config.presft import PairsSection, ProbeSection
+from rayrlhf.batch_inference.ingest import GIVEN
+from rayrlhf.batch_inference.scoring import BleuScorer
+from rayrlhf.batch_inference.source import row_schema
+from rayrlhf.config.batch_inference import PairsSection
+from rayrlhf.config.presft import ProbeSection
 from rayrlhf.errors import UserError
 from rayrlhf.pipelines.presft import run_presft as run
+from rayrlhf.pipelines.presft.columns import schemas
 from rayrlhf.pipelines.presft.probing import ProbeScorer, correlation, given_probes
 from tests.pipelines.presft.runs import presft_config
 
@@ -43,8 +45,8 @@ def test_several_probes_give_their_scores_and_one_number(how, combine):
 
 
 def test_given_responses_stand_in_for_sampled_ones_at_no_cost():
-    row = dict.fromkeys(schemas()["rows"].names) | {"row": 0, "columns": json.dumps({GIVEN: "mine"})}
-    (result,) = given_probes(pa.Table.from_pylist([row], schema=schemas()["rows"])).to_pylist()
+    row = dict.fromkeys(row_schema().names) | {"row": 0, "columns": json.dumps({GIVEN: "mine"})}
+    (result,) = given_probes(pa.Table.from_pylist([row], schema=row_schema())).to_pylist()
     assert (result["probes"], result["probe_tokens"]) == (["mine"], [0])
 
 

@@ -5,13 +5,14 @@ import json
 import pyarrow as pa
 import pytest
 
-from rayrlhf.batch_inference.sampling import Response, Sampler, SamplingPlan
-from rayrlhf.batch_inference.source import schemas
+from rayrlhf.batch_inference.generation import BatchGenerator, GenerationPlan, Response
+from rayrlhf.config.batch_inference import GenerateSection, PairsSection
 from rayrlhf.config.model import ModelSection
-from rayrlhf.config.presft import GenerateSection, PairsSection, ProbeSection, RelabelSection
+from rayrlhf.config.presft import ProbeSection, RelabelSection
 from rayrlhf.config.reward import RewardFunctionSection, RewardSection
+from rayrlhf.pipelines.presft.columns import schemas
 from rayrlhf.pipelines.presft.probing import LikelihoodEngine
-from rayrlhf.pipelines.presft.relabeling import Judge, ProbesAsCandidates, with_candidates
+from rayrlhf.pipelines.presft.relabeling import PairDecider, ProbesAsCandidates, with_candidates
 from rayrlhf.pipelines.presft.selection import Cut
 from tests.pipelines.presft.runs import MODEL
 
@@ -29,7 +30,7 @@ def plan(**changes):
     generate = GenerateSection(backend="transformers", max_new_tokens=6, max_concurrent=4)
     model = ModelSection(path=MODEL, dtype="float32")
     fields = {"label": "tuned", "model": model, "generate": generate, "data": DATA, "seed": 0, "step": 2}
-    return SamplingPlan(**(fields | {"samples": 2, "temperature": 1.0} | changes))
+    return GenerationPlan(**(fields | {"samples": 2, "temperature": 1.0} | changes))
 
 
 def pair(row, bleu):
@@ -44,7 +45,7 @@ def scored(*bleu):
 
 def judged(relabel, candidates, **settings):
     table = with_candidates(scored(10.0, 90.0), {0: candidates})
-    return Judge(relabel, ProbeSection(), DATA, settings.get("plan"), Cut(50.0))(table).to_pylist()
+    return PairDecider(relabel, ProbeSection(), DATA, settings.get("plan"), Cut(50.0))(table).to_pylist()
 
 
 @pytest.mark.parametrize(
@@ -86,24 +87,24 @@ def test_likelihood_chooses_what_the_model_itself_finds_likely():
 
 def test_the_probe_serves_as_the_new_response_at_no_cost():
     table = ProbesAsCandidates(Cut(50.0))(scored(10.0, 90.0))
-    struggling, learned = Judge(RelabelSection(), ProbeSection(), DATA, None, Cut(50.0))(table).to_pylist()
+    struggling, learned = PairDecider(RelabelSection(), ProbeSection(), DATA, None, Cut(50.0))(table).to_pylist()
     assert (struggling["new_response"], struggling["new_tokens"]) == ("probe 0", 0)
     assert struggling["relabel_model"] == "tuned"
     assert learned["new_response"] is None
 
 
 def test_a_sampler_answers_the_same_rows_alike_whatever_it_answered_before():
-    sampler = Sampler(plan())
+    sampler = BatchGenerator(plan())
     rows = [pair(row, 0.0) for row in range(5)]
-    first = sampler.answer(rows)
-    sampler.answer([pair(row, 0.0) for row in range(7, 9)])
-    assert sampler.answer(rows) == first
+    first = sampler.generate(rows)
+    sampler.generate([pair(row, 0.0) for row in range(7, 9)])
+    assert sampler.generate(rows) == first
     assert len({response.text for group in first for response in group}) > 5
     assert all(1 <= response.tokens <= 6 for group in first for response in group)
-    assert sampler.answer([]) == []
+    assert sampler.generate([]) == []
 
 
 def test_greedy_answers_do_not_depend_on_the_seed():
     rows = [pair(row, 0.0) for row in range(3)]
-    one, other = (Sampler(plan(samples=1, temperature=0.0, seed=seed)).answer(rows) for seed in (0, 1))
+    one, other = (BatchGenerator(plan(samples=1, temperature=0.0, seed=seed)).generate(rows) for seed in (0, 1))
     assert one == other

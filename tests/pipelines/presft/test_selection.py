@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.batch_inference.bleu import BleuScorer
+from rayrlhf.batch_inference.scoring import BleuScorer
 from rayrlhf.config.presft import SelectSection
 from rayrlhf.pipelines.presft.selection import HISTOGRAM_BINS, Cut, find_cut, otsu_threshold
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from rayrlhf.batch_inference.bleu import BleuScorer
 from rayrlhf.batch_inference.parts import PartFolder
+from rayrlhf.batch_inference.scoring import BleuScorer
 from rayrlhf.errors import UserError
 from rayrlhf.pipelines.presft.probing import given_probes
 from rayrlhf.tools.bench.benchmarks import run_bench_presft

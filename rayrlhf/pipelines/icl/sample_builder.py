@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayrlhf.batch_inference.source import messages_type
 from rayrlhf.config.icl import ICLBuildConfig, SampleSection
 from rayrlhf.data.templates import Message, render
 from rayrlhf.demonstrations.choosing import ChoiceCounts, Order, choose
 from rayrlhf.demonstrations.context import Fitted, TextForm, as_messages, as_text, fit
-from rayrlhf.demonstrations.example import Example
-from rayrlhf.demonstrations.leaks import LeakRules
+from rayrlhf.demonstrations.example import Example, LeakRules
 from rayrlhf.demonstrations.ranking import Bm25Ranker, RandomRanker, Ranker, VectorRanker
 from rayrlhf.pipelines.icl.example_pool import StoredPool
 
@@ -40,7 +40,7 @@ class BuildPlan:
     index: Path
 
 
-class Builder:
+class SampleBuilder:
     """Makes samples of examples."""
 
     def __init__(self, plan: BuildPlan) -> None:
@@ -59,7 +59,7 @@ class Builder:
         tokenizer = AutoTokenizer.from_pretrained(
             plan.index / TOKENIZER, trust_remote_code=config.model.trust_remote_code, local_files_only=True
         )
-        self._writer = Writer(config.sample, config.demonstrations.order, config.data.system_prompt, tokenizer)
+        self._writer = SampleFormatter(config.sample, config.demonstrations.order, config.data.system_prompt, tokenizer)
 
     def __call__(self, table: Any) -> Any:
         """Return the samples of a part; `row` of its rows is their position in the pool."""
@@ -82,7 +82,7 @@ class Builder:
 
     def _sample(self, target: Example, ranker: Ranker) -> dict[str, Any]:
         section = self._config.demonstrations
-        wanted = drawn(target.identity, section.least, section.most, self._config.run.seed)
+        wanted = draw_count(target.identity, section.least, section.most, self._config.run.seed)
         counts = ChoiceCounts()
         [chosen] = choose([target], self._pool, ranker, wanted, self._rules, counts) if wanted else [[]]
         facts = {
@@ -103,7 +103,7 @@ def sample_schema(config: ICLBuildConfig) -> Any:
     import pyarrow as pa
 
     text: Any = pa.string()
-    messages = pa.list_(pa.struct([("role", text), ("content", text)]))
+    messages = messages_type()
     kind = text if config.sample.layout == "text" else messages
     learnt = [("messages", messages)] if config.sample.loss_on == "every" else [("prompt", kind), ("completion", kind)]
     return pa.schema([*learnt, ("source", pa.int64()), ("shown", pa.int32())])
@@ -125,14 +125,14 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-def drawn(identity: str, least: int, most: int, seed: int) -> int:
+def draw_count(identity: str, least: int, most: int, seed: int) -> int:
     """Return how many demonstrations a target gets: evenly from `least` to `most`, a function of seed and identity alone."""
     digest = hashlib.sha256(f"{seed}\0demonstrations\0{identity}".encode()).digest()
     return random.Random(digest).randint(least, most)
 
 
 @dataclass(frozen=True, slots=True)
-class Writer:
+class SampleFormatter:
     """Writes samples.
 
     Attributes:

@@ -11,7 +11,7 @@ from rayrlhf.config.loading.load import load_config
 from rayrlhf.data.prompt_datasets import read_prompts
 from rayrlhf.errors import UserError
 from rayrlhf.pipelines.evaluation.evaluate_model import evaluate_model, read_result
-from rayrlhf.pipelines.evaluation.keeping import KEPT, _row, choose_answers
+from rayrlhf.pipelines.evaluation.rejection_sampling import KEPT, _row, choose_answers
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rayrlhf.batch_inference.intake import take_in
-from rayrlhf.batch_inference.parts import PartFolder, merge
-from rayrlhf.batch_inference.source import schemas
-from rayrlhf.config.presft import PairsSection
+from rayrlhf.batch_inference.ingest import ingest_dataset
+from rayrlhf.batch_inference.parts import PartFolder
+from rayrlhf.config.batch_inference import PairsSection
 from rayrlhf.errors import UserError
-from rayrlhf.pipelines.presft.dataset import repair, write_dataset
+from rayrlhf.pipelines.presft.dataset import write_dataset
 from tests.data.hub_folder import write_hub_folder
 
 GOOD = {"prompt": "p", "completion": "c", "extra": [1, {"deep": None}]}
@@ -43,7 +42,7 @@ def intake(tmp_path, rows, *, share=1.0, tokenizer=None, longest=None, part=4, *
     path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     section = PairsSection(path=str(path), chat=False, max_rejected_share=share, **settings)
     folders = PartFolder(tmp_path / "rows"), PartFolder(tmp_path / "rejected")
-    take_in(section, *folders, rows_per_part=part, tokenizer=tokenizer, longest=longest)
+    ingest_dataset(section, *folders, rows_per_part=part, tokenizer=tokenizer, longest=longest)
     return folders
 
 
@@ -98,7 +97,7 @@ def test_parquet_reads_as_json_lines_do(tmp_path):
     pq.write_table(pa.Table.from_pylist(given), tmp_path / "data.parquet")
     rows = PartFolder(tmp_path / "rows")
     section = PairsSection(path=str(tmp_path / "data.parquet"))
-    take_in(section, rows, PartFolder(tmp_path / "rejected"), rows_per_part=1000, tokenizer=None, longest=None)
+    ingest_dataset(section, rows, PartFolder(tmp_path / "rejected"), rows_per_part=1000, tokenizer=None, longest=None)
     assert [row["prompt"] for row in rows.rows()] == [row["prompt"] for row in given]
     assert rows.indices() == [0, 1, 2]
 
@@ -111,7 +110,7 @@ def test_a_hub_dataset_reads_as_json_lines_do_bad_rows_included(tmp_path, monkey
     folder = write_hub_folder(tmp_path / "some" / "set", given)
     section = PairsSection(path=str(folder), subset="main", chat=False, max_rejected_share=1.0)
     rows, rejected = PartFolder(tmp_path / "hub" / "rows"), PartFolder(tmp_path / "hub" / "rejected")
-    take_in(section, rows, rejected, rows_per_part=4, tokenizer=None, longest=None)
+    ingest_dataset(section, rows, rejected, rows_per_part=4, tokenizer=None, longest=None)
     expected, expected_rejected = intake(tmp_path, given)
     assert list(rows.rows()) == list(expected.rows())
     assert [(row["source"], row["reason"]) for row in rejected.rows()] == [(4, "no field prompt")]
@@ -121,7 +120,7 @@ def test_a_hub_dataset_reads_as_json_lines_do_bad_rows_included(tmp_path, monkey
 def test_a_missing_file_is_named_and_a_limit_is_kept(tmp_path):
     folders = PartFolder(tmp_path / "rows"), PartFolder(tmp_path / "rejected")
     with pytest.raises(UserError, match="no such file"):
-        take_in(PairsSection(path=str(tmp_path / "no.jsonl")), *folders, rows_per_part=4, tokenizer=None, longest=None)
+        ingest_dataset(PairsSection(path=str(tmp_path / "no.jsonl")), *folders, rows_per_part=4, tokenizer=None, longest=None)
     rows, _ = intake(tmp_path, [GOOD] * 9, limit=5)
     assert rows.facts()["rows"] == 5
 
@@ -137,26 +136,3 @@ def test_a_conversation_survives_to_the_dataset(tmp_path):
     write_dataset(rows, tmp_path / "dataset.parquet")
     (row,) = pq.read_table(tmp_path / "dataset.parquet").to_pylist()
     assert row == {"prompt": messages, "completion": [{"role": "assistant", "content": "c"}], "source": 1}
-
-
-def test_decisions_are_carried_out_in_order_and_numbered_anew(tmp_path):
-    decided = [
-        ("keep", None, ["original 0"]),
-        ("replace", "new 1", ["new 1"]),
-        ("drop", None, []),
-        ("mix", "new 3", ["original 3", "new 3"]),
-        ("drop", "new 4", []),
-    ]
-    relabeled = PartFolder(tmp_path / "relabeled")
-    names = schemas()["relabeled"].names
-    for index, (action, new, _) in enumerate(decided):
-        row = dict.fromkeys(names) | {"row": index, "source": index + 1, "prompt": f"p{index}", "response": f"original {index}"}
-        row |= {"decision": action, "new_response": new, "columns": "{}"}
-        relabeled.write(index, pa.Table.from_pylist([row], schema=schemas()["relabeled"]))
-    repaired = PartFolder(tmp_path / "repaired")
-    assert repair(relabeled, repaired) == 4
-    rows = list(repaired.rows())
-    assert [row["response"] for row in rows] == [text for _, _, texts in decided for text in texts]
-    assert [row["row"] for row in rows] == [0, 1, 2, 3]
-    assert [row["source"] for row in rows] == [1, 2, 4, 4]
-    assert merge(repaired, tmp_path / "one.parquet") == 4

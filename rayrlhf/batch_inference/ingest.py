@@ -1,7 +1,7 @@
-"""The way in: every row is read, checked and numbered before anything is generated, so that bad data costs no GPU hour.
+"""Data ingestion: every row is read, checked and numbered before anything is generated.
 
-Usable rows become part files, the rest goes to a `rejected` table with the reason. Which rows are usable depends on the data
-and the model's context alone. Everything streams: one part is in memory at a time.
+Bad data is found before it costs GPU time. Usable rows become part files, the others go to a `rejected` table with the reason.
+Which rows are usable depends only on the data and the model's context. One part is in memory at a time.
 """
 
 import json
@@ -12,26 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from rayrlhf.batch_inference.parts import PartFolder
-from rayrlhf.batch_inference.source import SourceRow, schemas, storable, stream_rows
+from rayrlhf.batch_inference.source import SourceRow, rejected_schema, replace_surrogates, row_schema, stream_rows
 from rayrlhf.batch_inference.stored_prompts import encode_prompts
-from rayrlhf.config.presft import PairsSection
+from rayrlhf.config.batch_inference import PairsSection
 from rayrlhf.data.templates import check_messages
 from rayrlhf.errors import UserError
 
 GIVEN = "given_response"
-"""Key under which a response that came with the row travels in its `columns`."""
-MOST_CONTENT = 2000
-"""Characters of a rejected row that are kept to look at."""
+"""Key in a row's `columns` of a response that the dataset provides."""
+MAX_CONTENT = 2000
+"""Characters of a rejected row that are stored for inspection."""
 REJECTED_PER_PART = 10_000
 
 Row = dict[str, Any]
 
 
 class RejectedError(Exception):
-    """A row cannot be used; the message says why."""
+    """A row is unusable; the message is the reason."""
 
 
-def take_in(
+def ingest_dataset(
     section: PairsSection,
     rows: PartFolder,
     rejected: PartFolder,
@@ -42,20 +42,20 @@ def take_in(
     given_field: str | None = None,
     answered: bool = True,
 ) -> None:
-    """Read a dataset into part files, unless that is done.
+    """Read a dataset into part files, unless they are complete.
 
     Args:
         section: the dataset.
-        rows: where usable rows go.
-        rejected: where the others go.
-        rows_per_part: usable rows of one part.
+        rows: folder of usable rows.
+        rejected: folder of unusable rows.
+        rows_per_part: rows read per part.
         tokenizer: of the model; None leaves lengths unchecked.
-        longest: most tokens of prompt and response with its end; None leaves lengths unchecked.
-        given_field: a field that holds a model's response, kept under `GIVEN`.
-        answered: whether a row needs a response; it is "" where a row has none.
+        longest: maximum tokens of prompt, response and end of sequence; None leaves lengths unchecked.
+        given_field: a field with a model's response, stored under `GIVEN`.
+        answered: True requires a response in each row; False stores "" where a row has none.
 
     Raises:
-        UserError: no such dataset, too large a share of unusable rows, none usable, or it changed since an earlier start.
+        UserError: no such dataset; too many unusable rows, or no usable one; the dataset changed since an earlier start.
     """
     fingerprint = _fingerprint(section.path)
     if rows.sealed:
@@ -78,7 +78,7 @@ def take_in(
             if "reason" in row:
                 reasons[row["reason"]] += 1
                 bad.append(_rejected_row(row))
-        # A part holds what is usable of `rows_per_part` read rows: rows are numbered across parts without gaps.
+        # A part holds the usable ones of `rows_per_part` rows. Numbers have no gaps across parts.
         good = [row for row in good if "reason" not in row]
         if good:
             count = _write_rows(rows, index, good, count)
@@ -129,7 +129,7 @@ def _pair(section: PairsSection, source: SourceRow, given_field: str | None, ans
     row = {
         "source": source.number,
         "prompt": _text(prompt, section.prompt_field),
-        "messages": messages if messages is None else storable(messages),
+        "messages": messages if messages is None else replace_surrogates(messages),
         "response": _text(response, section.response_field, may_be_empty=not answered),
         "prompt_tokens": None,
         "response_tokens": None,
@@ -137,7 +137,7 @@ def _pair(section: PairsSection, source: SourceRow, given_field: str | None, ans
     if given_field is not None:
         fields[GIVEN] = _text(_field(fields, given_field), given_field, may_be_empty=True)
     others = {name: value for name, value in fields.items() if name not in (section.prompt_field, section.response_field)}
-    row["columns"] = storable(json.dumps(others, ensure_ascii=False, default=str))
+    row["columns"] = replace_surrogates(json.dumps(others, ensure_ascii=False, default=str))
     return row
 
 
@@ -148,7 +148,7 @@ def _field(fields: dict[str, Any], name: str) -> Any:
 
 
 def _only_message(value: Any) -> Any:
-    """A response may be one assistant message in a list."""
+    """Unwrap a response that is a list with one assistant message."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
         return value[0].get("content")
     return value
@@ -159,11 +159,11 @@ def _text(value: Any, name: str, *, may_be_empty: bool = False) -> str:
         raise RejectedError(f"{name} is not text")
     if not value.strip() and not may_be_empty:
         raise RejectedError(f"{name} is empty")
-    return storable(value)
+    return replace_surrogates(value)
 
 
 def _measure(section: PairsSection, rows: Sequence[Row], tokenizer: Any, longest: int | None) -> None:
-    """Count tokens; what does not fit is marked as rejected."""
+    """Count tokens, and mark rows that do not fit as rejected."""
     prompts = [row["prompt"] for row in rows]
     encoded = encode_prompts(tokenizer, section, prompts, [row["messages"] for row in rows], [row["source"] for row in rows])
     responses = tokenizer([row["response"] for row in rows], add_special_tokens=False, return_attention_mask=False)["input_ids"]
@@ -179,20 +179,20 @@ def _write_rows(folder: PartFolder, index: int, rows: Sequence[Row], first: int)
 
     for offset, row in enumerate(rows):
         row["row"] = first + offset
-    folder.write(index, pa.Table.from_pylist(list(rows), schema=schemas()["rows"]))
+    folder.write(index, pa.Table.from_pylist(list(rows), schema=row_schema()))
     return first + len(rows)
 
 
 def _write_rejected(folder: PartFolder, index: int, rows: list[Row]) -> int:
     import pyarrow as pa
 
-    folder.write(index, pa.Table.from_pylist(rows, schema=schemas()["rejected"]))
+    folder.write(index, pa.Table.from_pylist(rows, schema=rejected_schema()))
     rows.clear()
     return index + 1
 
 
 def _rejected_row(row: Row) -> Row:
-    return {"source": row["source"], "reason": row["reason"], "content": storable(row["content"][:MOST_CONTENT])}
+    return {"source": row["source"], "reason": row["reason"], "content": replace_surrogates(row["content"][:MAX_CONTENT])}
 
 
 def _check_share(section: PairsSection, reasons: Counter[str], total: int, usable: int, folder: Path) -> None:
@@ -208,7 +208,7 @@ def _check_share(section: PairsSection, reasons: Counter[str], total: int, usabl
 
 
 def _longest(rows: PartFolder) -> dict[str, int]:
-    """Tokens of the longest prompt and of the longest response."""
+    """Return the tokens of the longest prompt and of the longest response."""
     import pyarrow.compute as pc
 
     longest = {"longest_prompt": 0, "longest_response": 0}
@@ -219,7 +219,7 @@ def _longest(rows: PartFolder) -> dict[str, int]:
 
 
 def _fingerprint(path: str) -> str | None:
-    """Size and time of a file, by which an edit shows; None for what is no file."""
+    """Return size and modification time of a file, which reveal an edit; None for other datasets."""
     file = Path(path).expanduser()
     if not file.is_file():
         return None

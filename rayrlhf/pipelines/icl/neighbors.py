@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from rayrlhf.config.icl import ICLPackConfig
-from rayrlhf.demonstrations.example import Example
-from rayrlhf.demonstrations.leaks import LeakRules, words_of
+from rayrlhf.demonstrations.example import Example, LeakRules, words_of
 from rayrlhf.demonstrations.ranking import Bm25Ranker, Ranker, VectorRanker
 from rayrlhf.pipelines.icl.document_path import are_near_duplicates
 from rayrlhf.pipelines.icl.example_pool import StoredPool
@@ -22,7 +21,7 @@ BM25, VECTORS, TOKENIZER = "bm25", "vectors.npy", "tokenizer"
 
 
 @dataclass(frozen=True, slots=True)
-class LinkPlan:
+class NeighborPlan:
     """What a process needs to know: the configuration, and where the index lies on this machine or a shared disk."""
 
     config: ICLPackConfig
@@ -46,10 +45,10 @@ class DocumentEncoder:
         return pa.table({"vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])})
 
 
-class Linker:
+class NeighborFinder:
     """Finds what is near each document of a part."""
 
-    def __init__(self, plan: LinkPlan) -> None:
+    def __init__(self, plan: NeighborPlan) -> None:
         """Open the index and load the tokenizer."""
         from transformers import AutoTokenizer
 
@@ -57,7 +56,7 @@ class Linker:
         self._pool = StoredPool(plan.index)
         self._vectors = np.load(plan.index / VECTORS, mmap_mode="r") if plan.config.neighbors.by == "nearest" else None
         words = plan.config.neighbors.query_words
-        self._bm25 = None if self._vectors is not None else Bm25Ranker.open(plan.index / BM25, most_words=words)
+        self._bm25 = None if self._vectors is not None else Bm25Ranker.open(plan.index / BM25, max_words=words)
         self._rules = LeakRules(plan.config.neighbors.resemblance, plan.config.neighbors.resembling_words)
         self._tokenizer = AutoTokenizer.from_pretrained(
             plan.index / TOKENIZER, trust_remote_code=plan.config.model.trust_remote_code, local_files_only=True

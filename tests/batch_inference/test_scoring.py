@@ -5,7 +5,7 @@ import sacrebleu
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rayrlhf.batch_inference.bleu import BleuScorer, aggregate
+from rayrlhf.batch_inference.scoring import BleuScorer, aggregate
 from rayrlhf.errors import UserError
 
 SCORERS = {tokenize: BleuScorer(tokenize) for tokenize in ("13a", "intl", "zh", "char", "none")}

@@ -2,8 +2,7 @@
 
 import pytest
 
-from rayrlhf.demonstrations.example import Example
-from rayrlhf.demonstrations.leaks import Leak, LeakRules, find_leak, resemblance
+from rayrlhf.demonstrations.example import Example, Leak, LeakRules, find_leak, resemblance
 
 LONG = "the quick brown fox jumps over the lazy dog near the old river bank today"
 TARGET = Example("test:1", "How many legs has a spider?", LONG)

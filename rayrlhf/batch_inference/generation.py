@@ -1,39 +1,39 @@
-"""Responses of a rollout engine to the rows of one part: the stage that costs the time.
+"""Batch generation: responses of a rollout engine to the rows of a part.
 
-A part is sampled as one batch that starts from an empty engine, and every request has a seed made of (run, pass, row, sample):
-a part that is made again after a crash asks for the same things in the same company, and gets the same bytes.
-
-What is sampled, in words that travel: small, picklable, and free of the libraries that do it.
+A part is generated as one batch that starts from an empty engine, and every request has a seed made of (run, pass, row,
+sample). A part that is generated again after a crash submits the same requests in the same batch and gets the same bytes.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rayrlhf.batch_inference.source import storable
+from rayrlhf.batch_inference.part_pipeline import Pool
+from rayrlhf.batch_inference.source import replace_surrogates
+from rayrlhf.batch_inference.stage_resources import StageResources
 from rayrlhf.batch_inference.stored_prompts import encode_prompts
+from rayrlhf.config.batch_inference import GenerateSection, PairsSection
 from rayrlhf.config.model import ModelSection
-from rayrlhf.config.presft import GenerateSection, PairsSection
 from rayrlhf.config.rollout import RolloutSection
 from rayrlhf.data.records import Int32, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import sample_seed
 from rayrlhf.engines.rollout.base import RolloutEngine
-from rayrlhf.engines.rollout.common import RolloutSpec
+from rayrlhf.engines.rollout.common import RolloutSpec, rollout_environment
 from rayrlhf.engines.rollout.factory import build_rollout_engine
 from rayrlhf.models.load import load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingPlan:
-    """What is sampled for each row: small and picklable, equal in every process.
+class GenerationPlan:
+    """Model, limits and sampling parameters of a pass; small and picklable.
 
     Attributes:
-        label: the model's name in tables, the same wherever the run folder lies.
-        model: the sampled model.
+        label: the model's name in tables, independent of the run folder's path.
+        model: the model that generates.
         generate: backend and limits.
         data: how prompts become tokens.
         seed: of the run.
-        step: number of the pass over the data, so that no two passes share seeds.
+        step: index of the pass over the data; no two passes share seeds.
         samples: responses per row.
         temperature: 0 is greedy.
     """
@@ -56,29 +56,38 @@ class SamplingPlan:
         return RolloutSection(**{name: getattr(self.generate, name) for name in names})
 
 
+def generator_pool(
+    name: str, worker: type, plan: GenerationPlan, resources: StageResources, arguments: tuple[Any, ...] = ()
+) -> Pool:
+    """Return a pool of rollout engines, whose workers are built with the plan and further arguments."""
+    environment = rollout_environment(plan.rollout(), threads=resources.generator_threads)
+    size, cpus, gpus = resources.generators, resources.generator_cpus, resources.generator_gpus
+    return Pool(name, worker, (plan, *arguments), size, cpus, gpus, environment)
+
+
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One sampled response: its text, "stop" or "length", and how many tokens it took."""
+    """A response: text, finish reason ("stop" or "length") and number of tokens."""
 
     text: str
     finish_reason: str
     tokens: int
 
 
-class Sampler:
-    """A model that answers rows."""
+class BatchGenerator:
+    """A rollout engine that generates responses to rows."""
 
-    def __init__(self, plan: SamplingPlan) -> None:
+    def __init__(self, plan: GenerationPlan) -> None:
         """Start the engine.
 
         Raises:
-            UserError: backend or model cannot be used.
+            UserError: the backend or the model is unusable.
         """
         self._plan = plan
         self._engine: RolloutEngine = build_rollout_engine(RolloutSpec(plan.model, plan.rollout(), plan.seed, logprobs=False))
         self._tokenizer: Any = load_tokenizer(plan.model)
 
-    def answer(self, rows: Sequence[dict[str, Any]]) -> list[list[Response]]:
+    def generate(self, rows: Sequence[dict[str, Any]]) -> list[list[Response]]:
         """Return `plan.samples` responses for each row of a part, in order."""
         prompts = encode_prompts(
             self._tokenizer,
@@ -108,4 +117,4 @@ class Sampler:
 
 
 def _response(rollout: Rollout) -> Response:
-    return Response(storable(rollout.text), rollout.finish_reason, len(rollout.response_ids))
+    return Response(replace_surrogates(rollout.text), rollout.finish_reason, len(rollout.response_ids))
