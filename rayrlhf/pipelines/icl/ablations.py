@@ -1,11 +1,11 @@
-"""Whether demonstrations teach the mapping from question to answer, or only what answers look like.
+"""Ablations that separate the mapping from question to answer from the form of an answer.
 
-Two ways to corrupt them tell. `format` gives each demonstration an answer drawn at random from all answers: form and label space
-stay, the mapping is gone (Min et al. 2022, "Rethinking the Role of Demonstrations"). `flip` exchanges answers by one fixed rule
-for the whole run: the mapping is there and contradicts the truth (Wei et al. 2023, "Larger language models do in-context
-learning differently"). A model that reads the mapping falls to chance under the first and below it under the second.
+`format` gives each demonstration an answer drawn at random from all answers. The form and the label space stay, the mapping is
+gone (Min et al. 2022, "Rethinking the Role of Demonstrations"). `flip` exchanges answers by one fixed rule for the whole run.
+The mapping is there and contradicts the truth (Wei et al. 2023, "Larger language models do in-context learning differently").
+A model that uses the mapping drops to chance under `format` and below chance under `flip`.
 
-Beside them stands the control that reads no question at all and copies an answer seen in the context.
+A control reads no question and copies an answer from the context.
 """
 
 import hashlib
