@@ -59,7 +59,7 @@ class GenerationPlan:
 def generator_pool(
     name: str, worker: type, plan: GenerationPlan, resources: StageResources, arguments: tuple[Any, ...] = ()
 ) -> Pool:
-    """Return a pool of rollout engines, whose workers are built with the plan and further arguments."""
+    """Return a pool of rollout engines; workers get the plan, then `arguments`."""
     environment = rollout_environment(plan.rollout(), threads=resources.generator_threads)
     size, cpus, gpus = resources.generators, resources.generator_cpus, resources.generator_gpus
     return Pool(name, worker, (plan, *arguments), size, cpus, gpus, environment)

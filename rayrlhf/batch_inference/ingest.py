@@ -219,7 +219,7 @@ def _longest(rows: PartFolder) -> dict[str, int]:
 
 
 def _fingerprint(path: str) -> str | None:
-    """Return size and modification time of a file, which reveal an edit; None for other datasets."""
+    """Return size and modification time of a file; None for other datasets."""
     file = Path(path).expanduser()
     if not file.is_file():
         return None

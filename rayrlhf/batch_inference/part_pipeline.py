@@ -49,7 +49,7 @@ Stage = Pool | Callable[[Any], Any]
 
 
 def cpu_pool(name: str, worker: type, arguments: tuple[Any, ...], size: int | None) -> Pool:
-    """Return a pool that divides the cluster's CPUs evenly; one process per CPU where `size` is None."""
+    """Return a pool that divides the CPUs evenly, by default one process per CPU."""
     import ray
 
     cpus = ray.cluster_resources().get("CPU", 1.0)

@@ -1,7 +1,7 @@
-"""A table as a folder of part files, each written atomically: the unit of work, memory and resuming.
+"""A table as a folder of part files, each written atomically.
 
-Part k holds rows k x size ... of the previous stage, in order. After a crash, running the stage again writes the missing parts
-and changes no other. A seal (`done.json`) marks a complete stage.
+A part is the unit of work, memory and resuming. Part k holds rows k x size ... of the previous stage, in order. After a crash,
+running the stage again writes the missing parts and changes no other. A seal (`done.json`) marks a complete stage.
 """
 
 import json

@@ -39,7 +39,8 @@ class BleuScorer:
             self._metric: Any = BLEU(tokenize=tokenize, effective_order=True)
         except OSError as error:
             raise UserError(
-                f"BLEU tokenizer {tokenize}: sacrebleu cannot download it ({error}); expected a network, or 13a, intl, zh, char or none"
+                f"BLEU tokenizer {tokenize}: sacrebleu cannot download it ({error}); "
+                "expected a network, or 13a, intl, zh, char or none"
             ) from error
         self._orders = range(1, self._metric.max_ngram_order + 1)
 
@@ -76,7 +77,7 @@ class BleuScorer:
 
     @property
     def signature(self) -> str:
-        """sacrebleu's signature of the settings, `nrefs:1|case:mixed|eff:yes|tok:13a|smooth:exp|version:...`."""
+        """Signature of the settings by sacrebleu, `nrefs:1|case:mixed|eff:yes|tok:13a|smooth:exp|version:...`."""
         self._metric.num_refs = 1  # sacrebleu sets it at the first score.
         return str(self._metric.get_signature())
 

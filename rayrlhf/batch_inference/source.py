@@ -1,4 +1,4 @@
-"""Streaming reader of a dataset: JSONL, Parquet, built-in or hub, one chunk in memory at a time."""
+"""Streaming reader of a dataset: JSONL, Parquet, built-in or hub."""
 
 import json
 from collections.abc import Iterator

@@ -100,7 +100,7 @@ class ProgressSink(Protocol):
 
 
 class PartProgress:
-    """Prints rows done, rows per second and time left, every few seconds and at the end."""
+    """Prints rows done, rows per second and time left."""
 
     def __init__(self, view: ProgressSink, *, seconds: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
         """Set the interval between lines in seconds, and a monotonic clock."""

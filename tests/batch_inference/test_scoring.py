@@ -56,7 +56,7 @@ def test_a_tokenizer_that_cannot_be_downloaded_is_one_line(monkeypatch):
 
     monkeypatch.setattr(spm, "download_file", refuse)
     monkeypatch.setattr(spm, "SACREBLEU_DIR", "/nonexistent")
-    with pytest.raises(UserError, match="flores200 tokenizer and cannot"):
+    with pytest.raises(UserError, match="BLEU tokenizer flores200: sacrebleu cannot download it"):
         BleuScorer("flores200")
 
 

@@ -40,7 +40,7 @@ def test_plain_text_ends_where_the_answer_begins_and_takes_braces_in_prompts() -
 
 
 def test_a_question_form_without_a_place_for_the_prompt_is_one_clear_line() -> None:
-    with pytest.raises(UserError, match=r"expected a place for the prompt, \{prompt\}"):
+    with pytest.raises(UserError, match=r"expected \{prompt\} in it"):
         TextForm(question="Q: ")
 
 

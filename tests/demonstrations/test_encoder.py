@@ -36,7 +36,7 @@ def test_a_batch_gives_the_vectors_of_its_texts_alone(pooling: Pooling) -> None:
 
 
 def test_an_encoder_that_does_not_say_how_it_pools_is_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="says how its vectors are pooled; set pooling to mean or cls"):
+    with pytest.raises(UserError, match="states its pooling; set pooling to mean or cls"):
         Encoder("builtin:tiny")
     (tmp_path / "1_Pooling").mkdir()
     config = tmp_path / "1_Pooling" / "config.json"

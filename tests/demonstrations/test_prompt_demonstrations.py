@@ -67,7 +67,7 @@ def test_demonstrations_beyond_the_prompts_tokens_go_from_the_far_end_and_are_co
     dropped = sum(3 - count for count in counts)
     assert dropped > 0
     assert max(counts) > 0
-    assert f"{dropped} demonstrations dropped from the far end" in caplog.text
+    assert f"{dropped} farthest demonstrations dropped" in caplog.text
 
 
 def test_plain_text_is_written_as_its_form_says(tmp_path):
