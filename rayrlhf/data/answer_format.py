@@ -1,7 +1,7 @@
-"""How a reward model reads a prompt and a response: written down where it is trained, followed wherever it scores.
+"""Text format of a reward model's input, stored in training and reused in scoring.
 
-A model that learnt answers which end with an end-of-sequence token, or behind a system prompt, gives other scores to texts
-without them. So `rayrlhf reward` stores the format beside the weights.
+A model that was trained on responses with an end-of-sequence token or a system prompt scores texts without them differently.
+So `rayrlhf reward` stores the format next to the weights.
 """
 
 import json
@@ -17,20 +17,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT_FILE = "reward_format.json"
-"""Beside a reward model's weights."""
+"""File name, next to a reward model's weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerFormat:
-    """What stands around a prompt and its response.
+    """Format of a prompt with its response.
 
-    The text around a prompt alone (`data.train.template`) is not part of it: it belongs to the data, and PPO's
-    prompts bring theirs.
+    `data.train.template` is not included: it belongs to the data, and PPO prompts have their own.
 
     Attributes:
-        chat: both are turns of the tokenizer's chat template; else they are plain text, one behind the other.
+        chat: render both as turns of the chat template; otherwise concatenate plain text.
         system_prompt: first message of a conversation.
-        end: the end-of-sequence text behind plain text; None where nothing follows.
+        end: end-of-sequence text after plain text; None for none.
     """
 
     chat: bool = True
@@ -38,7 +37,7 @@ class AnswerFormat:
     end: str | None = None
 
     def token_ids(self, tokenizer: "PreTrainedTokenizerBase", prompt: str, response: str) -> list[int]:
-        """Return the tokens of prompt and response as in training; a response that brings its own end gets no second one."""
+        """Tokenize prompt and response as in training, with exactly one end token."""
         if self.chat:
             turns = [*conversation(prompt, self.system_prompt), {"role": "assistant", "content": response}]
             ids: list[int] = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
@@ -49,15 +48,15 @@ class AnswerFormat:
         return list(tokenizer(text)["input_ids"])
 
     def write(self, folder: Path) -> None:
-        """Store it beside the weights in `folder`."""
+        """Store the format next to the weights in `folder`."""
         write_atomically(folder / FORMAT_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """Return what is stored in `folder`; None where nothing is.
+        """Read the format stored in `folder`; None if there is none.
 
         Raises:
-            UserError: it cannot be used.
+            UserError: the file is invalid.
         """
         path = folder / FORMAT_FILE
         if not path.is_file():
@@ -65,7 +64,7 @@ class AnswerFormat:
         try:
             found = cls(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise UserError(f"{path}: expected the format that `rayrlhf reward` stores beside the model: {error}") from error
+            raise UserError(f"{path}: expected the format that `rayrlhf reward` stores with the model: {error}") from error
         fits = isinstance(found.chat, bool) and all(isinstance(text, str | None) for text in (found.system_prompt, found.end))
         if not fits:
             raise UserError(f"{path}: expected chat true or false, and texts or null in system_prompt and end")

@@ -1,8 +1,8 @@
-"""Which samples go together: micro-batches under a token budget, and shares of equal work for the ranks.
+"""Micro-batches under a token budget, and balanced shares for the ranks.
 
-A padded batch costs (samples) x (longest sample) tokens, so samples of like length belong together, and a rank's work is its
-number of tokens, not of samples. Everything here is pure arithmetic on lengths and depends on nothing but its arguments: every
-rank computes the same answer and a resumed run computes it again.
+A padded batch costs (samples) x (longest sample) tokens, so samples of similar length belong together. A rank's work is its
+number of tokens, not of samples. All functions are pure arithmetic on lengths: every rank and every resumed run computes the
+same result.
 """
 
 import heapq
@@ -12,27 +12,27 @@ from itertools import pairwise
 import numpy as np
 
 SPLIT_TOKENS = 64
-"""What starting one more batch costs, in padded tokens: on two cores about the time of as many tokens of a small model."""
+"""Fixed cost of a batch in padded tokens: on two cores about the time of as many tokens of a small model."""
 
 
 def micro_batches(
     lengths: Sequence[int], token_budget: int | None = None, *, max_samples: int | None = None
 ) -> list[list[int]]:
-    """Split samples into batches whose padded size stays within the budget, at the least cost.
+    """Split samples into batches within the token budget, at the least cost.
 
-    The cost is the padded tokens of all batches and `SPLIT_TOKENS` for each batch. Some cheapest split has batches that are
-    runs of the samples in order of length, and the cheapest of those is found exactly, by dynamic programming over where a run
-    may end. Without a budget nothing is weighed: batches of `max_samples`. The batch that needs the most memory comes first, so
-    a budget that is too large fails at once and not after an hour.
+    The cost is the padded tokens of all batches plus `SPLIT_TOKENS` per batch. Some optimal split consists of runs of the
+    samples sorted by length; dynamic programming over the ends of the runs finds the best one exactly. Without a budget,
+    batches have `max_samples` each. The batch that needs the most memory comes first, so a budget that is too large fails at
+    once and not after an hour.
 
     Args:
         lengths: tokens of each sample, each >= 1.
-        token_budget: most tokens of a batch, padding included; no bound when not given. A longer sample gets its own batch.
-        max_samples: most samples of a batch; no bound when not given.
+        token_budget: maximum tokens of a batch, padding included; None for no bound. A longer sample gets its own batch.
+        max_samples: maximum samples of a batch; None for no bound.
 
     Returns:
-        Indices into `lengths`, each exactly once, by falling length in batches of falling padded size; samples of equal length
-        keep their order.
+        Indices into `lengths`, each exactly once, sorted by decreasing length, in batches of decreasing padded size. Samples
+        of equal length keep their order.
 
     Raises:
         ValueError: neither bound is given, a bound or a length is below 1.
@@ -43,21 +43,21 @@ def micro_batches(
     if (token_budget is not None and token_budget < 1) or (max_samples is not None and max_samples < 1):
         raise ValueError(f"token_budget {token_budget} and max_samples {max_samples} must be >= 1")
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    most = max_samples or len(order)
+    largest = max_samples or len(order)
     if token_budget is None:
-        return [order[start : start + most] for start in range(0, len(order), most)]
-    starts = _cheapest_runs([lengths[index] for index in order], token_budget, most)
+        return [order[start : start + largest] for start in range(0, len(order), largest)]
+    starts = _cheapest_runs([lengths[index] for index in order], token_budget, largest)
     batches = [order[start:end] for start, end in pairwise([*starts, len(order)])]
     return sorted(batches, key=lambda batch: -len(batch) * lengths[batch[0]])
 
 
-def _cheapest_runs(lengths: Sequence[int], token_budget: int, most: int) -> list[int]:
-    """Where the runs of the cheapest split begin; lengths fall."""
+def _cheapest_runs(lengths: Sequence[int], token_budget: int, max_samples: int) -> list[int]:
+    """Return the first index of each run of the cheapest split of decreasing lengths."""
     cost = np.full(len(lengths) + 1, np.iinfo(np.int64).max, dtype=np.int64)
     cost[0] = 0
     came_from = np.zeros(len(lengths) + 1, dtype=np.int64)
     for start, length in enumerate(lengths):
-        room = min(max(1, token_budget // length), most, len(lengths) - start)
+        room = min(max(1, token_budget // length), max_samples, len(lengths) - start)
         ends = slice(start + 1, start + room + 1)
         new = cost[start] + SPLIT_TOKENS + length * np.arange(1, room + 1, dtype=np.int64)
         better = new < cost[ends]
@@ -71,19 +71,19 @@ def _cheapest_runs(lengths: Sequence[int], token_budget: int, most: int) -> list
 
 
 def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Share samples out so that every part has about the same number of tokens; numbers of samples may differ.
+    """Partition samples so that every part has about the same number of tokens.
 
     This is the largest differencing method (Karmarkar and Karp 1982) for `parts` ways: repeatedly take the two most uneven
-    partial solutions and lay the large parts of one on the small parts of the other. The sums never differ by more than the
-    longest sample, in practice by far less than with longest-first assignment.
+    partial solutions and add the large parts of one to the small parts of the other. The sums never differ by more than the
+    longest sample, and in practice by far less than with longest-first assignment. The numbers of samples may differ.
 
     Args:
         lengths: tokens of each sample, each >= 1.
         parts: number of parts, >= 1.
 
     Returns:
-        `parts` lists of indices into `lengths`, each index exactly once and rising within a part, the part with most tokens
-        first. A part is empty only when there are fewer samples than parts.
+        `parts` lists of indices into `lengths`, each index exactly once and increasing within a part, the part with the most
+        tokens first. A part is empty only when there are fewer samples than parts.
 
     Raises:
         ValueError: `parts` or a length is below 1.
@@ -93,7 +93,7 @@ def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
         raise ValueError(f"parts must be >= 1, not {parts}")
     if parts == 1 or not lengths:
         return [list(range(len(lengths))), *([] for _ in range(parts - 1))]
-    # A partial solution: its sums and index lists by falling sum. The heap gives the most uneven one; `birth` breaks ties.
+    # A partial solution: its sums and index lists, sums decreasing. The heap yields the most uneven one; `birth` breaks ties.
     heap: list[tuple[int, int, list[int], list[list[int]]]] = []
     for birth, length in enumerate(lengths):
         sums = [int(length)] + [0] * (parts - 1)
@@ -114,7 +114,7 @@ def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
 
 
 def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
-    """Return the share of the batches' tokens that is padding, in [0, 1); 0 when there are no tokens.
+    """Return the padding share of the batches' tokens, in [0, 1); 0 without tokens.
 
     Args:
         lengths: tokens of each sample.

@@ -1,4 +1,4 @@
-"""Reading dataset rows from a JSONL file, a Parquet file, a built-in or a hub name, with every mistake traced to its row."""
+"""Dataset rows from JSONL, Parquet, built-in or Hugging Face datasets, with errors per row."""
 
 import difflib
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from rayrlhf.errors import UserError
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = (".parquet",)
 OTHER_FILES = (".json", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".zip")
-"""Endings that mean a file and not a hub name, so that the message is about the file."""
+"""Suffixes that mean a file and not a hub name, so that the error message is about the file."""
 DEFAULT_FIELD = "prompt"
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
-"""Files by which a saved dataset is known, and one with splits."""
+"""Files that identify a saved dataset, and one with splits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +25,9 @@ class Rows:
     """The rows of a dataset.
 
     Attributes:
-        source: file, built-in or hub name, for messages.
-        values: one dictionary a row.
-        numbers: what a reader calls each row: the line of a JSONL file, else 1, 2, ...
+        source: file, built-in or hub name, for error messages.
+        values: one dictionary per row.
+        numbers: number of each row in error messages: the line of a JSONL file, else 1, 2, ...
         prompt_field: the field that holds the prompt.
     """
 
@@ -37,16 +37,16 @@ class Rows:
     prompt_field: str
 
     def place(self, index: int) -> str:
-        """Return file, row and field of a row's prompt, for messages."""
+        """Return file, row and field of a row's prompt, for error messages."""
         return f"{self.source}: row {self.numbers[index]}: {self.prompt_field}"
 
 
 @dataclass(frozen=True, slots=True)
 class RowSource:
-    """A dataset that was found and not read yet.
+    """A dataset that was located and not read yet.
 
     Attributes:
-        source: file, built-in or hub name, for messages.
+        source: file, built-in or hub name, for error messages.
         slices: all its rows, in order; at least one.
         prompt_field: the field that holds the prompt.
     """
@@ -56,13 +56,13 @@ class RowSource:
     prompt_field: str
 
     def first(self) -> tuple[int, dict[str, Any]]:
-        """Return what messages call the first row, and the row; errors as `RowSlice.chunks`."""
+        """Return number and content of the first row; errors as `RowSlice.chunks`."""
         numbers, values = next(self.slices[0].chunks())
         return numbers[0], values[0]
 
 
 def open_rows(section: DatasetSection) -> RowSource:
-    """Find a dataset's first `limit` rows, or all.
+    """Locate a dataset's first `limit` rows, or all.
 
     Raises:
         UserError: no such file, dataset, subset or split; no rows.
@@ -84,7 +84,7 @@ def read_rows(section: DatasetSection) -> Rows:
     """Read a dataset's first `limit` rows, or all, into memory.
 
     Raises:
-        UserError: see `open_rows`; a line that is no JSON object.
+        UserError: see `open_rows`; a line that is not a JSON object.
     """
     opened = open_rows(section)
     rows = Rows(opened.source, [], [], opened.prompt_field)
@@ -96,7 +96,10 @@ def read_rows(section: DatasetSection) -> Rows:
 
 
 def is_file(path: str) -> bool:
-    """Whether a dataset's path means a file, there or not, rather than a hub name or a folder."""
+    """Return True for the path of a file, existing or not.
+
+    False for a hub name or a folder.
+    """
     file = Path(path).expanduser()
     return file.suffix.lower() in (*JSON_LINES, *PARQUET, *OTHER_FILES) or file.is_file()
 
@@ -124,7 +127,7 @@ def _nearest_file(path: Path) -> str:
 
 
 def _load_table(section: DatasetSection) -> Any:
-    """Return a dataset as a table of the `datasets` package, which lies in files and not in memory.
+    """Open a dataset as a memory-mapped table of the `datasets` package.
 
     Raises:
         UserError: unknown name, subset or split, no access, no network, or a folder of something else.
@@ -135,14 +138,14 @@ def _load_table(section: DatasetSection) -> Any:
         saved = _load_saved(section)
         return datasets.load_dataset(section.path, section.subset, split=section.split) if saved is None else saved
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        # What is wrong with a name, subset, split, access or network comes as one of these, with a message of its own.
+        # Errors of name, subset, split, access and network are all of these classes, with a clear message.
         wanted = ", ".join(f"{key} {value}" for key, value in (("subset", section.subset), ("split", section.split)) if value)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{section.path}: cannot load it as a file, folder or hub dataset ({wanted}): {reason}") from error
 
 
 def _load_saved(section: DatasetSection) -> Any:
-    """Return a saved dataset; None where the path is none."""
+    """Return a saved dataset; None if the path is not one."""
     import datasets
 
     folder = Path(section.path).expanduser()

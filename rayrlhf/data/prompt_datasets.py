@@ -1,7 +1,7 @@
-"""Prompt datasets: from a `data.train` or `data.evaluation` section to tokenised prompts.
+"""Prompt datasets: from a `data.train` or `data.evaluation` section to tokenized prompts.
 
-Rows are read, checked, put through `template` and chat template, and encoded in batches by the fast tokenizer, so that 100,000
-rows take seconds. A prompt's id is its row index, whatever is dropped, so ids are stable over runs.
+Rows are read, validated, rendered through `template` and chat template, and encoded in batches by the fast tokenizer, so that
+100,000 rows take seconds. A prompt's id is its row index, also when other rows are dropped, so ids are stable across runs.
 """
 
 import logging
@@ -26,12 +26,12 @@ _CHUNK = 4096
 
 @dataclass(frozen=True, slots=True)
 class PromptDataset:
-    """A tokenised dataset and what was done to make it fit.
+    """A tokenized dataset with counts of truncated and dropped prompts.
 
     Attributes:
         prompts: in dataset order.
-        truncated: prompts whose left side was cut.
-        dropped: rows left out because they were too long.
+        truncated: number of prompts that lost tokens on the left.
+        dropped: number of rows left out because they were too long.
     """
 
     prompts: list[Prompt]
@@ -42,7 +42,7 @@ class PromptDataset:
 def load_prompt_dataset(
     section: DatasetSection, data: DataSection, tokenizer: "PreTrainedTokenizerBase", max_prompt_tokens: int
 ) -> list[Prompt]:
-    """Return the prompts of a dataset, and log how many were cut or dropped; see `prepare_prompts`."""
+    """Load prompts and log how many were truncated or dropped; see `prepare_prompts`."""
     dataset = prepare_prompts(section, data, tokenizer, max_prompt_tokens)
     total = len(dataset.prompts) + dataset.dropped
     if dataset.truncated:
@@ -53,7 +53,7 @@ def load_prompt_dataset(
 
 
 def read_prompts(section: DatasetSection) -> list[str | list[Message]]:
-    """Every row's prompt as it is written, through `template` where that is given.
+    """Read the prompts of all rows as text or messages, with `template` applied.
 
     Raises:
         UserError: no such file or field, or a prompt that is empty or of a wrong type.
@@ -65,17 +65,17 @@ def read_prompts(section: DatasetSection) -> list[str | list[Message]]:
 def prepare_prompts(
     section: DatasetSection, data: DataSection, tokenizer: "PreTrainedTokenizerBase", max_prompt_tokens: int
 ) -> PromptDataset:
-    """Read, check, template and encode a dataset.
+    """Read, validate, template and encode a dataset.
 
     Args:
-        section: which dataset.
-        data: how prompts are made of it (chat template, system prompt, what happens to long ones).
+        section: the dataset.
+        data: chat template, system prompt, handling of long prompts.
         tokenizer: of the policy.
-        max_prompt_tokens: longest prompt; `data.overlong` says what happens to a longer one.
+        max_prompt_tokens: maximum prompt length in tokens; `data.overlong` defines the handling of longer ones.
 
     Raises:
-        UserError: naming file, row and field: no such file or field, a wrong type, an empty or too long prompt, no rows, no
-            chat template; or nothing is left after dropping.
+        UserError: names file, row and field: no such file or field, a wrong type, an empty or too long prompt, no rows, no
+            chat template; or no prompt is left after dropping.
     """
     rows = read_rows(section)
     prompts = [_prompt_of(rows, index, section) for index in range(len(rows.values))]
@@ -123,7 +123,10 @@ def _prompt_of(rows: Rows, index: int, section: DatasetSection) -> str | list[Me
 def _encode(
     prompts: list[str | list[Message]], places: list[str], data: DataSection, tokenizer: "PreTrainedTokenizerBase"
 ) -> list[list[int]]:
-    """Return token ids of each prompt, special tokens as the chat template, or the tokenizer for plain text, has them."""
+    """Return token ids of each prompt.
+
+    The chat template writes the special tokens of a conversation, the tokenizer those of plain text.
+    """
     chat = [data.chat or not isinstance(prompt, str) for prompt in prompts]
     if any(chat):
         require_chat_template(tokenizer)

@@ -1,8 +1,8 @@
-"""The order in which prompts are used, and a cursor that loses none of them.
+"""Prompt order and a resumable cursor over it.
 
 The sampler is an endless stream: every epoch is a permutation of the dataset that depends on (seed, epoch) alone, so the order
-does not change with the batch size. It remembers which prompts are out with the driver; a run that resumes gets exactly those
-again before anything new, so no prompt is lost and none is trained on twice.
+does not change with the batch size. It tracks the prompts that were issued and not yet trained on. A resumed run gets exactly
+those first, so no prompt is lost and none is trained on twice.
 """
 
 import hashlib
@@ -18,18 +18,18 @@ from rayrlhf.errors import UserError
 
 
 def permutation(count: int, seed: int, epoch: int) -> list[int]:
-    """Return 0 .. count-1 in an order that depends on (count, seed, epoch) alone, the same with every version of NumPy."""
-    # Sorting raw generator output: NumPy promises to keep that stream, but not the one of `Generator.permutation`.
+    """Return a permutation of 0 .. count-1, the same with every NumPy version."""
+    # Sort raw generator output: NumPy guarantees a stable stream for it, but not for `Generator.permutation`.
     generator = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
     return [int(index) for index in np.argsort(generator.random_raw(count), kind="stable")]
 
 
 class PromptSampler:
-    """Hands out prompts, epoch after epoch, and keeps the books.
+    """Issues prompts epoch after epoch and tracks those not yet trained on.
 
     Args:
-        prompts: the dataset, not empty, ids distinct.
-        seed: of the permutations.
+        prompts: the dataset, not empty, with distinct ids.
+        seed: seed of the permutations.
         shuffle: False keeps the order of the dataset in every epoch.
 
     Raises:
@@ -52,23 +52,23 @@ class PromptSampler:
 
     @property
     def epoch(self) -> float:
-        """Passes over the dataset, counted by what is consumed."""
+        """Number of passes over the dataset, by consumed prompts."""
         return (self._issued - len(self._out) - len(self._again)) / len(self._ids)
 
     def next(self, count: int) -> list[Prompt]:
-        """Return the next `count` prompts of the stream; after a resume first those that were out when the state was taken.
+        """Return the next `count` prompts; after a resume, the outstanding ones first.
 
-        A dataset smaller than `count` gives the same prompt more than once.
+        With a dataset smaller than `count` a prompt occurs more than once.
         """
         ids = [self._again.popleft() if self._again else self._draw() for _ in range(count)]
         self._out += ids
         return [self._by_id[prompt] for prompt in ids]
 
     def consumed(self, ids: Iterable[int]) -> None:
-        """Mark prompts as trained on; an id that was handed out twice is marked once for each time it is given.
+        """Mark prompts as trained on, once per occurrence of an id.
 
         Raises:
-            ValueError: an id that is not out; nothing is marked then.
+            ValueError: an id that is not outstanding; nothing is marked then.
         """
         done = Counter(ids)
         kept = []
@@ -78,13 +78,13 @@ class PromptSampler:
             else:
                 kept.append(prompt)
         if done.total():
-            raise ValueError(f"prompts {sorted(+done)} are not out, so they cannot be consumed")
+            raise ValueError(f"prompts {sorted(+done)} are not outstanding, so they cannot be consumed")
         self._out = kept
 
     def state_dict(self) -> dict[str, Any]:
         """Return the cursor as plain numbers and strings.
 
-        `issued` and `outstanding` fix what is consumed: the first `issued` prompts of the stream but for those outstanding.
+        Consumed are the first `issued` prompts of the stream except those in `outstanding`.
         """
         return {
             "seed": self._seed,
@@ -96,16 +96,18 @@ class PromptSampler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`: what was outstanding is handed out again first, then the stream continues.
+        """Continue from `state_dict`: outstanding prompts are issued again first.
 
         Raises:
-            UserError: the dataset, the seed or the shuffling is not the one of the state.
+            UserError: the dataset, the seed or the shuffling differs from the state.
         """
         here = self.state_dict()
         for name in ("prompts", "digest", "seed", "shuffle"):
             if state[name] != here[name]:
                 what = "their text or order" if name == "digest" else f"{name} {state[name]} -> {here[name]}"
-                raise UserError(f"data.train: the prompts are not those that this run began with ({what}); start a new run")
+                raise UserError(
+                    f"data.train: the prompts differ from those that this run started with ({what}); start a new run"
+                )
         self._issued = state["issued"]
         self._out = []
         self._again = deque(state["outstanding"])

@@ -1,6 +1,6 @@
-"""The records that travel between actors: prompts, requests, rollouts, sequences.
+"""Records exchanged between actors: prompts, requests, rollouts, token sequences.
 
-All of them are plain NumPy and Python, so that they are cheap to ship in batches and never carry weights or logits.
+All are plain NumPy and Python, so that they are cheap to send in batches and never carry weights or logits.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,16 @@ Bool = NDArray[np.bool_]
 
 
 SEGMENT_STRIDE = 1 << 20
-"""Distance between the sample numbers of the segments of one sample; see `Rollout.others`."""
+"""Distance between the sample numbers of the segments of one sample; see `Rollout.extra_segments`."""
 
 
 class Record:
-    """A record that is pickled as its class and its fields in order: three times as fast as a dataclass pickles itself."""
+    """Base class of records that pickle three times as fast as a dataclass."""
 
     __slots__ = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """How to make the record again."""
+        """Return constructor and arguments of the record."""
         names: tuple[str, ...] = type(self).__slots__
         return type(self), tuple([getattr(self, name) for name in names])
 
@@ -34,14 +34,14 @@ RecordType = TypeVar("RecordType", bound=Record)
 
 
 class Records(list[RecordType]):
-    """A list of records of one kind that travels as columns: arrays laid end to end, so that a message is a few buffers.
+    """A list of records of one class that is serialized as a few concatenated columns.
 
-    Ray packs every array of a message apart, which costs a driver with many short arrays more than all of its own work. The
-    arrays of the list that arrives are views of the columns, read-only.
+    Ray packs every array of a message separately, which costs a driver with many short arrays more than all of its own work.
+    The arrays of a received list are read-only views of the columns.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """How to make the list again, from columns."""
+        """Return constructor and columns of the list."""
         if not self:
             return Records, ()
         kind = type(self[0])
@@ -50,7 +50,7 @@ class Records(list[RecordType]):
 
 
 class _Column(NamedTuple):
-    """One field of all records. With `ends` the values are arrays end to end along their first axis, else a list."""
+    """One field of all records: concatenated arrays with their `ends`, or a list."""
 
     values: Any
     ends: NDArray[np.int64] | None
@@ -73,7 +73,7 @@ def _from_columns(kind: Callable[..., RecordType], columns: tuple[_Column, ...])
 
 
 class SampleKey(NamedTuple):
-    """Identity of one sampled response within a run. Work is requeued and deduplicated by it."""
+    """Identity of a sampled response within a run, the key for requeueing and deduplication."""
 
     step: int
     prompt: int
@@ -84,14 +84,14 @@ class SampleKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Prompt(Record):
-    """One prompt, tokenised.
+    """A tokenized prompt.
 
     Attributes:
-        id: row id in the dataset; stable over epochs and resumes.
-        text: what the user wrote (the last user turn), for rewards and reports.
+        id: row id in the dataset; stable across epochs and resumes.
+        text: the last user turn, for rewards and reports.
         token_ids: int32 [P], chat template applied.
-        columns: every other column of the dataset row, for reward functions.
-        context_ids: int32 [C], what the sampler reads in place of `token_ids`; None where it reads the same.
+        columns: all other columns of the dataset row, for reward functions.
+        context_ids: int32 [C], input of the rollout engine in place of `token_ids`; None where it is the same.
     """
 
     id: int
@@ -103,13 +103,16 @@ class Prompt(Record):
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest(Record):
-    """One response to sample. `seed` derives from (run seed, step, prompt, sample), so a retry asks for the same thing."""
+    """A request for one response.
+
+    `seed` is derived from (run seed, step, prompt, sample), so a retry is the same request.
+    """
 
     key: SampleKey
     prompt_ids: Int32
     seed: int
     prompt: Prompt | None = None
-    """The whole prompt, where an environment wants to know it."""
+    """The whole prompt, for environments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,15 +124,15 @@ class Rollout(Record):
         prompt_ids: int32 [P].
         response_ids: int32 [R], R >= 1; the stop token included when one was sampled.
         action_mask: bool [R]; True on tokens the policy sampled, False on tool or environment tokens.
-        logprobs: float32 [R], the sampler's own, at the rollout temperature; 0 where `action_mask` is False.
+        logprobs: float32 [R], of the rollout engine, at the rollout temperature; 0 where `action_mask` is False.
         versions: int32 [R], weight version that sampled each token.
         finish_reason: "stop" (stop token or stop string) or "length".
         text: the response decoded without special tokens.
         seed: the request's seed.
-        rewards: float32 [R], what an environment paid, at the last token of the turn that earned it; None without one.
-        failure: why the environment could not play the sample; nothing is learned from it then. Empty otherwise.
-        others: further segments of the same sample, where its agent began a conversation anew: each with a prompt of its own,
-            the sample's reward, and a sample number `SEGMENT_STRIDE` above the one before.
+        rewards: float32 [R], environment rewards, each at the last token of its turn; None without an environment.
+        failure: reason why the environment could not play the sample, which is then not trained on; empty otherwise.
+        extra_segments: further segments of the same sample, where its agent started a new conversation: each has its own
+            prompt, the sample's reward, and a sample number `SEGMENT_STRIDE` above the previous one.
     """
 
     key: SampleKey
@@ -152,7 +155,9 @@ class Rollout(Record):
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence(Record):
-    """Tokens of one sample. Response token j stands at `token_ids[prompt_length + j]` and is predicted one place before.
+    """Token ids of one sample, prompt and response.
+
+    Response token j is `token_ids[prompt_length + j]`; the position before it predicts it.
 
     Attributes:
         token_ids: int32 [P + R].
@@ -170,11 +175,13 @@ class TokenSequence(Record):
 
 @dataclass(frozen=True, slots=True)
 class TokenScores(Record):
-    """What one model says of one sequence, aligned to its response tokens. A field that was not asked for is None.
+    """Outputs of one model for one sequence, aligned to its response tokens.
+
+    A field that was not requested is None.
 
     Attributes:
-        logprobs: float32 [R], log-prob of each response token at the given temperature.
-        entropy: float32 [R], entropy of the distribution each response token was drawn from.
+        logprobs: float32 [R], log-prob of each response token at the given temperature, in nats.
+        entropy: float32 [R], entropy in nats of the distribution each response token was drawn from.
         values: float32 [R + 1], value before each response token, and last the value after the final one.
         hidden: float32 [R, H], final hidden state that predicted each response token (for the full KL).
     """

@@ -1,7 +1,8 @@
-"""A dataset in slices that can be read apart, in any order and process: lines of a JSONL file, row groups of a Parquet file.
+"""Dataset slices that can be read independently, in any order and process.
 
-A slice knows where its rows lie and what they are called, not what they say: it is small and picklable, and reads them when it
-is asked. Every reader of rows goes through slices, so one process or a cluster sees the same rows under the same numbers.
+A slice is a range of lines of a JSONL file or a row group of a Parquet file. It holds the position and numbers of its rows, not
+their content: it is small and picklable, and reads on demand. Every reader goes through slices, so one process and a cluster
+see the same rows under the same numbers.
 """
 
 import json
@@ -17,7 +18,7 @@ CHUNK_ROWS = 4096
 """Rows read at once: enough to keep all cores of a tokenizer busy, few enough to keep memory flat."""
 
 Chunk = tuple[list[int], list[dict[str, Any]]]
-"""What messages call some rows, and the rows."""
+"""Row numbers, and the rows."""
 
 
 class RowSlice(Protocol):
@@ -34,14 +35,14 @@ class RowSlice(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LinesSlice:
-    """Lines of a JSONL file; blank ones are no rows.
+    """Lines of a JSONL file; blank lines are skipped.
 
     Attributes:
-        source: the file as messages name it.
-        file: the file, absolute.
-        start: byte at which the first line begins.
-        number: of the first line, from 1.
-        rows: how many lines that are not blank.
+        source: name of the file in error messages.
+        file: absolute path.
+        start: byte offset of the first line.
+        number: number of the first line, from 1.
+        rows: number of lines that are not blank.
     """
 
     source: str
@@ -61,14 +62,14 @@ class LinesSlice:
 
 @dataclass(frozen=True, slots=True)
 class RowGroupSlice:
-    """One row group of a Parquet file, or its beginning.
+    """One row group of a Parquet file, or its first rows.
 
     Attributes:
-        source: the file as messages name it.
-        file: the file, absolute.
-        group: of the file, from 0.
-        number: of its first row, from 1.
-        rows: how many.
+        source: name of the file in error messages.
+        file: absolute path.
+        group: index of the row group, from 0.
+        number: number of its first row, from 1.
+        rows: number of rows.
     """
 
     source: str
@@ -97,11 +98,11 @@ class RowGroupSlice:
 
 @dataclass(frozen=True, slots=True)
 class ListSlice:
-    """Rows that are in memory already.
+    """Rows in memory.
 
     Attributes:
-        values: the rows, these alone: they travel with the slice.
-        number: of the first, from 1.
+        values: the rows; they are pickled with the slice.
+        number: number of the first row, from 1.
     """
 
     values: list[dict[str, Any]]
@@ -116,12 +117,12 @@ class ListSlice:
 
 @dataclass(frozen=True, slots=True)
 class TableSlice:
-    """Rows of a table that the `datasets` package keeps in files.
+    """Rows of a memory-mapped table of the `datasets` package.
 
     Attributes:
-        table: the whole; only the names of its files are pickled.
-        number: of the first row, from 1.
-        rows: how many.
+        table: the whole table; only the names of its files are pickled.
+        number: number of the first row, from 1.
+        rows: number of rows.
     """
 
     table: Any
@@ -137,7 +138,7 @@ class TableSlice:
 
 
 def slice_lines(source: str, file: Path, limit: int | None) -> Sequence[LinesSlice]:
-    """Cut a JSONL file into slices of `CHUNK_ROWS` rows; reads it once for the ends of its lines."""
+    """Split a JSONL file into slices of `CHUNK_ROWS` rows; reads the file once."""
     slices: list[LinesSlice] = []
     start = position = rows = total = 0
     first = 1
@@ -155,7 +156,7 @@ def slice_lines(source: str, file: Path, limit: int | None) -> Sequence[LinesSli
 
 
 def slice_row_groups(source: str, file: Path, limit: int | None) -> Sequence[RowGroupSlice]:
-    """Cut a Parquet file into its row groups.
+    """Split a Parquet file into its row groups.
 
     Raises:
         UserError: not a Parquet file.
@@ -170,8 +171,8 @@ def slice_row_groups(source: str, file: Path, limit: int | None) -> Sequence[Row
     slices: list[RowGroupSlice] = []
     total = 0
     for group in range(metadata.num_row_groups):
-        there = metadata.row_group(group).num_rows
-        rows = there if limit is None else min(there, limit - total)
+        size = metadata.row_group(group).num_rows
+        rows = size if limit is None else min(size, limit - total)
         if rows:
             slices.append(RowGroupSlice(source, file, group, total + 1, rows))
         total += rows
@@ -179,12 +180,12 @@ def slice_row_groups(source: str, file: Path, limit: int | None) -> Sequence[Row
 
 
 def slice_list(values: list[dict[str, Any]]) -> Sequence[ListSlice]:
-    """Cut rows in memory into slices of `CHUNK_ROWS` rows."""
+    """Split rows in memory into slices of `CHUNK_ROWS` rows."""
     return [ListSlice(values[start : start + CHUNK_ROWS], start + 1) for start in range(0, len(values), CHUNK_ROWS)]
 
 
 def slice_table(table: Any, limit: int | None) -> Sequence[TableSlice]:
-    """Cut a `datasets` table into slices of `CHUNK_ROWS` rows."""
+    """Split a `datasets` table into slices of `CHUNK_ROWS` rows."""
     total = len(table) if limit is None else min(limit, len(table))
     return [TableSlice(table, start + 1, min(CHUNK_ROWS, total - start)) for start in range(0, total, CHUNK_ROWS)]
 

@@ -1,4 +1,4 @@
-"""Seeds that follow from what is sampled, not from when: a retried or resumed request asks for the same thing."""
+"""Sampling seeds derived from the request, so that retried and resumed requests repeat exactly."""
 
 import hashlib
 import struct
@@ -7,8 +7,8 @@ import struct
 def sample_seed(run_seed: int, step: int, prompt: int, sample: int) -> int:
     """Return the seed of one response, in [0, 2**63).
 
-    It is a BLAKE2b hash of the four numbers: the same on every machine and version, and different for neighbouring requests in
-    all its bits, so that truncating it to fewer bits is safe. Two of a million responses share a seed with probability 5e-8.
+    The seed is a BLAKE2b hash of the four numbers: the same on every machine and version. Neighboring requests differ in all
+    bits, so truncation to fewer bits is safe. Two of a million responses share a seed with probability 5e-8.
 
     Args:
         run_seed: seed of the run.
@@ -23,7 +23,7 @@ def sample_seed(run_seed: int, step: int, prompt: int, sample: int) -> int:
 
 
 def turn_seed(seed: int, turn: int) -> int:
-    """Return the seed of one turn of a sample: the sample's own for turn 0, so that one turn is sampled as without turns."""
+    """Return the seed of a turn; turn 0 has the sample's own seed."""
     return _hashed("<2q", seed, turn) if turn else seed
 
 

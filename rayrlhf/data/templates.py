@@ -1,7 +1,7 @@
-"""From what a dataset row says to the text a model reads: messages, checks, and the tokenizer's chat template.
+"""Conversations: validation of messages and rendering through the chat template.
 
 A prompt is text or a list of {role, content} messages. Text becomes one user turn, unless the chat template is switched off.
-The rendered text is final: it is encoded without adding special tokens, because a template writes them itself.
+The rendered text is final: it is encoded without adding special tokens, because the template writes them.
 """
 
 import difflib
@@ -18,10 +18,10 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 def check_messages(value: Sequence[Any], where: str) -> list[Message]:
-    """Return a conversation that waits for an answer as messages after checking it; `where` as in `check_turns`.
+    """Validate a conversation that ends with a user or tool turn; see `check_turns`.
 
     Raises:
-        UserError: as `check_turns`, or an end that leaves nothing to answer.
+        UserError: as `check_turns`, or the last message is not a user or tool turn.
     """
     messages = check_turns(value, where)
     if messages[-1]["role"] not in ("user", "tool"):
@@ -32,11 +32,11 @@ def check_messages(value: Sequence[Any], where: str) -> list[Message]:
 
 
 def check_turns(value: Sequence[Any], where: str) -> list[Message]:
-    """Return messages after checking each of them, whoever is first and last.
+    """Validate each message, with any role first and last.
 
     Args:
-        value: what the row holds.
-        where: file, row and field, for messages of errors.
+        value: the row's value.
+        where: file, row and field, for error messages.
 
     Raises:
         UserError: not a list of {role, content} with text in both, or an unknown role.
@@ -59,7 +59,10 @@ def check_turns(value: Sequence[Any], where: str) -> list[Message]:
 
 
 def conversation(prompt: str | list[Message], system_prompt: str | None) -> list[Message]:
-    """Return the messages of a prompt, text as one user turn, with the system prompt in front unless it brings its own."""
+    """Return a prompt as messages, with the system prompt unless it has its own.
+
+    Text becomes one user turn.
+    """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if system_prompt is None or messages[0]["role"] == "system":
         return messages
@@ -67,7 +70,7 @@ def conversation(prompt: str | list[Message], system_prompt: str | None) -> list
 
 
 def last_user_text(prompt: str | list[Message]) -> str:
-    """Return what the user said last: the prompt itself, or the content of the last user turn ("" where there is none)."""
+    """Return a text prompt itself, or the last user turn's content ("" without one)."""
     if isinstance(prompt, str):
         return prompt
     return next((message["content"] for message in reversed(prompt) if message["role"] == "user"), "")
@@ -89,19 +92,19 @@ def require_chat_template(tokenizer: "PreTrainedTokenizerBase") -> None:
 def render(
     tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[Message]], places: Sequence[str], *, whole: bool = False
 ) -> list[str]:
-    """Render conversations through the chat template, each opened for the model's answer.
+    """Render conversations through the chat template, each with a generation prompt.
 
     Args:
         tokenizer: has a chat template.
-        conversations: messages of each.
-        places: file, row and field of each, for messages of errors.
-        whole: the conversation is complete, so none is opened.
+        conversations: messages of each conversation.
+        places: file, row and field of each, for error messages.
+        whole: conversations are complete and get no generation prompt.
 
     Returns:
-        The texts, special tokens written out.
+        The texts, special tokens included.
 
     Raises:
-        UserError: the template refuses a conversation (roles out of order, no system turn allowed, ...), or is broken.
+        UserError: the template rejects a conversation (roles out of order, no system turn allowed, ...), or is broken.
     """
     from jinja2 import TemplateError
 

@@ -1,4 +1,4 @@
-"""The experience of one PPO step as the train engines take it: sequences, and per-token numbers aligned to their responses."""
+"""Training batch of the train engines: token sequences and aligned per-token arrays."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from rayrlhf.data.records import TokenSequence
 
 @dataclass(frozen=True, slots=True)
 class TrainingBatch:
-    """Sequences and named arrays [B, T], right-padded: column j is response token j, as in `rayrlhf.algorithms`.
+    """Token sequences and named arrays [B, T], right-padded; column j is response token j.
 
     T is at least the longest response; one more column holds the slot after the last token, which TRL modern rewards.
 
     Attributes:
         sequences: B token sequences.
-        arrays: float32 or bool [B, T] each; what a teacher said has another dimension behind these. The objectives read
-            `old_logprobs`, `advantages`, `action_mask` (policy), `old_values`, `returns`, `value_mask` (critic), and where
-            configured `ref_logprobs` and `importance_weights`. Numbers behind a mask may be anything, NaN included.
-        group_size: so many consecutive rows share a micro-batch, because the objective compares them; 2 for pairs.
+        arrays: float32 or bool [B, T] each; teacher outputs have a further dimension. The objectives read `old_logprobs`,
+            `advantages`, `action_mask` (policy), `old_values`, `returns`, `value_mask` (critic), and if configured
+            `ref_logprobs` and `importance_weights`. Masked-out entries may have any value, NaN included.
+        group_size: consecutive rows that must share a micro-batch, because the objective compares them; 2 for pairs.
     """
 
     sequences: Sequence[TokenSequence]
@@ -53,7 +53,7 @@ class TrainingBatch:
         return int(next(iter(self.arrays.values())).shape[1])
 
     def select(self, rows: Sequence[int]) -> "TrainingBatch":
-        """Return the batch of the given rows, in their order, its columns cut to what they need."""
+        """Return the batch of the given rows, in this order, with unused columns removed."""
         sequences = [self.sequences[row] for row in rows]
         width = min(self.width, 1 + max(sequence.response_length for sequence in sequences))
         arrays = {name: array[list(rows), :width] for name, array in self.arrays.items()}

@@ -172,7 +172,7 @@ def _phase_rows(progress: Progress) -> list[Text]:
     total = max(1.0, sum(share for _, share in shares))  # overlapping phases add up to more than the step
     bar, legend = Text(), Text()
     for index, (name, share) in enumerate(shares):
-        colour = "bright_black" if name == "other" else PHASE_COLORS[index % len(PHASE_COLORS)]
-        bar.append("█" * round(PHASE_BAR_WIDTH * share / total), style=colour)
-        legend.append(f"■ {name} {share:.0%}  ", style=colour)
+        color = "bright_black" if name == "other" else PHASE_COLORS[index % len(PHASE_COLORS)]
+        bar.append("█" * round(PHASE_BAR_WIDTH * share / total), style=color)
+        legend.append(f"■ {name} {share:.0%}  ", style=color)
     return [bar, legend]

@@ -20,7 +20,7 @@ import psutil
 
 GROWTH = 1.01
 """Factor by which resident sizes must grow past their largest before PSS is read again."""
-MOST_TIME_SHARE = 0.05
+MAX_TIME_SHARE = 0.05
 """Share of one core's time that reading PSS may take at most."""
 
 
@@ -89,7 +89,7 @@ class PeakMemory:
                 self._largest_resident = resident
                 start = time.thread_time()
                 self.sample()
-                pause = max(pause, (time.thread_time() - start) / MOST_TIME_SHARE)
+                pause = max(pause, (time.thread_time() - start) / MAX_TIME_SHARE)
 
 
 def memory_limit_bytes() -> int:

@@ -21,7 +21,7 @@ from rayrlhf.storage.atomic import folder_atomically, write_atomically, writing
 Differences = Callable[[str, str], list[str]]
 """(stored config text, new config text) -> one line per key that differs; empty when both mean the same."""
 
-MOST_DIFFERENCES_SHOWN = 5
+MAX_DIFFERENCES_SHOWN = 5
 TRAINING_FOLDERS = ("tensorboard", "samples", "checkpoints")
 """What is in the folder of a training run from the start."""
 
@@ -119,8 +119,8 @@ def _check_same(folder: Path, config: Path, config_text: str, differences: Diffe
         stored = config.read_text(encoding="utf-8")
     found = differences(stored, config_text) if stored != config_text else []
     if found:
-        more = len(found) - MOST_DIFFERENCES_SHOWN
-        shown = "; ".join(found[:MOST_DIFFERENCES_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+        more = len(found) - MAX_DIFFERENCES_SHOWN
+        shown = "; ".join(found[:MAX_DIFFERENCES_SHOWN]) + (f"; and {more} more" if more > 0 else "")
         raise UserError(f"run folder {folder} holds a run with another configuration ({shown}): choose another run.name")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from rayrlhf.algorithms.losses import direct_preference_loss
 from rayrlhf.config.tuning.configs import DPOConfig
-from rayrlhf.data.supervised.datasets import Spread, in_turn, load_preference_data
+from rayrlhf.data.supervised.datasets import SliceMapper, load_preference_data, map_in_order
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.direct_preference import DirectPreferenceObjective, direct_preference_batch
 from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec
@@ -32,9 +32,9 @@ class DirectPreferenceTask:
         train = self.config.train
         return DirectPreferenceObjective(train.loss, train.beta, train.label_smoothing)
 
-    def load(self, tokenizer: Any, spread: Spread = in_turn) -> Datasets:
+    def load(self, tokenizer: Any, map_slices: SliceMapper = map_in_order) -> Datasets:
         """See `Task.load`."""
-        train, held_out = load_preference_data(self.config.data, tokenizer, spread)
+        train, held_out = load_preference_data(self.config.data, tokenizer, map_slices)
         rows = self.config.evaluation.rows
         return PairTable.of(train.samples), PairTable.of(held_out.samples[:rows]) if held_out else None, train.report
 

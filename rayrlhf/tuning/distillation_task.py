@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from rayrlhf.config.tuning.configs import DistillationConfig
-from rayrlhf.data.supervised.datasets import SampleDataset, Spread, SupervisedSample, in_turn, load_supervised_data
+from rayrlhf.data.supervised.datasets import SampleDataset, SliceMapper, SupervisedSample, load_supervised_data, map_in_order
 from rayrlhf.data.supervised.supervised_samples import count_tokens
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.distillation import HIDDEN, IDS, LOGPROBS, DistillationObjective, distillation_batch
@@ -39,14 +39,14 @@ class DistillationTask:
         """Distillation."""
         return DistillationObjective()
 
-    def load(self, tokenizer: Any, spread: Spread = in_turn) -> Datasets:
+    def load(self, tokenizer: Any, map_slices: SliceMapper = map_in_order) -> Datasets:
         """Read student's and teacher's samples and keep the rows that both have; see `Task.load`."""
         data = self.config.data
         field = {"prompt_field": data.context_field}
         evaluation = data.evaluation.model_copy(update=field) if data.evaluation is not None else None
         read = data.model_copy(update={"train": data.train.model_copy(update=field), "evaluation": evaluation})
-        students = load_supervised_data(data, tokenizer, spread)
-        teachers = load_supervised_data(read, tokenizer, spread)
+        students = load_supervised_data(data, tokenizer, map_slices)
+        teachers = load_supervised_data(read, tokenizer, map_slices)
         train = _joined(students[0], teachers[0])
         held_out = None
         if students[1] is not None and teachers[1] is not None:

@@ -39,7 +39,7 @@ def through_ray_data(data: SupervisedDataSection | PreferenceDataSection) -> boo
 
 
 def over_cluster(work: Callable[[RowSlice], SampleDataset[T]], slices: Sequence[RowSlice]) -> Iterable[SampleDataset[T]]:
-    """Encode slices on all CPUs of the connected cluster; a `Spread`. Nodes must see the files under the same paths.
+    """Encode slices on all CPUs of the connected cluster; a `SliceMapper`. Nodes must see the files under the same paths.
 
     Raises:
         UserError: as `work`; or a node does not see a file.

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rayrlhf.config.tuning.configs import RewardTrainingConfig, SFTConfig, TuningConfig
-from rayrlhf.data.supervised.datasets import DatasetReport, Spread, in_turn, load_preference_data, load_supervised_data
+from rayrlhf.data.supervised.datasets import (
+    DatasetReport,
+    SliceMapper,
+    load_preference_data,
+    load_supervised_data,
+    map_in_order,
+)
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import Objective
 from rayrlhf.engines.objectives.cross_entropy import CROSS_ENTROPY, CrossEntropyObjective
@@ -36,8 +42,8 @@ class Task(Protocol):
         """What is minimised."""
         ...
 
-    def load(self, tokenizer: Any, spread: Spread = in_turn) -> Datasets:
-        """Read, check and encode the data by `spread`; errors as `load_supervised_data` and `load_preference_data`."""
+    def load(self, tokenizer: Any, map_slices: SliceMapper = map_in_order) -> Datasets:
+        """Read, check and encode the data by `map_slices`; errors as `load_supervised_data` and `load_preference_data`."""
         ...
 
     def spec(self, total_steps: int) -> TrainEngineSpec:
@@ -72,9 +78,9 @@ class SupervisedTask:
         """Imitation."""
         return CrossEntropyObjective()
 
-    def load(self, tokenizer: Any, spread: Spread = in_turn) -> Datasets:
+    def load(self, tokenizer: Any, map_slices: SliceMapper = map_in_order) -> Datasets:
         """See `Task.load`."""
-        train, held_out = load_supervised_data(self.config.data, tokenizer, spread)
+        train, held_out = load_supervised_data(self.config.data, tokenizer, map_slices)
         rows = self.config.evaluation.rows
         return SampleTable.of(train.samples), SampleTable.of(held_out.samples[:rows]) if held_out else None, train.report
 
@@ -122,9 +128,9 @@ class PreferenceTask:
         """Preference."""
         return PreferenceObjective(self.config.train.center_coefficient)
 
-    def load(self, tokenizer: Any, spread: Spread = in_turn) -> Datasets:
+    def load(self, tokenizer: Any, map_slices: SliceMapper = map_in_order) -> Datasets:
         """See `Task.load`."""
-        train, held_out = load_preference_data(self.config.data, tokenizer, spread)
+        train, held_out = load_preference_data(self.config.data, tokenizer, map_slices)
         rows = self.config.evaluation.rows
         held_out_table = PairTable.of(held_out.samples[:rows], held_out.format) if held_out else None
         return PairTable.of(train.samples, train.format), held_out_table, train.report

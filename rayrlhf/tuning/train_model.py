@@ -11,7 +11,7 @@ from typing import Any
 from rayrlhf.config.loading.describe_tuning import describe_tuning
 from rayrlhf.config.loading.load import dump_config, stored_differences
 from rayrlhf.config.tuning.configs import DistillationConfig, DPOConfig, RewardTrainingConfig, SFTConfig, TuningConfig
-from rayrlhf.data.supervised.datasets import DatasetReport, Spread, in_turn
+from rayrlhf.data.supervised.datasets import DatasetReport, SliceMapper, map_in_order
 from rayrlhf.errors import ActorLostError, UserError
 from rayrlhf.models.load import load_architecture, load_tokenizer
 from rayrlhf.observe.live import LiveView
@@ -142,12 +142,12 @@ def _check(task: Task) -> str:
     return "\n".join([describe_tuning(task.config), *data.lines(), f"optimizer steps: {steps}"])
 
 
-def _load(task: Task, spread: Spread = in_turn) -> _Data:
+def _load(task: Task, map_slices: SliceMapper = map_in_order) -> _Data:
     """Read everything that can be wrong before a model is loaded."""
     config = task.config
     tokenizer = load_tokenizer(config.model)
     positions = getattr(load_architecture(config.model), "max_position_embeddings", None)
-    data = _Data(*task.load(tokenizer, spread), rewards=isinstance(config, RewardTrainingConfig))
+    data = _Data(*task.load(tokenizer, map_slices), rewards=isinstance(config, RewardTrainingConfig))
     longest = max(table.longest for table in (data.train, data.held_out) if table is not None)
     if positions is not None and longest > positions:
         raise UserError(

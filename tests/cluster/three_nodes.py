@@ -1,4 +1,4 @@
-"""A head without CPUs and two labelled nodes as separate processes; says where they are, and ends with its standard input.
+"""A head without CPUs and two labeled nodes as separate processes; says where they are, and ends with its standard input.
 
 Each node has a temporary folder of its own, as on machines of their own: nodes that share one unpack a job's working directory
 to the same place, the second one under the feet of a driver that has started there.

@@ -29,5 +29,5 @@ def test_a_group_keeps_its_side_whatever_is_around_it(count, share):
 
 def test_groups_have_names_and_one_group_cannot_be_divided():
     assert [group_key(value) for value in ("a", 3, {"b": 1, "a": "é"})] == ["a", "3", '{"a": "é", "b": 1}']
-    with pytest.raises(ValueError, match="fewer than two groups"):
+    with pytest.raises(ValueError, match="at least two groups"):
         held_out(["a", "a"], 0.5)

@@ -20,7 +20,7 @@ def test_seeds_never_change_from_release_to_release():
     assert sample_seed(1, 2, 3, 4) == 7597657864365363701
 
 
-def test_neighbouring_requests_have_unrelated_seeds():
+def test_neighboring_requests_have_unrelated_seeds():
     seeds = {sample_seed(*key) for key in itertools.product(range(5), repeat=4)}
     assert len(seeds) == 5**4
     assert len({seed % 2**31 for seed in seeds}) == 5**4

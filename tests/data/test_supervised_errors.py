@@ -66,7 +66,7 @@ PAIR = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
         ([{"input_ids": []}], {}, {}, "row 1: input_ids: empty, expected tokens to learn from"),
         ([{"input_ids": [1]}], {}, {}, "row 1: not one token to learn"),
         ([{"input_ids": [1, 2]}], {}, {"loss_on": "assistant"}, "expected conversations, found plain text (tokens)"),
-        ([{"text": "a"}], {}, {"system_prompt": "S"}, "data.system_prompt: of no use with plain text"),
+        ([{"text": "a"}], {}, {"system_prompt": "S"}, "data.system_prompt: has no effect with plain text"),
         (
             [{"prompt": "a", "completion": "b"}],
             {},

@@ -56,7 +56,7 @@ def as_trl(dataset):
     return [
         (
             sample.token_ids.tolist(),
-            [int(token) if learnt else -100 for token, learnt in zip(sample.token_ids, sample.loss_mask, strict=True)][1:],
+            [int(token) if learned else -100 for token, learned in zip(sample.token_ids, sample.loss_mask, strict=True)][1:],
         )
         for sample in dataset.samples
     ]

@@ -1,8 +1,8 @@
-"""Which characters of a rendered conversation the assistant wrote, and which tokens those are.
+"""Assistant spans of a rendered conversation, in characters and tokens.
 
-A chat template with {% generation %} marks says so itself. For any other the conversation is rendered up to and including each
-assistant's turn: where these texts are beginnings of the whole text, what a turn added is known exactly; where they are not,
-the template rewrites earlier turns, nothing can be known, and the row is refused.
+A chat template with {% generation %} marks defines them. With any other template the conversation is rendered up to and
+including each assistant turn. If these texts are prefixes of the whole text, the characters of a turn are known exactly. If
+not, the template rewrites earlier turns, and the row is rejected.
 """
 
 import re
@@ -25,20 +25,20 @@ _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def has_generation_marks(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the chat template marks what the assistant writes."""
+    """Return True if the chat template marks the assistant's text."""
     return bool(_MARK.search(tokenizer.get_chat_template()))
 
 
 def assistant_spans(
     tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[Message]], texts: Sequence[str], places: Sequence[str]
 ) -> list[list[Span]]:
-    """Return the spans of the assistant's turns, end-of-turn mark included, in rendered conversations.
+    """Return the spans of the assistant's turns, end-of-turn marks included.
 
     Args:
         tokenizer: has a chat template.
-        conversations: messages of each.
-        texts: each rendered whole.
-        places: file and row of each, for messages of errors.
+        conversations: messages of each conversation.
+        texts: the rendered conversations.
+        places: file and row of each, for error messages.
 
     Raises:
         UserError: the template renders a turn differently once others follow, or an assistant's turn comes first.
@@ -62,7 +62,7 @@ def assistant_spans(
         if not (texts[index].startswith(after) and after.startswith(before) and len(after) > len(before)):
             raise UserError(
                 f"{places[index]}: message {number + 1}: the chat template renders it differently once others follow, so its "
-                "tokens cannot be told; mark the assistant's turns in the template with {% generation %}, or set "
+                "tokens are unknown; mark the assistant's turns in the template with {% generation %}, or set "
                 "data.loss_on to all"
             )
         spans[index].append((len(before), len(after)))
@@ -70,13 +70,13 @@ def assistant_spans(
 
 
 def tokens_in_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> Bool:
-    """Return which tokens hold a character of a span: bool [L].
+    """Return True for tokens that overlap a span, bool [L].
 
-    A token across a span's edge counts, as in `apply_chat_template`'s own assistant mask.
+    A token across a span's edge counts, as in the assistant mask of `apply_chat_template`.
 
     Args:
-        offsets: first character, and the one after the last, of each token; rising.
-        spans: rising, apart from each other.
+        offsets: first character, and the one after the last, of each token; increasing.
+        spans: increasing, disjoint.
     """
     edges = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
     inside = np.zeros(len(edges), dtype=np.bool_)
@@ -86,7 +86,10 @@ def tokens_in_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> Bool:
 
 
 def crosses_a_start(offsets: Sequence[Span], spans: Sequence[Span]) -> bool:
-    """Return whether a token begins before a span and ends in it, so that the text before the span has other tokens alone."""
+    """Return True if a token begins before a span and ends in it.
+
+    The text before the span has other tokens when tokenized alone.
+    """
     edges = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
     return any(bool(((edges[:, 0] < start) & (edges[:, 1] > start)).any()) for start, _ in spans)
 

@@ -1,7 +1,7 @@
-"""SFT samples and preference pairs: from a section of the configuration to tokens, masks, and what became of the rows.
+"""SFT and preference datasets: from a configuration section to tokens and masks.
 
-All mistakes in the data are found here, where only the tokenizer is loaded and no model yet. A tokenizer needs no pad token:
-samples travel unpadded, and what pads a batch later is behind every mask.
+All data errors are found here, with the tokenizer loaded and no model yet. A tokenizer needs no pad token: samples are stored
+unpadded, and masks exclude the padding of a batch.
 """
 
 import logging
@@ -57,9 +57,9 @@ class SampleDataset(Generic[T]):
 
     Attributes:
         samples: `SupervisedSample` or `PreferencePair`.
-        report: what became of the rows.
-        groups: the group of each sample, by which rows are held out.
-        format: of pairs: what stands around a prompt and its answer.
+        report: counts of kept, truncated and dropped rows.
+        groups: the group of each sample, for held-out splits.
+        format: text format of a prompt with its response, for pairs.
     """
 
     samples: list[T]
@@ -72,16 +72,16 @@ SupervisedDataset = SampleDataset[SupervisedSample]
 PreferenceDataset = SampleDataset[PreferencePair]
 
 
-class Spread(Protocol):
-    """Who encodes the slices of a dataset: this process, one after the other, or many."""
+class SliceMapper(Protocol):
+    """Maps a function over dataset slices, in this process or on a cluster."""
 
     def __call__(self, work: Callable[[RowSlice], SampleDataset[T]], slices: Sequence[RowSlice]) -> Iterable[SampleDataset[T]]:
-        """Return what `work`, which is pure and picklable, makes of each slice, in order; errors as `work`."""
+        """Return the result of `work`, which is pure and picklable, for each slice, in order."""
         ...
 
 
-def in_turn(work: Callable[[RowSlice], SampleDataset[T]], slices: Sequence[RowSlice]) -> Iterable[SampleDataset[T]]:
-    """Encode one slice after the other in this process."""
+def map_in_order(work: Callable[[RowSlice], SampleDataset[T]], slices: Sequence[RowSlice]) -> Iterable[SampleDataset[T]]:
+    """Encode the slices sequentially in this process."""
     return map(work, slices)
 
 
@@ -89,65 +89,67 @@ def load_supervised(
     section: SupervisedDatasetSection,
     data: SupervisedDataSection,
     tokenizer: "PreTrainedTokenizerBase",
-    spread: Spread = in_turn,
+    map_slices: SliceMapper = map_in_order,
 ) -> SupervisedDataset:
-    """Read, check and encode one dataset for SFT, and log what was cut or left out.
+    """Read, validate and encode an SFT dataset, and log truncated and dropped rows.
 
     Raises:
-        UserError: naming file, row and field: see `open_rows`, `supervised_recipe` and `encode_batch`; or nothing is left.
+        UserError: names file, row and field: see `open_rows`, `supervised_recipe` and `encode_batch`; or no row is left.
     """
     rows = open_rows(section)
-    # Built-in datasets bring a prompt column of their own.
+    # Built-in datasets define their own prompt column.
     section = section.model_copy(update={"prompt_field": rows.prompt_field})
     number, row = rows.first()
     recipe = supervised_recipe(row, number, section, data, tokenizer)
-    return _load(rows, section.group_field, partial(encode_batch, recipe=recipe, tokenizer=tokenizer), spread)
+    return _load(rows, section.group_field, partial(encode_batch, recipe=recipe, tokenizer=tokenizer), map_slices)
 
 
 def load_preferences(
     section: PreferenceDatasetSection,
     data: PreferenceDataSection,
     tokenizer: "PreTrainedTokenizerBase",
-    spread: Spread = in_turn,
+    map_slices: SliceMapper = map_in_order,
 ) -> PreferenceDataset:
-    """Read, check and encode one dataset of pairs; see `load_supervised`.
+    """Read, validate and encode a preference dataset; see `load_supervised`.
 
     Raises:
-        UserError: naming file, row and field: see `open_rows`, `preference_recipe` and `encode_preference_batch`.
+        UserError: names file, row and field: see `open_rows`, `preference_recipe` and `encode_preference_batch`.
     """
     rows = open_rows(section)
     section = section.model_copy(update={"prompt_field": rows.prompt_field})
     number, row = rows.first()
     recipe = preference_recipe(row, number, section, data, tokenizer)
     encode = partial(encode_preference_batch, recipe=recipe, tokenizer=tokenizer)
-    return replace(_load(rows, section.group_field, encode, spread), format=answer_format(recipe, tokenizer))
+    return replace(_load(rows, section.group_field, encode, map_slices), format=answer_format(recipe, tokenizer))
 
 
 def load_supervised_data(
-    data: SupervisedDataSection, tokenizer: "PreTrainedTokenizerBase", spread: Spread = in_turn
+    data: SupervisedDataSection, tokenizer: "PreTrainedTokenizerBase", map_slices: SliceMapper = map_in_order
 ) -> tuple[SupervisedDataset, SupervisedDataset | None]:
-    """Return the samples to train on, and those held out, if any: `data.evaluation`, or a share of `data.train`.
+    """Load the training samples and the held-out ones, if any.
+
+    Held out is `data.evaluation`, or a share of `data.train`.
 
     Raises:
-        UserError: see `load_supervised`; or there is too little to hold something out.
+        UserError: see `load_supervised`; or too few groups to hold any out.
     """
-    train = load_supervised(data.train, data, tokenizer, spread)
+    train = load_supervised(data.train, data, tokenizer, map_slices)
     if data.evaluation is not None:
-        return train, load_supervised(data.evaluation, data, tokenizer, spread)
+        return train, load_supervised(data.evaluation, data, tokenizer, map_slices)
     return _divide(train, data.held_out_share) if data.held_out_share else (train, None)
 
 
 def load_preference_data(
-    data: PreferenceDataSection, tokenizer: "PreTrainedTokenizerBase", spread: Spread = in_turn
+    data: PreferenceDataSection, tokenizer: "PreTrainedTokenizerBase", map_slices: SliceMapper = map_in_order
 ) -> tuple[PreferenceDataset, PreferenceDataset | None]:
-    """Return the pairs to train on, and those held out; see `load_supervised_data`.
+    """Load the training pairs and the held-out ones; see `load_supervised_data`.
 
     Raises:
-        UserError: see `load_preferences`; or there is too little to hold something out.
+        UserError: see `load_preferences`; or too few groups to hold any out.
     """
-    train = load_preferences(data.train, data, tokenizer, spread)
+    train = load_preferences(data.train, data, tokenizer, map_slices)
     if data.evaluation is not None:
-        return train, load_preferences(data.evaluation, data, tokenizer, spread)
+        return train, load_preferences(data.evaluation, data, tokenizer, map_slices)
     return _divide(train, data.held_out_share) if data.held_out_share else (train, None)
 
 
@@ -158,18 +160,18 @@ def supervised_recipe(
     data: SupervisedDataSection,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> SupervisedRecipe:
-    """Return how all rows of an SFT dataset are encoded, judging by the first.
+    """Infer the encoding of an SFT dataset from its first row.
 
     Args:
         row: the first row.
-        number: what messages call it.
+        number: its number in error messages.
         section: names the dataset and its columns.
-        data: how samples are made of it.
+        data: lengths, chat template, system prompt, target tokens.
         tokenizer: of the model.
 
     Raises:
-        UserError: columns of no known format; what should be learnt does not exist in this format; the tokenizer has no chat
-            template, no end-of-sequence token, or no character offsets, and one is needed.
+        UserError: columns of no known format; the format has no such target tokens; or the tokenizer lacks a chat template,
+            an end-of-sequence token, or character offsets that are needed.
     """
     place = f"{section.path}: row {number}"
     recipe = SupervisedRecipe(section, data, supervised_shape(row, section, place))
@@ -182,8 +184,8 @@ def supervised_recipe(
         raise UserError(f"{place}: data.loss_on assistant: expected conversations, found plain text ({shape.format})")
     if recipe.loss_on == "assistant" and not tokenizer.is_fast:
         raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path or 'the model'} gives no character offsets to tell the assistant's "
-            "tokens by; expected a fast tokenizer, or data.loss_on all"
+            f"the tokenizer of {tokenizer.name_or_path or 'the model'} gives no character offsets, so the assistant's "
+            "tokens are unknown; expected a fast tokenizer, or data.loss_on all"
         )
     return recipe
 
@@ -195,10 +197,10 @@ def preference_recipe(
     data: PreferenceDataSection,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> PreferenceRecipe:
-    """Return how all rows of a preference dataset are encoded, judging by the first; see `supervised_recipe`.
+    """Infer the encoding of a preference dataset from its first row; see `supervised_recipe`.
 
     Raises:
-        UserError: columns that make no pairs, or a tokenizer without a chat template or end-of-sequence token that is needed.
+        UserError: the columns are not those of pairs, or the tokenizer lacks a chat template or end-of-sequence token.
     """
     shape = preference_shape(row, section, f"{section.path}: row {number}")
     _check_tokenizer(tokenizer, _is_chat(shape, data), data)
@@ -206,14 +208,14 @@ def preference_recipe(
 
 
 def answer_format(recipe: PreferenceRecipe, tokenizer: "PreTrainedTokenizerBase") -> AnswerFormat:
-    """Return what stands around prompts and answers of a preference dataset, for those who score with the model."""
+    """Return the text format of a preference dataset, to score with its model."""
     if _is_chat(recipe.shape, recipe.data):
         return AnswerFormat(system_prompt=recipe.data.system_prompt)
     return AnswerFormat(chat=False, end=str(tokenizer.eos_token))
 
 
 def _is_chat(shape: RowShape, data: TuningDataSection) -> bool:
-    """Whether samples go through the chat template. A text with no prompt apart from it has no turns."""
+    """Return True if samples use the chat template; text without a prompt has no turns."""
     has_prompt = shape.format == "prompt-completion" or (shape.format == "preference" and shape.explicit_prompt)
     return shape.conversational or (data.chat and has_prompt)
 
@@ -223,10 +225,10 @@ def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", chat: bool, data: Tun
         require_chat_template(tokenizer)
         return
     if data.system_prompt is not None:
-        raise UserError("data.system_prompt: of no use with plain text, expected conversations or data.chat true")
+        raise UserError("data.system_prompt: has no effect with plain text, expected conversations or data.chat true")
     if tokenizer.eos_token is None:
         raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no end-of-sequence token to put behind plain text; "
+            f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no end-of-sequence token to append to plain text; "
             "set eos_token in its tokenizer_config.json"
         )
 
@@ -234,9 +236,9 @@ def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", chat: bool, data: Tun
 Encode = Callable[[Sequence[Row], Sequence[int]], tuple[list[T], DatasetReport]]
 
 
-def _load(rows: RowSource, group_field: str | None, encode: Encode[T], spread: Spread) -> SampleDataset[T]:
+def _load(rows: RowSource, group_field: str | None, encode: Encode[T], map_slices: SliceMapper) -> SampleDataset[T]:
     whole: SampleDataset[T] = SampleDataset([], DatasetReport(rows.source), [])
-    for part in spread(partial(_encode_slice, source=rows.source, group_field=group_field, encode=encode), rows.slices):
+    for part in map_slices(partial(_encode_slice, source=rows.source, group_field=group_field, encode=encode), rows.slices):
         whole = _joined(whole, part)
     for line in whole.report.lines()[1:]:
         _logger.warning(line)
@@ -247,7 +249,7 @@ def _load(rows: RowSource, group_field: str | None, encode: Encode[T], spread: S
 
 
 def _encode_slice(one: RowSlice, source: str, group_field: str | None, encode: Encode[T]) -> SampleDataset[T]:
-    """Read and encode a slice: pure, so that it may run anywhere."""
+    """Read and encode a slice; pure, so it can run in any process."""
     whole: SampleDataset[T] = SampleDataset([], DatasetReport(source), [])
     for numbers, values in one.chunks():
         samples, report = encode(values, numbers)
@@ -260,14 +262,14 @@ def _encode_slice(one: RowSlice, source: str, group_field: str | None, encode: E
 
 
 def _joined(whole: SampleDataset[T], part: SampleDataset[T]) -> SampleDataset[T]:
-    """Put a part behind what is there, whose lists grow."""
+    """Append a part to the lists of `whole`."""
     whole.samples.extend(part.samples)
     whole.groups.extend(part.groups)
     return replace(whole, report=whole.report + part.report)
 
 
 def _divide(dataset: SampleDataset[T], share: float) -> tuple[SampleDataset[T], SampleDataset[T]]:
-    """Return what is left to train on and what is held out."""
+    """Split a dataset into training and held-out samples."""
     source = dataset.report.source
     if len(set(dataset.groups)) < 2:
         raise UserError(

@@ -1,8 +1,9 @@
-"""From rows to token ids and loss masks, a batch at a time: pure, and picklable, so that Ray Data can map it over large files.
+"""Encoding of row batches as token ids and loss masks.
 
-Ids and masks are those of TRL 1.16's `SFTTrainer` and `RewardTrainer`. Plain text gets the tokenizer's own special tokens and
-an end-of-sequence token; a conversation is what the chat template writes. An answer starts where prompt and prompt-with-answer
-stop having the same tokens: both are tokenised whole, since tokens can merge across the border.
+The functions are pure and picklable, so that Ray Data can map them over large files. Ids and masks equal those of TRL 1.16's
+`SFTTrainer` and `RewardTrainer`. Plain text gets the tokenizer's special tokens and an end-of-sequence token; a conversation is
+rendered by the chat template. A response starts at the first token in which prompt and prompt-with-response differ: both are
+tokenized whole, since tokens can merge across the boundary.
 """
 
 from collections import Counter
@@ -36,11 +37,11 @@ CUT_EQUAL = "chosen equal to rejected within data.max_length"
 
 @dataclass(frozen=True, slots=True)
 class SupervisedRecipe:
-    """How rows of an SFT dataset become samples.
+    """Encoding of an SFT dataset.
 
     Attributes:
         section: names the columns.
-        data: lengths, system prompt, what is learnt.
+        data: lengths, system prompt, target tokens.
         shape: of the first row (`supervised_shape`).
     """
 
@@ -57,7 +58,7 @@ class SupervisedRecipe:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceRecipe:
-    """How rows of a preference dataset become pairs; attributes as `SupervisedRecipe`."""
+    """Encoding of a preference dataset; attributes as in `SupervisedRecipe`."""
 
     section: PreferenceDatasetSection
     data: PreferenceDataSection
@@ -69,25 +70,25 @@ class _Encoded:
     token_ids: Int32
     loss_mask: Bool
     shared: int
-    """Tokens that prompt and whole have in common at their start."""
+    """Length of the common prefix of prompt and whole, in tokens."""
     rewritten: bool
-    """What stands before an answer is not, alone, a beginning of the whole."""
+    """The prompt's tokens alone are not a prefix of the whole."""
 
 
 def encode_batch(
     rows: Sequence[Row], numbers: Sequence[int], recipe: SupervisedRecipe, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[list[SupervisedSample], DatasetReport]:
-    """Return the samples of some rows of an SFT dataset, and what became of the rows.
+    """Encode rows of an SFT dataset, and report kept and dropped rows.
 
     Args:
         rows: fields as plain Python values (text, lists, numbers).
-        numbers: what messages call each row.
+        numbers: number of each row in error messages.
         recipe: of the dataset.
-        tokenizer: a fast one, with a chat template where the recipe needs one.
+        tokenizer: a fast one, with a chat template if the recipe needs one.
 
     Raises:
-        UserError: naming file, row and field: another format than the first row's, a wrong type, an answer that is empty, a
-            sample too long, or nothing to learn in it (the last three only as `data.invalid` and `data.overlong` say).
+        UserError: names file, row and field: another format than the first row's, a wrong type, an empty response, a sample
+            that is too long or has no target tokens (the last three depend on `data.invalid` and `data.overlong`).
     """
     data = recipe.data
     written, dropped = _write(rows, numbers, recipe)
@@ -118,10 +119,10 @@ def encode_batch(
 def encode_preference_batch(
     rows: Sequence[Row], numbers: Sequence[int], recipe: PreferenceRecipe, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[list[PreferencePair], DatasetReport]:
-    """Return the pairs of some rows of a preference dataset, and what became of the rows; see `encode_batch`.
+    """Encode rows of a preference dataset as pairs; see `encode_batch`.
 
     Raises:
-        UserError: as `encode_batch`; also chosen and rejected that are equal, in words or in tokens.
+        UserError: as `encode_batch`; also for chosen and rejected that are equal, as text or as tokens.
     """
     data = recipe.data
     written, dropped = _write(rows, numbers, recipe)
@@ -148,7 +149,7 @@ def encode_preference_batch(
 def _write(
     rows: Sequence[Row], numbers: Sequence[int], recipe: SupervisedRecipe | PreferenceRecipe
 ) -> tuple[list[WrittenRow], Counter[str]]:
-    """Return the rows in words, and how many were left out, by reason."""
+    """Return the validated rows, and the number of dropped rows by reason."""
     written: list[WrittenRow] = []
     dropped: Counter[str] = Counter()
     for row, number in zip(rows, numbers, strict=True):
@@ -169,7 +170,10 @@ def _encode(
     loss_on: str,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> list[_Encoded]:
-    """Tokenise (prompt, whole, place) and mark what is learnt; all items are plain text, or all are conversations."""
+    """Tokenize (prompt, whole, place) items and set loss masks.
+
+    Items are all plain text or all conversations.
+    """
     if not items:
         return []
     places = [place for _, _, place in items]
@@ -177,7 +181,7 @@ def _encode(
     plain = isinstance(items[0][1], str)
     if plain:
         end = str(tokenizer.eos_token)
-        # As TRL does: a text that brings its own end gets no second one.
+        # As in TRL: text that already ends with the end token gets no second one.
         texts = [str(whole) if str(whole).endswith(end) else f"{whole}{end}" for _, whole, _ in items]
         heads = [str(prompt) for prompt in prompts]
     else:
@@ -207,10 +211,10 @@ def _encode(
 
 
 def _given(row: WrittenRow, vocabulary: int) -> _Encoded:
-    """Take tokens as they are, all of them to learn.
+    """Encode a row of token ids, all of them targets.
 
     Raises:
-        UserError: one that the tokenizer does not have.
+        UserError: an id outside the tokenizer's vocabulary.
     """
     ids = np.asarray(row.token_ids, dtype=np.int64)
     if ids.min() < 0 or ids.max() >= vocabulary:
@@ -222,7 +226,7 @@ def _given(row: WrittenRow, vocabulary: int) -> _Encoded:
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return how many tokens two sequences have in common at their start."""
+    """Return the length of the common prefix of two sequences, in tokens."""
     if second[: len(first)] == first:
         return len(first)
     least = min(len(first), len(second))
@@ -230,7 +234,7 @@ def common_length(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def _answers_apart(row: WrittenRow, chosen: _Encoded, rejected: _Encoded) -> Iterable[_Encoded]:
-    """Return both, the answers of texts without a prompt of their own starting where the two stop being alike."""
+    """Mask the common prefix of two texts that have no explicit prompt."""
     if row.prompt is not None:
         return chosen, rejected
     shared = common_length(chosen.token_ids.tolist(), rejected.token_ids.tolist())
@@ -239,16 +243,16 @@ def _answers_apart(row: WrittenRow, chosen: _Encoded, rejected: _Encoded) -> Ite
     return chosen, rejected
 
 
-def _end(one: _Encoded, most: int, row: int) -> SupervisedSample:
-    mask = one.loss_mask[-most:]
+def _end(one: _Encoded, length: int, row: int) -> SupervisedSample:
+    mask = one.loss_mask[-length:]
     mask[:1] = False
-    return SupervisedSample(one.token_ids[-most:], mask, row)
+    return SupervisedSample(one.token_ids[-length:], mask, row)
 
 
 def _drop_overlong(
     dropped: Counter[str], length: int, row: WrittenRow, data: SupervisedDataSection | PreferenceDataSection
 ) -> bool:
-    """Return whether a row is left out since it is too long; count it then.
+    """Return True and count the row if it is too long and must be dropped.
 
     Raises:
         UserError: it is too long and `data.overlong` is `error`.

@@ -1,7 +1,7 @@
-"""Which samples each optimizer step of SFT or reward modelling sees: a pure function of (seed, epoch, step).
+"""Samples of each optimizer step of SFT or reward modeling, by (seed, epoch, step).
 
-There is no cursor to save: a run that resumes at step n asks for batch n, and gets the samples that an undisturbed run would
-have seen, whatever number of workers shares them now. Batches do not cross epochs, so an epoch sees every sample once.
+There is no cursor to save: a run that resumes at step n computes batch n, with the same samples as an uninterrupted run,
+independent of the number of workers. Batches do not cross epochs, so an epoch contains every sample once.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from rayrlhf.data.prompt_sampler import permutation
 
 @dataclass(frozen=True, slots=True)
 class BatchSize:
-    """How large an optimizer step is, over all workers; exactly one of the first two is given.
+    """Size of an optimizer step over all workers, in samples or in tokens.
 
     Attributes:
-        samples: samples of a step.
-        tokens: most tokens of a step; a sample longer than this gets a step of its own.
-        fewest: fewest samples of a step, one for each worker, also where they take more than `tokens`; the short end of an
-            epoch goes to the step before it.
+        samples: samples per step.
+        tokens: maximum tokens per step; a longer sample gets a step of its own.
+        fewest: minimum samples per step, one for each worker, even if they exceed `tokens`; a shorter end of an epoch is added
+            to the step before it.
     """
 
     samples: int | None = None
@@ -38,14 +38,14 @@ def epoch_batches(lengths: Sequence[int], size: BatchSize, *, seed: int, epoch: 
     """Return the optimizer steps of one pass over the samples.
 
     Args:
-        lengths: tokens of each sample; of a pair those of both answers.
+        lengths: tokens of each sample; of both responses for a pair.
         size: of a step.
         seed: of the run.
         epoch: 0, 1, ...
         shuffle: a new order each epoch; False keeps the order of the samples.
 
     Returns:
-        Indices into `lengths`, each exactly once. Only an epoch smaller than `size.fewest` makes a smaller step.
+        Indices into `lengths`, each exactly once. Only an epoch smaller than `size.fewest` has a smaller step.
 
     Raises:
         ValueError: there are no samples.
@@ -64,7 +64,7 @@ def epoch_batches(lengths: Sequence[int], size: BatchSize, *, seed: int, epoch: 
 
 
 class BatchPlan:
-    """All optimizer steps of a run, found by their number."""
+    """All optimizer steps of a run, by number."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class BatchPlan:
         """Plan a run.
 
         Args:
-            lengths: tokens of each sample; of a pair those of both answers.
+            lengths: tokens of each sample; of both responses for a pair.
             size: of a step.
             seed: of the run.
             epochs: passes over the samples.
@@ -122,7 +122,10 @@ class BatchPlan:
         return next(epoch for epoch in range(len(self._starts) - 1) if step < self._starts[epoch + 1])
 
     def _extend(self) -> None:
-        """Find out where the next epoch ends. Steps of a number of samples are as many in each epoch, others are counted."""
+        """Compute the end of the next epoch.
+
+        With a fixed number of samples per step, every epoch has the same number of steps; otherwise they are counted.
+        """
         epoch = len(self._starts) - 1
         constant = self._size.samples is not None and epoch > 0
         count = self._starts[1] if constant else len(self._batches(epoch))
@@ -132,15 +135,15 @@ class BatchPlan:
         return epoch_batches(self._lengths, self._size, seed=self._seed, epoch=epoch, shuffle=self._shuffle)
 
 
-def _by_tokens(order: Sequence[int], lengths: Sequence[int], most: int, fewest: int) -> list[list[int]]:
-    """Fill steps in the given order, each until the next sample would go beyond `most` tokens."""
+def _by_tokens(order: Sequence[int], lengths: Sequence[int], max_tokens: int, fewest: int) -> list[list[int]]:
+    """Fill steps in the given order, each up to `max_tokens`."""
     batches: list[list[int]] = []
     room = 0
     for index in order:
         full = lengths[index] > room and (not batches or len(batches[-1]) >= fewest)
         if full:
             batches.append([])
-            room = most
+            room = max_tokens
         batches[-1].append(index)
         room -= lengths[index]
     return batches

@@ -1,7 +1,8 @@
-"""What a row of supervised data is: TRL's formats, found by their columns, and every row held to that of the first.
+"""TRL's supervised formats, inferred from the columns of the first row.
 
-A text or a conversation is learnt as it is, a prompt has one completion, a pair two answers to one prompt. A prompt that is not
-written out in a pair is what both answers begin with. Each field is text, or a list of {role, content} messages.
+The formats are text, a conversation, a prompt with one completion, and a pair of responses to one prompt. A pair without a
+prompt column has an implicit prompt: the common beginning of both. Each field is text, or a list of {role, content} messages.
+All rows must have the format of the first.
 """
 
 import difflib
@@ -17,20 +18,20 @@ Format = Literal["text", "messages", "prompt-completion", "tokens", "preference"
 Row = Mapping[str, Any]
 
 _UNSUPPORTED = ("tools", "chat_template_kwargs", "images")
-"""Columns that change what TRL makes of a row. To leave them out in silence would train on something else."""
+"""Columns that change TRL's rendering of a row; ignoring them silently would train on different text."""
 _SIMILAR = 0.85
-"""An unused column as close as this to an optional field is taken for a slip of the pen (`promt`, `margins`)."""
+"""Similarity at which an unused column counts as a typo of an optional field (`promt`, `margins`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowShape:
-    """What all rows of a dataset have in common.
+    """Common shape of all rows of a dataset.
 
     Attributes:
-        format: which columns they have.
-        conversational: whether the fields hold messages, not text.
-        explicit_prompt: of pairs: whether the prompt has a column of its own.
-        has_margin: of pairs: whether they say by how much the better answer should win.
+        format: format, defined by the columns.
+        conversational: fields hold messages, not text.
+        explicit_prompt: pairs have a prompt column.
+        has_margin: pairs have a margin column, by which the better response should win.
     """
 
     format: Format
@@ -45,17 +46,17 @@ def supervised_shape(row: Row, section: SupervisedDatasetSection, place: str) ->
     Args:
         row: the first row.
         section: names the columns, and the format unless it is `auto`.
-        place: file and row, for messages.
+        place: file and row, for error messages.
 
     Raises:
-        UserError: the columns fit no format, or several; or a column that is not supported.
+        UserError: the columns fit no format, or several; or a column is not supported.
     """
     _refuse_unsupported(row, place)
     fields = _supervised_fields(section)
     wanted = fields if section.format == "auto" else {section.format: fields[section.format]}
     found = [name for name, columns in wanted.items() if all(_has(row, column) for column in columns)]
     if len(found) > 1 and "tokens" in found:
-        found.remove("tokens")  # Of a dataset that was tokenised before, by whichever tokenizer, the words are read.
+        found.remove("tokens")  # A dataset may store tokens of another tokenizer; the text takes precedence.
     if len(found) > 1:
         raise UserError(f"{place}: the columns fit more than one format; set format to one of {', '.join(found)}")
     if not found:
@@ -68,7 +69,7 @@ def supervised_shape(row: Row, section: SupervisedDatasetSection, place: str) ->
 def preference_shape(row: Row, section: PreferenceDatasetSection, place: str) -> RowShape:
     """Return the shape of a preference dataset from its first row; see `supervised_shape`.
 
-    A prompt of text beside conversations is not used: the conversations bring theirs (as TRL's `maybe_extract_prompt`).
+    A text prompt next to conversations is ignored: the conversations contain it (as in TRL's `maybe_extract_prompt`).
     """
     _refuse_unsupported(row, place)
     columns: tuple[str, ...] = (section.chosen_field, section.rejected_field)
@@ -84,7 +85,7 @@ def preference_shape(row: Row, section: PreferenceDatasetSection, place: str) ->
 
 
 def used_columns(shape: RowShape, section: SupervisedDatasetSection | PreferenceDatasetSection) -> tuple[str, ...]:
-    """Return the columns that every row of a shape must fill."""
+    """Return the required columns of a shape."""
     if isinstance(section, SupervisedDatasetSection):
         columns = _supervised_fields(section)[shape.format]
     else:
@@ -95,10 +96,10 @@ def used_columns(shape: RowShape, section: SupervisedDatasetSection | Preference
 
 
 def check_columns(row: Row, shape: RowShape, columns: Iterable[str], place: str) -> None:
-    """Hold a row to the columns of the first one.
+    """Check that a row has the columns of the first one.
 
     Raises:
-        UserError: a column is missing or empty, or is not supported.
+        UserError: a column is missing, empty, or not supported.
     """
     _refuse_unsupported(row, place)
     for column in columns:
@@ -109,9 +110,9 @@ def check_columns(row: Row, shape: RowShape, columns: Iterable[str], place: str)
 
 
 def common_messages(chosen: list[Message], rejected: list[Message]) -> int:
-    """Return how many messages two conversations share at their start, at least one being left of each."""
-    most = min(len(chosen), len(rejected)) - 1
-    return next((index for index in range(most) if chosen[index] != rejected[index]), most)
+    """Return the number of leading messages in common, leaving at least one of each."""
+    limit = min(len(chosen), len(rejected)) - 1
+    return next((index for index in range(limit) if chosen[index] != rejected[index]), limit)
 
 
 def _supervised_fields(section: SupervisedDatasetSection) -> dict[Format, tuple[str, ...]]:
@@ -137,7 +138,7 @@ def _columns(row: Row) -> str:
 
 
 def _hint(row: Row, formats: Iterable[tuple[str, ...]], section: SupervisedDatasetSection | PreferenceDatasetSection) -> str:
-    """Return what to do about columns that fit no format."""
+    """Return a hint for columns that fit no format."""
     if isinstance(section, SupervisedDatasetSection):
         if _has(row, "chosen") and _has(row, "rejected"):
             return "; these are preference pairs, for a reward model and not for SFT"
@@ -153,7 +154,7 @@ def _hint(row: Row, formats: Iterable[tuple[str, ...]], section: SupervisedDatas
 
 
 def _refuse_slip(row: Row, field: str, key: str, place: str) -> None:
-    """Refuse a column that is nearly the name of an optional field, which would be left out in silence otherwise."""
+    """Reject a probable typo of an optional field, which would otherwise be ignored silently."""
     if near := difflib.get_close_matches(field, [str(name) for name in row if _has(row, name)], n=1, cutoff=_SIMILAR):
         raise UserError(f"{place}: unknown column {near[0]}; did you mean {field}? (or set {key} to {near[0]})")
 

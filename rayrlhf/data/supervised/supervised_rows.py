@@ -1,7 +1,7 @@
-"""From a checked row to what is written and what is learnt: an optional prompt and one answer, or two of a pair.
+"""Validated rows: an optional prompt with one response, or two for a pair.
 
-Text prompts become a user turn here (unless `data.chat` is off), so that what follows knows two kinds only: plain text that
-nobody renders, and conversations that the chat template renders.
+Text prompts become a user turn here (unless `data.chat` is off), so that later code has two cases only: plain text, and
+conversations for the chat template.
 """
 
 import math
@@ -21,7 +21,7 @@ EMPTY, EQUAL, NOTHING = "empty answer", "chosen equal to rejected", "nothing to 
 
 
 class InvalidRowError(UserError):
-    """A row that is of the right form but of no use. With `data.invalid: drop` it is counted under its reason."""
+    """A well-formed row without usable content; `data.invalid: drop` counts it under its reason."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(f"{message}; correct it, or set data.invalid to drop to leave such rows out")
@@ -30,15 +30,15 @@ class InvalidRowError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class WrittenRow:
-    """A row in words.
+    """A validated row as text or messages.
 
     Attributes:
-        prompt: what stands before the answers and is not learnt; None where all is learnt, or the prompt is not known.
-        answers: the whole of what is read, prompt included, one a sample: one for SFT, chosen and rejected for a pair.
+        prompt: the part before the responses, without loss; None if everything is a target, or the prompt is implicit.
+        answers: whole texts, prompt included: one for SFT, chosen and rejected for a pair.
         margin: of a pair.
         row: its number.
-        place: file and row, for messages.
-        token_ids: where the dataset has tokens in place of words; there is no answer then.
+        place: file and row, for error messages.
+        token_ids: for datasets of tokens, which have no answers.
     """
 
     prompt: Written | None
@@ -52,17 +52,17 @@ class WrittenRow:
 def write_supervised(
     row: Row, number: int, shape: RowShape, section: SupervisedDatasetSection, data: TuningDataSection
 ) -> WrittenRow:
-    """Check a row of an SFT dataset.
+    """Validate a row of an SFT dataset.
 
     Args:
         row: its fields.
-        number: what messages call it.
+        number: its number in error messages.
         shape: of the first row.
         section: names the columns.
-        data: says whether a text prompt becomes a conversation, and the system prompt.
+        data: chat template for text prompts, and the system prompt.
 
     Raises:
-        InvalidRowError: an empty text or answer.
+        InvalidRowError: an empty text or response.
         UserError: another format than the first row's, a wrong type, a message out of place.
     """
     place = f"{section.path}: row {number}"
@@ -83,12 +83,12 @@ def write_supervised(
 def write_pair(
     row: Row, number: int, shape: RowShape, section: PreferenceDatasetSection, data: TuningDataSection
 ) -> WrittenRow:
-    """Check a row of a preference dataset; see `write_supervised`.
+    """Validate a row of a preference dataset; see `write_supervised`.
 
     Raises:
-        InvalidRowError: an empty answer, or chosen equal to rejected.
-        UserError: another format than the first row's, a wrong type, a message out of place, a margin that is no number, or
-            conversations that do not begin alike.
+        InvalidRowError: an empty response, or chosen equal to rejected.
+        UserError: another format than the first row's, a wrong type, a message out of place, a margin that is not a number, or
+            conversations without a common prompt.
     """
     place = f"{section.path}: row {number}"
     check_columns(row, shape, used_columns(shape, section), place)
@@ -127,14 +127,14 @@ def _prompt(row: Row, shape: RowShape, section: SupervisedDatasetSection | Prefe
 
 
 def _opened(prompt: Written, data: TuningDataSection) -> Written:
-    """Return the prompt as the model will meet it: a conversation, or plain text."""
+    """Return the prompt as a conversation or plain text."""
     if isinstance(prompt, str) and not data.chat:
         return prompt
     return conversation(prompt, data.system_prompt)
 
 
 def _answered(prompt: Written, row: Row, field: str, shape: RowShape, data: TuningDataSection, place: str) -> Written:
-    """Return the prompt with the answer of a field behind it."""
+    """Return the prompt followed by the response in a field."""
     if shape.conversational:
         turns = _turns(row, field, place)
         _check_answers(turns, f"{place}: {field}")
@@ -171,7 +171,7 @@ def _turns(row: Row, field: str, place: str) -> list[Message]:
 
 
 def _check_answers(turns: Sequence[Message], where: str) -> None:
-    """Refuse turns that do not end with an answer, and empty answers."""
+    """Reject turns that do not end with the assistant, and empty responses."""
     if turns[-1]["role"] != "assistant":
         raise UserError(f"{where}: the last message is from the {turns[-1]['role']}, expected the assistant's")
     for number, turn in enumerate(turns, start=1):

@@ -1,4 +1,4 @@
-"""The records of SFT and reward modelling: samples with the tokens to learn, pairs of them, and what became of the rows."""
+"""Records of SFT and reward modeling: samples, pairs, and dataset reports."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,13 +9,13 @@ from rayrlhf.data.records import Bool, Float32, Int32
 
 @dataclass(frozen=True, slots=True)
 class SupervisedSample:
-    """Tokens of one sample and which of them are learnt.
+    """Tokens and loss mask of one sample.
 
     Attributes:
         token_ids: int32 [L], L >= 1.
-        loss_mask: bool [L]; True: the token is a target, predicted from those before it. Never at position 0, which nothing
-            predicts.
-        row: number of its row in the dataset, as messages name it (the line of a JSONL file, else 1, 2, ...).
+        loss_mask: bool [L]; True for target tokens, predicted from those before them. Never True at position 0, which has no
+            prediction.
+        row: number of its row in the dataset (the line of a JSONL file, else 1, 2, ...).
     """
 
     token_ids: Int32
@@ -25,11 +25,11 @@ class SupervisedSample:
 
 @dataclass(frozen=True, slots=True)
 class DistillationSample(SupervisedSample):
-    """A sample as the student reads it, with what a teacher said of its tokens to learn.
+    """A student's sample with the teacher's outputs for its target tokens.
 
     Attributes:
-        signal: N rows for N tokens to learn: `teacher_hidden` float32 [N, H], or `teacher_ids` int32 [N, K] beside
-            `teacher_logprobs` float32 [N, K + 1]; see `rayrlhf.models.distillation`. Empty where nobody asked the teacher.
+        signal: N rows for N target tokens: `teacher_hidden` float32 [N, H], or `teacher_ids` int32 [N, K] and
+            `teacher_logprobs` float32 [N, K + 1]; see `rayrlhf.models.distillation`. Empty before the teacher has run.
     """
 
     signal: Mapping[str, Int32 | Float32] = field(default_factory=dict)
@@ -37,15 +37,15 @@ class DistillationSample(SupervisedSample):
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Two answers to one prompt, the better and the worse, each with its prompt in front; masks are True on the answers.
+    """Chosen and rejected responses, each with the prompt; masks are True on responses.
 
     Attributes:
-        chosen: the better one.
-        rejected: the worse one.
-        margin: by how much the better one should win, in units of reward; None where the dataset has no margins.
+        chosen: the better response.
+        rejected: the worse response.
+        margin: reward margin by which the better one should win; None if the dataset has no margins.
         row: number of its row in the dataset.
-        reference: log-probs of both answers under the model that training began with, summed over their tokens, in nats; None
-            where nobody computed them.
+        reference: log-probs of both responses under the initial model, summed over their tokens, in nats; None before they are
+            computed.
     """
 
     chosen: SupervisedSample
@@ -57,20 +57,20 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True)
 class DatasetReport:
-    """What became of a dataset's rows, so that nothing is lost in silence. Reports of parts add up with `+`.
+    """Counts of a dataset's rows by outcome; reports of parts add up with `+`.
 
     Attributes:
         source: file, built-in or hub name.
         rows: rows read.
-        kept: samples or pairs made of them.
-        truncated: of those kept, how many were cut to `data.max_length`.
+        kept: samples or pairs encoded from them.
+        truncated: kept samples that were cut to `data.max_length`.
         dropped: rows left out, by reason.
-        tokens: of all kept samples; both of a pair.
-        target_tokens: of them, the tokens to learn; for pairs the tokens of the answers.
-        rewritten: kept rows with a prompt that reads differently alone than with its answer behind it (tokens merge across the
-            border, or the template changes it), so that the model trains on another prompt than it will meet.
-        endless: kept samples that learn no end-of-sequence token; they do not teach the model to stop. Not counted for pairs.
-        held_out: samples that went to evaluation and are not among those kept.
+        tokens: of all kept samples; both responses of a pair.
+        target_tokens: target tokens among them; the tokens of the responses for pairs.
+        rewritten: kept rows whose prompt has other tokens alone than with its response (tokens merge across the boundary, or
+            the template changes it), so that the prompts of training and inference differ.
+        endless: kept samples without an end-of-sequence target, which do not teach the model to stop. Not counted for pairs.
+        held_out: samples held out for evaluation, not counted as kept.
     """
 
     source: str
@@ -99,25 +99,25 @@ class DatasetReport:
         )
 
     def lines(self) -> list[str]:
-        """Return the report for people: one line of totals, and one for each thing that was cut or left out."""
+        """Return the totals, and a line for each kind of change, as text."""
         share = 100 * self.target_tokens / self.tokens if self.tokens else 0.0
         lines = [
             f"{self.source}: {self.kept} of {self.rows} rows, {self.tokens} tokens, "
-            f"{self.target_tokens} of them to learn ({share:.0f} %)"
+            f"{self.target_tokens} of them targets ({share:.0f} %)"
         ]
         if self.truncated:
             lines.append(f"{self.source}: {self.truncated} cut to data.max_length")
         if self.held_out:
             lines.append(f"{self.source}: {self.held_out} held out for evaluation")
         if self.rewritten:
-            lines.append(f"{self.source}: {self.rewritten} whose prompt has other tokens alone than with its answer behind it")
+            lines.append(f"{self.source}: {self.rewritten} whose prompt has other tokens alone than with its response")
         if self.endless:
-            lines.append(f"{self.source}: {self.endless} that learn no end-of-sequence token, and so do not teach to stop")
+            lines.append(f"{self.source}: {self.endless} without an end-of-sequence target, which do not teach to stop")
         return lines + [f"{self.source}: {count} dropped: {reason}" for reason, count in sorted(self.dropped.items())]
 
 
 def count_tokens(samples: Sequence[SupervisedSample] | Sequence[PreferencePair]) -> tuple[int, int]:
-    """Return all tokens of samples or pairs, and the tokens to learn among them."""
+    """Return the number of tokens and of target tokens of samples or pairs."""
     parts = [
         part
         for sample in samples

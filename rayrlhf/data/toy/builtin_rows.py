@@ -1,6 +1,6 @@
-"""Datasets that are made on the spot: `builtin:NAME`, with options such as `?seed=1&count=2000` behind it.
+"""Generated datasets: `builtin:NAME`, with options such as `?seed=1&count=2000`.
 
-Each has the splits train and evaluation, whose contents do not overlap whatever the seeds.
+Each has the splits train and evaluation, whose contents never overlap for any seeds.
 """
 
 import difflib
@@ -18,48 +18,48 @@ Split = Literal["train", "evaluation"]
 
 @dataclass(frozen=True, slots=True)
 class BuiltinDataset:
-    """One of them.
+    """A generated dataset.
 
     Attributes:
-        generate: called with seed, count and split, and with the own options by name; returns rows.
-        prompt_field: the column that holds the prompt.
-        counts: rows of each split where the name says nothing.
-        most: largest value of each option, `count` among them.
+        generate: called with seed, count and split, and with its own options by name; returns rows.
+        prompt_field: the column of the prompt.
+        counts: default number of rows of each split.
+        maximum: maximum value of each option, `count` included.
     """
 
     generate: Callable[..., Sequence[Mapping[str, Any]]]
     prompt_field: str
     counts: Mapping[str, int]
-    most: Mapping[str, int]
+    maximum: Mapping[str, int]
 
 
 BUILTIN_DATASETS = {
     "word-problems": BuiltinDataset(
-        word_problems.generate, "question", {"train": 4000, "evaluation": 500}, {"count": word_problems.MOST_ROWS}
+        word_problems.generate, "question", {"train": 4000, "evaluation": 500}, {"count": word_problems.MAX_ROWS}
     ),
     "sums": BuiltinDataset(
-        sums.generate, "prompt", {"train": 6000, "evaluation": 500}, {"count": sums.MOST_ROWS, "careless": 100}
+        sums.generate, "prompt", {"train": 6000, "evaluation": 500}, {"count": sums.MAX_ROWS, "careless": 100}
     ),
     "sum-pairs": BuiltinDataset(
-        sums.generate_pairs, "prompt", {"train": 20_000, "evaluation": 500}, {"count": sums.MOST_ROWS, "careless": 100}
+        sums.generate_pairs, "prompt", {"train": 20_000, "evaluation": 500}, {"count": sums.MAX_ROWS, "careless": 100}
     ),
     "mappings": BuiltinDataset(
         mappings.generate,
         "prompt",
         {"train": 24_000, "evaluation": 480},
-        {"count": mappings.MOST_ROWS, "task": mappings.MOST_TASKS},
+        {"count": mappings.MAX_ROWS, "task": mappings.MAX_TASKS},
     ),
     "calculations": BuiltinDataset(
         played_turns.calculations,
         "prompt",
         {"train": 20_000, "evaluation": 500},
-        {"count": played_turns.MOST_ROWS, "calls": 100, "digits": played_turns.MOST_DIGITS},
+        {"count": played_turns.MAX_ROWS, "calls": 100, "digits": played_turns.MAX_DIGITS},
     ),
     "guesses": BuiltinDataset(
         played_turns.guesses,
         "prompt",
         {"train": 20_000, "evaluation": 500},
-        {"count": played_turns.MOST_ROWS, "chat": 1, "listens": 100},
+        {"count": played_turns.MAX_ROWS, "chat": 1, "listens": 100},
     ),
 }
 
@@ -68,10 +68,10 @@ def read_builtin(path: str, split: str, subset: str | None, limit: int | None) -
     """Return the rows of a built-in and the field of their prompts.
 
     Args:
-        path: `builtin:NAME`, with `?seed=1&count=2000` behind it to set seed and size.
+        path: `builtin:NAME`, with `?seed=1&count=2000` to set seed and size.
         split: train or evaluation.
         subset: must be None.
-        limit: most rows.
+        limit: maximum number of rows.
 
     Raises:
         UserError: no such dataset, split or option.
@@ -85,13 +85,13 @@ def read_builtin(path: str, split: str, subset: str | None, limit: int | None) -
         raise UserError(f"{path}: unknown built-in dataset; {hint}")
     if split not in ("train", "evaluation") or subset is not None:
         raise UserError(f"{path}: split {split}: expected train or evaluation, and no subset")
-    options = {"seed": 0} | dict.fromkeys(dataset.most, 0) | {"count": dataset.counts[split]}
+    options = {"seed": 0} | dict.fromkeys(dataset.maximum, 0) | {"count": dataset.counts[split]}
     for option, text in parse_qsl(query, keep_blank_values=True):
         if option not in options or not text.isdecimal():
             expected = " and ".join(f"{name}=N" for name in options)
             raise UserError(f"{path}: expected options {expected}, found {option}={text}")
-        if int(text) > dataset.most.get(option, int(text)):
-            raise UserError(f"{path}: {option}: expected at most {dataset.most[option]}, found {text}")
+        if int(text) > dataset.maximum.get(option, int(text)):
+            raise UserError(f"{path}: {option}: expected at most {dataset.maximum[option]}, found {text}")
         options[option] = int(text)
     options["count"] = min(options["count"], limit or options["count"])
     rows = dataset.generate(split="train" if split == "train" else "evaluation", **options)

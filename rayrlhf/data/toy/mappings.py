@@ -1,14 +1,13 @@
-"""Class-to-label mappings: tasks that nothing but demonstrations can explain, for measuring in-context learning.
+"""Class-to-label mappings for measuring in-context learning.
 
-An item is a word of three letters, the last of which is its class (`hau` and `quu` are both of the class of u), as endings of
-words are in many languages, so that the class can be seen on any item, known or not. A task gives each class a label of its
-own, at random. Without demonstrations the best anyone can do is to guess a label; with one of the item's own class the answer
-is certain; who only copies some label of the demonstrations is right as often as classes are alike. Which split a word or a
-task belongs to follows from a hash, so the evaluation has neither a word nor a task that was ever trained on, whatever seeds
-and counts are used.
+An item is a word of three letters whose last letter is its class (`hau` and `quu` are both of class u), so that the class of
+any item is visible, known or not. A task maps each class to a label of its own, at random. Without demonstrations a model can
+only guess a label; with a demonstration of the item's class the answer is certain; copying some label of the demonstrations is
+right as often as classes coincide. The split of a word or a task is defined by a hash, so the evaluation has no word and no
+task that was ever trained on, for any seeds and counts.
 
-`task=N` asks for one held-out task alone, in both splits: the one mapping that is moved into a model's weights by distillation,
-with words to learn it from (train) and others to judge by (evaluation).
+`task=N` selects one held-out task for both splits: the mapping that distillation moves into a model's weights, with words to
+train on (train) and others to evaluate on (evaluation).
 """
 
 import hashlib
@@ -23,22 +22,22 @@ EVALUATION_SHARE = 5
 ENDINGS = "uvwx"
 """The last letter of each class's words."""
 LETTERS = "abcdefghijklmnopqrst"
-"""Of the two before it."""
+"""Letters of the two positions before it."""
 LABELS = "PQRSTUVW"
 ROWS_PER_TASK = 24
 """Consecutive rows of one task, all with different words."""
-MOST_ROWS = 1_000_000
-MOST_TASKS = 200
-"""Of the held-out tasks that `task` can name."""
+MAX_ROWS = 1_000_000
+MAX_TASKS = 200
+"""Maximum of `task`."""
 
 
 def generate(seed: int, count: int, split: Split, task: int = 0) -> list[dict[str, str]]:
-    """Return rows with `prompt` (a word), `completion` and `answer` (its label), and `task`, equal for rows of one mapping.
+    """Return rows with `prompt` (a word), `completion` and `answer` (its label), and `task`.
 
     Args:
-        seed: of the draw; equal arguments give equal rows, and a smaller count the first of them.
-        count: number of rows; every `ROWS_PER_TASK` of them are another task.
-        split: which side of the hash, of words and of tasks.
+        seed: random seed; equal arguments give equal rows, and a smaller count the first of them.
+        count: number of rows; the task changes every `ROWS_PER_TASK` rows.
+        split: side of the hash, for words and for tasks.
         task: from 1; every row is of this held-out task, and only the words depend on the split. 0 draws tasks of the split.
     """
     draw = random.Random(f"mappings {seed} {split} {task}")
@@ -53,7 +52,7 @@ def generate(seed: int, count: int, split: Split, task: int = 0) -> list[dict[st
 
 @cache
 def mappings(split: Split) -> list[str]:
-    """Return all tasks of a split in a fixed order that means nothing, each as the labels of the classes in turn."""
+    """Return all tasks of a split as their labels by class, in a fixed order."""
     tasks = ["".join(labels) for labels in itertools.permutations(LABELS, len(ENDINGS))]
     return sorted((task for task in tasks if _split(f"task {task}") == split), key=_digest)
 
@@ -62,12 +61,12 @@ def mappings(split: Split) -> list[str]:
 def words(split: Split) -> list[list[str]]:
     """Return all words of a split by class."""
     stems = ["".join(letters) for letters in itertools.product(LETTERS, repeat=2)]
-    spelt = [[stem + ending for stem in stems] for ending in ENDINGS]
-    return [[word for word in of_class if _split(f"word {word}") == split] for of_class in spelt]
+    spelled = [[stem + ending for stem in stems] for ending in ENDINGS]
+    return [[word for word in of_class if _split(f"word {word}") == split] for of_class in spelled]
 
 
 def _words(split: Split, draw: random.Random) -> list[tuple[int, str]]:
-    """Draw the words of one task with their classes: classes at random, no word twice."""
+    """Draw the words of one task with their classes: random classes, no word twice."""
     taken: dict[str, int] = {}
     while len(taken) < ROWS_PER_TASK:
         number = draw.randrange(len(ENDINGS))

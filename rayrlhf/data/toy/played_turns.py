@@ -1,9 +1,10 @@
-"""Prompts for the built-in environments, each with a transcript of somebody who plays them without much sense.
+"""Prompts for the built-in environments, each with the transcript of a weak player.
 
-What imitates the transcripts knows the form of a turn and no more, which is where reinforcement begins. A `completion` is a
-whole sample, the environment's words included. `calculations` are sums, in the head to the nearest ten or, `calls` percent of
-them, with `calculator`: `41+25=` and `70`, or `[41+25] 66 66`. `guesses` are games of `guessing`: `game 12: ` and `7<3>4`, by
-a player who does not listen, or `listens` percent of the time; with `chat=1` they are conversations, for agents.
+A model fine-tuned on the transcripts knows the form of a turn and no more, which is the starting point for RL. A `completion`
+is a whole sample, the environment's text included. `calculations` are sums, rounded to the nearest ten or, for `calls` percent
+of them, computed with `calculator`: `41+25=` and `70`, or `[41+25] 66 66`. `guesses` are games of `guessing`: `game 12: ` and
+`7<3>4`, by a player that uses the feedback in `listens` percent of the guesses; with `chat=1` they are conversations, for
+agents.
 """
 
 import random
@@ -12,19 +13,19 @@ from typing import Any
 from rayrlhf.data.toy.sums import Split, split_of
 
 LARGEST_GAME, LARGEST_NUMBER = 1_000_000, 9
-MOST_DIGITS, MOST_ROWS = 9, 1_000_000
+MAX_DIGITS, MAX_ROWS = 9, 1_000_000
 LONGEST_GAME = 4
-"""Turns of a game at most: as many as halving the ten numbers takes."""
+"""Maximum turns of a game: as many as bisecting the ten numbers takes."""
 
 
 def calculations(seed: int, count: int, split: Split, calls: int = 0, digits: int = 0) -> list[dict[str, str]]:
     """Return rows with `prompt`, `completion` and the right `answer`.
 
     Args:
-        seed: of the draw; equal arguments give equal rows, and a smaller count the first of them.
-        count: number of rows; the same sum may come again.
-        split: which side of the hash of `rayrlhf.data.toy.sums`.
-        calls: percent of the rows whose completion asks the calculator.
+        seed: random seed; equal arguments give equal rows, and a smaller count the first of them.
+        count: number of rows; sums may repeat.
+        split: side of the hash of `rayrlhf.data.toy.sums`.
+        calls: percent of the rows whose completion calls the calculator.
         digits: of each number; 0 is two.
     """
     draw, habits = random.Random(f"calculations {seed} {split}"), random.Random(f"calls {seed} {split}")
@@ -42,7 +43,9 @@ def calculations(seed: int, count: int, split: Split, calls: int = 0, digits: in
 
 
 def guesses(seed: int, count: int, split: Split, chat: int = 0, listens: int = 0) -> list[dict[str, Any]]:
-    """Return rows with `prompt`, `completion` and the `hidden` number; the game's number says nothing of what is hidden in it.
+    """Return rows with `prompt`, `completion` and the `hidden` number.
+
+    The number of the game is independent of the hidden number.
 
     Args:
         seed: as for `calculations`.
@@ -62,7 +65,7 @@ def guesses(seed: int, count: int, split: Split, chat: int = 0, listens: int = 0
 
 
 def _played(hidden: int, draw: random.Random, listens: int) -> list[str]:
-    """Guesses and answers by turns."""
+    """Play a game; return guesses and replies alternately."""
     said: list[str] = []
     low, high = 0, LARGEST_NUMBER
     for _ in range(LONGEST_GAME):
@@ -77,7 +80,7 @@ def _played(hidden: int, draw: random.Random, listens: int) -> list[str]:
 
 
 def _transcript(prompt: str, said: list[str], chat: int) -> dict[str, Any]:
-    """A game as one text, or as messages that end with a guess."""
+    """Return a game as one text, or as messages that end with a guess."""
     if not chat:
         return {"completion": "".join(said)}
     turns = [prompt, *said][: 2 * ((len(said) + 1) // 2)]

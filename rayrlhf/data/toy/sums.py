@@ -1,10 +1,10 @@
-"""Sums of two numbers: the smallest task with a right answer, for models that start from nothing.
+"""Sums of two numbers: the smallest task with a right answer, for untrained models.
 
-`37+58=` asks for `95`. Which split a sum belongs to follows from a hash of its numbers, so no held-out sum is ever trained on,
-whatever seeds and counts are used. The wrong answers of a pair are the mistakes that learners make: a carry dropped or added, a
-digit off by one, digits swapped. Demonstrations can be careless: `careless` percent of those with a carry then drop it, so what
-imitates them is wrong on most of these sums if it is more than half, though it has seen how they are done. Pairs can be about
-that: with `careless`, so many percent of those with a carry have the sum without it as their wrong answer.
+`37+58=` has the answer `95`. The split of a sum is defined by a hash of its numbers, so no held-out sum is ever trained on, for
+any seeds and counts. The wrong answers of a pair are typical mistakes: a carry dropped or added, a digit off by one, digits
+swapped. Completions can be careless: `careless` percent of those with a carry drop it. Above 50, a model trained on them is
+wrong on most of these sums, though it has seen correct ones. With `careless`, the same percentage of pairs with a carry have
+the sum without it as their wrong answer.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ EVALUATION_SHARE = 5
 """One in this many sums is held out."""
 
 SMALLEST, LARGEST = 10, 99
-MOST_ROWS = 100_000
+MAX_ROWS = 100_000
 """There are 8,100 different sums; more rows repeat them."""
 
 
@@ -25,9 +25,9 @@ def generate(seed: int, count: int, split: Split, careless: int = 0) -> list[dic
     """Return rows with `prompt`, `completion` and the right `answer`.
 
     Args:
-        seed: of the draw; equal arguments give equal rows, and a smaller count the first of them.
+        seed: random seed; equal arguments give equal rows, and a smaller count the first of them.
         count: number of rows.
-        split: which side of the hash.
+        split: side of the hash.
         careless: percent of the sums with a carry from ones to tens whose completion drops it.
     """
     rows = []
@@ -41,7 +41,7 @@ def generate(seed: int, count: int, split: Split, careless: int = 0) -> list[dic
 
 
 def generate_pairs(seed: int, count: int, split: Split, careless: int = 0) -> list[dict[str, str]]:
-    """Return rows with `prompt`, a right `chosen` and a wrong `rejected`; arguments as for `generate`."""
+    """Return rows with `prompt`, a right `chosen` and a wrong `rejected`; see `generate`."""
     draw, slips = random.Random(f"sum pairs {seed} {split}"), random.Random(f"careless pairs {seed} {split}")
     rows = []
     for left, right in _take(count, split, draw):
@@ -53,7 +53,7 @@ def generate_pairs(seed: int, count: int, split: Split, careless: int = 0) -> li
 
 
 def mistakes(left: int, right: int) -> list[str]:
-    """Return the wrong answers that a learner might give to `left + right`, each once, in a fixed order."""
+    """Return typical wrong answers to `left + right`, without duplicates, in a fixed order."""
     answer = left + right
     # A dropped carry takes 10 away, an invented one adds 10.
     near = [answer + step for step in (-10, 10, -1, 1, -2, 2, -9, 9, -11, 11, -20, 20, -100, 100) if answer + step >= SMALLEST]
@@ -63,7 +63,7 @@ def mistakes(left: int, right: int) -> list[str]:
 
 
 def _take(count: int, split: Split, draw: random.Random) -> Iterator[tuple[int, int]]:
-    """Every sum of the split in a random order, again in another order once all were there."""
+    """Yield all sums of the split in random order, reshuffled after each pass."""
     sums = [
         (left, right)
         for left in range(SMALLEST, LARGEST + 1)

@@ -1,8 +1,8 @@
-"""Short word problems made from templates: a dataset for first runs that needs no download and whose answers are certain.
+"""Short word problems from templates: a dataset for first runs, without a download.
 
-A problem is a template, its numbers, and the names and things in it. Which split it belongs to follows from a hash of template
-and numbers, so no sum of the evaluation split is ever trained on, not even with another name in it, whatever seeds and counts
-are used. Texts have one or two steps of +, - and *, numbers up to 20 (12 in products), and a non-negative answer.
+A problem has a template, numbers, names and things. Its split is defined by a hash of template and numbers, so no sum of the
+evaluation split is ever trained on, not even with other names, for any seeds and counts. Texts have one or two steps of +, -
+and *, numbers up to 20 (12 in products), and a non-negative answer.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ Split = Literal["train", "evaluation"]
 EVALUATION_SHARE = 10
 """One in this many combinations of template and numbers is held out."""
 
-MOST_ROWS = 20_000
+MAX_ROWS = 20_000
 """Well below the number of problems there are, so that a draw rarely repeats one."""
 
 NAMES = (
@@ -35,8 +35,8 @@ class Template:
     """One kind of problem.
 
     Attributes:
-        text: with places {a} and {b} for names, {things}, and {x}, {y}, {z} for numbers.
-        working: the sum that gives the answer, with the same places.
+        text: with placeholders {a} and {b} for names, {things}, and {x}, {y}, {z} for numbers.
+        working: the arithmetic expression of the answer, with the same placeholders.
         answer: from x, y, z; numbers whose answer is negative are not used.
         limits: the largest x, y and z; each is at least 2. A limit of 2 stands for a number that the text does not use.
     """
@@ -100,11 +100,11 @@ TEMPLATES = (
 
 
 def generate(seed: int, count: int, split: Split) -> list[dict[str, str]]:
-    """Return `count` different problems, the same ones for the same arguments; a larger count extends a smaller one.
+    """Return `count` different problems; a larger count extends a smaller one.
 
     Args:
-        seed: decides which problems are drawn, but never which split a problem belongs to.
-        count: number of rows, at most `MOST_ROWS`.
+        seed: selects the problems, but never the split of a problem.
+        count: number of rows, at most `MAX_ROWS`.
         split: "train" or "evaluation".
 
     Returns:
@@ -116,8 +116,8 @@ def generate(seed: int, count: int, split: Split) -> list[dict[str, str]]:
     """
     if split not in ("train", "evaluation"):
         raise ValueError(f"split {split!r}: expected train or evaluation")
-    if not 0 <= count <= MOST_ROWS:
-        raise ValueError(f"count {count}: expected 0 to {MOST_ROWS}")
+    if not 0 <= count <= MAX_ROWS:
+        raise ValueError(f"count {count}: expected 0 to {MAX_ROWS}")
     choices = [_numbers_of(kind, split) for kind in range(len(TEMPLATES))]
     generator = random.Random(f"word problems {seed}")
     rows: dict[str, dict[str, str]] = {}
@@ -136,7 +136,7 @@ def generate(seed: int, count: int, split: Split) -> list[dict[str, str]]:
 
 @cache
 def _numbers_of(kind: int, split: Split) -> tuple[tuple[int, int, int], ...]:
-    """Return all numbers of a template that belong to a split; the hash that decides it is the same on every machine."""
+    """Return all numbers of a template in a split, the same on every machine."""
     template = TEMPLATES[kind]
     found = []
     xs, ys, zs = (range(2, limit + 1) for limit in template.limits)

@@ -1,4 +1,4 @@
-"""Charts as plain Plotly figures: dictionaries without colours, which the page takes from its style sheet.
+"""Charts as plain Plotly figures: dictionaries without colors, which the page takes from its style sheet.
 
 Names and axis titles are the program's own words: Plotly reads a few tags in them. The title is text that the page shows.
 """
@@ -37,13 +37,13 @@ def histogram(
 
 
 def bars(series: Mapping[str, Sequence[float]], names: Sequence[str], *, title: str, y: str) -> Figure:
-    """Return groups of bars: one group a name, one colour a series."""
+    """Return groups of bars: one group a name, one color a series."""
     data = [{"type": "bar", "name": label, "x": list(names), "y": list(values)} for label, values in series.items()]
     return {"data": data, "layout": axes(title, "", y) | {"barmode": "group", "showlegend": len(data) > 1}}
 
 
 def shares(parts: Mapping[str, int], *, title: str) -> Figure:
-    """Return one horizontal bar divided into parts of a whole, labelled with count and percentage."""
+    """Return one horizontal bar divided into parts of a whole, labeled with count and percentage."""
     total = sum(parts.values()) or 1
     data = [
         {

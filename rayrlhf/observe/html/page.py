@@ -21,7 +21,7 @@ from rayrlhf.observe.html.charts import Figure
 from rayrlhf.storage.atomic import write_atomically
 
 Ids = Iterator[int]
-MOST_SECTIONS_WITHOUT_CONTENTS = 4
+MAX_SECTIONS_WITHOUT_CONTENTS = 4
 ROWS_WITHOUT_SCROLLING = 30
 
 
@@ -194,7 +194,7 @@ def _sections(blocks: Sequence[Block], ids: Ids) -> Iterator[str]:
     titles = [title for title, _ in groups[1:]]
     for number, (_, parts) in enumerate(groups):
         yield f'<section id="section-{number}">{"".join(parts)}</section>' if number or parts else ""
-        if not number and len(titles) > MOST_SECTIONS_WITHOUT_CONTENTS:
+        if not number and len(titles) > MAX_SECTIONS_WITHOUT_CONTENTS:
             links = (f'<a href="#section-{place}">{escape(title)}</a>' for place, title in enumerate(titles, start=1))
             yield f'<nav aria-label="Contents">{"".join(links)}</nav>'
 

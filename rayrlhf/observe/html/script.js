@@ -1,17 +1,17 @@
 "use strict";
-// Charts take their colours from the style sheet, so that they follow the reader's light or dark mode. They are drawn when they
+// Charts take their colors from the style sheet, so that they follow the reader's light or dark mode. They are drawn when they
 // come into sight, so that a page with many of them answers at once.
 const FEWEST_TO_SMOOTH = 12;
 const seen = new Set();
-function colour(name) { return getComputedStyle(document.documentElement).getPropertyValue(name).trim(); }
-function palette() { return ["--accent", "--second", "--third", "--fourth", "--fifth", "--sixth", "--seventh", "--eighth", "--ninth"].map(colour); }
+function color(name) { return getComputedStyle(document.documentElement).getPropertyValue(name).trim(); }
+function palette() { return ["--accent", "--second", "--third", "--fourth", "--fifth", "--sixth", "--seventh", "--eighth", "--ninth"].map(color); }
 function themed(layout) {
-  const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line") };
+  const axis = { gridcolor: color("--line"), zerolinecolor: color("--line"), linecolor: color("--line") };
   const themed = Object.assign({}, layout, {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: { color: colour("--ink"), family: "system-ui, sans-serif", size: 13 },
+    font: { color: color("--ink"), family: "system-ui, sans-serif", size: 13 },
     colorway: palette(),
-    hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
+    hoverlabel: { bgcolor: color("--card"), bordercolor: color("--line"), font: { color: color("--ink") } },
     margin: { l: 50, r: 12, t: layout.showlegend ? 40 : 12, b: 44 },
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
   });
@@ -19,7 +19,7 @@ function themed(layout) {
     if (/^[xy]axis/.test(key)) themed[key] = Object.assign({}, axis, layout[key]);
   }
   themed.xaxis = Object.assign({}, axis, layout.xaxis); themed.yaxis = Object.assign({ automargin: true }, axis, layout.yaxis);
-  themed.shapes = (layout.shapes || []).map((shape) => Object.assign({ line: { color: colour("--bad"), width: 2, dash: "dash" } }, shape));
+  themed.shapes = (layout.shapes || []).map((shape) => Object.assign({ line: { color: color("--bad"), width: 2, dash: "dash" } }, shape));
   return themed;
 }
 // The exponential mean with its start corrected, so that the first points are not pulled to 0.
@@ -32,13 +32,13 @@ function smoothed(values, weight) {
 }
 // A trace with `means` is a curve: its points faint, its smoothed means over them. One with `compare` is the other run's.
 function drawn(data) {
-  const slider = document.getElementById("smoothing"), box = document.getElementById("compare"), colours = palette();
+  const slider = document.getElementById("smoothing"), box = document.getElementById("compare"), colors = palette();
   const wanted = slider ? Number(slider.value) : 0, traces = [];
   for (const trace of data) {
     if (trace.compare && box && !box.checked) continue;
     if (!trace.means) { traces.push(trace); continue; }
     const { means, compare, ...raw } = trace;
-    const line = { color: colours[compare ? 1 : 0], width: 2, dash: compare ? "dash" : "solid" };
+    const line = { color: colors[compare ? 1 : 0], width: 2, dash: compare ? "dash" : "solid" };
     const weight = raw.x.length < FEWEST_TO_SMOOTH ? 0 : wanted;
     if (weight > 0) traces.push(Object.assign({}, raw, { mode: "lines", line: { color: line.color, width: 1 }, opacity: 0.3, showlegend: false, hoverinfo: "skip" }));
     const lone = raw.x.length === 1 ? { mode: "markers", marker: { color: line.color, size: 7 } } : { mode: "lines" };

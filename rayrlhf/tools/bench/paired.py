@@ -1,4 +1,4 @@
-"""Comparing speeds on a machine that is not quiet: runs take turns, and each is judged against its neighbour in time.
+"""Comparing speeds on a machine that is not quiet: runs take turns, and each is judged against its neighbor in time.
 
 A machine's speed drifts by tens of percent over minutes, for all programs alike. So contenders run one after the other in every
 round, speeds are compared within rounds, and the median over rounds is reported with a bootstrap interval (Efron 1979).

@@ -1,7 +1,7 @@
 """`rayrlhf bench sft`: training tokens a second of our SFT and of TRL's `SFTTrainer`, on the same model, texts and cores.
 
 Both train all tokens of the same texts with AdamW, in turns, every run in a process of its own. What is timed is optimizer
-steps after the first, with everything that a run does between them; loading and tokenising are not. A token counts once,
+steps after the first, with everything that a run does between them; loading and tokenizing are not. A token counts once,
 however it was padded. TRL runs without gradient checkpointing, which it has on by default and which would make it slower.
 How a step is cut into micro-batches is each trainer's own: TRL pads its eight samples to the longest or, with packing, lays its
 packs end to end in one row, whose attention costs a CPU the square of the whole row; ours attends sample by sample.

@@ -23,7 +23,7 @@ from rayrlhf.ppo.update_objectives import make_objectives
 from rayrlhf.tools.bench.bench_trainer import bench_config, standing_trainer
 from rayrlhf.tools.bench.paired import Comparison, compare
 
-MOST_PROBLEMS = 8
+MAX_PROBLEMS = 8
 """Of one sample: some 300 tokens."""
 
 
@@ -68,9 +68,9 @@ def bench_training(model: str, *, samples: int, rounds: int, progress: Callable[
 def word_problem_batch(config: PPOConfig, samples: int) -> TrainingBatch:
     """Two to eight word problems a sample, their solutions as the response, and experience of the right shape."""
     tokenizer = load_tokenizer(config.model)
-    problems = iter(generate(0, samples * MOST_PROBLEMS, "train"))
+    problems = iter(generate(0, samples * MAX_PROBLEMS, "train"))
     sequences = []
-    for count in np.random.default_rng(0).integers(2, MOST_PROBLEMS + 1, samples):
+    for count in np.random.default_rng(0).integers(2, MAX_PROBLEMS + 1, samples):
         rows = [next(problems) for _ in range(count)]
         prompt, response = (tokenizer("\n".join(row[name] for row in rows))["input_ids"] for name in ("question", "solution"))
         sequences.append(TokenSequence(np.array([*prompt, *response], dtype=np.int32), len(prompt)))

@@ -90,12 +90,12 @@ def _groups(launch: Launch) -> list[tuple[str, int, dict[str, str]]]:
     nodes = launch.cluster.nodes
     machine = ClusterResources((float(nodes.cpus),) * nodes.count, (float(nodes.gpus),) * nodes.count)
     plan = make_plan(launch.config, machine)
-    labelled: dict[tuple[tuple[str, str], ...], set[int]] = {}
+    labeled: dict[tuple[tuple[str, str], ...], set[int]] = {}
     for place in lay_out(plan, machine):
         group = plan.groups[plan.workers[place.role][place.rank].group]
         if group.labels:
-            labelled.setdefault(tuple(sorted(group.labels.items())), set()).add(place.node)
-    groups = [("-".join(value for _, value in labels), len(used), dict(labels)) for labels, used in sorted(labelled.items())]
+            labeled.setdefault(tuple(sorted(group.labels.items())), set()).add(place.node)
+    groups = [("-".join(value for _, value in labels), len(used), dict(labels)) for labels, used in sorted(labeled.items())]
     rest = nodes.count - sum(size for _, size, _ in groups)
     return [*groups, ("workers", rest, {})] if rest else groups
 

@@ -16,9 +16,9 @@ from rayrlhf.errors import UserError
 from rayrlhf.tools.launch.launch_plan import USABLE, learning_shapes, plan_run
 from rayrlhf.tools.launch.memory_plan import FLOAT, GIB
 
-MOST_SETTINGS = 3
+MAX_SETTINGS = 3
 """Most settings of one suggestion."""
-MOST_NODES = 64
+MAX_NODES = 64
 """Most nodes that are suggested."""
 
 
@@ -40,11 +40,11 @@ def find_remedy(config: PPOConfig, nodes: NodeSection) -> Remedy | None:
     if unloadable(config, nodes) is not None:
         return None
     count = nodes.count
-    while count <= max(MOST_NODES, nodes.count):
+    while count <= max(MAX_NODES, nodes.count):
         cluster = nodes.model_copy(update={"count": count})
         least = 0 if count > nodes.count else 1
         for options in (list(_options(config, cluster)), list(_adapted(config, cluster))):
-            for size in range(least, MOST_SETTINGS + 1):
+            for size in range(least, MAX_SETTINGS + 1):
                 for groups in combinations(options, size):
                     chosen = tuple(setting for group in groups for setting in group)
                     keys = {setting.partition("=")[0] for setting in chosen}
@@ -128,7 +128,7 @@ def advice(config: PPOConfig, nodes: NodeSection) -> str:
         return f"no setting helps: {reason}; use GPUs with more memory, or a smaller model"
     remedy = find_remedy(config, nodes)
     if remedy is None:
-        return f"no change of up to {MOST_SETTINGS} settings and {MOST_NODES} nodes makes it fit"
+        return f"no change of up to {MAX_SETTINGS} settings and {MAX_NODES} nodes makes it fit"
     settings = " ".join(f"'{setting}'" if " " in setting else setting for setting in remedy.overrides)
     more = [f"--nodes {remedy.nodes}"] if remedy.nodes != nodes.count else []
     return f"smallest change that fits: {' '.join([*more, settings]).strip()}"

@@ -6,7 +6,7 @@ weight version b - max_staleness is out, which bounds how old they can be when s
 scores, updates, and syncs, which keeps all replicas from sampling. A replica that dies loses what it holds; those responses
 start again, and it is back later.
 
-Pure: from a configuration to a report, the same for the same seed. Only the order of things is modelled; that sampling slows
+Pure: from a configuration to a report, the same for the same seed. Only the order of things is modeled; that sampling slows
 down when it shares a device with training, for example, has to be in the rates.
 """
 

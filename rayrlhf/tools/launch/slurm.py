@@ -68,7 +68,7 @@ _BODY_ADDRESS = [
 ]
 _BODY_END = [
     "run=$!",
-    "# Only the driver is signalled: it writes a checkpoint with the help of all actors, which must not end before it.",
+    "# Only the driver is signaled: it writes a checkpoint with the help of all actors, which must not end before it.",
     "# shellcheck disable=SC2329",
     "ask_to_stop() {",
     "  interrupted=1",

@@ -1,4 +1,4 @@
-"""What the model says: held-out answers before and after, sampled rollouts, and tokens coloured by their KL."""
+"""What the model says: held-out answers before and after, sampled rollouts, and tokens colored by their KL."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -44,18 +44,18 @@ def answers_section(view: RunView) -> Iterator[Block]:
 
 
 def tokens_section(rows: Sequence[Row]) -> Iterator[Block]:
-    """Responses from the whole run whose tokens are coloured by the policy's log-prob less the reference's."""
-    coloured = [row for row in rows if row.get(TOKENS) and row.get(TOKEN_KL) and len(row[TOKENS]) == len(row[TOKEN_KL])]
-    if not coloured:
+    """Responses from the whole run whose tokens are colored by the policy's log-prob less the reference's."""
+    colored = [row for row in rows if row.get(TOKENS) and row.get(TOKEN_KL) and len(row[TOKENS]) == len(row[TOKEN_KL])]
+    if not colored:
         return
     yield Heading("Where the policy left its reference")
     yield Paragraph(
-        "Each token's colour is the policy's log-probability less the reference's when it was trained on; summed over a "
+        "Each token's color is the policy's log-probability less the reference's when it was trained on; summed over a "
         "response it is the KL that the reward's penalty takes."
     )
     yield TokenLegend()
-    for place in spread(len(coloured), COLORED_SHOWN):
-        row = coloured[place]
+    for place in spread(len(colored), COLORED_SHOWN):
+        row = colored[place]
         kl = [float(value or 0.0) for value in row[TOKEN_KL]]
         facts = [f"step {row.get('step')}", f"score {_number(row.get('score'))}", f"KL {sum(kl):.2f} nats, {len(kl)} tokens"]
         yield ColoredTokens(facts, _text(row, "prompt"), [str(token) for token in row[TOKENS]], kl)

@@ -1,4 +1,4 @@
-"""Blocks that only the page of a run needs: charts beside each other, what to know first, folded texts, tokens in colour."""
+"""Blocks that only the page of a run needs: charts beside each other, what to know first, folded texts, tokens in color."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Literal
 from rayrlhf.observe.html.page import Block, Chart, Ids, preformatted
 
 KL_STEPS = (0.05, 0.25, 1.0)
-"""Nats a token from which its colour is faint, clear and strong."""
+"""Nats a token from which its color is faint, clear and strong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class CurveControls:
 
 @dataclass(frozen=True, slots=True)
 class ColoredTokens:
-    """A response whose tokens are coloured by how far the policy has moved from the reference at each.
+    """A response whose tokens are colored by how far the policy has moved from the reference at each.
 
     Attributes:
         facts: about the response, one line.
@@ -93,7 +93,7 @@ class ColoredTokens:
 
 @dataclass(frozen=True, slots=True)
 class TokenLegend:
-    """What the colours of tokens mean."""
+    """What the colors of tokens mean."""
 
     def html(self, ids: Ids) -> str:
         """Return the legend."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from rayrlhf.observe.html.charts import Figure, axes
 from rayrlhf.observe.html.page import Block, Chart, DataTable, Heading
-from rayrlhf.tools.report.catalogue import (
+from rayrlhf.tools.report.curve_catalog import (
     EPISODES,
     GROUPS,
     SECONDS_PER_RESPONSE,

@@ -45,20 +45,20 @@ def write_run_report(folder: Path, *, compare: Path | None = None, output: Path 
     from rayrlhf.storage.atomic import writing
 
     view = read_run(folder)
-    other = read_run(compare, most_rollouts=0) if compare is not None else None
+    other = read_run(compare, max_rollouts=0) if compare is not None else None
     path = output or folder / "report.html"
     with writing(path):
         write_page(path, *page_of(view, other))
     return path
 
 
-def live_page(folder: Path, *, most_rollouts: int) -> str:
+def live_page(folder: Path, *, max_rollouts: int) -> str:
     """Return a run's page for a server that keeps it up to date.
 
     Raises:
         UserError: the folder holds no run.
     """
-    return render(*page_of(read_run(folder, most_rollouts=most_rollouts)), live=True)
+    return render(*page_of(read_run(folder, max_rollouts=max_rollouts)), live=True)
 
 
 def page_of(view: RunView, other: RunView | None = None) -> tuple[str, str, list[Block]]:

@@ -13,7 +13,7 @@ from typing import Any
 from rayrlhf.observe.samples import PART_PREFIX
 
 TEXT_CHARACTERS = 600
-MOST_FILES = 120
+MAX_FILES = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class SampledRollouts:
     unreadable: int = 0
 
 
-def sample_rollouts(folder: Path, most_rows: int) -> SampledRollouts:
-    """Take at most `most_rows` rows of a samples folder, spread evenly over its files; a missing folder has none."""
+def sample_rollouts(folder: Path, max_rows: int) -> SampledRollouts:
+    """Take at most `max_rows` rows of a samples folder, spread evenly over its files; a missing folder has none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -44,10 +44,10 @@ def sample_rollouts(folder: Path, most_rows: int) -> SampledRollouts:
         except (OSError, pa.ArrowException):
             unreadable += 1
     filled = [path for path, count in counts.items() if count]
-    chosen = [filled[place] for place in spread(len(filled), min(MOST_FILES, most_rows))]
+    chosen = [filled[place] for place in spread(len(filled), min(MAX_FILES, max_rows))]
     rows: list[dict[str, Any]] = []
     for number, path in enumerate(chosen):
-        share = most_rows * (number + 1) // len(chosen) - most_rows * number // len(chosen)
+        share = max_rows * (number + 1) // len(chosen) - max_rows * number // len(chosen)
         try:
             table = pq.read_table(path)
         except (OSError, pa.ArrowException):
@@ -57,13 +57,13 @@ def sample_rollouts(folder: Path, most_rows: int) -> SampledRollouts:
     return SampledRollouts(rows, sum(counts.values()), unreadable)
 
 
-def read_rollouts(path: Path, most_rows: int) -> list[dict[str, Any]]:
+def read_rollouts(path: Path, max_rows: int) -> list[dict[str, Any]]:
     """Return the first rows of one samples file; none where it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return [plain_row(row) for row in pq.read_table(path).slice(0, most_rows).to_pylist()]
+        return [plain_row(row) for row in pq.read_table(path).slice(0, max_rows).to_pylist()]
     except (OSError, pa.ArrowException):
         return []
 

@@ -44,7 +44,7 @@ def timeline_section(view: RunView) -> Iterator[Block]:
 
 
 def timeline(spans: Sequence[RoleSpan]) -> Figure:
-    """Return bars over seconds, one row a role, one colour a phase."""
+    """Return bars over seconds, one row a role, one color a phase."""
     roles = role_order(spans)
     origin = min(span.start for span in spans)
     phases = list(dict.fromkeys(span.phase for span in spans))

@@ -18,8 +18,8 @@ from rayrlhf.tools.report.run_files import MetricsTail, Row, read_lines, read_ma
 from rayrlhf.tools.report.run_samples import SampledRollouts, read_rollouts, sample_rollouts
 from rayrlhf.tools.report.run_state import RunState, is_locked, judge
 
-MOST_ROLLOUTS = 600
-MOST_ANSWERS = 2000
+MAX_ROLLOUTS = 600
+MAX_ANSWERS = 2000
 """Held-out answers that are compared at most."""
 
 
@@ -72,7 +72,7 @@ class RunView:
         return _section(self.config, section).get(key)
 
 
-def read_run(folder: Path, *, most_rollouts: int = MOST_ROLLOUTS) -> RunView:
+def read_run(folder: Path, *, max_rollouts: int = MAX_ROLLOUTS) -> RunView:
     """Read a run folder.
 
     Raises:
@@ -87,7 +87,7 @@ def read_run(folder: Path, *, most_rollouts: int = MOST_ROLLOUTS) -> RunView:
     result = result or read_mapping(folder / "evaluation.json")[1]
     kind = kind_of(config)
     spans, broken_spans = read_spans(folder)
-    rollouts = sample_rollouts(folder / ("answers" if kind == "evaluation" else "samples"), most_rollouts)
+    rollouts = sample_rollouts(folder / ("answers" if kind == "evaluation" else "samples"), max_rollouts)
     before, after = _answers(folder)
     series = series_by_name(rows)
     missing += _metrics_notes(tail, rows, kind) + _config_notes(config_text, config)
@@ -196,7 +196,7 @@ def _answers(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         files = sorted((folder / name).glob("step-*.parquet"))
         if len(files) < 2:
             continue
-        before, after = (read_rollouts(path, MOST_ANSWERS) for path in (files[0], files[-1]))
+        before, after = (read_rollouts(path, MAX_ANSWERS) for path in (files[0], files[-1]))
         prompts = {row.get("prompt_id") for row in before}
         if prompts and prompts == {row.get("prompt_id") for row in after}:
             return before, after

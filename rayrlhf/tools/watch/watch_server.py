@@ -27,7 +27,7 @@ from rayrlhf.tools.report.run_view import check_run
 LOOPBACK = "127.0.0.1"
 WATCHED = (METRICS, "config.yaml", TRACE, JOURNAL, "samples", "evaluation", "answers", "result.json", "export")
 """Files and folders whose change makes a new page."""
-MOST_ROLLOUTS = 200
+MAX_ROLLOUTS = 200
 REFRESH_SECONDS = 30.0
 """A page gets no older than this, so that a run that was left is seen to be left."""
 HEADERS = {
@@ -55,7 +55,7 @@ class PageCache:
         with self._lock:
             seen, now = fingerprint(self._folder), self._clock()
             if seen != self._seen or now - self._made > REFRESH_SECONDS:
-                self._page = live_page(self._folder, most_rollouts=MOST_ROLLOUTS)
+                self._page = live_page(self._folder, max_rollouts=MAX_ROLLOUTS)
                 self._seen, self._made = seen, now
             return self._page
 

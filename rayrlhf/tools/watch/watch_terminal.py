@@ -53,7 +53,7 @@ def watch_terminal(
     Raises:
         UserError: the folder holds no run.
     """
-    run = read_run(folder, most_rollouts=0)
+    run = read_run(folder, max_rollouts=0)
     clock, tail = ReplayClock(), MetricsTail(folder)
     console = console or Console()
     view = LiveView(f"{run.kind}: {run.name}", console=console, clock=clock)
@@ -66,7 +66,7 @@ def watch_terminal(
                 view.note("the run went back to an earlier step")
             _show(view, clock, rows, replayed=replayed or restarted)
             if replayed or time.monotonic() - looked >= STATE_SECONDS:
-                run, looked = read_run(folder, most_rollouts=0), time.monotonic()
+                run, looked = read_run(folder, max_rollouts=0), time.monotonic()
                 if once or run.state.state in ("finished", "stopped"):
                     view.note(run.state.words())
                     return

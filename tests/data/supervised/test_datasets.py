@@ -1,4 +1,4 @@
-"""What is learnt, what is left out and counted, and that every bad row is named in one line before any model loads."""
+"""What is learned, what is left out and counted, and that every bad row is named in one line before any model loads."""
 
 import json
 import logging
@@ -36,22 +36,22 @@ from tests.data.supervised_files import (
 PAIR = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
 
 
-def learnt(tokenizer, sample):
+def learned(tokenizer, sample):
     return tokenizer.decode(sample.token_ids[sample.loss_mask])
 
 
-def test_a_text_prompt_becomes_a_user_turn_and_only_its_answer_is_learnt(tmp_path, tokenizer):
+def test_a_text_prompt_becomes_a_user_turn_and_only_its_answer_is_learned(tmp_path, tokenizer):
     rows = [{"question": "2 + 2?", "answer": "4", "id": 7}]
     train = {"prompt_field": "question", "completion_field": "answer", "template": "Sum: {prompt}"}
     (sample,) = supervised(tmp_path, rows, tokenizer, train, system_prompt="Be brief.").samples
     assert tokenizer.decode(sample.token_ids) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nSum: 2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
     )
-    assert learnt(tokenizer, sample) == "4<|im_end|>\n"
+    assert learned(tokenizer, sample) == "4<|im_end|>\n"
     assert (sample.token_ids.dtype, sample.loss_mask.dtype) == (np.int32, np.bool_)
 
 
-def test_tokens_are_learnt_as_they_are_unless_there_are_words(tmp_path, tokenizer):
+def test_tokens_are_learned_as_they_are_unless_there_are_words(tmp_path, tokenizer):
     (sample,) = supervised(tmp_path, [{"input_ids": [5, 6, 7], "documents": [1]}], tokenizer).samples
     assert (sample.token_ids.tolist(), sample.loss_mask.tolist()) == ([5, 6, 7], [False, True, True])
     assert (sample.token_ids.dtype, sample.loss_mask.dtype) == (np.int32, np.bool_)
@@ -69,34 +69,34 @@ def test_a_built_in_dataset_brings_its_prompt_column(tokenizer):
     )
     train, evaluation = load_supervised_data(section, tokenizer)
     assert len(train.samples) + len(evaluation.samples) == 20
-    assert "Answer:" in learnt(tokenizer, evaluation.samples[0])
+    assert "Answer:" in learned(tokenizer, evaluation.samples[0])
 
 
-def test_every_turn_of_the_assistant_is_learnt_and_nothing_else(tmp_path, tokenizer):
+def test_every_turn_of_the_assistant_is_learned_and_nothing_else(tmp_path, tokenizer):
     rows = [{"messages": [system("S"), user("a"), assistant("one"), user("b"), assistant("two")]}]
     (sample,) = supervised(tmp_path, rows, tokenizer).samples
-    assert learnt(tokenizer, sample) == "one<|im_end|>\ntwo<|im_end|>\n"
+    assert learned(tokenizer, sample) == "one<|im_end|>\ntwo<|im_end|>\n"
     (whole,) = supervised(tmp_path, rows, tokenizer, loss_on="all").samples
     assert np.array_equal(whole.token_ids, sample.token_ids)
     assert whole.loss_mask.tolist() == [False] + [True] * (len(whole.token_ids) - 1)
 
 
-def test_one_turn_is_learnt_alike_as_a_conversation_and_as_a_completion(tmp_path, tokenizer):
+def test_one_turn_is_learned_alike_as_a_conversation_and_as_a_completion(tmp_path, tokenizer):
     (one,) = supervised(tmp_path, [{"messages": [user("Hi"), assistant("Hello")]}], tokenizer).samples
     (two,) = supervised(tmp_path, [{"prompt": "Hi", "completion": "Hello"}], tokenizer).samples
     assert np.array_equal(one.token_ids, two.token_ids)
     assert np.array_equal(one.loss_mask, two.loss_mask)
 
 
-def test_an_answer_that_merges_with_its_turns_opening_is_learnt_from_the_token_across_the_border(tmp_path):
+def test_an_answer_that_merges_with_its_turns_opening_is_learned_from_the_token_across_the_border(tmp_path):
     tokenizer = merging_tokenizer()
     dataset = supervised(tmp_path, [{"messages": [user("a"), assistant("\nb")]}], tokenizer)
     (sample,) = dataset.samples
     assert dataset.report.rewritten == 1
-    assert learnt(tokenizer, sample) == "t\n\nb<|im_end|>\n"
+    assert learned(tokenizer, sample) == "t\n\nb<|im_end|>\n"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_unless_all_is_learnt(tmp_path, tokenizer):
+def test_a_template_that_rewrites_earlier_turns_is_refused_unless_all_is_learned(tmp_path, tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}{% if loop.last or m.role != 'assistant' %}{{ m.role + ':' + m.content + ';' }}{% endif %}"
         "{% endfor %}"
@@ -108,14 +108,14 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_unless_all_is_learnt(
     assert "{% generation %}" in message
     assert supervised(tmp_path, two_turns, tokenizer, loss_on="all").report.kept == 1
     (sample,) = supervised(tmp_path, [{"messages": [user("a"), assistant("b")]}], tokenizer).samples
-    assert learnt(tokenizer, sample) == "b;"
+    assert learned(tokenizer, sample) == "b;"
 
 
 def test_pairs_carry_their_margin_and_mark_the_answers(tmp_path, tokenizer):
     rows = [{**PAIR, "margin": 1}, {"prompt": "x", "chosen": "long answer", "rejected": "no", "margin": 0.5}]
     first, second = preferences(tmp_path, rows, tokenizer).samples
     assert (first.margin, second.margin, second.row) == (1.0, 0.5, 2)
-    assert [learnt(tokenizer, part) for part in (second.chosen, second.rejected)] == [
+    assert [learned(tokenizer, part) for part in (second.chosen, second.rejected)] == [
         "long answer<|im_end|>\n",
         "no<|im_end|>\n",
     ]
@@ -125,11 +125,11 @@ def test_pairs_carry_their_margin_and_mark_the_answers(tmp_path, tokenizer):
 def test_the_prompt_of_an_implicit_pair_is_what_both_begin_with(tmp_path, tokenizer):
     rows = [{"chosen": "\n\nHuman: hi\n\nAssistant: yes", "rejected": "\n\nHuman: hi\n\nAssistant: no"}]
     (pair,) = preferences(tmp_path, rows, tokenizer).samples
-    assert [learnt(tokenizer, part) for part in (pair.chosen, pair.rejected)] == ["yes<|im_end|>", "no<|im_end|>"]
+    assert [learned(tokenizer, part) for part in (pair.chosen, pair.rejected)] == ["yes<|im_end|>", "no<|im_end|>"]
     turns = [user("q"), assistant("a"), user("r")]
     rows = [{"prompt": "q", "chosen": [*turns, assistant("x")], "rejected": [*turns, assistant("y")]}]
     (pair,) = preferences(tmp_path, rows, tokenizer, system_prompt="S").samples
-    assert [learnt(tokenizer, part) for part in (pair.chosen, pair.rejected)] == ["x<|im_end|>\n", "y<|im_end|>\n"]
+    assert [learned(tokenizer, part) for part in (pair.chosen, pair.rejected)] == ["x<|im_end|>\n", "y<|im_end|>\n"]
     assert tokenizer.decode(pair.chosen.token_ids).startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nq")
 
 
@@ -173,9 +173,9 @@ def test_the_report_says_all_that_happened(tmp_path, tokenizer):
     report = supervised(tmp_path, rows, tokenizer, max_length=5, overlong="truncate", invalid="drop").report
     source = f"{tmp_path}/rows.jsonl"
     assert report.lines() == [
-        f"{source}: 2 of 3 rows, 9 tokens, 7 of them to learn (78 %)",
+        f"{source}: 2 of 3 rows, 9 tokens, 7 of them targets (78 %)",
         f"{source}: 1 cut to data.max_length",
-        f"{source}: 1 that learn no end-of-sequence token, and so do not teach to stop",
+        f"{source}: 1 without an end-of-sequence target, which do not teach to stop",
         f"{source}: 1 dropped: empty answer",
     ]
 
@@ -186,8 +186,8 @@ def test_prompts_that_read_differently_alone_are_counted(tmp_path):
     dataset = supervised(tmp_path, rows, tokenizer, chat=False)
     assert dataset.report.rewritten == 1
     assert "1 whose prompt has other tokens alone" in dataset.report.lines()[1]
-    assert learnt(tokenizer, dataset.samples[0]) == "ion: 42 + 42<|im_end|>"
-    assert learnt(tokenizer, dataset.samples[1]) == "b<|im_end|>"
+    assert learned(tokenizer, dataset.samples[0]) == "ion: 42 + 42<|im_end|>"
+    assert learned(tokenizer, dataset.samples[1]) == "b<|im_end|>"
 
 
 def test_samples_that_do_not_teach_to_stop_are_counted(tmp_path, tokenizer):
@@ -197,7 +197,7 @@ def test_samples_that_do_not_teach_to_stop_are_counted(tmp_path, tokenizer):
     rows = [{"prompt": [user("a")], "completion": [assistant("b")]}]
     report = supervised(tmp_path, rows, tokenizer).report
     assert report.endless == 1
-    assert "1 that learn no end-of-sequence token, and so do not teach to stop" in report.lines()[-1]
+    assert "1 without an end-of-sequence target, which do not teach to stop" in report.lines()[-1]
     assert supervised(tmp_path, [{"text": "abcdefgh"}], tokenizer, max_length=4, overlong="truncate").report.endless == 1
 
 
@@ -230,7 +230,7 @@ def test_a_tokenizer_needs_no_pad_token_but_an_end_or_a_template(tmp_path, token
     )
     assert supervised(tmp_path, prompt, tokenizer, chat=False).report.kept == 1
     tokenizer.eos_token = None
-    assert "has no end-of-sequence token to put behind plain text" in error_of(supervised, tmp_path, text, tokenizer)
+    assert "has no end-of-sequence token to append to plain text" in error_of(supervised, tmp_path, text, tokenizer)
 
 
 def test_batches_encode_alike_in_any_cut_and_in_another_process(tmp_path, tokenizer):
@@ -287,11 +287,11 @@ opened = st.just([]) | texts.map(lambda text: [system(text)])
 
 
 @given(opened, st.lists(st.tuples(texts, answers), min_size=1, max_size=4))
-def test_what_is_learnt_is_what_the_assistant_wrote_whatever_it_is(tmp_path_factory, opening, turns):
+def test_what_is_learned_is_what_the_assistant_wrote_whatever_it_is(tmp_path_factory, opening, turns):
     tokenizer = byte_tokenizer()
     messages = opening + [message for said, answer in turns for message in (user(said), assistant(answer))]
     (sample,) = supervised(tmp_path_factory.mktemp("rows"), [{"messages": messages}], tokenizer, max_length=4096).samples
-    assert learnt(tokenizer, sample) == "".join(f"{answer}<|im_end|>\n" for _, answer in turns)
+    assert learned(tokenizer, sample) == "".join(f"{answer}<|im_end|>\n" for _, answer in turns)
 
 
 @given(texts.filter(str.strip), answers, answers)
@@ -300,7 +300,7 @@ def test_a_pairs_answers_are_marked_whatever_they_are(tmp_path_factory, prompt, 
     assume(chosen != rejected)
     rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected}]
     (pair,) = preferences(tmp_path_factory.mktemp("rows"), rows, tokenizer, max_length=4096).samples
-    assert [learnt(tokenizer, part) for part in (pair.chosen, pair.rejected)] == [
+    assert [learned(tokenizer, part) for part in (pair.chosen, pair.rejected)] == [
         f"{answer}<|im_end|>\n" for answer in (chosen, rejected)
     ]
 

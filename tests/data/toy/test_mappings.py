@@ -4,7 +4,7 @@ import pytest
 
 from rayrlhf.config.data import DatasetSection
 from rayrlhf.data.dataset_rows import read_rows
-from rayrlhf.data.toy.mappings import ENDINGS, LABELS, LETTERS, MOST_TASKS, ROWS_PER_TASK, generate, mappings, words
+from rayrlhf.data.toy.mappings import ENDINGS, LABELS, LETTERS, MAX_TASKS, ROWS_PER_TASK, generate, mappings, words
 from rayrlhf.errors import UserError
 
 
@@ -29,7 +29,7 @@ def test_no_word_and_no_task_is_on_both_sides_and_none_is_lost() -> None:
     train, evaluation = set(mappings("train")), set(mappings("evaluation"))
     assert not train & evaluation
     assert len(train | evaluation) == 8 * 7 * 6 * 5
-    assert len(evaluation) >= MOST_TASKS
+    assert len(evaluation) >= MAX_TASKS
     rows = {split: generate(seed=3, count=4800, split=split) for split in ("train", "evaluation")}  # type: ignore[arg-type]
     for field in ("prompt", "task"):
         assert not {row[field] for row in rows["train"]} & {row[field] for row in rows["evaluation"]}

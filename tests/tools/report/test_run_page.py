@@ -205,7 +205,7 @@ def test_the_command_writes_the_page_where_it_says(run: Path, tmp_path: Path):
 
 
 def test_a_live_page_links_the_library_and_asks_only_its_own_server(run: Path):
-    page = live_page(run, most_rollouts=10)
+    page = live_page(run, max_rollouts=10)
     assert len(page) < 1_000_000
     assert '<script src="plotly.js"></script>' in page
     assert "connect-src 'self'" in page
@@ -218,5 +218,5 @@ def test_settings_are_flattened_as_yaml_would_write_them():
 @pytest.mark.parametrize(
     ("nats", "style"), [(0.0, "level"), (0.04, "level"), (-0.05, "down-1"), (0.3, "up-2"), (-5.0, "down-3")]
 )
-def test_a_tokens_colour_says_direction_and_strength(nats: float, style: str):
+def test_a_tokens_color_says_direction_and_strength(nats: float, style: str):
     assert kl_class(nats) == style

@@ -28,7 +28,7 @@ def test_a_starter_is_a_valid_configuration_with_comments(task, gpus, tmp_path):
 
 
 @pytest.mark.parametrize("task", ROOTS)
-def test_the_schema_accepts_the_starter_and_refuses_a_misspelt_key(task):
+def test_the_schema_accepts_the_starter_and_refuses_a_misspelled_key(task):
     schema = json_schema(task)
     tree = yaml.safe_load(starter(task))
     jsonschema.Draft202012Validator.check_schema(schema)

@@ -97,7 +97,7 @@ def test_the_report_is_whole_readable_and_accessible_light_and_dark(open_page: O
     page = open_page(reports["both"].as_uri(), width=width)
     scroll_through(page)
     empty = "Array.from(document.querySelectorAll('.plot')).filter((plot) => !plot.querySelector('.trace, .bars path')).length"
-    # Dark differs in colours alone, so one rule is asked of it.
+    # Dark differs in colors alone, so one rule is asked of it.
     for scheme, rules in (("light", None), ("dark", {"runOnly": ["color-contrast"]})):
         page.emulate_media(color_scheme=scheme)
         lightness = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).map(Number)[0]")
@@ -107,7 +107,7 @@ def test_the_report_is_whole_readable_and_accessible_light_and_dark(open_page: O
         ), "charts follow the reader's mode"
         assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing to scroll sideways"
         assert page.evaluate(empty) == 0, "every chart shows its data"
-        # What is inside a chart is one image to a reader's aids; its colours are checked above.
+        # What is inside a chart is one image to a reader's aids; its colors are checked above.
         found = axe.Axe().run(page, context={"exclude": [[".svg-container"]]}, options=rules).response["violations"]
         assert [
             (each["id"], each["nodes"][0]["html"][:200]) for each in found if each["impact"] in ("serious", "critical")

@@ -108,7 +108,7 @@ GROUPS = (
 )
 """Groups of curves in the order of the page."""
 DRAWN = frozenset(curve.metric for group in GROUPS for curve in group.curves)
-MOST_PREFIXED = 12
+MAX_PREFIXED = 12
 """Charts of metrics with a group's prefix at most; the table of all metrics has the rest."""
 
 
@@ -116,4 +116,4 @@ def curves_of(group: CurveGroup, names: list[str]) -> list[Curve]:
     """Return the curves of a group that a run with these metrics has."""
     found = [curve for curve in group.curves if curve.metric in names]
     more = [name for name in names if name.startswith(group.prefixes) and name not in DRAWN] if group.prefixes else []
-    return found + [Curve(name, name, "", "") for name in more[:MOST_PREFIXED]]
+    return found + [Curve(name, name, "", "") for name in more[:MAX_PREFIXED]]
