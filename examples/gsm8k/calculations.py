@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from rayrlhf.rewards.numbers import numbers_in
+from rayrlhf.rewards.gsm8k import numbers_in
 
 _CALCULATION = re.compile(r"<<([^<>=]+)=([^<>=]+)>>")
 _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {

@@ -1,8 +1,8 @@
-"""Values of a reward function, remembered by content: a sample that it has seen is not given to it again.
+"""Content cache of a reward function's values.
 
-For functions whose value for a sample depends on nothing but what they are given for that sample: the same prompt, response and
-columns, the same value. What is remembered goes by a hash of exactly those arguments that the function's signature names. A
-value of None is not remembered, because it may stand for a failure that has passed. Equal samples of one batch are asked once.
+It fits functions whose value for a sample depends only on that sample's arguments. The key is a hash of exactly those arguments
+that the function's signature names. None is not cached, because it may mean a temporary failure. Equal samples of one batch are
+computed once.
 """
 
 import hashlib
@@ -12,14 +12,21 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rayrlhf.errors import UserError
-from rayrlhf.rewards.checking import checked_values
+from rayrlhf.rewards.returned_values import checked_values
 
-MOST_VALUES = 200_000
-"""Values that are kept, the latest used ones; about 30 MB."""
+MAX_VALUES = 200_000
+"""Number of most recently used values to keep; about 30 MB."""
 
 
-class _Question(NamedTuple):
-    """What a batch asks: its keys [B], the values known of them, the rows to compute, and the arguments for those rows."""
+class _Lookup(NamedTuple):
+    """Cache lookup of a batch.
+
+    Attributes:
+        keys: [B].
+        known: key -> cached value.
+        rows: rows to compute.
+        arguments: arguments of these rows.
+    """
 
     keys: list[bytes]
     known: dict[bytes, float]
@@ -28,62 +35,62 @@ class _Question(NamedTuple):
 
 
 class ContentCache:
-    """What one function said of which content."""
+    """Cache of one function: content -> value."""
 
-    def __init__(self, name: str, most: int = MOST_VALUES) -> None:
-        """Begin empty.
+    def __init__(self, name: str, max_values: int = MAX_VALUES) -> None:
+        """Create an empty cache.
 
         Args:
-            name: the function's, for errors.
-            most: values that are kept.
+            name: name of the function, for errors.
+            max_values: number of values to keep.
         """
-        self._name, self._most = name, most
+        self._name, self._max_values = name, max_values
         self._values: dict[bytes, float] = {}
-        self.asked = 0
+        self.requested = 0
         self.computed = 0
 
     def call(self, function: Callable[..., Any], offered: Mapping[str, Any], per_sample: Sequence[str]) -> list[float | None]:
-        """Call the function with what is not known yet; returns its values [B].
+        """Call the function on samples that are not cached; returns the values [B] of all.
 
         Args:
             function: the reward function.
-            offered: all of its arguments.
-            per_sample: names of those that are lists [B].
+            offered: its arguments.
+            per_sample: names of the arguments that are lists [B].
 
         Raises:
-            UserError: an argument cannot be hashed, or the function returned something that is no list of numbers.
-            Exception: whatever the function raises.
+            UserError: an argument cannot be hashed, or the function did not return a list of numbers.
+            Exception: any exception of the function.
         """
-        question = self._question(offered, per_sample)
-        return self._merged(question, function(**question.arguments) if question.rows else [])
+        lookup = self._look_up(offered, per_sample)
+        return self._merged(lookup, function(**lookup.arguments) if lookup.rows else [])
 
     async def call_async(
         self, function: Callable[..., Awaitable[Any]], offered: Mapping[str, Any], per_sample: Sequence[str]
     ) -> list[float | None]:
-        """`call` for a coroutine function."""
-        question = self._question(offered, per_sample)
-        return self._merged(question, await function(**question.arguments) if question.rows else [])
+        """Call a coroutine function, see `call`."""
+        lookup = self._look_up(offered, per_sample)
+        return self._merged(lookup, await function(**lookup.arguments) if lookup.rows else [])
 
-    def _question(self, offered: Mapping[str, Any], per_sample: Sequence[str]) -> _Question:
+    def _look_up(self, offered: Mapping[str, Any], per_sample: Sequence[str]) -> _Lookup:
         keys = self._keys(offered, per_sample)
         known = {key: self._values[key] for key in keys if key in self._values}
         first = {key: row for row, key in reversed(list(enumerate(keys))) if key not in known}
         rows = sorted(first.values())
         cut = {name: [value[row] for row in rows] if name in per_sample else value for name, value in offered.items()}
-        self.asked += len(keys)
+        self.requested += len(keys)
         self.computed += len(rows)
-        return _Question(keys, known, rows, cut)
+        return _Lookup(keys, known, rows, cut)
 
-    def _merged(self, question: _Question, returned: Any) -> list[float | None]:
-        values = checked_values(self._name, returned, len(question.rows)).tolist()
-        computed = {question.keys[row]: value for row, value in zip(question.rows, values, strict=True)}
-        found = question.known | {key: value for key, value in computed.items() if not math.isnan(value)}
+    def _merged(self, lookup: _Lookup, returned: Any) -> list[float | None]:
+        values = checked_values(self._name, returned, len(lookup.rows)).tolist()
+        computed = {lookup.keys[row]: value for row, value in zip(lookup.rows, values, strict=True)}
+        found = lookup.known | {key: value for key, value in computed.items() if not math.isnan(value)}
         for key, value in found.items():
-            self._values.pop(key, None)  # what is used goes to the end
+            self._values.pop(key, None)  # used values move to the end
             self._values[key] = value
-        while len(self._values) > self._most:
+        while len(self._values) > self._max_values:
             del self._values[next(iter(self._values))]
-        return [found.get(key) for key in question.keys]
+        return [found.get(key) for key in lookup.keys]
 
     def _keys(self, offered: Mapping[str, Any], per_sample: Sequence[str]) -> list[bytes]:
         lists = {name: offered[name] for name in sorted(per_sample) if name in offered}

@@ -1,12 +1,12 @@
-"""What a reward function is, and how one is called.
+"""Reward functions: signature, binding and calls.
 
     def judge(prompts: list[str], responses: list[str], **columns: list) -> list[float]
 
-It sees a whole batch by keyword and returns one number per response, synchronously or as a coroutine. It is given exactly what
-its signature names, out of: `prompts`, `responses`, `rollouts` (`rayrlhf.data.records.Rollout`), `finish_reasons` ("stop" or
-"length"), and the columns of the dataset, each a list as long as the batch; with `**columns` it gets every column. `arguments`
-of the config are bound to it by name. A number of `None` means that the function does not apply to that sample. With
-`per: token` or `per: turn` in the config it returns a list of numbers per response instead (`rayrlhf.rewards.credit`).
+A reward function gets a whole batch by keyword and returns one number per response, synchronously or as a coroutine. It gets
+exactly the parameters that its signature names, out of: `prompts`, `responses`, `rollouts` (`rayrlhf.data.records.Rollout`),
+`finish_reasons` ("stop" or "length"), and the columns of the dataset, each a list of the batch's length; `**columns` gets every
+column. The config's `arguments` are bound by name. `None` for a sample means that the function does not apply to it. With
+`per: token` or `per: turn` it returns a list of numbers per response instead (`rayrlhf.rewards.returned_values`).
 """
 
 import difflib
@@ -20,11 +20,11 @@ from rayrlhf.config.reward import RewardSection
 from rayrlhf.data.records import Prompt, Rollout
 from rayrlhf.errors import UserError
 from rayrlhf.rewards.cache import ContentCache
-from rayrlhf.rewards.credit import Per
 from rayrlhf.rewards.registry import RewardFunction, import_files, resolve
+from rayrlhf.rewards.returned_values import Per
 
-GIVEN = ("prompts", "responses", "rollouts", "finish_reasons")
-"""What every batch has; a dataset column of such a name is not passed on."""
+BATCH_FIELDS = ("prompts", "responses", "rollouts", "finish_reasons")
+"""Fields of every batch; a dataset column of the same name is not passed on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,12 @@ class BoundFunction:
     """A reward function with its weight and its configured arguments.
 
     Attributes:
-        name: names the function's part in metrics, samples and errors; unique among the functions of a run.
+        name: name in metrics, samples and errors; unique among the functions of a run.
         function: see the module's docstring.
         weight: factor of its values in the score.
-        arguments: keyword arguments on every call; they win over a dataset column of the same name.
-        cache: remembers values by content; None for a function that is always asked.
-        per: what one number of its values is for, see `rayrlhf.rewards.credit`.
+        arguments: keyword arguments of every call; they override a dataset column of the same name.
+        cache: content cache; None calls the function for every sample.
+        per: unit of one returned number, see `rayrlhf.rewards.returned_values`.
     """
 
     name: str
@@ -49,18 +49,18 @@ class BoundFunction:
 
     @property
     def is_async(self) -> bool:
-        """Whether a call returns a coroutine."""
+        """True if a call returns a coroutine."""
         call = type(self.function).__call__
         return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(call)
 
     def call(self, batch: "ScoringBatch") -> Any:
-        """Call the function on a batch; what it returns is unchecked.
+        """Call the function on a batch; the returned value is unchecked.
 
         Raises:
-            UserError: the function asks for a column that the dataset does not have.
-            Exception: whatever the function raises.
+            UserError: the function needs a column that the dataset does not have.
+            Exception: any exception of the function.
         """
-        offered = {**batch.columns, **batch.given(), **self.arguments}
+        offered = {**batch.columns, **batch.fields(), **self.arguments}
         parameters = inspect.signature(self.function).parameters
         missing = [
             name
@@ -69,15 +69,13 @@ class BoundFunction:
         ]
         if missing:
             columns = ", ".join(sorted(batch.columns)) or "none"
-            raise UserError(
-                f"reward function {self.name!r} asks for column {missing[0]!r}; the dataset's columns are: {columns}"
-            )
+            raise UserError(f"reward function {self.name!r} needs column {missing[0]!r}; the dataset's columns are: {columns}")
         if not _takes_all(parameters):
             offered = {
                 name: value for name, value in offered.items() if name in parameters and _takes_keyword(parameters[name])
             }
         if self.cache is not None:
-            offered.pop("rollouts", None)  # with **columns; no two are equal
+            offered.pop("rollouts", None)  # with **columns; no two rollouts are equal
             per_sample = [name for name in offered if name not in self.arguments]
             call = self.cache.call_async if self.is_async else self.cache.call
             return call(self.function, offered, per_sample)
@@ -86,7 +84,7 @@ class BoundFunction:
 
 @dataclass(frozen=True, slots=True)
 class ScoringBatch:
-    """What there is to score: lists of one length B, and the dataset's columns, each a list [B]."""
+    """Samples to score: lists of length B, and the dataset's columns, each a list [B]."""
 
     prompts: list[str]
     responses: list[str]
@@ -97,13 +95,13 @@ class ScoringBatch:
     def __len__(self) -> int:
         return len(self.responses)
 
-    def given(self) -> dict[str, list[Any]]:
+    def fields(self) -> dict[str, list[Any]]:
         """Return the lists that are not dataset columns."""
-        return {name: value for name in GIVEN if (value := getattr(self, name)) is not None}
+        return {name: value for name in BATCH_FIELDS if (value := getattr(self, name)) is not None}
 
     @classmethod
     def of_rollouts(cls, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> "ScoringBatch":
-        """Pair rollouts with their prompts, one per rollout. A row without a column that others have holds None there."""
+        """Pair each rollout with its prompt; missing columns of a row are None."""
         if len(prompts) != len(rollouts):
             raise ValueError(f"{len(prompts)} prompts for {len(rollouts)} rollouts")
         names = sorted({name for prompt in prompts for name in prompt.columns})
@@ -117,7 +115,7 @@ class ScoringBatch:
 
 
 def load_functions(section: RewardSection) -> list[BoundFunction]:
-    """Resolve a config's reward functions; one that is listed twice gets the part names `name` and `name_2`.
+    """Resolve a config's reward functions; one listed twice gets the names `name` and `name_2`.
 
     Raises:
         UserError: a name cannot be resolved, or an argument does not fit the function's signature.
@@ -128,9 +126,7 @@ def load_functions(section: RewardSection) -> list[BoundFunction]:
         function = resolve(entry.name)
         _check_arguments(entry.name, function, entry.arguments)
         if entry.cache and "rollouts" in inspect.signature(function).parameters:
-            raise UserError(
-                f"reward function {entry.name!r} reads rollouts, no two of which are equal: it cannot have cache: true"
-            )
+            raise UserError(f"reward function {entry.name!r} reads rollouts, no two of which are equal: expected cache: false")
         short = entry.name.rpartition(":")[2]
         taken = {bound.name for bound in functions}
         name = next(name for name in chain([short], (f"{short}_{n}" for n in count(2))) if name not in taken)
@@ -145,10 +141,10 @@ def _check_arguments(name: str, function: RewardFunction, arguments: Mapping[str
         if parameter.kind is parameter.POSITIONAL_ONLY:
             raise UserError(f"reward function {name!r}: parameter {parameter.name!r} must accept a keyword (remove the '/')")
     for argument in arguments:
-        if argument in GIVEN:
-            raise UserError(f"reward function {name!r}: argument {argument!r} is filled by the batch and cannot be set")
+        if argument in BATCH_FIELDS:
+            raise UserError(f"reward function {name!r}: argument {argument!r} comes from the batch and cannot be set")
         if argument not in parameters and not _takes_all(parameters):
-            settable = [key for key, value in parameters.items() if _takes_keyword(value) and key not in GIVEN]
+            settable = [key for key, value in parameters.items() if _takes_keyword(value) and key not in BATCH_FIELDS]
             nearest = difflib.get_close_matches(argument, settable, n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"it takes {', '.join(settable) or 'none'}"
             raise UserError(f"reward function {name!r} takes no argument {argument!r}; {hint}")

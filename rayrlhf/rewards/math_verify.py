@@ -1,8 +1,8 @@
-"""`math_verify`: is the mathematical answer right? Expressions are compared by the library Math-Verify, not texts.
+"""`math_verify`: equality of mathematical expressions, decided by the library Math-Verify.
 
-It runs in a process of its own (`rayrlhf.rewards.math_worker`), because an answer such as 9^9^9^9 can compute for ever where no
-signal is noticed. A comparison that takes more than `seconds` of CPU time is ended and the response counts as not right: the
-time is that of the comparison itself, so that a busy machine fails no response.
+It runs in a separate process (`rayrlhf.rewards.math_worker`), because an answer such as 9^9^9^9 can compute forever without
+checking for signals. A comparison that takes more than `seconds` of CPU time is killed and the response counts as wrong. CPU
+time is measured instead of wall time, so that a busy machine fails no response.
 """
 
 import atexit
@@ -20,20 +20,20 @@ import psutil
 from rayrlhf.errors import UserError
 
 WALL_FACTOR = 30.0
-"""A comparison is given up after this many times its CPU time, for the case that the process sleeps."""
+"""Wall time limit of a comparison as a multiple of its CPU time limit, in case the process sleeps."""
 POLL_SECONDS = 0.2
 
 _lock = threading.Lock()
 
 
 class _Worker:
-    """A process that compares, started when first asked and anew after one had to be ended."""
+    """Process that compares expressions, started on first use and again after a kill."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def ask(self, answer: str, response: str, seconds: float) -> bool | None:
-        """Return the process's verdict; False when it needs more than `seconds` of CPU time or dies of the question."""
+    def compare(self, answer: str, response: str, seconds: float) -> bool | None:
+        """Return the verdict; False if the process exceeds `seconds` of CPU time or dies."""
         process = self._running()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -41,9 +41,9 @@ class _Worker:
         try:
             process.stdin.write(json.dumps({"answer": answer, "response": response}) + "\n")
             process.stdin.flush()
-        except OSError:  # it died before it read
+        except OSError:  # it died before reading
             self.end()
-            return self.ask(answer, response, seconds)
+            return self.compare(answer, response, seconds)
         for _ in range(int(seconds * WALL_FACTOR / POLL_SECONDS) + 1):
             if select.select([process.stdout], [], [], POLL_SECONDS)[0]:
                 line = process.stdout.readline()
@@ -57,7 +57,7 @@ class _Worker:
         return False
 
     def end(self) -> None:
-        """End the process; the next question starts another one."""
+        """Kill the process; the next comparison starts another one."""
         if self._process:
             self._process.kill()
             self._process.communicate()
@@ -71,11 +71,11 @@ class _Worker:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
             )
-            # A first question with a known answer: what goes wrong here is not a response's fault.
-            self._prove(self._process)
+            # A comparison with a known result first: a failure here is not caused by a response.
+            self._self_test(self._process)
         return self._process
 
-    def _prove(self, process: subprocess.Popen[str]) -> None:
+    def _self_test(self, process: subprocess.Popen[str]) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         with suppress(OSError):
@@ -83,7 +83,7 @@ class _Worker:
             process.stdin.flush()
         if process.stdout.readline() != "true\n":
             self.end()
-            raise UserError("reward function 'math_verify': its process does not start; is the package `math-verify` in order?")
+            raise UserError("reward function 'math_verify': its process does not start; check the package `math-verify`")
 
 
 _worker = _Worker()
@@ -94,12 +94,12 @@ def math_verify(responses: list[str], answer: list[str | int | float], seconds: 
     r"""Return 1.0 for each response whose last expression equals the reference's, else 0.0.
 
     Args:
-        responses: [B]. What is found: LaTeX between dollar signs or in `\boxed{}`, else the last number or simple expression.
+        responses: [B]. Compared is LaTeX between dollar signs or in `\boxed{}`, else the last number or simple expression.
         answer: [B], the dataset's column: an expression, LaTeX, or a solution that ends in `\boxed{}`.
-        seconds: most CPU time for one comparison.
+        seconds: CPU time limit of one comparison.
 
     Raises:
-        UserError: the library is not installed, or a reference answer has no expression in it.
+        UserError: the library is not installed, or a reference answer has no expression.
     """
     if importlib.util.find_spec("math_verify") is None:
         raise UserError("reward function 'math_verify' needs the package `math-verify`: pip install 'rayrlhf[math]'")
@@ -108,7 +108,7 @@ def math_verify(responses: list[str], answer: list[str | int | float], seconds: 
     rewards = []
     with _lock:
         for index, (response, expected) in enumerate(zip(responses, answer, strict=True)):
-            verdict = _worker.ask(str(expected), response, seconds)
+            verdict = _worker.compare(str(expected), response, seconds)
             if verdict is None:
                 raise UserError(
                     f"column 'answer' of sample {index} has no expression: {str(expected)[:60]!r}; expected a number or LaTeX"
@@ -120,6 +120,6 @@ def math_verify(responses: list[str], answer: list[str | int | float], seconds: 
 def _cpu_seconds(process: subprocess.Popen[str]) -> float:
     try:
         times = psutil.Process(process.pid).cpu_times()
-    except psutil.Error:  # it has ended; what it left to read says more
+    except psutil.Error:  # it has ended; its output decides
         return 0.0
     return float(times.user + times.system)

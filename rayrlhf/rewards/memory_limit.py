@@ -1,4 +1,4 @@
-"""A bound on what user code may allocate: beyond it the allocation fails there, instead of the node running out of memory."""
+"""Memory limit for user code: its allocations fail before the node runs out of memory."""
 
 import resource
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ GIB = 2**30
 
 @contextmanager
 def memory_limit(gib: float | None) -> Iterator[None]:
-    """Let this process hold at most `gib` GiB of private memory more than it does now, inside the block.
+    """Limit the growth of this process's private memory to `gib` GiB inside the block.
 
-    Python raises `MemoryError` where the bound is hit, torch a `RuntimeError`. Memory that is mapped and not yet used counts
-    as well, and so do allocations of other threads meanwhile. None is no bound.
+    At the limit Python raises `MemoryError`, torch a `RuntimeError`. Mapped but unused memory counts as well, and so do
+    allocations of other threads. None is no limit.
     """
     if gib is None:
         yield

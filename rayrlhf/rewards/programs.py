@@ -1,12 +1,12 @@
-"""`code`: does the Python program in a response do what it should? It runs in the sandbox and is judged there.
+"""`code`: tests of the Python program in a response, run in the sandbox.
 
-Two kinds of task, by the columns that the dataset has. `expected_output`: the program reads `stdin` and what it prints is
-compared, outside of the sandbox. `tests`: Python statements that run after the program, in its names, each by itself; one that
-raises has failed. The harness prints its verdict behind a word that only it knows, so that a program that leaves early or
-prints what a verdict looks like passes nothing. Tests share a process with the program, so a program that looks for the harness
-in memory, or returns objects that equal everything, could cheat them; compare outputs where that matters.
+The dataset's columns select the kind of task. `expected_output`: the program reads `stdin` and its output is compared outside
+of the sandbox. `tests`: Python statements that run after the program in its namespace, one by one; a statement that raises has
+failed. The harness prints its verdict after a secret word, so a program that exits early or prints a fake verdict passes no
+test. Tests share a process with the program: a program that searches memory for the harness, or returns objects that equal
+everything, could cheat them. Compare outputs where that matters.
 
-A program that is wrong, too slow or too greedy has reward 0. A sandbox that cannot run it is an error and never a reward.
+A program that is wrong, too slow or over a limit has reward 0. A failure of the sandbox itself is an error and never a reward.
 """
 
 import json
@@ -17,26 +17,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from rayrlhf.errors import UserError
-from rayrlhf.rewards.fenced import Where, check_where, last_block
+from rayrlhf.rewards.formats import Where, check_where, last_block
 from rayrlhf.rewards.sandbox import Limits, SandboxError, Unsafe, run_program
 
 HARNESS = """\
 import json, os
 with open("harness.json") as file:
-    given = json.load(file)
+    task = json.load(file)
 os.remove("harness.json")
 names = {"__name__": "__main__"}
-exec(compile(given.pop("program"), "program", "exec"), names)
+exec(compile(task.pop("program"), "program", "exec"), names)
 passed = []
-for test in given["tests"]:
+for test in task["tests"]:
     try:
         exec(compile(test, "test", "exec"), names)
         passed.append(True)
     except Exception:
         passed.append(False)
-print("\\n" + given["word"] + json.dumps(passed), flush=True)
+print("\\n" + task["word"] + json.dumps(passed), flush=True)
 """
-"""`main.py` of a program with tests."""
+"""`main.py` of a task with tests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +61,24 @@ def code(
     concurrency: int | None = None,
     unsafe: Unsafe = "refuse",
 ) -> list[float | None]:
-    """Return 1.0 for each response whose program passes everything, else 0.0; None for a row with neither kind of task.
+    """Return 1.0 for each response whose program passes everything, else 0.0; None without a task.
 
     Args:
         responses: [B].
         tests: [B], column: Python statements, one text or a list of texts that are run one by one.
-        stdin: [B], column: what the program reads.
-        expected_output: [B], column: what it must print, up to space at the ends of lines and of the whole.
+        stdin: [B], column: standard input of the program.
+        expected_output: [B], column: expected output; space at the ends of lines and of the whole is ignored.
         where: `fenced` takes the last block of three backticks, `whole` the response as it is.
-        partial: reward the share of the tests that pass, instead of all or nothing.
-        cpu_seconds: CPU time of each process.
-        wall_seconds: longest time from start to end.
-        memory_mib: memory of each process, in MiB.
-        processes: most processes and threads at a time.
-        concurrency: programs at a time; as many as this process has cores when not given.
-        unsafe: where programs cannot be contained, `refuse`, or `warn` and run with resource limits alone.
+        partial: reward the share of passed tests instead of all or nothing.
+        cpu_seconds: CPU time limit of each process.
+        wall_seconds: wall time limit of the program.
+        memory_mib: memory limit of each process, in MiB.
+        processes: maximum number of processes and threads.
+        concurrency: number of programs run at a time; the number of cores of this process when not given.
+        unsafe: if programs cannot be contained, `refuse`, or `warn` and run with resource limits alone.
 
     Raises:
-        UserError: an argument or a column is wrong, or programs cannot be contained here and `unsafe` is `refuse`.
+        UserError: an argument or a column is invalid, or programs cannot be contained here and `unsafe` is `refuse`.
     """
     check_where("code", where)
     if unsafe not in ("refuse", "warn"):
@@ -91,11 +91,11 @@ def code(
     jobs = [
         _Task(
             response if where == "whole" else last_block(response, ("python", "py")),
-            given or "",
+            text or "",
             None if own is None else _tests(index, own),
             expected,
         )
-        for index, (response, own, given, expected) in enumerate(columns)
+        for index, (response, own, text, expected) in enumerate(columns)
     ]
 
     def judged(task: _Task) -> float | None:
@@ -115,7 +115,10 @@ def judge(
     partial: bool = False,
     unsafe: Unsafe = "refuse",
 ) -> float | None:
-    """Run one program against its tests, its expected output, or both; arguments and errors as for `code`."""
+    """Run one program against its tests, its expected output, or both.
+
+    See `code` for arguments and errors.
+    """
     if tests is None and expected_output is None:
         return None
     if not program.strip():
@@ -134,17 +137,17 @@ def judge(
 
 def _share_passed(program: str, stdin: str, tests: Sequence[str], limits: Limits, unsafe: Unsafe) -> float:
     word = secrets.token_hex(16)
-    given = json.dumps({"program": program, "tests": list(tests), "word": word})
-    outcome = run_program({"main.py": HARNESS, "harness.json": given}, stdin=stdin, limits=limits, unsafe=unsafe)
+    task = json.dumps({"program": program, "tests": list(tests), "word": word})
+    outcome = run_program({"main.py": HARNESS, "harness.json": task}, stdin=stdin, limits=limits, unsafe=unsafe)
     verdicts = [line.removeprefix(word) for line in outcome.stdout.splitlines() if line.startswith(word)]
     return sum(json.loads(verdicts[0])) / len(tests) if verdicts else 0.0
 
 
-def _tests(index: int, given: list[str] | str) -> list[str]:
-    tests = [given] if isinstance(given, str) else given
+def _tests(index: int, column: list[str] | str) -> list[str]:
+    tests = [column] if isinstance(column, str) else column
     if not isinstance(tests, list | tuple) or not tests or not all(isinstance(test, str) and test.strip() for test in tests):
         raise UserError(
-            f"column 'tests' of sample {index}: expected Python statements, as text or a list of texts, got {given!r:.80}"
+            f"column 'tests' of sample {index}: expected Python statements, as text or a list of texts, got {column!r:.80}"
         )
     return list(tests)
 

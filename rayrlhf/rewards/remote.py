@@ -1,8 +1,8 @@
-"""`remote`: rewards from HTTP servers of yours, and never a made-up one.
+"""`remote`: rewards from the user's own HTTP servers.
 
-A batch is cut into requests of `batch_size` samples, `POST {"prompts": [...], "responses": [...]}`; the answer is
-`{"rewards": [...]}` with one finite number (or null: does not apply) per sample. How servers are asked, and what happens to one
-that is slow, flaky, returns garbage or dies: `rayrlhf.rewards.transport`.
+A batch is split into requests of `batch_size` samples, `POST {"prompts": [...], "responses": [...]}`. The response is
+`{"rewards": [...]}` with one finite number (or null: does not apply) per sample. `rayrlhf.rewards.transport` handles servers
+that are slow, flaky, invalid or dead; a failure never becomes a reward.
 """
 
 import json
@@ -10,7 +10,7 @@ import math
 from typing import Any, Literal
 
 from rayrlhf.errors import UserError
-from rayrlhf.rewards.transport import Service, UnusableError, ask_all
+from rayrlhf.rewards.transport import Service, UnusableError, post_all
 
 Rewards = list[float | None]
 
@@ -28,48 +28,48 @@ async def remote(
     token_variable: str | None = None,
     on_failure: Literal["stop", "skip"] = "stop",
 ) -> Rewards:
-    """Return the rewards [B] that servers give.
+    """Return the rewards [B] of the servers.
 
     Args:
         prompts: [B].
         responses: [B].
-        urls: servers that answer alike; the least busy one is asked.
-        batch_size: most samples in a request.
-        concurrency: most requests at a time.
-        request_seconds: longest time for one attempt, from connecting to the last byte.
-        attempts: most attempts for one request.
-        backoff_seconds: pause before the second attempt; it doubles with each further one.
-        max_bytes: longest answer that is read.
+        urls: interchangeable servers; the least busy one gets the next request.
+        batch_size: maximum number of samples per request.
+        concurrency: maximum number of requests in flight.
+        request_seconds: time limit of one attempt, from connecting to the last byte.
+        attempts: maximum number of attempts per request.
+        backoff_seconds: pause before the second attempt; doubled for each further one.
+        max_bytes: maximum length of a response.
         token_variable: environment variable with a bearer token.
-        on_failure: after the last attempt `stop` the run, or `skip`: None for the whole batch, so that the step goes on with
-            the other rewards and no two samples of the batch are measured differently. With no other reward the run stops.
+        on_failure: after the last failed attempt `stop` the run, or `skip`: None for the whole batch. The step then uses
+            the other rewards, and all samples of the batch are measured alike. Without another reward the run stops.
 
     Raises:
-        UserError: an argument is wrong, a server refuses the request, or the attempts are used up under `stop`.
+        UserError: an argument is invalid, a server refuses the request, or all attempts failed under `stop`.
     """
     service = Service("remote", urls, concurrency, request_seconds, attempts, backoff_seconds, max_bytes, token_variable)
     service.check(on_failure)
     if batch_size < 1:
         raise UserError(f"reward function 'remote': batch_size {batch_size}: expected at least 1")
     cuts = [slice(start, start + batch_size) for start in range(0, len(responses), batch_size)]
-    questions = [{"prompts": prompts[cut], "responses": responses[cut]} for cut in cuts]
+    requests = [{"prompts": prompts[cut], "responses": responses[cut]} for cut in cuts]
     try:
-        answers = await ask_all(service, questions, lambda body, index: parse_rewards(body, len(responses[cuts[index]])))
+        parts = await post_all(service, requests, lambda body, index: parse_rewards(body, len(responses[cuts[index]])))
     except UnusableError as error:
         if on_failure == "skip":
             return [None] * len(responses)
         raise UserError(f"reward function 'remote': {error}") from None
-    return [reward for answer in answers for reward in answer]
+    return [reward for part in parts for reward in part]
 
 
 def parse_rewards(body: bytes, count: int) -> Rewards:
-    """Return the rewards [count] of an answer's body.
+    """Return the rewards [count] in the body of a response.
 
     Raises:
-        ValueError: it is not `{"rewards": [...]}` with `count` finite numbers or nulls.
+        ValueError: the body is not `{"rewards": [...]}` with `count` finite numbers or nulls.
     """
-    answer = json.loads(body.decode("utf-8"))  # both errors are ValueErrors
-    rewards = answer.get("rewards") if isinstance(answer, dict) else None
+    content = json.loads(body.decode("utf-8"))  # both errors are ValueErrors
+    rewards = content.get("rewards") if isinstance(content, dict) else None
     if not isinstance(rewards, list):
         raise ValueError('expected {"rewards": [...]}')
     if len(rewards) != count:

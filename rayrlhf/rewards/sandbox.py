@@ -1,12 +1,12 @@
-"""Programs that nobody trusts, run so that they can do no harm; or not run at all.
+"""Sandbox for untrusted programs.
 
-`run_program` gives a program a world of its own: no network, no files but the system's libraries and Python (read-only) and a
-small folder in memory, no environment, no other processes, and limits on CPU time, wall time, memory, processes and files. How
-that is done is in `rayrlhf.rewards.warden`. It needs Linux 5.12 or newer that lets this user make namespaces; containers often
-forbid it. `missing()` tries it once and says in one line what is not available, and `run_program` then refuses, unless it is
-told to `warn` and run with resource limits alone.
+`run_program` isolates a program: no network, no files except the system's libraries and Python (read-only) and a small folder
+in memory, no environment, no other processes, and limits on CPU time, wall time, memory, processes and files.
+`rayrlhf.rewards.warden` implements it. It needs Linux 5.12 or newer and permission to create namespaces, which containers often
+forbid. `missing()` tries once and returns the reason in one line. `run_program` then refuses, unless `unsafe` is `warn`: the
+program then runs with resource limits alone.
 
-Memory is bounded per process and the number of processes is bounded, so all together take at most their product.
+Memory is limited per process, and so is the number of processes; their product is the limit of the whole program.
 """
 
 import functools
@@ -25,30 +25,30 @@ from typing import Any, Literal
 from rayrlhf.errors import UserError
 
 Unsafe = Literal["refuse", "warn"]
-"""What to do where programs cannot be contained."""
+"""Behavior where programs cannot be contained."""
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache", "/etc/alternatives")
-"""What a program sees of the machine, as far as it exists."""
+"""Paths of the machine that a program sees, if they exist."""
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
-WORK = "/tmp/work"  # noqa: S108 - in a file system of the sandbox's own
+WORK = "/tmp/work"  # noqa: S108 - in the sandbox's own file system
 GRACE_SECONDS = 20.0
-"""How long the warden itself may take beside the program, on a busy machine."""
+"""Time for the warden itself in addition to the program's, on a busy machine."""
 ATTEMPTS = 3
-"""How often a program is started in all when the sandbox itself fails, for example because the node has no process left."""
+"""Maximum number of starts when the sandbox itself fails, for example at the node's process limit."""
 PAUSE_SECONDS = 0.5
 _MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a program may use.
+    """Resource limits of a program.
 
     Attributes:
         cpu_seconds: CPU time of each process.
-        wall_seconds: time from its start to its end; longer than the CPU time, so that a busy machine fails no good program.
+        wall_seconds: wall time; longer than the CPU time, so that a busy machine fails no good program.
         memory_mib: address space of each process, in MiB.
-        processes: processes and threads at a time.
-        output_kib: length of standard output, of standard error and of any one file, in KiB; writing more fails.
+        processes: number of processes and threads.
+        output_kib: size of standard output, of standard error and of any one file, in KiB; writing more fails.
         disk_mib: size of the work folder, in MiB.
         open_files: open files of each process.
     """
@@ -64,12 +64,12 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a program ended.
+    """Result of a program.
 
     Attributes:
-        status: exit code, or minus the signal that killed it; None when its wall time was over.
-        stdout: what it wrote, as far as it is UTF-8.
-        stderr: the same for errors.
+        status: exit code, or minus the signal that killed it; None when it reached the wall time limit.
+        stdout: standard output, invalid UTF-8 replaced.
+        stderr: standard error, likewise.
     """
 
     status: int | None
@@ -78,7 +78,7 @@ class Outcome:
 
 
 class SandboxError(Exception):
-    """The sandbox could not run a program, which says nothing of the program."""
+    """The sandbox itself failed; the program is not to blame."""
 
 
 def run_program(
@@ -88,23 +88,23 @@ def run_program(
     limits: Limits | None = None,
     unsafe: Unsafe = "refuse",
 ) -> Outcome:
-    """Run `main.py` of the files with this Python, in isolated mode, and return how it ended.
+    """Run `main.py` of the files with this Python in isolated mode.
 
     Args:
         files: name -> text, written to the program's working folder; `main.py` is run.
         stdin: standard input.
-        limits: what the program may use.
-        unsafe: where programs cannot be contained, `refuse` or `warn` once and run with resource limits alone.
+        limits: resource limits.
+        unsafe: if programs cannot be contained, `refuse` or `warn` once and run with resource limits alone.
 
     Raises:
         UserError: programs cannot be contained here, under `refuse`.
-        SandboxError: the program could not be started, three times.
+        SandboxError: three starts failed.
     """
     lacking = missing()
     if lacking:
         line = f"programs cannot be contained on this machine: {lacking}"
         if unsafe == "refuse":
-            raise UserError(f"{line}; let it make namespaces, or accept resource limits alone with unsafe: warn")
+            raise UserError(f"{line}; allow it to create namespaces, or accept resource limits alone with unsafe: warn")
         warnings.warn(f"{line}; they run with resource limits alone", RuntimeWarning, stacklevel=2)
     for attempt in range(ATTEMPTS):
         try:
@@ -118,7 +118,10 @@ def run_program(
 
 @functools.cache
 def missing() -> str:
-    """Say in one line why programs cannot be contained here; empty when they can. Tried once a process."""
+    """Return in one line why programs cannot be contained here; empty when they can.
+
+    Tried once per process.
+    """
     if sys.platform != "linux":
         return "it is not Linux"
     try:
@@ -138,23 +141,23 @@ def _run(files: Mapping[str, str], stdin: str, limits: Limits, *, contained: boo
         with os.fdopen(read, "rb") as report:
             spec = _specification(files, stdin, limits, folder, write, contained=contained)
             try:
-                said = _watch(spec, out.name, error.name, limits.wall_seconds)
+                failure = _run_warden(spec, out.name, error.name, limits.wall_seconds)
             finally:
                 os.close(write)
-            told = report.read() or said
+            result = report.read() or failure
         texts = [_text(file, limits) for file in (out, error)]
-    if not told:
-        raise SandboxError(f"the warden ended without a word: {texts[1].strip()[-300:]}")
-    how = json.loads(told.splitlines()[0])
+    if not result:
+        raise SandboxError(f"the warden ended without a report: {texts[1].strip()[-300:]}")
+    how = json.loads(result.splitlines()[0])
     if "refused" in how:
         raise SandboxError(how["refused"])
     status = None if how.get("timed_out") else os.waitstatus_to_exitcode(how["status"])
     return Outcome(status, *texts)
 
 
-def _watch(spec: dict[str, Any], out: str, error: str, wall_seconds: float) -> bytes:
+def _run_warden(spec: dict[str, Any], out: str, error: str, wall_seconds: float) -> bytes:
     command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("warden.py"))]
-    # The program can neither read nor overwrite what has been written: a verdict stays as it was said.
+    # The program can neither read nor overwrite earlier output, so a printed verdict is final.
     ends = [os.open(path, os.O_WRONLY | os.O_APPEND) for path in (out, error)]
     try:
         subprocess.run(
@@ -201,7 +204,7 @@ def _specification(
 
 @functools.cache
 def _visible() -> list[str]:
-    """Paths that a program sees: the system's, and where this Python and its packages are; no path within another."""
+    """Return visible paths: the system's and this Python's; none within another."""
     python = Path(sys.executable)
     homes = {python.resolve().parent.parent, Path(sys.base_prefix), Path(sys.prefix)}
     paths = [Path(path) for path in (*SYSTEM, *DEVICES)]

@@ -1,12 +1,12 @@
-"""From reward functions and a batch to scores.
+"""Scores of a batch from its reward functions.
 
-A sample's score is the weighted sum of what all functions say of it. Where a function says `None` it does not apply: its part
-is NaN there and adds nothing to the sum; a sample to which nothing applies is an error, because a failure must never look like
-a reward of 0. For the same reason a function that raises, or returns something that is not a finite number, stops the run with
-the function's name and the sample's index.
+A sample's score is the weighted sum of the functions' values. `None` means that a function does not apply: its part is NaN
+there and adds nothing to the sum. A sample to which no function applies is an error, because a failure must never look like a
+reward of 0. For the same reason a function that raises, or returns a value that is not a finite number, stops the run with the
+function's name and the sample's index.
 
-Synchronous functions run one after the other in the calling thread (verifiers may use signals); coroutines run meanwhile,
-concurrently, in a thread with an event loop of its own, so that it does not matter whether the caller has one running.
+Synchronous functions run one after the other in the calling thread (verifiers may use signals). Coroutines run concurrently in
+a thread with its own event loop, so the caller may have one running.
 """
 
 import asyncio
@@ -22,23 +22,22 @@ import numpy as np
 
 from rayrlhf.data.records import Float32
 from rayrlhf.errors import DeadlineError, UserError
-from rayrlhf.rewards.checking import checked_values
-from rayrlhf.rewards.credit import add_up, place
 from rayrlhf.rewards.functions import BoundFunction, ScoringBatch
+from rayrlhf.rewards.returned_values import add_up, checked_values, token_rewards
 
 GRACE_SECONDS = 5.0
-"""How long a cancelled coroutine may take to give up before it is abandoned."""
+"""Time for a cancelled coroutine to end before it is abandoned."""
 
 
 @dataclass(frozen=True, slots=True)
 class RewardBatch:
-    """The scores of a batch.
+    """Scores of a batch.
 
     Attributes:
         scores: float32 [B], the weighted sum of the parts.
         parts: name -> float32 [B], unweighted; NaN where the function does not apply.
-        tokens: for each sample float32 [R] or None, what of its score belongs to single tokens, weighted; the rest of the score
-            belongs to the response as a whole. None where no function pays tokens or turns.
+        tokens: float32 [R] or None per sample, the weighted part of its score that belongs to single tokens; the rest belongs
+            to the whole response. None if no function has `per: token` or `per: turn`.
     """
 
     scores: Float32
@@ -47,11 +46,11 @@ class RewardBatch:
 
 
 class FunctionValues(NamedTuple):
-    """What functions say of a batch.
+    """Values of the reward functions for a batch.
 
     Attributes:
-        parts: name -> float32 [B], NaN for None; sums of those that pay tokens or turns.
-        tokens: name -> for each sample float32 [R] or None, of the functions that pay tokens or turns.
+        parts: name -> float32 [B], NaN for None; sums for functions with `per: token` or `per: turn`.
+        tokens: name -> float32 [R] or None per sample, for functions with `per: token` or `per: turn`.
     """
 
     parts: dict[str, Float32]
@@ -62,47 +61,49 @@ def score_batch(functions: Sequence[BoundFunction], batch: ScoringBatch, *, time
     """Score a batch with all functions.
 
     Args:
-        functions: what to call, with weights.
+        functions: functions with their weights.
         batch: B samples.
-        timeout_seconds: longest time a coroutine function may take. A synchronous function cannot be interrupted from here; the
-            driver's own deadline on scoring catches it.
+        timeout_seconds: time limit of a coroutine function. A synchronous function cannot be interrupted here; the driver's own
+            deadline on scoring catches it.
 
     Raises:
-        UserError: a function raised, returned a wrong number of values or a value that is no finite number, or no function
+        UserError: a function raised, returned a wrong number of values or a value that is not a finite number, or no function
             applies to some sample.
-        DeadlineError: a coroutine function overran.
+        DeadlineError: a coroutine function exceeded its time limit.
     """
     values = run_functions(functions, batch, timeout_seconds=timeout_seconds)
     return weighted_sum(values.parts, {function.name: function.weight for function in functions}, values.tokens)
 
 
 def run_functions(functions: Sequence[BoundFunction], batch: ScoringBatch, *, timeout_seconds: float = 120.0) -> FunctionValues:
-    """Return each function's checked values. Arguments and errors as for `score_batch`."""
+    """Return each function's checked values; see `score_batch` for arguments and errors."""
     concurrent = {f.name: _call(f, batch) for f in functions if f.is_async}
     waiting = _start(concurrent, timeout_seconds)
     returned = {f.name: _call(f, batch) for f in functions if not f.is_async}
     returned.update(_finish(waiting, timeout_seconds))
-    tokens = {f.name: _placed(f, returned[f.name], batch) for f in functions if f.per != "response"}
+    tokens = {f.name: _token_rewards(f, returned[f.name], batch) for f in functions if f.per != "response"}
     sums = {name: [None if row is None else row.sum(dtype=np.float64) for row in rows] for name, rows in tokens.items()}
     parts = {f.name: checked_values(f.name, (sums if f.name in sums else returned)[f.name], len(batch)) for f in functions}
     return FunctionValues(parts, tokens)
 
 
-def _placed(function: BoundFunction, returned: Any, batch: ScoringBatch) -> list[Float32 | None]:
+def _token_rewards(function: BoundFunction, returned: Any, batch: ScoringBatch) -> list[Float32 | None]:
     if batch.rollouts is None:
-        raise UserError(f"reward function {function.name!r} pays per {function.per}, which needs sampled tokens: not here")
-    return place(function.name, returned, batch.rollouts, function.per)
+        raise UserError(
+            f"reward function {function.name!r} has per: {function.per}, which needs sampled tokens; this batch has none"
+        )
+    return token_rewards(function.name, returned, batch.rollouts, function.per)
 
 
 def weighted_sum(
     parts: Mapping[str, Float32], weights: Mapping[str, float], tokens: Mapping[str, list[Float32 | None]] | None = None
 ) -> RewardBatch:
-    """Sum parts into scores; also the place to add a reward model's part to those of functions.
+    """Sum parts, of functions and reward models, into scores.
 
     Args:
         parts: name -> float32 [B], NaN where a part does not apply to a sample.
         weights: name -> factor, for every part.
-        tokens: of the parts that pay tokens or turns, see `FunctionValues`.
+        tokens: token rewards, see `FunctionValues`.
 
     Raises:
         UserError: no part applies to some sample.
@@ -120,7 +121,7 @@ def weighted_sum(
 
 
 def _call(function: BoundFunction, batch: ScoringBatch) -> Any:
-    """Call user code; this is the boundary where anything it raises becomes one line that names it."""
+    """Call user code; any exception becomes one line that names the function."""
     try:
         return function.call(batch)
     except UserError:
@@ -131,9 +132,9 @@ def _call(function: BoundFunction, batch: ScoringBatch) -> Any:
 
 def _blame(name: str, error: BaseException) -> UserError:
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     message = " ".join("".join(traceback.format_exception_only(error)).split())
-    return UserError(f"reward function {name!r} raised {message}{place}")
+    return UserError(f"reward function {name!r} raised {message}{where}")
 
 
 async def _gather(awaitables: Mapping[str, Any], timeout_seconds: float) -> dict[str, Any]:
@@ -155,20 +156,23 @@ async def _gather(awaitables: Mapping[str, Any], timeout_seconds: float) -> dict
 
 
 def _overrun(names: Sequence[str], timeout_seconds: float, since: str) -> DeadlineError:
-    who = ", ".join(repr(name) for name in names)
+    which = ", ".join(repr(name) for name in names)
     return DeadlineError(
-        f"reward function {who} did not answer within {timeout_seconds:g} s (reward.timeout_seconds), since {since}"
+        f"reward function {which} did not return within {timeout_seconds:g} s (reward.timeout_seconds), since {since}"
     )
 
 
 def _start(awaitables: Mapping[str, Any], timeout_seconds: float) -> tuple[list[str], Future[dict[str, Any]]]:
-    """Start the coroutines in a daemon thread, so that one that ignores its cancellation cannot hold up the exit."""
+    """Start the coroutines in a daemon thread.
+
+    A coroutine that ignores its cancellation cannot delay the exit.
+    """
     future: Future[dict[str, Any]] = Future()
 
     def loop() -> None:
         try:
             future.set_result(asyncio.run(_gather(awaitables, timeout_seconds)))
-        except BaseException as error:  # noqa: BLE001 - handed to the waiting thread, which raises it
+        except BaseException as error:  # noqa: BLE001 - passed to the waiting thread, which raises it
             future.set_exception(error)
 
     if awaitables:

@@ -1,24 +1,22 @@
-"""The reward of the quickstart: a short, worked, right answer that ends in `Answer: N` and then stops.
+"""Reward of the quickstart: a short, worked, correct response that ends in `Answer: N`.
 
-| part    | weight | full when                                                                              |
+| part    | weight | full if                                                                                |
 |---------|--------|----------------------------------------------------------------------------------------|
-| correct | 0.50   | the final number is right; half when the right one is reached first, then talked over  |
-| format  | 0.20   | the response ends in exactly `Answer: N`; half when more text follows                  |
-| stop    | 0.15   | the model stopped by itself                                                            |
+| correct | 0.50   | the final number is right; half if the right one comes first and others follow         |
+| format  | 0.20   | the response ends in exactly `Answer: N`; half if more text follows                    |
+| stop    | 0.15   | the model ended the response                                                           |
 | concise | 0.15   | the problem's own numbers are used, in at most 80 characters; falls to 0 at 160        |
 
-Each part is something a user wants, so that a model which cannot add yet has form to learn from, and a right response is worth
-more than a wrong one of the same form by half of all there is. Form alone is no way out: format and stop count only for a
-response that is right or uses the numbers of its own problem, so a policy that collapses to a constant `Answer: 7` gets nothing
-except where the answer is 7.
+Each part is something a user wants. A model that cannot add yet can learn the form first, and a correct response is worth 0.5
+more than a wrong one of the same form. Form alone does not pay: format and stop count only for a response that is correct or
+uses the numbers of its own problem. A policy that collapses to a constant `Answer: 7` is rewarded only where the answer is 7.
 """
 
 import re
 from dataclasses import dataclass
 from decimal import Decimal
 
-from rayrlhf.rewards.gsm8k import reference_number
-from rayrlhf.rewards.numbers import final_number, numbers_in
+from rayrlhf.rewards.gsm8k import final_number, numbers_in, reference_number
 
 CORRECT_WEIGHT, FORMAT_WEIGHT, STOP_WEIGHT, CONCISE_WEIGHT = 0.5, 0.2, 0.15, 0.15
 CONCISE_CHARACTERS = 80
@@ -29,7 +27,7 @@ _HAS_ANSWER = re.compile(r"(?:\A|(?<=\s))Answer: -?[0-9]+\b")
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """The parts of one response's reward, each in [0, 1]."""
+    """Parts of one response's reward, each in [0, 1]."""
 
     correct: float
     format: float
@@ -38,7 +36,7 @@ class Grade:
 
     @property
     def score(self) -> float:
-        """The weighted sum, in [0, 1]."""
+        """Weighted sum, in [0, 1]."""
         return (
             CORRECT_WEIGHT * self.correct
             + FORMAT_WEIGHT * self.format
@@ -59,12 +57,12 @@ def word_problems(
     Args:
         prompts: [B], the problems; used where there is no `question` column.
         responses: [B].
-        answer: [B], the right number, or a worked solution that ends in `#### N`.
+        answer: [B], the correct number, or a worked solution that ends in `#### N`.
         finish_reasons: [B], "stop" or "length".
-        question: [B], the bare problems, without the instructions around them.
+        question: [B], the problems without the instructions around them.
 
     Raises:
-        UserError: a reference answer has no number in it.
+        UserError: a reference answer has no number.
     """
     rows = zip(question or prompts, responses, answer, finish_reasons, strict=True)
     return [
@@ -74,16 +72,25 @@ def word_problems(
 
 
 def word_problems_exact(responses: list[str], answer: list[str | int | float]) -> list[float]:
-    """Return 1 for each response that ends in exactly the right `Answer: N`, else 0; give it weight 0 to report it only.
+    """Return 1 for each response that ends in exactly the right `Answer: N`, else 0.
+
+    With weight 0 it is only reported.
 
     Raises:
-        UserError: a reference answer has no number in it.
+        UserError: a reference answer has no number.
     """
     return [float(is_exact(response, expected)) for response, expected in zip(responses, answer, strict=True)]
 
 
 def grade(problem: str, response: str, expected: Decimal, *, stopped: bool) -> Grade:
-    """Grade one response to one problem; `stopped` says that the model ended it by itself."""
+    """Grade one response to one problem.
+
+    Args:
+        problem: text of the problem.
+        response: text of the response.
+        expected: correct number.
+        stopped: True if the model ended the response itself.
+    """
     response = response.strip()
     correct = _correctness(problem, response, expected)
     uses_problem = _uses_numbers_of(problem, response)
@@ -97,22 +104,25 @@ def grade(problem: str, response: str, expected: Decimal, *, stopped: bool) -> G
 
 
 def is_correct(response: str, answer: str | int | float) -> bool:
-    """Whether the final number is right, in whatever form."""
+    """Return True if the final number is right, in any form."""
     return final_number(response) == reference_number(0, answer)
 
 
 def is_exact(response: str, answer: str | int | float) -> bool:
-    """Whether the response ends in exactly `Answer: N` with the right N."""
+    """Return True if the response ends in exactly `Answer: N` with the right N."""
     match = _ENDS_IN_ANSWER.search(response.strip())
     return match is not None and Decimal(match[1]) == reference_number(0, answer)
 
 
 def _correctness(problem: str, response: str, expected: Decimal) -> float:
-    """Grade the number. Who never says which one is the answer is taken at the first that the problem did not give."""
+    """Grade the number.
+
+    Without the word "answer" the first number that is not in the problem counts half.
+    """
     if final_number(response) == expected:
         return 1.0
-    given = set(numbers_in(problem))
-    reached = next((number for number in numbers_in(response) if number not in given), None)
+    in_problem = set(numbers_in(problem))
+    reached = next((number for number in numbers_in(response) if number not in in_problem), None)
     return 0.5 if reached == expected and "answer" not in response.lower() else 0.0
 
 
@@ -127,8 +137,8 @@ def _brevity(response: str) -> float:
 
 
 def _uses_numbers_of(problem: str, response: str) -> bool:
-    """Whether the text before the answer has two of the problem's numbers (all, where it has fewer)."""
+    """Return True if the working uses two (or all) of the problem's numbers."""
     head, marker, tail = response.rpartition("Answer:")
     working = head if marker else tail
-    given = set(numbers_in(problem))
-    return len(given & set(numbers_in(working))) >= min(2, len(given)) and bool(working)
+    numbers = set(numbers_in(problem))
+    return len(numbers & set(numbers_in(working))) >= min(2, len(numbers)) and bool(working)

@@ -1,14 +1,14 @@
-"""The process between the sandbox and a program nobody trusts; run as a script, with the standard library alone.
+"""Process that isolates an untrusted program; run as a script with the standard library alone.
 
-It gives the program namespaces of its own (users, processes, network, mounts, IPC, host name) and a file system in memory that
-holds the system's libraries and Python, read-only, and a work folder of bounded size: what is not there needs no permission
-bits. There is no /proc, no network, and no variable of the environment. Then it takes every privilege away and starts the
-program under resource limits. Three processes: the warden waits outside, its child is process 1 inside, and when that one ends
-the kernel kills all others in there. A job of uid 0 becomes an ordinary user before the program starts, because the kernel
-exempts uid 0 from the limit on processes.
+It creates namespaces (users, processes, network, mounts, IPC, host name) and a file system in memory. That holds the system's
+libraries and Python, read-only, and a work folder of limited size; absent files need no permission bits. There is no /proc, no
+network, and no environment variable. It then drops every privilege and starts the program under resource limits. There are
+three processes: the warden waits outside, its child is process 1 inside, and when that one ends the kernel kills all others
+inside. A job of uid 0 becomes an ordinary user before the program starts, because the kernel exempts uid 0 from the process
+limit.
 
-The specification comes as JSON on standard input (`rayrlhf.rewards.sandbox` writes it); how it went goes as JSON to the file
-descriptor that it names: `{"refused": why}`, `{"timed_out": true}` or `{"status": wait status}`.
+The specification is read as JSON from standard input (`rayrlhf.rewards.sandbox` writes it). The result is written as JSON to
+the file descriptor named there: `{"refused": reason}`, `{"timed_out": true}` or `{"status": wait status}`.
 """
 
 import ctypes
@@ -21,12 +21,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-NOBODY = 65534
-"""The user and group that a job of uid 0 becomes."""
-ROOM_FOR_FOLDERS = 2**20
-"""Bytes of the memory file system that is the root folder; it holds mount points and links only."""
+UNPRIVILEGED_ID = 65534
+"""User and group of a program started by uid 0."""
+ROOT_BYTES = 2**20
+"""Size of the root file system, which holds mount points and links only."""
 SPARE_PROCESSES = 1
-"""Process 1 counts as one of the program's."""
+"""Process 1 counts against the program's limit."""
 
 _NEW_USER, _NEW_PROCESSES, _NEW_NETWORK = 0x10000000, 0x20000000, 0x40000000
 _NEW_MOUNTS, _NEW_HOST_NAME, _NEW_IPC = 0x00020000, 0x04000000, 0x08000000
@@ -46,7 +46,7 @@ def _checked(what: str, result: int) -> None:
 
 
 def _unshare(flags: int) -> None:
-    _checked("making namespaces (unshare)", _libc.unshare(flags))
+    _checked("creating namespaces (unshare)", _libc.unshare(flags))
 
 
 def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
@@ -67,12 +67,12 @@ def _write(folder: int | None, name: str, text: str) -> None:
 
 
 def _enter_user_namespace(process: int, inside: int) -> None:
-    """Enter a user namespace that holds this user alone.
+    """Enter a user namespace with only this user.
 
     Args:
         process: descriptor of this process's folder in /proc.
-        inside: what its user and group are called in there. As 0 the process owns namespaces that it makes next; under any
-            other number it loses every privilege with the program that it starts.
+        inside: id of its user and group inside. With 0 the process owns the namespaces that it creates next; with any other id
+            it loses every privilege when it starts the program.
     """
     user, group = os.getuid(), os.getgid()
     _unshare(_NEW_USER)
@@ -82,7 +82,10 @@ def _enter_user_namespace(process: int, inside: int) -> None:
 
 
 def _forbid_shared_memory() -> None:
-    """Allow no System V shared memory and message queues: they outlive who made them, so that no limit of a process binds."""
+    """Forbid System V shared memory and message queues.
+
+    They outlive their process, so process limits do not apply to them.
+    """
     try:
         for name in ("shmmni", "msgmni"):
             _write(None, f"/proc/sys/kernel/{name}", "0")
@@ -92,14 +95,14 @@ def _forbid_shared_memory() -> None:
 
 
 def _build_root(spec: dict[str, Any]) -> None:
-    """Put a file system in memory in the place of the root folder.
+    """Replace the root folder with a file system in memory.
 
     Raises:
-        OSError: the kernel does not let it.
+        OSError: the kernel refuses.
     """
     _mount("none", "/", "", _PRIVATE | _RECURSIVE)
     root = spec["mount_point"]
-    _mount("tmpfs", root, "tmpfs", _NO_SET_UID | _NO_DEVICES, f"size={ROOM_FOR_FOLDERS},mode=755")
+    _mount("tmpfs", root, "tmpfs", _NO_SET_UID | _NO_DEVICES, f"size={ROOT_BYTES},mode=755")
     for path in spec["visible"]:
         inside = root + path
         Path(inside).parent.mkdir(parents=True, exist_ok=True)
@@ -132,10 +135,10 @@ def _build_root(spec: dict[str, Any]) -> None:
 
 
 def _become_ordinary() -> None:
-    """Be nobody from now on."""
+    """Switch to an unprivileged user."""
     os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
+    os.setresgid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
+    os.setresuid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
 
 
 def _limit(spec: dict[str, Any]) -> None:
@@ -147,9 +150,9 @@ def _limit(spec: dict[str, Any]) -> None:
         resource.RLIMIT_NPROC: spec["processes"] + SPARE_PROCESSES,
         resource.RLIMIT_CORE: 0,
     }
-    for what, wanted in bounds.items():
+    for what, limit in bounds.items():
         hard = resource.getrlimit(what)[1]
-        bound = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        bound = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(what, (bound, bound))
 
 
@@ -157,12 +160,12 @@ def _start(spec: dict[str, Any]) -> int:
     """Write the program's files and start it; returns its process id.
 
     Raises:
-        OSError: it cannot be started, which says nothing of the program.
+        OSError: the start failed; the program is not to blame.
     """
     os.chdir(spec["work"])
     for name, text in {**spec["files"], "stdin": spec["stdin"]}.items():
         Path(name).write_text(text, encoding="utf-8", errors="replace")
-    told, tell = os.pipe()
+    read, write = os.pipe()
     started = os.fork()
     if started == 0:
         try:
@@ -171,27 +174,27 @@ def _start(spec: dict[str, Any]) -> int:
             _limit(spec)
             os.execve(spec["command"][0], spec["command"], spec["environment"])  # noqa: S606
         except OSError as error:
-            os.write(tell, f"starting {spec['command'][0]}: {error.strerror}".encode())
+            os.write(write, f"starting {spec['command'][0]}: {error.strerror}".encode())
         os._exit(127)
-    os.close(tell)
-    with os.fdopen(told, "rb") as pipe:
-        said = pipe.read().decode()
-    if said:
-        raise OSError(said)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        failure = pipe.read().decode()
+    if failure:
+        raise OSError(failure)
     return started
 
 
-def _guard(spec: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
-    """Start the program and wait until it ends or its time is over. Does not return when the time is over."""
+def _guard(spec: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
+    """Start the program and wait for it; exits the process at the wall time limit."""
 
-    def over(*_: object) -> None:
-        tell({"timed_out": True})
+    def time_out(*_: object) -> None:
+        report({"timed_out": True})
         if started:
-            os.killpg(started, signal.SIGKILL)  # outside of a process namespace the end of this process kills nobody
+            os.killpg(started, signal.SIGKILL)  # without a process namespace its end kills no other process
         os._exit(0)
 
     started = 0
-    signal.signal(signal.SIGALRM, over)
+    signal.signal(signal.SIGALRM, time_out)
     signal.setitimer(signal.ITIMER_REAL, spec["wall_seconds"])
     started = _start(spec)
     while True:
@@ -199,7 +202,7 @@ def _guard(spec: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None
         if process == started:
             break
     signal.setitimer(signal.ITIMER_REAL, 0)
-    tell({"status": status})
+    report({"status": status})
     if not spec["contained"]:
         try:
             os.killpg(started, signal.SIGKILL)
@@ -207,11 +210,11 @@ def _guard(spec: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None
             return
 
 
-def _inside(spec: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
-    """What process 1 does."""
+def _inside(spec: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
+    """Isolate process 1 and start the program."""
     try:
         if spec["contained"]:
-            # Descriptors of what the new root folder does not have.
+            # Opened before the new root folder hides them.
             process, sysctl = os.open("/proc/self", os.O_RDONLY), os.open("/proc/sys/user", os.O_RDONLY)
             _forbid_shared_memory()
             _build_root(spec)
@@ -219,30 +222,30 @@ def _inside(spec: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> Non
             _become_ordinary()
             _control(_DUMPABLE, 1)  # else the files of this process in /proc belong to root
         if spec["contained"]:
-            _enter_user_namespace(process, NOBODY)
+            _enter_user_namespace(process, UNPRIVILEGED_ID)
             _write(sysctl, "max_user_namespaces", "0")
             os.close(process)
             os.close(sysctl)
         _control(_DEATH_SIGNAL, signal.SIGKILL)
         _control(_DUMPABLE, 0)
         _control(_NO_NEW_PRIVILEGES, 1)
-        _guard(spec, tell)
+        _guard(spec, report)
     except OSError as error:
-        tell({"refused": error.strerror or str(error)})
+        report({"refused": error.strerror or str(error)})
 
 
 def main() -> None:
     """Read the specification, run its program, report."""
     _control(_DEATH_SIGNAL, signal.SIGKILL)
     spec = json.loads(sys.stdin.buffer.read())
-    report = spec["report"]
-    os.set_inheritable(report, False)
+    descriptor = spec["report"]
+    os.set_inheritable(descriptor, False)
 
-    def tell(what: dict[str, Any]) -> None:
-        os.write(report, json.dumps(what).encode() + b"\n")
+    def report(result: dict[str, Any]) -> None:
+        os.write(descriptor, json.dumps(result).encode() + b"\n")
 
     spec["root"] = os.getuid() == 0
-    spec["owner"] = NOBODY if spec["root"] else 0
+    spec["owner"] = UNPRIVILEGED_ID if spec["root"] else 0
     try:
         if spec["contained"]:
             if not spec["root"]:
@@ -251,14 +254,14 @@ def main() -> None:
                 os.close(process)
             _unshare(_OTHERS)
         elif spec["root"]:
-            os.chown(spec["work"], NOBODY, NOBODY)
+            os.chown(spec["work"], UNPRIVILEGED_ID, UNPRIVILEGED_ID)
         child = os.fork()
     except OSError as error:
-        tell({"refused": error.strerror or str(error)})
+        report({"refused": error.strerror or str(error)})
         return
     if child == 0:
         try:
-            _inside(spec, tell)
+            _inside(spec, report)
         finally:
             os._exit(0)
     os.waitpid(child, 0)

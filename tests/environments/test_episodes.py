@@ -15,7 +15,7 @@ from rayrlhf.errors import AlarmError, UserError
 from rayrlhf.ppo.experience import ExperienceMaker
 from rayrlhf.ppo.group_filter import GroupFilter
 from rayrlhf.ppo.scoring import ScoredRollouts
-from rayrlhf.rewards.environment import environment
+from rayrlhf.rewards.rollout_rewards import environment
 from rayrlhf.rewards.score import RewardBatch
 
 BASE = [

@@ -95,7 +95,7 @@ def test_a_run_goes_on_with_right_rewards_alone_while_one_of_two_servers_fails_a
 
 def test_when_all_servers_die_a_run_stops_or_goes_on_with_its_other_rewards_as_configured(tmp_path):
     dying = FailingServer(right_answers=4)
-    with pytest.raises(UserError, match=r"reward function 'remote': no usable answer in 4 attempts; last: .+"):
+    with pytest.raises(UserError, match=r"reward function 'remote': no valid response in 4 attempts; last: .+"):
         train_ppo(run_config(tmp_path, *SMALL, remote(dying.server.url) + "]"))
     other = ", {name: 'tests.ppo.runs:digit_share_by_token', per: token, weight: 2.0}]"
     config = run_config(

@@ -43,7 +43,7 @@ def test_a_sample_that_was_seen_is_not_asked_again_and_equal_ones_are_asked_once
     assert ask(cached, ["ccc", "bb"]) == [3, 2]
     assert ask(cached, ["a", "ccc"]) == [1, 3]
     assert SEEN == [["a", "bb"], ["ccc"]]
-    assert (cached.cache.asked, cached.cache.computed) == (7, 3)
+    assert (cached.cache.requested, cached.cache.computed) == (7, 3)
 
 
 def test_another_column_is_another_content_only_where_the_function_reads_it():

@@ -46,7 +46,7 @@ def test_arguments_are_bound_and_win_over_a_column():
 
 
 def test_a_missing_column_is_named_with_those_there_are():
-    with pytest.raises(UserError, match=r"'f' asks for column 'anwser'; the dataset's columns are: answer, extra"):
+    with pytest.raises(UserError, match=r"'f' needs column 'anwser'; the dataset's columns are: answer, extra"):
         seen_by(lambda anwser: [])
 
 
@@ -73,7 +73,7 @@ def test_a_function_listed_several_times_gets_a_name_for_each():
             {"name": "format", "arguments": {"pattern": "a"}},
             {"name": "gsm8k", "weight": 2.0},
             {"name": "format", "arguments": {"pattern": "b"}, "weight": 0.5},
-            {"name": "rayrlhf.rewards.format:matches_format", "arguments": {"pattern": "c"}},
+            {"name": "rayrlhf.rewards.formats:matches_format", "arguments": {"pattern": "c"}},
             {"name": "format", "arguments": {"pattern": "d"}},
         )
     )
@@ -92,7 +92,7 @@ def test_a_function_listed_several_times_gets_a_name_for_each():
     [
         ({"patern": "a"}, "'format' takes no argument 'patern'; did you mean 'pattern'?"),
         ({"zzz": 1}, "it takes pattern, match, ignore_case"),
-        ({"responses": ["x"]}, "argument 'responses' is filled by the batch"),
+        ({"responses": ["x"]}, "argument 'responses' comes from the batch"),
     ],
 )
 def test_an_argument_that_does_not_fit_is_refused_before_the_run(arguments: dict, message: str):

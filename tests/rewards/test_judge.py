@@ -78,7 +78,7 @@ def test_an_answer_without_a_mark_is_asked_for_again_and_then_there_is_no_reward
 )
 def test_a_bad_server_gives_no_reward_and_stops_the_run_or_leaves_the_batch_to_the_other_rewards(start, bad):
     server = start(lambda *_: bad)
-    with pytest.raises(UserError, match="reward function 'judge': no usable answer in 3 attempts"):
+    with pytest.raises(UserError, match="reward function 'judge': no valid response in 3 attempts"):
         ask(server.url, responses=["a"], prompts=["p"])
     assert len(server.asked) == 3
     half = start(lambda number, question: bad if number else length(number, question))
@@ -100,9 +100,9 @@ def test_in_a_sum_a_sample_without_a_mark_is_nan_there_and_alone_it_stops_the_ru
     ("changes", "message"),
     [
         ({"template": "{prompt}"}, r"template has no \{response\}"),
-        ({"template": "{response} {answer}"}, r"template has \{answer\} in it and the dataset has no column 'answer'"),
+        ({"template": "{response} {answer}"}, r"template has \{answer\}, but the dataset has no column 'answer'"),
         ({"verdict": "("}, "verdict .*: missing"),
-        ({"verdict": "[0-9]"}, "expected one group in parentheses, the mark, and found 0"),
+        ({"verdict": "[0-9]"}, "expected one group in parentheses, the grade, found 0"),
         ({"low": 3, "high": 3}, "expected low < high"),
         ({"verdict_attempts": 0}, "verdict_attempts 0: expected at least 1"),
         ({"on_failure": "drop"}, "'stop' or 'skip'"),

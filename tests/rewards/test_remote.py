@@ -88,7 +88,7 @@ def test_rewards_come_back_in_order_and_two_servers_share_the_work(start):
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_server_gives_no_reward_after_bounded_attempts_and_the_run_stops(start, kind):
     server = start(BAD[kind])
-    with pytest.raises(UserError, match=r"reward function 'remote': no usable answer in 3 attempts; last: .+"):
+    with pytest.raises(UserError, match=r"reward function 'remote': no valid response in 3 attempts; last: .+"):
         ask(server.url, batch_size=10)
     assert len(server.asked) == 3
 
@@ -127,7 +127,7 @@ def test_a_refusal_is_not_repeated_and_the_token_is_sent_and_never_shown(start, 
     monkeypatch.setenv("JUDGE_TOKEN", "secret-word")
     caplog.set_level("DEBUG")
     server = start(always(401, b""))
-    with pytest.raises(UserError, match="answered with status 401, expected 200") as raised:
+    with pytest.raises(UserError, match="responded with status 401, expected 200") as raised:
         ask(server.url, token_variable="JUDGE_TOKEN", batch_size=10)
     assert server.tokens == ["Bearer secret-word"]
     assert "secret-word" not in str(raised.value) + caplog.text

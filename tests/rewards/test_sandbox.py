@@ -202,8 +202,8 @@ def test_a_sandbox_that_fails_is_tried_three_times_in_all_and_then_it_is_an_erro
 
 
 def test_what_cannot_be_contained_is_refused_in_one_line(monkeypatch):
-    monkeypatch.setattr(sandbox, "missing", lambda: "making namespaces (unshare): Operation not permitted")
-    with pytest.raises(UserError, match=r"cannot be contained on this machine: making namespaces \(unshare\): Operation not"):
+    monkeypatch.setattr(sandbox, "missing", lambda: "creating namespaces (unshare): Operation not permitted")
+    with pytest.raises(UserError, match=r"cannot be contained on this machine: creating namespaces \(unshare\): Operation not"):
         run_program({"main.py": "print(1)"})
 
 

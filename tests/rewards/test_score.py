@@ -77,8 +77,8 @@ def test_booleans_are_ones_and_zeros():
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ([1.0, 2.0], "'f' was asked for 3 values and returned 2"),
-        ([], "'f' was asked for 3 values and returned 0"),
+        ([1.0, 2.0], "'f' returned 2 values, expected 3"),
+        ([], "'f' returned 0 values, expected 3"),
         (1.0, "'f' returned float 1.0, expected a list of 3 numbers"),
         (None, "'f' returned NoneType None, expected a list"),
         ("abc", "'f' returned str 'abc', expected a list"),
@@ -164,7 +164,7 @@ def test_an_overrunning_coroutine_is_named_and_cancelled():
 
     start = time.perf_counter()
     with pytest.raises(
-        DeadlineError, match=r"'stuck' did not answer within 0\.2 s \(reward\.timeout_seconds\), since \d\d:\d\d:\d\d"
+        DeadlineError, match=r"'stuck' did not return within 0\.2 s \(reward\.timeout_seconds\), since \d\d:\d\d:\d\d"
     ):
         score_batch([bound(judge), bound(stuck)], BATCH, timeout_seconds=0.2)
     assert time.perf_counter() - start < 30
@@ -179,7 +179,7 @@ def test_a_coroutine_that_will_not_be_cancelled_is_left_behind(monkeypatch: pyte
         release.wait(30)  # blocks the loop
         return [0.0] * len(responses)
 
-    with pytest.raises(DeadlineError, match="'deaf' did not answer"):
+    with pytest.raises(DeadlineError, match="'deaf' did not return"):
         score_batch([bound(deaf)], BATCH, timeout_seconds=0.1)
     release.set()
 

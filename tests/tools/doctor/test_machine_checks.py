@@ -35,7 +35,7 @@ GOOD = Facts(
     sandbox="",
 )
 ILL = [
-    ({"sandbox": "making namespaces (unshare): Operation not permitted"}, "sandbox", "warning", "Operation not permitted"),
+    ({"sandbox": "creating namespaces (unshare): Operation not permitted"}, "sandbox", "warning", "Operation not permitted"),
     ({"python": (3, 13)}, "python", "warning", "3.13"),
     ({"packages": GOOD.packages | {"torch": "2.12.1"}}, "versions", "broken", "torch 2.12.1 (needs <2.14,>=2.13)"),
     ({"packages": GOOD.packages | {"ray": None}}, "packages", "broken", "not installed: ray"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayrlhf.rewards.breaker import Breaker, choose
+from rayrlhf.rewards.transport import Breaker, choose
 
 
 def failed(breaker: Breaker, *times: float) -> Breaker:
@@ -44,7 +44,7 @@ def test_a_success_between_failures_starts_the_count_anew_and_a_cancelled_call_s
 
 
 def test_the_least_busy_server_is_asked_and_an_open_one_never():
-    servers = [Breaker(in_flight=2), Breaker(in_flight=1, asked=5), Breaker(in_flight=1, asked=4)]
+    servers = [Breaker(in_flight=2), Breaker(in_flight=1, started=5), Breaker(in_flight=1, started=4)]
     assert choose(servers, 0) == 2
     failed(servers[2], 1, 2, 3)
     assert choose(servers, 4) == 1

@@ -11,8 +11,8 @@ from rayrlhf.config.reward import RewardFunctionSection
 from rayrlhf.data.records import Rollout, SampleKey
 from rayrlhf.environments.episodes import turns
 from rayrlhf.errors import UserError
-from rayrlhf.rewards.credit import turn_ends
 from rayrlhf.rewards.functions import BoundFunction, ScoringBatch
+from rayrlhf.rewards.returned_values import turn_ends
 from rayrlhf.rewards.score import score_batch
 
 MASKS = [[True, True, False, True], [True, True], [False, True, True, False, True]]
@@ -71,11 +71,11 @@ def test_a_function_that_does_not_apply_to_a_response_pays_it_nothing():
         (
             [[1, 2], [1, 2], [1, 2]],
             "turn",
-            r"\(per: turn\) returned list .* for sample 1, expected a list of 1 numbers, one a turn",
+            r"\(per: turn\) returned list .* for sample 1, expected a list of 1 numbers, one per turn",
         ),
         ([1.0, 1.0, 1.0], "turn", "returned float 1.0 for sample 0, expected a list of 2 numbers"),
         ([[1, 2], [float("nan")], [1, 2]], "turn", "'f, sample 1' returned float nan"),
-        ([[1, 1, 1, 1], [0] * 2, [0] * 5], "token", "paid 1 for token 2 of sample 0, which the policy did not sample"),
+        ([[1, 1, 1, 1], [0] * 2, [0] * 5], "token", "returned 1 for token 2 of sample 0, which the policy did not sample"),
     ],
 )
 def test_what_does_not_fit_the_tokens_is_one_clear_line(values, per, message):
@@ -84,7 +84,7 @@ def test_what_does_not_fit_the_tokens_is_one_clear_line(values, per, message):
 
 
 def test_where_nothing_was_sampled_and_beside_a_cache_it_is_refused():
-    with pytest.raises(UserError, match="'f' pays per turn, which needs sampled tokens"):
+    with pytest.raises(UserError, match="'f' has per: turn, which needs sampled tokens"):
         score_batch([pays([[1.0]], "turn")], ScoringBatch(["p"], ["r"]))
     with pytest.raises(ValueError, match="cache: true remembers one number a response"):
         RewardFunctionSection(name="f", per="token", cache=True)

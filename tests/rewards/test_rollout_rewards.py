@@ -5,7 +5,7 @@ import pytest
 
 from rayrlhf.data.records import Rollout, SampleKey
 from rayrlhf.errors import UserError
-from rayrlhf.rewards.length import length_penalty
+from rayrlhf.rewards.rollout_rewards import length_penalty
 
 
 def rollout(length: int) -> Rollout:

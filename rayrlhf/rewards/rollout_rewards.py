@@ -1,13 +1,24 @@
-"""A soft limit on length: free up to a limit, then a penalty that grows linearly to -1.
+"""Rewards computed from rollouts: the environment's own rewards and a soft length limit."""
 
-The formula is the soft overlong punishment of DAPO (Yu et al. 2025, arXiv 2503.14476, eq. 13), whose cache is
-`hard_limit - soft_limit` here.
-"""
-
+from collections.abc import Sequence
 from typing import Literal
 
 from rayrlhf.data.records import Rollout
 from rayrlhf.errors import UserError
+
+
+def environment(rollouts: Sequence[Rollout]) -> list[float]:
+    """Return the sum of each sample's environment rewards over its turns.
+
+    Raises:
+        UserError: the run has no environment.
+    """
+    sums = []
+    for rollout in rollouts:
+        if rollout.rewards is None:
+            raise UserError("reward function 'environment' needs the rewards of an environment: give an `environment:` section")
+        sums.append(float(rollout.rewards.sum()))
+    return sums
 
 
 def length_penalty(
@@ -17,13 +28,16 @@ def length_penalty(
     unit: Literal["tokens", "characters"] = "tokens",
     rollouts: list[Rollout] | None = None,
 ) -> list[float]:
-    """Return 0 up to the soft limit, -1 from the hard limit on, and linear values in between.
+    """Return length penalties [B] from 0 (soft limit) to -1 (hard limit), linear between.
+
+    The formula is the soft overlong punishment of DAPO (Yu et al. 2025, arXiv 2503.14476, eq. 13); its cache is
+    `hard_limit - soft_limit` here.
 
     Args:
         responses: [B].
         soft_limit: longest length without a penalty.
-        hard_limit: length at which the penalty is full.
-        unit: what to count; tokens are response tokens, a sampled stop token included.
+        hard_limit: length from which on the penalty is -1.
+        unit: unit of the limits; tokens are response tokens, including a sampled stop token.
         rollouts: [B], needed to count tokens.
 
     Raises:
