@@ -116,6 +116,15 @@ def test_every_test_that_a_page_names_exists(path):
         assert (ROOT / name).exists(), name
 
 
+def test_every_path_on_the_map_exists():
+    page = ROOT / "rayrlhf/README.md"
+    text = page.read_text(encoding="utf-8")
+    names = [name for name in re.findall(r"`([\w/]+(?:/|\.py))`", text) if not name.startswith("path/")]
+    assert [name for name in names if not (page.parent / name).exists() and not (ROOT / name).exists()] == []
+    packages = {path.parent.name for path in (ROOT / "rayrlhf").glob("*/__init__.py")} - {"pipelines", "tools"}
+    assert [name for name in packages if f"`{name}/`" not in text] == []
+
+
 def commands(path: Path) -> Iterator[list[str]]:
     """The `rayrlhf` commands in a page's shell blocks, without their comments."""
     for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
