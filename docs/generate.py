@@ -77,7 +77,7 @@ def default_text(field: FieldInfo) -> str:
         return "**required**"
     value = field.get_default(call_default_factory=True)
     if value is PydanticUndefined or isinstance(value, Section):
-        return "see below"
+        return ""
     if isinstance(value, Path):
         value = str(value)
     return f"`{json.dumps(value, default=str, ensure_ascii=False)}`"

@@ -171,6 +171,7 @@ def clone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clone")
     (folder / "examples").symlink_to(ROOT / "examples")
     (folder / "data/gsm8k").mkdir(parents=True)
+    (folder / "my-run.yaml").write_text(starter("ppo"), encoding="utf-8")
     solved = [{"question": f"What is {n}+1?", "answer": f"{n}+1=<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(256)]
     pairs = [{"prompt": f"What is {n}+1?", "chosen": f"{n + 1}", "rejected": "0"} for n in range(256)]
     for name, rows in {"train.jsonl": solved, "test.jsonl": solved, "gsm8k/pairs.jsonl": pairs}.items():
@@ -185,7 +186,7 @@ def test_a_command_of_a_page_gets_as_far_as_its_plan(path, words, clone, monkeyp
     monkeypatch.chdir(clone)
     words = [word for word in words if word != "--dry-run"]
     given = [word.replace("PATH/", "data/") for word in words]
-    if HUB in (ROOT / given[1]).read_text(encoding="utf-8") and given == words:  # there is no network in a test
+    if HUB in Path(given[1]).read_text(encoding="utf-8") and given == words:  # there is no network in a test
         field = "{path: data/train.jsonl, prompt_field: question%s}"
         sft, ppo = f"data.train={field % ', completion_field: answer'}", f"data.train={field % ''}"
         given += [sft] if words[0] == "sft" else [ppo, f"data.evaluation={field % ''}"]
