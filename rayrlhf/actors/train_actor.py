@@ -15,7 +15,8 @@ from rayrlhf.actors.worker import Worker
 from rayrlhf.data.records import Records, TokenScores, TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import Objective
-from rayrlhf.engines.train.backends import deepspeed_state as train_state
+from rayrlhf.engines.train import training_state
+from rayrlhf.engines.train.backends.base import StateFiles
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.plan import UpdatePlan, UpdateReport
 from rayrlhf.engines.train.process_group import ProcessGroupSpec, join
@@ -34,7 +35,7 @@ class TrainActor(Worker):
     PRELOADED = ("deepspeed", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama")
 
     _engine: TrainEngine
-    _captured: train_state.StateFiles
+    _captured: StateFiles
     _sender: "DeviceSender | None" = None
 
     @measured
@@ -90,14 +91,14 @@ class TrainActor(Worker):
     def write_state(self, folder: Path) -> dict[str, FileRecord]:
         """Write the copied state, beside whatever else the actor does; returns what lies where in the folder."""
         captured, self._captured = self._captured, {}
-        return train_state.write(captured, folder)
+        return training_state.write(captured, folder)
 
     @measured
-    def snapshot(self) -> train_state.StateFiles:
+    def snapshot(self) -> StateFiles:
         """Return this rank's part of the training state; the value belongs to the driver and outlives this actor."""
         return self._engine.capture_state()
 
-    def load_snapshot(self, *parts: train_state.StateFiles) -> None:
+    def load_snapshot(self, *parts: StateFiles) -> None:
         """Continue from the snapshots of all ranks, bit for bit."""
         self._engine.load_captured(parts)
 

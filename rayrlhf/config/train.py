@@ -66,6 +66,20 @@ class TrainSection(Section):
     """Keep a moving average of the policy's weights, of which a step keeps this share, and export it beside the policy, in
     `export-average`; no average when not given."""
 
+    @property
+    def all_ranks_must_forward(self) -> bool:
+        """True if parameters are sharded, so that every rank must run the same forward passes."""
+        return self.zero_stage == 3
+
+    @property
+    def sharding_label(self) -> str:
+        """Sharding in words, for plans and logs."""
+        return f"ZeRO stage {self.zero_stage}"
+
+    def sharding_fingerprint(self) -> dict[str, int]:
+        """Settings, by key, that two runs must share to load each other's training state."""
+        return {"train.zero_stage": self.zero_stage}
+
     @model_validator(mode="after")
     def _check_ema(self) -> Self:
         if self.ema_decay is not None and self.zero_stage == 3:

@@ -182,8 +182,7 @@ def fingerprint(config: PPOConfig) -> dict[str, str]:
     parts |= {
         "model.lora": config.model.lora.model_dump(mode="json") if config.model.lora else None,
         "train.optimizer.name": config.train.optimizer.name,
-        "train.zero_stage": config.train.zero_stage,
-    }
+    } | config.train.sharding_fingerprint()
     return {key: json.dumps(value, sort_keys=True) for key, value in parts.items()}
 
 

@@ -340,7 +340,7 @@ class PPOTrainer:
         temperature = config.rollout.temperature
         logprobs: frozenset[OutputName] = frozenset({"logprobs"})
         values: frozenset[OutputName] = frozenset({"values"})
-        replicate = config.train.zero_stage == 3
+        replicate = config.train.all_ranks_must_forward
         forward_passes = []
         if config.needs_reference:
             owner: Role = "policy" if config.reference_in_policy else "reference"

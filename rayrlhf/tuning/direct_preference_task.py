@@ -13,7 +13,8 @@ from rayrlhf.config.tuning.configs import DPOConfig
 from rayrlhf.data.supervised.datasets import SliceMapper, load_preference_data, map_in_order
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.direct_preference import DirectPreferenceObjective, direct_preference_batch
-from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec
+from rayrlhf.engines.train.engine import TrainEngine
+from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.tuning.held_out import PreferenceScores, answer_logprobs
 from rayrlhf.tuning.pair_reference import with_references
 from rayrlhf.tuning.sample_table import PairTable, Table
@@ -56,13 +57,7 @@ class DirectPreferenceTask:
         """Ask the first weights about all pairs (see `Task.prepare`)."""
         if self.config.train.reference == "none" or not isinstance(table, PairTable):
             return table
-        return with_references(
-            engine,
-            table,
-            folder,
-            adapters=self.config.model.lora is not None,
-            sharded=self.config.train.zero_stage < 3,
-        )
+        return with_references(engine, table, folder, adapters=self.config.model.lora is not None)
 
     def batch(self, samples: Sequence[Any]) -> TrainingBatch:
         """See `Task.batch`."""
@@ -76,7 +71,7 @@ class DirectPreferenceTask:
         """Loss, accuracy and rewards on held-out pairs."""
         pairs = held_out.take(range(len(held_out))) if isinstance(held_out, PairTable) else []
         answers = [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
-        found = answer_logprobs(engine, answers, sharded=self.config.train.zero_stage < 3)
+        found = answer_logprobs(engine, answers)
         reference = np.array([value for pair in pairs for value in pair.reference or (0.0, 0.0)], dtype=np.float32)
         lengths = torch.tensor([int(answer.loss_mask.sum()) for answer in answers])
         train = self.config.train

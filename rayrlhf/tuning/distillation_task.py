@@ -14,7 +14,8 @@ from rayrlhf.data.supervised.datasets import SampleDataset, SliceMapper, Supervi
 from rayrlhf.data.supervised.supervised_samples import count_tokens
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.distillation import HIDDEN, IDS, LOGPROBS, DistillationObjective, distillation_batch
-from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec
+from rayrlhf.engines.train.engine import TrainEngine
+from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.engines.train.supervised_batches import supervised_sequence
 from rayrlhf.errors import UserError
 from rayrlhf.models.distillation import FullTeacher, Teacher, TopTeacher, divergence
@@ -67,7 +68,6 @@ class DistillationTask:
             folder,
             vocabulary=self.config.train.vocabulary,
             adapters=self.config.model.lora is not None,
-            sharded=self.config.train.zero_stage < 3,
         )
 
     def batch(self, samples: Sequence[Any]) -> TrainingBatch:
@@ -82,7 +82,7 @@ class DistillationTask:
         """The same mean on held-out responses."""
         samples = held_out.take(range(len(held_out))) if isinstance(held_out, DistillationTable) else []
         sequences = [supervised_sequence(sample) for sample in samples]
-        states = shared_scores(engine, sequences, "hidden", sharded=self.config.train.zero_stage < 3)
+        states = shared_scores(engine, sequences, "hidden")
         weight, bias = engine.output_layer()
         layer = engine.teacher_layer
         total = 0.0

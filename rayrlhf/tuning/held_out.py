@@ -83,15 +83,14 @@ class PreferenceScores:
         }
 
 
-def held_out_loss(engine: TrainEngine, samples: Sequence[SupervisedSample], *, sharded: bool) -> float:
+def held_out_loss(engine: TrainEngine, samples: Sequence[SupervisedSample]) -> float:
     """Mean of -log p over the tokens to learn, in nats.
 
     Args:
         engine: every worker's own.
         samples: the same on every worker.
-        sharded: every worker scores a share. Under ZeRO-3 all must score all, since they gather weights together.
     """
-    scores = shared_scores(engine, [supervised_sequence(sample) for sample in samples], "logprobs", sharded=sharded)
+    scores = shared_scores(engine, [supervised_sequence(sample) for sample in samples], "logprobs")
     total = count = 0.0
     for sample, score in zip(samples, scores, strict=True):
         learnt = sample.loss_mask[-len(score) :]
@@ -100,20 +99,18 @@ def held_out_loss(engine: TrainEngine, samples: Sequence[SupervisedSample], *, s
     return total / count
 
 
-def held_out_rewards(engine: TrainEngine, pairs: Sequence[PreferencePair], *, sharded: bool) -> PreferenceScores:
+def held_out_rewards(engine: TrainEngine, pairs: Sequence[PreferencePair]) -> PreferenceScores:
     """Rewards of both answers of each pair; arguments as `held_out_loss`."""
     sequences = [answer_sequence(answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
-    rewards = np.array([score[-1] for score in shared_scores(engine, sequences, "values", sharded=sharded)], dtype=np.float32)
+    rewards = np.array([score[-1] for score in shared_scores(engine, sequences, "values")], dtype=np.float32)
     margins = np.array([pair.margin or 0.0 for pair in pairs], dtype=np.float32)
     return PreferenceScores(rewards[::2], rewards[1::2], margins)
 
 
-def answer_logprobs(
-    engine: TrainEngine, answers: Sequence[SupervisedSample], *, sharded: bool, reference: bool = False
-) -> Float32:
+def answer_logprobs(engine: TrainEngine, answers: Sequence[SupervisedSample], *, reference: bool = False) -> Float32:
     """Log-probs summed over the tokens to learn, float32 [N], nats; `reference` switches adapters off. See `held_out_loss`."""
     sequences = [supervised_sequence(answer) for answer in answers]
-    scores = shared_scores(engine, sequences, "logprobs", sharded=sharded, reference=reference)
+    scores = shared_scores(engine, sequences, "logprobs", reference=reference)
     sums = [
         float(score[answer.loss_mask[-len(score) :]].sum(dtype=np.float64))
         for answer, score in zip(answers, scores, strict=True)
@@ -122,11 +119,11 @@ def answer_logprobs(
 
 
 def shared_scores(
-    engine: TrainEngine, sequences: Sequence[TokenSequence], outputs: OutputName, *, sharded: bool, reference: bool = False
+    engine: TrainEngine, sequences: Sequence[TokenSequence], outputs: OutputName, *, reference: bool = False
 ) -> list[Float32]:
     """Return one field of all sequences' scores, on every worker; arguments as `held_out_loss`."""
     ranks = torch.distributed.get_world_size()
-    if not sharded or ranks == 1:
+    if ranks == 1 or engine.all_ranks_must_forward:
         return [_field(score, outputs) for score in engine.score(sequences, frozenset({outputs}), reference=reference)]
     shares = balance([len(sequence.token_ids) for sequence in sequences], ranks)
     mine = [sequences[index] for index in shares[torch.distributed.get_rank()]]

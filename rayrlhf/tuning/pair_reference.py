@@ -21,7 +21,7 @@ from rayrlhf.tuning.sample_table import PairTable
 FOLDER = "reference"
 
 
-def with_references(engine: TrainEngine, table: PairTable, folder: Path, *, adapters: bool, sharded: bool) -> PairTable:
+def with_references(engine: TrainEngine, table: PairTable, folder: Path, *, adapters: bool) -> PairTable:
     """Return a table with the reference's log-probs, from the run folder where they are; every worker takes part.
 
     Args:
@@ -29,7 +29,6 @@ def with_references(engine: TrainEngine, table: PairTable, folder: Path, *, adap
         table: the pairs, the same on every worker.
         folder: the run folder, seen by all workers.
         adapters: the model has adapters, which are switched off.
-        sharded: see `rayrlhf.tuning.held_out.held_out_loss`.
 
     Raises:
         UserError: the disk refuses.
@@ -39,7 +38,7 @@ def with_references(engine: TrainEngine, table: PairTable, folder: Path, *, adap
     torch.distributed.broadcast_object_list(found)
     references = found[0]
     if references is None:
-        references = answer_logprobs(engine, table.answers.take(range(2 * len(table))), sharded=sharded, reference=adapters)
+        references = answer_logprobs(engine, table.answers.take(range(2 * len(table))), reference=adapters)
         if torch.distributed.get_rank() == 0:
             content = io.BytesIO()
             np.save(content, references)

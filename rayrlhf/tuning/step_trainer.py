@@ -1,7 +1,8 @@
 """One optimizer step of tuning on one worker: fetch its samples, update, write its numbers."""
 
 from rayrlhf.data.supervised.optimizer_steps import BatchPlan
-from rayrlhf.engines.train.engine import TrainEngine, UpdatePlan
+from rayrlhf.engines.train.engine import TrainEngine
+from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.tuning.sample_table import Table
 from rayrlhf.tuning.step_recorder import StepRecorder
 from rayrlhf.tuning.task import Task

@@ -20,7 +20,8 @@ from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import Objective
 from rayrlhf.engines.objectives.cross_entropy import CROSS_ENTROPY, CrossEntropyObjective
 from rayrlhf.engines.objectives.preference import PreferenceObjective
-from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec
+from rayrlhf.engines.train.engine import TrainEngine
+from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.engines.train.supervised_batches import preference_batch, supervised_batch
 from rayrlhf.tuning.held_out import PreferenceScores, held_out_loss, held_out_rewards
 from rayrlhf.tuning.sample_table import PairTable, SampleTable, Table
@@ -114,7 +115,7 @@ class SupervisedTask:
     def evaluate(self, engine: TrainEngine, held_out: Table) -> tuple[dict[str, float], PreferenceScores | None]:
         """The same mean on held-out samples."""
         samples = held_out.take(range(len(held_out))) if isinstance(held_out, SampleTable) else []
-        return {"evaluation/loss": held_out_loss(engine, samples, sharded=self.config.train.zero_stage < 3)}, None
+        return {"evaluation/loss": held_out_loss(engine, samples)}, None
 
 
 @dataclass(frozen=True)
@@ -166,5 +167,5 @@ class PreferenceTask:
     def evaluate(self, engine: TrainEngine, held_out: Table) -> tuple[dict[str, float], PreferenceScores | None]:
         """Accuracy, calibration and loss on held-out pairs."""
         pairs = held_out.take(range(len(held_out))) if isinstance(held_out, PairTable) else []
-        scores = held_out_rewards(engine, pairs, sharded=self.config.train.zero_stage < 3)
+        scores = held_out_rewards(engine, pairs)
         return scores.metrics(), scores

@@ -38,7 +38,6 @@ def with_teacher(
     *,
     vocabulary: int | Literal["full"],
     adapters: bool,
-    sharded: bool,
 ) -> DistillationTable:
     """Return a table with what the teacher said, from the run folder where it is there; every worker takes part.
 
@@ -48,7 +47,6 @@ def with_teacher(
         folder: the run folder, seen by all workers.
         vocabulary: hidden states for "full", else so many of the most likely tokens.
         adapters: the model has adapters, which are switched off.
-        sharded: see `rayrlhf.tuning.held_out.held_out_loss`.
 
     Raises:
         UserError: the disk refuses.
@@ -68,7 +66,7 @@ def with_teacher(
             for start in range(0, len(table), ASKED_AT_ONCE):
                 samples = table.teacher.take(range(start, min(start + ASKED_AT_ONCE, len(table))))
                 sequences = [supervised_sequence(sample) for sample in samples]
-                states = shared_scores(engine, sequences, "hidden", sharded=sharded, reference=adapters)
+                states = shared_scores(engine, sequences, "hidden", reference=adapters)
                 if written is not None:
                     learnt = [state[one.loss_mask[-len(state) :]] for one, state in zip(samples, states, strict=True)]
                     written.append(said(np.concatenate(learnt), layer, vocabulary))

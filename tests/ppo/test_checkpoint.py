@@ -3,7 +3,7 @@
 import pytest
 
 from rayrlhf.config.loading.load import dump_config
-from rayrlhf.engines.train.backends.deepspeed_state import write
+from rayrlhf.engines.train.training_state import write
 from rayrlhf.errors import UserError
 from rayrlhf.ppo.checkpoint import Checkpoint, list_checkpoints, newest_usable
 from rayrlhf.ppo.run_loop import best_metric

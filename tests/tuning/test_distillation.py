@@ -9,7 +9,8 @@ import torch
 from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.tuning.configs import DistillationConfig
-from rayrlhf.engines.train.engine import TrainEngine, UpdatePlan
+from rayrlhf.engines.train.engine import TrainEngine
+from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_causal_model, load_tokenizer
 from rayrlhf.tuning.distillation_task import MISMATCH, NO_CONTEXT, DistillationTask

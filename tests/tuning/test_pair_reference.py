@@ -8,7 +8,8 @@ import torch
 
 from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.tuning.configs import DPOConfig
-from rayrlhf.engines.train.engine import TrainEngine, UpdatePlan
+from rayrlhf.engines.train.engine import TrainEngine
+from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.models.load import load_causal_model, load_tokenizer
 from rayrlhf.tuning.direct_preference_task import DirectPreferenceTask
 from rayrlhf.tuning.pair_reference import FOLDER

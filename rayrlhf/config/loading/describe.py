@@ -14,7 +14,7 @@ def _roles(config: PPOConfig) -> Iterator[str]:
     placement, model = config.placement, config.model
     yield f"run: {config.run.folder}, {config.run.steps} steps, seed {config.run.seed}, {placement.mode}"
     adapters = f", LoRA rank {model.lora.rank}" if model.lora is not None else ""
-    yield f"policy: {model.path}{adapters}, {_count(placement.policy.ranks, 'process')}, ZeRO stage {config.train.zero_stage}"
+    yield f"policy: {model.path}{adapters}, {_count(placement.policy.ranks, 'process')}, {config.train.sharding_label}"
     parallel = config.rollout.tensor_parallel_size
     wide = f" of {parallel} devices" if parallel > 1 else ""
     yield f"rollout: {config.rollout.backend}, {_count(config.rollout.replicas, 'replica')}{wide}"

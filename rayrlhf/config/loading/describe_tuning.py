@@ -16,7 +16,7 @@ def _subject(config: TuningConfig) -> Iterator[str]:
     yield f"run: {config.run.folder}, {length}, seed {config.run.seed}"
     adapters = f", LoRA rank {model.lora.rank}" if model.lora is not None else ""
     kind = "reward model" if isinstance(config, RewardTrainingConfig) else "policy"
-    yield f"{kind}: {model.path}{adapters}, {_workers(config)}, ZeRO stage {config.train.zero_stage}"
+    yield f"{kind}: {model.path}{adapters}, {_workers(config)}, {config.train.sharding_label}"
     if isinstance(config, SFTConfig):
         noise = f", NEFTune noise {config.train.neftune_alpha:g}" if config.train.neftune_alpha is not None else ""
         if isinstance(config, DistillationConfig):

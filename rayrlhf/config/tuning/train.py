@@ -44,6 +44,11 @@ class TuningTrainSection(Section):
         """Samples of an optimizer step; None where `batch_tokens` decides."""
         return None if self.batch_tokens is not None else self.batch_size or DEFAULT_BATCH_SIZE
 
+    @property
+    def sharding_label(self) -> str:
+        """Sharding in words, for plans and logs."""
+        return self.engine_section().sharding_label
+
     def engine_section(self) -> TrainSection:
         """Return what a train engine reads: one pass over the batch it is given, in one optimizer step."""
         names = ("learning_rate", "micro_batch_size", "micro_batch_tokens", "max_grad_norm", "zero_stage", "offload_optimizer")

@@ -1,8 +1,8 @@
-"""One rank of a model that learns: scores with it, takes optimizer steps on it, hands its weights out, saves and restores it.
+"""Train engine: one rank of a trained model.
 
-The gradient of an optimizer step is a property of its samples alone. Each loss is divided by its token count over the whole
-mini-batch, so micro-batch size, padding and number of ranks change nothing but rounding. Forward passes run without dropout, so
-that a ratio of new to old log-probs measures the policy's movement and not a coin.
+The gradient of an optimizer step depends on its samples only. Each loss is divided by its token count over the whole
+mini-batch, so micro-batch size, padding and number of ranks change rounding at most. Forward passes run without dropout: the
+ratio of new to old log-probs measures the policy update and is deterministic.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,29 +16,30 @@ from rayrlhf.data.records import TokenScores, TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import Objective
 from rayrlhf.engines.scoring.frozen import score_sequences, training_device
-from rayrlhf.engines.train.backends import deepspeed_state as train_state
-from rayrlhf.engines.train.backends.deepspeed import whole, wrap
-from rayrlhf.engines.train.backends.deepspeed_resize import load_resized
+from rayrlhf.engines.train import training_state
+from rayrlhf.engines.train.backends.base import StateFiles, TrainBackend
+from rayrlhf.engines.train.backends.deepspeed import DeepSpeedBackend
 from rayrlhf.engines.train.ema import MovingAverage
 from rayrlhf.engines.train.optimizers import build_optimizer
 from rayrlhf.engines.train.plan import UpdatePlan, UpdateReport
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.engines.train.update import Updater
 from rayrlhf.models.adapter_folder import adapter_parameters, save_adapters
+from rayrlhf.models.export import save_network
 from rayrlhf.models.load import load_tokenizer, resolve_dtype
 from rayrlhf.models.lora import adapters_disabled, checkpoint_tensors, has_lora
 from rayrlhf.models.network import Network, OutputName, build_network
-from rayrlhf.models.reward_folder import is_reward_model, save_reward_model
 from rayrlhf.weight_sync.buckets import WeightBucket, bucketed
 
-__all__ = ["TrainEngine", "TrainEngineSpec", "UpdatePlan", "UpdateReport"]
+TRAIN_BACKENDS: dict[str, type[TrainBackend]] = {"deepspeed": DeepSpeedBackend}
+"""Backends by `TrainEngineSpec.backend`."""
 
 
 class TrainEngine:
-    """A `ScoreEngine` and `WeightSource` that learns. Every rank of the role makes the same calls in the same order."""
+    """Scores, updates and exports a model on one rank. Every rank of the role makes the same calls in the same order."""
 
     def __init__(self, spec: TrainEngineSpec) -> None:
-        """Load the model on this process's device and wrap it; the process has joined its process group.
+        """Load the model on this process's device and wrap it in its backend. Join the process group first.
 
         Raises:
             UserError: the model cannot be loaded.
@@ -51,18 +52,29 @@ class TrainEngine:
             network.accept_packed_rows()
         self._network = network.to(self._device)
         optimizer = build_optimizer(self._network.parameters(), spec.train.optimizer, spec.learning_rate)
-        _remember_frozen_layers(self._network, spec)
-        self._engine = wrap(self._network, optimizer, spec.train, resolve_dtype(spec.model.dtype))
-        # Recomputing activations needs training mode; there is no dropout in a network that the mode could switch on.
+        self._backend = TRAIN_BACKENDS[spec.backend].wrap(self._network, optimizer, spec.train, resolve_dtype(spec.model.dtype))
+        if not self._backend.shards_parameters:  # ZeRO-3 prefetches layers in one fixed order
+            _remember_frozen_layers(self._network, spec)
+        # Recomputing activations needs training mode, which switches no dropout on: the network has none.
         self._network.train(spec.model.gradient_checkpointing)
         decay = spec.train.ema_decay if "lm" in spec.heads and torch.distributed.get_rank() == 0 else None
         self._average = MovingAverage(self._network, decay) if decay is not None else None
-        self._updater = Updater(self._engine, spec, self._device, self._average)
+        self._updater = Updater(self._backend, spec, self._device, self._average)
 
     @property
     def optimizer_steps(self) -> int:
         """Optimizer steps taken since the run began."""
         return self._updater.optimizer_steps
+
+    @property
+    def all_ranks_must_forward(self) -> bool:
+        """True if every rank must run the same forward passes, so all ranks must score the same sequences."""
+        return self._backend.all_ranks_must_forward
+
+    @property
+    def shards_parameters(self) -> bool:
+        """True if no rank holds whole parameters."""
+        return self._backend.shards_parameters
 
     def score(
         self,
@@ -72,18 +84,18 @@ class TrainEngine:
         temperature: float = 1.0,
         reference: bool = False,
     ) -> list[TokenScores]:
-        """Score sequences in the order given; `reference` switches adapters off.
+        """Score sequences, in input order; `reference` disables the adapters.
 
-        Under ZeRO-3 every rank must make the same number of forwards, so all ranks pass the same sequences.
+        All ranks pass the same sequences if `all_ranks_must_forward`.
 
         Raises:
-            ValueError: the network has no head for something in `want`, or no adapters to switch off.
+            ValueError: the network has no head for one of `outputs`, or no adapters to disable.
         """
         if reference and not has_lora(self._network):
-            raise ValueError("a network without adapters has no reference inside it")
+            raise ValueError("a network without adapters contains no reference model")
         with adapters_disabled(self._network) if reference else nullcontext():
             return score_sequences(
-                self._engine,
+                self._backend.forward,
                 sequences,
                 outputs,
                 temperature=temperature,
@@ -92,7 +104,7 @@ class TrainEngine:
             )
 
     def update(self, batch: TrainingBatch, plan: UpdatePlan, objective: Objective) -> UpdateReport:
-        """Take the plan's optimizer steps; every rank passes the same batch, plan and objective and does its own share.
+        """Take the plan's optimizer steps. Every rank passes the same batch, plan and objective, and computes its share.
 
         Raises:
             KeyError: the batch lacks an array the objective reads.
@@ -100,64 +112,62 @@ class TrainEngine:
         """
         report = self._updater.run(batch, plan, objective)
         if self._network.prefix is not None:
-            self._network.prefix.clear()  # the next step brings sequences of its own
+            self._network.prefix.clear()  # the next step has other sequences
         return report
 
     def weight_buckets(
         self, bucket_bytes: int = 256 * 2**20, *, dtype: Literal["float32", "bfloat16"] = "float32"
     ) -> Iterator[WeightBucket]:
-        """Yield the weights under Hugging Face names: adapters folded in, tied tensors once, value head left out.
+        """Yield the weights under Hugging Face names: adapters merged, tied tensors once, without value head.
 
-        Every rank must exhaust the iterator. Tensors are contiguous, on the CPU, and on loan until the next update: where
-        nothing had to be computed they are the parameters' own memory.
+        Every rank must exhaust the iterator. Tensors are contiguous, on the CPU, and valid until the next update: those that
+        needed no computation share memory with the parameters.
 
         Args:
-            bucket_bytes: about the size of a bucket.
-            dtype: what the sampler holds its weights in; a bfloat16 sampler gets them rounded once, here.
+            bucket_bytes: approximate size of a bucket.
+            dtype: dtype of the rollout engine's weights; rounding to bfloat16 happens once, here.
         """
         return bucketed(self._checkpoint(getattr(torch, dtype)), bucket_bytes)
 
     def device_weights(self, dtype: Literal["float32", "bfloat16"]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the same weights one by one where they are computed, each valid until the next; every rank must exhaust it."""
+        """Yield the same weights one by one on the training device, each valid until the next; every rank must exhaust it."""
         return self._checkpoint(getattr(torch, dtype), self._device)
 
     def save_state(self, folder: Path) -> None:
         """Write this rank's part of weights, optimizer, counters and random state into an existing or new folder.
 
-        The caller makes the folder appear whole (`rayrlhf.storage.atomic.folder_atomically`), because all ranks write into it.
+        The caller makes the folder atomic (`rayrlhf.storage.atomic.folder_atomically`), because all ranks write into it.
         """
-        train_state.save(self._engine, self._updater, folder)
+        training_state.save(self._backend, self._updater, folder)
 
-    def capture_state(self) -> train_state.StateFiles:
-        """Copy what `save_state` would write into memory; every rank takes part. No later update changes the copy."""
-        return train_state.capture(self._engine, self._updater)
+    def capture_state(self) -> StateFiles:
+        """Copy the files of `save_state` into memory; every rank takes part. Later updates do not change the copy."""
+        return training_state.capture(self._backend, self._updater)
 
-    def load_captured(self, parts: Sequence[train_state.StateFiles]) -> None:
-        """Continue from what all ranks captured, as `load_state` does from their files."""
-        train_state.load_captured(self._engine, self._updater, parts)
+    def load_captured(self, parts: Sequence[StateFiles]) -> None:
+        """Restore the captured parts of all ranks, as `load_state` does from files."""
+        training_state.load_captured(self._backend, self._updater, parts)
 
     def load_state(self, folder: Path, *, resized: bool = False) -> None:
-        """Continue from a saved state: on the same number of ranks the next update is the same bit for bit.
+        """Restore a saved state; on the same number of ranks the next update is identical bit for bit.
 
         Args:
-            folder: where every rank's part lies.
-            resized: the state is of another number of ranks; the next update is then the same but for rounding.
+            folder: parts of all ranks.
+            resized: the state is of another number of ranks; the next update is then identical up to rounding.
 
         Raises:
             UserError: the folder holds no complete state for this rank.
         """
-        if resized:
-            load_resized(self._engine, self._updater, folder)
-        else:
-            train_state.load(self._engine, self._updater, folder)
+        load = training_state.load_resized if resized else training_state.load
+        load(self._backend, self._updater, folder)
 
     def export(self, folder: Path) -> None:
-        """Write a Hugging Face folder with merged weights and the tokenizer, and the value head beside them where there is one.
+        """Write a Hugging Face folder with merged weights, the tokenizer and the value head, if any.
 
-        A network with nothing but a head without bias is a reward model, and becomes a sequence classifier of one label. Where
-        a moving average of the weights is kept, it goes to a second folder, with `-average` behind the name.
+        A network with only a bias-free scalar head is a reward model and becomes a sequence classifier with one label. The
+        moving average of the weights, if one is kept, goes to a second folder whose name ends in `-average`.
 
-        Every rank takes part; rank 0 writes. The folder appears whole, and an older one is replaced.
+        Every rank takes part; rank 0 writes. The folder is written atomically and replaces an older one.
 
         Raises:
             UserError: the model has no tokenizer.
@@ -170,64 +180,59 @@ class TrainEngine:
     def _export(self, folder: Path) -> None:
         state = {name: tensor.clone() for name, tensor in self._checkpoint(torch.float32)}
         if torch.distributed.get_rank() == 0:
-            tokenizer = load_tokenizer(self._spec.model)
-            if is_reward_model(self._network):
-                save_reward_model(self._network, state, tokenizer, folder)
-            else:
-                train_state.export(self._network, state, tokenizer, folder)
+            save_network(self._network, state, load_tokenizer(self._spec.model), folder)
         torch.distributed.barrier()
 
     def export_adapters(self, folder: Path) -> None:
-        """Write the adapters alone as a PEFT folder beside the tokenizer, as `export` does the whole.
+        """Write only the adapters and the tokenizer as a PEFT folder; every rank takes part.
 
         Raises:
             ValueError: the network has none.
             UserError: the model has no tokenizer.
         """
         if self._spec.model.lora is None:
-            raise ValueError("a network without adapters has none to export")
+            raise ValueError("the network has no adapters to export")
         state = {}
         for name, parameter in adapter_parameters(self._network.model):
-            with whole((parameter,)):
+            with self._backend.gathered((parameter,)):
                 state[name] = parameter.detach().cpu().clone()
         if torch.distributed.get_rank() == 0:
             save_adapters(self._network.model, self._spec.model, state, load_tokenizer(self._spec.model), folder)
         torch.distributed.barrier()
 
     def keep_teacher_layer(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Keep the present output layer beside the network as the teacher's, and return it; every rank takes part."""
+        """Store and return a copy of the current output layer as the teacher's; every rank takes part."""
         weight, bias = self.output_layer()
         self._network.teacher_layer = weight.to(self._device), None if bias is None else bias.to(self._device)
         return self._network.teacher_layer
 
     @property
     def teacher_layer(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """What `keep_teacher_layer` kept, None before."""
+        """Output layer stored by `keep_teacher_layer`, None before."""
         return self._network.teacher_layer
 
     def output_layer(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight [V, H] and bias [V] (or None) of the output layer, on the CPU, for a full KL from hidden states."""
+        """Return weight [V, H] and bias [V] (or None) of the output layer, on the CPU; every rank takes part."""
         head = self._network.model.get_output_embeddings()
-        with whole(tuple(head.parameters())):
+        with self._backend.gathered(tuple(head.parameters())):
             return head.weight.detach().cpu().clone(), None if head.bias is None else head.bias.detach().cpu().clone()
 
     def _checkpoint(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
         for tensor in checkpoint_tensors(self._network.model):
-            with whole(tensor.parameters):
+            with self._backend.gathered(tensor.parameters):
                 value = tensor.value()
                 value = value.to(device, value.dtype if tensor.is_buffer else dtype).contiguous()
-                if any(hasattr(parameter, "ds_id") for parameter in tensor.parameters):
-                    value = value.clone()  # the gathered memory goes away with the block
+                if self._backend.shards_parameters:
+                    value = value.clone()  # gathered memory is freed at the end of the block
             yield tensor.name, value
 
 
 def _remember_frozen_layers(network: Network, spec: TrainEngineSpec) -> None:
-    """Skip what adapters on the last layers leave alone. Not under ZeRO-3, which learns one fixed order of layers."""
+    """Cache outputs of the frozen layers below the adapters, if adapters are on the last layers only."""
     lora = spec.model.lora
     if (
         lora is not None
         and lora.last_layers is not None
-        and spec.train.zero_stage < 3
         and not (spec.packing or spec.targets_only or spec.noise_alpha)
         and not spec.model.gradient_checkpointing
     ):

@@ -1,4 +1,4 @@
-"""What a train engine is built from: small, picklable, equal on every rank."""
+"""Settings of a train engine."""
 
 from dataclasses import dataclass, field
 
@@ -11,22 +11,23 @@ from rayrlhf.models.value_head import HeadInit
 
 @dataclass(frozen=True, slots=True)
 class TrainEngineSpec:
-    """Everything an engine is built from; equal on every rank.
+    """Picklable settings of a train engine, equal on every rank.
 
     Attributes:
-        model: where the weights start, and their adapters.
+        model: initial weights, and their adapters.
         heads: {"lm"} a policy, {"lm", "value"} a policy with the critic on its trunk, {"value"} a separate critic.
-        head_init: how a value head is filled that the checkpoint does not hold.
         train: batches, optimizer, schedule, sharding.
         learning_rate: peak learning rate of this model.
+        head_init: initialization of a value head that the checkpoint does not hold.
         total_optimizer_steps: of the whole run, for the schedule.
         seed: of adapters and heads.
         parity: quirks of TRL to reproduce.
-        packing: lay the samples of a micro-batch end to end instead of padding them.
-        targets_only: compute no logits behind the masks. Log-probs then differ from those of `score` in their last bits, so
-            this is not for PPO, where a ratio must be exactly 1.
-        head_bias: whether a new value head has a bias.
-        noise_alpha: NEFTune's noise on the embeddings in updates; none when None.
+        packing: concatenate the samples of a micro-batch instead of padding them.
+        targets_only: compute logits only at the masks. Log-probs then differ from those of `score` in their last bits, so
+            this is not for PPO, whose first ratio must be exactly 1.
+        head_bias: a new value head has a bias.
+        noise_alpha: strength of NEFTune noise on the embeddings in updates; None adds none.
+        backend: name in `TRAIN_BACKENDS` of `rayrlhf.engines.train.engine`.
     """
 
     model: ModelSection
@@ -41,3 +42,4 @@ class TrainEngineSpec:
     targets_only: bool = False
     head_bias: bool = True
     noise_alpha: float | None = None
+    backend: str = "deepspeed"

@@ -1,11 +1,10 @@
-"""The optimizer steps of a PPO step on one rank: forward, backward and step over micro-batches, epoch after epoch.
+"""Optimizer steps of an update on one rank: forward, backward and step over micro-batches and epochs.
 
-All ranks make the same decisions (shares, denominators, stopping, the ratio guard), because each decides on numbers that are
-equal everywhere: the batch, the plan, and statistics summed over all ranks.
+All ranks make the same decisions (shares, denominators, early stop, ratio guard), because they depend only on values that are
+equal on every rank: the batch, the plan, and statistics summed over all ranks.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from rayrlhf.algorithms.importance import moved_too_far, ratio_exploded
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import POLICY_KL, RATIO, LossComponent, Objective, responses_under, weighted_loss
 from rayrlhf.engines.objectives.distillation import teacher_signal
-from rayrlhf.engines.train.backends.deepspeed import zero_gradients
+from rayrlhf.engines.train.backends.base import TrainBackend
 from rayrlhf.engines.train.collate import collate
 from rayrlhf.engines.train.ema import MovingAverage
 from rayrlhf.engines.train.meter import UpdateMeter
@@ -25,17 +24,19 @@ from rayrlhf.engines.train.spec import TrainEngineSpec
 
 
 class Updater:
-    """Runs updates on a DeepSpeed engine and counts its optimizer steps.
+    """Runs updates on a train backend and counts its optimizer steps.
 
     Attributes:
         optimizer_steps: steps taken since the run began; part of the saved state.
-        average: of the weights after each of them, where this rank keeps one; likewise.
+        average: moving average of the weights, if this rank keeps one; part of the saved state.
     """
 
-    def __init__(self, engine: Any, spec: TrainEngineSpec, device: torch.device, average: MovingAverage | None = None) -> None:
+    def __init__(
+        self, backend: TrainBackend, spec: TrainEngineSpec, device: torch.device, average: MovingAverage | None = None
+    ) -> None:
         self.optimizer_steps = 0
         self.average = average
-        self._engine = engine
+        self._backend = backend
         self._spec = spec
         self._device = device
         self._rank, self._ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -54,7 +55,7 @@ class Updater:
         return meter.report()
 
     def _mini_batch(self, batch: TrainingBatch, rows: Sequence[int], objective: Objective, meter: UpdateMeter) -> None:
-        """Take one optimizer step (one a micro-batch under `parity.no_accumulation`)."""
+        """Take one optimizer step, or one per micro-batch under `parity.no_accumulation`."""
         parity = self._spec.parity
         shares = split_mini_batch(
             rows,
@@ -77,8 +78,7 @@ class Updater:
             if parity.mini_batch_means:
                 own = _counts(batch, micro_batch.rows, objective)
                 denominators = {mask: max(count, 1.0) * len(micro_batches) * self._ranks for mask, count in own.items()}
-            self._engine.set_gradient_accumulation_boundary(last)
-            self._micro_batch(batch.select(micro_batch.rows), micro_batch, objective, denominators, meter)
+            self._micro_batch(batch.select(micro_batch.rows), micro_batch, objective, denominators, meter, last=last)
             if last:
                 self._step(meter)
                 if parity.no_accumulation and index < len(micro_batches) - 1:
@@ -91,11 +91,12 @@ class Updater:
         objective: Objective,
         denominators: dict[str, float],
         meter: UpdateMeter,
+        *,
+        last: bool,
     ) -> None:
         with meter.clock("forward"):
             components = self._forward(batch, objective)
-            # DeepSpeed averages gradients over the ranks; the denominators are global, so the gradient is a sum.
-            loss = weighted_loss(components, denominators) * (self._ranks * micro_batch.weight)
+            loss = weighted_loss(components, denominators) * micro_batch.weight
         if micro_batch.weight:
             counts = _counts(batch, range(len(batch)), objective)
             meter.add(components, counts)
@@ -103,16 +104,18 @@ class Updater:
                 loss = loss * 0.0
         meter.add_tokens(batch.lengths, real=bool(micro_batch.weight), packed=self._spec.packing)
         with meter.clock("backward"):
-            self._engine.backward(loss, scale_wrt_gas=False)
+            self._backend.backward(loss, last=last)
 
     def _forward(self, batch: TrainingBatch, objective: Objective) -> list[LossComponent]:
-        learnt = None
+        targets = None
         if self._spec.targets_only:
-            learnt = np.logical_or.reduce([batch.arrays[mask] for mask in objective.masks])
-        collated = collate(batch.sequences, batch.width, self._device, targets_mask=learnt, packed=self._spec.packing)
+            targets = np.logical_or.reduce([batch.arrays[mask] for mask in objective.masks])
+        collated = collate(batch.sequences, batch.width, self._device, targets_mask=targets, packed=self._spec.packing)
         arrays = {name: torch.from_numpy(array).to(self._device) for name, array in batch.arrays.items()}
         teacher = teacher_signal(arrays, collated.logprob_slots) if "divergence" in objective.outputs else None
-        output = self._engine(collated.input_ids, collated.positions, objective.outputs, objective.temperature, teacher)
+        output = self._backend.forward(
+            collated.input_ids, collated.positions, objective.outputs, objective.temperature, teacher
+        )
         tables: dict[str, Tensor] = {}
         for name in objective.outputs:
             slots = collated.value_slots if name == "values" else collated.logprob_slots
@@ -123,7 +126,7 @@ class Updater:
         train, parity = self._spec.train, self._spec.parity
         meter.finish_step(across_ranks=self._ranks > 1)
         if not parity.mini_batch_means and self._exploded(meter.step_means):
-            zero_gradients(self._engine, train.zero_stage)
+            self._backend.zero_grad()
             meter.guarded_steps += 1
         clip = train.max_grad_norm
         if parity.clip_first_step_only and self.optimizer_steps > 0:
@@ -131,27 +134,13 @@ class Updater:
         learning_rate = self._spec.learning_rate * learning_rate_factor(
             train.schedule, self.optimizer_steps, self._spec.total_optimizer_steps
         )
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
         with meter.clock("optimizer"):
-            norm = self._clip_and_step(clip)
+            norm = self._backend.step(learning_rate, clip)
         self.optimizer_steps += 1
         if self.average is not None:
             self.average.step()
         meter.grad_norms.append(norm)
         meter.learning_rates.append(learning_rate)
-
-    def _clip_and_step(self, clip: float | None) -> float:
-        """Step the optimizer; return the norm of the whole gradient before clipping."""
-        engine = self._engine
-        if self._spec.train.zero_stage == 0:
-            parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
-            norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if clip is None else clip)
-            engine.step()
-            return float(norm)
-        engine.optimizer.clip_grad = clip or 0.0
-        engine.step()
-        return float(engine.get_global_grad_norm())
 
     def _exploded(self, means: dict[str, float]) -> bool:
         guard = self._spec.train.ratio_guard
@@ -159,12 +148,12 @@ class Updater:
 
 
 def _counts(batch: TrainingBatch, rows: Sequence[int], objective: Objective) -> dict[str, float]:
-    """Tokens under each of the objective's masks, and responses that have any (see `LossComponent.denominator`)."""
+    """Count tokens and responses under each of the objective's masks (see `LossComponent.denominator`)."""
     counts = {}
     for mask in objective.masks:
-        places = batch.arrays[mask][list(rows)].reshape(len(rows), -1)
-        counts[mask] = float(places.sum())
-        counts[responses_under(mask)] = float(places.any(1).sum())
+        positions = batch.arrays[mask][list(rows)].reshape(len(rows), -1)
+        counts[mask] = float(positions.sum())
+        counts[responses_under(mask)] = float(positions.any(1).sum())
     return counts
 
 

@@ -9,7 +9,9 @@ from rayrlhf.config.model import LoraSection, ModelSection
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.train import OptimizerSection, TrainSection
 from rayrlhf.engines.objectives.cross_entropy import CrossEntropyObjective
-from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec, UpdatePlan
+from rayrlhf.engines.train.engine import TrainEngine
+from rayrlhf.engines.train.plan import UpdatePlan
+from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.errors import UserError
 from tests.engines.training import join_alone, random_batch, random_sequences
 

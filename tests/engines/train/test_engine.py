@@ -21,7 +21,9 @@ from rayrlhf.engines.objectives.policy import PolicyObjective
 from rayrlhf.engines.objectives.shared import SharedObjective
 from rayrlhf.engines.objectives.value import ValueObjective
 from rayrlhf.engines.scoring.frozen import FrozenEngine
-from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec, UpdatePlan
+from rayrlhf.engines.train.engine import TrainEngine
+from rayrlhf.engines.train.plan import UpdatePlan
+from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.errors import UserError
 from rayrlhf.models.frozen_prefix import FrozenPrefix
 from rayrlhf.models.network import Positions, build_network

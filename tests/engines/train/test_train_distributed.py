@@ -16,8 +16,10 @@ from rayrlhf.engines.objectives.base import POLICY_KL
 from rayrlhf.engines.objectives.policy import PolicyObjective
 from rayrlhf.engines.objectives.shared import SharedObjective
 from rayrlhf.engines.objectives.value import ValueObjective
-from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec, UpdatePlan
+from rayrlhf.engines.train.engine import TrainEngine
+from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.engines.train.process_group import ProcessGroupSpec, join
+from rayrlhf.engines.train.spec import TrainEngineSpec
 from tests.engines.training import free_port, join_alone, leave_at_once, random_batch, random_sequences, weights_of, write_llama
 
 STAGES = (0, 1, 2, 3)

@@ -19,7 +19,9 @@ from rayrlhf.engines.objectives.base import LossComponent, Objective
 from rayrlhf.engines.objectives.policy import PolicyObjective
 from rayrlhf.engines.objectives.shared import SharedObjective
 from rayrlhf.engines.objectives.value import ValueObjective
-from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec, UpdatePlan
+from rayrlhf.engines.train.engine import TrainEngine
+from rayrlhf.engines.train.plan import UpdatePlan
+from rayrlhf.engines.train.spec import TrainEngineSpec
 from tests.engines.training import join_alone, weights_of, write_model
 from tests.fixtures.oracle_cases import (
     CLASSIC_NAMES,
@@ -74,7 +76,7 @@ class Recording:
 def first_gradients_of(engine: TrainEngine) -> dict[str, Tensor]:
     """Filled with the gradients of the next optimizer step, by checkpoint name."""
     gradients: dict[str, Tensor] = {}
-    inner = engine._engine
+    inner = engine._backend._engine
     step = inner.step
 
     def recording_step() -> None:

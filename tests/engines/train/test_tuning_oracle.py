@@ -10,7 +10,9 @@ from rayrlhf.config.train import OptimizerSection, TrainSection
 from rayrlhf.data.supervised.supervised_samples import PreferencePair, SupervisedSample
 from rayrlhf.engines.objectives.cross_entropy import CrossEntropyObjective
 from rayrlhf.engines.objectives.preference import PreferenceObjective
-from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec, UpdatePlan
+from rayrlhf.engines.train.engine import TrainEngine
+from rayrlhf.engines.train.plan import UpdatePlan
+from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.engines.train.supervised_batches import preference_batch, supervised_batch
 from tests.engines.training import join_alone, write_llama
 
@@ -61,15 +63,15 @@ def engine_of(model, heads, *, packing=False, budget=64, clip=None):
 def step_of(engine, batch, objective):
     """One optimizer step: its statistics, and the gradients by parameter name."""
     gradients = {}
-    step = engine._engine.step
+    step = engine._backend._engine.step
 
     def recording_step():
         gradients.update((name, parameter.grad.clone()) for name, parameter in engine._network.named_parameters())
         step()
 
-    engine._engine.step = recording_step
+    engine._backend._engine.step = recording_step
     report = engine.update(batch, UpdatePlan([[list(range(len(batch)))]]), objective)
-    engine._engine.step = step
+    engine._backend._engine.step = step
     return report, gradients
 
 

@@ -83,7 +83,9 @@ def main(hidden, layers, tokens, dtype):
     from rayrlhf.config.model import ModelSection
     from rayrlhf.config.train import TrainSection
     from rayrlhf.engines.objectives.policy import PolicyObjective
-    from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec, UpdatePlan
+    from rayrlhf.engines.train.engine import TrainEngine
+    from rayrlhf.engines.train.plan import UpdatePlan
+    from rayrlhf.engines.train.spec import TrainEngineSpec
     from tests.engines.training import join_alone
 
     torch.set_num_threads(1)

@@ -1,71 +1,109 @@
-"""DeepSpeed around a network: sharding of optimizer, gradients and weights (ZeRO, Rajbhandari et al. 2020), and nothing else.
+"""DeepSpeed backend: shards optimizer states, gradients and weights (ZeRO, Rajbhandari et al. 2020), and nothing else.
 
-Of DeepSpeed's conveniences this project uses as few as it can: the optimizer is torch's, losses are aggregated by us, the end
-of gradient accumulation is set by hand, and no operator is compiled.
+It uses as few of DeepSpeed's conveniences as possible: the optimizer is torch's, losses are aggregated by the engine, gradient
+accumulation boundaries are set by hand, and no operator is compiled.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rayrlhf.config.train import TrainSection
+from rayrlhf.engines.train.backends import deepspeed_resize, deepspeed_state
+from rayrlhf.engines.train.backends.base import StateFiles
+from rayrlhf.models.network import Network, NetworkOutput
 
 PARTITION_THRESHOLD = 10_000
 """ZeRO-3 keeps parameters with fewer elements whole on every rank."""
 
 
-def wrap(network: nn.Module, optimizer: torch.optim.Optimizer, train: TrainSection, dtype: torch.dtype) -> Any:
-    """Return a DeepSpeed engine over the network.
+class DeepSpeedBackend:
+    """Train backend on DeepSpeed, at ZeRO stages 0 to 3. See `TrainBackend` for the protocol."""
 
-    The process must have joined its process group. At ZeRO-0 the engine neither clips nor divides; at every stage the loss must
-    be multiplied by the number of ranks, because DeepSpeed averages gradients over them.
+    def __init__(self, engine: Any, stage: int) -> None:
+        self.shards_parameters = self.all_ranks_must_forward = stage == 3
+        self._engine = engine
+        self._stage = stage
 
-    Args:
-        network: in float32, on its device.
-        optimizer: over the network's trainable parameters.
-        train: stage, offloading and clipping.
-        dtype: compute dtype; anything but float32 runs under autocast with float32 master weights.
-    """
-    deepspeed = _quiet_deepspeed()
-    # The shared-memory operator serves inference only; without this, DeepSpeed compiles it for half a minute on every new node.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=_config(train, dtype))
-    if train.zero_stage == 0 and torch.distributed.get_world_size() == 1:
-        # Nothing to reduce with one rank, and flattening all gradients costs two passes over memory.
-        engine.enable_backward_allreduce = False
-    return engine
+    @classmethod
+    def wrap(cls, network: Network, optimizer: torch.optim.Optimizer, train: TrainSection, dtype: torch.dtype) -> Self:
+        """Wrap a network (see `TrainBackend.wrap`)."""
+        deepspeed = _quiet_deepspeed()
+        # The shared-memory operator serves inference only; without this, DeepSpeed compiles it for half a minute on every node.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=_config(train, dtype))
+        if train.zero_stage == 0 and torch.distributed.get_world_size() == 1:
+            # One rank has nothing to reduce, and flattening all gradients costs two passes over memory.
+            engine.enable_backward_allreduce = False
+        return cls(engine, train.zero_stage)
 
+    def forward(self, *inputs: Any) -> NetworkOutput:
+        """Call the network (see `TrainBackend.forward`)."""
+        output: NetworkOutput = self._engine(*inputs)
+        return output
 
-def zero_gradients(engine: Any, stage: int) -> None:
-    """Set the gradient of the optimizer step to zero, wherever the stage keeps it. Call between backward and step."""
-    from deepspeed.utils import safe_set_full_grad
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate the gradient (see `TrainBackend.backward`)."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages gradients over the ranks; the protocol asks for their sum.
+        self._engine.backward(loss * torch.distributed.get_world_size(), scale_wrt_gas=False)
 
-    for parameter in engine.module.parameters():
-        if not parameter.requires_grad:
-            continue
-        if stage == 0:
-            if parameter.grad is not None:
-                parameter.grad.zero_()
-        else:
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            safe_set_full_grad(parameter, torch.zeros(shape, dtype=torch.float32, device=engine.device))
+    def step(self, learning_rate: float, max_norm: float | None) -> float:
+        """Clip the gradient and step the optimizer (see `TrainBackend.step`)."""
+        engine = self._engine
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self._stage == 0:
+            parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+            norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
+            engine.step()
+            return float(norm)
+        engine.optimizer.clip_grad = max_norm or 0.0
+        engine.step()
+        return float(engine.get_global_grad_norm())
 
+    def zero_grad(self) -> None:
+        """Set the accumulated gradient to zero, in the place where the ZeRO stage keeps it."""
+        from deepspeed.utils import safe_set_full_grad
 
-@contextmanager
-def whole(parameters: tuple[nn.Parameter, ...]) -> Iterator[None]:
-    """Gather ZeRO-3 shards inside the block (every rank must take part); nothing to do for whole parameters."""
-    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    if not sharded:
-        yield
-        return
-    from deepspeed.runtime.zero import GatheredParameters
+        for parameter in self._engine.module.parameters():
+            if not parameter.requires_grad:
+                continue
+            if self._stage == 0:
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+            else:
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                safe_set_full_grad(parameter, torch.zeros(shape, dtype=torch.float32, device=self._engine.device))
 
-    with GatheredParameters(sharded):
-        yield
+    @contextmanager
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Gather ZeRO-3 shards inside the block; no-op for whole parameters."""
+        sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+        if not sharded:
+            yield
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(sharded):
+            yield
+
+    def capture_state(self, counters: Mapping[str, int]) -> StateFiles:
+        """Copy this rank's part of the state (see `TrainBackend.capture_state`)."""
+        return deepspeed_state.capture(self._engine, counters)
+
+    def load_state(self, folder: Path) -> Mapping[str, int]:
+        """Restore this rank's part of the state (see `TrainBackend.load_state`)."""
+        return deepspeed_state.load_checkpoint(self._engine, folder)
+
+    def load_resized_state(self, folder: Path) -> Mapping[str, int]:
+        """Restore the state of another number of ranks (see `TrainBackend.load_resized_state`)."""
+        return deepspeed_resize.load_resized(self._engine, folder)
 
 
 def _config(train: TrainSection, dtype: torch.dtype) -> dict[str, Any]:
@@ -80,7 +118,7 @@ def _config(train: TrainSection, dtype: torch.dtype) -> dict[str, Any]:
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        # At ZeRO-0 DeepSpeed would clip without telling the norm, so the engine does it itself.
+        # At ZeRO-0 DeepSpeed clips without reporting the norm, so `step` clips.
         "gradient_clipping": (train.max_grad_norm or 0.0) if train.zero_stage > 0 else 0.0,
         "torch_autocast": {"enabled": dtype != torch.float32, "dtype": str(dtype).removeprefix("torch.")},
         "steps_per_print": None,
@@ -88,7 +126,7 @@ def _config(train: TrainSection, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _quiet_deepspeed() -> Any:
-    """Import DeepSpeed with its logger at WARNING: it reports its whole configuration at INFO, from every process."""
+    """Import DeepSpeed with its logger at WARNING: at INFO every process logs its whole configuration."""
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

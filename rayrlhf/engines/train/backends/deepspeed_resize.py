@@ -1,11 +1,11 @@
-"""Training state on another number of ranks than it was saved on.
+"""Training state of the DeepSpeed backend on another number of ranks than it was saved on.
 
-Weights and optimizer moments belong to parameters, not to ranks, and ZeRO cuts them: at stages 1 and 2 all parameters of a
-group are put in a row and the row is cut into equal pieces, at stage 3 every parameter is cut by itself; either way the last
-pieces are padded. To read such a state on another number of ranks, the saved pieces are put together, the padding is left off,
-and the row is cut anew. At ZeRO-0 every rank holds the whole and there is nothing to cut.
+Weights and optimizer moments belong to parameters, and ZeRO cuts them. Stages 1 and 2 concatenate all parameters of a group
+into one row and cut the row into equal pieces; stage 3 cuts every parameter by itself. The last pieces are padded. To load on
+another number of ranks, the saved pieces are joined, the padding is dropped, and the row is cut again. At ZeRO-0 every rank
+holds everything and nothing is cut.
 
-Each rank reads the files of all ranks as memory maps, and copies of them what is its own.
+Each rank memory-maps the files of all ranks and copies its own part.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,17 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayrlhf.engines.train.backends.deepspeed_state import load_average, load_checkpoint, load_file, state_folder
-from rayrlhf.engines.train.update import Updater
+from rayrlhf.engines.train.backends.deepspeed_state import load_checkpoint, load_file, state_folder
 from rayrlhf.errors import UserError
 
 _WEIGHTS = "weights"
 _Values = dict[str, list[Tensor]]
-"""Kind ("weights", or an optimizer state's name) -> one flat tensor a group of parameters."""
+"""Kind ("weights", or an optimizer state's name) -> one flat tensor per parameter group."""
 
 
-def load_resized(engine: Any, updater: Updater, folder: Path) -> None:
-    """Restore weights, optimizer, counters and moving average; random states stay as they are. All ranks take part.
+def load_resized(engine: Any, folder: Path) -> Mapping[str, int]:
+    """Restore weights and optimizer state; returns the counters saved with them. All ranks take part.
 
     Raises:
         UserError: the folder holds no complete state, or one of other parameters or of another ZeRO stage.
@@ -37,35 +36,34 @@ def load_resized(engine: Any, updater: Updater, folder: Path) -> None:
     counters = load_file(model, mapped=True)
     if stage == 0:
         load_checkpoint(engine, folder)
-    else:
-        saved = [_optimizer_state(folder, rank) for rank in range(counters["ranks"])]
-        try:
-            if stage == 3:
-                _set_shards(engine, saved)
-            else:
-                load_checkpoint(engine, folder, load_optimizer_states=False)  # the weights are whole in rank 0's file
-                _set_moments(engine, saved)
-        except _OtherParametersError as error:
-            raise UserError(f"{folder}: the training state is of another model: {error}") from error
-    updater.optimizer_steps = counters["optimizer_steps"]
-    load_average(updater, folder)
+        return counters
+    saved = [_optimizer_state(folder, rank) for rank in range(counters["ranks"])]
+    try:
+        if stage == 3:
+            _set_shards(engine, saved)
+        else:
+            load_checkpoint(engine, folder, load_optimizer_states=False)  # rank 0's file has whole weights
+            _set_moments(engine, saved)
+    except _OtherParametersError as error:
+        raise UserError(f"{folder}: the training state is of another model: {error}") from error
+    return counters
 
 
 class _OtherParametersError(Exception):
-    """The numbers saved are not as many as the parameters need."""
+    """The saved state has other sizes than the parameters."""
 
 
 def recut_row(pieces: Sequence[Tensor], length: int, rank: int, size: int) -> Tensor:
-    """Put equal pieces of a row together and cut one of another size out.
+    """Join the equal pieces of a row and cut out one piece of another size.
 
     Args:
-        pieces: what each rank saved [any], in the order of ranks; together at least `length` numbers, then padding.
+        pieces: saved piece of each rank [any], in rank order; together at least `length` numbers, then padding.
         length: numbers in the row.
-        rank: which piece is wanted.
+        rank: index of the piece to return.
         size: numbers in a piece now.
 
     Returns:
-        [size], zero where the row has ended.
+        [size], zero after the end of the row.
     """
     row = torch.cat([piece.flatten() for piece in pieces])
     if len(row) < length:
@@ -75,16 +73,16 @@ def recut_row(pieces: Sequence[Tensor], length: int, rank: int, size: int) -> Te
 
 
 def recut_each(rows: Sequence[Tensor], lengths: Sequence[int], rank: int, ranks: int) -> list[Tensor]:
-    """Do with each parameter what `recut_row` does with a row of them.
+    """Apply `recut_row` to each parameter by itself.
 
     Args:
-        rows: what each rank saved [any]: its piece of every parameter, one after the other, each rounded up to the same size.
-        lengths: numbers of each parameter.
-        rank: which pieces are wanted.
-        ranks: in how many pieces each parameter is cut now.
+        rows: saved row of each rank [any]: its piece of every parameter in turn, each rounded up to the same size.
+        lengths: numbers in each parameter.
+        rank: index of the pieces to return.
+        ranks: number of pieces per parameter now.
 
     Returns:
-        The pieces of one rank, a parameter each.
+        One piece per parameter.
     """
     sizes = [-(-length // len(rows)) for length in lengths]
     if any(len(row) != sum(sizes) for row in rows):
@@ -97,7 +95,7 @@ def recut_each(rows: Sequence[Tensor], lengths: Sequence[int], rank: int, ranks:
 
 
 def _set_moments(engine: Any, saved: Sequence[Mapping[str, Any]]) -> None:
-    """Cut the moments of ZeRO-1 and 2 anew."""
+    """Cut the moments of ZeRO-1 and 2 for the present number of ranks."""
     wrapped, rank = engine.optimizer, torch.distributed.get_rank()
     lengths = [sum(parameter.numel() for parameter in group) for group in wrapped.bit16_groups]
     sizes = [len(piece) for piece in wrapped.single_partition_of_fp32_groups]
@@ -113,7 +111,7 @@ def _set_moments(engine: Any, saved: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _set_shards(engine: Any, saved: Sequence[Mapping[str, Any]]) -> None:
-    """Cut weights and moments of ZeRO-3 anew, and give them to DeepSpeed as if this rank had saved them."""
+    """Cut weights and moments of ZeRO-3, and load them through DeepSpeed as if this rank had saved them."""
     wrapped, rank, ranks = engine.optimizer, torch.distributed.get_rank(), torch.distributed.get_world_size()
     lengths = [parameter.ds_numel for group in wrapped.fp16_groups for parameter in group]
     sizes = [len(flat) for flat in wrapped.fp32_partitioned_groups_flat]
@@ -128,7 +126,7 @@ def _set_shards(engine: Any, saved: Sequence[Mapping[str, Any]]) -> None:
     current = wrapped.state_dict()
     moments = {kind: pieces for kind, pieces in own.items() if kind != _WEIGHTS}
     current["optimizer_state_dict"]["state"] = {
-        # Groups must not share a tensor: each counts its steps by itself.
+        # Groups must not share a tensor: each has its own step counter.
         index: {kind: _own(value) for kind, value in whole.items()} | {kind: pieces[index] for kind, pieces in moments.items()}
         for index in range(len(sizes))
         if states
@@ -139,19 +137,19 @@ def _set_shards(engine: Any, saved: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _rows(part: Mapping[str, Any]) -> _Values:
-    """What one rank saved at ZeRO-3, its groups in their order."""
+    """Return the ZeRO-3 state of one rank by kind, groups in order."""
     states = part["optimizer_state_dict"]["state"]
     kinds = [kind for kind, value in states[min(states)].items() if _is_cut(value)] if states else []
     return {_WEIGHTS: part["fp32_flat_groups"]} | {kind: [states[i][kind] for i in sorted(states)] for kind in kinds}
 
 
 def _is_cut(value: Any) -> bool:
-    """Whether an optimizer's state belongs to single numbers of the parameters, and not to the step."""
+    """Return True for optimizer state per parameter element, False for state per step."""
     return isinstance(value, Tensor) and value.ndim > 0
 
 
 def _own(value: Any) -> Any:
-    """A copy that does not lean on a file."""
+    """Return a copy that does not depend on a memory-mapped file."""
     return value.clone() if isinstance(value, Tensor) else value
 
 

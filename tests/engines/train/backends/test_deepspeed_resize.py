@@ -18,8 +18,10 @@ from rayrlhf.engines.objectives.shared import SharedObjective
 from rayrlhf.engines.objectives.value import ValueObjective
 from rayrlhf.engines.train.backends import deepspeed as deepspeed_setup
 from rayrlhf.engines.train.backends.deepspeed_resize import recut_each, recut_row
-from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec, UpdatePlan
+from rayrlhf.engines.train.engine import TrainEngine
+from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.engines.train.process_group import ProcessGroupSpec, join
+from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.errors import UserError
 from tests.engines.training import free_port, join_alone, leave_at_once, random_batch, random_sequences, weights_of, write_llama
 

@@ -7,7 +7,8 @@ import torch
 
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.train import TrainSection
-from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec
+from rayrlhf.engines.train.engine import TrainEngine
+from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.errors import UserError
 from tests.engines.training import join_alone, write_llama
 

@@ -5,7 +5,8 @@ import torch
 
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.train import TrainSection
-from rayrlhf.engines.train.engine import TrainEngine, TrainEngineSpec
+from rayrlhf.engines.train.engine import TrainEngine
+from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.models.network import build_network
 from rayrlhf.models.tiny import byte_tokenizer
 from rayrlhf.models.value_head import find_head
