@@ -30,7 +30,7 @@ READS_ZERO_STAGE = (
     "tools/launch/memory_plan.py",
     "tools/launch/remedy.py",
 )
-DEEPSPEED_VERBS = re.compile(r"set_gradient_accumulation_boundary|scale_wrt_gas|clip_grad\b|ds_id|GatheredParameters|allreduce\b")
+DEEPSPEED_VERBS = re.compile(r"set_gradient_accumulation|scale_wrt_gas|clip_grad\b|ds_id|GatheredParameters|allreduce\b")
 
 
 class PlainTorchBackend:
