@@ -1,9 +1,9 @@
-"""A role's actors as one thing: created together, called together, named in every error."""
+"""Base class of the actor groups, and the creation of single actors."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Concatenate, Generic, ParamSpec, TypeVar
 
 import ray
 from ray.exceptions import ActorAlreadyExistsError, RayTaskError
@@ -11,109 +11,106 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrlhf.actors.placement import Role, WorkerPlacement
+from rayrlhf.actors.remote import Handle, PendingCalls, Ref, remote_call
 from rayrlhf.actors.waiting import wait_all
+from rayrlhf.actors.worker import Worker
 from rayrlhf.errors import ActorLostError, DeadlineError, UserError
 
 NAME_SECONDS = 30.0
-"""How long a new actor waits for the name of one that has just died."""
+"""Maximum wait for the name of an actor that has just died."""
+
+Actor = TypeVar("Actor", bound=Worker)
+Actor_co = TypeVar("Actor_co", bound=Worker, covariant=True)
+Arguments = ParamSpec("Arguments")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
-class ActorGroup:
+class ActorGroup(Generic[Actor_co]):
     """All processes of one role.
 
     Attributes:
         role: the role.
         names: `<run>/<role>/<rank>`, as `ray list actors` shows them.
-        handles: one actor handle a rank.
+        handles: one actor handle per rank.
     """
 
     role: Role
     names: tuple[str, ...]
-    handles: tuple[Any, ...]
+    handles: tuple[Handle[Actor_co], ...]
 
     def __len__(self) -> int:
-        """Number of processes."""
+        """Return the number of processes."""
         return len(self.handles)
 
-    def call(self, method: str, *args: Any, **kwargs: Any) -> dict[str, ray.ObjectRef]:
-        """Call a method on every rank with the same arguments; returns actor name -> reference without waiting."""
+    def call(
+        self,
+        method: Callable[Concatenate[Actor_co, Arguments], Value],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> PendingCalls[Value]:
+        """Call a method on every rank with the same arguments, without waiting."""
         return {
-            name: getattr(handle, method).remote(*args, **kwargs) for name, handle in zip(self.names, self.handles, strict=True)
+            name: remote_call(handle, method, *args, **kwargs) for name, handle in zip(self.names, self.handles, strict=True)
         }
 
-    def call_each(self, method: str, arguments: Iterable[Sequence[Any]]) -> dict[str, ray.ObjectRef]:
-        """Call a method on rank i with the i-th arguments."""
-        return {
-            name: getattr(handle, method).remote(*args)
-            for name, handle, args in zip(self.names, self.handles, arguments, strict=True)
-        }
+    def call_rank(
+        self,
+        rank: int,
+        method: Callable[Concatenate[Actor_co, Arguments], Value],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Ref[Value]:
+        """Call a method on one rank, without waiting."""
+        return remote_call(self.handles[rank], method, *args, **kwargs)
 
-    def all(self, method: str, *args: Any, seconds: float, **kwargs: Any) -> list[Any]:
-        """Call every rank with the same arguments and wait for all answers."""
-        return wait_all(self.call(method, *args, **kwargs), f"{self.role}.{method}", seconds)
+    def find_lost(self, seconds: float = 10.0) -> str | None:
+        """Return the name of a rank whose process is gone, or None.
 
-    def gone(self, seconds: float = 10.0) -> str | None:
-        """The name of a rank whose process is gone, or None; each has `seconds` for a ping."""
-        for name, ping in self.call("ping").items():
+        Args:
+            seconds: deadline of each ping.
+        """
+        for name, ping in self.call(Worker.ping).items():
             try:
                 wait_all({name: ping}, "ping", seconds)
             except (ActorLostError, DeadlineError):
                 return name
         return None
 
-    def wait(self, pending: Mapping[str, ray.ObjectRef], what: str, seconds: float) -> list[Any]:
-        """Wait for ranks that talk to each other: when one is lost the others fail first, with errors that look like bugs.
+    def wait(self, pending: Mapping[str, Ref[Value]], what: str, seconds: float) -> list[Value]:
+        """Wait for ranks that communicate with each other; returns their results in order.
+
+        When one rank is lost, the others fail first, with errors that look like bugs.
 
         Raises:
             ActorLostError: a rank is gone, whichever error was seen first.
-            DeadlineError: not all answered in time.
+            DeadlineError: a rank did not respond in time.
         """
         try:
             return wait_all(pending, what, seconds)
         except RayTaskError as error:
-            name = self.gone()
+            name = self.find_lost()
             if name is None:
                 raise
             raise ActorLostError(f"{name} was lost during {what}", name) from error
 
     def kill(self) -> None:
-        """End the processes without ceremony."""
+        """Kill all processes."""
         for handle in self.handles:
             ray.kill(handle)
-
-    def with_handle(self, rank: int, handle: Any) -> "ActorGroup":
-        """The same group with another process at one rank."""
-        return replace(self, handles=(*self.handles[:rank], handle, *self.handles[rank + 1 :]))
-
-
-def create_group(
-    role: Role,
-    actor_class: type,
-    workers: Sequence[WorkerPlacement],
-    placement_groups: Mapping[str, PlacementGroup],
-    run_name: str,
-    environment: Mapping[str, str],
-) -> ActorGroup:
-    """Create a role's actors in their workers. Constructors take nothing, so that Ray can restart them anywhere."""
-    names = tuple(f"{run_name}/{role}/{rank}" for rank in range(len(workers)))
-    handles = [
-        create_actor(name, actor_class, worker, placement_groups[worker.group], environment)
-        for name, worker in zip(names, workers, strict=True)
-    ]
-    return ActorGroup(role, names, tuple(handles))
 
 
 def create_actor(
     name: str,
-    actor_class: type,
+    actor_class: type[Actor],
     worker: WorkerPlacement,
     placement_group: PlacementGroup,
     environment: Mapping[str, str],
-) -> Any:
-    """Create one actor in its worker; returns its handle without waiting for the process.
+) -> Handle[Actor]:
+    """Create one actor at its placement; returns its handle without waiting for the process.
 
-    A driver that was killed and started again may come before Ray has cleared away the actors of the one before.
+    Constructors take no arguments, so that Ray can restart an actor anywhere. A driver that was killed and restarted may come
+    before Ray has removed the actors of the previous one.
 
     Raises:
         UserError: another run of the same name is alive on the cluster.
@@ -133,7 +130,8 @@ def create_actor(
     end = time.monotonic() + NAME_SECONDS
     while True:
         try:
-            return remote.remote()
+            handle: Handle[Actor] = remote.remote()
+            return handle
         except ActorAlreadyExistsError as error:
             if time.monotonic() > end:
                 raise UserError(f"actor {name} exists: another run of this run.name is alive on the cluster") from error
@@ -141,7 +139,7 @@ def create_actor(
 
 
 def process_environment(worker: WorkerPlacement) -> dict[str, str]:
-    """Environment of one process: its threads, and no view of devices it was not given."""
+    """Return the environment variables of one process; GPUs are hidden unless it has some."""
     environment = {
         "OMP_NUM_THREADS": str(worker.threads),
         "TOKENIZERS_PARALLELISM": "false",

@@ -1,7 +1,7 @@
-"""What every actor tells Prometheus about itself: how often and how long it worked, its memory, what a replica sampled.
+"""Prometheus metrics of every actor: calls, busy seconds, peak memory and finished tokens.
 
-Ray exports them from the actor's own node, so they go on while the driver waits, and stop with the actor they speak of. The
-driver's numbers of the run are in `ppo/cluster_metrics.py`.
+Ray exports them from the actor's node, so they continue while the driver waits and end with the actor. The run's metrics are in
+`ppo/cluster_metrics.py`.
 """
 
 import time
@@ -26,8 +26,8 @@ COUNTERS: Mapping[str, str] = {
 }
 """Name of a counter -> its description. Prometheus sees `ray_NAME_total`."""
 GAUGES: Mapping[str, str] = {
-    MEMORY: "Largest resident memory of an actor's process so far, bytes.",
-    UNFINISHED: "Responses that a replica is still sampling.",
+    MEMORY: "Peak resident memory of an actor's process, bytes.",
+    UNFINISHED: "Responses that a replica has not finished.",
 }
 """Name of a gauge -> its description. Prometheus sees `ray_NAME`."""
 CALL_LABELS = (CALLS, BUSY)
@@ -35,10 +35,10 @@ LABELS = ("run", "role", "rank")
 
 
 class ActorMetrics:
-    """The counters and gauges of one actor, labelled with its name `RUN/ROLE/RANK`; an actor without such a name has none."""
+    """Counters and gauges of one actor; without a name `RUN/ROLE/RANK` it has none."""
 
     def __init__(self, name: str) -> None:
-        """Register them; to be made in the actor's own process."""
+        """Register the metrics; must run in the actor's process."""
         parts = name.rsplit("/", 2)
         self._tags = dict(zip(LABELS, parts, strict=True)) if len(parts) == len(LABELS) else None
         keys = {name: (*LABELS, "call") if name in CALL_LABELS else LABELS for name in (*COUNTERS, *GAUGES)}
@@ -48,7 +48,7 @@ class ActorMetrics:
 
     @classmethod
     def of_this_actor(cls) -> "ActorMetrics":
-        """Those of the actor whose process this is; in a process that is no actor they go nowhere."""
+        """Return the metrics of this process's actor; without an actor they have no effect."""
         return cls((ray.get_runtime_context().get_actor_name() or "") if ray.is_initialized() else "")
 
     def served(self, call: str, seconds: float) -> None:
@@ -60,24 +60,24 @@ class ActorMetrics:
                 self._counters[BUSY].inc(seconds, tags=tags)
 
     def sampled(self, tokens: int, unfinished: int) -> None:
-        """Count finished tokens, and show how many responses are not done."""
+        """Count finished tokens, and set the number of unfinished responses."""
         if self._tags is not None:
             if tokens:
                 self._counters[TOKENS].inc(tokens, tags=self._tags)
             self._gauges[UNFINISHED].set(unfinished, tags=self._tags)
 
     def peak_memory(self, size: int) -> None:
-        """Show the process's largest resident memory, bytes."""
+        """Set the process's peak resident memory in bytes."""
         if self._tags is not None:
             self._gauges[MEMORY].set(size, tags=self._tags)
 
 
 class Measured(Protocol):
-    """What has metrics of its own."""
+    """An object with metrics."""
 
     @property
     def actor_metrics(self) -> ActorMetrics:
-        """Made at first use."""
+        """Metrics, created at first use."""
 
 
 Owner = TypeVar("Owner", bound=Measured)
@@ -86,7 +86,7 @@ Result = TypeVar("Result")
 
 
 def measured(call: Callable[Concatenate[Owner, Arguments], Result]) -> Callable[Concatenate[Owner, Arguments], Result]:
-    """A method whose calls and seconds are counted, also those that fail."""
+    """Count a method's calls and seconds, also of calls that fail."""
 
     @wraps(call)
     def timed(self: Owner, /, *arguments: Arguments.args, **named: Arguments.kwargs) -> Result:

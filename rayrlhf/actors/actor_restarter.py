@@ -1,18 +1,23 @@
-"""Rebuilding reward and reference processes, which keep no state: a new one is as good, and its calls are simply repeated."""
+"""Restarts of reward and reference processes.
+
+They keep no state, so their calls are repeated on the new process.
+"""
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from rayrlhf.actors.actor_groups import ActorGroups
-from rayrlhf.actors.health import Built, Event, Health, Lost, RetryPolicy, Started, StepCompleted, advance
+from rayrlhf.actors.health import RetryPolicy
 from rayrlhf.actors.heartbeat import HeartbeatMonitor
-from rayrlhf.actors.placement import Role
+from rayrlhf.actors.placement import StatelessRole
+from rayrlhf.actors.rebuild import Rebuilder
+from rayrlhf.actors.remote import Handle
 from rayrlhf.actors.waiting import wait_all
+from rayrlhf.actors.worker import Worker
 from rayrlhf.errors import ActorLostError
 
-LossNote = Callable[[str, str, str, float], None]
-"""Told of losses and recoveries: (event, actor, reason, seconds since the loss)."""
+RecoveryListener = Callable[[str, str, str, float], None]
+"""Receives losses and recoveries: (event, actor, reason, seconds since the loss)."""
 
 
 class ActorRestarter:
@@ -21,9 +26,9 @@ class ActorRestarter:
     Args:
         actor_groups: the running actors.
         retry: bounds of rebuilding.
-        build_seconds: longest time a rebuild may take.
-        watch: pings the processes; None for no pings.
-        note: see `LossNote`.
+        build_seconds: maximum time of one rebuild.
+        monitor: pings the processes; None for no pings.
+        listener: receives losses and recoveries.
         enabled: False raises at the first loss.
     """
 
@@ -33,19 +38,19 @@ class ActorRestarter:
         retry: RetryPolicy,
         build_seconds: float,
         monitor: HeartbeatMonitor | None = None,
-        note: LossNote = lambda *_: None,
+        listener: RecoveryListener = lambda *_: None,
         enabled: bool = True,
     ) -> None:
         self._actor_groups = actor_groups
         self._retry = retry
         self._build_seconds = build_seconds
-        self._watch = monitor
-        self._note = note
+        self._monitor = monitor
+        self._listener = listener
         self._enabled = enabled
-        self._health: dict[str, Health] = {}
+        self._rebuilders: dict[str, Rebuilder] = {}
 
-    def restart_lost(self, role: Role, rank: int, lost: Any, error: ActorLostError) -> Any:
-        """The handle of a living process in the place of `lost`; returns when it has its model.
+    def restart_lost(self, role: StatelessRole, rank: int, lost: Handle[Worker], error: ActorLostError) -> Handle[Worker]:
+        """Replace the process `lost`; returns the new handle once the model is loaded.
 
         Several calls may find the same process gone: only the first of them replaces it.
 
@@ -58,32 +63,22 @@ class ActorRestarter:
         if group.handles[rank] is not lost:
             return group.handles[rank]
         name, began = group.names[rank], time.monotonic()
-        self._note("lost", name, str(error), 0.0)
-        if self._watch:
-            self._watch.remove(name)
-        self._event(name, Lost(str(error)))
-        while True:
-            health = self._health[name]
-            if health.state == "abandoned":
-                raise ActorLostError(f"{error}; given up after {self._retry.attempts} rebuilds in a row", name)
-            time.sleep(max(health.retry_at - time.monotonic(), 0.0))
-            self._event(name, Started())
-            try:
-                wait_all({name: self._actor_groups.restart(role, rank)}, "rebuild", self._build_seconds)
-                break
-            except ActorLostError as again:
-                self._event(name, Lost(str(again)))
-        self._event(name, Built(current=True))
+        self._listener("lost", name, str(error), 0.0)
+        if self._monitor:
+            self._monitor.remove(name)
+
+        def rebuild(_: ActorLostError) -> None:
+            wait_all({name: self._actor_groups.restart(role, rank)}, "rebuild", self._build_seconds)
+
+        named = error if error.actor == name else ActorLostError(str(error), name)
+        self._rebuilders.setdefault(name, Rebuilder(self._retry)).rebuild_with_backoff(named, rebuild)
         handle = self._actor_groups[role].handles[rank]
-        if self._watch:
-            self._watch.add(name, handle)
-        self._note("recovered", name, "", time.monotonic() - began)
+        if self._monitor:
+            self._monitor.add(name, handle)
+        self._listener("recovered", name, "", time.monotonic() - began)
         return handle
 
     def step_completed(self) -> None:
-        """Take note that a step was completed."""
-        for name in self._health:
-            self._event(name, StepCompleted())
-
-    def _event(self, name: str, event: Event) -> None:
-        self._health[name] = advance(self._health.get(name, Health()), event, time.monotonic(), self._retry)
+        """Reset the counts of rebuilds in a row."""
+        for rebuilder in self._rebuilders.values():
+            rebuilder.step_completed()

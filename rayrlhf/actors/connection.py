@@ -1,4 +1,4 @@
-"""The connection to a Ray cluster, and the actors of a run on it."""
+"""Connection to a Ray cluster, and the actors of a run on it."""
 
 import os
 import socket
@@ -14,17 +14,18 @@ from rayrlhf.actors.role_specs import RoleSpecs
 from rayrlhf.config.ppo import PPOConfig
 
 NAMESPACE = "rayrlhf"
-"""Ray namespace of every actor, so that `ray list actors` tells them from others."""
+"""Ray namespace of every actor, which sets them apart in `ray list actors`."""
 CURRENT_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - Ray's own file
-"""Where Ray notes the address of the cluster that was started last on this machine."""
+"""File with the address of the cluster that was started last on this machine."""
 ANSWER_SECONDS = 3.0
 
 
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
-    """Connect to the given cluster, the submitted job's own, the one that runs on this machine, or a new one for the block.
+    """Connect to a Ray cluster for the block.
 
-    A connection that exists already is used and left open.
+    In this order: `address`, the submitted job's cluster, the one on this machine, a new one. An existing connection is used
+    and left open.
     """
     if ray.is_initialized():
         yield
@@ -37,13 +38,14 @@ def connected(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def ambient_address(note: Path = CURRENT_CLUSTER) -> str:
-    """The address of a cluster that runs on this machine (`ray start`, `ray symmetric-run`), or `local` for a new one.
+def ambient_address(file: Path = CURRENT_CLUSTER) -> str:
+    """Return the address of this machine's running cluster, or `local` for a new one.
 
-    A cluster that was killed leaves its note behind, and Ray itself would knock at that address for minutes and then give up.
+    Such a cluster comes from `ray start` or `ray symmetric-run`. A cluster that was killed leaves the file behind, and Ray
+    itself would try that address for minutes and then fail.
     """
     try:
-        host, _, port = note.read_text().strip().rpartition(":")
+        host, _, port = file.read_text().strip().rpartition(":")
         with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS):
             return f"{host}:{port}"
     except (OSError, ValueError):
@@ -52,7 +54,7 @@ def ambient_address(note: Path = CURRENT_CLUSTER) -> str:
 
 @contextmanager
 def running_actor_groups(config: PPOConfig) -> Iterator[ActorGroups]:
-    """Start a run's processes on the connected cluster, without models yet; they end with the block."""
+    """Start a run's processes without their models; they end with the block."""
     specs = RoleSpecs(config, make_plan(config, read_cluster_resources()))
     with started_actor_groups(config.run.name, specs, config.deadlines.placement) as actor_groups:
         yield actor_groups

@@ -1,11 +1,11 @@
-"""Everything that keeps a run's actors alive, put together from the configuration."""
+"""Fault tolerance of a run's actors, assembled from the configuration."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rayrlhf.actors.actor_groups import ActorGroups
-from rayrlhf.actors.actor_restarter import ActorRestarter, LossNote
+from rayrlhf.actors.actor_restarter import ActorRestarter, RecoveryListener
 from rayrlhf.actors.health import RetryPolicy
 from rayrlhf.actors.heartbeat import HeartbeatMonitor
 from rayrlhf.actors.replica_pool import ReplicaPool
@@ -14,13 +14,13 @@ from rayrlhf.config.ppo import PPOConfig
 
 @dataclass(frozen=True, slots=True)
 class FaultTolerance:
-    """Who looks after which actors.
+    """Objects that monitor and rebuild the actors of a run.
 
     Attributes:
         pool: the rollout replicas.
-        restarter: reward and reference.
-        retry: bounds of rebuilding, for the gangs too.
-        watch: pings all of them; None for no pings.
+        restarter: restarts reward and reference actors.
+        retry: bounds of rebuilding, for policy and critic too.
+        monitor: pings all actors; None for no pings.
     """
 
     pool: ReplicaPool
@@ -29,15 +29,18 @@ class FaultTolerance:
     monitor: HeartbeatMonitor | None = None
 
     def step_completed(self) -> None:
-        """Take note that a step was completed: rebuilds so far no longer count."""
+        """Reset the counts of rebuilds in a row."""
         self.pool.step_completed()
         self.restarter.step_completed()
 
 
 def make_fault_tolerance(
-    config: PPOConfig, actor_groups: ActorGroups, monitor: HeartbeatMonitor | None = None, note: LossNote = lambda *_: None
+    config: PPOConfig,
+    actor_groups: ActorGroups,
+    monitor: HeartbeatMonitor | None = None,
+    listener: RecoveryListener = lambda *_: None,
 ) -> FaultTolerance:
-    """Look after actors that have been built."""
+    """Create the fault tolerance of actors that have been built."""
     section = config.recovery
     retry = RetryPolicy(section.attempts, section.backoff, section.ping_deadline)
     start = config.deadlines.start
@@ -47,22 +50,21 @@ def make_fault_tolerance(
         monitor,
         section.min_replicas,
         section.replica_wait,
-        note,
+        listener,
         enabled=section.enabled,
         build_seconds=start,
     )
-    return FaultTolerance(
-        pool, ActorRestarter(actor_groups, retry, start, monitor, note, enabled=section.enabled), retry, monitor
-    )
+    restarter = ActorRestarter(actor_groups, retry, start, monitor, listener, enabled=section.enabled)
+    return FaultTolerance(pool, restarter, retry, monitor)
 
 
 @contextmanager
-def monitored(config: PPOConfig, actor_groups: ActorGroups, note: LossNote) -> Iterator[FaultTolerance]:
-    """Look after actors that have been built, and ping them, inside the block."""
+def monitored(config: PPOConfig, actor_groups: ActorGroups, listener: RecoveryListener) -> Iterator[FaultTolerance]:
+    """Ping and rebuild actors that have been built, inside the block."""
     section = config.recovery
     retry = RetryPolicy(section.attempts, section.backoff, section.ping_deadline)
-    with HeartbeatMonitor(retry, section.ping_every, lambda name, line: note("hung", name, line, 0.0)) as monitor:
+    with HeartbeatMonitor(retry, section.ping_every, lambda name, line: listener("hung", name, line, 0.0)) as monitor:
         for group in actor_groups.groups.values():
             for name, handle in zip(group.names, group.handles, strict=True):
                 monitor.add(name, handle)
-        yield make_fault_tolerance(config, actor_groups, monitor, note)
+        yield make_fault_tolerance(config, actor_groups, monitor, listener)

@@ -1,7 +1,7 @@
-"""How much memory each role's processes took at most, as they last told with the answer to a ping.
+"""Peak memory of each role's processes, as returned by their last ping.
 
-A process knows its own peak (Linux keeps it), so nothing is sampled and no call is made for it. Resident memory counts pages
-that are shared, the object store's too: the peaks of roles say which one needs how much and do not add up to the run's.
+Linux keeps the peak of every process, so nothing is sampled and no extra call is made. Resident memory includes shared pages,
+also those of the object store: the peaks of the roles do not add up to the run's.
 """
 
 import sys
@@ -11,19 +11,19 @@ from typing import NamedTuple
 
 import psutil
 
-GIB = 2**30
+from rayrlhf.config.units import GIB
 
 
 class Footprint(NamedTuple):
-    """Largest memory of one process so far, in bytes: resident, and reserved on its GPU by torch (0 without one)."""
+    """Peak memory of one process in bytes: resident, and reserved by torch on its GPU."""
 
     resident: int = 0
     device: int = 0
 
 
 def own_footprint(status: Path = Path("/proc/self/status")) -> Footprint:
-    """Read this process's footprint; where the system keeps no peak, the resident size of this moment stands in."""
-    torch = sys.modules.get("torch")  # asking must not import it
+    """Return this process's footprint; the current resident size where the system keeps no peak."""
+    torch = sys.modules.get("torch")  # This must not import torch.
     device = int(torch.cuda.max_memory_reserved()) if torch is not None and torch.cuda.is_initialized() else 0
     lines = status.read_text().splitlines() if status.is_file() else []
     peak = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
@@ -31,7 +31,7 @@ def own_footprint(status: Path = Path("/proc/self/status")) -> Footprint:
 
 
 def role_peaks(footprints: Mapping[str, Footprint]) -> dict[str, float]:
-    """Metrics of the largest process of each role, in GiB.
+    """Return metrics of the largest process of each role, in GiB.
 
     Args:
         footprints: by actor name, `RUN/ROLE/RANK`.

@@ -1,42 +1,42 @@
-"""What is known of one process, and what follows from it: a pure state machine that owns no handle, clock or thread.
+"""Health of one process as a pure state machine, without handles, clocks or threads.
 
     healthy --missed ping--> suspect --deadline--> down --retry due--> rebuilding --built--> stale --weights--> healthy
 
-Every change is a value: `advance` takes what was known and one event and returns what is known now. A process that must not
-serve before it has the current weights stays `stale` until `Synced`; one that carries none goes straight to `healthy`.
-Rebuilds are bounded: after `RetryPolicy.attempts` in a row without a settled step the process is `abandoned`.
+`advance` takes the health and one event and returns the new health. A process that must not serve before it has the current
+weights stays `stale` until `Synced`; one without weights of the policy goes straight to `healthy`. Rebuilds are bounded: after
+`RetryPolicy.attempts` in a row without a completed step the process is `abandoned`.
 """
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
 State = Literal["healthy", "suspect", "down", "rebuilding", "stale", "abandoned"]
-LONGEST_BACKOFF = 60.0
+MAX_BACKOFF = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often and how soon. Seconds throughout; see `rayrlhf.config.runtime`."""
+    """Bounds of rebuilding, in seconds; see `rayrlhf.config.runtime`."""
 
     attempts: int = 3
     backoff: float = 1.0
     ping_deadline: float = 30.0
 
     def delay(self, attempt: int) -> float:
-        """Wait before rebuild number `attempt` in a row (1 is the first, which is at once)."""
-        return 0.0 if attempt <= 1 else min(self.backoff * 2.0 ** (attempt - 2), LONGEST_BACKOFF)
+        """Return the wait before rebuild number `attempt` in a row; the first has none."""
+        return 0.0 if attempt <= 1 else min(self.backoff * 2.0 ** (attempt - 2), MAX_BACKOFF)
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What is known of a process.
+    """Health of one process.
 
     Attributes:
         state: see the module.
-        since: when the state began, on the clock of the events.
-        attempts: rebuilds in a row without a settled step in between.
-        retry_at: when a process that is down may be rebuilt.
-        reason: why it is down or suspect; empty for a healthy one.
+        since: start of the state, on the clock of the events.
+        attempts: rebuilds in a row without a completed step in between.
+        retry_at: earliest time of a rebuild.
+        reason: cause of `down` or `suspect`; empty for a healthy process.
     """
 
     state: State = "healthy"
@@ -47,29 +47,29 @@ class Health:
 
     @property
     def serves(self) -> bool:
-        """Whether work may be given to it."""
+        """Return True if the process accepts work."""
         return self.state in ("healthy", "suspect")
 
     def is_due(self, now: float) -> bool:
-        """Whether a rebuild should start."""
+        """Return True if a rebuild should start."""
         return self.state == "down" and now >= self.retry_at
 
 
 @dataclass(frozen=True, slots=True)
 class Pong:
-    """It answered a ping."""
+    """The process responded to a ping."""
 
 
 @dataclass(frozen=True, slots=True)
 class Silent:
-    """A ping has been unanswered for `seconds`."""
+    """A ping has had no response for `seconds`."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Ray, a deadline or a peer says that it is gone."""
+    """The process is gone, as reported by Ray, a deadline or a peer."""
 
     reason: str
 
@@ -81,26 +81,26 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """The rebuilt process has its model; `current` says whether the start weights are the ones it must serve."""
+    """The rebuilt process has its model; `current` if its start weights are the current ones."""
 
     current: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Synced:
-    """It has the current weights."""
+    """The process has the current weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepCompleted:
-    """A step was completed with everybody in place: earlier rebuilds no longer count."""
+    """A step was completed, so earlier rebuilds no longer count."""
 
 
 Event = Pong | Silent | Lost | Started | Built | Synced | StepCompleted
 
 
 def advance(health: Health, event: Event, now: float, retry: RetryPolicy) -> Health:
-    """What is known after `event`, seen at `now`. An event that makes no sense in a state changes nothing."""
+    """Return the health after `event` at time `now`; events that do not apply change nothing."""
     state = health.state
     match event:
         case Lost(reason) if state in ("healthy", "suspect", "stale", "rebuilding"):

@@ -1,15 +1,14 @@
-"""A thread that pings every actor beside its work, and ends those that stopped answering.
+"""Heartbeat monitor: a thread that pings every actor and kills those that hang.
 
-A process that is gone is reported by Ray at the next call; one that hangs (stopped, swapping, deadlocked with the
-interpreter's lock held) is not, and every wait on it would last until its deadline. Ending it turns the second case into the
-first, so that all waits deal with one kind of failure.
+Ray reports a process that is gone at the next call. It does not report one that hangs (stopped, swapping, deadlocked with the
+interpreter's lock held), and every wait on it would last until its deadline. Killing it turns the second case into the first,
+so that all waits handle one kind of failure.
 """
 
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -18,15 +17,16 @@ from rayrlhf.actors.footprint import Footprint
 from rayrlhf.actors.health import Health, Pong, RetryPolicy, Silent, advance
 from rayrlhf.actors.node_registry import describe_location, forget, record_location
 from rayrlhf.actors.pending_calls import pending_call
-from rayrlhf.actors.worker import ProcessLocation
+from rayrlhf.actors.remote import Handle, Ref, remote_call
+from rayrlhf.actors.worker import ProcessLocation, Worker
 
 
 @dataclass
 class _Monitored:
-    handle: Any
+    handle: Handle[Worker]
     health: Health = field(default_factory=Health)
     location: ProcessLocation | None = None
-    ping: ray.ObjectRef | None = None
+    ping: Ref[ProcessLocation] | None = None
     sent: float = 0.0
 
 
@@ -34,15 +34,15 @@ class HeartbeatMonitor:
     """Pings in the background between `__enter__` and `__exit__`.
 
     Args:
-        retry: its `ping_deadline` is when an actor counts as hung.
-        every: seconds between the pings of one actor.
-        note: told (actor name, line) of every actor that was ended.
+        retry: its `ping_deadline` is the age of a ping at which an actor counts as hung.
+        every: seconds between two pings of one actor.
+        on_kill: receives (actor name, line) of every actor that was killed.
     """
 
-    def __init__(self, retry: RetryPolicy, every: float, note: Callable[[str, str], None]) -> None:
+    def __init__(self, retry: RetryPolicy, every: float, on_kill: Callable[[str, str], None]) -> None:
         self._retry = retry
         self._every = every
-        self._note = note
+        self._on_kill = on_kill
         self._monitored: dict[str, _Monitored] = {}
         self._lock = threading.Lock()
         self._end = threading.Event()
@@ -58,20 +58,20 @@ class HeartbeatMonitor:
         for name in self._monitored:
             forget(name)
 
-    def add(self, name: str, handle: Any) -> None:
-        """Ping a built actor from now on, in place of an earlier one of the same name."""
+    def add(self, name: str, handle: Handle[Worker]) -> None:
+        """Start pinging a built actor; it replaces an earlier one of the same name."""
         forget(name)
         with self._lock:
             self._monitored[name] = _Monitored(handle)
 
     def remove(self, name: str) -> None:
-        """HeartbeatMonitor an actor no more."""
+        """Stop pinging an actor."""
         with self._lock:
             self._monitored.pop(name, None)
         forget(name)
 
     def footprints(self) -> dict[str, Footprint]:
-        """What memory each actor took at most, as of its last answer."""
+        """Return the peak memory of each actor as of its last ping."""
         with self._lock:
             return {name: actor.location.footprint for name, actor in self._monitored.items() if actor.location}
 
@@ -83,12 +83,12 @@ class HeartbeatMonitor:
                 self._check(name, actor)
 
     def _check(self, name: str, actor: _Monitored) -> None:
-        """Send a ping that is due, read one that is back, end an actor that let one wait too long."""
+        """Send a due ping, read a finished one, kill a hung actor."""
         now = time.monotonic()
         try:
             if actor.ping is None:
                 if now - actor.sent >= self._every:
-                    actor.sent, actor.ping = now, actor.handle.ping.remote()
+                    actor.sent, actor.ping = now, remote_call(actor.handle, Worker.ping)
                 return
             if ray.wait([actor.ping], timeout=0)[0]:
                 ping, actor.ping = actor.ping, None
@@ -99,7 +99,7 @@ class HeartbeatMonitor:
                 actor.health = advance(actor.health, Pong(), now, self._retry)
                 return
         except RayError:
-            self._forget(name, actor)  # it is gone, and whoever calls it next will be told so
+            self._forget(name, actor)  # The process is gone; the next call to it fails.
             return
         actor.health = advance(actor.health, Silent(now - actor.sent), now, self._retry)
         if not actor.health.serves:
@@ -107,8 +107,8 @@ class HeartbeatMonitor:
 
     def _kill_hung(self, name: str, actor: _Monitored) -> None:
         call = pending_call(name)
-        owed = f"the run waits for {call}; " if call else ""
-        self._note(name, f"{describe_location(name)}: {actor.health.reason}; {owed}the process is ended")
+        waiting = f"the run waits for {call}; " if call else ""
+        self._on_kill(name, f"{describe_location(name)}: {actor.health.reason}; {waiting}the process is ended")
         self._forget(name, actor)
         ray.kill(actor.handle)
 

@@ -1,24 +1,27 @@
-"""Where each actor was when it last answered a ping, so that an error can say which process on which node to look at.
+"""Registry of each actor's process and node, for error messages.
 
-The watch, on its own thread, writes; errors are put together on the threads that wait.
+The heartbeat monitor writes from its own thread; errors are formatted on the threads that wait.
 """
 
 from rayrlhf.actors.worker import ProcessLocation
 
-_known: dict[str, ProcessLocation] = {}
+_locations: dict[str, ProcessLocation] = {}
 
 
 def record_location(name: str, location: ProcessLocation) -> None:
-    """Note where an actor answered from."""
-    _known[name] = location
+    """Record the location that an actor's ping returned."""
+    _locations[name] = location
 
 
 def forget(name: str) -> None:
-    """An actor is watched no more, or another process will take its name."""
-    _known.pop(name, None)
+    """Remove an actor that is no longer monitored or whose name another process takes over."""
+    _locations.pop(name, None)
 
 
 def describe_location(name: str) -> str:
-    """An actor with its place, such as `ppo/reward/0 (process 4711 on node 10.0.0.7)`; its name alone before its first ping."""
-    location = _known.get(name)
+    """Return an actor's name and location, such as `ppo/reward/0 (process 4711 on node 10.0.0.7)`.
+
+    Before its first ping it is the name alone.
+    """
+    location = _locations.get(name)
     return f"{name} (process {location.pid} on node {location.address})" if location else name

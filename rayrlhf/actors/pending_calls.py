@@ -1,7 +1,7 @@
-"""What the driver is waiting for just now, of whom and since when, so that the line about a hanging process can say it.
+"""Registry of the driver's pending calls, for the message about a hanging process.
 
-Waits open an entry here and close it; the watch, on its own thread, reads. An entry is the waiter's own table of who still owes
-an answer, looked at and never copied, so that waiting for a thousand processes costs what it did before.
+Waits add an entry and remove it; the heartbeat monitor reads from its own thread. An entry is the waiter's own table of pending
+calls and is never copied, so that waiting for a thousand processes costs no more than without it.
 """
 
 import time
@@ -13,11 +13,11 @@ _open: list[tuple[str, Mapping[str, float]]] = []
 
 @contextmanager
 def track_calls(what: str, since: Mapping[str, float]) -> Iterator[None]:
-    """Tell, inside the block, that a call is waited for.
+    """Register a pending call inside the block.
 
     Args:
         what: the call in words.
-        since: actor name -> when it was asked, on the monotonic clock; names may come and go.
+        since: actor name -> time of the call on the monotonic clock; names may come and go.
     """
     entry = (what, since)
     _open.append(entry)
@@ -29,7 +29,7 @@ def track_calls(what: str, since: Mapping[str, float]) -> Iterator[None]:
 
 
 def pending_call(name: str) -> str:
-    """The newest call that an actor owes, such as `generate asked 12 s ago`; empty where it owes none."""
+    """Return an actor's newest pending call, such as `generate asked 12 s ago`, or ''."""
     for what, since in reversed(_open):
         began = since.get(name)
         if began is not None:

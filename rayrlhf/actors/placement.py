@@ -1,7 +1,7 @@
-"""Where every process of a run sits: a pure function from the config and the machine to placement groups and workers.
+"""Plan of placement groups and workers, computed from the configuration and the cluster alone.
 
 Colocated roles share the bundles of one placement group by fractions; disaggregated roles get a group each; a
-tensor-parallel replica always has a group of its own on one node, so that it can be lost and rebuilt alone.
+tensor-parallel replica always has its own group on one node, so that it can be lost and rebuilt alone.
 """
 
 import math
@@ -12,13 +12,17 @@ from typing import Literal
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.errors import UserError
 
-Role = Literal["policy", "critic", "reference", "reward", "rollout"]
+TrainRole = Literal["policy", "critic"]
+StatelessRole = Literal["reference", "reward", "rollout"]
+ForwardRole = Literal[TrainRole, "reference"]
+"""Roles whose models compute log-probs or values."""
+Role = Literal[TrainRole, StatelessRole]
 Strategy = Literal["PACK", "STRICT_PACK"]
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterResources:
-    """What a cluster offers: CPUs and GPUs of each live node."""
+    """CPUs and GPUs of each live node of a cluster."""
 
     node_cpus: tuple[float, ...]
     node_gpus: tuple[float, ...]
@@ -36,7 +40,7 @@ class ClusterResources:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What one role asks for: processes, and per process CPUs, GPUs and threads (None: decided here)."""
+    """Resources one role requests: processes, and CPUs, GPUs and threads per process (None: chosen here)."""
 
     role: Role
     ranks: int
@@ -47,12 +51,20 @@ class Demand:
     devices: int = 1
     """GPUs a process spans (tensor parallelism)."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Labels of the nodes it may sit on."""
+    """Required node labels."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlacement:
-    """One process's place: a placement group, its bundles (several for a tensor-parallel replica), and its share."""
+    """Placement of one process.
+
+    Attributes:
+        group: name of its placement group.
+        bundles: indexes of its bundles; several for a tensor-parallel replica.
+        cpus: share of the CPUs.
+        gpus: share of the GPUs.
+        threads: of the process.
+    """
 
     group: str
     bundles: tuple[int, ...]
@@ -68,12 +80,12 @@ class GroupPlan:
     strategy: Strategy
     bundles: tuple[Mapping[str, float], ...]
     labels: Mapping[str, str] = field(default_factory=dict)
-    """What a node of every bundle must be labelled with."""
+    """Required labels of the node of every bundle."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResourcePlan:
-    """All placement groups by name, all workers by role, and whether roles work at the same time."""
+    """Placement groups by name, workers by role, and `overlap`: roles run at the same time."""
 
     groups: Mapping[str, GroupPlan]
     workers: Mapping[Role, tuple[WorkerPlacement, ...]]
@@ -81,43 +93,43 @@ class ResourcePlan:
 
 
 def demands(config: PPOConfig) -> list[Demand]:
-    """The roles this config starts. Roles that the objective does not need are not among them."""
-    location = config.placement
+    """Return the demands of all roles that the configuration needs."""
+    placement = config.placement
     roles: list[tuple[Role, bool]] = [
         ("policy", True),
         ("critic", config.critic.kind == "separate"),
         ("reference", config.needs_reference and not config.reference_in_policy),
         ("reward", True),
     ]
-    wanted = []
+    requested = []
     for role, needed in roles:
         if needed:
-            part = getattr(location, role)
+            part = getattr(placement, role)
             uses_gpu = role != "reward" or config.reward.model is not None
-            wanted.append(Demand(role, part.ranks, part.cpus, part.gpus, part.threads, uses_gpu, labels=part.labels))
+            requested.append(Demand(role, part.ranks, part.cpus, part.gpus, part.threads, uses_gpu, labels=part.labels))
     tensor_parallel = config.rollout.tensor_parallel_size
     rollout = Demand(
         "rollout",
         config.rollout.replicas,
-        location.rollout_cpus,
-        location.rollout_gpus,
-        location.rollout_threads,
+        placement.rollout_cpus,
+        placement.rollout_gpus,
+        placement.rollout_threads,
         devices=tensor_parallel,
-        labels=location.rollout_labels,
+        labels=placement.rollout_labels,
     )
-    return [*wanted, rollout]
+    return [*requested, rollout]
 
 
 def make_plan(config: PPOConfig, machine: ClusterResources) -> ResourcePlan:
-    """WorkerPlacement every process of the run.
+    """Plan the placement of every process of the run.
 
     Raises:
-        UserError: the machine has fewer CPUs or GPUs than the placement asks for (says asked and available).
+        UserError: the machine has fewer CPUs or GPUs than the placement requests.
     """
-    wanted = demands(config)
+    requested = demands(config)
     colocated = config.placement.mode == "colocated"
     overlap = _overlap(config, machine)
-    resolved = [_resolve_demand(demand, wanted, machine, colocated, overlap) for demand in wanted]
+    resolved = [_resolve_demand(demand, requested, machine, colocated, overlap) for demand in requested]
     plan = _colocated(resolved, overlap) if colocated else _disaggregated(resolved, overlap)
     _check_fits(plan, resolved, machine)
     _check_transfer(config, plan)
@@ -125,7 +137,7 @@ def make_plan(config: PPOConfig, machine: ClusterResources) -> ResourcePlan:
 
 
 def _overlap(config: PPOConfig, machine: ClusterResources) -> bool:
-    """Roles that share devices take turns, and `exact` runs keep one fixed order of batches."""
+    """Return True if roles overlap; `exact` runs fix the order of batches."""
     if config.run.determinism == "exact":
         return False
     if config.placement.overlap != "auto":
@@ -145,10 +157,10 @@ class _ResolvedDemand:
 
 
 def _resolve_demand(
-    demand: Demand, wanted: Sequence[Demand], machine: ClusterResources, colocated: bool, overlap: bool
+    demand: Demand, requested: Sequence[Demand], machine: ClusterResources, colocated: bool, overlap: bool
 ) -> _ResolvedDemand:
-    """Fill in what the user left open."""
-    processes = sum(other.ranks for other in wanted)
+    """Choose the values that the configuration leaves open."""
+    processes = sum(other.ranks for other in requested)
     cpus = demand.cpus or (1.0 if machine.gpus else _floor(machine.cpus / processes))
     if demand.gpus is not None:
         gpus = demand.gpus
@@ -157,14 +169,14 @@ def _resolve_demand(
     elif demand.devices > 1 or not colocated:
         gpus = float(demand.devices)
     else:
-        gpus = _floor(1.0 / sum(other.uses_gpu and other.devices == 1 for other in wanted))
+        gpus = _floor(1.0 / sum(other.uses_gpu and other.devices == 1 for other in requested))
     node_cpus = int(min(machine.node_cpus, default=1.0))
     threads = demand.threads or max(1, int(cpus) if overlap or machine.gpus else node_cpus)
     return _ResolvedDemand(demand.role, demand.ranks, cpus, gpus, threads, demand.devices, demand.labels)
 
 
 def _floor(value: float) -> float:
-    """Two decimals, rounded down, so that shares never add up to more than the whole."""
+    """Round down to two decimals, so that shares never exceed the whole."""
     return max(math.floor(value * 100) / 100, 0.01)
 
 
@@ -173,7 +185,7 @@ def _bundle(cpus: float, gpus: float) -> dict[str, float]:
 
 
 def _colocated(resolved: Sequence[_ResolvedDemand], overlap: bool) -> ResourcePlan:
-    """Rank i of every role shares bundle i; tensor-parallel replicas stand apart."""
+    """Share bundle i between rank i of all roles, except tensor-parallel replicas."""
     shared = [part for part in resolved if part.devices == 1]
     width = max(part.ranks for part in shared)
     bundles = []
@@ -208,19 +220,19 @@ def _disaggregated(resolved: Sequence[_ResolvedDemand], overlap: bool) -> Resour
 
 
 def building_order(workers: Mapping[Role, Sequence[WorkerPlacement]]) -> list[list[Role]]:
-    """Which roles may load their models side by side: all of them, unless samplers share GPUs with others.
+    """Order the roles' builds: all at once, unless rollout engines share GPUs with other roles.
 
-    vLLM measures how much of a GPU its model takes while it starts, and takes what others load meanwhile for its own; so it
-    goes first.
+    While it starts, vLLM measures the GPU memory its model takes and counts what others load meanwhile as its own. So it goes
+    first.
     """
     others: list[Role] = [role for role in workers if role != "rollout"]
-    places = {(worker.group, bundle) for role in others for worker in workers[role] if worker.gpus for bundle in worker.bundles}
-    shares = any((worker.group, bundle) in places for worker in workers["rollout"] if worker.gpus for bundle in worker.bundles)
+    taken = {(worker.group, bundle) for role in others for worker in workers[role] if worker.gpus for bundle in worker.bundles}
+    shares = any((worker.group, bundle) in taken for worker in workers["rollout"] if worker.gpus for bundle in worker.bundles)
     return [["rollout"], others] if shares else [list(workers)]
 
 
 def _replica_groups(part: _ResolvedDemand, groups: dict[str, GroupPlan]) -> tuple[WorkerPlacement, ...]:
-    """One group a rollout replica, on one node when it spans several devices."""
+    """Create one group per rollout replica, on one node when it spans several devices."""
     workers = []
     for index in range(part.ranks):
         name = f"{part.role}-{index}"
@@ -232,7 +244,7 @@ def _replica_groups(part: _ResolvedDemand, groups: dict[str, GroupPlan]) -> tupl
 
 
 def replica_group(plan: ResourcePlan) -> GroupPlan:
-    """Room for one more rollout replica like those of the plan."""
+    """Return the placement group of one more rollout replica like those of the plan."""
     worker = plan.workers["rollout"][0]
     group = plan.groups[worker.group]
     bundles = tuple(_bundle(worker.cpus, worker.gpus) for _ in worker.bundles)
@@ -244,17 +256,17 @@ def _check_transfer(config: PPOConfig, plan: ResourcePlan) -> None:
     for role in ("policy", "rollout"):
         if transfer != "shared_memory" and not plan.workers[role][0].gpus:
             raise UserError(
-                f"rollout.weight_transfer: {transfer!r} goes from GPU to GPU, and the {role} has none; expected 'shared_memory'"
+                f"rollout.weight_transfer: {transfer!r} needs GPUs, and the {role} has none; expected 'shared_memory'"
             )
 
 
 def _check_fits(plan: ResourcePlan, resolved: Sequence[_ResolvedDemand], machine: ClusterResources) -> None:
-    asked_cpus = sum(bundle["CPU"] for group in plan.groups.values() for bundle in group.bundles)
-    asked_gpus = sum(bundle.get("GPU", 0) for group in plan.groups.values() for bundle in group.bundles)
-    if asked_cpus <= machine.cpus + 1e-6 and asked_gpus <= machine.gpus + 1e-6:
+    requested_cpus = sum(bundle["CPU"] for group in plan.groups.values() for bundle in group.bundles)
+    requested_gpus = sum(bundle.get("GPU", 0) for group in plan.groups.values() for bundle in group.bundles)
+    if requested_cpus <= machine.cpus + 1e-6 and requested_gpus <= machine.gpus + 1e-6:
         return
     parts = ", ".join(f"{part.role} {part.ranks} x ({part.cpus:g} CPU, {part.gpus:g} GPU)" for part in resolved)
     raise UserError(
-        f"placement: asked for {asked_cpus:g} CPUs and {asked_gpus:g} GPUs ({parts}), "
+        f"placement: asked for {requested_cpus:g} CPUs and {requested_gpus:g} GPUs ({parts}), "
         f"but the cluster has {machine.cpus:g} CPUs and {machine.gpus:g} GPUs; lower placement.*.cpus/gpus/ranks or add nodes"
     )

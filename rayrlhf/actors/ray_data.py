@@ -1,20 +1,20 @@
-"""Ray Data's settings for the time of one pipeline, and its errors as what they were."""
+"""Ray Data's settings during one pipeline, and its errors as the original ones."""
 
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rayrlhf.errors import AlarmError, UserError
 
 
 @contextmanager
-def data_context(*, buffer_bytes: int, **settings: Any) -> Iterator[None]:
-    """Set what a pipeline needs on Ray Data's context, which is the process's own, and put it back.
+def data_context(*, buffer_bytes: int, **settings: object) -> Iterator[None]:
+    """Change this process's Ray Data context for the block.
 
     Args:
-        buffer_bytes: most memory of the object store that blocks between stages take.
+        buffer_bytes: maximum object-store memory of the blocks between stages.
         settings: further attributes of `ray.data.DataContext`.
     """
     import ray
@@ -22,7 +22,7 @@ def data_context(*, buffer_bytes: int, **settings: Any) -> Iterator[None]:
     context = ray.data.DataContext.get_current()
     changed = {
         "enable_progress_bars": False,
-        # Else an error arrives as text, and a user's mistake could not be told from a bug.
+        # Otherwise an error arrives as text, and a user's mistake looks like a bug.
         "raise_original_map_exception": True,
     } | settings
     before = {name: getattr(context, name) for name in changed}
@@ -31,7 +31,7 @@ def data_context(*, buffer_bytes: int, **settings: Any) -> Iterator[None]:
     with warnings.catch_warnings():
         # Ray Data has no other way yet to bound the restarts of its actors.
         warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
-        # It would print the traceback of every error that is raised here anyway.
+        # Ray Data would print the traceback of every error that is raised here anyway.
         logger = logging.getLogger("ray.data")
         level = logger.level
         logger.setLevel(logging.CRITICAL)
@@ -47,10 +47,10 @@ def data_context(*, buffer_bytes: int, **settings: Any) -> Iterator[None]:
 
 
 def raise_cause(error: Exception) -> NoReturn:
-    """Raise the project's own error that a stage ended with, or the given one where there is none.
+    """Raise the project's own error behind a stage's error, or the given one.
 
     Raises:
-        UserError: a stage found a mistake of the user.
+        UserError: a stage found a user's mistake.
         AlarmError: a stage stopped itself.
     """
     from ray.exceptions import RayTaskError
@@ -59,7 +59,7 @@ def raise_cause(error: Exception) -> NoReturn:
     while found is not None:
         # Ray's error is an instance of the cause's class too, with the whole remote traceback as its text.
         if isinstance(found, UserError | AlarmError) and not isinstance(found, RayTaskError):
-            # Ours are one line; Ray Data puts advice on retries behind it.
+            # Our errors are one line; Ray Data appends advice on retries.
             raise type(found)(str(found).partition("\n")[0]) from None
         found = getattr(found, "cause", None) or found.__cause__
     raise error

@@ -1,4 +1,4 @@
-"""The actor of the frozen reference model: forward only."""
+"""Actor of the frozen reference model: forward passes only."""
 
 from collections.abc import Sequence
 

@@ -1,77 +1,83 @@
-"""The policy's voice to the replicas in a transfer of weights from GPU to GPU: vLLM's client protocol, on actor handles."""
+"""vLLM's weight-transfer client on actor handles, through which the policy drives the replicas."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
 
+from rayrlhf.actors.remote import Handle, Ref, remote_call
+from rayrlhf.actors.rollout_actor import RolloutActor
 from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS, lost_because
 from rayrlhf.errors import ActorLostError
+from rayrlhf.weight_sync.buckets import SyncDtype
+
+ReplicaHandle = Handle[RolloutActor]
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceSyncRequest:
-    """What every rank of the policy is told of one transfer.
+    """Request to every rank of the policy for one transfer of weights.
 
     Attributes:
         transfer: vLLM's `nccl` or `ipc`.
-        replicas: (name, handle) of those that are to have the weights.
-        workers: GPU processes of each of them.
-        version: the weights' version.
-        dtype: what the samplers hold them in.
+        replicas: (name, handle) of the receiving replicas.
+        workers: GPU processes per replica.
+        version: weight version.
+        dtype: data type in which the rollout engines hold the weights.
     """
 
     transfer: Literal["nccl", "ipc"]
-    replicas: tuple[tuple[str, Any], ...]
+    replicas: tuple[tuple[str, ReplicaHandle], ...]
     workers: int
     version: int
-    dtype: Literal["float32", "bfloat16"]
+    dtype: SyncDtype
 
     @property
     def members(self) -> tuple[str, ...]:
-        """The replicas' processes: one that was rebuilt has the old name and another id."""
+        """Names and ids of the replicas' processes; a rebuilt process has another id."""
         return tuple(f"{name} {handle._ray_actor_id.hex()}" for name, handle in self.replicas)
 
 
 class ReplicaClient:
-    """The four calls of vLLM's `VLLMWeightSyncClient`; each returns when all replicas have answered.
+    """The four calls of vLLM's `VLLMWeightSyncClient`; each returns when all replicas have finished it.
 
     Raises:
         ActorLostError: a replica is gone; names it.
     """
 
-    def __init__(self, order: DeviceSyncRequest) -> None:
-        """Speak to the replicas of an order."""
-        self._order = order
+    def __init__(self, request: DeviceSyncRequest) -> None:
+        """Call the replicas of a request."""
+        self._request = request
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Let all meet the trainer; in a group with ranks, each replica's come after those of the one before."""
-        infos = [dict(init_info) for _ in self._order.replicas]
+        """Connect all replicas to the trainer.
+
+        In a group with ranks, the ranks of each replica come after those of the previous one.
+        """
+        infos = [dict(init_info) for _ in self._request.replicas]
         if "rank_offset" in init_info:
             for index, info in enumerate(infos):
-                info["rank_offset"] += index * self._order.workers
-        self._all("open_transfer", [(info,) for info in infos])
+                info["rank_offset"] += index * self._request.workers
+        self._call("open_transfer", lambda index, handle: remote_call(handle, RolloutActor.open_transfer, infos[index]))
 
     def start_weight_update(self) -> None:
-        """Open the models."""
-        self._all("begin_weights", [(self._order.version,)] * len(self._order.replicas))
+        """Prepare the models for new weights."""
+        version = self._request.version
+        self._call("begin_weights", lambda _, handle: remote_call(handle, RolloutActor.begin_weights, version))
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
-        """Receive."""
-        self._all("receive_transfer", [(update_info,)] * len(self._order.replicas))
+        """Receive weights."""
+        self._call("receive_transfer", lambda _, handle: remote_call(handle, RolloutActor.receive_transfer, update_info))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Make the weights current; the version is the order's."""
-        self._all("finish_weights", [()] * len(self._order.replicas))
+        """Make the weights current; the version is the request's."""
+        self._call("finish_weights", lambda _, handle: remote_call(handle, RolloutActor.finish_weights))
 
-    def _all(self, method: str, arguments: Iterable[Sequence[Any]]) -> None:
-        calls = [
-            (name, getattr(handle, method).remote(*given))
-            for (name, handle), given in zip(self._order.replicas, arguments, strict=True)
-        ]
+    def _call(self, what: str, send: Callable[[int, ReplicaHandle], Ref[object]]) -> None:
+        calls = [(name, send(index, handle)) for index, (name, handle) in enumerate(self._request.replicas)]
         for name, call in calls:
             try:
                 ray.get(call)
             except INFRASTRUCTURE_ERRORS as error:
-                raise ActorLostError(f"{name} was lost during {method}: {lost_because(error)}", name) from error
+                raise ActorLostError(f"{name} was lost during {what}: {lost_because(error)}", name) from error

@@ -1,4 +1,4 @@
-"""The actor that says what responses are worth: reward functions, and reward models beside them."""
+"""Actor that scores responses with reward functions and reward models."""
 
 from collections.abc import Sequence
 
@@ -33,7 +33,7 @@ class RewardActor(Worker):
         """Score rollouts, one prompt per rollout.
 
         Raises:
-            UserError: a function raised, or returned something that is no finite number, or too few.
+            UserError: a function raised, or returned non-finite numbers or too few of them.
         """
         if not rollouts:
             return RewardBatch(np.zeros(0, np.float32), {})

@@ -1,13 +1,23 @@
-"""From the config to what each role's processes are told when they are built."""
+"""Specs that each role's actors are built from, taken from the configuration."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
-from rayrlhf.actors.placement import ResourcePlan, Role
+from rayrlhf.actors.placement import ResourcePlan, Role, TrainRole
+from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.reward import RewardSection
 from rayrlhf.engines.rollout.common import RolloutSpec, rollout_environment
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.models.network import Head
+
+
+class ReferenceSpec(NamedTuple):
+    """Reference model, tokens per forward pass, and whether its weights are kept in CPU memory."""
+
+    model: ModelSection
+    batch_tokens: int
+    offload: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,29 +28,34 @@ class RoleSpecs:
     plan: ResourcePlan
 
     def environment(self, role: Role) -> dict[str, str]:
-        """Environment variables a role's processes start with."""
+        """Return the environment variables a role's processes start with."""
         worker = self.plan.workers[role][0]
         if role == "rollout":
             return rollout_environment(self.config.rollout, threads=worker.threads)
         return TRAINER_ENVIRONMENT if role in ("policy", "critic", "reference") else {}
 
     def backend(self, role: Role) -> Literal["gloo", "nccl"]:
-        """Collective backend of a role's process group."""
+        """Return the collective backend of a role's process group."""
         return "nccl" if self.plan.workers[role][0].gpus else "gloo"
 
-    def arguments(self, role: Role) -> tuple[Any, ...]:
-        """Arguments of `build` for a role that does not learn."""
+    def reward(self) -> RewardSection:
+        """Return the reward functions and models."""
+        return self.config.reward
+
+    def reference(self) -> ReferenceSpec:
+        """Return the spec of the reference model."""
         config = self.config
-        if role == "reward":
-            return (config.reward,)
-        if role == "reference":
-            return (config.reference.model or config.model, config.train.score_batch_tokens, config.reference.offload)
+        return ReferenceSpec(config.reference.model or config.model, config.train.score_batch_tokens, config.reference.offload)
+
+    def rollout(self) -> RolloutSpec:
+        """Return the spec of a rollout engine."""
+        config = self.config
         lockstep = config.run.determinism == "exact"
         continues = config.asynchronous.max_staleness > 0 and config.asynchronous.on_update == "continue"
-        return (RolloutSpec(config.model, config.rollout, config.run.seed, config.environment, lockstep, continues=continues),)
+        return RolloutSpec(config.model, config.rollout, config.run.seed, config.environment, lockstep, continues=continues)
 
-    def train(self, role: Role) -> TrainEngineSpec:
-        """The engine of a role that learns."""
+    def train(self, role: TrainRole) -> TrainEngineSpec:
+        """Return the spec of a train engine."""
         config = self.config
         shared = config.critic.kind == "shared"
         policy = role == "policy"
@@ -60,7 +75,7 @@ class RoleSpecs:
 
 
 TRAINER_ENVIRONMENT = {
-    # Meant to keep freed activations in the process rather than map them anew each step; what it gains has not been measured.
+    # Meant to keep freed activations in the process rather than map them again each step; the gain has not been measured.
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_TOP_PAD_": "268435456",
@@ -68,6 +83,6 @@ TRAINER_ENVIRONMENT = {
 
 
 def optimizer_steps(config: PPOConfig) -> int:
-    """Optimizer steps of a whole run, for learning-rate schedules."""
+    """Return the number of optimizer steps of a whole run, for learning-rate schedules."""
     warmup = -(-config.sft_warmup.samples // config.sft_warmup.mini_batch_size) if config.sft_warmup else 0
     return warmup + config.run.steps * config.updates_per_step

@@ -1,4 +1,4 @@
-"""The actor of one rollout replica: a sampler behind `submit` and `poll`, and a door for new weights."""
+"""Actor of one rollout replica: a rollout engine with queued requests and weight updates."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -9,11 +9,11 @@ from rayrlhf.data.records import Records, Rollout, RolloutRequest
 from rayrlhf.engines.rollout.base import RolloutEngine, TransferEngine
 from rayrlhf.engines.rollout.common import RolloutSpec
 from rayrlhf.environments.players.factory import build_player
-from rayrlhf.weight_sync.object_store import SharedTensor, from_shared
+from rayrlhf.weight_sync.buckets import SharedTensor, from_shared
 
 
 class RolloutActor(Worker):
-    """One replica. Calls are served one at a time, in order, so weights change between polls."""
+    """One replica; calls run one at a time, so weights change between polls."""
 
     PRELOADED = ("transformers.models.auto.modeling_auto", "vllm.v1.engine.llm_engine")
 
@@ -21,7 +21,7 @@ class RolloutActor(Worker):
 
     @measured
     def build(self, spec: RolloutSpec) -> None:
-        """Start the engine from the model's own weights."""
+        """Start the engine with the weights of the model's files."""
         self._engine = build_player(spec)
 
     def submit(self, requests: Sequence[RolloutRequest], temperature: float, max_new_tokens: int) -> None:
@@ -30,7 +30,10 @@ class RolloutActor(Worker):
 
     @measured
     def poll(self, minimum: int, seconds: float | None = None) -> tuple[list[Rollout], int]:
-        """Decode until `minimum` more are finished, none is left, or `seconds` are over; returns (finished, unfinished)."""
+        """Decode queued requests; returns (finished rollouts, number of unfinished requests).
+
+        Returns when `minimum` more requests are finished, none is left, or `seconds` have passed.
+        """
         finished, unfinished = self._engine.poll(minimum, seconds), self._engine.unfinished
         self.actor_metrics.sampled(sum(len(rollout.response_ids) for rollout in finished), unfinished)
         return Records(finished), unfinished
@@ -40,7 +43,7 @@ class RolloutActor(Worker):
         self._engine.cancel()
 
     def sleep(self) -> None:
-        """Give memory back until new weights come."""
+        """Free memory until the next weights arrive."""
         self._engine.sleep()
 
     def begin_weights(self, version: int) -> None:
@@ -49,16 +52,16 @@ class RolloutActor(Worker):
 
     @measured
     def receive_weights(self, bucket: Sequence[SharedTensor]) -> None:
-        """Take in one bucket, read in place from the object store."""
+        """Load one bucket, read in place from the object store."""
         self._engine.receive_weights(from_shared(bucket))
 
     def open_transfer(self, info: dict[str, Any]) -> None:
-        """Meet the policy for weights that go from GPU to GPU, as vLLM's transfer asks; it waits for the others."""
+        """Connect to the policy for weights from GPU to GPU; waits for all members."""
         cast("TransferEngine", self._engine).weight_client.init_weight_transfer_engine(info)
 
     @measured
-    def receive_transfer(self, info: dict[str, Any]) -> None:
-        """Take in what the policy sends of the weights from GPU to GPU."""
+    def receive_transfer(self, info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        """Receive weights that the policy sends from GPU to GPU."""
         cast("TransferEngine", self._engine).weight_client.update_weights(info)
 
     @measured
@@ -72,6 +75,6 @@ class RolloutActor(Worker):
         self._engine.close()
 
     def __ray_shutdown__(self) -> None:
-        """Free the engine when Ray ends the actor in an orderly way."""
+        """Free the engine when Ray shuts the actor down."""
         if hasattr(self, "_engine"):
             self._engine.close()

@@ -1,16 +1,15 @@
-"""The actors of the models that learn: one process a rank, a DeepSpeed engine inside, a process group per role."""
+"""Actors of the models in training: one process per rank, a process group per role."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-import ray
 import torch.distributed
 
 from rayrlhf.actors.actor_metrics import measured
-from rayrlhf.actors.replica_client import DeviceSyncRequest, ReplicaClient
+from rayrlhf.actors.remote import concurrency_group, streaming
 from rayrlhf.actors.worker import Worker
 from rayrlhf.data.records import Records, TokenScores, TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
@@ -23,14 +22,15 @@ from rayrlhf.engines.train.process_group import ProcessGroupSpec, join
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.models.network import OutputName
 from rayrlhf.storage.manifest import FileRecord
-from rayrlhf.weight_sync.object_store import SharedTensor, to_shared
+from rayrlhf.weight_sync.buckets import SharedTensor, SyncDtype, to_shared
 
 if TYPE_CHECKING:
-    from rayrlhf.weight_sync.vllm_device import DeviceSender
+    from rayrlhf.actors.replica_client import DeviceSyncRequest
+    from rayrlhf.weight_sync.vllm_sender import DeviceSender
 
 
 class TrainActor(Worker):
-    """One rank of a model that learns."""
+    """One rank of a model in training."""
 
     PRELOADED = ("deepspeed", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama")
 
@@ -40,7 +40,7 @@ class TrainActor(Worker):
 
     @measured
     def build(self, group: ProcessGroupSpec, spec: TrainEngineSpec) -> None:
-        """Join the role's process group and load the model. Every rank must be called before any answers."""
+        """Join the role's process group and load the model; a collective call of all ranks."""
         join(group)
         self._engine = TrainEngine(spec)
 
@@ -53,49 +53,51 @@ class TrainActor(Worker):
 
     @measured
     def update(self, batch: TrainingBatch, plan: UpdatePlan, objective: Objective) -> UpdateReport:
-        """Run a PPO step's optimizer steps; every rank gets the same batch and plan and takes its own share."""
+        """Run a step's optimizer steps on this rank's share of the batch."""
         return self._engine.update(batch, plan, objective)
 
-    @ray.method(num_returns="streaming")
-    def weights(self, bucket_bytes: int, dtype: Literal["float32", "bfloat16"]) -> Iterator[list[SharedTensor]]:
-        """Stream the merged weights bucket by bucket. Return values belong to the driver: they outlive this actor."""
+    @streaming
+    def weights(self, bucket_bytes: int, dtype: SyncDtype) -> Iterator[list[SharedTensor]]:
+        """Stream the merged weights in buckets; the driver owns them, so they outlive this actor."""
         for bucket in self._engine.weight_buckets(bucket_bytes, dtype=dtype):
             yield to_shared(bucket)
 
     @measured
-    def join_weights(self, bucket_bytes: int, dtype: Literal["float32", "bfloat16"]) -> None:
-        """Take part in gathering the weights on a rank whose own copy is not shipped."""
+    def join_weights(self, bucket_bytes: int, dtype: SyncDtype) -> None:
+        """Take part in gathering the weights on a rank that sends none."""
         for _ in self._engine.weight_buckets(bucket_bytes, dtype=dtype):
             pass
 
     @measured
-    def send_weights(self, order: DeviceSyncRequest) -> None:
-        """Bring the merged weights to replicas from GPU to GPU; every rank must be called, and rank 0 sends.
+    def send_weights(self, request: "DeviceSyncRequest") -> None:
+        """Send the merged weights from rank 0 to replicas on GPUs; a collective call.
 
         Raises:
             ActorLostError: a replica is gone.
         """
-        from rayrlhf.weight_sync.vllm_device import DeviceSender, EngineSource
+        from rayrlhf.actors.replica_client import ReplicaClient
+        from rayrlhf.weight_sync.vllm_sender import DeviceSender, EngineSource
 
         if self._sender is None:
-            source = EngineSource(partial(self._engine.device_weights, order.dtype))
-            self._sender = DeviceSender(order.transfer, torch.distributed.get_rank(), source)
-        self._sender.send(ReplicaClient(order), order.members, order.workers * len(order.replicas), self.rendezvous)
+            source = EngineSource(partial(self._engine.device_weights, request.dtype))
+            self._sender = DeviceSender(request.transfer, torch.distributed.get_rank(), source)
+        workers = request.workers * len(request.replicas)
+        self._sender.send(ReplicaClient(request), request.members, workers, self.rendezvous)
 
     @measured
     def capture_state(self) -> None:
-        """Copy this rank's part of the training state, for `write_state`; every rank must be called."""
+        """Copy this rank's part of the training state, for `write_state`; a collective call."""
         self._captured = self._engine.capture_state()
 
-    @ray.method(concurrency_group="storage")
+    @concurrency_group("storage")
     def write_state(self, folder: Path) -> dict[str, FileRecord]:
-        """Write the copied state, beside whatever else the actor does; returns what lies where in the folder."""
+        """Write the copied state while the actor does other work; returns the files by name."""
         captured, self._captured = self._captured, {}
         return training_state.write(captured, folder)
 
     @measured
     def snapshot(self) -> StateFiles:
-        """Return this rank's part of the training state; the value belongs to the driver and outlives this actor."""
+        """Return this rank's part of the training state; the value outlives this actor."""
         return self._engine.capture_state()
 
     def load_snapshot(self, *parts: StateFiles) -> None:
@@ -103,7 +105,7 @@ class TrainActor(Worker):
         self._engine.load_captured(parts)
 
     def checksum(self) -> int:
-        """A 48-bit number that two models share only if all their merged weights are equal bit for bit; on every rank."""
+        """Return a 48-bit checksum of the merged weights, for comparison bit for bit."""
         digest = hashlib.sha256()
         for bucket in self._engine.weight_buckets(dtype="float32"):
             for name, tensor in bucket:
@@ -112,7 +114,10 @@ class TrainActor(Worker):
         return int.from_bytes(digest.digest()[:6], "big")
 
     def load_state(self, folder: Path, resized: bool) -> None:
-        """Continue from a saved training state: bit for bit, unless `resized`, where it is of another number of ranks."""
+        """Continue from a saved training state.
+
+        Bit for bit, unless `resized`: then it was saved by another number of ranks.
+        """
         self._engine.load_state(folder, resized=resized)
 
     @measured

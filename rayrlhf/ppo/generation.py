@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ray
 
 from rayrlhf.actors.pending_calls import track_calls
-from rayrlhf.actors.replica_pool import Replica, ReplicaPool
+from rayrlhf.actors.remote import Handle, Ref
+from rayrlhf.actors.replica_pool import ReplicaPool, RolloutReplica
+from rayrlhf.actors.rollout_actor import RolloutActor
 from rayrlhf.actors.waiting import fetch, overrun
 from rayrlhf.data.records import Prompt, Records, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import sample_seed
@@ -59,8 +61,8 @@ def make_requests(
 class _Poll(NamedTuple):
     """A pending `poll`, and the process it was sent to: the replica may have another one since."""
 
-    answer: ray.ObjectRef
-    handle: Any
+    answer: Ref[tuple[list[Rollout], int]]
+    handle: Handle[RolloutActor]
     name: str
 
 
@@ -96,7 +98,7 @@ class Generation:
     def __init__(
         self,
         pool: ReplicaPool,
-        refresh: Callable[[Sequence[Replica]], None],
+        refresh: Callable[[Sequence[RolloutReplica]], None],
         max_new_tokens: int,
         seconds: float,
         *,
@@ -112,9 +114,9 @@ class Generation:
         self._book = RequestQueue([], 0, sticky=False)
         self._batches: dict[SampleKey, GenerationBatch] = {}
         self._polls: dict[int, _Poll] = {}
-        self._submits: dict[int, list[ray.ObjectRef]] = {}
+        self._submits: dict[int, list[Ref[None]]] = {}
         self._pending: dict[str, float] = {}
-        self._given: dict[int, Any] = {}
+        self._given: dict[int, Handle[RolloutActor]] = {}
 
     def add(self, requests: Sequence[RolloutRequest], temperature: float) -> GenerationBatch:
         """Take in requests, to be sampled at a temperature (0 is greedy) whenever somebody waits for something.
@@ -157,7 +159,7 @@ class Generation:
         for request in batch.requests:
             del self._batches[request.key]
 
-    def meanwhile(self, calls: Mapping[str, ray.ObjectRef], seconds: float) -> None:
+    def meanwhile(self, calls: Mapping[str, Ref[object]], seconds: float) -> None:
         """Keep the replicas busy until one of these calls has an answer, or `seconds` are over.
 
         The policy may be busy with one of them, so rebuilt replicas get their weights later.
@@ -176,7 +178,7 @@ class Generation:
         """Let unfinished requests begin anew: the replicas drop them, and they are handed out again when somebody waits."""
         serving = {replica.rank: replica for replica in self._pool.serving}
         for rank in [rank for rank in self._book.ranks if rank in serving]:
-            self._submits.setdefault(rank, []).append(serving[rank].handle.cancel.remote())
+            self._submits.setdefault(rank, []).append(serving[rank].cancel())
             if rank in self._polls:
                 if ray.wait([self._polls[rank].answer], timeout=self._seconds)[0]:
                     self._answer(serving[rank])
@@ -209,20 +211,20 @@ class Generation:
                 book.release(replica.rank)
         for rank, share in book.dispatch(list(serving)).items():
             for temperature, part in groupby(share, key=lambda request: self._batches[request.key].temperature):
-                submit = serving[rank].handle.submit.remote(Records(part), temperature, self._max_new_tokens)
+                submit = serving[rank].submit(Records(part), temperature, self._max_new_tokens)
                 self._submits.setdefault(rank, []).append(submit)
             self._given[rank] = serving[rank].handle
         for rank, replica in serving.items():
             if rank not in self._polls and book.holds(rank):
-                answer = replica.handle.poll.remote(MESSAGE_SIZE, self._poll_seconds)
+                answer = replica.poll(MESSAGE_SIZE, self._poll_seconds)
                 self._polls[rank] = _Poll(answer, replica.handle, replica.name)
                 self._pending[replica.name] = time.monotonic()
 
-    def _is_gone(self, rank: int, replica: Replica) -> bool:
+    def _is_gone(self, rank: int, replica: RolloutReplica) -> bool:
         """Whether the process that was given work is there no more; it may have been lost when nobody waited for it."""
         return replica.handle is not self._given[rank] or replica.health.state in ("down", "abandoned")
 
-    def _next_answers(self, idle: float) -> list[Replica]:
+    def _next_answers(self, idle: float) -> list[RolloutReplica]:
         """All replicas with an answer, once there is one; none where a rebuild needs attention first, or nothing happened."""
         waited = [*(poll.answer for poll in self._polls.values()), *self._pool.building.values()]
         if idle > self._seconds:
@@ -242,15 +244,15 @@ class Generation:
         ray.wait(waited, num_returns=1, timeout=left)
         return self._ready(waited)
 
-    def _ready(self, waited: list[ray.ObjectRef]) -> list[Replica]:
+    def _ready(self, waited: Sequence[Ref[object]]) -> list[RolloutReplica]:
         """Replicas whose poll has an answer."""
         if not waited:
             return []
         # A thousand replicas answer in bursts: one look at all of them costs no more than at one.
-        ready = set(ray.wait(waited, num_returns=len(waited), timeout=0)[0])
+        ready = set(ray.wait(list(waited), num_returns=len(waited), timeout=0)[0])
         return [self._pool.replicas[rank] for rank, poll in self._polls.items() if poll.answer in ready]
 
-    def _answer(self, replica: Replica) -> None:
+    def _answer(self, replica: RolloutReplica) -> None:
         """Take a replica's answer and keep what it finished; if it was lost, its open requests go back to the book."""
         poll, submits = self._polls.pop(replica.rank), self._submits.pop(replica.rank, [])
         self._pending.pop(replica.name, None)

@@ -187,7 +187,7 @@ class RunLoop:
     def _save_before_the_end(self, error: ActorLostError) -> None:
         """Keep the work since the last checkpoint if all of it is still there."""
         actor_groups = self._trainer.actor_groups
-        gangs_alive = all(actor_groups[role].gone() is None for role in ("policy", "critic") if role in actor_groups)
+        gangs_alive = all(actor_groups[role].find_lost() is None for role in ("policy", "critic") if role in actor_groups)
         if self._trainer.consistent and gangs_alive and self._trainer.steps_done != self._saved_step:
             self._recorder.note(f"{error}; writing a checkpoint before the end")
             self._checkpoint(self._trainer.steps_done)

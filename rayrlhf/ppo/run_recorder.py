@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from rayrlhf.actors.footprint import role_peaks
 from rayrlhf.actors.heartbeat import HeartbeatMonitor
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.units import GIB
 from rayrlhf.data.records import Prompt, Rollout
 from rayrlhf.observe.diagnostics import Diagnosis
 from rayrlhf.observe.diagnostics.system_checks import LIMIT, PEAK
@@ -32,7 +33,6 @@ from rayrlhf.rewards.score import RewardBatch
 if TYPE_CHECKING:
     from rayrlhf.ppo.trainer import PPOTrainer
 
-GIB = 2**30
 EVALUATIONS = "evaluation"
 """Folder of a run with every answer to the held-out prompts, one Parquet file an evaluation."""
 

@@ -6,24 +6,26 @@ rollouts are still being generated; where roles share cores they take turns at t
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
-import ray
 
 from rayrlhf.actors.actor_groups import ActorGroups
 from rayrlhf.actors.actor_restarter import ActorRestarter
-from rayrlhf.actors.placement import Role
+from rayrlhf.actors.placement import ForwardRole
+from rayrlhf.actors.remote import Handle, Ref
+from rayrlhf.actors.worker import Worker
 from rayrlhf.data.batching import balance
-from rayrlhf.data.records import Float32, Prompt, Records, Rollout, SampleKey, TokenScores
+from rayrlhf.data.records import Float32, Prompt, Records, Rollout, SampleKey, TokenScores, TokenSequence
 from rayrlhf.errors import ActorLostError, DeadlineError
 from rayrlhf.models.network import OutputName
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.rewards.score import RewardBatch
 
 REWARD = "reward"
-STATELESS: tuple[Role, ...] = ("reward", "reference")
-"""Roles whose lost process another one replaces; the others carry training state."""
+ScoringRole = Literal[ForwardRole, "reward"]
+Result = TypeVar("Result")
 
 
 class ForwardPass(NamedTuple):
@@ -39,7 +41,7 @@ class ForwardPass(NamedTuple):
     """
 
     name: str
-    role: Role
+    role: ForwardRole
     outputs: frozenset[OutputName]
     temperature: float = 1.0
     reference: bool = False
@@ -77,14 +79,14 @@ class ScoredRollouts:
         return dict(zip((rollout.key for rollout in self.rollouts), _rows(self.rewards), strict=True))
 
 
-class _Call(NamedTuple):
-    """A pending answer of one rank, what it was asked, and which rollouts the answer is about."""
+class _Call(NamedTuple, Generic[Result]):
+    """A pending call of one rank, `send` to repeat it, and the keys of its rollouts."""
 
-    role: Role
+    role: ScoringRole
     rank: int
-    handle: Any
-    answer: ray.ObjectRef
-    arguments: tuple[Any, ...]
+    handle: Handle[Worker]
+    answer: Ref[Result]
+    send: Callable[[], Ref[Result]]
     keys: list[SampleKey]
 
 
@@ -112,9 +114,10 @@ class Scorer:
     seconds: float
     timer: PhaseTimer
     known: Mapping[SampleKey, RewardRow] | None = None
-    meanwhile: Callable[[Mapping[str, ray.ObjectRef], float], None] = lambda *_: None
+    meanwhile: Callable[[Mapping[str, Ref[object]], float], None] = lambda *_: None
     _rollouts: list[Rollout] = field(default_factory=list)
-    _calls: dict[str, list[_Call]] = field(default_factory=dict)
+    _reward_calls: list[_Call[RewardBatch]] = field(default_factory=list)
+    _forward_calls: dict[str, list[_Call[list[TokenScores]]]] = field(default_factory=dict)
 
     def add(self, finished: Sequence[Rollout]) -> None:
         """Take finished rollouts; starts their scoring at once where roles overlap."""
@@ -135,7 +138,7 @@ class Scorer:
             with self.timer.phase(forward_pass.name):
                 if not self.overlap:
                     self._start_forward_pass(forward_pass, ordered)
-                scores = self._collect(forward_pass.name)
+                scores = self._collect_scores(forward_pass.name)
             forward_passes[forward_pass.name] = [scores[rollout.key] for rollout in ordered]
         merged = _merged([rewards[rollout.key] for rollout in ordered])
         return ScoredRollouts(tuple(ordered), merged, forward_passes, self.prompts)
@@ -144,57 +147,61 @@ class Scorer:
         with self.timer.phase(REWARD):
             if not self.overlap:
                 self._start_reward(ordered)
-            return self._collect(REWARD)
+            return {
+                key: row
+                for call in self._reward_calls
+                for key, row in zip(call.keys, _rows(self._answer(call, REWARD)), strict=True)
+            }
 
     def _start_reward(self, rollouts: Sequence[Rollout]) -> None:
-        shares = _shares(rollouts, len(self.actor_groups["reward"]))
-        arguments = [(Records(self.prompts[rollout.key.prompt] for rollout in share), Records(share)) for share in shares]
-        self._call(REWARD, "reward", arguments, shares)
+        for rank, share in enumerate(_shares(rollouts, len(self.actor_groups["reward"]))):
+            prompts = Records(self.prompts[rollout.key.prompt] for rollout in share)
+            send = partial(self._send_reward, rank, prompts, Records(share))
+            self._reward_calls.append(self._call("reward", rank, send, share))
+
+    def _send_reward(self, rank: int, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Ref[RewardBatch]:
+        return self.actor_groups["reward"].score(rank, prompts, rollouts)
 
     def _start_forward_pass(self, forward_pass: ForwardPass, rollouts: Sequence[Rollout]) -> None:
         ranks = len(self.actor_groups[forward_pass.role])
         shares = [list(rollouts)] * ranks if forward_pass.replicate else _shares(rollouts, ranks)
-        arguments = [
-            (
-                Records(rollout.sequence() for rollout in share),
-                forward_pass.outputs,
-                forward_pass.temperature,
-                forward_pass.reference,
-            )
-            for share in shares
-        ]
-        self._call(forward_pass.name, forward_pass.role, arguments, shares)
+        calls = self._forward_calls.setdefault(forward_pass.name, [])
+        for rank, share in enumerate(shares):
+            send = partial(self._send_forward_pass, forward_pass, rank, Records(rollout.sequence() for rollout in share))
+            calls.append(self._call(forward_pass.role, rank, send, share))
 
-    def _call(self, name: str, role: Role, arguments: Sequence[tuple[Any, ...]], shares: Sequence[Sequence[Rollout]]) -> None:
-        calls = self._calls.setdefault(name, [])
-        for rank, (own, share) in enumerate(zip(arguments, shares, strict=True)):
-            handle = self.actor_groups[role].handles[rank]
-            keys = [rollout.key for rollout in share]
-            calls.append(_Call(role, rank, handle, handle.score.remote(*own), own, keys))
+    def _send_forward_pass(
+        self, forward_pass: ForwardPass, rank: int, sequences: Sequence[TokenSequence]
+    ) -> Ref[list[TokenScores]]:
+        group = self.actor_groups[forward_pass.role]
+        return group.score(rank, sequences, forward_pass.outputs, forward_pass.temperature, forward_pass.reference)
 
-    def _collect(self, name: str) -> dict[SampleKey, Any]:
-        """Wait for all calls of one role; returns what was said of each rollout."""
-        answers: dict[SampleKey, Any] = {}
-        for call in self._calls.get(name, []):
-            part = self._answer(call, name)
-            rows = _rows(part) if isinstance(part, RewardBatch) else part
-            answers |= dict(zip(call.keys, rows, strict=True))
-        return answers
+    def _call(self, role: ScoringRole, rank: int, send: Callable[[], Ref[Result]], share: Sequence[Rollout]) -> _Call[Result]:
+        handle = self.actor_groups[role].handles[rank]
+        return _Call(role, rank, handle, send(), send, [rollout.key for rollout in share])
 
-    def _answer(self, call: _Call, what: str) -> Any:
-        """One answer; a process without state is replaced and asked again, as often as the restarter lets it."""
+    def _collect_scores(self, name: str) -> dict[SampleKey, TokenScores]:
+        """Wait for all calls of a forward pass; returns the scores of each rollout."""
+        found: dict[SampleKey, TokenScores] = {}
+        for call in self._forward_calls.get(name, []):
+            scores = self._answer(call, name)
+            found |= zip(call.keys, scores, strict=True)
+        return found
+
+    def _answer(self, call: _Call[Result], what: str) -> Result:
+        """Wait for one call; a lost process without training state is replaced and the call repeated."""
         group = self.actor_groups[call.role]
         try:
             pending = {group.names[call.rank]: call.answer}
             self.meanwhile(pending, self.seconds)
             return group.wait(pending, what, self.seconds)[0]
         except (ActorLostError, DeadlineError) as error:
-            if call.role not in STATELESS:
+            if call.role == "policy" or call.role == "critic":
                 raise
             # A process that answers pings but not this call (a reward function that hangs) is no better than a lost one.
             lost = error if isinstance(error, ActorLostError) else ActorLostError(str(error), group.names[call.rank])
             handle = self.restarter.restart_lost(call.role, call.rank, call.handle, lost)
-        return self._answer(call._replace(handle=handle, answer=handle.score.remote(*call.arguments)), what)
+        return self._answer(call._replace(handle=handle, answer=call.send()), what)
 
 
 def as_trained(rollout: Rollout, prompt: Prompt) -> Rollout:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rayrlhf.actors.placement import Role
+from rayrlhf.actors.placement import TrainRole
 from rayrlhf.algorithms.statistics import explained_variance
 from rayrlhf.data.records import Rollout
 from rayrlhf.engines.train.plan import UpdateReport
@@ -19,7 +19,7 @@ MEAN_STALENESS = "sampling/staleness/mean"
 
 
 def step_metrics(
-    experience: Experience, reports: Mapping[Role, UpdateReport], sync: SyncReport, episodes: int
+    experience: Experience, reports: Mapping[TrainRole, UpdateReport], sync: SyncReport, episodes: int
 ) -> dict[str, float]:
     """Metrics of experience, update and weight sync.
 

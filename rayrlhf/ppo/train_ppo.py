@@ -14,6 +14,7 @@ from rayrlhf.config.loading.describe import describe
 from rayrlhf.config.loading.load import differences, dump_config, stored_config
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.units import GIB
 from rayrlhf.data.prompt_datasets import load_prompt_dataset
 from rayrlhf.data.prompt_sampler import PromptSampler
 from rayrlhf.data.records import Prompt
@@ -28,7 +29,7 @@ from rayrlhf.ppo.callbacks import Callback, resolve_callbacks
 from rayrlhf.ppo.checkpoint import Checkpointer
 from rayrlhf.ppo.cluster_metrics import ClusterMetrics
 from rayrlhf.ppo.run_loop import RunLoop
-from rayrlhf.ppo.run_recorder import GIB, Recorder
+from rayrlhf.ppo.run_recorder import Recorder
 from rayrlhf.ppo.sft_warmup import check_warmup
 from rayrlhf.ppo.stopping import stop_requests
 from rayrlhf.ppo.trainer import PPOTrainer

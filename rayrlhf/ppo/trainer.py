@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import ray
 import torch
 
 from rayrlhf.actors.actor_groups import ActorGroups
 from rayrlhf.actors.fault_tolerance import FaultTolerance, make_fault_tolerance
-from rayrlhf.actors.placement import Role
-from rayrlhf.actors.replica_pool import Replica
+from rayrlhf.actors.placement import ForwardRole, TrainRole
+from rayrlhf.actors.remote import PendingCalls, put
+from rayrlhf.actors.replica_pool import RolloutReplica
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.prompt_sampler import PromptSampler
 from rayrlhf.data.records import Prompt, Rollout, RolloutRequest, SampleKey
@@ -37,7 +37,7 @@ from rayrlhf.ppo.sft_warmup import sft_warmup_plan
 from rayrlhf.ppo.step_metrics import fresh_gap, reward_metrics, staleness_metrics, step_metrics
 from rayrlhf.ppo.step_pipeline import Pipeline
 from rayrlhf.ppo.update_objectives import learning_roles, make_objectives, plan_update
-from rayrlhf.weight_sync.driver import SyncReport, put_to_sleep, sync_weights
+from rayrlhf.weight_sync.driver import SyncReport, make_transfer, put_to_sleep, sync_weights
 
 GREEDY_SAMPLE = 2**20
 """Sample number of a greedy response; a late answer to another request can then not be taken for it."""
@@ -158,8 +158,8 @@ class PPOTrainer:
         self.consistent = False
         plan = sft_warmup_plan(self.config, len(batch))
         policy = self.actor_groups["policy"]
-        pending = policy.call("update", ray.put(batch), plan, CrossEntropyObjective(self.config.rollout.temperature))
-        report: UpdateReport = policy.wait(pending, "warm-up", self.config.deadlines.update)[0]
+        pending = policy.update(put(batch), plan, CrossEntropyObjective(self.config.rollout.temperature))
+        report = policy.wait(pending, "warm-up", self.config.deadlines.update)[0]
         self.sync(self.weight_version + 1)
         self.warmed_up = self.consistent = True
         return report
@@ -177,7 +177,7 @@ class PPOTrainer:
     def export(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder (adapters merged) that transformers and vLLM load unchanged."""
         policy = self.actor_groups["policy"]
-        policy.wait(policy.call("export", folder.absolute()), "export", self.config.deadlines.update)
+        policy.wait(policy.export(folder.absolute()), "export", self.config.deadlines.update)
 
     @property
     def sync_dtype(self) -> Literal["float32", "bfloat16"]:
@@ -220,11 +220,12 @@ class PPOTrainer:
     def _exact(self) -> bool:
         return self.config.run.determinism == "exact"
 
-    def _send_weights(self, replicas: Sequence[Replica]) -> SyncReport:
-        policy, seconds, rollout = self.actor_groups["policy"], self.config.deadlines.sync, self.config.rollout
-        return sync_weights(policy, self.fault_tolerance.pool, replicas, self.weight_version, self.sync_dtype, seconds, rollout)
+    def _send_weights(self, replicas: Sequence[RolloutReplica]) -> SyncReport:
+        transfer = make_transfer(self.config.rollout, self.sync_dtype, self.config.deadlines.sync)
+        policy, pool = self.actor_groups["policy"], self.fault_tolerance.pool
+        return sync_weights(policy, pool, replicas, self.weight_version, transfer)
 
-    def _refresh(self, replicas: Sequence[Replica]) -> None:
+    def _refresh(self, replicas: Sequence[RolloutReplica]) -> None:
         """Bring rebuilt replicas up to date; before the first sync they are so by themselves."""
         if self.weight_version:
             self._send_weights(replicas)
@@ -259,7 +260,7 @@ class PPOTrainer:
         checksums = {}
         for role in self._objectives:
             group = self.actor_groups[role]
-            value = group.wait(group.call("checksum"), "checksum", self.config.deadlines.update)[0]
+            value = group.wait(group.checksum(), "checksum", self.config.deadlines.update)[0]
             checksums[f"{role}/weights_checksum"] = float(value)
         return checksums
 
@@ -343,7 +344,7 @@ class PPOTrainer:
         replicate = config.train.all_ranks_must_forward
         forward_passes = []
         if config.needs_reference:
-            owner: Role = "policy" if config.reference_in_policy else "reference"
+            owner: ForwardRole = "policy" if config.reference_in_policy else "reference"
             shared_copy = config.reference_in_policy and replicate
             forward_passes.append(ForwardPass("reference", owner, logprobs, temperature, True, shared_copy))
         if "critic" in actor_groups:
@@ -352,23 +353,23 @@ class PPOTrainer:
         forward_passes.append(ForwardPass("policy", "policy", own, temperature, replicate=replicate))
         return forward_passes
 
-    def _update(self, experience: Experience) -> dict[Role, UpdateReport]:
+    def _update(self, experience: Experience) -> dict[TrainRole, UpdateReport]:
         """Run the optimizer steps of every learning role: side by side on devices of their own, else in turns."""
         config = self.config
         train = config.train
         plan = plan_update(experience.learnable, train.epochs, config.mini_batch_size, config.run.seed, self.steps_done)
-        batch = ray.put(experience.batch)
+        batch = put(experience.batch)
         lengths = experience.batch.lengths
         tokens = sum(lengths[row] for row in experience.learnable) * train.epochs
-        calls: dict[Role, dict[str, ray.ObjectRef]] = {}
-        reports: dict[Role, UpdateReport] = {}
+        calls: dict[TrainRole, PendingCalls[UpdateReport]] = {}
+        reports: dict[TrainRole, UpdateReport] = {}
         overlap = self.actor_groups.plan.overlap
         objectives = learning_roles(self._objectives, config, self.steps_done)
         if overlap:
-            calls = {role: self.actor_groups[role].call("update", batch, plan, goal) for role, goal in objectives.items()}
+            calls = {role: self.actor_groups[role].update(batch, plan, goal) for role, goal in objectives.items()}
         for role, objective in objectives.items():
             with self.timer.phase(f"update_{role}", tokens):
-                pending = calls[role] if overlap else self.actor_groups[role].call("update", batch, plan, objective)
+                pending = calls[role] if overlap else self.actor_groups[role].update(batch, plan, objective)
                 self._generation.meanwhile(pending, config.deadlines.update)
                 reports[role] = self.actor_groups[role].wait(pending, f"{role} update", config.deadlines.update)[0]
         return reports

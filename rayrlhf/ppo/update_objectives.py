@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rayrlhf.actors.placement import Role
+from rayrlhf.actors.placement import TrainRole
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.engines.objectives.base import Objective
 from rayrlhf.engines.objectives.policy import PolicyObjective
@@ -13,7 +13,7 @@ from rayrlhf.engines.objectives.value import ValueObjective
 from rayrlhf.engines.train.plan import UpdatePlan
 
 
-def make_objectives(config: PPOConfig) -> dict[Role, Objective]:
+def make_objectives(config: PPOConfig) -> dict[TrainRole, Objective]:
     """One objective per learning role: policy and critic apart, or both on the policy's trunk."""
     algorithm = config.algorithm
     temperature = config.rollout.temperature
@@ -29,7 +29,7 @@ def make_objectives(config: PPOConfig) -> dict[Role, Objective]:
     return {"policy": policy}
 
 
-def learning_roles(objectives: dict[Role, Objective], config: PPOConfig, step: int) -> dict[Role, Objective]:
+def learning_roles(objectives: dict[TrainRole, Objective], config: PPOConfig, step: int) -> dict[TrainRole, Objective]:
     """The objectives of those that learn in a step, counted from 0: the critic alone during its warm-up."""
     if step < config.critic.warmup_steps:
         return {role: objective for role, objective in objectives.items() if role == "critic"}

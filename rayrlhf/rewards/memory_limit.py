@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import psutil
 
-GIB = 2**30
+from rayrlhf.config.units import GIB
 
 
 @contextmanager

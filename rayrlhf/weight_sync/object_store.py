@@ -1,63 +1,76 @@
-"""Weights as plain arrays, so that a bucket crosses an object store without a copy.
+"""Weight transfer through Ray's object store (shared memory).
 
-Every tensor becomes a NumPy array over the same memory: NumPy buffers are shared out of band and read in place by all processes
-of a node, where tensors would be serialised. NumPy has no bfloat16, so sixteen-bit floats travel as int16 bit patterns, and the
-dtype goes beside them by name. The way back is a view again; what comes out of an object store is read-only.
+Rank 0 of the policy streams buckets as return values, which belong to the driver and survive the policy's death. Every replica
+gets the references and reads the bytes in place: one copy per node, and the driver never holds weights.
 """
 
-import warnings
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-import torch
-from numpy.typing import NDArray
+import ray
 
-from rayrlhf.weight_sync.buckets import WeightBucket
+from rayrlhf.actors.pending_calls import track_calls
+from rayrlhf.actors.remote import Ref
+from rayrlhf.actors.replica_pool import ReplicaPool, RolloutReplica
+from rayrlhf.actors.role_groups import PolicyGroup
+from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS, lost_because, overrun, wait_all
+from rayrlhf.errors import ActorLostError, DeadlineError
+from rayrlhf.weight_sync.buckets import SharedTensor, SyncDtype
 
-_CARRIER = {torch.float32: torch.float32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+BUCKET_BYTES = 256 * 2**20
+SYNC = "weight sync"
 
 
-class SharedTensor(NamedTuple):
-    """One weight as an array.
+@dataclass(frozen=True, slots=True)
+class ObjectStoreTransfer:
+    """Implements `WeightTransfer` for `rollout.weight_transfer: shared_memory`.
 
     Attributes:
-        name: Hugging Face checkpoint name.
-        dtype: torch's name of the dtype ("float32", "float16" or "bfloat16").
-        data: the tensor's shape; float32, or int16 that holds the bits of a sixteen-bit float.
+        dtype: data type of the weights.
+        seconds: deadline of each wait.
     """
 
-    name: str
-    dtype: str
-    data: NDArray[Any]
+    dtype: SyncDtype
+    seconds: float
 
+    def send(self, policy: PolicyGroup, pool: ReplicaPool, replicas: Sequence[RolloutReplica], version: int) -> int:
+        """Send the weights; see `WeightTransfer`."""
+        gathering = policy.join_weights(BUCKET_BYTES, self.dtype)
+        stream = policy.weights(BUCKET_BYTES, self.dtype)
+        pending: dict[int, list[Ref[object]]] = {replica.rank: [replica.begin_weights(version)] for replica in replicas}
+        buckets = 0
+        for bucket in self._buckets(stream, policy.names[0]):
+            for replica in replicas:
+                pending[replica.rank].append(replica.receive_weights(bucket))
+            buckets += 1
+        policy.wait(gathering, SYNC, self.seconds)
+        for replica in replicas:
+            pending[replica.rank].append(replica.finish_weights())
+        for replica in replicas:
+            try:
+                for call in pending[replica.rank]:
+                    wait_all({replica.name: call}, SYNC, self.seconds)
+                pool.synced(replica)
+            except (ActorLostError, DeadlineError) as error:
+                # A bucket that was never produced fails on its receiver. Then the policy is lost, not the replica.
+                name = policy.find_lost()
+                if name is not None:
+                    raise ActorLostError(f"{name} was lost during {SYNC}", name) from error
+                pool.lost(replica, error)
+        return buckets
 
-def to_shared(bucket: WeightBucket) -> list[SharedTensor]:
-    """View a bucket as arrays over the same memory.
-
-    Args:
-        bucket: named tensors on the CPU, contiguous, float32, float16 or bfloat16, none of them requiring gradients.
-
-    Raises:
-        TypeError: another dtype.
-        ValueError: a tensor that is not contiguous, which could not be shipped without a hidden copy.
-    """
-    shared = []
-    for name, tensor in bucket:
-        if tensor.dtype not in _CARRIER:
-            raise TypeError(f"weight {name}: {tensor.dtype} cannot be shared, expected float32, float16 or bfloat16")
-        if not tensor.is_contiguous():
-            raise ValueError(f"weight {name}: not contiguous, so it cannot be shared without a copy")
-        data = tensor.detach().view(_CARRIER[tensor.dtype]).numpy()
-        shared.append(SharedTensor(name, str(tensor.dtype).removeprefix("torch."), data))
-    return shared
-
-
-def from_shared(shared: Sequence[SharedTensor]) -> WeightBucket:
-    """View arrays as tensors again, over the same memory. The arrays may be read-only; then the tensors must not be written."""
-    bucket: WeightBucket = []
-    with warnings.catch_warnings():
-        # The bucket contract already forbids writing, and torch has no read-only tensors to say so with.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        for name, dtype, data in shared:
-            bucket.append((name, torch.from_numpy(data).view(getattr(torch, dtype))))
-    return bucket
+    def _buckets(self, stream: Iterator[Ref[list[SharedTensor]]], name: str) -> Iterator[Ref[list[SharedTensor]]]:
+        """Yield references to the policy's buckets, with a deadline for each."""
+        while True:
+            with track_calls(SYNC, {name: time.monotonic()}):
+                ready, _ = ray.wait([stream], timeout=self.seconds)
+            if not ready:
+                raise overrun(f"{SYNC}: next bucket", [name], self.seconds)
+            try:
+                bucket = next(stream)
+            except StopIteration:
+                return
+            except INFRASTRUCTURE_ERRORS as error:
+                raise ActorLostError(f"{name} was lost during {SYNC}: {lost_because(error)}", name) from error
+            yield bucket

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from rayrlhf.actors.footprint import GIB, Footprint, own_footprint, role_peaks
+from rayrlhf.actors.footprint import Footprint, own_footprint, role_peaks
+from rayrlhf.config.units import GIB
 
 BIG = 300 * 2**20
 

@@ -96,5 +96,5 @@ def test_samplers_load_before_those_that_they_share_gpus_with(sections, machine,
 def test_weights_that_go_from_gpu_to_gpu_need_gpus_at_both_ends():
     sections = {"placement": {"mode": "disaggregated"}, "rollout": {"weight_transfer": "nccl"}}
     assert make_plan(config(**sections), CLUSTER).workers["policy"][0].gpus
-    with pytest.raises(UserError, match=r"weight_transfer: 'nccl' goes from GPU to GPU, and the policy has none"):
+    with pytest.raises(UserError, match=r"weight_transfer: 'nccl' needs GPUs, and the policy has none"):
         make_plan(config(**sections), ClusterResources((64.0,), (0.0,)))

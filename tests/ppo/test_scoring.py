@@ -1,7 +1,5 @@
 """A scoring call that is not answered is asked again of another process, with the same arguments; the actors are stand-ins."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
@@ -19,9 +17,8 @@ class Process:
 
     def __init__(self, answers=True):
         self.answers, self.asked = answers, []
-        self.score = SimpleNamespace(remote=self._score)
 
-    def _score(self, *arguments):
+    def score(self, *arguments):
         self.asked.append(arguments)
         scores = np.array([len(rollout.text) for rollout in arguments[-1]], np.float32) if len(arguments) == 2 else None
         return self, scores
@@ -33,6 +30,9 @@ class Group:
 
     def __len__(self):
         return len(self.handles)
+
+    def score(self, rank, *arguments):
+        return self.handles[rank].score(*arguments)
 
     def wait(self, pending, what, seconds):
         ((process, scores),) = pending.values()
@@ -51,7 +51,9 @@ class ActorRestarter:
         self.errors.append((role, rank, lost, error))
         if not self.spare:
             raise error
-        return self.spare.pop(0)
+        handle = self.spare.pop(0)
+        self.actor_groups[role].handles = (handle,)
+        return handle
 
 
 def rollouts():
@@ -65,6 +67,7 @@ def rollouts():
 
 def scorer(actor_groups, restarter, forward_passes=()):
     prompts, made = rollouts()
+    restarter.actor_groups = actor_groups
     found = Scorer(actor_groups, restarter, forward_passes, prompts, overlap=False, seconds=15.0, timer=PhaseTimer())
     found.add(made)
     return found

@@ -8,8 +8,7 @@ import torch
 
 from rayrlhf.engines.rollout.base import RolloutEngine
 from rayrlhf.engines.rollout.common import START_VERSION
-from rayrlhf.weight_sync.buckets import WeightBucket, bucketed
-from rayrlhf.weight_sync.object_store import SharedTensor, from_shared, to_shared
+from rayrlhf.weight_sync.buckets import SharedTensor, WeightBucket, bucketed, from_shared, to_shared
 from tests.engines.rollout_cases import gap, load_network, make_requests, sample, start
 
 Started = tuple[RolloutEngine, bool]

@@ -13,7 +13,7 @@ import torch
 from torch.multiprocessing import reductions
 from vllm.distributed.weight_transfer import nccl_engine, packed_tensor
 
-from rayrlhf.weight_sync.vllm_device import DeviceSender, EngineSource
+from rayrlhf.weight_sync.vllm_sender import DeviceSender, EngineSource
 from tests.engines.rollout_cases import gap, load_network, make_requests, sample, start
 
 MEETING = ("127.0.0.1", 4321)
@@ -149,7 +149,7 @@ def test_nccl_brings_new_weights_in_every_update_and_opens_a_new_group_for_other
 def test_ipc_brings_new_weights_in_every_update_through_one_buffer_that_holds_the_largest_tensor(
     memory, monkeypatch, engine, least
 ):
-    monkeypatch.setattr("rayrlhf.weight_sync.vllm_device.BUFFER_BYTES", least)
+    monkeypatch.setattr("rayrlhf.weight_sync.vllm_sender.BUFFER_BYTES", least)
     trainer = Trainer(tie=least == 1)
     sender = DeviceSender("ipc", 0, EngineSource(trainer.weights))
     for version in (1, 2):

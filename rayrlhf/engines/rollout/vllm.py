@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rayrlhf.config.units import GIB
 from rayrlhf.data.records import Rollout, RolloutRequest
 from rayrlhf.engines.rollout.common import (
     START_VERSION,
@@ -58,7 +59,7 @@ class VLLMRolloutEngine:
         """
         for name, value in VLLM_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        from rayrlhf.weight_sync.vllm_buckets import WeightSyncClient
+        from rayrlhf.weight_sync.vllm_receiver import WeightSyncClient
 
         self.version = START_VERSION
         self._incoming: int | None = None
@@ -218,7 +219,7 @@ def _start(spec: RolloutSpec, executor: str | None) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from rayrlhf.weight_sync.vllm_buckets import registered
+    from rayrlhf.weight_sync.vllm_receiver import registered
 
     path = resolve_path(spec.model)
     trust = spec.model.trust_remote_code
@@ -278,7 +279,7 @@ def _cpu_settings(spec: RolloutSpec, config: Any, length: int) -> dict[str, Any]
         "enforce_eager": True,
         # Seeded requests kill vLLM 0.32 on a CPU when it cuts a prompt in pieces ("CPU Generator does not use offset").
         "enable_chunked_prefill": False,
-        "kv_cache_memory_bytes": min(int(spec.rollout.memory_gib * 2**30), _useful_cache_bytes(spec, config, length)),
+        "kv_cache_memory_bytes": min(int(spec.rollout.memory_gib * GIB), _useful_cache_bytes(spec, config, length)),
         "block_size": KV_BLOCK_TOKENS,
     }
 

@@ -23,8 +23,12 @@ import ray
 from rayrlhf.actors.actor_group import ActorGroup
 from rayrlhf.actors.actor_groups import ActorGroups
 from rayrlhf.actors.placement import Role
+from rayrlhf.actors.remote import Handle
+from rayrlhf.actors.role_groups import GROUP_CLASSES
+from rayrlhf.actors.worker import Worker
 from rayrlhf.config.loading.load import dump_config, load_config
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.units import GIB
 from rayrlhf.data.prompt_sampler import PromptSampler
 from rayrlhf.data.records import Prompt, Records, Rollout, RolloutRequest, TokenScores
 from rayrlhf.engines.train.plan import UpdateReport
@@ -116,7 +120,7 @@ def _step(samples: int, replicas: int) -> DriverCost:
                 seconds = time.perf_counter() - started - stopwatch.seconds
     phases = {name.removeprefix("time/"): value for name, value in metrics.items() if name.startswith("time/")}
     phases[MAKING] = stopwatch.seconds
-    return DriverCost(samples, replicas, seconds, 1e6 * seconds / samples, peak[0] / 2**30, phases)
+    return DriverCost(samples, replicas, seconds, 1e6 * seconds / samples, peak[0] / GIB, phases)
 
 
 def _config(samples: int, replicas: int, folder: Path) -> PPOConfig:
@@ -208,15 +212,15 @@ def _actor_groups(replicas: int, stopwatch: _Stopwatch) -> ActorGroups:
     report = UpdateReport({}, [1.0], [1e-6], 1, 1, False, 0, 1, 0.0, {}, [])
     policy = handle(score=_read, update=lambda *_: report)
     policy.weights = SimpleNamespace(remote=lambda *_: _no_weights.remote())
-    handles: dict[Role, tuple[Any, ...]] = {
+    handles: dict[Role, tuple[Handle[Worker], ...]] = {
         "policy": (policy,),
         "critic": (handle(score=_read, update=lambda *_: report),),
         "reference": (handle(score=_read),),
         "reward": (handle(score=_judge),),
         "rollout": tuple(rollout(seed) for seed in range(replicas)),
     }
-    groups: dict[Role, ActorGroup] = {
-        role: ActorGroup(role, tuple(f"bench/{role}/{rank}" for rank in range(len(mine))), mine)
+    groups: dict[Role, ActorGroup[Worker]] = {
+        role: GROUP_CLASSES[role](role, tuple(f"bench/{role}/{rank}" for rank in range(len(mine))), mine)
         for role, mine in handles.items()
     }
     plan = cast(Any, SimpleNamespace(overlap=True))

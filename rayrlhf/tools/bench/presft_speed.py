@@ -24,6 +24,7 @@ from rayrlhf.batch_inference.stage_resources import stage_resources
 from rayrlhf.config.batch_inference import GenerateSection, PairsSection, PipelineSection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.presft import ProbeSection
+from rayrlhf.config.units import GIB
 from rayrlhf.observe.memory import PeakMemory
 from rayrlhf.pipelines.presft.probing import ProbeGenerator, ProbeScorer, given_probes
 from rayrlhf.tools.bench.paired import Comparison, Contender, compare
@@ -160,7 +161,7 @@ class BareVLLM:
             model=resolve_path(plan.model),
             dtype=str(resolve_dtype(plan.model.dtype)).removeprefix("torch."),
             max_num_seqs=plan.generate.max_concurrent,
-            kv_cache_memory_bytes=int(plan.generate.memory_gib * 2**30),
+            kv_cache_memory_bytes=int(plan.generate.memory_gib * GIB),
             enforce_eager=True,
             enable_chunked_prefill=False,
             disable_log_stats=True,
@@ -186,7 +187,7 @@ def million_rows(rows: int, progress: Callable[[str], None]) -> tuple[float, flo
         progress("scoring them")
         with PeakMemory() as memory:
             speed = _score(source, target, int(ray.cluster_resources()["CPU"]))
-        return memory.peak_bytes / 2**30, speed
+        return memory.peak_bytes / GIB, speed
 
 
 def _score(source: PartFolder, target: PartFolder, cpus: int) -> float:

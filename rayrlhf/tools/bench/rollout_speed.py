@@ -12,6 +12,7 @@ import numpy as np
 import ray
 
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.units import GIB
 from rayrlhf.data.records import Prompt
 from rayrlhf.data.toy.word_problems import generate
 from rayrlhf.engines.rollout.common import rollout_environment
@@ -88,7 +89,7 @@ class BareSampler:
             dtype=str(dtype).removeprefix("torch."),
             max_num_seqs=PROMPTS,
             max_model_len=config.rollout.max_model_length,
-            kv_cache_memory_bytes=2**30,
+            kv_cache_memory_bytes=GIB,
             enforce_eager=True,
             enable_chunked_prefill=False,  # vLLM 0.32 cannot cut the prompt of a request with a seed on a CPU
             max_num_batched_tokens=PREFILL_TOKENS,

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import ray
 
+from rayrlhf.actors.remote import Ref
 from rayrlhf.ppo.trainer import PPOTrainer
 from rayrlhf.tools.bench.bench_trainer import bench_config, standing_trainer
 from rayrlhf.tools.bench.paired import Comparison, compare
-from rayrlhf.weight_sync.driver import BUCKET_BYTES
-from rayrlhf.weight_sync.object_store import SharedTensor
+from rayrlhf.weight_sync.buckets import SharedTensor
+from rayrlhf.weight_sync.object_store import BUCKET_BYTES
 
 READERS = 4
 PAGE = 4096
@@ -93,8 +94,8 @@ class _Stand:
         """Bytes of all buckets."""
         return sum(tensor.data.nbytes for bucket in self._buckets() for tensor in ray.get(bucket))
 
-    def _buckets(self) -> Iterator[ray.ObjectRef]:
-        yield from self.trainer.actor_groups["policy"].handles[0].weights.remote(BUCKET_BYTES, self.trainer.sync_dtype)
+    def _buckets(self) -> Iterator[Ref[list[SharedTensor]]]:
+        return self.trainer.actor_groups["policy"].weights(BUCKET_BYTES, self.trainer.sync_dtype)
 
 
 def _copy(size: int) -> float:

@@ -13,6 +13,7 @@ import numpy as np
 import ray
 import torch
 
+from rayrlhf.actors.remote import put
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import TokenSequence
 from rayrlhf.data.toy.word_problems import generate
@@ -47,12 +48,12 @@ def bench_training(model: str, *, samples: int, rounds: int, progress: Callable[
         bare = ray.remote(BareTrainer).options(num_cpus=0).remote(config, list(batch.sequences), threads)
         objective = make_objectives(config)["policy"]
         plan = UpdatePlan([[list(range(samples))]])
-        reference = ray.put(batch)
+        reference = put(batch)
 
         def ours() -> float:
             policy = trainer.actor_groups["policy"]
             started = time.perf_counter()
-            policy.wait(policy.call("update", reference, plan, objective), "update", config.deadlines.update)
+            policy.wait(policy.update(reference, plan, objective), "update", config.deadlines.update)
             return tokens / (time.perf_counter() - started)
 
         contenders: dict[str, Callable[[], float]] = {

@@ -7,9 +7,9 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
+from rayrlhf.config.units import GIB
 from rayrlhf.tools.doctor.machine_facts import PORTS, SHARED, Facts, gather
 
-GIB = 2**30
 Level = Literal["ok", "warning", "broken"]
 MARKS = {"ok": "ok     ", "warning": "warning", "broken": "BROKEN "}
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from rayrlhf.config.train import TrainSection
+from rayrlhf.config.units import GIB
 from rayrlhf.tools.launch.model_shape import ModelShape
 
-GIB = 2**30
 FLOAT = 4
 """Bytes of a float32."""
 LOGIT_BYTES = 24 * 2**20

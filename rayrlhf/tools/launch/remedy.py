@@ -12,9 +12,10 @@ from rayrlhf.config.launch import NodeSection
 from rayrlhf.config.loading.load import load_tree
 from rayrlhf.config.loading.override import apply_override
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.units import GIB
 from rayrlhf.errors import UserError
 from rayrlhf.tools.launch.launch_plan import USABLE, learning_shapes, plan_run
-from rayrlhf.tools.launch.memory_plan import FLOAT, GIB
+from rayrlhf.tools.launch.memory_plan import FLOAT
 
 MAX_SETTINGS = 3
 """Most settings of one suggestion."""

@@ -1,20 +1,20 @@
-"""New weights for a running vLLM engine, through vLLM's own weight-transfer API.
+"""A vLLM engine's end of all weight transfers, through vLLM's own weight-transfer API.
 
-A transfer is `start`, any number of `update`s, `finish`. vLLM hands each call to a transfer engine that lives beside the model;
-its `nccl` and `ipc` engines receive on GPUs, and `BucketTransfer` here takes tensors that already lie in this process (views of
-an object store), which is all a CPU needs and also serves a GPU that is fed from the CPU. `WeightSyncClient` is the trainer's
-side of the same API: vLLM's trainer engines drive any transport through these four methods.
+A transfer is `start`, any number of `update`s, `finish`. vLLM passes each call to a transfer engine in the model's process. Its
+`nccl` and `ipc` engines receive on GPUs. `BucketTransfer` takes tensors that are in this process already (views of the object
+store), for engines on the CPU and for GPUs that are fed from the CPU. `WeightSyncClient` is the trainer's side of the same API:
+vLLM's trainer engines drive any transport through these four methods.
 
 Two facts about vLLM 0.32 shape `BucketTransfer`:
 
-- Checkpoint tensors go in through a layerwise reload, which re-fuses and re-packs a layer as soon as all its parts have come. A
-  layer cut in two by a bucket border is kept waiting by reference, so what is waiting is copied before the bucket goes away.
-- A tied output layer owns no weights, so the reload never re-packs its GEMM on a CPU, and it would go on multiplying with the
-  old embedding (2 nats of log-prob on a real model). It is packed again at the end, of vLLM's own transfers too.
+- Checkpoint tensors are loaded by a layerwise reload, which re-fuses and re-packs a layer once all its parts have arrived. It
+  keeps references to the parts of a layer that two buckets share, so these are copied before the bucket is freed.
+- A tied output layer owns no weights, so the reload never re-packs its GEMM on a CPU, and it would keep multiplying with the
+  old embedding (2 nats of log-prob on a real model). It is packed again at the end, also of vLLM's own transfers.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
@@ -31,6 +31,9 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 
 from rayrlhf.weight_sync.buckets import WeightBucket
 
+if TYPE_CHECKING:
+    from vllm.v1.engine.llm_engine import LLMEngine
+
 
 @dataclass
 class BucketInit(WeightTransferInitInfo):  # type: ignore[misc]
@@ -39,36 +42,36 @@ class BucketInit(WeightTransferInitInfo):  # type: ignore[misc]
 
 @dataclass
 class BucketUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """One bucket, by reference: Hugging Face names and tensors of any float dtype, cast to the model's on the way in."""
+    """One bucket by reference; tensors of any float dtype are cast to the model's."""
 
     bucket: WeightBucket
 
 
 class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):  # type: ignore[misc]
-    """Loads buckets of tensors that lie in this process's memory."""
+    """Loads buckets of tensors that are in this process's memory."""
 
     init_info_cls = BucketInit
     update_info_cls = BucketUpdate
 
     def init_transfer_engine(self, init_info: BucketInit) -> None:
-        """Nothing to connect to."""
+        """Do nothing: there is no connection."""
 
     def start_weight_update(self) -> None:
-        """Open every layer for loading."""
-        # While a layer is open its parameters are placeholders, which no longer show what is tied to what.
+        """Prepare every layer for loading."""
+        # During loading the parameters are placeholders, which no longer show which layers are tied.
         self._tied = _tied_heads(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: BucketUpdate) -> None:
-        """Load one bucket; nothing refers to its memory afterwards."""
+        """Load one bucket; no reference to its memory is kept."""
         self.model.load_weights(update_info.bucket)
         self._keep_waiting_tensors({tensor.untyped_storage().data_ptr() for _, tensor in update_info.bucket})
 
     def finish_weight_update(self) -> None:
-        """Close all layers and re-pack the tied output layers.
+        """Finish all layers and re-pack the tied output layers.
 
         Raises:
-            ValueError: some layer got no or not all of its weights. The engine must not sample any more.
+            ValueError: a layer did not receive all of its weights. The engine must not generate any more.
         """
         missing = self._incomplete_layers()
         if missing:
@@ -78,7 +81,7 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):  # type: i
             head.quant_method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:
-        """Nothing to release."""
+        """Do nothing: there is nothing to release."""
 
     def _keep_waiting_tensors(self, borrowed: set[int]) -> None:
         for layer in self.model.modules():
@@ -94,14 +97,14 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):  # type: i
             if not info.can_load() or name in self._tied or is_deferred_attention_layer(layer):
                 continue
             expected = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
-            # A vocabulary is padded up to a round number, and nothing is ever loaded for the padding.
+            # The vocabulary is padded to a round number, and nothing is ever loaded for the padding.
             if info.load_numel < (1 if isinstance(layer, VocabParallelEmbedding) else expected):
                 incomplete.append(name)
         return incomplete
 
 
 class _TiedHeads:
-    """Packs tied output layers again at the end of one of vLLM's own transfers."""
+    """Re-packs tied output layers at the end of one of vLLM's own transfers."""
 
     def start_weight_update(self) -> None:
         self._tied = _tied_heads(self.model)  # type: ignore[attr-defined]
@@ -114,30 +117,30 @@ class _TiedHeads:
 
 
 class NCCLTransfer(_TiedHeads, NCCLWeightTransferEngine):  # type: ignore[misc]
-    """Receives a broadcast of the policy's rank 0 (`device_transfer.py`)."""
+    """Receives a broadcast of the policy's rank 0 (`vllm_sender.py`)."""
 
 
 class IPCTransfer(_TiedHeads, IPCWeightTransferEngine):  # type: ignore[misc]
-    """Reads the memory of a policy rank on the same GPU (`device_transfer.py`)."""
+    """Reads the memory of a policy rank on the same GPU (`vllm_sender.py`)."""
 
 
 TRANSFERS = {"shared_memory": BucketTransfer, "nccl": NCCLTransfer, "ipc": IPCTransfer}
-"""By `rollout.weight_transfer`."""
+"""Transfer engines by `rollout.weight_transfer`."""
 
 
 class WeightSyncClient:
     """The four calls of vLLM's `VLLMWeightSyncClient` protocol, on an engine of this process."""
 
-    def __init__(self, engine: Any) -> None:
-        """Drive the transfer engine behind `engine`, an `LLMEngine` that was given a `WeightTransferConfig`."""
+    def __init__(self, engine: "LLMEngine") -> None:
+        """Drive the transfer engine of an `LLMEngine` with a `WeightTransferConfig`."""
         self._engine = engine
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Connect to the trainer, as the backend needs it."""
+        """Connect to the trainer."""
         self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        """Open the model for new weights."""
+        """Prepare the model for new weights."""
         self._engine.collective_rpc("start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
@@ -145,9 +148,9 @@ class WeightSyncClient:
         self._engine.collective_rpc("update_weights", kwargs={"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Make the weights current, drop what was cached from the old ones, and label what is sampled from now on.
+        """Make the weights current and drop the prefix cache.
 
-        Unfinished requests keep their tokens; the keys and values of these are computed again from the new weights.
+        New tokens get the new weight version. Unfinished requests keep their tokens, whose keys and values are recomputed.
         """
         self._engine.collective_rpc("finish_weight_update")
         if not self._engine.reset_prefix_cache(reset_running_requests=True):
@@ -157,15 +160,15 @@ class WeightSyncClient:
 
 
 def registered(transfer: str) -> str:
-    """Make a transfer known to vLLM in this process; returns its name for a `WeightTransferConfig`."""
+    """Register a transfer with vLLM in this process; returns its name for a `WeightTransferConfig`."""
     name = f"rayrlhf_{transfer}"
     if name not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(name, TRANSFERS[transfer])
     return name
 
 
-def _tied_heads(model: torch.nn.Module) -> dict[str, Any]:
-    """Output layers whose weight is the input embedding's, by module name."""
+def _tied_heads(model: torch.nn.Module) -> dict[str, ParallelLMHead]:
+    """Return the output layers that share the input embedding's weight, by module name."""
     vocabulary = {name: layer for name, layer in model.named_modules() if isinstance(layer, VocabParallelEmbedding)}
     inputs = {id(layer.weight) for layer in vocabulary.values() if not isinstance(layer, ParallelLMHead)}
     return {

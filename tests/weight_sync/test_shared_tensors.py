@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.weight_sync.object_store import from_shared, to_shared
+from rayrlhf.weight_sync.buckets import from_shared, to_shared
 
 dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 shapes = st.lists(st.integers(0, 5), max_size=3)
