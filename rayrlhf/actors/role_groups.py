@@ -20,7 +20,7 @@ from rayrlhf.data.records import Prompt, Rollout, TokenScores, TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import Objective
 from rayrlhf.engines.rollout.common import RolloutSpec
-from rayrlhf.engines.train.backends.deepspeed_state import StateFiles
+from rayrlhf.engines.train.backends.base import StateFiles
 from rayrlhf.engines.train.plan import UpdatePlan, UpdateReport
 from rayrlhf.engines.train.process_group import ProcessGroupSpec
 from rayrlhf.engines.train.spec import TrainEngineSpec

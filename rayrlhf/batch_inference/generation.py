@@ -13,6 +13,7 @@ from rayrlhf.batch_inference.source import replace_surrogates
 from rayrlhf.batch_inference.stage_resources import StageResources
 from rayrlhf.batch_inference.stored_prompts import encode_prompts
 from rayrlhf.config.batch_inference import GenerateSection, PairsSection
+from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.rollout import RolloutSection
 from rayrlhf.data.records import Int32, Rollout, RolloutRequest, SampleKey
@@ -85,7 +86,7 @@ class BatchGenerator:
         """
         self._plan = plan
         self._engine: RolloutEngine = build_rollout_engine(RolloutSpec(plan.model, plan.rollout(), plan.seed, logprobs=False))
-        self._tokenizer: Any = load_tokenizer(plan.model)
+        self._tokenizer: Tokenizer = load_tokenizer(plan.model)
 
     def generate(self, rows: Sequence[dict[str, Any]]) -> list[list[Response]]:
         """Return `plan.samples` responses for each row of a part, in order."""

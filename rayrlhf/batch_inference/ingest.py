@@ -15,6 +15,7 @@ from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.batch_inference.source import SourceRow, rejected_schema, replace_surrogates, row_schema, stream_rows
 from rayrlhf.batch_inference.stored_prompts import encode_prompts
 from rayrlhf.config.batch_inference import PairsSection
+from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.data.templates import check_messages
 from rayrlhf.errors import UserError
 
@@ -37,7 +38,7 @@ def ingest_dataset(
     rejected: PartFolder,
     *,
     rows_per_part: int,
-    tokenizer: Any | None,
+    tokenizer: Tokenizer | None,
     longest: int | None,
     given_field: str | None = None,
     answered: bool = True,
@@ -162,7 +163,7 @@ def _text(value: Any, name: str, *, may_be_empty: bool = False) -> str:
     return replace_surrogates(value)
 
 
-def _measure(section: PairsSection, rows: Sequence[Row], tokenizer: Any, longest: int | None) -> None:
+def _measure(section: PairsSection, rows: Sequence[Row], tokenizer: Tokenizer, longest: int | None) -> None:
     """Count tokens, and mark rows that do not fit as rejected."""
     prompts = [row["prompt"] for row in rows]
     encoded = encode_prompts(tokenizer, section, prompts, [row["messages"] for row in rows], [row["source"] for row in rows])

@@ -14,6 +14,7 @@ from rayrlhf.actors.ray_data import data_context, raise_cause
 from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS
 from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.batch_inference.stage_resources import TASK_CPUS, TASKS
+from rayrlhf.config.library_types import ArrowTable
 from rayrlhf.errors import ActorLostError, DeadlineError, UserError
 
 BUFFER_BYTES = 512 * 2**20
@@ -106,11 +107,11 @@ class _Worker:
     def __init__(self, worker: type, arguments: tuple[Any, ...]) -> None:
         self._worker = worker(*arguments)
 
-    def __call__(self, table: Any) -> Any:
+    def __call__(self, table: ArrowTable) -> ArrowTable:
         return _with_part(table, self._worker)
 
 
-def _with_part(table: Any, stage: Callable[[Any], Any]) -> Any:
+def _with_part(table: ArrowTable, stage: Callable[[Any], Any]) -> Any:
     import pyarrow as pa
 
     part = table.column(PART)[0].as_py()
@@ -123,12 +124,12 @@ def _dataset(source: PartFolder, target: PartFolder, missing: list[int], stages:
     import pyarrow.parquet as pq
     import ray
 
-    def read(block: Any) -> Any:
+    def read(block: ArrowTable) -> ArrowTable:
         part = block.column(PART)[0].as_py()
         table = pq.read_table(source.part(part))
         return table.append_column(PART, pa.array([part] * table.num_rows, pa.int64()))
 
-    def write(table: Any) -> Any:
+    def write(table: ArrowTable) -> ArrowTable:
         part = table.column(PART)[0].as_py()
         target.write(part, table.drop_columns([PART]))
         return pa.table({PART: [part], ROWS: [table.num_rows]})

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rayrlhf.config.library_types import ArrowTable
 from rayrlhf.storage.atomic import TEMPORARY_SUFFIX, file_atomically, write_atomically
 
 SEAL = "done.json"
@@ -57,7 +58,7 @@ class PartFolder:
         for file in self.path.glob(f".*{TEMPORARY_SUFFIX}"):
             file.unlink(missing_ok=True)
 
-    def write(self, index: int, table: Any) -> Path:
+    def write(self, index: int, table: ArrowTable) -> Path:
         """Write a part atomically, replacing an existing one."""
         import pyarrow.parquet as pq
 

@@ -2,17 +2,17 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from rayrlhf.config.batch_inference import PairsSection
+from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.data.records import Int32, TokenSequence
 from rayrlhf.data.templates import Message, conversation, render
 
 
 def encode_prompts(
-    tokenizer: Any, section: PairsSection, prompts: Sequence[str], messages: Sequence[str | None], numbers: Sequence[int]
+    tokenizer: Tokenizer, section: PairsSection, prompts: Sequence[str], messages: Sequence[str | None], numbers: Sequence[int]
 ) -> list[Int32]:
     """Return the token ids of each prompt, with the generation prompt.
 
@@ -46,7 +46,7 @@ def encode_prompts(
 
 
 def response_sequences(
-    tokenizer: Any, prompt_ids: Sequence[Int32], responses: Sequence[str], longest: int
+    tokenizer: Tokenizer, prompt_ids: Sequence[Int32], responses: Sequence[str], longest: int
 ) -> list[TokenSequence]:
     """Return prompt + response as token sequences, truncated to `longest` tokens.
 

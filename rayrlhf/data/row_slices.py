@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from rayrlhf.config.library_types import ArrowTable
 from rayrlhf.errors import UserError
 
 CHUNK_ROWS = 4096
@@ -125,7 +126,7 @@ class TableSlice:
         rows: number of rows.
     """
 
-    table: Any
+    table: ArrowTable
     number: int
     rows: int
 
@@ -184,7 +185,7 @@ def slice_list(values: list[dict[str, Any]]) -> Sequence[ListSlice]:
     return [ListSlice(values[start : start + CHUNK_ROWS], start + 1) for start in range(0, len(values), CHUNK_ROWS)]
 
 
-def slice_table(table: Any, limit: int | None) -> Sequence[TableSlice]:
+def slice_table(table: ArrowTable, limit: int | None) -> Sequence[TableSlice]:
     """Split a `datasets` table into slices of `CHUNK_ROWS` rows."""
     total = len(table) if limit is None else min(limit, len(table))
     return [TableSlice(table, start + 1, min(CHUNK_ROWS, total - start)) for start in range(0, total, CHUNK_ROWS)]

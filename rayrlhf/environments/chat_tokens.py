@@ -7,10 +7,10 @@ nothing to go on from, and the request begins anew.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.data.records import Int32
 from rayrlhf.data.templates import Message, render, require_chat_template
 
@@ -21,7 +21,7 @@ _MARK = "\u2402answer\u2403"
 class ChatTokens:
     """The messages of conversations, through one tokenizer's template."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         """Look up how the template ends an answer.
 
         Raises:

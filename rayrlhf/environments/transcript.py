@@ -6,10 +6,11 @@ The environment's words are encoded once, when they are said.
 """
 
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.data.records import Float32, Int32, Rollout, RolloutRequest
 from rayrlhf.observe.samples import Line
 
@@ -65,7 +66,7 @@ class Transcript:
         last = len(self) - 1
         self._rewards[last] = self._rewards.get(last, 0.0) + reward
 
-    def rollout(self, finish_reason: Literal["stop", "length"], tokenizer: Any) -> Rollout:
+    def rollout(self, finish_reason: Literal["stop", "length"], tokenizer: Tokenizer) -> Rollout:
         """The whole sample as one record; its text is that of all turns and observations."""
         response = np.concatenate(self._ids).astype(np.int32)
         mask = np.zeros(len(response), dtype=np.bool_)
@@ -97,7 +98,7 @@ class Transcript:
         self._versions.append(versions)
 
 
-def transcript_lines(rollout: Rollout, tokenizer: Any) -> list[Line]:
+def transcript_lines(rollout: Rollout, tokenizer: Tokenizer) -> list[Line]:
     """What a sample said and heard, a line for each stretch of tokens of one speaker; special tokens are left out.
 
     Args:

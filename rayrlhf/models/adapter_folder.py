@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rayrlhf.config.library_types import PreTrainedModel, Tokenizer
 from rayrlhf.config.model import ModelSection
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_causal_model, resolve_path, save_model_folder
@@ -23,7 +23,9 @@ def adapter_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
             yield "base_model.model." + name.replace(_ADAPTER, "."), parameter
 
 
-def save_adapters(network: Any, model: ModelSection, state: Mapping[str, Tensor], tokenizer: Any, folder: Path) -> None:
+def save_adapters(
+    network: PreTrainedModel, model: ModelSection, state: Mapping[str, Tensor], tokenizer: Tokenizer, folder: Path
+) -> None:
     """Write a PEFT folder, whole or not at all.
 
     Args:

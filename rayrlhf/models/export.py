@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import save_model_folder
 from rayrlhf.models.network import Network
 from rayrlhf.models.value_head import HEAD_FILE
 
 
-def save_network(network: Network, state: Mapping[str, Tensor], tokenizer: Any, folder: Path) -> None:
+def save_network(network: Network, state: Mapping[str, Tensor], tokenizer: Tokenizer, folder: Path) -> None:
     """Write merged weights, tokenizer and value head atomically; an older folder is replaced.
 
     A trunk with a bias-free scalar head becomes a sequence classifier with one label (`save_reward_model`).
@@ -35,7 +35,7 @@ def save_network(network: Network, state: Mapping[str, Tensor], tokenizer: Any, 
     save_model_folder(folder, network.model, state, tokenizer, {HEAD_FILE: tensors} if tensors else {})
 
 
-def save_reward_model(network: Network, state: Mapping[str, Tensor], tokenizer: Any, folder: Path) -> None:
+def save_reward_model(network: Network, state: Mapping[str, Tensor], tokenizer: Tokenizer, folder: Path) -> None:
     """Write a reward model as `AutoModelForSequenceClassification` with one label, read at the last real token.
 
     Args:

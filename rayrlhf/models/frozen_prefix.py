@@ -6,11 +6,10 @@ forwards start from it. Reading a sequence for old log-probs, reference and one 
 layers and not three.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from rayrlhf.config.library_types import PreTrainedModel
 from rayrlhf.config.units import GIB
 
 BUDGET_BYTES = GIB
@@ -20,7 +19,7 @@ BUDGET_BYTES = GIB
 class FrozenPrefix:
     """The lower layers of a trunk, remembered per sequence until `clear`."""
 
-    def __init__(self, trunk: Any, first_layer: int) -> None:
+    def __init__(self, trunk: PreTrainedModel, first_layer: int) -> None:
         """Remember the input of layer `first_layer` (see `supports`)."""
         self._trunk = trunk
         self._first_layer = first_layer
@@ -28,7 +27,7 @@ class FrozenPrefix:
         self._bytes = 0
 
     @staticmethod
-    def supports(trunk: Any, first_layer: int) -> bool:
+    def supports(trunk: PreTrainedModel, first_layer: int) -> bool:
         """Whether starting from layer `first_layer` gives this trunk's own result, bit for bit; found out by trying it."""
         kinds = getattr(trunk.config, "layer_types", None) or ["full_attention"]
         if first_layer < 1 or not isinstance(getattr(trunk, "layers", None), nn.ModuleList) or len(set(kinds)) > 1:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rayrlhf.config.library_types import PreTrainedModel, Tokenizer
 from rayrlhf.config.model import ModelSection, Precision
 from rayrlhf.errors import UserError
 from rayrlhf.storage.atomic import folder_atomically
@@ -95,7 +96,7 @@ def load_architecture(model: ModelSection) -> Any:
         raise UserError(f"model.path {model.path!r}: {_first_line(error)}") from error
 
 
-def load_tokenizer(model: ModelSection) -> Any:
+def load_tokenizer(model: ModelSection) -> Tokenizer:
     """Load the tokenizer, with `model.chat_template` in place of its own template when one is given, and a pad token.
 
     Raises:
@@ -122,9 +123,9 @@ def load_tokenizer(model: ModelSection) -> Any:
 
 def save_model_folder(
     folder: Path,
-    network: Any,
+    network: PreTrainedModel,
     state: Mapping[str, Tensor],
-    tokenizer: Any | None,
+    tokenizer: Tokenizer | None,
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write a Hugging Face folder (config, safetensors, generation config, tokenizer with its template), whole or not at all.

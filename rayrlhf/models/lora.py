@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rayrlhf.config.library_types import PreTrainedModel
 from rayrlhf.config.model import LoraSection
 from rayrlhf.errors import UserError
 
@@ -36,7 +37,7 @@ class CheckpointTensor:
     is_buffer: bool = False
 
 
-def add_lora(network: Any, section: LoraSection, seed: int) -> None:
+def add_lora(network: PreTrainedModel, section: LoraSection, seed: int) -> None:
     """Inject adapters into a transformers model, in place, and freeze the rest. At the start they change nothing (B = 0).
 
     Args:
@@ -121,7 +122,7 @@ def _layers(network: nn.Module) -> Iterator[Any]:
     return (module for module in network.modules() if isinstance(module, BaseTunerLayer))
 
 
-def _targets(network: Any, section: LoraSection) -> list[str]:
+def _targets(network: PreTrainedModel, section: LoraSection) -> list[str]:
     """Names of the modules to adapt, or their ends; `all-linear` is every linear layer but the output layer."""
     from transformers.pytorch_utils import Conv1D
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rayrlhf.config.library_types import PreTrainedModel
 from rayrlhf.config.model import ModelSection
 from rayrlhf.errors import UserError
 from rayrlhf.models.distillation import FullTeacher, TopTeacher, divergence
@@ -87,7 +88,7 @@ class Network(nn.Module):
         noise_alpha: strength of NEFTune's noise on the embeddings wherever a gradient is computed; none when None.
     """
 
-    def __init__(self, model: Any, v_head: ValueHead | None) -> None:
+    def __init__(self, model: PreTrainedModel, v_head: ValueHead | None) -> None:
         super().__init__()
         self.model = model
         self.v_head = v_head
@@ -202,7 +203,7 @@ def build_network(
     """
     if not heads:
         raise ValueError("a network needs at least one head")
-    backbone: Any = load_causal_model(model) if "lm" in heads else load_trunk(model)
+    backbone: PreTrainedModel = load_causal_model(model) if "lm" in heads else load_trunk(model)
     v_head = None
     if "value" in heads:
         folder = Path(resolve_path(model))
@@ -227,7 +228,7 @@ def _noise(embedded: Tensor, positions: Positions, alpha: float) -> Tensor:
     return torch.empty_like(embedded).uniform_(-1, 1) * (alpha / (tokens * embedded.shape[-1]).sqrt())
 
 
-def _checkpoint_activations(backbone: Any) -> None:
+def _checkpoint_activations(backbone: PreTrainedModel) -> None:
     """Recompute activations in the backward pass. It needs training mode; dropout is 0 everywhere, so nothing else changes."""
     backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     backbone.train()

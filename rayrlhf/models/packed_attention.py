@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rayrlhf.config.library_types import PreTrainedModel
 from rayrlhf.models.block_attention import LONGEST, block_attention
 
 NAME = "rayrlhf_segments"
 """Under which transformers knows the function."""
 
 
-def attend_within_segments(model: Any) -> bool:
+def attend_within_segments(model: PreTrainedModel) -> bool:
     """Make a transformers model attend by segments where it can; its forward must then be given `segments` every time.
 
     Returns:

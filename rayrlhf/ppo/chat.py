@@ -1,10 +1,10 @@
 """Talking to the model that a run made, in the terminal."""
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from rayrlhf.config.library_types import PreTrainedModel
 from rayrlhf.config.model import ModelSection
 from rayrlhf.errors import UserError
 
@@ -26,7 +26,7 @@ def chat_with(run: Path, prompt: str | None, *, max_new_tokens: int, temperature
     from rayrlhf.models.load import load_causal_model, load_tokenizer
 
     section = ModelSection(path=str(find_model(run)))
-    model: Any = load_causal_model(section)
+    model: PreTrainedModel = load_causal_model(section)
     tokenizer = load_tokenizer(section)
     system = system_prompt(run)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

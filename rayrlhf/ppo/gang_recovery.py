@@ -20,7 +20,7 @@ from rayrlhf.actors.rebuild import Rebuilder
 from rayrlhf.actors.remote import Ref
 from rayrlhf.actors.role_groups import TrainGroup
 from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS, overrun
-from rayrlhf.engines.train.backends.deepspeed_state import StateFiles
+from rayrlhf.engines.train.backends.base import StateFiles
 from rayrlhf.errors import ActorLostError
 from rayrlhf.ppo.checkpoint import LEARNING_ROLES, Checkpointer, load_checkpoint
 from rayrlhf.ppo.trainer import PPOTrainer

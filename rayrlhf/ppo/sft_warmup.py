@@ -1,10 +1,10 @@
 """The supervised start before PPO: given responses as a training batch, and the order in which they are seen."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Prompt, TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
@@ -31,7 +31,7 @@ def check_warmup(config: PPOConfig, prompts: Sequence[Prompt]) -> None:
             )
 
 
-def sft_warmup_batch(config: PPOConfig, prompts: Sequence[Prompt], tokenizer: Any) -> TrainingBatch:
+def sft_warmup_batch(config: PPOConfig, prompts: Sequence[Prompt], tokenizer: Tokenizer) -> TrainingBatch:
     """The first `sft_warmup.samples` shuffled prompts with their given responses, each closed by the model's own stop token."""
     warmup = config.sft_warmup
     if warmup is None:
@@ -54,7 +54,7 @@ def sft_warmup_plan(config: PPOConfig, samples: int) -> UpdatePlan:
     return UpdatePlan([[list(range(start, min(start + size, samples))) for start in range(0, samples, size)]])
 
 
-def _stop_token(config: PPOConfig, tokenizer: Any) -> int:
+def _stop_token(config: PPOConfig, tokenizer: Tokenizer) -> int:
     """The token that ends a response: the tokenizer's own, which is among those the sampler stops at."""
     stops = stop_token_ids(config.model, tokenizer)
     return int(tokenizer.eos_token_id) if tokenizer.eos_token_id in stops else stops[0]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rayrlhf.config.library_types import PreTrainedModel
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.rollout import RolloutSection
 from rayrlhf.data.records import Rollout, RolloutRequest, SampleKey
@@ -43,7 +44,7 @@ def check_rollout_engine(backend: str, **arguments: Any) -> None:
         engine = build_rollout_engine(RolloutSpec(MODEL, section, seed=0))
     except UserError as error:
         raise AssertionError(str(error)) from error
-    network: Any = load_causal_model(MODEL).eval()
+    network: PreTrainedModel = load_causal_model(MODEL).eval()
     try:
         expect(engine.version == START_VERSION, f"version {engine.version} at the start, expected {START_VERSION}")
         first = _sample(engine, _requests())
@@ -80,7 +81,7 @@ def _sample(engine: RolloutEngine, requests: list[RolloutRequest]) -> dict[Sampl
     return {rollout.key: rollout for rollout in rollouts}
 
 
-def _check_rollouts(engine: RolloutEngine, network: Any, rollouts: dict[SampleKey, Rollout]) -> None:
+def _check_rollouts(engine: RolloutEngine, network: PreTrainedModel, rollouts: dict[SampleKey, Rollout]) -> None:
     for request in _requests():
         rollout = rollouts[request.key]
         name, count = f"rollout {request.key}", len(rollout.response_ids)
@@ -110,7 +111,7 @@ def _check_queue(engine: RolloutEngine) -> None:
 
 
 @torch.no_grad()
-def _check_weights(engine: RolloutEngine, network: Any) -> None:
+def _check_weights(engine: RolloutEngine, network: PreTrainedModel) -> None:
     engine.sleep()
     for parameter in network.parameters():
         parameter.mul_(1.5)
@@ -132,7 +133,7 @@ def _raises(kind: type[Exception], what: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _logprob_difference(network: Any, rollouts: Iterable[Rollout]) -> float:
+def _logprob_difference(network: PreTrainedModel, rollouts: Iterable[Rollout]) -> float:
     largest = 0.0
     for rollout in rollouts:
         tokens = torch.from_numpy(np.concatenate([rollout.prompt_ids, rollout.response_ids])).long()

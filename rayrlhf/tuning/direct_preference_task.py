@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from rayrlhf.algorithms.losses import direct_preference_loss
+from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.config.tuning.configs import DPOConfig
 from rayrlhf.data.supervised.datasets import SliceMapper, load_preference_data, map_in_order
 from rayrlhf.data.training_batch import TrainingBatch
@@ -33,7 +34,7 @@ class DirectPreferenceTask:
         train = self.config.train
         return DirectPreferenceObjective(train.loss, train.beta, train.label_smoothing)
 
-    def load(self, tokenizer: Any, map_slices: SliceMapper = map_in_order) -> Datasets:
+    def load(self, tokenizer: Tokenizer, map_slices: SliceMapper = map_in_order) -> Datasets:
         """See `Task.load`."""
         train, held_out = load_preference_data(self.config.data, tokenizer, map_slices)
         rows = self.config.evaluation.rows

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.config.tuning.configs import DistillationConfig
 from rayrlhf.data.supervised.datasets import SampleDataset, SliceMapper, SupervisedSample, load_supervised_data, map_in_order
 from rayrlhf.data.supervised.supervised_samples import count_tokens
@@ -40,7 +41,7 @@ class DistillationTask:
         """Distillation."""
         return DistillationObjective()
 
-    def load(self, tokenizer: Any, map_slices: SliceMapper = map_in_order) -> Datasets:
+    def load(self, tokenizer: Tokenizer, map_slices: SliceMapper = map_in_order) -> Datasets:
         """Read student's and teacher's samples and keep the rows that both have; see `Task.load`."""
         data = self.config.data
         field = {"prompt_field": data.context_field}

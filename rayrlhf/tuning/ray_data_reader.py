@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from rayrlhf.actors.ray_data import data_context, raise_cause
 from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS
+from rayrlhf.config.library_types import ArrowTable
 from rayrlhf.config.tuning.data import PreferenceDataSection, SupervisedDataSection
 from rayrlhf.data.dataset_rows import is_file
 from rayrlhf.data.row_slices import RowSlice
@@ -84,7 +85,7 @@ def _in_order(parts: Iterable[tuple[int, bytes]]) -> Iterator[bytes]:
 
 def _pack(dataset: SampleDataset[T]) -> bytes:
     """Samples as flat arrays, with their report and groups."""
-    table: Any = None
+    table: ArrowTable = None
     if dataset.samples:
         pairs = isinstance(dataset.samples[0], PreferencePair)
         table = (PairTable if pairs else SampleTable).of(dataset.samples)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.config.tuning.configs import RewardTrainingConfig, SFTConfig, TuningConfig
 from rayrlhf.data.supervised.datasets import (
     DatasetReport,
@@ -43,7 +44,7 @@ class Task(Protocol):
         """What is minimised."""
         ...
 
-    def load(self, tokenizer: Any, map_slices: SliceMapper = map_in_order) -> Datasets:
+    def load(self, tokenizer: Tokenizer, map_slices: SliceMapper = map_in_order) -> Datasets:
         """Read, check and encode the data by `map_slices`; errors as `load_supervised_data` and `load_preference_data`."""
         ...
 
@@ -79,7 +80,7 @@ class SupervisedTask:
         """Imitation."""
         return CrossEntropyObjective()
 
-    def load(self, tokenizer: Any, map_slices: SliceMapper = map_in_order) -> Datasets:
+    def load(self, tokenizer: Tokenizer, map_slices: SliceMapper = map_in_order) -> Datasets:
         """See `Task.load`."""
         train, held_out = load_supervised_data(self.config.data, tokenizer, map_slices)
         rows = self.config.evaluation.rows
@@ -129,7 +130,7 @@ class PreferenceTask:
         """Preference."""
         return PreferenceObjective(self.config.train.center_coefficient)
 
-    def load(self, tokenizer: Any, map_slices: SliceMapper = map_in_order) -> Datasets:
+    def load(self, tokenizer: Tokenizer, map_slices: SliceMapper = map_in_order) -> Datasets:
         """See `Task.load`."""
         train, held_out = load_preference_data(self.config.data, tokenizer, map_slices)
         rows = self.config.evaluation.rows

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from rayrlhf.config.library_types import PretrainedConfig, Tokenizer
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.rollout import EnvironmentSection, RolloutSection
 from rayrlhf.data.records import Rollout, RolloutRequest
@@ -53,7 +54,7 @@ def rollout_environment(rollout: RolloutSection, *, threads: int) -> dict[str, s
     return {"OMP_NUM_THREADS": str(threads)} | (VLLM_ENVIRONMENT if rollout.backend == "vllm" else {})
 
 
-def stop_token_ids(model: ModelSection, tokenizer: Any) -> list[int]:
+def stop_token_ids(model: ModelSection, tokenizer: Tokenizer) -> list[int]:
     """Return the tokens that end a response: those of the model's generation config and the tokenizer's own, sorted.
 
     Chat models end a turn with a token that is often not the tokenizer's end of sequence; generation configs list both.
@@ -100,7 +101,7 @@ def new_token_limits(requests: Iterable[RolloutRequest], max_new_tokens: int, ma
     return limits
 
 
-def context_length(rollout: RolloutSection, model_config: Any) -> int:
+def context_length(rollout: RolloutSection, model_config: PretrainedConfig) -> int:
     """Return the longest prompt + response in tokens: what the section asks for, else what the model was made for.
 
     Raises:
@@ -122,7 +123,7 @@ def make_rollout(
     logprobs: Sequence[float],
     versions: ArrayLike,
     finish_reason: Literal["stop", "length"],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
 ) -> Rollout:
     """Put a finished request into its record. The text is what the tokens say, without clean-up, special tokens left out."""
     text = tokenizer.decode(response_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rayrlhf.config.library_types import PreTrainedModel
 from rayrlhf.data.records import Rollout, RolloutRequest
 from rayrlhf.engines.rollout.common import (
     START_VERSION,
@@ -61,7 +62,7 @@ class TransformersRolloutEngine:
         self._tokenizer = load_tokenizer(spec.model)
         self._stop_ids = frozenset(stop_token_ids(spec.model, self._tokenizer))
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._network: Any = load_causal_model(spec.model).to(device, resolve_dtype(spec.model.dtype))
+        self._network: PreTrainedModel = load_causal_model(spec.model).to(device, resolve_dtype(spec.model.dtype))
         self._max_length = context_length(spec.rollout, self._network.config)
         self._waiting: deque[_Row] = deque()
         self._batch: _Batch | None = None
@@ -177,7 +178,7 @@ class TransformersRolloutEngine:
 class _Batch:
     """Requests that are decoded together: prompts padded on the left, one token more for each at every step."""
 
-    def __init__(self, network: Any, rows: list[_Row], pad: int) -> None:
+    def __init__(self, network: PreTrainedModel, rows: list[_Row], pad: int) -> None:
         self.rows = rows
         self._network = network
         contexts = [torch.tensor([*row.request.prompt_ids.tolist(), *row.tokens]) for row in rows]

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rayrlhf.config.library_types import PretrainedConfig
 from rayrlhf.config.units import GIB
 from rayrlhf.data.records import Rollout, RolloutRequest
 from rayrlhf.engines.rollout.common import (
@@ -270,7 +271,7 @@ def _uncompiled() -> AbstractContextManager[Any]:
     return nullcontext() if torch.cuda.is_available() else torch.compiler.set_stance("force_eager")
 
 
-def _cpu_settings(spec: RolloutSpec, config: Any, length: int) -> dict[str, Any]:
+def _cpu_settings(spec: RolloutSpec, config: PretrainedConfig, length: int) -> dict[str, Any]:
     if spec.rollout.tensor_parallel_size > 1:
         raise UserError("rollout.tensor_parallel_size: a CPU replica is one process, expected 1; set rollout.replicas instead")
     _register_model_class(config)
@@ -284,7 +285,7 @@ def _cpu_settings(spec: RolloutSpec, config: Any, length: int) -> dict[str, Any]
     }
 
 
-def _useful_cache_bytes(spec: RolloutSpec, config: Any, length: int) -> int:
+def _useful_cache_bytes(spec: RolloutSpec, config: PretrainedConfig, length: int) -> int:
     """KV cache of `max_concurrent` responses of full length: vLLM zeroes all it gets, which costs memory and a second a GiB."""
     text = config.get_text_config()
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -303,7 +304,7 @@ def _gpu_settings(spec: RolloutSpec, executor: str | None) -> dict[str, Any]:
     }
 
 
-def _register_model_class(config: Any) -> None:
+def _register_model_class(config: PretrainedConfig) -> None:
     """Import the model's class here: vLLM would start a second interpreter to look at it, lest CUDA be initialised."""
     from vllm import ModelRegistry
 

@@ -11,10 +11,11 @@ import queue
 import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import CancelledError
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.config.rollout import EnvironmentSection
 from rayrlhf.data.records import Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import turn_seed
@@ -61,7 +62,7 @@ class AgentEngine(WrappedEngine):
         engine: RolloutEngine,
         agent: Agent,
         section: EnvironmentSection,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         *,
         stop: Collection[str] = (),
         lockstep: bool = False,

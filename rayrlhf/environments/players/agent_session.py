@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.data.records import SEGMENT_STRIDE, Int32, Rollout, RolloutRequest
 from rayrlhf.data.templates import Message
 from rayrlhf.environments.chat_server import Call, Completion, Refusal
@@ -102,7 +103,7 @@ class Session:
         """A sampler's word that the model's context is used up, for the agent."""
         return self._full(str(error))
 
-    def rollout(self, reward: float, tokenizer: Any) -> Rollout | None:
+    def rollout(self, reward: float, tokenizer: Tokenizer) -> Rollout | None:
         """Return the whole sample, the reward paid at the end of each segment; None where the policy never spoke."""
         reason: Literal["stop", "length"] = "length" if self.refused else "stop"
         parts = []

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.config.rollout import EnvironmentSection
 from rayrlhf.data.records import Int32, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import turn_seed
@@ -57,7 +58,7 @@ class EpisodeEngine(WrappedEngine):
         self,
         engine: RolloutEngine,
         section: EnvironmentSection,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         *,
         lockstep: bool = False,
         continues: bool = False,

@@ -9,6 +9,7 @@ from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.batch_inference.scoring import BleuScorer, Verifier
 from rayrlhf.batch_inference.stage_resources import cluster_resources
 from rayrlhf.config.icl import ICLDistillConfig, ICLEvaluateConfig
+from rayrlhf.config.library_types import ArrowTable
 from rayrlhf.config.model import ModelSection
 from rayrlhf.demonstrations.example import normalized
 
@@ -62,7 +63,7 @@ class AnswerGenerator:
         """Start the model."""
         self._generator = BatchGenerator(plan)
 
-    def __call__(self, table: Any) -> Any:
+    def __call__(self, table: ArrowTable) -> ArrowTable:
         """Return the part with `text`, `finish` and `tokens`."""
         import pyarrow as pa
 
@@ -90,7 +91,7 @@ class AnswerScorer:
         self._bleu = BleuScorer() if config.metric == "bleu" else None
         self._verifier = Verifier(config.reward) if config.reward is not None else None
 
-    def __call__(self, table: Any) -> Any:
+    def __call__(self, table: ArrowTable) -> ArrowTable:
         """Return the part with `score`."""
         import pyarrow as pa
 

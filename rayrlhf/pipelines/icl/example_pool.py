@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rayrlhf.batch_inference.ingest import ingest_dataset
 from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.config.icl import ExamplesSection
+from rayrlhf.config.library_types import ArrowTable
 from rayrlhf.demonstrations.example import Example
 from rayrlhf.errors import UserError
 from rayrlhf.storage.atomic import file_atomically, write_atomically
@@ -32,7 +33,7 @@ class StoredPool(Sequence[Example]):
         """Open a folder that `write_pool` filled."""
         import pyarrow as pa
 
-        self._table: Any = pa.ipc.open_file(pa.memory_map(str(folder / EXAMPLES))).read_all()
+        self._table: ArrowTable = pa.ipc.open_file(pa.memory_map(str(folder / EXAMPLES))).read_all()
         self._columns = [self._table.column(name) for name in ("identity", "prompt", "answer", "task")]
         order = np.load(folder / ORDER, mmap_mode="r")
         bounds: dict[str, list[int]] = json.loads((folder / TASKS).read_text(encoding="utf-8"))

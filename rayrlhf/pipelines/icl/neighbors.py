@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rayrlhf.config.icl import ICLPackConfig
+from rayrlhf.config.library_types import ArrowTable
 from rayrlhf.demonstrations.example import Example, LeakRules, words_of
 from rayrlhf.demonstrations.ranking import Bm25Ranker, Ranker, VectorRanker
 from rayrlhf.pipelines.icl.document_path import are_near_duplicates
@@ -37,7 +38,7 @@ class DocumentEncoder:
 
         self._encoder = Encoder(str(config.neighbors.encoder), config.neighbors.pooling)
 
-    def __call__(self, table: Any) -> Any:
+    def __call__(self, table: ArrowTable) -> ArrowTable:
         """Return `vector`, list of float32, one a row."""
         import pyarrow as pa
 
@@ -62,7 +63,7 @@ class NeighborFinder:
             plan.index / TOKENIZER, trust_remote_code=plan.config.model.trust_remote_code, local_files_only=True
         )
 
-    def __call__(self, table: Any) -> Any:
+    def __call__(self, table: ArrowTable) -> ArrowTable:
         """Return the links of a part; `row` of its rows is their position in the pool."""
         import pyarrow as pa
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from rayrlhf.config.demonstrations import ContextSection
 from rayrlhf.config.icl import ShotsSection
+from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.data.templates import Message, render
 from rayrlhf.demonstrations.choosing import ChoiceCounts, choose
 from rayrlhf.demonstrations.context import TextForm, as_messages, as_text, fit
@@ -38,7 +39,7 @@ class QuestionBuilder:
     section: ShotsSection
     context: ContextSection
     system_prompt: str | None
-    tokenizer: Any
+    tokenizer: Tokenizer
     budget: int
 
     def rows(

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from rayrlhf.batch_inference.source import messages_type
 from rayrlhf.config.icl import ICLBuildConfig, SampleSection
+from rayrlhf.config.library_types import ArrowTable
 from rayrlhf.data.templates import Message, render
 from rayrlhf.demonstrations.choosing import ChoiceCounts, Order, choose
 from rayrlhf.demonstrations.context import Fitted, TextForm, as_messages, as_text, fit
@@ -61,7 +62,7 @@ class SampleBuilder:
         )
         self._writer = SampleFormatter(config.sample, config.demonstrations.order, config.data.system_prompt, tokenizer)
 
-    def __call__(self, table: Any) -> Any:
+    def __call__(self, table: ArrowTable) -> ArrowTable:
         """Return the samples of a part; `row` of its rows is their position in the pool."""
         import pyarrow as pa
 

@@ -4,6 +4,7 @@ from functools import cache
 from typing import Any
 
 from rayrlhf.batch_inference.source import row_schema
+from rayrlhf.config.library_types import ArrowTable
 
 
 @cache
@@ -36,7 +37,7 @@ def schemas() -> dict[str, Any]:
     }
 
 
-def with_columns(table: Any, name: str, columns: dict[str, list[Any]]) -> Any:
+def with_columns(table: ArrowTable, name: str, columns: dict[str, list[Any]]) -> Any:
     """Return an Arrow table with further columns, in a step's schema.
 
     Raises:

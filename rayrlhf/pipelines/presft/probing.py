@@ -16,6 +16,7 @@ from rayrlhf.batch_inference.ingest import GIVEN
 from rayrlhf.batch_inference.scoring import BleuScorer, aggregate
 from rayrlhf.batch_inference.stored_prompts import encode_prompts, response_sequences
 from rayrlhf.config.batch_inference import PairsSection
+from rayrlhf.config.library_types import ArrowTable, Tokenizer
 from rayrlhf.config.presft import ProbeSection
 from rayrlhf.engines.scoring.frozen import FrozenEngine
 from rayrlhf.models.load import load_tokenizer
@@ -35,7 +36,7 @@ class LikelihoodEngine:
             UserError: it cannot be loaded.
         """
         self._engine = FrozenEngine(plan.model, BATCH_TOKENS)
-        self._tokenizer: Any = load_tokenizer(plan.model)
+        self._tokenizer: Tokenizer = load_tokenizer(plan.model)
         self._data = data
         self._longest = plan.generate.max_model_length or 10**9
 
@@ -60,7 +61,7 @@ class ProbeGenerator:
         """Start the model."""
         self._generator = BatchGenerator(plan)
 
-    def __call__(self, table: Any) -> Any:
+    def __call__(self, table: ArrowTable) -> ArrowTable:
         """Return the part with `probes`, `probe_finish` and `probe_tokens`."""
         answers = self._generator.generate(table.to_pylist())
         columns: dict[str, list[Any]] = {
@@ -71,7 +72,7 @@ class ProbeGenerator:
         return with_columns(table, "probed", columns)
 
 
-def given_probes(table: Any) -> Any:
+def given_probes(table: ArrowTable) -> ArrowTable:
     """Return a part with the responses that came with its rows in place of sampled ones."""
     responses = [json.loads(columns)[GIVEN] for columns in table.column("columns").to_pylist()]
     columns: dict[str, list[Any]] = {
@@ -96,7 +97,7 @@ class ProbeScorer:
         if probe.likelihood and plan is not None:
             self._likelihood = LikelihoodEngine(plan, data)
 
-    def __call__(self, table: Any) -> Any:
+    def __call__(self, table: ArrowTable) -> ArrowTable:
         """Return the part with `probe_bleu`, `bleu`, `likelihood`, `model` and `sampling`."""
         originals, probes = table.column("response").to_pylist(), table.column("probes").to_pylist()
         bleu = [self._bleu.scores(texts, original) for texts, original in zip(probes, originals, strict=True)]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rayrlhf.batch_inference.generation import BatchGenerator, GenerationPlan, Response
 from rayrlhf.batch_inference.scoring import BleuScorer, Verifier
 from rayrlhf.config.batch_inference import PairsSection
+from rayrlhf.config.library_types import ArrowTable
 from rayrlhf.config.presft import ProbeSection, RelabelSection
 from rayrlhf.pipelines.presft.columns import with_columns
 from rayrlhf.pipelines.presft.probing import sampling_text
@@ -28,7 +29,7 @@ class CandidateGenerator:
         self._generator = BatchGenerator(plan)
         self._cut = cut
 
-    def __call__(self, table: Any) -> Any:
+    def __call__(self, table: ArrowTable) -> ArrowTable:
         """Return the part with its candidates."""
         rows = table.to_pylist()
         struggling = [index for index, row in enumerate(rows) if self._cut.selects(row["bleu"], row["row"])]
@@ -43,7 +44,7 @@ class ProbesAsCandidates:
         """Keep the cut."""
         self._cut = cut
 
-    def __call__(self, table: Any) -> Any:
+    def __call__(self, table: ArrowTable) -> ArrowTable:
         """Return the part with its candidates, which cost no token."""
         candidates = {
             index: [Response(text, finish, 0) for text, finish in zip(row["probes"], row["probe_finish"], strict=True)]
@@ -53,7 +54,7 @@ class ProbesAsCandidates:
         return with_candidates(table, candidates)
 
 
-def with_candidates(table: Any, candidates: dict[int, list[Response]]) -> Any:
+def with_candidates(table: ArrowTable, candidates: dict[int, list[Response]]) -> Any:
     """Return a part with the candidates of some of its rows, by index, in a column of JSON."""
     import pyarrow as pa
 
@@ -91,7 +92,7 @@ class PairDecider:
             self._likelihood = LikelihoodEngine(plan, data)
         self._plan = plan
 
-    def __call__(self, table: Any) -> Any:
+    def __call__(self, table: ArrowTable) -> ArrowTable:
         """Return the part with the decision on each pair and all that led to it."""
         rows = table.to_pylist()
         flat: list[tuple[Row, Response]] = []

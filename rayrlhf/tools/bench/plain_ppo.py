@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rayrlhf.config.library_types import PreTrainedModel
 from rayrlhf.tools.bench.operations import Lengths
 from rayrlhf.tools.bench.work import PPOWork
 
@@ -100,13 +101,13 @@ class PlainPPO:
             pad = torch.nn.utils.rnn.pad_sequence
             yield pad(ids, batch_first=True), pad(mask, batch_first=True), min(len(prompt) for prompt, _ in part)
 
-    def _logprobs(self, model: Any, ids: Tensor, mask: Tensor, prompt: int) -> Tensor:
+    def _logprobs(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, prompt: int) -> Tensor:
         with self._autocast():
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=ids.shape[1] - prompt + 1).logits
         chosen: Tensor = torch.log_softmax(logits[:, :-1].float(), -1).gather(-1, ids[:, prompt:, None])
         return chosen
 
-    def _values(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    def _values(self, model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
         with self._autocast():
             hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             values: Tensor = model.score(hidden)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.tuning.configs import SFTConfig
 from rayrlhf.config.tuning.data import SupervisedDataSection, SupervisedDatasetSection
@@ -122,7 +123,7 @@ def _samples(written: list[str], model: ModelSection) -> list[SupervisedSample]:
     return samples
 
 
-def _token_ids(written: list[str], tokenizer: Any) -> list[list[int]]:
+def _token_ids(written: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(written)["input_ids"]]
 
 

@@ -6,8 +6,8 @@ formula would be right for the one it was written for.
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
+from rayrlhf.config.library_types import PreTrainedModel
 from rayrlhf.config.model import LoraSection, ModelSection
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.|\.h\.(\d+)\.")
@@ -68,7 +68,7 @@ def read_shape(model: ModelSection) -> ModelShape:
     return shape_of(network, model.lora)
 
 
-def shape_of(network: Any, lora: LoraSection | None = None) -> ModelShape:
+def shape_of(network: PreTrainedModel, lora: LoraSection | None = None) -> ModelShape:
     """Count a causal language model of transformers; its tensors may lie on the `meta` device.
 
     Args:

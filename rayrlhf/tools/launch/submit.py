@@ -6,10 +6,13 @@ Jobs run once on Ray; trying again is the submitter's part. It is safe to, becau
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayrlhf.errors import ActorLostError, StoppedError, UserError
 from rayrlhf.tools.launch.job_client import JobRequest
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
 
 POLL_SECONDS = 1.0
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -42,7 +45,13 @@ def connect(address: str | None) -> Any:
 
 
 def run_job(
-    client: Any, request: JobRequest, submission_id: str | None, say: Callable[[str], None], *, wait: bool, retries: int
+    client: "JobSubmissionClient",
+    request: JobRequest,
+    submission_id: str | None,
+    say: Callable[[str], None],
+    *,
+    wait: bool,
+    retries: int,
 ) -> str:
     """Submit a run; returns the id of the last job.
 
@@ -75,7 +84,7 @@ def run_job(
     raise ActorLostError(f"job {first} failed {retries + 1} times; its log is above", first)
 
 
-def follow(client: Any, name: str, say: Callable[[str], None]) -> str:
+def follow(client: "JobSubmissionClient", name: str, say: Callable[[str], None]) -> str:
     """Hand on a job's log as it grows, until the job ends; returns its last status."""
     shown = 0
     while True:
@@ -90,7 +99,7 @@ def follow(client: Any, name: str, say: Callable[[str], None]) -> str:
         time.sleep(POLL_SECONDS)
 
 
-def stop_job(client: Any, name: str, say: Callable[[str], None], seconds: float) -> None:
+def stop_job(client: "JobSubmissionClient", name: str, say: Callable[[str], None], seconds: float) -> None:
     """Ask a job to stop and wait until it has written its state.
 
     Raises:
@@ -111,7 +120,7 @@ def stop_job(client: Any, name: str, say: Callable[[str], None], seconds: float)
     raise ActorLostError(f"job {name} did not end within {seconds:g} s of being asked", name)
 
 
-def _submit(client: Any, request: JobRequest, name: str, attempt: int) -> None:
+def _submit(client: "JobSubmissionClient", request: JobRequest, name: str, attempt: int) -> None:
     try:
         client.submit_job(
             entrypoint=request.entrypoint,
@@ -124,7 +133,7 @@ def _submit(client: Any, request: JobRequest, name: str, attempt: int) -> None:
         raise UserError(f"job {name} was not accepted: {_first_line(error)}") from error
 
 
-def _reason(client: Any, name: str) -> str:
+def _reason(client: "JobSubmissionClient", name: str) -> str:
     message = str(client.get_job_info(name).message or "no reason given")
     return message.strip().splitlines()[0]
 

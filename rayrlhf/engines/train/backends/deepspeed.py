@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from rayrlhf.config.library_types import DeepSpeedEngine
 from rayrlhf.config.train import TrainSection
 from rayrlhf.engines.train.backends import deepspeed_resize, deepspeed_state
 from rayrlhf.engines.train.backends.base import StateFiles
@@ -25,7 +26,7 @@ PARTITION_THRESHOLD = 10_000
 class DeepSpeedBackend:
     """Train backend on DeepSpeed, at ZeRO stages 0 to 3. See `TrainBackend` for the protocol."""
 
-    def __init__(self, engine: Any, stage: int) -> None:
+    def __init__(self, engine: DeepSpeedEngine, stage: int) -> None:
         self.shards_parameters = self.all_ranks_must_forward = stage == 3
         self._engine = engine
         self._stage = stage

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rayrlhf.config.library_types import DeepSpeedEngine
 from rayrlhf.engines.train.backends.deepspeed_state import load_checkpoint, load_file, state_folder
 from rayrlhf.errors import UserError
 
@@ -23,7 +24,7 @@ _Values = dict[str, list[Tensor]]
 """Kind ("weights", or an optimizer state's name) -> one flat tensor per parameter group."""
 
 
-def load_resized(engine: Any, folder: Path) -> Mapping[str, int]:
+def load_resized(engine: DeepSpeedEngine, folder: Path) -> Mapping[str, int]:
     """Restore weights and optimizer state; returns the counters saved with them. All ranks take part.
 
     Raises:
@@ -94,7 +95,7 @@ def recut_each(rows: Sequence[Tensor], lengths: Sequence[int], rank: int, ranks:
     ]
 
 
-def _set_moments(engine: Any, saved: Sequence[Mapping[str, Any]]) -> None:
+def _set_moments(engine: DeepSpeedEngine, saved: Sequence[Mapping[str, Any]]) -> None:
     """Cut the moments of ZeRO-1 and 2 for the present number of ranks."""
     wrapped, rank = engine.optimizer, torch.distributed.get_rank()
     lengths = [sum(parameter.numel() for parameter in group) for group in wrapped.bit16_groups]
@@ -110,7 +111,7 @@ def _set_moments(engine: Any, saved: Sequence[Mapping[str, Any]]) -> None:
     wrapped.optimizer.load_state_dict({"state": state, "param_groups": wrapped.optimizer.state_dict()["param_groups"]})
 
 
-def _set_shards(engine: Any, saved: Sequence[Mapping[str, Any]]) -> None:
+def _set_shards(engine: DeepSpeedEngine, saved: Sequence[Mapping[str, Any]]) -> None:
     """Cut weights and moments of ZeRO-3, and load them through DeepSpeed as if this rank had saved them."""
     wrapped, rank, ranks = engine.optimizer, torch.distributed.get_rank(), torch.distributed.get_world_size()
     lengths = [parameter.ds_numel for group in wrapped.fp16_groups for parameter in group]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rayrlhf.config.library_types import DeepSpeedEngine
 from rayrlhf.engines.train.backends.base import StateFiles, serialized
 from rayrlhf.errors import UserError
 
@@ -53,7 +54,7 @@ class _PlainFiles:
         return load_file(Path(path))
 
 
-def capture(engine: Any, counters: Mapping[str, int]) -> StateFiles:
+def capture(engine: DeepSpeedEngine, counters: Mapping[str, int]) -> StateFiles:
     """Copy this rank's part of weights, optimizer state and counters; every rank takes part.
 
     State that is equal on all ranks is in rank 0's part only.
@@ -95,7 +96,7 @@ def load_file(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     return content
 
 
-def load_checkpoint(engine: Any, folder: Path, **options: Any) -> dict[str, Any]:
+def load_checkpoint(engine: DeepSpeedEngine, folder: Path, **options: Any) -> dict[str, Any]:
     """Load a state through DeepSpeed; returns the counters saved with it.
 
     Raises:
@@ -121,6 +122,6 @@ def _plain_classes() -> list[Any]:
     return [LossScaler, ZeroStageEnum, fragment_address]
 
 
-def _has_frozen(engine: Any) -> bool:
+def _has_frozen(engine: DeepSpeedEngine) -> bool:
     """Return True with adapters: the frozen base is loaded from its own checkpoint and not saved again."""
     return any(not parameter.requires_grad for parameter in engine.module.parameters())
