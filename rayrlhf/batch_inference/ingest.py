@@ -148,14 +148,14 @@ def _field(fields: dict[str, Any], name: str) -> Any:
     return fields[name]
 
 
-def _only_message(value: Any) -> Any:
+def _only_message(value: object) -> Any:
     """Unwrap a response that is a list with one assistant message."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
         return value[0].get("content")
     return value
 
 
-def _text(value: Any, name: str, *, may_be_empty: bool = False) -> str:
+def _text(value: object, name: str, *, may_be_empty: bool = False) -> str:
     if not isinstance(value, str):
         raise RejectedError(f"{name} is not text")
     if not value.strip() and not may_be_empty:

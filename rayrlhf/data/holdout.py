@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def group_key(value: Any) -> str:
+def group_key(value: object) -> str:
     """Return the group name of a row's value: text unchanged, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
 

@@ -64,7 +64,7 @@ async def _in_thread(agent: Agent, prompt: Prompt, endpoint: Endpoint) -> Any:
     loop = asyncio.get_running_loop()
     result: asyncio.Future[Any] = loop.create_future()
 
-    def settle(how: Callable[[Any], None], value: Any) -> None:
+    def settle(how: Callable[[Any], None], value: object) -> None:
         if not result.done():
             how(value)
 

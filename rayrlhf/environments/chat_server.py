@@ -222,7 +222,7 @@ def read_call(token: str, body: bytes, stop: Collection[str] = ()) -> Call:
     return Call(token, messages, limit)
 
 
-def _plain(message: Any) -> Any:
+def _plain(message: object) -> Any:
     """A message with its text alone; parts that are text are joined, anything else is left for the check to refuse."""
     if not isinstance(message, dict):
         return message

@@ -81,7 +81,7 @@ class ContentCache:
         self.computed += len(rows)
         return _Lookup(keys, known, rows, cut)
 
-    def _merged(self, lookup: _Lookup, returned: Any) -> list[float | None]:
+    def _merged(self, lookup: _Lookup, returned: object) -> list[float | None]:
         values = checked_values(self._name, returned, len(lookup.rows)).tolist()
         computed = {lookup.keys[row]: value for row, value in zip(lookup.rows, values, strict=True)}
         found = lookup.known | {key: value for key, value in computed.items() if not math.isnan(value)}

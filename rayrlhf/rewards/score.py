@@ -87,7 +87,7 @@ def run_functions(functions: Sequence[BoundFunction], batch: ScoringBatch, *, ti
     return FunctionValues(parts, tokens)
 
 
-def _token_rewards(function: BoundFunction, returned: Any, batch: ScoringBatch) -> list[Float32 | None]:
+def _token_rewards(function: BoundFunction, returned: object, batch: ScoringBatch) -> list[Float32 | None]:
     if batch.rollouts is None:
         raise UserError(
             f"reward function {function.name!r} has per: {function.per}, which needs sampled tokens; this batch has none"

@@ -214,7 +214,7 @@ def _fit(task: Task, data: _Data, folder: RunFolder, view: LiveView, stack: Exit
     raise_refusal(job.folder)
 
 
-def _lost(error: Any, allowed: int) -> Exception:
+def _lost(error: object, allowed: int) -> Exception:
     """Name what failed: the workers' own error where it is a bug, the loss of a worker otherwise."""
     import ray
 

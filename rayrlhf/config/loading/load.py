@@ -160,7 +160,7 @@ def _source(dotted: str, given: Sequence[str], file: str, over: str) -> str:
     return file
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+def _flat(value: object, prefix: str = "") -> dict[str, str]:
     """Return the leaves of a tree as text by dotted key; a list of plain values, and whatever is empty, is a leaf."""
     items: list[tuple[str, Any]] = []
     if isinstance(value, dict):

@@ -33,7 +33,7 @@ def apply_override(tree: dict[str, Any], override: str) -> str:
     return dotted
 
 
-def _put(tree: dict[str, Any], parts: list[str], value: Any, dotted: str) -> None:
+def _put(tree: dict[str, Any], parts: list[str], value: object, dotted: str) -> None:
     here: Any = tree
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1

@@ -63,7 +63,7 @@ def parse(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
 
 
-def dump(value: Any) -> str:
+def dump(value: object) -> str:
     """Return the YAML of mappings, lists and scalars, keys in their own order."""
     return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=100))
 

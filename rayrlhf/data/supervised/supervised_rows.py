@@ -191,7 +191,7 @@ def _margin(row: Row, shape: RowShape, section: PreferenceDatasetSection, place:
     return float(value)
 
 
-def _string(value: Any, where: str) -> str:
+def _string(value: object, where: str) -> str:
     if isinstance(value, list):
         raise UserError(f"{where}: expected text as in the first row, found a list")
     if not isinstance(value, str):
@@ -199,7 +199,7 @@ def _string(value: Any, where: str) -> str:
     return value
 
 
-def _list(value: Any, where: str) -> list[Any]:
+def _list(value: object, where: str) -> list[Any]:
     if isinstance(value, str):
         raise UserError(f"{where}: expected a list of {{role, content}} as in the first row, found text")
     if not isinstance(value, list):

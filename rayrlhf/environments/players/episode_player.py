@@ -143,7 +143,7 @@ class EpisodeEngine(WrappedEngine):
         action = Action(turn.text, turn.response_ids, cut)
         self._table.ask(turn.key, lambda: episode.environment.step(action))
 
-    def _answered(self, episode: _Episode, answer: Any) -> None:
+    def _answered(self, episode: _Episode, answer: object) -> None:
         """Take what the environment said: the first words, an answer to a turn, or a failure."""
         request = episode.transcript.request
         if isinstance(answer, Failed):
@@ -175,7 +175,7 @@ class EpisodeEngine(WrappedEngine):
             return
         episode.transcript.hear(heard, self.version)
 
-    def _checked(self, episode: _Episode, answer: Any) -> str | None:
+    def _checked(self, episode: _Episode, answer: object) -> str | None:
         """The words for the policy, None when it is over; pays the reward of the turn."""
         if episode.transcript.turns == 0 and isinstance(answer, str):
             return answer

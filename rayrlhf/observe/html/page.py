@@ -223,7 +223,7 @@ def _decimal(value: float) -> str:
     return f"{value:,.2f}" if value == 0 or abs(value) >= 0.1 else f"{value:.3g}"
 
 
-def _data(name: str, content: Any) -> str:
+def _data(name: str, content: object) -> str:
     """JSON that no text in it can end: a script element ends at the first `</script`, whatever the JSON means by it."""
     text = json.dumps(content).replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{text}</script>'

@@ -15,7 +15,7 @@ Outputs = Mapping[str, Mapping[str, str]]
 """Stage name -> output name -> its value, for the stages before the one being filled in."""
 
 
-def fill_in(settings: Any, outputs: Outputs, place: str) -> Any:
+def fill_in(settings: object, outputs: Outputs, place: str) -> Any:
     """Return settings with every reference replaced.
 
     Args:

@@ -89,7 +89,7 @@ def matched(before: Sequence[Row], after: Sequence[Row]) -> list[tuple[Row, Row]
     return [(row, later[key]) for row, key in zip(before, keys, strict=True) if key in later]
 
 
-def _cell(value: Any) -> str | int | float | None:
+def _cell(value: object) -> str | int | float | None:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
@@ -97,5 +97,5 @@ def _text(row: Row, name: str) -> str:
     return str(row.get(name) or "")
 
 
-def _number(value: Any) -> str:
+def _number(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, int | float) else "none"

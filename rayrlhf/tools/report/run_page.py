@@ -164,7 +164,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return leaves
 
 
-def _plain(value: Any) -> str | int | float | None:
+def _plain(value: object) -> str | int | float | None:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 

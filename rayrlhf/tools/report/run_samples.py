@@ -92,7 +92,7 @@ def cut(text: str, characters: int = TEXT_CHARACTERS) -> str:
     return text if len(text) <= characters else f"{text[:characters]} … [{len(text) - characters:,} more characters]"
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     if isinstance(value, str):
         return cut(value)
     if isinstance(value, float) and not math.isfinite(value):

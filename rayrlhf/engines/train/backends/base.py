@@ -99,7 +99,7 @@ class TrainBackend(Protocol):
         ...
 
 
-def serialized(value: Any) -> NDArray[np.uint8]:
+def serialized(value: object) -> NDArray[np.uint8]:
     """Return the bytes [size] that `torch.save` writes."""
     stream = io.BytesIO()
     torch.save(value, stream)

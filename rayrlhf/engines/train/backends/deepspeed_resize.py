@@ -144,12 +144,12 @@ def _rows(part: Mapping[str, Any]) -> _Values:
     return {_WEIGHTS: part["fp32_flat_groups"]} | {kind: [states[i][kind] for i in sorted(states)] for kind in kinds}
 
 
-def _is_cut(value: Any) -> bool:
+def _is_cut(value: object) -> bool:
     """Return True for optimizer state per parameter element, False for state per step."""
     return isinstance(value, Tensor) and value.ndim > 0
 
 
-def _own(value: Any) -> Any:
+def _own(value: object) -> Any:
     """Return a copy that does not depend on a memory-mapped file."""
     return value.clone() if isinstance(value, Tensor) else value
 

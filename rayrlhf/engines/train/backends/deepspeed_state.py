@@ -25,16 +25,16 @@ class _MemoryFiles:
         self.files: StateFiles = {}
         self._root = root
 
-    def save(self, state_dict: Any, path: str) -> None:
+    def save(self, state_dict: object, path: str) -> None:
         self.files[str(Path(path).relative_to(self._root))] = serialized(state_dict)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Do nothing: memory has no folders."""
 
-    def create(self, info: Any) -> None:
+    def create(self, info: object) -> None:
         """Do nothing: there is nothing to prepare."""
 
-    def commit(self, info: Any) -> bool:
+    def commit(self, info: object) -> bool:
         return True
 
     def is_data_parallel_writer(self, dp_rank: int) -> bool:
