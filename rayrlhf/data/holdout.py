@@ -7,7 +7,6 @@ independent of seeds, order, and the other rows of the file.
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
 
 
 def group_key(value: object) -> str:

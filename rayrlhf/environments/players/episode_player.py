@@ -9,7 +9,7 @@ depend on which environment was faster.
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 

@@ -15,7 +15,7 @@ from html import escape
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from rayrlhf.observe.html.charts import Figure
 from rayrlhf.storage.atomic import write_atomically
