@@ -1,4 +1,4 @@
-"""The course of a run that driver and workers agree on without a word: its batches, and where its checkpoints lie."""
+"""Batch plan and checkpoint names that driver and workers derive independently."""
 
 from pathlib import Path
 
@@ -29,7 +29,9 @@ def checkpoint_name(step: int) -> str:
 
 
 def best_step(metric: str | None, folder: Path) -> int | None:
-    """Return the checkpoint of a run folder that is best by a held-out metric; None without a metric or a measurement."""
+    """Return the step of the best checkpoint by a held-out metric.
+
+    None without a metric or a measurement."""
     key = f"evaluation/{metric}"
     sign = -1.0 if metric == "loss" else 1.0
     kept = folder / "checkpoints" / TRAIN_NAME

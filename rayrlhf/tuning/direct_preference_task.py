@@ -1,4 +1,4 @@
-"""DPO as a task of the tuning loop: pairs as a reward model reads them, a policy instead of the scalar head."""
+"""DPO as a task of the tuning loop: preference pairs and a policy."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

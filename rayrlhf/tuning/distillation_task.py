@@ -1,4 +1,4 @@
-"""Distillation as a task of the tuning loop: the student's samples as SFT reads them, and what a teacher said of them."""
+"""Distillation as a task of the tuning loop: SFT samples with a teacher's distributions."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DistillationTask:
-    """Forward KL from the model that training begins with, which reads `data.context_field` in place of the prompt."""
+    """Forward KL from the initial model, which reads `data.context_field` instead of the prompt."""
 
     config: DistillationConfig
 
@@ -104,7 +104,9 @@ _Joined = tuple[SampleDataset[SupervisedSample], list[SupervisedSample]]
 
 
 def _joined(students: SampleDataset[SupervisedSample], teachers: SampleDataset[SupervisedSample]) -> _Joined:
-    """Return the samples of rows that both have, with the same tokens to learn, and a report of those that are left out.
+    """Return the samples that student and teacher share, and a report of those left out.
+
+    Both must have the same target tokens.
 
     Raises:
         UserError: nothing is left.

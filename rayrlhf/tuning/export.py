@@ -1,4 +1,4 @@
-"""The trained model as others load it: a policy, its adapters alone, or a reward model with its statistics and format."""
+"""Export of the trained model: policy, adapters, or reward model with statistics and format."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The live view of a run whose numbers are made elsewhere: it follows the run folder's `metrics.jsonl`."""
+"""Live view of a training run, from the run folder's `metrics.jsonl`."""
 
 import json
 import threading
@@ -14,7 +14,9 @@ POLL_SECONDS = 0.5
 
 
 class Follower:
-    """Reads what was appended since the last look; a file that was rewound is read again from its start."""
+    """Incremental reader of a metrics file.
+
+    A file that was rewound is read from its start again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -61,7 +61,7 @@ class PreferenceScores:
         return float(np.concatenate([self.chosen, self.rejected]).std(dtype=np.float64))
 
     def metrics(self) -> dict[str, float]:
-        """What goes to the metrics sink."""
+        """Values for the metrics sink."""
         chosen, rejected, margins = (torch.from_numpy(part) for part in (self.chosen, self.rejected, self.margins))
         return {
             "evaluation/loss": float(bradley_terry_loss(chosen, rejected, margins).mean()),
@@ -108,7 +108,9 @@ def held_out_rewards(engine: TrainEngine, pairs: Sequence[PreferencePair]) -> Pr
 
 
 def answer_logprobs(engine: TrainEngine, answers: Sequence[SupervisedSample], *, reference: bool = False) -> Float32:
-    """Log-probs summed over the tokens to learn, float32 [N], nats; `reference` switches adapters off. See `held_out_loss`."""
+    """Log-probs summed over the target tokens, float32 [N], in nats.
+
+    `reference` switches adapters off. See `held_out_loss` for the other arguments."""
     sequences = [supervised_sequence(answer) for answer in answers]
     scores = shared_scores(engine, sequences, "logprobs", reference=reference)
     sums = [

@@ -1,4 +1,4 @@
-"""Being asked to stop while Ray Train works: Ctrl-C and SIGTERM end as the project's own error, and handlers are put back."""
+"""Conversion of Ctrl-C and SIGTERM during Ray Train into `StoppedError`."""
 
 import signal
 import threading
@@ -11,7 +11,9 @@ from rayrlhf.errors import StoppedError
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Turn a request to stop into a `StoppedError`. Enter it after `ray.init`, whose own handler of SIGTERM aborts the process.
+    """Turn a request to stop into a `StoppedError`.
+
+    Enter it after `ray.init`, whose own handler of SIGTERM aborts the process.
 
     Ray Train takes Ctrl-C for itself: it ends the run, leaves by `SystemExit`, and leaves its handler in place.
 

@@ -1,4 +1,4 @@
-"""What a reward model must beat to have understood anything: the rule that always prefers the shorter (or longer) answer."""
+"""Length baseline of a reward model: always prefer the shorter, or the longer, answer."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import numpy as np
 from rayrlhf.tuning.sample_table import PairTable
 
 METRIC = "evaluation/length_accuracy"
-"""Beside a reward model's `evaluation/accuracy`."""
+"""Metric name, to be compared with `evaluation/accuracy`."""
 
 
 @dataclass(frozen=True, slots=True)

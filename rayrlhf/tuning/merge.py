@@ -1,4 +1,4 @@
-"""The model that a finished run left, with its adapters merged where that is asked for."""
+"""Exported model of a finished run, optionally with merged adapters."""
 
 from pathlib import Path
 

@@ -1,7 +1,9 @@
-"""What the model that training begins with says about all pairs, computed once: no second model sits in memory while it trains.
+"""Reference log-probs of all pairs, computed once by the initial model.
 
-The training engine itself is asked, before its first step and before any checkpoint is loaded; with adapters it is their base.
-The numbers lie in `reference/` of the run folder, so that a resumed run reads them.
+No second model is held in memory during training.
+
+The training engine computes them before its first step and before a checkpoint is loaded; adapters are off.
+They are stored in `reference/` of the run folder, where a resumed run reads them.
 """
 
 import io
@@ -22,7 +24,9 @@ FOLDER = "reference"
 
 
 def with_references(engine: TrainEngine, table: PairTable, folder: Path, *, adapters: bool) -> PairTable:
-    """Return a table with the reference's log-probs, from the run folder where they are; every worker takes part.
+    """Return a table with the reference's log-probs, read from the run folder or computed.
+
+    Every worker takes part.
 
     Args:
         engine: with the weights that training begins with.

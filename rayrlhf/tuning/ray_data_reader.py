@@ -1,7 +1,7 @@
-"""Large datasets through Ray Data: every CPU of the cluster reads and encodes slices of the files, the driver joins them.
+"""Parallel dataset reader on Ray Data: all CPUs encode slices, the driver joins them.
 
-No row and no Python object per row travels: a slice goes out as its place in a file, and comes back as the flat arrays of its
-samples. The samples are the same, in the same order, as those that one process makes.
+A task receives the position of a slice in a file and returns the flat arrays of its samples, so no row is serialized by
+itself. Samples and their order are those of a single process.
 """
 
 import pickle
@@ -31,7 +31,7 @@ T = TypeVar("T", SupervisedSample, PreferencePair)
 
 
 def through_ray_data(data: SupervisedDataSection | PreferenceDataSection) -> bool:
-    """Whether Ray Data reads a run's data: as `data.reader` says, or where a file of it is large."""
+    """True if Ray Data reads a run's data, by `data.reader` or file size."""
     if data.reader != "auto":
         return data.reader == "ray"
     sections = [data.train] if data.evaluation is None else [data.train, data.evaluation]
@@ -40,7 +40,9 @@ def through_ray_data(data: SupervisedDataSection | PreferenceDataSection) -> boo
 
 
 def over_cluster(work: Callable[[RowSlice], SampleDataset[T]], slices: Sequence[RowSlice]) -> Iterable[SampleDataset[T]]:
-    """Encode slices on all CPUs of the connected cluster; a `SliceMapper`. Nodes must see the files under the same paths.
+    """Encode slices on all CPUs of the connected cluster; a `SliceMapper`.
+
+    Nodes must see the files under the same paths.
 
     Raises:
         UserError: as `work`; or a node does not see a file.

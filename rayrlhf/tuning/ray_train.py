@@ -1,4 +1,4 @@
-"""Ray Train's settings, from ours: how many workers, what each gets, what is kept, and how often to start again."""
+"""Ray Train settings of a run: workers, their resources, checkpoints and retries."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from rayrlhf.tuning.tuning_loop import TuningJob, train_loop
 
 @dataclass(frozen=True, slots=True)
 class WorkerResources:
-    """What one worker asks Ray for, and its compute threads."""
+    """Resources and compute threads of one worker."""
 
     cpus: float
     gpus: float
@@ -75,7 +75,9 @@ def make_trainer(job: TuningJob, resources: WorkerResources) -> TorchTrainer:
 
 
 def checkpoint_config(section: TuningCheckpointSection) -> CheckpointConfig:
-    """Keep the last ones, or the best ones by a held-out metric; Ray Train keeps the last one in any case."""
+    """Keep the last checkpoints, or the best ones by a held-out metric.
+
+    Ray Train always keeps the last one."""
     if section.best_metric is None:
         return CheckpointConfig(num_to_keep=section.keep)
     order = "min" if section.best_metric == "loss" else "max"

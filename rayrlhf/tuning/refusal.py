@@ -1,4 +1,4 @@
-"""A worker's way to tell the driver that retrying is of no use: the message lies in the run folder, and all workers end."""
+"""User errors of workers, written to the run folder so that the driver does not retry."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def write_refusal(folder: Path, error: UserError | AlarmError) -> None:
 
 
 def has_refusal(folder: Path) -> bool:
-    """Whether a worker of this attempt refused."""
+    """True if a worker of this attempt wrote a user error."""
     return (folder / _FILE).exists()
 
 

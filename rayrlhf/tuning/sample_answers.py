@@ -1,4 +1,4 @@
-"""What the model under training writes: answers to the prompts of a few held-out samples, in `samples/` of the run folder."""
+"""Responses of the model in training to a few held-out prompts, in `samples/`."""
 
 from pathlib import Path
 
@@ -17,10 +17,12 @@ from rayrlhf.tuning.sample_table import SampleTable, Table
 
 
 class AnswerSampler:
-    """Samples on the first worker, with a copy of the weights; the others hand theirs over and go on."""
+    """Samples on the first worker with a copy of the gathered weights."""
 
     def __init__(self, config: TuningConfig, held_out: Table, folder: Path) -> None:
-        """Choose the prompts: the first held-out samples, up to their first token to learn. Only SFT answers any."""
+        """Choose the prompts: the first held-out samples up to their first target token.
+
+        Only SFT has any."""
         self._requests: list[RolloutRequest] = []
         if not isinstance(config, SFTConfig) or not isinstance(held_out, SampleTable) or not config.evaluation.generations:
             return

@@ -1,4 +1,4 @@
-"""A dataset as a few flat arrays, so that all workers of a node read one copy of it from shared memory."""
+"""Dataset as flat arrays, shared by all workers of a node."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,7 +86,7 @@ class DistillationTable(SampleTable):
 
     @cached_property
     def bounds(self) -> NDArray[np.int64]:
-        """int64 [N + 1]; what the teacher said of sample i lies at bounds[i]:bounds[i + 1]."""
+        """int64 [N + 1]; the teacher's rows of sample i are bounds[i]:bounds[i + 1]."""
         learnt = np.concatenate([[0], np.cumsum(self.loss_mask, dtype=np.int64)])
         return learnt[self.offsets]
 
@@ -103,13 +103,13 @@ class DistillationTable(SampleTable):
 
 @dataclass(frozen=True)
 class PairTable:
-    """Preference pairs: rows 2i and 2i + 1 of `answers` are the better and the worse answer of pair i.
+    """Preference pairs as rows 2i (chosen) and 2i + 1 (rejected) of `answers`.
 
     Attributes:
         answers: 2N samples.
         margins: float32 [N]; NaN where a pair has none.
         format: what stands around a prompt and its answer.
-        references: float32 [2N], see `PreferencePair.reference`; None where nobody computed them.
+        references: float32 [2N], see `PreferencePair.reference`; None before they are computed.
     """
 
     answers: SampleTable

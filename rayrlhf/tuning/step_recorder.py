@@ -1,4 +1,4 @@
-"""What the first worker writes into the run folder: metrics, TensorBoard events, and the details of evaluations."""
+"""Metrics, TensorBoard events and evaluation details, written by the first worker."""
 
 import json
 import time
@@ -16,7 +16,9 @@ EVALUATIONS = "evaluation"
 
 
 class StepRecorder:
-    """Writes one line a step; what an interrupted attempt wrote beyond its last checkpoint is dropped and written again."""
+    """Writes one line per step.
+
+    Lines of an interrupted attempt after its last checkpoint are dropped and written again."""
 
     def __init__(self, folder: Path, done: int, *, tensorboard: bool) -> None:
         """Continue after `done` steps.

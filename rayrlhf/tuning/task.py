@@ -1,4 +1,4 @@
-"""What ways of tuning do differently: data, loss, heads and evaluation. The loop around them is one and the same.
+"""Task protocol of the tuning loop: data, loss, heads and evaluation.
 
 SFT and reward modelling are here, DPO in `direct_preference_task.py`.
 """
@@ -41,19 +41,23 @@ class Task(Protocol):
 
     @property
     def objective(self) -> Objective:
-        """What is minimised."""
+        """Training objective."""
         ...
 
     def load(self, tokenizer: Tokenizer, map_slices: SliceMapper = map_in_order) -> Datasets:
-        """Read, check and encode the data by `map_slices`; errors as `load_supervised_data` and `load_preference_data`."""
+        """Read, check and encode the data by `map_slices`.
+
+        Errors as `load_supervised_data` and `load_preference_data`."""
         ...
 
     def spec(self, total_steps: int) -> TrainEngineSpec:
-        """What every worker's engine is built from."""
+        """Engine spec of every worker."""
         ...
 
     def prepare(self, engine: TrainEngine, table: Table, folder: Path) -> Table:
-        """Add to the data what only the first weights know of it; every worker takes part, before any checkpoint is loaded."""
+        """Add values that the initial weights compute, such as reference log-probs.
+
+        Every worker takes part, before a checkpoint is loaded."""
         ...
 
     def batch(self, samples: Sequence[Any]) -> TrainingBatch:
@@ -61,7 +65,7 @@ class Task(Protocol):
         ...
 
     def loss(self, metrics: Mapping[str, float]) -> float:
-        """What was minimised in an optimizer step, from its statistics."""
+        """Loss of an optimizer step, from its statistics."""
         ...
 
     def evaluate(self, engine: TrainEngine, held_out: Table) -> "tuple[dict[str, float], PreferenceScores | None]":

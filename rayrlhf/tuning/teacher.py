@@ -1,8 +1,8 @@
-"""What the teacher says of every response token, asked once: no second model sits in memory while the student trains.
+"""Teacher distributions of all response tokens, computed once by the initial model.
 
-The teacher is the model that training begins with, with more in its context. The training engine itself is asked, before its
-first step and before any checkpoint is loaded; with adapters it is their base. The numbers lie in `teacher/` of the run folder
-as arrays that every worker maps, so that a resumed run reads them and a machine holds them once.
+The teacher is the initial model with a longer context. The training engine computes its distributions before the first step and
+before a checkpoint is loaded; adapters are off. They are stored in `teacher/` of the run folder as arrays that every worker maps,
+so a machine holds them once and a resumed run reads them.
 """
 
 import zlib
@@ -39,7 +39,9 @@ def with_teacher(
     vocabulary: int | Literal["full"],
     adapters: bool,
 ) -> DistillationTable:
-    """Return a table with what the teacher said, from the run folder where it is there; every worker takes part.
+    """Return a table with the teacher's distributions, read from the run folder or computed.
+
+    Every worker takes part.
 
     Args:
         engine: with the weights that training begins with.
@@ -75,7 +77,7 @@ def with_teacher(
 
 
 def said(hidden: Float32, layer: Layer, vocabulary: int | Literal["full"]) -> dict[str, np.ndarray]:
-    """Return what is kept of hidden states [N, H], see `rayrlhf.data.supervised.supervised_samples.DistillationSample`."""
+    """Return the stored form of hidden states [N, H]; see `DistillationSample`."""
     if vocabulary == "full":
         return {HIDDEN: hidden}
     ids, logprobs = most_likely(torch.from_numpy(hidden).to(layer[0].device), *layer, vocabulary)

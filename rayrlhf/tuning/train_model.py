@@ -1,4 +1,4 @@
-"""SFT, reward modelling, DPO and distillation: check the data, let Ray Train run the loop, and say what came of it."""
+"""Entry points of SFT, reward modeling, DPO and distillation on Ray Train."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -60,17 +60,19 @@ def check_sft(config: SFTConfig) -> str:
 
 
 def check_reward(config: RewardTrainingConfig) -> str:
-    """Check a configuration and its data without starting anything; returns the plan in words; errors as `check_sft`."""
+    """Check a configuration and its data, and return the plan; errors as `check_sft`."""
     return _check(PreferenceTask(config))
 
 
 def check_dpo(config: DPOConfig) -> str:
-    """Check a configuration and its data without starting anything; returns the plan in words; errors as `check_sft`."""
+    """Check a configuration and its data, and return the plan; errors as `check_sft`."""
     return _check(DirectPreferenceTask(config))
 
 
 def train_sft(config: SFTConfig) -> TuningResult:
-    """Fine-tune on given texts, resuming from the last committed checkpoint; a finished run is returned as it is.
+    """Fine-tune on given texts, resuming from the last committed checkpoint.
+
+    A finished run returns its result.
 
     Raises:
         UserError: a mistake in the configuration, the data or the resources asked for.
@@ -97,12 +99,14 @@ def train_dpo(config: DPOConfig) -> TuningResult:
 
 
 def train_distillation(config: DistillationConfig) -> TuningResult:
-    """Train a student on what the model said with more in its context, as `train_sft` does; errors as `train_sft`."""
+    """Distill the model's distributions under a longer context; errors as `train_sft`."""
     return _train(DistillationTask(config))
 
 
 def _read(task: Task, view: LiveView, stack: ExitStack) -> "_Data":
-    """Read the data here, or on the cluster, which is then connected to for the rest of the run."""
+    """Read the data in this process or on the cluster.
+
+    The cluster then stays connected for the rest of the run."""
     from rayrlhf.tuning.ray_data_reader import over_cluster, through_ray_data
 
     if not through_ray_data(task.config.data):
@@ -125,7 +129,7 @@ class _Data:
 
     @property
     def baseline(self) -> LengthBaseline | None:
-        """What a reward model has to beat; None where there are no held-out pairs."""
+        """Length baseline of a reward model; None without held-out pairs."""
         if self.rewards and isinstance(self.train, PairTable) and isinstance(self.held_out, PairTable):
             return length_baseline(self.train, self.held_out)
         return None
@@ -215,7 +219,7 @@ def _fit(task: Task, data: _Data, folder: RunFolder, view: LiveView, stack: Exit
 
 
 def _lost(error: object, allowed: int) -> Exception:
-    """Name what failed: the workers' own error where it is a bug, the loss of a worker otherwise."""
+    """Return the workers' own error if it is a bug, else the loss of a worker."""
     import ray
 
     failures = dict(getattr(error, "worker_failures", None) or {})

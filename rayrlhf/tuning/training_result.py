@@ -1,4 +1,4 @@
-"""What a finished tuning run leaves: `result.json`, by which a rerun knows that there is nothing left to do."""
+"""Result of a finished tuning run, stored as `result.json`."""
 
 import json
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ FILE_NAME = "result.json"
 
 @dataclass(frozen=True, slots=True)
 class TuningResult:
-    """What a finished run leaves; everything else is in its folder.
+    """Result of a finished run.
 
     Attributes:
         folder: the run folder.
         export: the trained model in Hugging Face format.
         steps: optimizer steps of the run.
-        metrics: the last training loss, and what was measured on held-out rows of the exported weights.
+        metrics: the last training loss, and held-out measurements of the exported weights.
         seconds: wall time of the call that finished it, start-up and export included.
     """
 

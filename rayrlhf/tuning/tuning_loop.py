@@ -1,4 +1,4 @@
-"""What each worker of Ray Train runs: the train engine over a plan of batches, with evaluations, checkpoints and the export.
+"""Training loop of a Ray Train worker: steps, evaluations, checkpoints and export.
 
 Which samples a step sees depends on the seed and the step alone, and the loss is aggregated over the whole step, so a run that
 was killed and resumed, or has another number of workers, takes the same steps.
@@ -31,12 +31,12 @@ from rayrlhf.tuning.task import Task
 
 @dataclass(frozen=True)
 class TuningJob:
-    """What every worker is given; picklable.
+    """Picklable input of every worker.
 
     Attributes:
         task: what to train.
         folder: the run folder, absolute, on a file system that all workers share.
-        working_folder: where the user's relative paths start.
+        working_folder: base of the user's relative paths.
         data: reference to (train table, held-out table or None).
         threads: compute threads of a worker.
     """
@@ -49,7 +49,9 @@ class TuningJob:
 
 
 def train_loop(settings: dict[str, Any]) -> None:
-    """Run one worker; the user's mistakes are written down instead of raised, because Ray Train would retry them."""
+    """Run one worker.
+
+    User errors are written to the run folder instead of raised, because Ray Train would retry them."""
     job: TuningJob = settings["job"]
     if has_refusal(job.folder):
         return
