@@ -31,7 +31,8 @@ def checkpoint_name(step: int) -> str:
 def best_step(metric: str | None, folder: Path) -> int | None:
     """Return the step of the best checkpoint by a held-out metric.
 
-    None without a metric or a measurement."""
+    None without a metric or a measurement.
+    """
     key = f"evaluation/{metric}"
     sign = -1.0 if metric == "loss" else 1.0
     kept = folder / "checkpoints" / TRAIN_NAME

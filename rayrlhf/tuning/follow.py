@@ -16,7 +16,8 @@ POLL_SECONDS = 0.5
 class Follower:
     """Incremental reader of a metrics file.
 
-    A file that was rewound is read from its start again."""
+    A file that was rewound is read from its start again.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -110,7 +110,8 @@ def held_out_rewards(engine: TrainEngine, pairs: Sequence[PreferencePair]) -> Pr
 def answer_logprobs(engine: TrainEngine, answers: Sequence[SupervisedSample], *, reference: bool = False) -> Float32:
     """Log-probs summed over the target tokens, float32 [N], in nats.
 
-    `reference` switches adapters off. See `held_out_loss` for the other arguments."""
+    `reference` switches adapters off. See `held_out_loss` for the other arguments.
+    """
     sequences = [supervised_sequence(answer) for answer in answers]
     scores = shared_scores(engine, sequences, "logprobs", reference=reference)
     sums = [

@@ -77,7 +77,8 @@ def make_trainer(job: TuningJob, resources: WorkerResources) -> TorchTrainer:
 def checkpoint_config(section: TuningCheckpointSection) -> CheckpointConfig:
     """Keep the last checkpoints, or the best ones by a held-out metric.
 
-    Ray Train always keeps the last one."""
+    Ray Train always keeps the last one.
+    """
     if section.best_metric is None:
         return CheckpointConfig(num_to_keep=section.keep)
     order = "min" if section.best_metric == "loss" else "max"

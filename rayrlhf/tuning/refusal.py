@@ -1,4 +1,4 @@
-"""User errors of workers, written to the run folder so that the driver does not retry."""
+"""User errors of workers, written to the run folder to prevent retries."""
 
 import json
 from pathlib import Path

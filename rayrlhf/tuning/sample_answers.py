@@ -22,7 +22,8 @@ class AnswerSampler:
     def __init__(self, config: TuningConfig, held_out: Table, folder: Path) -> None:
         """Choose the prompts: the first held-out samples up to their first target token.
 
-        Only SFT has any."""
+        Only SFT has any.
+        """
         self._requests: list[RolloutRequest] = []
         if not isinstance(config, SFTConfig) or not isinstance(held_out, SampleTable) or not config.evaluation.generations:
             return

@@ -18,7 +18,8 @@ EVALUATIONS = "evaluation"
 class StepRecorder:
     """Writes one line per step.
 
-    Lines of an interrupted attempt after its last checkpoint are dropped and written again."""
+    Lines of an interrupted attempt after its last checkpoint are dropped and written again.
+    """
 
     def __init__(self, folder: Path, done: int, *, tensorboard: bool) -> None:
         """Continue after `done` steps.

@@ -22,7 +22,8 @@ class StepTrainer:
     def take(self, step: int, recorder: StepRecorder | None) -> int:
         """Take a step, counted from 1, and return its tokens over all workers.
 
-        Only the first worker has a recorder."""
+        Only the first worker has a recorder.
+        """
         batch = self._task.batch(self._table.take(self._plan.batch(step - 1)))
         report = self._engine.update(batch, UpdatePlan([[range(len(batch))]]), self._task.objective)
         tokens = sum(batch.lengths)

@@ -47,7 +47,8 @@ class Task(Protocol):
     def load(self, tokenizer: Tokenizer, map_slices: SliceMapper = map_in_order) -> Datasets:
         """Read, check and encode the data by `map_slices`.
 
-        Errors as `load_supervised_data` and `load_preference_data`."""
+        Errors as `load_supervised_data` and `load_preference_data`.
+        """
         ...
 
     def spec(self, total_steps: int) -> TrainEngineSpec:
@@ -57,7 +58,8 @@ class Task(Protocol):
     def prepare(self, engine: TrainEngine, table: Table, folder: Path) -> Table:
         """Add values that the initial weights compute, such as reference log-probs.
 
-        Every worker takes part, before a checkpoint is loaded."""
+        Every worker takes part, before a checkpoint is loaded.
+        """
         ...
 
     def batch(self, samples: Sequence[Any]) -> TrainingBatch:

@@ -1,8 +1,8 @@
 """Teacher distributions of all response tokens, computed once by the initial model.
 
 The teacher is the initial model with a longer context. The training engine computes its distributions before the first step and
-before a checkpoint is loaded; adapters are off. They are stored in `teacher/` of the run folder as arrays that every worker maps,
-so a machine holds them once and a resumed run reads them.
+before a checkpoint is loaded; adapters are off. They are stored in `teacher/` of the run folder as arrays that every worker
+maps, so a machine holds them once and a resumed run reads them.
 """
 
 import zlib

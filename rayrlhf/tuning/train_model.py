@@ -106,7 +106,8 @@ def train_distillation(config: DistillationConfig) -> TuningResult:
 def _read(task: Task, view: LiveView, stack: ExitStack) -> "_Data":
     """Read the data in this process or on the cluster.
 
-    The cluster then stays connected for the rest of the run."""
+    The cluster then stays connected for the rest of the run.
+    """
     from rayrlhf.tuning.ray_data_reader import over_cluster, through_ray_data
 
     if not through_ray_data(task.config.data):
@@ -219,7 +220,7 @@ def _fit(task: Task, data: _Data, folder: RunFolder, view: LiveView, stack: Exit
 
 
 def _lost(error: object, allowed: int) -> Exception:
-    """Return the workers' own error if it is a bug, else the loss of a worker."""
+    """Return the workers' own error if it is a bug, else a lost worker."""
     import ray
 
     failures = dict(getattr(error, "worker_failures", None) or {})

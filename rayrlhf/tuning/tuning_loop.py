@@ -51,7 +51,8 @@ class TuningJob:
 def train_loop(settings: dict[str, Any]) -> None:
     """Run one worker.
 
-    User errors are written to the run folder instead of raised, because Ray Train would retry them."""
+    User errors are written to the run folder instead of raised, because Ray Train would retry them.
+    """
     job: TuningJob = settings["job"]
     if has_refusal(job.folder):
         return
