@@ -11,12 +11,12 @@ from rayrlhf.data.records import Prompt
 from rayrlhf.errors import ActorLostError, AlarmError, StoppedError, UserError
 from rayrlhf.models.load import load_tokenizer
 from rayrlhf.observe.journal import MIRROR
+from rayrlhf.observe.loop_control import StopRequest, is_due
 from rayrlhf.ppo.checkpoint import Checkpoint, Checkpointer, load_checkpoint
 from rayrlhf.ppo.gang_recovery import Recovery
 from rayrlhf.ppo.replica_scaling import wanted_replicas
 from rayrlhf.ppo.run_recorder import Recorder
 from rayrlhf.ppo.sft_warmup import sft_warmup_batch
-from rayrlhf.ppo.stopping import StopRequest
 from rayrlhf.ppo.trainer import PPOTrainer
 
 
@@ -73,12 +73,12 @@ class RunLoop:
         """Do what is due after the steps so far, and take one more; True when there is nothing left to do."""
         trainer, step = self._trainer, self._trainer.steps_done
         last = step == self._config.run.steps
-        if step == 0 or last or _is_due(step, self._config.evaluation.every):
+        if step == 0 or last or is_due(step, self._config.evaluation.every):
             self._evaluate()
         if not trainer.warmed_up:
             self._warm_up()
         self._recovery.commit()
-        due = step > 0 and (last or _is_due(step, self._config.checkpoint.every))
+        due = step > 0 and (last or is_due(step, self._config.checkpoint.every))
         if due and step != self._saved_step:
             self._checkpoint(step)
         if last:
@@ -209,7 +209,3 @@ def best_metric(metrics: Mapping[str, float], name: str | None) -> float | None:
             + (f"did you mean {near[0]}?" if near else f"the run has {', '.join(sorted(metrics))}")
         )
     return float(metrics[name])
-
-
-def _is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

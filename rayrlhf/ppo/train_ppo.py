@@ -24,6 +24,7 @@ from rayrlhf.engines.rollout.factory import check_rollout_backend
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_architecture, load_tokenizer
 from rayrlhf.observe.live import LiveView
+from rayrlhf.observe.loop_control import stop_requests
 from rayrlhf.observe.trackers import check_trackers
 from rayrlhf.ppo.callbacks import Callback, resolve_callbacks
 from rayrlhf.ppo.checkpoint import Checkpointer
@@ -31,7 +32,6 @@ from rayrlhf.ppo.cluster_metrics import ClusterMetrics
 from rayrlhf.ppo.run_loop import RunLoop
 from rayrlhf.ppo.run_recorder import Recorder
 from rayrlhf.ppo.sft_warmup import check_warmup
-from rayrlhf.ppo.stopping import stop_requests
 from rayrlhf.ppo.trainer import PPOTrainer
 from rayrlhf.rewards.functions import load_functions
 from rayrlhf.storage.mirror import Mirror

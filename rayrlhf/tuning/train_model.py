@@ -15,13 +15,13 @@ from rayrlhf.data.supervised.datasets import DatasetReport, SliceMapper, map_in_
 from rayrlhf.errors import ActorLostError, UserError
 from rayrlhf.models.load import load_architecture, load_tokenizer
 from rayrlhf.observe.live import LiveView
+from rayrlhf.observe.loop_control import stop_as_error
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.observe.run_folder import RunFolder, open_run
 from rayrlhf.tuning.data_plan import batch_plan, best_step
 from rayrlhf.tuning.direct_preference_task import DirectPreferenceTask
 from rayrlhf.tuning.distillation_task import DistillationTask
 from rayrlhf.tuning.follow import following
-from rayrlhf.tuning.interrupt import stoppable
 from rayrlhf.tuning.length_baseline import METRIC as LENGTH_METRIC
 from rayrlhf.tuning.length_baseline import LengthBaseline, length_baseline
 from rayrlhf.tuning.refusal import clear_refusal, raise_refusal
@@ -210,7 +210,7 @@ def _fit(task: Task, data: _Data, folder: RunFolder, view: LiveView, stack: Exit
         trainer = make_trainer(job, resources)
     clear_refusal(job.folder)
     total = batch_plan(task, data.train).total_steps
-    with following(job.folder, view, total), stoppable():
+    with following(job.folder, view, total), stop_as_error():
         try:
             trainer.fit()
         except TrainingFailedError as error:

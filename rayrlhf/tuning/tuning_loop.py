@@ -18,6 +18,7 @@ import torch
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.process_group import leave
 from rayrlhf.errors import AlarmError, UserError
+from rayrlhf.observe.loop_control import is_due
 from rayrlhf.tuning.data_plan import STATE_FILE, TRAIN_NAME, batch_plan, best_step, checkpoint_name
 from rayrlhf.tuning.export import export_model
 from rayrlhf.tuning.held_out import PreferenceScores
@@ -92,9 +93,9 @@ class _Worker:
         for step in range(done + 1, total + 1):
             self._trainer.take(step, self._recorder)
             last = step == total
-            saving = last or _due(step, self._config.checkpoint.every)
+            saving = last or is_due(step, self._config.checkpoint.every)
             needed = saving and self._config.checkpoint.best_metric is not None
-            found = self._evaluate(step) if last or needed or _due(step, self._config.evaluation.every) else {}
+            found = self._evaluate(step) if last or needed or is_due(step, self._config.evaluation.every) else {}
             if saving:
                 self._save(step, found)
         self._export()
@@ -144,7 +145,3 @@ class _Worker:
             _, self._scores = self._task.evaluate(self._engine, self._held_out)
         answer_format = self._train.format if isinstance(self._train, PairTable) else None
         export_model(self._config, self._engine, self._scores, answer_format, self._job.folder / "export")
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

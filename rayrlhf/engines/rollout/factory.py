@@ -47,12 +47,24 @@ def check_rollout_backend(rollout: RolloutSection) -> Callable[[RolloutSpec], Ro
     Raises:
         UserError: the backend is not installed or cannot be resolved, it lacks a method, or the arguments do not fit it.
     """
-    if rollout.backend == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise UserError(
-            "rollout.backend: vllm is not installed; pip install 'rayrlhf[cpu]' ('rayrlhf[gpu]' on GPUs), "
-            "or set rollout.backend=transformers"
-        )
+    check_installed("rollout.backend", rollout.backend)
     where = f"rollout.backend {rollout.backend!r}"
     engine = ROLLOUT_ENGINES.resolve(rollout.backend)
     check_methods(where, engine, METHODS)
     return bind_arguments(where, engine, rollout.arguments, positional=1)
+
+
+def check_installed(key: str, backend: str) -> None:
+    """Check that the package of a backend is installed.
+
+    Args:
+        key: configuration key that names the backend, for the message.
+        backend: its value.
+
+    Raises:
+        UserError: the package is missing.
+    """
+    if backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            f"{key}: vllm is not installed; pip install 'rayrlhf[cpu]' ('rayrlhf[gpu]' on GPUs), or set {key}=transformers"
+        )

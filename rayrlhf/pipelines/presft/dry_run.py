@@ -3,12 +3,11 @@
 What can be known to be wrong before a dataset is read or a process started.
 """
 
-import importlib.util
 from collections.abc import Iterator
 
 from rayrlhf.batch_inference.scoring import BleuScorer
 from rayrlhf.config.presft import PreSFTConfig
-from rayrlhf.errors import UserError
+from rayrlhf.engines.rollout.factory import check_installed
 
 
 def check_presft(config: PreSFTConfig) -> None:
@@ -24,11 +23,8 @@ def check_presft(config: PreSFTConfig) -> None:
         if section is not None:
             load_functions(section)
     samples = config.probe.response_field is None or config.quality is not None
-    if samples and config.generate.backend == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise UserError(
-            "generate.backend: vllm is not installed; expected `pip install 'rayrlhf[cpu]'` or `'rayrlhf[gpu]'`, "
-            "or generate.backend=transformers"
-        )
+    if samples:
+        check_installed("generate.backend", config.generate.backend)
 
 
 def describe(config: PreSFTConfig) -> str:

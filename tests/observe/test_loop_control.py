@@ -1,11 +1,13 @@
-"""The first signal asks, the second ends."""
+"""Stop signals: the first is recorded, the second ends the process; under Ray Train the first is an error."""
 
 import os
 import signal
+import time
 
 import pytest
 
-from rayrlhf.ppo.stopping import stop_requests
+from rayrlhf.errors import StoppedError
+from rayrlhf.observe.loop_control import is_due, stop_as_error, stop_requests
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -45,3 +47,27 @@ def test_a_run_outside_of_the_main_thread_is_left_alone():
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_block_with_one_line_and_handlers_are_put_back(number):
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(StoppedError, match="the same command goes on from the last checkpoint"):
+        _kill_inside(number)
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_what_is_left_by_an_exit_is_a_stop_too():
+    with pytest.raises(StoppedError), stop_as_error():
+        raise SystemExit(0)
+
+
+def _kill_inside(number):
+    with stop_as_error():
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+
+def test_an_action_is_due_at_every_nth_step_and_never_at_zero():
+    assert [step for step in range(7) if is_due(step, 3)] == [0, 3, 6]
+    assert not any(is_due(step, 0) for step in range(7))
