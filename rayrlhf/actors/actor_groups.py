@@ -248,7 +248,7 @@ def _await_placement_groups(placement_groups: Mapping[str, PlacementGroup], plan
             requested = [dict(bundle) for bundle in plan.groups[name].bundles]
             available = {key: value for key, value in ray.available_resources().items() if key in ("CPU", "GPU")}
             raise UserError(
-                f"placement group {name!r}: asked for bundles {requested} ({_requirements(plan.groups[name])}), "
+                f"placement group {name!r}: requested bundles {requested} ({_requirements(plan.groups[name])}), "
                 f"not granted within {seconds:.0f} s; free in the cluster now: {available}"
             )
 

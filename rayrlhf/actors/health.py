@@ -106,9 +106,9 @@ def advance(health: Health, event: Event, now: float, retry: RetryPolicy) -> Hea
         case Lost(reason) if state in ("healthy", "suspect", "stale", "rebuilding"):
             return _lost(health, reason, now, retry)
         case Silent(seconds) if state in ("healthy", "suspect", "stale") and seconds >= retry.ping_deadline:
-            return _lost(health, f"no answer to a ping for {seconds:.0f} s", now, retry)
+            return _lost(health, f"no response to a ping for {seconds:.0f} s", now, retry)
         case Silent(seconds) if state == "healthy":
-            return replace(health, state="suspect", since=now, reason=f"no answer to a ping for {seconds:.0f} s")
+            return replace(health, state="suspect", since=now, reason=f"no response to a ping for {seconds:.0f} s")
         case Pong() if state == "suspect":
             return replace(health, state="healthy", since=now, reason="")
         case Started() if state == "down":

@@ -46,7 +46,7 @@ class HeartbeatMonitor:
         self._monitored: dict[str, _Monitored] = {}
         self._lock = threading.Lock()
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="rayrlhf-watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="rayrlhf-heartbeat", daemon=True)
 
     def __enter__(self) -> "HeartbeatMonitor":
         self._thread.start()
@@ -108,7 +108,7 @@ class HeartbeatMonitor:
     def _kill_hung(self, name: str, actor: _Monitored) -> None:
         call = pending_call(name)
         waiting = f"the run waits for {call}; " if call else ""
-        self._on_kill(name, f"{describe_location(name)}: {actor.health.reason}; {waiting}the process is ended")
+        self._on_kill(name, f"{describe_location(name)}: {actor.health.reason}; {waiting}the process is killed")
         self._forget(name, actor)
         ray.kill(actor.handle)
 

@@ -29,9 +29,9 @@ def track_calls(what: str, since: Mapping[str, float]) -> Iterator[None]:
 
 
 def pending_call(name: str) -> str:
-    """Return an actor's newest pending call, such as `generate asked 12 s ago`, or ''."""
+    """Return an actor's newest pending call, such as `generate called 12 s ago`, or ''."""
     for what, since in reversed(_open):
         began = since.get(name)
         if began is not None:
-            return f"{what} asked {time.monotonic() - began:.0f} s ago"
+            return f"{what} called {time.monotonic() - began:.0f} s ago"
     return ""

@@ -267,6 +267,6 @@ def _check_fits(plan: ResourcePlan, resolved: Sequence[_ResolvedDemand], machine
         return
     parts = ", ".join(f"{part.role} {part.ranks} x ({part.cpus:g} CPU, {part.gpus:g} GPU)" for part in resolved)
     raise UserError(
-        f"placement: asked for {requested_cpus:g} CPUs and {requested_gpus:g} GPUs ({parts}), "
+        f"placement: requested {requested_cpus:g} CPUs and {requested_gpus:g} GPUs ({parts}), "
         f"but the cluster has {machine.cpus:g} CPUs and {machine.gpus:g} GPUs; lower placement.*.cpus/gpus/ranks or add nodes"
     )

@@ -104,7 +104,7 @@ def overrun(what: str, names: list[str], seconds: float) -> DeadlineError:
     """Return the error for a wait that took longer than its deadline."""
     since = time.strftime("%H:%M:%S", time.localtime(time.time() - seconds))
     late = ", ".join(describe_location(name) for name in sorted(names))
-    return DeadlineError(f"{what}: no answer from {late} within {seconds:.0f} s (asked at {since})")
+    return DeadlineError(f"{what}: no response from {late} within {seconds:.0f} s (called at {since})")
 
 
 def _raise_cause(error: RayTaskError) -> NoReturn:

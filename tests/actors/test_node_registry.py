@@ -17,12 +17,12 @@ def test_a_deadline_that_is_over_names_role_rank_process_node_call_and_how_long_
     monkeypatch.setattr(monitor, "ray", answered)
     guard = monitor.HeartbeatMonitor(RetryPolicy(ping_deadline=8.0), 1.0, lambda name, line: None)
     guard.add(NAME, "handle")
-    assert "reward: no answer from ppo/reward/0 within 15 s (asked at " in str(overrun("reward", [NAME], 15.0))
+    assert "reward: no response from ppo/reward/0 within 15 s (called at " in str(overrun("reward", [NAME], 15.0))
     guard._monitored[NAME].ping = "ping"
     guard._check(NAME, guard._monitored[NAME])
     late = str(overrun("reward", [NAME, "ppo/reward/1"], 15.0))
     assert late.startswith(
-        "reward: no answer from ppo/reward/0 (process 4711 on node 10.0.0.7), ppo/reward/1 within 15 s (asked at "
+        "reward: no response from ppo/reward/0 (process 4711 on node 10.0.0.7), ppo/reward/1 within 15 s (called at "
     )
     guard.add(NAME, "another handle")
     assert describe_location(NAME) == NAME

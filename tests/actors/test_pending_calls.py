@@ -15,7 +15,7 @@ from rayrlhf.actors.worker import ProcessLocation
 
 def test_a_wait_is_known_from_its_beginning_to_its_end():
     with track_calls("policy update", {"run/policy/0": time.monotonic() - 12}):
-        assert pending_call("run/policy/0") == "policy update asked 12 s ago"
+        assert pending_call("run/policy/0") == "policy update called 12 s ago"
         assert pending_call("run/policy/1") == ""
     assert pending_call("run/policy/0") == ""
 
@@ -24,15 +24,15 @@ def test_of_several_waits_on_one_actor_the_newest_is_told_and_equal_ones_end_one
     since = {"a": time.monotonic()}
     with track_calls("score", since):
         with track_calls("score", dict(since)), track_calls("sync", {"a": time.monotonic() - 3}):
-            assert pending_call("a") == "sync asked 3 s ago"
-        assert pending_call("a") == "score asked 0 s ago"
+            assert pending_call("a") == "sync called 3 s ago"
+        assert pending_call("a") == "score called 0 s ago"
 
 
 def test_who_has_answered_is_waited_for_no_more():
     since = {"a": time.monotonic(), "b": time.monotonic()}
     with track_calls("generate", since):
         del since["a"]
-        assert (pending_call("a"), pending_call("b")) == ("", "generate asked 0 s ago")
+        assert (pending_call("a"), pending_call("b")) == ("", "generate called 0 s ago")
 
 
 def test_a_wait_that_fails_is_over():
@@ -54,8 +54,8 @@ def test_the_line_about_a_hanging_process_names_role_rank_process_node_call_and_
     ((name, line),) = lines
     assert name == "ppo/rollout/1"
     expected = (
-        r"ppo/rollout/1 \(process 4711 on node 10\.0\.0\.7\): no answer to a ping for 9 s; "
-        r"the run waits for generate asked 11 s ago; the process is ended"
+        r"ppo/rollout/1 \(process 4711 on node 10\.0\.0\.7\): no response to a ping for 9 s; "
+        r"the run waits for generate called 11 s ago; the process is killed"
     )
     assert re.fullmatch(expected, line)
     assert describe_location("ppo/rollout/1") == "ppo/rollout/1"

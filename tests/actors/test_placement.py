@@ -71,7 +71,7 @@ def test_exact_runs_never_overlap():
 
 
 def test_too_little_hardware_says_what_is_asked_and_what_is_there():
-    with pytest.raises(UserError, match=r"asked for 17 CPUs .*policy 4 x \(4 CPU, 0 GPU\).* has 2 CPUs and 0 GPUs"):
+    with pytest.raises(UserError, match=r"requested 17 CPUs .*policy 4 x \(4 CPU, 0 GPU\).* has 2 CPUs and 0 GPUs"):
         make_plan(config(placement={"policy": {"ranks": 4, "cpus": 4}}), LAPTOP)
     with pytest.raises(UserError, match="the cluster has 2 CPUs and 0 GPUs"):
         make_plan(config(placement={"policy": {"gpus": 1}}), LAPTOP)

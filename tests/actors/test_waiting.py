@@ -55,7 +55,7 @@ def test_answers_are_handed_on_as_they_come(group):
 
 def test_a_wait_that_overruns_says_for_what_on_whom_and_since_when(group):
     calls = call_each(group, ("fast", 0.0), ("slow", 3.0))
-    with pytest.raises(DeadlineError, match=r"score: no answer from run/reward/1 within 1 s \(asked at \d\d:\d\d:\d\d\)"):
+    with pytest.raises(DeadlineError, match=r"score: no response from run/reward/1 within 1 s \(called at \d\d:\d\d:\d\d\)"):
         wait_all(calls, "score", 1.0)
     wait_all(calls, "score", 30)
 

@@ -57,7 +57,7 @@ def test_a_stopped_replica_is_found_within_its_deadline_and_named_with_process_a
     process = next(hurt.process for hurt in victim.hurts if hurt.kind == "SIGSTOP")
     assert re.search(rf"ppo/rollout/\d \(process {process} on node ", hung[0])
     assert re.search(
-        r"no answer to a ping for 8 s; (the run waits for [a-z ]+ asked \d+ s ago; )?the process is ended", hung[0]
+        r"no response to a ping for 8 s; (the run waits for [a-z ]+ called \d+ s ago; )?the process is killed", hung[0]
     )
 
 

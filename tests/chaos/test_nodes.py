@@ -91,7 +91,7 @@ def rebuilt(job, role):
 def test_a_reward_that_does_not_answer_is_ended_at_its_deadline_and_asked_again(tmp_path, cluster):
     victim = harmed_pair(tmp_path, cluster, "slow", 6, "deadlines.score=15")
     (reason,) = rebuilt(victim, "reward")
-    assert re.search(r"reward: no answer from ppo/reward/0 \(process \d+ on node [\d.]+\) within 15 s", reason)
+    assert re.search(r"reward: no response from ppo/reward/0 \(process \d+ on node [\d.]+\) within 15 s", reason)
 
 
 @pytest.mark.nightly

@@ -77,7 +77,7 @@ def test_ray_seats_processes_together_as_the_plan_does_and_packs_every_replica(c
 def test_a_plan_that_cannot_be_is_refused_within_seconds_with_asked_against_available(cluster):
     started = time.monotonic()
     too_many = config(placement={"mode": "disaggregated", "policy": {"ranks": 40}, "critic": {"ranks": 30}})
-    with pytest.raises(UserError, match=r"asked for .* and 72 GPUs .*but the cluster has 256 CPUs and 64 GPUs"):
+    with pytest.raises(UserError, match=r"requested .* and 72 GPUs .*but the cluster has 256 CPUs and 64 GPUs"):
         make_plan(too_many, read_cluster_resources())
     wide = config(rollout={"replicas": 1, "tensor_parallel_size": 16}, placement={"mode": "disaggregated"})
     with pytest.raises(UserError, match="on one node, but what is left is"):

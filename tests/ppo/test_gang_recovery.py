@@ -86,7 +86,8 @@ def test_a_stopped_process_is_ended_after_its_ping_deadline(healed):
     assert events(config, "hung") == ["ppo/reference/0"]
     (hung,) = (event["reason"] for event in read_journal(config.run.folder) if event["event"] == "hung")
     said = (
-        r"ppo/reference/0 \(process \d+ on node [\d.]+\): no answer to a ping for 3 s; the run waits for .+ asked \d+ s ago; "
+        r"ppo/reference/0 \(process \d+ on node [\d.]+\): no response to a ping for 3 s; "
+        r"the run waits for .+ called \d+ s ago; "
     )
     assert re.match(said, hung)
 

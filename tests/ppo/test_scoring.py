@@ -37,7 +37,7 @@ class Group:
     def wait(self, pending, what, seconds):
         ((process, scores),) = pending.values()
         if not process.answers:
-            raise DeadlineError(f"{what}: no answer from {next(iter(pending))} within {seconds:.0f} s")
+            raise DeadlineError(f"{what}: no response from {next(iter(pending))} within {seconds:.0f} s")
         return [RewardBatch(scores, {})]
 
 
@@ -84,13 +84,13 @@ def test_a_reward_that_does_not_answer_in_time_is_replaced_and_its_call_repeated
 
 
 def test_one_that_never_answers_ends_the_run_with_what_was_waited_for():
-    with pytest.raises(ActorLostError, match="reward: no answer from run/reward/0 within 15 s"):
+    with pytest.raises(ActorLostError, match="reward: no response from run/reward/0 within 15 s"):
         scorer({"reward": Group("reward", Process(answers=False))}, ActorRestarter()).finish()
 
 
 def test_a_policy_that_is_late_is_not_replaced_because_it_carries_the_training_state():
     actor_groups = {"reward": Group("reward", Process()), "policy": Group("policy", Process(answers=False))}
     restarter = ActorRestarter(Process())
-    with pytest.raises(DeadlineError, match="old: no answer from run/policy/0"):
+    with pytest.raises(DeadlineError, match="old: no response from run/policy/0"):
         scorer(actor_groups, restarter, [ForwardPass("old", "policy", frozenset({"logprobs"}))]).finish()
     assert restarter.errors == []

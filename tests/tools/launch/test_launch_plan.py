@@ -84,7 +84,7 @@ def test_a_group_that_must_stay_together_and_cannot_is_refused_with_what_is_left
 
 def test_too_few_gpus_are_refused_at_once_with_asked_against_available(folder):
     started = time.monotonic()
-    with pytest.raises(UserError, match=r"asked for .* 100 GPUs .*has 768 CPUs and 64 GPUs"):
+    with pytest.raises(UserError, match=r"requested .* 100 GPUs .*has 768 CPUs and 64 GPUs"):
         plan_run(ppo(folder / "7b", "placement.policy.ranks=100"), EIGHT)
     assert time.monotonic() - started < 5
 
