@@ -24,6 +24,7 @@ from rayrlhf.cli import app
 from rayrlhf.config.chain import ChainConfig
 from rayrlhf.config.launch import ClusterConfig
 from rayrlhf.config.loading.load import load_config
+from rayrlhf.config.loading.problems import sections_in
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.tools.starters import ROOTS, config_class, starter
 
@@ -70,9 +71,8 @@ def test_every_loss_and_estimator_of_the_registries_is_on_the_page():
 def keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield prefix + name
-        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from keys(kind, f"{prefix}{name}.")
+        for kind, _ in sections_in(field.annotation):
+            yield from keys(kind, f"{prefix}{name}.")
 
 
 @pytest.mark.parametrize("path", [MATHS, MIGRATION], ids=["maths", "migration"])

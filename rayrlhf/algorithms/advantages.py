@@ -1,47 +1,45 @@
-"""The advantage estimators by name, and the one call that runs them.
+"""Advantage estimators by name, and the call that runs one.
 
-Moments of the responses to one prompt, which group estimators compare with each other instead of asking a critic.
+Group estimators compare the responses to one prompt and need no critic. A response whose reward is NaN failed: it is left out
+of its group, its own advantage is 0, and a group with fewer than two others has no signal (as in TRL 1.16.0).
 
-A response whose reward is NaN failed: nothing is known of it. It is left out of its group as if it had never been sampled, its
-own advantage is 0, and a group of which fewer than two are left teaches nothing (TRL 1.16.0 does the same).
+GRPO: standard deviations above the group's mean (Shao et al. 2024, section 4.1.2).
 
-GRPO: by how many standard deviations a response beats the others to its prompt (Shao et al. 2024, section 4.1.2).
+Dr. GRPO: the group's mean is the baseline, without division by the standard deviation (Liu et al. 2025, "Understanding
+R1-Zero-Like Training"). The division weights prompts that are nearly always or nearly never solved above the others. The
+paper's other change, a constant divisor of the token sum, is `algorithm.policy_loss.loss_aggregation: constant`.
 
-Dr. GRPO: the group's mean is the baseline, without division by its spread (Liu et al. 2025, "Understanding R1-Zero").
+RLOO: reward minus the mean of the other responses to the prompt (Kool et al. 2019; Ahmadian et al. 2024, "Back to Basics").
+Leaving the response itself out keeps the baseline independent of it, so the gradient is unbiased. It equals n / (n - 1) times
+the distance to the mean of the whole group.
 
-Dividing by the spread weighs prompts that are nearly always or nearly never solved above the others. The paper's other change,
-that long responses are not paid less per token, is the loss's: `algorithm.policy_loss.loss_aggregation: constant`.
+REINFORCE (Williams 1992): discounted rewards to go. REINFORCE++ (Hu et al. 2025) has the KL in the token rewards and whitens
+advantages over the whole step, which replaces a baseline; its `-baseline` form first subtracts the group's mean score.
 
-RLOO: a response against the mean of the others to its prompt (Kool et al. 2019; Ahmadian et al. 2024, "Back to basics").
-
-Leaving the response itself out keeps the baseline independent of it, and so the gradient unbiased. It equals n / (n - 1) times
-the distance to the whole group's mean.
-
-REINFORCE (Williams 1992) on discounted rewards to go, and the two forms of REINFORCE++ (Hu et al. 2025).
-
-REINFORCE++ is REINFORCE with the KL in the token rewards and advantages whitened over the whole step, which then stands for a
-baseline; its `-baseline` form takes the mean score of the prompt's responses off first. Whitening is the caller's part.
-
-ReMax: the score of the greedy response to a prompt is its baseline (Li et al. 2024, algorithm 1).
-
-One sample a prompt is enough, and one greedy response beside it. Where greedy responses are far better or worse than samples,
-as with a model that knows next to nothing, all advantages have one sign and drown the signal; `whiten: true` takes it out.
+ReMax: the score of the greedy response to the prompt is the baseline (Li et al. 2024, algorithm 1). One sample per prompt is
+enough, plus one greedy response. Where greedy responses score far from samples, as with an untrained model, all advantages have
+one sign and hide the signal; `whiten: true` removes this offset.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rayrlhf.algorithms.estimator import AdvantageInputs, AdvantageMethod, Advantages
+from rayrlhf.algorithms.estimator import AdvantageEstimator, AdvantageInputs, AdvantageMethod, Advantages
 from rayrlhf.algorithms.gae import gae, gae_estimator
 from rayrlhf.algorithms.masking import whiten, zero_masked
+from rayrlhf.plugins import Registry
 
 
 class GroupMoments(NamedTuple):
-    """Each response's view of its group, all [B], float64: how many are known, their mean, and their unbiased spread.
+    """Moments of each response's group, all float64 [B].
 
-    The mean is NaN where none is known, the spread where fewer than two are.
+    Attributes:
+        size: number of known rewards.
+        mean: their mean; NaN where none is known.
+        std: their unbiased standard deviation; NaN where fewer than two are known.
     """
 
     size: Tensor
@@ -50,7 +48,7 @@ class GroupMoments(NamedTuple):
 
 
 def group_moments(rewards: Tensor, groups: Tensor) -> GroupMoments:
-    """Moments over the responses with the same group number.
+    """Return moments over the responses with the same group number.
 
     Args:
         rewards: float [B], NaN for a response that failed.
@@ -71,12 +69,12 @@ def group_moments(rewards: Tensor, groups: Tensor) -> GroupMoments:
 
 
 def known_or_zero(advantages: Tensor) -> Tensor:
-    """Put 0 where there is nothing to learn: failed responses, and groups that are too small to compare."""
+    """Replace NaN by 0: failed responses, and groups too small to compare."""
     return advantages.nan_to_num(nan=0.0)
 
 
 def has_contrast(rewards: Tensor, groups: Tensor) -> Tensor:
-    """Whether a response's group tells good from bad: bool [B], True where two known rewards of the group differ.
+    """Return True where two known rewards of the response's group differ, bool [B].
 
     Args:
         rewards: float [B], NaN for a response that failed.
@@ -92,14 +90,14 @@ def has_contrast(rewards: Tensor, groups: Tensor) -> Tensor:
 
 
 EPSILON = 1e-4
-"""Added to the standard deviation (TRL 1.16.0), so that a group of equal rewards has advantage 0."""
+"""Added to the standard deviation (TRL 1.16.0). A group of equal rewards has advantage 0."""
 
 
 def grpo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_masked: bool) -> Advantages:
-    """(R - mean) / (std + 1e-4) over the group, std unbiased, the same for all tokens of a response.
+    """Return (R - mean) / (std + 1e-4) over the group, std unbiased, for all tokens of a response.
 
-    R is `sequence_rewards`. The paper and TRL put the KL into the loss (`algorithm.kl.placement: loss`); where it is in the
-    reward it is part of R. `gamma` and `lam` have no use here.
+    R is `sequence_rewards`. The paper and TRL put the KL into the loss (`algorithm.kl.placement: loss`); with the KL in the
+    reward it is part of R, and equal scores then get advantages from KL noise alone. `gamma` and `lam` have no effect.
     """
     rewards = inputs.sequence_rewards
     moments = group_moments(rewards, inputs.groups)
@@ -107,17 +105,18 @@ def grpo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_ma
 
 
 def dr_grpo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_masked: bool) -> Advantages:
-    """R - mean over the group, the same for all tokens of a response; `gamma` and `lam` have no use here."""
+    """Return R - mean over the group for all tokens of a response. `gamma` and `lam` have no effect."""
     rewards = inputs.sequence_rewards
     advantages = rewards - group_moments(rewards, inputs.groups).mean
-    # A group of one known response would be compared with itself, which gives 0 as it should.
+    # A group with one known response is compared with itself, which gives 0, as required.
     return Advantages(inputs.broadcast(known_or_zero(advantages)), None)
 
 
 def rloo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_masked: bool) -> Advantages:
-    """R - mean of the others, the same for all tokens of a response; `gamma` and `lam` have no use here.
+    """Return R - mean of the others in the group, for all tokens of a response.
 
-    R is `sequence_rewards`, with the summed KL where it is in the reward, as in TRL 1.16.0's `RLOOTrainer`.
+    `gamma` and `lam` have no effect. R is `sequence_rewards`, with the summed KL where it is in the reward, as in TRL 1.16.0's
+    `RLOOTrainer`.
     """
     rewards = inputs.sequence_rewards
     size, mean, _ = group_moments(rewards, inputs.groups)
@@ -126,22 +125,29 @@ def rloo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_ma
 
 
 def rewards_to_go(inputs: AdvantageInputs, *, gamma: float, skip_masked: bool) -> Tensor:
-    """Sum of gamma^k r_{t+k} over the actions from t on, float [B, T]: what GAE gives at lambda 1 with a critic that says 0."""
-    nothing = torch.zeros_like(inputs.rewards)
-    to_go, _ = gae(inputs.rewards, nothing, inputs.value_mask, gamma=gamma, lam=1.0, skip_masked=skip_masked)
+    """Return the sum of gamma^k r_{t+k} over the actions from t on, float [B, T].
+
+    This is GAE at lambda 1 with values of 0.
+    """
+    zeros = torch.zeros_like(inputs.rewards)
+    to_go, _ = gae(inputs.rewards, zeros, inputs.value_mask, gamma=gamma, lam=1.0, skip_masked=skip_masked)
     return to_go
 
 
 def reinforce_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_masked: bool) -> Advantages:
-    """Rewards to go, without a baseline; `lam` has no use here. A response whose reward is NaN has advantage 0."""
+    """Return rewards to go, without a baseline; `lam` has no effect.
+
+    A response whose reward is NaN has advantage 0.
+    """
     to_go = rewards_to_go(inputs, gamma=gamma, skip_masked=skip_masked)
     return Advantages(zero_masked(known_or_zero(to_go), inputs.mask), None)
 
 
 def group_baseline_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_masked: bool) -> Advantages:
-    """Rewards to go minus the mean score of the group, so that each token pays for its own and later KL only.
+    """Return rewards to go minus the mean score of the group.
 
-    A response whose score is NaN has advantage 0 and is left out of the mean; `lam` has no use here.
+    Each token thus carries its own and later KL only. A response whose score is NaN has advantage 0 and is left out of the
+    mean. `lam` has no effect.
     """
     to_go = rewards_to_go(inputs, gamma=gamma, skip_masked=skip_masked)
     size, mean, _ = group_moments(inputs.scores, inputs.groups)
@@ -150,7 +156,7 @@ def group_baseline_estimator(inputs: AdvantageInputs, *, gamma: float, lam: floa
 
 
 def remax_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_masked: bool) -> Advantages:
-    """Rewards to go minus the greedy response's score; `lam` has no use here.
+    """Return rewards to go minus the greedy response's score; `lam` has no effect.
 
     A response has advantage 0 where its own reward or the baseline is NaN.
 
@@ -175,30 +181,60 @@ ADVANTAGE_ESTIMATORS: dict[str, AdvantageMethod] = {
 }
 
 
+ADVANTAGE_REGISTRY: Registry[AdvantageMethod | AdvantageEstimator] = Registry(
+    "advantage estimator",
+    ADVANTAGE_ESTIMATORS,
+    noun="estimator",
+    accepts=lambda plugin: callable(plugin) or isinstance(plugin, AdvantageMethod),
+)
+"""Resolves `algorithm.advantage.estimator`."""
+
+NO_ARGUMENTS: Mapping[str, Any] = {}
+
+
+def advantage_method(name: str) -> AdvantageMethod:
+    """Return an estimator with its requirements; a plugin that is a plain function needs neither critic nor group.
+
+    Raises:
+        UserError: no estimator has that name, or its module cannot be imported.
+    """
+    method = ADVANTAGE_REGISTRY.resolve(name)
+    return method if isinstance(method, AdvantageMethod) else AdvantageMethod(method)
+
+
 def estimate_advantages(
-    estimator: str, inputs: AdvantageInputs, *, gamma: float, lam: float, skip_masked: bool, whitened: bool | None
+    estimator: str,
+    inputs: AdvantageInputs,
+    *,
+    gamma: float,
+    lam: float,
+    skip_masked: bool,
+    whitened: bool | None,
+    arguments: Mapping[str, Any] = NO_ARGUMENTS,
 ) -> Advantages:
-    """Advantages of one whole step by the named estimator; the returns keep their own scale.
+    """Return the advantages of one whole step by the named estimator.
+
+    Returns of the critic keep their own scale.
 
     Args:
-        estimator: a key of `ADVANTAGE_ESTIMATORS`.
+        estimator: a key of `ADVANTAGE_ESTIMATORS`, `module:name` or `path/to/file.py:name`.
         inputs: the step's experience.
         gamma: discount per action.
         lam: GAE's lambda.
         skip_masked: see `gae.gae`.
-        whitened: whiten the advantages over the action mask, responses whose score is NaN left out; None does what is usual
-            for the estimator.
+        whitened: whiten the advantages over the action mask, without responses whose score is NaN; None takes the estimator's
+            default.
+        arguments: further keyword arguments of the estimator.
 
     Returns:
         `Advantages`, with advantages 0 outside the action mask.
 
     Raises:
-        ValueError: unknown estimator, or one that lacks an input.
+        UserError: unknown estimator.
+        ValueError: an input that the estimator needs is missing.
     """
-    if estimator not in ADVANTAGE_ESTIMATORS:
-        raise ValueError(f"advantage estimator {estimator!r} is not one of {', '.join(ADVANTAGE_ESTIMATORS)}")
-    method = ADVANTAGE_ESTIMATORS[estimator]
-    result = method.estimate(inputs, gamma=gamma, lam=lam, skip_masked=skip_masked)
+    method = advantage_method(estimator)
+    result = method.estimate(inputs, gamma=gamma, lam=lam, skip_masked=skip_masked, **arguments)
     if method.whitened if whitened is None else whitened:
         known = inputs.mask & ~inputs.scores.isnan()[:, None]
         return Advantages(whiten(result.advantages, known), result.returns)

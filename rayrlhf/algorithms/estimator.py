@@ -1,11 +1,12 @@
-"""What an advantage estimator is: a function from one step's experience to advantages, whatever it reads of it.
+"""Interface of advantage estimators: functions from the experience of one step to advantages.
 
-GAE reads token rewards and values; estimators that compare the samples of one prompt read scores and groups. A new one is a
-file with such a function and a line in `advantages.ADVANTAGE_ESTIMATORS`.
+GAE reads token rewards and values; estimators that compare the samples of one prompt read scores and groups. A new one is such
+a function and a line in `advantages.ADVANTAGE_ESTIMATORS`, or a plugin named by `module:name` or `path/to/file.py:name`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Concatenate
 
 from torch import Tensor
 
@@ -14,16 +15,16 @@ from rayrlhf.algorithms.masking import zero_masked
 
 @dataclass(frozen=True)
 class AdvantageInputs:
-    """The experience of one whole step, B responses of at most T slots.
+    """The experience of one whole step: B responses, at most T slots, right-padded.
 
     Attributes:
-        rewards: float [B, T], per token (`rewards.token_rewards`).
-        scores: float [B], shaped, one per response.
+        rewards: float [B, T], per token (`reward_shaping.token_rewards`).
+        scores: float [B], shaped, one per response; NaN for a response that failed.
         groups: int64 [B]; responses to the same prompt share a number.
         mask: bool [B, T], the action mask.
         value_mask: bool [B, T], the action mask plus the slot of the score.
         values: float [B, T], the critic's; None without a critic.
-        baselines: float [B], shaped score of the greedy response to the same prompt; None where nobody asked for it.
+        baselines: float [B], shaped score of the greedy response to the same prompt; None unless the estimator reads it.
     """
 
     rewards: Tensor
@@ -36,18 +37,18 @@ class AdvantageInputs:
 
     @property
     def sequence_rewards(self) -> Tensor:
-        """What each response earned in all, float [B]: its shaped score, and its KL penalty where that is in the reward."""
+        """Total reward of each response, float [B]: its shaped score plus any KL penalty in the reward."""
         return zero_masked(self.rewards, self.value_mask).sum(1)
 
     def broadcast(self, sequence_advantages: Tensor) -> Tensor:
-        """Give every token of a response the response's advantage: float [B] to float [B, T], 0 outside the action mask."""
+        """Copy each response's advantage to its tokens: float [B] to [B, T], 0 outside the action mask."""
         wide = sequence_advantages[:, None].expand(self.mask.shape)
         return zero_masked(wide.to(self.rewards.dtype), self.mask)
 
 
 @dataclass(frozen=True)
 class Advantages:
-    """What policy and critic learn from.
+    """Training signals of policy and critic.
 
     Attributes:
         advantages: float [B, T].
@@ -58,23 +59,22 @@ class Advantages:
     returns: Tensor | None
 
 
-class AdvantageEstimator(Protocol):
-    """The call that every estimator answers; one that has no use for an option ignores it."""
+AdvantageEstimator = Callable[Concatenate[AdvantageInputs, ...], Advantages]
+"""`estimator(inputs, gamma=..., lam=..., skip_masked=..., **arguments)`: advantages of one step, before whitening.
 
-    def __call__(self, inputs: AdvantageInputs, *, gamma: float, lam: float, skip_masked: bool) -> Advantages:
-        """Estimate advantages for one step, before whitening."""
-        ...
+An estimator accepts the three options and ignores those it does not need; `arguments` are `algorithm.advantage.arguments`.
+"""
 
 
 @dataclass(frozen=True)
 class AdvantageMethod:
-    """An estimator and what a run must give it.
+    """An estimator and its requirements on a run.
 
     Attributes:
         estimate: the function.
-        critic: it reads a critic's values, and the critic learns from its returns; without it no critic is started.
+        critic: it reads a critic's values, and the critic trains on its returns; without it no critic is started.
         whitened: whiten its advantages unless the config says otherwise.
-        smallest_group: fewest samples of one prompt that tell it anything.
+        smallest_group: minimum number of samples per prompt.
         greedy: it reads the score of one greedy response to each prompt.
     """
 

@@ -1,83 +1,157 @@
-"""The policy losses by name. A new one is a file with such a function and a line here; the critic has a single loss.
+"""Policy losses per token: PPO, GSPO, CISPO, and losses from plugins.
 
-The clipped surrogate of PPO (Schulman et al. 2017, equation 7), per token.
+PPO is the clipped surrogate of Schulman et al. (2017, equation 7). Options are a wider upper bound of the ratio (clip-higher of
+DAPO, Yu et al. 2025) and a bound on the loss of bad actions whose ratio exploded (dual clip, Ye et al. 2020).
 
-Options: a wider upper than lower bound of the ratio (DAPO, Yu et al. 2025, "clip-higher"), and a floor under the objective of
-bad actions whose ratio ran away (dual clip, Ye et al. 2020).
+GSPO is the clipped surrogate on one ratio per response (Zheng et al. 2025, "Group Sequence Policy Optimization"). The score
+belongs to the response, so the ratio does too: s = (p(y) / p_old(y))^(1/|y|), the geometric mean of the token ratios. Either
+all tokens of a response are clipped or none. This ratio stays much closer to 1 than that of a token, so its clip range is
+narrower.
 
-GSPO: the clipped surrogate on the ratio of whole responses (Zheng et al. 2025, "Group sequence policy optimization").
+CISPO bounds the importance weight and keeps the gradient of every token (MiniMax 2025, "MiniMax-M1", section 3.1). The clip of
+PPO removes the gradient of tokens whose ratio left the range, and the rare tokens that a chain of thought turns on leave it
+first. Here the ratio is a detached weight on the log-prob, as in REINFORCE, and the bound only limits the weight.
 
-The score belongs to the response, so its ratio does too: s = (p(y) / p_old(y))^(1/|y|), the geometric mean of the token ratios.
-Either all tokens of a response are clipped or none. Ratios of responses stay much closer to 1 than those of tokens, so the clip
-range is narrower: the paper takes 3e-4 below and 4e-4 above.
-
-CISPO: bound the importance weight and keep every token's gradient (MiniMax 2025, "MiniMax-M1", section 3.1).
-
-PPO's clip silences tokens whose ratio left the range, and rare tokens on which a chain of thought turns leave it first. Here
-the ratio is a weight without gradient on the log-prob, as in REINFORCE, and the bound only keeps the weight from running away.
+A loss from outside is a function with the signature `PolicyLoss`, named by `module:function` or `path/to/file.py:function`.
 """
 
-from typing import Literal, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Concatenate, Literal
 
 import torch
 from torch import Tensor
 
-from rayrlhf.algorithms.losses import TokenLoss, clipped_value_loss
+from rayrlhf.algorithms.losses import TokenLoss
 from rayrlhf.algorithms.masking import zero_masked
+from rayrlhf.plugins import Registry
 
 MAX_LOG_RATIO = 20.0
-"""A ratio beyond e^20 tells nothing more and would overflow to inf, which not even a zero weight makes harmless again."""
+"""Bound on |log-ratio|. A larger ratio carries no further information and could overflow to inf, which times 0 is NaN."""
+
+LossAggregation = Literal["token", "sequence", "constant"]
+"""Divisor of an optimizer step's sum of token losses.
+
+`token`: its tokens. `sequence`: each response's length, then the responses. `constant`: one length for all, then the responses.
+"""
 
 
-def clipped_policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-) -> TokenLoss:
-    """max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)) with rho = p / p_old.
+@dataclass(frozen=True)
+class LossInputs:
+    """Inputs of a policy loss for one micro-batch: B responses, T response tokens, right-padded.
+
+    The trainer passes 0 wherever `mask` is False. All floats are float32.
+
+    Attributes:
+        logprobs: float [B, T], log-probs of the sampled tokens under the current policy, with gradient, in nats.
+        old_logprobs: float [B, T], log-probs by the trainer before the step's first update.
+        advantages: float [B, T].
+        mask: bool [B, T], the action mask: True on tokens that the policy sampled.
+        ref_logprobs: float [B, T], log-probs under the reference; None without one (`algorithm.kl.coefficient: 0`).
+        rollout_logprobs: float [B, T], log-probs reported by the rollout engine; None where the caller has none.
+        values: float [B, T], the critic's values before the step's first update; None without a critic.
+    """
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    mask: Tensor
+    ref_logprobs: Tensor | None = None
+    rollout_logprobs: Tensor | None = None
+    values: Tensor | None = None
+
+
+PolicyLoss = Callable[Concatenate[LossInputs, ...], TokenLoss]
+"""`loss(inputs, **arguments)`: loss and statistics per token, float [B, T], 0 where the mask is False.
+
+The arguments are the keys of a built-in loss's section, or `algorithm.policy_loss.arguments` of a plugin.
+"""
+
+
+def ppo_loss(inputs: LossInputs, *, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None) -> TokenLoss:
+    """Return max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)) with rho = p / p_old.
 
     Args:
-        logprobs: float [B, T], with gradient.
-        old_logprobs: float [B, T], of the policy that sampled, by the trainer.
-        advantages: float [B, T].
-        mask: bool [B, T], the action mask.
+        inputs: log-probs, advantages and mask; the optional tensors are not read.
         clip_low: how far the ratio may fall below 1.
-        clip_high: how far it may rise above 1.
-        dual_clip: for A < 0 the loss is at most -A times this (> 1); None leaves it open.
+        clip_high: how far the ratio may rise above 1.
+        dual_clip: for A < 0 the loss is at most -A times this (> 1); None sets no bound.
 
     Returns:
-        Terms with the statistics `loss/policy_avg`, `policy/approxkl_avg` (half the squared log-ratio), `policy/clipfrac_avg`
-        (1 where the clipped branch is the larger), `val/ratio`, `ppo/policy/policykl` (old - new log-prob),
-        `ppo/policy/advantages_mean`.
+        The token loss with the statistics `loss/policy_avg`, `policy/approxkl_avg` (half the squared log-ratio),
+        `policy/clipfrac_avg` (1 where the clipped branch is the larger), `val/ratio`, `ppo/policy/policykl` (old - new
+        log-prob) and `ppo/policy/advantages_mean`.
     """
-    log_ratio = zero_masked(logprobs - old_logprobs, mask)
-    advantages = zero_masked(advantages, mask)
+    log_ratio = zero_masked(inputs.logprobs - inputs.old_logprobs, inputs.mask)
+    advantages = zero_masked(inputs.advantages, inputs.mask)
     ratio = bounded_ratio(log_ratio)
     loss, clipped = clipped_surrogate(ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    return TokenLoss(loss, policy_statistics(loss, clipped, ratio, log_ratio, advantages, mask))
+    return TokenLoss(loss, policy_statistics(loss, clipped, ratio, log_ratio, advantages, inputs.mask))
+
+
+def gspo_loss(
+    inputs: LossInputs, *, clip_low: float = 3e-4, clip_high: float = 4e-4, dual_clip: float | None = None
+) -> TokenLoss:
+    """Return max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high)) with s the response's ratio.
+
+    With the loss aggregation `sequence`, its default, this is equation 5 of the paper, and TRL 1.16.0's
+    `importance_sampling_level="sequence"` with `loss_type="grpo"`.
+
+    Args:
+        inputs: log-probs, advantages and mask; the optional tensors are not read.
+        clip_low: how far the response's ratio may fall below 1.
+        clip_high: how far the response's ratio may rise above 1.
+        dual_clip: see `ppo_loss`.
+
+    Returns:
+        The token loss with the statistics of `ppo_loss`; `val/ratio` is s.
+    """
+    log_ratio = zero_masked(inputs.logprobs - inputs.old_logprobs, inputs.mask)
+    advantages = zero_masked(inputs.advantages, inputs.mask)
+    lengths = inputs.mask.sum(1, keepdim=True).clamp(min=1)
+    ratio = bounded_ratio(log_ratio.sum(1, keepdim=True) / lengths).expand(log_ratio.shape)
+    loss, clipped = clipped_surrogate(ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    return TokenLoss(loss, policy_statistics(loss, clipped, ratio, log_ratio, advantages, inputs.mask))
+
+
+def cispo_loss(inputs: LossInputs, *, clip_high: float = 4.0) -> TokenLoss:
+    """Return -min(rho, 1 + clip_high) A log p, the weight detached.
+
+    Args:
+        inputs: log-probs, advantages and mask; the optional tensors are not read.
+        clip_high: upper bound of the weight minus 1, the paper's epsilon_high. The weight has no lower bound. TRL 1.16.0's
+            `epsilon_high` is the bound itself: 5 there is 4 here.
+
+    Returns:
+        The token loss with the statistics of `ppo_loss`; `policy/clipfrac_avg` counts tokens whose weight was bounded and
+        whose advantage is positive.
+    """
+    # The loss multiplies by the log-prob itself, so masked positions (possibly NaN) are zeroed first.
+    logprobs = zero_masked(inputs.logprobs, inputs.mask)
+    log_ratio = logprobs.detach() - zero_masked(inputs.old_logprobs, inputs.mask)
+    advantages = zero_masked(inputs.advantages, inputs.mask)
+    ratio = bounded_ratio(log_ratio)
+    loss = -ratio.clamp(max=1 + clip_high) * advantages * logprobs
+    clipped = (ratio > 1 + clip_high) & (advantages > 0)
+    return TokenLoss(loss, policy_statistics(loss, clipped, ratio, log_ratio, advantages, inputs.mask))
 
 
 def bounded_ratio(log_ratio: Tensor) -> Tensor:
-    """e^log_ratio, any shape, of a log-ratio clamped to +-`MAX_LOG_RATIO`."""
+    """Return e^log_ratio, any shape, with the log-ratio clamped to +-`MAX_LOG_RATIO`."""
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def clipped_surrogate(
     ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None
 ) -> tuple[Tensor, Tensor]:
-    """The clipped objective, negated, and where the clipped branch is the larger (bool), both [B, T].
+    """Return the negated clipped objective and the positions where the clip applies (bool), both [B, T].
 
     Args:
         ratio: float [B, T], with gradient.
-        advantages: float [B, T], 0 behind the mask.
-        clip_low: see `clipped_policy_loss`, as the other two.
-        clip_high: likewise.
-        dual_clip: likewise.
+        advantages: float [B, T], 0 where masked.
+        clip_low: see `ppo_loss`.
+        clip_high: see `ppo_loss`.
+        dual_clip: see `ppo_loss`.
     """
     free = -advantages * ratio
     bounded = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -90,14 +164,14 @@ def clipped_surrogate(
 def policy_statistics(
     loss: Tensor, clipped: Tensor, ratio: Tensor, log_ratio: Tensor, advantages: Tensor, mask: Tensor
 ) -> dict[str, Tensor]:
-    """The statistics that every policy loss reports (see `clipped_policy_loss`), detached, all [B, T].
+    """Return the statistics of every policy loss (see `ppo_loss`), detached, all [B, T].
 
     Args:
         loss: float [B, T].
-        clipped: bool [B, T], where the clip took hold.
-        ratio: float [B, T], the one that the loss weighs with.
-        log_ratio: float [B, T], of each token by itself, 0 behind the mask.
-        advantages: float [B, T], 0 behind the mask.
+        clipped: bool [B, T], True where the clip applied.
+        ratio: float [B, T], the weight in the loss.
+        log_ratio: float [B, T], of each token alone, 0 where masked.
+        advantages: float [B, T], 0 where masked.
         mask: bool [B, T], the action mask.
     """
     statistics = {
@@ -111,131 +185,52 @@ def policy_statistics(
     return {name: values.detach() for name, values in statistics.items()}
 
 
-def sequence_policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    clip_low: float = 3e-4,
-    clip_high: float = 4e-4,
-    dual_clip: float | None = None,
-) -> TokenLoss:
-    """max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high)) at each token, s being its response's ratio.
+def token_policy_loss(name: str, inputs: LossInputs, arguments: Mapping[str, Any]) -> TokenLoss:
+    """Evaluate a policy loss by name; a plugin is imported in this process and its result is checked and completed.
 
-    With loss aggregation `sequence`, the default for this loss, this is equation 5 of the
-    paper, and TRL 1.16.0's `importance_sampling_level="sequence"` with `loss_type="grpo"`.
+    Statistics that a plugin does not return come from the token ratios, so the ratio guard and early stopping work with it.
 
     Args:
-        logprobs: float [B, T], with gradient.
-        old_logprobs: float [B, T], of the policy that sampled, by the trainer.
-        advantages: float [B, T].
-        mask: bool [B, T], the action mask.
-        clip_low: how far the response's ratio may fall below 1.
-        clip_high: how far it may rise above 1.
-        dual_clip: see `clipped_policy_loss`.
+        name: a key of `POLICY_LOSSES`, `module:function` or `path/to/file.py:function`.
+        inputs: tensors of one micro-batch.
+        arguments: keyword arguments of the loss.
 
-    Returns:
-        Terms with the statistics of `clipped_policy_loss`; `val/ratio` is s.
+    Raises:
+        UserError: no loss has that name, or its module cannot be imported.
+        TypeError: a plugin returned something else than a `TokenLoss` with a loss of shape [B, T].
     """
-    log_ratio = zero_masked(logprobs - old_logprobs, mask)
-    advantages = zero_masked(advantages, mask)
-    lengths = mask.sum(1, keepdim=True).clamp(min=1)
-    ratio = bounded_ratio(log_ratio.sum(1, keepdim=True) / lengths).expand(log_ratio.shape)
-    loss, clipped = clipped_surrogate(ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
-    return TokenLoss(loss, policy_statistics(loss, clipped, ratio, log_ratio, advantages, mask))
-
-
-def bounded_weight_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 4.0,
-    dual_clip: float | None = None,
-) -> TokenLoss:
-    """-min(rho, 1 + clip_high) A log p, the weight detached.
-
-    Args:
-        logprobs: float [B, T], with gradient.
-        old_logprobs: float [B, T], of the policy that sampled, by the trainer.
-        advantages: float [B, T].
-        mask: bool [B, T], the action mask.
-        clip_low: of no use: the paper leaves the weight open below.
-        clip_high: the weight's bound is 1 plus this; TRL 1.16.0's `epsilon_high` is the bound itself, of which 5 is usual.
-        dual_clip: of no use, since no ratio runs away.
-
-    Returns:
-        Terms with the statistics of `clipped_policy_loss`; `policy/clipfrac_avg` counts the tokens whose weight was bounded and
-        whose advantage is positive.
-    """
-    # The value is a product with the log-prob, so what stands behind the mask must be gone before it.
-    logprobs = zero_masked(logprobs, mask)
-    log_ratio = logprobs.detach() - zero_masked(old_logprobs, mask)
-    advantages = zero_masked(advantages, mask)
-    ratio = bounded_ratio(log_ratio)
-    loss = -ratio.clamp(max=1 + clip_high) * advantages * logprobs
-    clipped = (ratio > 1 + clip_high) & (advantages > 0)
-    return TokenLoss(loss, policy_statistics(loss, clipped, ratio, log_ratio, advantages, mask))
-
-
-__all__ = [
-    "POLICY_LOSSES",
-    "DEFAULT_LOSS_AGGREGATION",
-    "TokenLoss",
-    "LossAggregation",
-    "PolicyLoss",
-    "clipped_policy_loss",
-    "clipped_value_loss",
-    "aggregated",
-]
-
-LossAggregation = Literal["token", "sequence", "constant"]
-"""What the sum over an optimizer step is divided by: its tokens; each response by its length, then by the number of responses;
-or the number of responses times one length for all."""
-
-
-class PolicyLoss(Protocol):
-    """The call that every policy loss answers; tensors are [B, T], see `clipped_policy_loss`."""
-
-    def __call__(
-        self,
-        logprobs: Tensor,
-        old_logprobs: Tensor,
-        advantages: Tensor,
-        mask: Tensor,
-        *,
-        clip_low: float,
-        clip_high: float,
-        dual_clip: float | None,
-    ) -> TokenLoss:
-        """Per-token loss and statistics."""
-        ...
-
-
-POLICY_LOSSES: dict[str, PolicyLoss] = {
-    "ppo": clipped_policy_loss,
-    "gspo": sequence_policy_loss,
-    "cispo": bounded_weight_loss,
-}
-
-DEFAULT_LOSS_AGGREGATION: dict[str, LossAggregation] = {"ppo": "token", "gspo": "sequence", "cispo": "token"}
-"""The loss_aggregation that each loss was published with (for ppo, that of DAPO and of both lines of TRL)."""
+    token_loss = POLICY_LOSS_REGISTRY.resolve(name)(inputs, **arguments)
+    if name in POLICY_LOSSES:
+        return token_loss
+    shape = tuple(inputs.mask.shape)
+    if not isinstance(token_loss, TokenLoss) or tuple(token_loss.loss.shape) != shape:
+        found = f"loss {tuple(token_loss.loss.shape)}" if isinstance(token_loss, TokenLoss) else type(token_loss).__name__
+        raise TypeError(f"policy loss {name!r} returned {found}, expected a TokenLoss with a loss of shape {shape}")
+    loss = zero_masked(token_loss.loss, inputs.mask)
+    log_ratio = zero_masked(inputs.logprobs - inputs.old_logprobs, inputs.mask)
+    unclipped = torch.zeros_like(inputs.mask)
+    usual = policy_statistics(loss, unclipped, bounded_ratio(log_ratio), log_ratio, inputs.advantages, inputs.mask)
+    return TokenLoss(loss, usual | token_loss.statistics)
 
 
 def aggregated(loss: Tensor, mask: Tensor, loss_aggregation: LossAggregation, longest: int) -> Tensor:
-    """Divide what must be divided row by row; the caller divides by the tokens or responses of the whole optimizer step.
+    """Divide each row by its part of the divisor; the caller divides by the step's tokens or responses.
 
     Args:
-        loss: float [B, T], 0 behind the mask.
+        loss: float [B, T], 0 where masked.
         mask: bool [B, T], the action mask.
-        loss_aggregation: `token` leaves the loss as it is; `sequence` divides by the row's length, so that each response counts
-            the same (Shao et al. 2024); `constant` divides by `longest`, so that each token does, whatever the others' lengths
-            (Liu et al. 2025).
+        loss_aggregation: `token` leaves the loss as it is. `sequence` divides by the row's length, so that every response
+            counts the same (Shao et al. 2024). `constant` divides by `longest`, so that every token counts the same at any
+            response length (Liu et al. 2025).
         longest: the constant, in tokens.
     """
     if loss_aggregation == "token":
         return loss
     return loss / (mask.sum(1, keepdim=True).clamp(min=1) if loss_aggregation == "sequence" else longest)
+
+
+POLICY_LOSSES: dict[str, PolicyLoss] = {"ppo": ppo_loss, "gspo": gspo_loss, "cispo": cispo_loss}
+"""Built-in policy losses. Each has a section of its own in `rayrlhf.config.policy_loss`."""
+
+POLICY_LOSS_REGISTRY: Registry[PolicyLoss] = Registry("policy loss", POLICY_LOSSES)
+"""Resolves `algorithm.policy_loss.name`."""

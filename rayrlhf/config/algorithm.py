@@ -1,153 +1,158 @@
-"""The maths of the update: KL, reward shaping, advantages, losses. Names and formulas are those of `rayrlhf.algorithms`."""
+"""Sections of the update's maths: KL, reward shaping, advantages, losses. Formulas are in `rayrlhf.algorithms`."""
 
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from rayrlhf.config.policy_loss import AnyPolicyLoss, PPOLossSection, check_name
 from rayrlhf.config.section import Section
 
-KlEstimator = Literal["k1", "abs", "k2", "k3"]
-"""The KL over the whole vocabulary (`rayrlhf.algorithms.kl.full_kl`) needs both models' logits, which the driver never sees."""
+KL_ESTIMATORS = ("k1", "abs", "k2", "k3")
+"""Built-in names. The KL over the whole vocabulary needs the logits of both models, which the driver never holds."""
 
 
 class KlSection(Section):
     """The penalty for moving away from the reference."""
 
-    estimator: KlEstimator = "k1"
-    """`k1` is the log-ratio, `abs` its size, `k2` half its square, `k3` the unbiased one that is never negative."""
+    estimator: str = "k1"
+    """KL estimate of a token from d = log p - log p_ref (Schulman 2020): `k1` d, `abs` |d|, `k2` d^2 / 2, `k3` e^-d - 1 + d, or
+    a function of your own as `module:function` or `path/to/file.py:function`. k1 and k3 are unbiased; k3 is never negative."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of a function of your own."""
     placement: Literal["reward", "loss"] = "reward"
-    """Subtract it from the token rewards (PPO), or add it to the loss (GRPO)."""
+    """`reward` subtracts the penalty from the token rewards (PPO); `loss` adds it to the policy loss (GRPO)."""
     coefficient: float = Field(0.05, ge=0)
-    """0 means no reference model is started."""
+    """Weight of the penalty, per nat. 0 starts no reference model. The default is that of TRL 0.12 to 1.12."""
     target: float | None = Field(None, gt=0)
-    """Nats per sequence that the adaptive controller steers to (Ziegler et al. 2019); fixed coefficient when not given."""
+    """Target of the adaptive coefficient, in nats per sequence (Ziegler et al. 2019). Default: the coefficient is fixed."""
     horizon: int = Field(10_000, ge=1)
-    """Samples over which the adaptive coefficient corrects itself; a larger one reacts more slowly."""
+    """Time constant of the adaptive coefficient, in samples. A larger one reacts more slowly. The default is that of TRL
+    0.11."""
+
+    @field_validator("estimator")
+    @classmethod
+    def _check_estimator(cls, name: str) -> str:
+        check_name("", name, KL_ESTIMATORS)
+        return name
 
     @model_validator(mode="after")
     def _check_target(self) -> Self:
+        if self.arguments and ":" not in self.estimator:
+            raise ValueError(f"arguments have no effect with estimator '{self.estimator}': remove them")
         if self.target is not None and self.coefficient == 0:
-            raise ValueError("target adapts the coefficient by factors, so a coefficient of 0 would stay 0: give one above 0")
+            raise ValueError(
+                "target adapts the coefficient by factors, so a coefficient of 0 would stay 0: expected one above 0"
+            )
         if self.target is not None and self.placement == "loss":
             raise ValueError("target adapts the coefficient of the reward; with placement 'loss' it is fixed: remove target")
         return self
 
 
 class ShapingSection(Section):
-    """What happens to a sequence's score before it becomes token rewards, in this order."""
+    """Changes to a response's score before it becomes token rewards, in this order."""
 
-    overlong_buffer: int | None = Field(None, ge=1)
-    """Tokens before `rollout.max_new_tokens` in which length costs, up to `overlong_penalty` at the limit (DAPO)."""
+    overlong_buffer: int | float | None = Field(None, gt=0)
+    """Length of the zone before `rollout.max_new_tokens` in which a response is penalized, rising linearly to
+    `overlong_penalty` at the limit (DAPO, Yu et al. 2025, equation 13). In tokens, or below 1 as a share of
+    `rollout.max_new_tokens`. Default: no penalty."""
     overlong_penalty: float = Field(1.0, gt=0)
-    """What a response of the full length pays, in units of the score."""
+    """Largest overlong penalty, in units of the score. The default is DAPO's."""
     missing_eos_penalty: float | None = Field(None, ge=0)
-    """Subtracted from the score of a response that did not stop by itself."""
+    """Penalty of a response without a stop token, in units of the score. Default: none."""
     scale: bool = False
-    """Divide by the running standard deviation of all scores so far."""
+    """Divide scores by the running standard deviation of all scores of the run."""
     center: bool = False
-    """Subtract the running mean before scaling."""
+    """Subtract the running mean of all scores before scaling."""
     clip: float | None = Field(None, gt=0)
-    """Clip the score to [-clip, clip]."""
+    """Clip scores to [-`clip`, `clip`]. Default: not clipped."""
     whiten_rewards: bool = False
-    """Whiten the token rewards of the step, keeping their mean."""
+    """Scale the token rewards of a step to variance 1; their mean stays."""
     score_position: Literal["last", "after_last"] = "last"
-    """The token that receives the score: the last one (classic), or the slot after a stop token (TRL modern)."""
+    """Token that receives the score: the last one (TRL up to 0.11), or the slot after a stop token (TRL 0.12 to 1.12)."""
     truncated: Literal["keep", "mask"] = "keep"
-    """`mask`: nothing is learned from the tokens of a response that the length limit cut off; its score still counts in its
-    group and in whitening."""
+    """Use of responses that hit the length limit. `mask` excludes their tokens from the losses; their scores still count in
+    the group and in whitening (overlong filtering of DAPO)."""
+
+    @field_validator("overlong_buffer")
+    @classmethod
+    def _check_overlong_buffer(cls, buffer: float | None) -> float | None:
+        if buffer is not None and buffer >= 1 and buffer != int(buffer):
+            raise ValueError(f"expected a whole number of tokens, or a share below 1, found {buffer:g}")
+        return buffer
 
 
 class AdvantageSection(Section):
     """From token rewards and values to advantages and returns."""
 
     estimator: str = "gae"
-    """A name in `rayrlhf.algorithms.advantages.ADVANTAGE_ESTIMATORS`; all but gae do without a critic."""
+    """Advantage estimator: `gae`, `grpo`, `dr_grpo`, `rloo`, `reinforce`, `reinforce++`, `reinforce++-baseline`, `remax`, or a
+    function or `AdvantageMethod` of your own as `module:name` or `path/to/file.py:name`. Only `gae` needs a critic."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of an estimator of your own."""
     gamma: float = Field(1.0, ge=0, le=1)
-    """Discount per token; of no use to grpo, dr_grpo and rloo, which give a response one advantage."""
+    """Discount per token. No effect on grpo, dr_grpo and rloo, whose responses have one advantage each."""
     lam: float = Field(0.95, ge=0, le=1)
-    """Between one-step differences (0) and whole returns (1), Schulman et al. 2016; only gae has a use for it."""
+    """Lambda of GAE, from one-step differences (0) to whole returns (1) (Schulman et al. 2016). Only gae reads it."""
     whiten: bool | None = None
-    """Shift and scale advantages to mean 0 and variance 1 over all samples of the step. When not given, gae, reinforce++ and
-    reinforce++-baseline do and the others do not."""
+    """Shift and scale advantages to mean 0 and variance 1 over all samples of the step. Default: true for gae, reinforce++ and
+    reinforce++-baseline, false for the others."""
     skip_masked: bool = True
-    """Bootstrap across tool or environment tokens; false treats them as steps of value 0 (TRL classic)."""
-
-
-class PolicyLossSection(Section):
-    """The surrogate that the policy minimizes."""
-
-    renamed_keys: ClassVar = {"normalisation": "loss_aggregation", "normalisation_length": "loss_aggregation_length"}
-
-    name: str = "ppo"
-    """A name in `rayrlhf.algorithms.policy_losses.POLICY_LOSSES`."""
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    """The ratio is clipped to [1 - clip_low, 1 + clip_high]. gspo needs far less, such as 3e-4; cispo has no lower bound."""
-    clip_high: float = Field(0.2, gt=0)
-    """Above `clip_low` it is DAPO's clip-higher (0.28). The weight of cispo is bounded by 1 + this, for which 5 is usual."""
-    dual_clip: float | None = Field(None, gt=1)
-    """Bound on the loss of a token with a negative advantage, in multiples of it (Ye et al. 2020)."""
-    entropy_coefficient: float = Field(0.0, ge=0)
-    """Weight of the mean entropy per token, which is subtracted from the loss whatever its loss_aggregation."""
-    loss_aggregation: Literal["token", "sequence", "constant"] | None = None
-    """Divide an optimizer step's sum by its tokens; or each response by its length and then by the number of responses; or by
-    the number of responses times `loss_aggregation_length` (Dr. GRPO). Default: `sequence` for gspo, else `token`."""
-    loss_aggregation_length: int | None = Field(None, ge=1)
-    """Tokens that `constant` divides a response by; `rollout.max_new_tokens` when not given."""
+    """Let the recursion of GAE skip tool and environment tokens. `false` treats them as steps of value 0 (TRL up to 0.11)."""
 
     @model_validator(mode="after")
-    def _check_unused_keys(self) -> Self:
-        if self.name == "cispo" and self.dual_clip is not None:
-            raise ValueError("dual_clip is of no use with name 'cispo', whose weight is bounded by clip_high: remove it")
-        if self.loss_aggregation_length is not None and self.loss_aggregation != "constant":
-            raise ValueError("loss_aggregation_length is of no use without loss_aggregation 'constant': remove it, or set that")
+    def _check_arguments(self) -> Self:
+        if self.arguments and ":" not in self.estimator:
+            raise ValueError(f"arguments have no effect with estimator '{self.estimator}': remove them")
         return self
 
 
 class OffPolicyCorrectionSection(Section):
-    """Weights for the gap between the sampler's log-probs and the trainer's (`rayrlhf.algorithms.importance`).
+    """Importance weights for the log-prob gap between rollout engine and trainer (`rayrlhf.algorithms.importance`).
 
-    Off by default: in float32 the gap is about 5e-6 nats. In bfloat16 it is about 0.03, and `level: token` is a good start.
+    In float32 the gap is about 5e-6 nats, so the correction is off by default. In bfloat16 it is about 0.03: use `token`.
     """
 
     level: Literal["none", "token", "sequence"] = "none"
-    """Weigh each token by its own ratio, or all tokens of a response by the product of their ratios."""
+    """Granularity of the weights. `token`: each token's own ratio. `sequence`: the product over the response. Default: `none`,
+    or `token` with `async.max_staleness` above 0."""
     mode: Literal["truncate", "mask"] = "truncate"
-    """What becomes of a weight outside [low, high]: the bound, or 0."""
+    """Treatment of weights outside [`low`, `high`]: `truncate` sets them to the bound (TIS), `mask` to 0."""
     low: float = Field(0.0, ge=0, le=1)
-    """Smallest weight that is let through."""
+    """Lower bound of a weight."""
     high: float = Field(3.0, ge=1)
-    """Largest weight that is let through."""
+    """Upper bound of a weight. The default is that of TRL 1.16."""
 
 
 class ValueLossSection(Section):
     """The clipped squared error of the critic."""
 
     coefficient: float = Field(0.1, ge=0)
-    """Weight beside the policy loss; it matters where both share a trunk."""
+    """Weight of the value loss relative to the policy loss. It matters where both share a trunk (`critic.kind: shared`)."""
     clip: float | None = Field(0.2, gt=0)
-    """Keep new values within this distance of the old ones; not clipped when null."""
+    """Largest distance of a new value from the old one, in units of the return. null does not clip."""
 
 
 class ParitySection(Section):
-    """Quirks of TRL's trainers, off by default; switch one on only to compare numbers with TRL."""
+    """Quirks of TRL's trainers, off by default. Switch one on only to compare numbers with TRL."""
 
     mini_batch_means: bool = False
-    """Normalise each micro-batch by its own token count instead of the optimizer step's (both TRL lines)."""
+    """Divide the loss of each micro-batch by its own tokens instead of the optimizer step's (TRL's PPO trainers)."""
     clip_first_step_only: bool = False
-    """Clip gradients on the first optimizer step of a run and never again (TRL classic)."""
+    """Clip gradients on the first optimizer step of a run only (TRL up to 0.11)."""
     no_accumulation: bool = False
-    """Step the optimizer after every micro-batch but still divide by their number (TRL's last data batch)."""
+    """Step the optimizer after every micro-batch, and still divide by their number (TRL's last data batch)."""
 
 
 class AlgorithmSection(Section):
-    """Everything about the objective."""
+    """The objective: KL penalty, scores, advantages and losses."""
 
     renamed_keys: ClassVar = {"correction": "off_policy_correction"}
 
     kl: KlSection = KlSection()
     shaping: ShapingSection = ShapingSection()
     advantage: AdvantageSection = AdvantageSection()
-    policy_loss: PolicyLossSection = PolicyLossSection()
+    policy_loss: AnyPolicyLoss = PPOLossSection()
+    """Loss of the policy. Its key `name` selects the loss, and with it the other keys and their defaults."""
     off_policy_correction: OffPolicyCorrectionSection = OffPolicyCorrectionSection()
     value_loss: ValueLossSection = ValueLossSection()
     parity: ParitySection = ParitySection()

@@ -1,14 +1,13 @@
 """The root of a PPO configuration file, and the checks that span sections."""
 
-import difflib
-from collections.abc import Iterable
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from rayrlhf.config.algorithm import AlgorithmSection
 from rayrlhf.config.data import DataSection
 from rayrlhf.config.model import CriticSection, ModelSection, ReferenceSection
+from rayrlhf.config.policy_loss import check_name
 from rayrlhf.config.reward import RewardSection
 from rayrlhf.config.rollout import EnvironmentSection, RolloutSection
 from rayrlhf.config.runtime import (
@@ -24,6 +23,9 @@ from rayrlhf.config.runtime import (
 )
 from rayrlhf.config.section import Section
 from rayrlhf.config.train import TrainSection
+
+if TYPE_CHECKING:
+    from rayrlhf.algorithms.estimator import AdvantageMethod
 
 
 class PPOConfig(Section):
@@ -70,6 +72,14 @@ class PPOConfig(Section):
         return self.train.epochs * (self.samples_per_step // self.mini_batch_size)
 
     @property
+    def overlong_tokens(self) -> int | None:
+        """Length of the overlong zone before `rollout.max_new_tokens`, in tokens; None without a penalty."""
+        buffer = self.algorithm.shaping.overlong_buffer
+        if buffer is None or buffer >= 1:
+            return None if buffer is None else int(buffer)
+        return max(1, round(buffer * self.rollout.max_new_tokens))
+
+    @property
     def needs_reference(self) -> bool:
         """Whether any part of the objective reads reference log-probs."""
         return self.algorithm.kl.coefficient > 0
@@ -77,9 +87,7 @@ class PPOConfig(Section):
     @property
     def needs_greedy(self) -> bool:
         """Whether the advantage estimator reads the score of a greedy response to each prompt."""
-        from rayrlhf.algorithms.advantages import ADVANTAGE_ESTIMATORS
-
-        return ADVANTAGE_ESTIMATORS[self.algorithm.advantage.estimator].greedy
+        return _advantage_method(self).greedy
 
     @property
     def reference_in_policy(self) -> bool:
@@ -101,38 +109,28 @@ class PPOConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_names(self) -> Self:
-        # Imported here: the registries bring torch, which reading a configuration does not need otherwise.
-        from rayrlhf.algorithms.advantages import ADVANTAGE_ESTIMATORS
-        from rayrlhf.algorithms.policy_losses import POLICY_LOSSES
-
-        _check_name("algorithm.advantage.estimator", self.algorithm.advantage.estimator, ADVANTAGE_ESTIMATORS)
-        _check_name("algorithm.policy_loss.name", self.algorithm.policy_loss.name, POLICY_LOSSES)
-        return self
-
-    @model_validator(mode="after")
     def _check_critic(self) -> Self:
+        # Imported here: the registry imports torch, which reading a configuration does not need otherwise.
         from rayrlhf.algorithms.advantages import ADVANTAGE_ESTIMATORS
 
         name = self.algorithm.advantage.estimator
-        needed = ADVANTAGE_ESTIMATORS[name].critic
+        check_name("algorithm.advantage.estimator", name, ADVANTAGE_ESTIMATORS, "estimator")
+        needed = _advantage_method(self).critic
         if needed and self.critic.kind == "none":
             raise ValueError(
                 f"algorithm.advantage.estimator '{name}' needs a critic: set critic.kind to 'separate' or 'shared'"
             )
         if not needed and not self.critic.model_fields_set:
-            # The one default that follows another section; a section is frozen from here on.
+            # A default that follows another section; a section is frozen from here on.
             object.__setattr__(self, "critic", CriticSection(kind="none"))
         if not needed and self.critic.kind != "none":
-            raise ValueError(f"algorithm.advantage.estimator '{name}' has no use for a critic: set critic.kind to 'none'")
+            raise ValueError(f"algorithm.advantage.estimator '{name}' does not use a critic: set critic.kind to 'none'")
         return self
 
     @model_validator(mode="after")
     def _check_group_size(self) -> Self:
-        from rayrlhf.algorithms.advantages import ADVANTAGE_ESTIMATORS
-
         name, shaping = self.algorithm.advantage.estimator, self.algorithm.shaping
-        method, samples = ADVANTAGE_ESTIMATORS[name], self.rollout.samples_per_prompt
+        method, samples = _advantage_method(self), self.rollout.samples_per_prompt
         if samples < method.smallest_group:
             raise ValueError(
                 f"algorithm.advantage.estimator '{name}' compares responses to one prompt: set rollout.samples_per_prompt to "
@@ -293,10 +291,7 @@ class PPOConfig(Section):
         return self
 
 
-def _check_name(key: str, name: str, known: Iterable[str]) -> None:
-    known = list(known)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        raise ValueError(
-            f"{key}: unknown name {name!r}; " + (f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}")
-        )
+def _advantage_method(config: PPOConfig) -> "AdvantageMethod":
+    from rayrlhf.algorithms.advantages import advantage_method
+
+    return advantage_method(config.algorithm.advantage.estimator)

@@ -1,17 +1,17 @@
-"""The base of every config section: strict, frozen, documented field by field.
+"""Base class of configuration sections: strict, frozen, documented field by field.
 
-A section is a pydantic model in a file of its own. Unknown keys, wrong types and values out of range are refused;
-`rayrlhf.config.loading.load` turns pydantic's report into one line for the user.
+A section is a pydantic model; a file holds the sections of one topic. Unknown keys, wrong types and values out of range are
+errors, which `rayrlhf.config.loading.load` turns from pydantic's report into one line each.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A part of the configuration file. Unknown keys are errors and values cannot change after loading."""
+    """Part of a configuration file. Unknown keys are errors, and values cannot change after loading."""
 
     # Defaults are not validated: pydantic refuses a Path as the default of strict JSON. A test loads them all instead.
     model_config = ConfigDict(
@@ -22,3 +22,8 @@ class Section(BaseModel):
     """Old key -> new key, for files written before a rename."""
     renamed_values: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     """Key -> old value -> new value."""
+
+    @classmethod
+    def matches(cls, value: Any) -> bool:
+        """Return True where a tree of settings belongs to this section and not to another member of its union."""
+        return True

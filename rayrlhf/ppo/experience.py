@@ -89,7 +89,12 @@ class ExperienceMaker:
         scores = self._shape(scored)
         kl = None
         if "reference" in scored.forward_passes:
-            kl = kl_penalty(logprobs, _forward_passes(scored, "reference", "logprobs", width), algorithm.kl.estimator)
+            kl = kl_penalty(
+                logprobs,
+                _forward_passes(scored, "reference", "logprobs", width),
+                algorithm.kl.estimator,
+                algorithm.kl.arguments,
+            )
         in_reward = kl if algorithm.kl.placement == "reward" else None
         coefficient = self._controller.value
         at_end, by_token = self._credited(scores, scored, width)
@@ -108,11 +113,14 @@ class ExperienceMaker:
             lam=section.lam,
             skip_masked=section.skip_masked,
             whitened=section.whiten,
+            arguments=section.arguments,
         )
         kept = self._kept(rollouts)[:, None]
         arrays = {"old_logprobs": logprobs, "advantages": result.advantages, "action_mask": mask & kept}
         if values is not None and result.returns is not None:
             arrays |= {"old_values": values, "returns": result.returns, "value_mask": earned.value_mask & kept}
+        if algorithm.policy_loss.kind == "plugin":
+            arrays["rollout_logprobs"] = _padded([rollout.logprobs for rollout in rollouts], width)
         if "reference" in scored.forward_passes:
             arrays["ref_logprobs"] = _forward_passes(scored, "reference", "logprobs", width)
         weights, weight_metrics = self._corrected(logprobs, rollouts, mask)
@@ -171,9 +179,10 @@ class ExperienceMaker:
         """Scores minus what each response pays for its own length, float [B]."""
         scores, rollouts = torch.from_numpy(scored.rewards.scores), scored.rollouts
         shaping, limit = self._config.algorithm.shaping, self._config.rollout.max_new_tokens
-        if shaping.overlong_buffer is not None:
+        buffer = self._config.overlong_tokens
+        if buffer is not None:
             lengths = torch.tensor([len(rollout.response_ids) for rollout in rollouts])
-            scores = scores + shaping.overlong_penalty * overlong_penalty(lengths, limit, shaping.overlong_buffer)
+            scores = scores + shaping.overlong_penalty * overlong_penalty(lengths, limit, buffer)
         if shaping.missing_eos_penalty is not None:
             stopped = torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
             scores = penalize_missing_stop(scores, stopped, shaping.missing_eos_penalty)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from rayrlhf.algorithms.advantages import estimate_advantages
 from rayrlhf.algorithms.estimator import AdvantageInputs
 from rayrlhf.algorithms.gae import gae
+from rayrlhf.errors import UserError
 from tests.algorithms.batches import Batch, batches
 
 unit = st.floats(0, 1)
@@ -147,5 +148,5 @@ def test_gae_without_a_critic_and_unknown_estimators_are_errors() -> None:
     options = {"gamma": 1.0, "lam": 1.0, "skip_masked": True, "whitened": False}
     with pytest.raises(ValueError, match="needs a critic"):
         estimate_advantages("gae", inputs_of(batch, None), **options)
-    with pytest.raises(ValueError, match="'gea' is not one of gae"):
+    with pytest.raises(UserError, match="'gea' is not registered; did you mean 'gae'"):
         estimate_advantages("gea", inputs_of(batch, None), **options)

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 
 from rayrlhf.algorithms.kl import KL_ESTIMATORS, full_kl, kl_loss, kl_penalty
+from rayrlhf.errors import UserError
 from tests.algorithms.batches import Batch, batches
 
 every_estimator = pytest.mark.parametrize("estimator", KL_ESTIMATORS)
@@ -86,7 +87,7 @@ def test_nan_behind_the_mask_reaches_neither_the_kl_loss_nor_its_gradient(batch:
 
 
 def test_an_unknown_estimator_is_an_error_that_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'full' is not one of k1, abs, k2, k3"):
+    with pytest.raises(UserError, match="'full' is not registered; known are abs, k1, k2, k3"):
         kl_penalty(torch.zeros(1, 1), torch.zeros(1, 1), "full")
 
 

@@ -8,9 +8,9 @@ import torch
 from rayrlhf.algorithms.gae import gae
 from rayrlhf.algorithms.importance import moved_too_far
 from rayrlhf.algorithms.kl import full_kl, kl_controller, kl_penalty
-from rayrlhf.algorithms.losses import TokenLoss
+from rayrlhf.algorithms.losses import TokenLoss, clipped_value_loss
 from rayrlhf.algorithms.masking import whiten
-from rayrlhf.algorithms.policy_losses import POLICY_LOSSES, clipped_value_loss
+from rayrlhf.algorithms.policy_losses import POLICY_LOSSES, LossInputs
 from rayrlhf.algorithms.reward_shaping import RunningMoments, TokenRewards, shape_scores, token_rewards
 from rayrlhf.algorithms.statistics import (
     explained_variance,
@@ -71,10 +71,7 @@ def our_losses(name: str, index: int) -> list[tuple[TokenLoss, TokenLoss, torch.
             for field in ("old_logprobs", "advantages", "values_masked", "returns")
         }
         policy = POLICY_LOSSES["ppo"](
-            step.to_response(mini_batch.logprobs, rows),
-            cut["old_logprobs"],
-            cut["advantages"],
-            mask,
+            LossInputs(step.to_response(mini_batch.logprobs, rows), cut["old_logprobs"], cut["advantages"], mask),
             clip_low=case.config["cliprange"],
             clip_high=case.config["cliprange"],
             dual_clip=None,

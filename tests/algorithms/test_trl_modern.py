@@ -8,8 +8,8 @@ import torch
 from rayrlhf.algorithms.advantages import estimate_advantages
 from rayrlhf.algorithms.estimator import AdvantageInputs, Advantages
 from rayrlhf.algorithms.kl import kl_penalty
-from rayrlhf.algorithms.losses import TokenLoss
-from rayrlhf.algorithms.policy_losses import POLICY_LOSSES, clipped_value_loss
+from rayrlhf.algorithms.losses import TokenLoss, clipped_value_loss
+from rayrlhf.algorithms.policy_losses import POLICY_LOSSES, LossInputs
 from rayrlhf.algorithms.reward_shaping import TokenRewards, penalize_missing_stop, token_rewards
 from rayrlhf.algorithms.statistics import length_statistics, objective_statistics
 from tests.fixtures.oracle_cases import MODERN_NAMES, ModernCase, modern_case
@@ -74,10 +74,7 @@ def our_policy_losses(name: str) -> list[tuple[TokenLoss, torch.Tensor]]:
         rows = batch.indices
         mask = case.advantages_mask[rows]
         loss = POLICY_LOSSES["ppo"](
-            batch.logprobs,
-            case.rollout_logprobs[rows],
-            case.advantages_whitened[rows],
-            mask,
+            LossInputs(batch.logprobs, case.rollout_logprobs[rows], case.advantages_whitened[rows], mask),
             clip_low=case.config["cliprange"],
             clip_high=case.config["cliprange"],
             dual_clip=None,

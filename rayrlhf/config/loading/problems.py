@@ -51,22 +51,28 @@ def problems(error: ValidationError, tree: dict[str, Any], root: type[Section]) 
     found: dict[str, list[Any]] = {}
     for detail in error.errors():
         found.setdefault(_dotted(detail, tree), []).append(detail)
-    return {dotted: _message(dotted, details, root) for dotted, details in found.items()}
+    return {dotted: _message(dotted, details, root, tree) for dotted, details in found.items()}
 
 
-def known_keys(root: type[Section], prefix: str = "") -> Iterator[str]:
-    """Yield every dotted key of a section tree, sections before what they hold; items of a list stand under `0`."""
+def known_keys(root: type[Section], prefix: str = "", tree: Any = None) -> Iterator[str]:
+    """Yield every dotted key of a section tree, sections before their keys; items of a list have the key `0`.
+
+    Where a key has several sections to choose from, `tree` selects the one that its settings belong to; without it all are
+    yielded.
+    """
     for attribute, field in root.model_fields.items():
         name = field.alias or attribute
         yield prefix + name
+        value = tree.get(name) if isinstance(tree, dict) else None
         for section, in_list in sections_in(field.annotation):
-            yield from known_keys(section, f"{prefix}{name}.{'0.' if in_list else ''}")
+            if value is None or in_list or section.matches(value):
+                yield from known_keys(section, f"{prefix}{name}.{'0.' if in_list else ''}", None if in_list else value)
 
 
-def _message(dotted: str, details: list[Any], root: type[Section]) -> str:
+def _message(dotted: str, details: list[Any], root: type[Section], tree: Any) -> str:
     first = details[0]
     if first["type"] == "extra_forbidden":
-        return f"unknown key; {_nearest_key(dotted, root)}"
+        return f"unknown key; {_nearest_key(dotted, root, tree)}"
     if first["type"] == "missing":
         return "required, but not given"
     if first["type"] == "value_error":
@@ -103,11 +109,11 @@ def _dotted(detail: Any, tree: Any) -> str:
     return ".".join(parts)
 
 
-def _nearest_key(dotted: str, root: type[Section]) -> str:
+def _nearest_key(dotted: str, root: type[Section], tree: Any) -> str:
     """Return the hint for an unknown key: the same name elsewhere, a similar one beside it, or what may stand there."""
     generic = re.sub(r"\.\d+(?=\.|$)", ".0", dotted)
     section, _, leaf = generic.rpartition(".")
-    keys = list(known_keys(root))
+    keys = list(known_keys(root, tree=tree))
     beside = [key for key in keys if key.rpartition(".")[0] == section]
     searches: tuple[Callable[[], list[str]], ...] = (
         lambda: difflib.get_close_matches(generic, [key for key in keys if key.rpartition(".")[2] == leaf], n=1, cutoff=0),
@@ -129,12 +135,15 @@ def _similar_leaf(leaf: str, keys: list[str]) -> list[str]:
 
 
 def sections_in(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[Section], bool]]:
-    """Yield the section classes of a field annotation, each with whether it stands in a list."""
+    """Yield the section classes of a field annotation, each with True where it is an item of a list."""
+    origin = typing.get_origin(annotation)
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation, in_list
-    elif isinstance(annotation, types.UnionType) or typing.get_origin(annotation) in (typing.Union, list):
+    elif origin is typing.Annotated:
+        yield from sections_in(typing.get_args(annotation)[0], in_list)
+    elif isinstance(annotation, types.UnionType) or origin in (typing.Union, list):
         for argument in typing.get_args(annotation):
-            yield from sections_in(argument, in_list or typing.get_origin(annotation) is list)
+            yield from sections_in(argument, in_list or origin is list)
 
 
 def _short(value: Any) -> str:

@@ -34,7 +34,7 @@ def with_current_keys(tree: Any, cls: type[Section], prefix: str = "") -> Any:
             value = result.get(key)
             if in_list and isinstance(value, list):
                 result[key] = [with_current_keys(item, section, f"{prefix}{key}.{i}.") for i, item in enumerate(value)]
-            elif not in_list and key in result:
+            elif not in_list and key in result and section.matches(value):
                 result[key] = with_current_keys(value, section, f"{prefix}{key}.")
     return result
 

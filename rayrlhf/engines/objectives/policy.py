@@ -9,8 +9,9 @@ from torch import Tensor
 from rayrlhf.algorithms.kl import kl_loss
 from rayrlhf.algorithms.losses import TokenLoss
 from rayrlhf.algorithms.masking import zero_masked
-from rayrlhf.algorithms.policy_losses import DEFAULT_LOSS_AGGREGATION, POLICY_LOSSES, aggregated, bounded_ratio
-from rayrlhf.config.algorithm import KlSection, PolicyLossSection
+from rayrlhf.algorithms.policy_losses import LossInputs, aggregated, bounded_ratio, token_policy_loss
+from rayrlhf.config.algorithm import KlSection
+from rayrlhf.config.policy_loss import PolicyLossSection, PPOLossSection
 from rayrlhf.engines.objectives.base import LossComponent
 from rayrlhf.models.network import OutputName
 
@@ -28,7 +29,7 @@ class PolicyObjective:
         longest: tokens that the loss aggregation `constant` divides a response by, unless `loss` sets a number.
     """
 
-    loss: PolicyLossSection = field(default_factory=PolicyLossSection)
+    loss: PolicyLossSection = field(default_factory=PPOLossSection)
     kl: KlSection | None = None
     temperature: float = 1.0
     importance: bool = False
@@ -51,25 +52,17 @@ class PolicyObjective:
     def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
         """Evaluate on a micro-batch (see `Objective.compute`)."""
         logprobs, mask = outputs["logprobs"], arrays["action_mask"]
-        surrogate = POLICY_LOSSES[self.loss.name](
-            logprobs,
-            arrays["old_logprobs"],
-            arrays["advantages"],
-            mask,
-            clip_low=self.loss.clip_low,
-            clip_high=self.loss.clip_high,
-            dual_clip=self.loss.dual_clip,
-        )
+        surrogate = token_policy_loss(self.loss.name, _loss_inputs(logprobs, arrays), self.loss.loss_arguments)
         loss, statistics = surrogate.loss, dict(surrogate.statistics)
         if self.importance:
             loss = loss * zero_masked(arrays["importance_weights"], mask)
         if self.kl is not None and self.kl.placement == "loss" and self.kl.coefficient:
-            penalty = kl_loss(logprobs, arrays["ref_logprobs"], mask, self.kl.estimator)
+            penalty = kl_loss(logprobs, arrays["ref_logprobs"], mask, self.kl.estimator, self.kl.arguments)
             # The tokens come from an older policy; the ratio corrects the estimate to the current policy's KL.
             weight = bounded_ratio(zero_masked(logprobs.detach() - arrays["old_logprobs"], mask))
             statistics["loss/kl_avg"] = penalty.detach()
             loss = loss + self.kl.coefficient * weight * penalty
-        loss_aggregation = self.loss.loss_aggregation or DEFAULT_LOSS_AGGREGATION[self.loss.name]
+        loss_aggregation = self.loss.loss_aggregation
         loss = aggregated(loss, mask, loss_aggregation, self.loss.loss_aggregation_length or self.longest)
         components = [LossComponent("action_mask", 1.0, TokenLoss(loss, statistics), per_response=loss_aggregation != "token")]
         return [*components, self._bonus(outputs["entropy"], mask)] if "entropy" in outputs else components
@@ -80,3 +73,21 @@ class PolicyObjective:
         coefficient = self.loss.entropy_coefficient
         loss = -entropy if coefficient else torch.zeros_like(entropy)
         return LossComponent("action_mask", coefficient, TokenLoss(loss, {"policy/entropy_avg": entropy.detach()}))
+
+
+def _loss_inputs(logprobs: Tensor, arrays: Mapping[str, Tensor]) -> LossInputs:
+    """Inputs of the policy loss for a micro-batch, all 0 outside the action mask."""
+    mask = arrays["action_mask"]
+
+    def masked(name: str) -> Tensor | None:
+        return zero_masked(arrays[name], mask) if name in arrays else None
+
+    return LossInputs(
+        logprobs=zero_masked(logprobs, mask),
+        old_logprobs=zero_masked(arrays["old_logprobs"], mask),
+        advantages=zero_masked(arrays["advantages"], mask),
+        mask=mask,
+        ref_logprobs=masked("ref_logprobs"),
+        rollout_logprobs=masked("rollout_logprobs"),
+        values=masked("old_values"),
+    )

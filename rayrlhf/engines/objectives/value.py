@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from rayrlhf.algorithms.policy_losses import clipped_value_loss
+from rayrlhf.algorithms.losses import clipped_value_loss
 from rayrlhf.config.algorithm import ValueLossSection
 from rayrlhf.engines.objectives.base import LossComponent
 from rayrlhf.models.network import OutputName

@@ -126,12 +126,33 @@ def test_differences_show_old_and_new(minimal):
         ("algorithm.kl={placement: loss, target: 6}", "algorithm.kl: target adapts the coefficient of the reward"),
         (
             "algorithm.policy_loss={name: cispo, dual_clip: 3}",
-            "algorithm.policy_loss: dual_clip is of no use with name 'cispo'",
+            "algorithm.policy_loss: dual_clip has no effect with name 'cispo'",
         ),
         (
             "algorithm.policy_loss.loss_aggregation_length=9",
-            "loss_aggregation_length is of no use without loss_aggregation 'constant'",
+            "loss_aggregation_length has no effect without loss_aggregation 'constant'",
         ),
+        (
+            "algorithm.policy_loss.name=zzz",
+            "algorithm.policy_loss.name: unknown name 'zzz'; expected one of ppo, gspo, cispo, module:function",
+        ),
+        ("algorithm.policy_loss.name=gsop", "algorithm.policy_loss.name: unknown name 'gsop'; did you mean gspo?"),
+        ("algorithm.policy_loss=5", "algorithm.policy_loss: expected a section with keys and values, found 5"),
+        ("algorithm.policy_loss.name=5", "algorithm.policy_loss.name: expected the name of a loss or a path"),
+        (
+            "algorithm.policy_loss={name: gspo, clip_hihg: 1}",
+            "algorithm.policy_loss.clip_hihg: unknown key; did you mean algorithm.policy_loss.clip_high?",
+        ),
+        (
+            "algorithm.policy_loss={name: cispo, clip: 1}",
+            "algorithm.policy_loss.clip: unknown key; did you mean algorithm.value_loss.clip?",
+        ),
+        ("algorithm.policy_loss={name: gspo, clip_low: 0}", "algorithm.policy_loss.clip_low: expected > 0, found 0"),
+        ("algorithm.policy_loss.arguments={a: 1}", "algorithm.policy_loss.arguments: unknown key; did you mean"),
+        ("algorithm.kl.estimator=k4", "algorithm.kl.estimator: unknown name 'k4'; expected one of k1, abs, k2, k3, module:f"),
+        ("algorithm.kl.arguments={a: 1}", "algorithm.kl: arguments have no effect with estimator 'k1'"),
+        ("algorithm.advantage.arguments={a: 1}", "algorithm.advantage: arguments have no effect with estimator 'gae'"),
+        ("algorithm.shaping.overlong_buffer=1.5", "overlong_buffer: expected a whole number of tokens, or a share below 1"),
         ("critic={kind: shared, learning_rate: 1}", "critic: learning_rate is of no use with kind 'shared'"),
         ("train.offload_optimizer=true", "offload_optimizer needs zero_stage 1, 2 or 3"),
         ("preset=trl-clasic", "preset: unknown preset trl-clasic; did you mean trl-classic?"),
@@ -162,7 +183,6 @@ def test_a_wrong_value_is_one_line_that_names_key_and_expectation(minimal, overr
         ),
         ("evaluation.every=5", "evaluation.every 5 needs prompts in data.evaluation"),
         ("algorithm.advantage.estimator=gea", "algorithm.advantage.estimator: unknown name 'gea'; did you mean gae?"),
-        ("algorithm.policy_loss.name=zzz", "algorithm.policy_loss.name: unknown name 'zzz'; expected one of ppo"),
     ],
 )
 def test_sections_that_contradict_each_other_are_named(minimal, override, message):
@@ -230,7 +250,7 @@ def test_an_estimator_without_values_starts_no_critic_and_refuses_one(minimal):
     written.write_text(dump_config(config))
     assert load_config(PPOConfig, written) == config
     found = message_of(minimal, *grouped, "critic.kind=shared")
-    assert found.endswith("algorithm.advantage.estimator 'rloo' has no use for a critic: set critic.kind to 'none'")
+    assert found.endswith("algorithm.advantage.estimator 'rloo' does not use a critic: set critic.kind to 'none'")
 
 
 def test_scores_of_greedy_responses_are_compared_on_one_scale(minimal):

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rayrlhf.config.algorithm import KlSection, PolicyLossSection
+from rayrlhf.config.algorithm import KlSection
+from rayrlhf.config.policy_loss import policy_loss_section
 from rayrlhf.engines.objectives.base import responses_under, weighted_loss
 from rayrlhf.engines.objectives.policy import PolicyObjective
 from tests.algorithms.batches import Batch, batches
@@ -24,7 +25,15 @@ CASES = {
         {"loss_aggregation": "constant", "loss_aggregation_length": 7},
         {"loss_type": "dr_grpo", "max_completion_length": 7},
     ),
-    "gspo": ({"name": "gspo"}, {"loss_type": "grpo", "importance_sampling_level": "sequence"}),
+    "gspo": (
+        {"name": "gspo", "clip_low": 0.2, "clip_high": 0.2},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    ),
+    "gspo with its own range": (
+        {"name": "gspo"},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4},
+    ),
+    "cispo with its own bound": ({"name": "cispo"}, {"loss_type": "cispo", "epsilon_high": 5.0}),
     "cispo": ({"name": "cispo", "clip_high": 0.5}, {"loss_type": "cispo", "epsilon_high": 1.5}),
     "cispo a sequence": (
         {"name": "cispo", "clip_high": 9.0, "loss_aggregation": "constant"},
@@ -65,7 +74,7 @@ def test_value_and_gradient_are_those_of_trl(case: str, batch: Batch) -> None:
     for side in ("ours", "theirs"):
         leaves = [start.clone().requires_grad_(), entropy.clone().requires_grad_()]
         if side == "ours":
-            objective = PolicyObjective(PolicyLossSection.model_validate(ours), longest=LONGEST)
+            objective = PolicyObjective(policy_loss_section(**ours), longest=LONGEST)
             outputs = dict(zip(("logprobs", "entropy"), leaves, strict=True))
             loss = loss_of(objective, outputs, arrays_of(batch, old, advantages))
         else:
@@ -81,10 +90,12 @@ def test_value_and_gradient_are_those_of_trl(case: str, batch: Batch) -> None:
 def test_the_kl_in_the_loss_has_trls_value_and_the_gradient_of_k2(batch: Batch, loss_aggregation: str | None) -> None:
     from tests.algorithms.trl_group import trl_loss
 
-    old, start, reference, nothing = batch.logprobs(), batch.logprobs(), batch.logprobs(), torch.zeros(len(batch.mask)).double()
+    old, start, nothing = batch.logprobs(), batch.logprobs(), torch.zeros(len(batch.mask)).double()
+    # Within the bound on k3, which TRL does not have.
+    reference = start + batch.floats().clamp(-2.0, 2.0)
     leaf = start.clone().requires_grad_()
     objective = PolicyObjective(
-        PolicyLossSection.model_validate({"loss_aggregation": loss_aggregation}),
+        policy_loss_section(loss_aggregation=loss_aggregation),
         KlSection(estimator="k3", placement="loss", coefficient=0.4),
     )
     loss = loss_of(objective, {"logprobs": leaf}, arrays_of(batch, old, nothing, ref_logprobs=reference))
@@ -116,7 +127,7 @@ def test_importance_weights_multiply_the_surrogate_as_trls_do(level: str) -> Non
 @reproducible
 @given(batch=batches(), size=st.integers(1, 4))
 def test_splitting_into_micro_batches_does_not_change_the_gradient(case: str, batch: Batch, size: int) -> None:
-    objective = PolicyObjective(PolicyLossSection.model_validate(CASES[case][0]), longest=LONGEST)
+    objective = PolicyObjective(policy_loss_section(**CASES[case][0]), longest=LONGEST)
     arrays = arrays_of(batch, batch.logprobs(), batch.scores())
     start, entropy = batch.behind_nan(batch.logprobs()), batch.behind_nan(batch.logprobs().abs())
     mask = batch.mask
@@ -141,9 +152,10 @@ def test_one_response_of_a_group_is_clipped_as_a_whole_by_gspo_and_token_by_toke
         "old_logprobs": torch.zeros(1, 2), "advantages": torch.ones(1, 2), "action_mask": torch.ones(1, 2, dtype=torch.bool)
     }  # fmt: skip
     moved = {}
-    for name in ("ppo", "gspo", "cispo"):
+    clips = {"ppo": {}, "gspo": {"clip_low": 0.2, "clip_high": 0.2}, "cispo": {"clip_high": 0.2}}
+    for name, clip in clips.items():
         leaf = torch.stack([step, -step])[None].requires_grad_()
-        objective = PolicyObjective(PolicyLossSection(name=name), entropy=False)
+        objective = PolicyObjective(policy_loss_section(name=name, **clip), entropy=False)
         loss_of(objective, {"logprobs": leaf}, arrays).backward()
         assert leaf.grad is not None
         moved[name] = leaf.grad[0].tolist()

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rayrlhf.config.algorithm import KlSection, ParitySection, PolicyLossSection, ValueLossSection
+from rayrlhf.config.algorithm import KlSection, ParitySection, ValueLossSection
 from rayrlhf.config.model import LoraSection, ModelSection
+from rayrlhf.config.policy_loss import PPOLossSection
 from rayrlhf.config.train import OptimizerSection, ScheduleSection, TrainSection
 from rayrlhf.data.records import TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
@@ -31,7 +32,7 @@ from tests.engines.training import join_alone, random_batch, random_sequences, w
 
 POLICY, SHARED, CRITIC = frozenset({"lm"}), frozenset({"lm", "value"}), frozenset({"value"})
 LOGPROBS = frozenset({"logprobs"})
-BOTH = SharedObjective(PolicyObjective(PolicyLossSection(entropy_coefficient=0.05)), ValueObjective())
+BOTH = SharedObjective(PolicyObjective(PPOLossSection(entropy_coefficient=0.05)), ValueObjective())
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayrlhf.config.algorithm import ParitySection, PolicyLossSection, ValueLossSection
+from rayrlhf.config.algorithm import ParitySection, ValueLossSection
 from rayrlhf.config.model import ModelSection
+from rayrlhf.config.policy_loss import PPOLossSection
 from rayrlhf.config.train import OptimizerSection, TrainSection
 from rayrlhf.data.records import TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
@@ -113,7 +114,7 @@ def classic_engine(case: ClassicCase, folder: Path) -> TrainEngine:
 def classic_objective(case: ClassicCase) -> SharedObjective:
     config = case.config
     return SharedObjective(
-        PolicyObjective(PolicyLossSection(clip_low=config["cliprange"], clip_high=config["cliprange"])),
+        PolicyObjective(PPOLossSection(clip_low=config["cliprange"], clip_high=config["cliprange"])),
         ValueObjective(ValueLossSection(coefficient=config["vf_coef"], clip=config["cliprange_value"])),
     )
 

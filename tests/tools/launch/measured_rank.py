@@ -79,8 +79,8 @@ def main(hidden, layers, tokens, dtype):
     import torch
     from transformers import LlamaForCausalLM
 
-    from rayrlhf.config.algorithm import PolicyLossSection
     from rayrlhf.config.model import ModelSection
+    from rayrlhf.config.policy_loss import PPOLossSection
     from rayrlhf.config.train import TrainSection
     from rayrlhf.engines.objectives.policy import PolicyObjective
     from rayrlhf.engines.train.engine import TrainEngine
@@ -99,7 +99,7 @@ def main(hidden, layers, tokens, dtype):
             engine = TrainEngine(spec)
             batch = samples(tokens)
             for _ in range(STEPS):
-                engine.update(batch, UpdatePlan([[list(range(len(batch)))]]), PolicyObjective(PolicyLossSection()))
+                engine.update(batch, UpdatePlan([[list(range(len(batch)))]]), PolicyObjective(PPOLossSection()))
     print(json.dumps({"before": before, "after": resident(), "peak": peak.anonymous}))
 
 
