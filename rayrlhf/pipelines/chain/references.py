@@ -1,4 +1,4 @@
-"""`${stage.output}` in a stage's settings: what it may name, and what it becomes.
+"""References such as `${stage.output}` in a stage's settings, and their replacement.
 
 Pure: outputs are texts by stage and name, and settings are trees of plain values.
 """
@@ -12,7 +12,7 @@ from rayrlhf.errors import UserError
 
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 Outputs = Mapping[str, Mapping[str, str]]
-"""Stage name -> output name -> its value, for the stages before the one being filled in."""
+"""Stage name -> output name -> value, of the stages before the current one."""
 
 
 def fill_in(settings: object, outputs: Outputs, place: str) -> Any:
@@ -21,10 +21,10 @@ def fill_in(settings: object, outputs: Outputs, place: str) -> Any:
     Args:
         settings: mappings, lists and values.
         outputs: of the stages before this one.
-        place: the stage, for messages.
+        place: the stage, for error messages.
 
     Raises:
-        UserError: a reference names no earlier stage, or an output that the stage does not have.
+        UserError: a reference to an unknown or later stage, or to an unknown output.
     """
     if isinstance(settings, Mapping):
         return {key: fill_in(value, outputs, f"{place}.{key}") for key, value in settings.items()}

@@ -1,8 +1,8 @@
-"""Running a chain: stages in order, each in a run folder of its own, finished ones skipped.
+"""Chains of stages, run in order and each in a run folder of its own.
 
-A finished stage leaves `RUN/STAGE.done.json` with its resolved configuration and its headline. On a rerun a stage with the same
-configuration is skipped, an unfinished one resumes by its own rules, and one whose configuration changed is refused, because
-what came after it was made from the old one.
+A finished stage leaves `RUN/STAGE.done.json` with its resolved configuration and headline. On a rerun a stage with the same
+configuration is skipped, and an unfinished one resumes by its own rules. A finished stage with a changed configuration is
+rejected, because later stages were made from the old one.
 """
 
 import json
@@ -17,7 +17,7 @@ from rich.console import Console
 
 from rayrlhf.actors.connection import connected
 from rayrlhf.config.chain import ChainConfig, StageSection
-from rayrlhf.config.loading.load import differences, dump_config, load_config, load_tree, stored_config
+from rayrlhf.config.loading.load import dump_config, load_config, load_tree, stored_differences
 from rayrlhf.config.section import Section
 from rayrlhf.errors import UserError
 from rayrlhf.pipelines.chain.references import fill_in
@@ -27,7 +27,7 @@ from rayrlhf.storage.atomic import write_atomically, writing
 
 @dataclass(frozen=True, slots=True)
 class PlannedStage:
-    """A stage whose configuration is settled."""
+    """A stage with its resolved configuration."""
 
     section: StageSection
     config: Section
@@ -35,20 +35,20 @@ class PlannedStage:
 
     @property
     def done(self) -> Path:
-        """The mark of a finished stage."""
+        """File that marks a finished stage."""
         return self.folder.with_name(f"{self.folder.name}.done.json")
 
 
 @dataclass(frozen=True, slots=True)
 class StageReport:
-    """What a stage came to.
+    """Result of a stage.
 
     Attributes:
         name: the stage.
-        kind: what it did.
+        kind: its kind.
         headline: its result in one line.
         seconds: wall time of the run that finished it.
-        skipped: whether an earlier run of the chain had finished it.
+        skipped: True where an earlier run of the chain finished it.
     """
 
     name: str
@@ -59,14 +59,14 @@ class StageReport:
 
 
 def plan_chain(config: ChainConfig, base: Path) -> list[PlannedStage]:
-    """Settle every stage's configuration before the first one runs.
+    """Resolve every stage's configuration before the first one runs.
 
     Args:
         config: the chain.
-        base: folder that relative configuration files are in: the chain file's own.
+        base: folder of relative configuration files, which is the chain file's.
 
     Raises:
-        UserError: a stage's file, key, value or reference is wrong; or it was finished with another configuration.
+        UserError: a stage's file, key, value or reference is wrong, or it was finished with another configuration.
     """
     outputs: dict[str, Mapping[str, str]] = {}
     planned = []
@@ -85,17 +85,17 @@ def plan_chain(config: ChainConfig, base: Path) -> list[PlannedStage]:
 
 
 def run_chain(config: ChainConfig, base: Path, console: Console | None = None) -> list[StageReport]:
-    """Run what is not done yet; returns a report for each stage.
+    """Run the unfinished stages, and return a report for each stage.
 
     Raises:
-        UserError: see `plan_chain`; and what the stages raise.
+        UserError: as `plan_chain`, and as the stages.
     """
     planned = plan_chain(config, base)
     console = console or Console()
     with writing(config.run.folder):
         config.run.folder.mkdir(parents=True, exist_ok=True)
     reports = []
-    # One local Ray for all stages: starting it takes longer than a small stage.
+    # One local Ray for all stages, because its start takes longer than a small stage.
     needs_ray = any(stage.section.kind != "evaluate" and not stage.done.is_file() for stage in planned)
     with connected(config.address) if needs_ray else nullcontext():
         for number, stage in enumerate(planned, start=1):
@@ -107,13 +107,13 @@ def run_chain(config: ChainConfig, base: Path, console: Console | None = None) -
 
 
 def summary(reports: Sequence[StageReport]) -> list[str]:
-    """One line a stage, and the time of all."""
+    """Return one line per stage, and the total time."""
     total = sum(report.seconds for report in reports)
     return [*map(_line, reports), f"{total / 60:.1f} minutes in all stages"]
 
 
 def load_chain(path: Path, overrides: Sequence[str] = ()) -> ChainConfig:
-    """Read a chain's configuration file; overrides reach into stages by number (`stages.0.settings.train.steps=10`)."""
+    """Read a chain's configuration; `stages.0.settings.train.steps=10` overrides a stage's setting."""
     return load_config(ChainConfig, path, overrides)
 
 
@@ -131,16 +131,15 @@ def _run_stage(stage: PlannedStage) -> StageReport:
 
 
 def _check_done(stage: PlannedStage) -> None:
-    """Refuse to skip a stage that was finished with another configuration."""
+    """Reject a stage that was finished with another configuration."""
     if not stage.done.is_file():
         return
     stored: dict[str, Any] = json.loads(stage.done.read_text(encoding="utf-8"))
-    before = stored_config(type(stage.config), stored["config"])
-    changed = differences(before, stage.config)
+    changed = stored_differences(type(stage.config), stored["config"], dump_config(stage.config))
     if changed:
         raise UserError(
             f"stage {stage.section.name} was finished with another configuration ({'; '.join(changed[:3])}): choose another "
-            f"run.name, or remove {stage.done} and {stage.folder}, and what later stages made of it"
+            f"run.name, or remove {stage.done} and {stage.folder}, and the results of later stages"
         )
 
 

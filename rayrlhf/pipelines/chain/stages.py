@@ -1,6 +1,6 @@
-"""What a stage can be: its configuration, its run, and what it leaves for later stages.
+"""Stage kinds of a chain: configuration, run function, and outputs for later stages.
 
-A new kind is one function and one line in `STAGES`. The drivers are imported inside: a check needs none of them.
+A new kind is one function and one line in `STAGES`. Drivers are imported lazily, because a check needs none of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,14 +18,14 @@ from rayrlhf.config.tuning.configs import DPOConfig, RewardTrainingConfig, SFTCo
 
 @dataclass(frozen=True, slots=True)
 class StageType:
-    """One kind of stage.
+    """A kind of stage.
 
     Attributes:
-        config: the root of its configuration.
-        run: runs it, or finishes what an interrupted chain began; returns its result in one line.
-        export: the folder of the model that it leaves, by its path in the stage's folder; "" where there is none.
-        dataset: the file it leaves for others to train on, by its name in the folder; "" where there is none.
-        leaves_dataset: whether a configuration of this kind asks for that file.
+        config: root section of its configuration.
+        run: runs or resumes it, and returns its result in one line.
+        export: folder of the exported model, relative to the stage's folder; "" for none.
+        dataset: file with training data, relative to the stage's folder; "" for none.
+        leaves_dataset: returns True for a configuration that writes that file.
     """
 
     config: type[Section]
@@ -35,7 +35,7 @@ class StageType:
     leaves_dataset: Callable[[Any], bool] = lambda _: True
 
     def outputs(self, folder: Path, config: Section) -> Mapping[str, str]:
-        """What later stages may name, known before the stage runs."""
+        """Return the outputs for later stages, known before the stage runs."""
         outputs = {"folder": str(folder)}
         if self.export:
             outputs["export"] = str(folder / self.export)
@@ -120,5 +120,5 @@ STAGES: Mapping[StageKind, StageType] = {
 
 
 def _numbers(metrics: Mapping[str, float]) -> str:
-    """Held-out numbers of a tuning run, in one line."""
+    """Return the held-out metrics of a tuning run in one line."""
     return ", ".join(f"{name.rpartition('/')[2]} {value:.3f}" for name, value in metrics.items())

@@ -1,7 +1,7 @@
-"""What a model reaches with k tries a prompt, estimated from n >= k tries without bias.
+"""Best-of-k and pass@k from n >= k samples per prompt, without bias.
 
-The mean over all subsets of k of the n tries has a closed form: the try at place i of n in ascending order is the best of
-C(i - 1, k - 1) of the C(n, k) subsets. For scores that are right or wrong this is pass@k, equation 1 of Chen et al. (2021).
+The mean over all subsets of k of the n samples has a closed form: the sample of rank i in ascending order is the best of
+C(i - 1, k - 1) of the C(n, k) subsets. For scores of 0 or 1 this is pass@k, equation 1 of Chen et al. (2021).
 """
 
 from math import comb
@@ -11,13 +11,13 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def best_of(scores: ArrayLike, k: int, *, chosen_by: ArrayLike | None = None) -> NDArray[np.float64]:
-    """Return the expected score of the best of k tries, for each prompt.
+    """Return the expected score of the best of k samples per prompt.
 
     Args:
-        scores: float [P, n], of n independent tries at each of P prompts.
-        k: tries, 1 <= k <= n.
-        chosen_by: float [P, n], what the best is chosen by; the scores themselves when not given. Of equals the later one wins,
-            which favours none, since tries are independent.
+        scores: float [P, n], of n independent samples of P prompts.
+        k: number of samples, 1 <= k <= n.
+        chosen_by: float [P, n], the criterion of the best; the scores when not given. Ties go to the later sample, which is
+            unbiased, because samples are independent.
 
     Returns:
         Float64 [P]; its mean over prompts is best-of-k.
@@ -36,12 +36,12 @@ def best_of(scores: ArrayLike, k: int, *, chosen_by: ArrayLike | None = None) ->
 
 
 def pass_at(scores: ArrayLike, k: int, *, right_from: float = 1.0) -> NDArray[np.float64]:
-    """Return the chance that one of k tries is right, for each prompt; see `best_of`.
+    """Return pass@k per prompt, float64 [P]; see `best_of`.
 
     Args:
         scores: float [P, n].
-        k: tries, 1 <= k <= n.
-        right_from: a try with at least this score is right.
+        k: number of samples, 1 <= k <= n.
+        right_from: minimum score of a correct sample.
 
     Raises:
         ValueError: k is not between 1 and n.
@@ -50,5 +50,5 @@ def pass_at(scores: ArrayLike, k: int, *, right_from: float = 1.0) -> NDArray[np
 
 
 def powers_of_two(tries: int) -> list[int]:
-    """Return 1, 2, 4, ... below `tries`, and `tries`: the k that are reported."""
+    """Return the reported k: 1, 2, 4, ... below `tries`, and `tries`."""
     return [*(1 << bit for bit in range(tries.bit_length()) if 1 << bit < tries), tries]

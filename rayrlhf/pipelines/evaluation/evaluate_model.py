@@ -1,7 +1,7 @@
-"""Judging a model on one dataset: every prompt answered once or often, every answer scored, every mean with its interval.
+"""Evaluation of a model on one dataset: responses, scores, and means with confidence intervals.
 
-One process, one engine, no Ray: an evaluation is a few minutes of sampling. Answers go to `answers/` as Parquet, the numbers to
-`evaluation.json`. An evaluation that is done is read, not repeated; the same name with another configuration is refused.
+It uses one process and one rollout engine, without Ray. Responses go to `answers/` as Parquet, numbers to `evaluation.json`. A
+finished evaluation is read, not repeated. The same name with another configuration is rejected.
 """
 
 import json
@@ -42,19 +42,19 @@ ANSWERS = "answers"
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult:
-    """What an evaluation found.
+    """Result of an evaluation.
 
     Attributes:
         folder: the run folder.
-        prompts: how many were answered.
-        score: mean score with its bootstrap interval over prompts; of several answers to a prompt their mean counts.
-        parts: the same for each part of the reward that applies to every answer.
-        distinct: share of different answers.
-        samples: answers to each prompt.
-        pass_at: k -> chance that one of k answers is right; nothing where there is one answer a prompt.
-        best_of: k -> score of the best of k answers; likewise.
-        kept: answers that were kept for fine-tuning.
-        failed: prompts that are left out, because the environment of a sample failed.
+        prompts: number of prompts.
+        score: mean score with its bootstrap interval over prompts, of the mean per prompt.
+        parts: the same for each part of the reward that applies to every response.
+        distinct: share of distinct responses.
+        samples: responses per prompt.
+        pass_at: k -> pass@k; empty for one response per prompt.
+        best_of: k -> score of the best of k responses; empty for one response per prompt.
+        kept: responses kept for fine-tuning.
+        failed: prompts excluded because the environment of a sample failed.
     """
 
     folder: Path
@@ -69,7 +69,7 @@ class EvaluationResult:
     failed: int = 0
 
     def lines(self) -> list[str]:
-        """The result in words."""
+        """Return the result in words."""
         parts = [f"{name}: {interval}" for name, interval in self.parts.items()]
         tries = [f"pass@{k}: {interval}" for k, interval in self.pass_at.items()]
         tries += [f"best of {k}: {interval}" for k, interval in self.best_of.items()]
@@ -80,10 +80,10 @@ class EvaluationResult:
 
 
 def check_evaluation(config: EvaluateConfig) -> str:
-    """Check a configuration without loading the model; returns the plan in words.
+    """Check a configuration without loading the model, and return the plan in words.
 
     Raises:
-        UserError: a mistake in data, reward functions, rollout backend, environment or lengths.
+        UserError: invalid data, reward functions, rollout backend, environment or lengths.
     """
     load_functions(config.reward)
     check_rollout_backend(config.rollout)
@@ -94,10 +94,10 @@ def check_evaluation(config: EvaluateConfig) -> str:
 
 
 def evaluate_model(config: EvaluateConfig) -> EvaluationResult:
-    """Answer and score the dataset, or return what an earlier call with this configuration found.
+    """Evaluate the model, or return the stored result of the same configuration.
 
     Raises:
-        UserError: a mistake in the configuration, the data or the reward functions; or the folder holds another evaluation.
+        UserError: an invalid configuration, data or reward function; or the folder contains another evaluation.
         AlarmError: too many samples failed in their environment.
     """
     functions = load_functions(config.reward)
@@ -123,7 +123,7 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult:
 
 
 def read_result(folder: Path) -> EvaluationResult:
-    """The result that a finished evaluation left in its folder."""
+    """Read the result of a finished evaluation."""
     stored = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     parts = {name: Interval(**values) for name, values in stored["parts"].items()}
     tries = {
@@ -144,11 +144,13 @@ def read_result(folder: Path) -> EvaluationResult:
 
 
 def whole_prompts(config: EvaluateConfig, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Prompt]:
-    """Return the prompts all of whose samples were played; all of them where there is no environment.
+    """Return the prompts without a failed sample.
+
+    A failed environment gives no score. The whole prompt is excluded, so that all prompts have equally many responses.
 
     Args:
-        config: names the share of samples that may fail.
-        prompts: P of them.
+        config: sets the share of samples that may fail.
+        prompts: P prompts.
         rollouts: P x samples, in any order.
 
     Raises:
@@ -165,7 +167,7 @@ def whole_prompts(config: EvaluateConfig, prompts: Sequence[Prompt], rollouts: S
 
 
 def transcripts(config: EvaluateConfig, rollouts: Sequence[Rollout]) -> list[list[Line] | None]:
-    """Return who said what in each rollout; None for each where there is no environment."""
+    """Return the transcript of each rollout, or None without an environment."""
     if config.environment is None:
         return [None] * len(rollouts)
     tokenizer = load_tokenizer(config.model)
@@ -189,7 +191,7 @@ def _key(prompt: Prompt, sample: int) -> SampleKey:
 
 
 def _answer(config: EvaluateConfig, prompts: Sequence[Prompt]) -> dict[SampleKey, Rollout]:
-    """`samples` answers to each prompt."""
+    """Generate `samples` responses per prompt."""
     engine = build_player(RolloutSpec(config.model, config.rollout, config.run.seed, config.environment))
     try:
         requests = [
@@ -216,7 +218,7 @@ def _write_result(
     parts = {
         name: bootstrap_mean(per_prompt(values).mean(1)) for name, values in rewards.parts.items() if not np.isnan(values).any()
     }
-    judge = None if config.best_by is None else per_prompt(rewards.parts[config.best_by])
+    chosen_by = None if config.best_by is None else per_prompt(rewards.parts[config.best_by])
     tries = powers_of_two(config.samples) if config.samples > 1 else []
     result = EvaluationResult(
         folder,
@@ -226,7 +228,7 @@ def _write_result(
         distinct_share([rollout.text.strip() for rollout in rollouts]),
         config.samples,
         {k: bootstrap_mean(pass_at(scores, k, right_from=config.right_from)) for k in tries},
-        {k: bootstrap_mean(best_of(scores, k, chosen_by=judge)) for k in tries},
+        {k: bootstrap_mean(best_of(scores, k, chosen_by=chosen_by)) for k in tries},
         kept,
         failed,
     )
@@ -236,7 +238,7 @@ def _write_result(
 
 
 def _keep(config: EvaluateConfig, folder: Path, asked: Sequence[Prompt], rollouts: Sequence[Rollout], scores: Float32) -> int:
-    """Write what is to be kept, before the result, which says that all is done; returns how many answers."""
+    """Write the kept responses, before the result that marks completion; return their number."""
     if config.keep is None:
         return 0
     written = dict(enumerate(read_prompts(config.data)))
@@ -248,7 +250,7 @@ def _keep(config: EvaluateConfig, folder: Path, asked: Sequence[Prompt], rollout
 def _samples(
     config: EvaluateConfig, asked: Sequence[Prompt], rollouts: Sequence[Rollout], rewards: RewardBatch
 ) -> list[Sample]:
-    said = transcripts(config, rollouts)
+    conversations = transcripts(config, rollouts)
     return [
         Sample(
             prompt_id=prompt.id,
@@ -260,7 +262,7 @@ def _samples(
             finish_reason=rollout.finish_reason,
             version=0,
             parts={name: float(values[index]) for name, values in rewards.parts.items()},
-            transcript=said[index],
+            transcript=conversations[index],
         )
         for index, (prompt, rollout) in enumerate(zip(asked, rollouts, strict=True))
     ]

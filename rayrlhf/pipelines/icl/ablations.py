@@ -21,18 +21,18 @@ Ablation = Literal["none", "flip", "format"]
 
 
 class AnswerCorruptor:
-    """Changes the answers of demonstrations, never those of the questions asked."""
+    """Replaces the answers of demonstrations, never those of questions."""
 
     def __init__(self, ablation: Ablation, answers: Sequence[str], seed: int) -> None:
-        """Fix what happens to every answer.
+        """Fix the replacement of every answer.
 
         Args:
-            ablation: `none` leaves all as it is.
-            answers: the answers of the pool, in any order and number.
-            seed: of the exchange and of the draws.
+            ablation: `none` replaces nothing.
+            answers: the answers of the pool, in any order.
+            seed: of the permutation and the draws.
 
         Raises:
-            UserError: an ablation of a pool that has only one answer.
+            UserError: an ablation of a pool with only one answer.
         """
         self._ablation, self._seed = ablation, seed
         self._answers = sorted(set(answers))
@@ -42,7 +42,10 @@ class AnswerCorruptor:
         self._other = dict(zip(shuffled, [*shuffled[1:], *shuffled[:1]], strict=True))
 
     def corrupt(self, target: Example, demonstrations: Sequence[Example]) -> list[Example]:
-        """Return the demonstrations as the target's context shows them, a function of seed, target and demonstration alone."""
+        """Return the demonstrations of a target's context.
+
+        A function of seed, target and demonstration only.
+        """
         if self._ablation == "none":
             return list(demonstrations)
         if self._ablation == "flip":
@@ -55,7 +58,10 @@ class AnswerCorruptor:
 
 
 def copy_control(demonstrations: Sequence[Example], answer: str) -> float:
-    """Return the expected accuracy of copying the answer of a demonstration drawn at random, in [0, 1]; 0 without any."""
+    """Return the expected accuracy, in [0, 1], of copying a random demonstration's answer.
+
+    0 without demonstrations.
+    """
     if not demonstrations:
         return 0.0
     return sum(shown.answer == answer for shown in demonstrations) / len(demonstrations)

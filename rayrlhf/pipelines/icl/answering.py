@@ -1,4 +1,4 @@
-"""The stages of a k-curve over part files: a model answers the questions, then the answers are scored."""
+"""Stages of a k-curve and of distillation: generate the answers to questions, and score them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +42,7 @@ def answer_questions(
 
 
 def load_context_tokenizer(model: ModelSection, layout: str) -> Any:
-    """Load a tokenizer, and check that it has a chat template unless contexts are plain text.
+    """Load a tokenizer; check its chat template unless contexts are plain text.
 
     Raises:
         UserError: no tokenizer, or no chat template.
@@ -57,10 +57,10 @@ def load_context_tokenizer(model: ModelSection, layout: str) -> Any:
 
 
 class AnswerGenerator:
-    """Adds a model's answers to a part of questions."""
+    """Adds generated answers to a part of questions."""
 
     def __init__(self, plan: GenerationPlan) -> None:
-        """Start the model."""
+        """Start the rollout engine."""
         self._generator = BatchGenerator(plan)
 
     def __call__(self, table: ArrowTable) -> ArrowTable:
@@ -82,7 +82,7 @@ class AnswerScorer:
     """Adds a score to a part of answers."""
 
     def __init__(self, config: ICLEvaluateConfig) -> None:
-        """Load what scores.
+        """Load the metric.
 
         Raises:
             UserError: a reward function cannot be resolved.

@@ -1,7 +1,7 @@
-"""`icl build`: a dataset of examples becomes in-context SFT data, through an index on disk and parts in a pool of processes.
+"""`icl build`: in-context SFT data, built by a pool of processes.
 
-Each step is done once, whatever was interrupted: intake to part files, the index as one folder, samples part by part, and at
-the end the dataset that `rayrlhf sft` reads, with a report of what was left out and why.
+Each step is done once and survives interruption: ingestion to part files, the index as one folder, samples part by part, and
+the dataset that `rayrlhf sft` reads, with a report of omitted rows and reasons.
 """
 
 import json
@@ -27,19 +27,19 @@ from rayrlhf.storage.atomic import file_atomically, folder_atomically, write_ato
 
 DATASET, INDEX, REPORT = "dataset.parquet", "index", "report.json"
 FREE = ("pipeline.builders", "pipeline.max_restarts", "pipeline.stall_seconds", "pipeline.address")
-"""Settings that change nothing of what is made."""
-OF_INTAKE = ("data.", "pipeline.rows_per_part")
-"""Beginnings of the settings that the first step reads; the others may still be corrected until there is an index."""
+"""Settings without effect on the dataset."""
+INGESTION = ("data.", "pipeline.rows_per_part")
+"""Prefixes of the settings of ingestion; others may change until the index exists."""
 ENCODED_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class BuildResult:
-    """What a build leaves.
+    """Result of a build.
 
     Attributes:
         dataset: Parquet, as `rayrlhf sft` reads it.
-        report: what became of rows and demonstrations, as in `report.json`.
+        report: counts of rows and demonstrations, as in `report.json`.
     """
 
     dataset: Path
@@ -47,25 +47,25 @@ class BuildResult:
 
     def lines(self) -> list[str]:
         """Return the report in words."""
-        told = self.report
-        shown = ", ".join(f"{count} with {number}" for number, count in told["shown"].items())
-        leaks = ", ".join(f"{count} {reason}" for reason, count in told["leaks"].items()) or "none"
-        left_out = {**told["rejected"], **told["problems"]}
-        lines = [f"samples: {told['samples']} of {told['read']} rows; demonstrations: {shown}"]
+        report = self.report
+        shown = ", ".join(f"{count} with {number}" for number, count in report["shown"].items())
+        leaks = ", ".join(f"{count} {reason}" for reason, count in report["leaks"].items()) or "none"
+        left_out = {**report["rejected"], **report["problems"]}
+        lines = [f"samples: {report['samples']} of {report['read']} rows; demonstrations: {shown}"]
         lines += [f"left out: {count} rows: {reason}" for reason, count in left_out.items()]
-        lines.append(f"passed over as leaks: {leaks}; as repeated texts: {told['repeated']}")
-        if told["dropped"]:
-            lines.append(f"dropped from the far end, over sample.max_tokens: {told['dropped']} demonstrations")
-        if told["short"]:
-            lines.append(f"missing, since the task has no more: {told['short']} demonstrations")
+        lines.append(f"skipped as leaks: {leaks}; as repeated texts: {report['repeated']}")
+        if report["dropped"]:
+            lines.append(f"dropped as farthest, over sample.max_tokens: {report['dropped']} demonstrations")
+        if report["short"]:
+            lines.append(f"missing, because the task has no more: {report['short']} demonstrations")
         return [*lines, f"dataset: {self.dataset}"]
 
 
 def check_build(config: ICLBuildConfig) -> str:
-    """Check what can be known without reading the data, and return the plan in words.
+    """Check the configuration without reading data, and return the plan in words.
 
     Raises:
-        UserError: the model has no tokenizer, or no chat template where one is needed; an encoder does not say how it pools.
+        UserError: no tokenizer, or no chat template where one is needed; an encoder's pooling is unknown.
     """
     from rayrlhf.data.templates import require_chat_template
     from rayrlhf.models.load import load_tokenizer
@@ -75,25 +75,25 @@ def check_build(config: ICLBuildConfig) -> str:
         require_chat_template(tokenizer)
     check_encoder(config.demonstrations)
     shown, sample = config.demonstrations, config.sample
-    what = "every answer" if sample.loss_on == "every" else "the target's answer"
+    targets = "every answer" if sample.loss_on == "every" else "the target's answer"
     return "\n".join(
         [
             f"run: {config.run.folder}, seed {config.run.seed}",
             f"examples: {config.data.path}, {config.data.prompt_field} and {config.data.response_field}"
             + (f", tasks by {config.data.task_field}" if config.data.task_field else ""),
             f"demonstrations: {shown.least} to {shown.most}, {shown.selection}, {shown.order.replace('_', ' ')}",
-            f"samples: {sample.layout}, at most {sample.max_tokens} tokens, loss on {what}",
+            f"samples: {sample.layout}, at most {sample.max_tokens} tokens, loss on {targets}",
         ]
     )
 
 
 def build_dataset(config: ICLBuildConfig) -> BuildResult:
-    """Make the dataset, or finish what an interrupted build began.
+    """Build the dataset, or resume an interrupted build.
 
     Raises:
-        UserError: a mistake in the configuration or the data, see `check_build` and `ingest_dataset`; fewer examples than
-            demonstrations are asked for; no sample fits.
-        ActorLostError: a process died more often than allowed.
+        UserError: an invalid configuration or dataset, see `check_build` and `ingest_dataset`; too few examples; no sample
+            fits.
+        ActorLostError: a process exceeded its restarts.
     """
     from rayrlhf.actors.connection import connected
     from rayrlhf.observe.live import LiveView
@@ -125,7 +125,7 @@ def build_dataset(config: ICLBuildConfig) -> BuildResult:
 
 
 def _index(config: ICLBuildConfig, rows: PartFolder, folder: Path) -> Path:
-    """Write what the processes share, unless it is there."""
+    """Write the index that the processes share, unless it exists."""
     from rayrlhf.models.load import load_tokenizer
 
     if folder.is_dir():
@@ -139,7 +139,7 @@ def _index(config: ICLBuildConfig, rows: PartFolder, folder: Path) -> Path:
         if largest <= most:
             where = "its largest task" if config.data.task_field else "the dataset"
             raise UserError(
-                f"{config.data.path}: {where} has {largest} examples, too few for {most} demonstrations beside each of them; "
+                f"{config.data.path}: {where} has {largest} examples, too few for {most} demonstrations each; "
                 f"expected at least {most + 1}, or demonstrations.most {largest - 1}"
             )
         if config.demonstrations.selection == "bm25":
@@ -193,5 +193,8 @@ def _merge(config: ICLBuildConfig, samples: PartFolder, path: Path) -> None:
 
 
 def may_change(key: str, *, indexed: bool) -> bool:
-    """Whether a setting of a build that has begun may change; `indexed` says that there is an index."""
-    return key in FREE or (not indexed and (key == "data.task_field" or not key.startswith(OF_INTAKE)))
+    """Return True for a key that a resumed build may change.
+
+    `indexed` means that the index exists.
+    """
+    return key in FREE or (not indexed and (key == "data.task_field" or not key.startswith(INGESTION)))

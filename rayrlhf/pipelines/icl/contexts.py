@@ -1,4 +1,4 @@
-"""Contexts on disk: the tokens of all documents in one mapped file, gathered piece by piece, and how related neighbours are."""
+"""Packed contexts on disk, gathered from a memory-mapped token file, and the relatedness of neighbors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,26 +15,26 @@ from rayrlhf.storage.atomic import file_atomically, folder_atomically
 IDS, LENGTHS, SOURCES = "ids.bin", "lengths.npy", "sources.npy"
 CONTEXTS_AT_ONCE = 1024
 MAX_PAIRS = 20_000
-"""Neighbours that are compared for the report, spread evenly over the order."""
+"""Maximum pairs compared for the report, evenly spaced in the order."""
 
 
 class StoredTokens:
-    """The tokens of all documents, read where they are asked for.
+    """Memory-mapped tokens of all documents.
 
     Attributes:
         lengths: int64 [documents], tokens of each.
-        sources: int64 [documents], number of its row in the dataset.
+        sources: int64 [documents], row in the dataset.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open a folder that `write_tokens` filled."""
+        """Open a folder of `write_tokens`."""
         self.lengths: NDArray[np.int64] = np.load(folder / LENGTHS)
         self.sources: NDArray[np.int64] = np.load(folder / SOURCES)
         self._starts = np.cumsum(self.lengths) - self.lengths
         self._ids = np.memmap(folder / IDS, dtype=np.int32, mode="r")
 
     def gather(self, pieces: Sequence[Piece]) -> NDArray[np.int32]:
-        """Return the tokens of pieces one after another."""
+        """Return the concatenated tokens of pieces."""
         starts = [int(self._starts[piece.document]) for piece in pieces]
         return np.concatenate(
             [self._ids[start + piece.start : start + piece.stop] for start, piece in zip(starts, pieces, strict=True)]
@@ -42,7 +42,7 @@ class StoredTokens:
 
 
 def write_tokens(links: PartFolder, folder: Path) -> None:
-    """Write the `tokens` and `source` of all parts, one in memory at a time, unless they are there."""
+    """Write `tokens` and `source` of all parts, unless they exist; one part in memory."""
     if folder.is_dir():
         return
     lengths: list[NDArray[np.int64]] = []
@@ -60,7 +60,7 @@ def write_tokens(links: PartFolder, folder: Path) -> None:
 
 
 def write_contexts(contexts: Sequence[Sequence[Piece]], tokens: StoredTokens, path: Path) -> None:
-    """Write a row a context: `input_ids`, and `documents`, the rows of the dataset that its pieces come from."""
+    """Write one row per context: `input_ids`, and `documents`, the source rows of its pieces."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -74,12 +74,12 @@ def write_contexts(contexts: Sequence[Sequence[Piece]], tokens: StoredTokens, pa
 
 
 def relatedness(order: Sequence[int], pool: Sequence[Example], vectors: NDArray[np.float32] | None) -> dict[str, float]:
-    """Return how alike documents are that follow each other, as means over at most `MAX_PAIRS` pairs.
+    """Return the mean similarity of consecutive documents, over at most `MAX_PAIRS` pairs.
 
     Args:
-        order: documents as visited.
+        order: documents in order.
         pool: their texts.
-        vectors: [documents, width], rows of length 1, where there are any.
+        vectors: [documents, width], rows of length 1, or None.
 
     Returns:
         `shared words`, the Jaccard index of the sets of words, in [0, 1]; with vectors also `cosine`. Empty for fewer than

@@ -1,7 +1,7 @@
-"""From scored answers to a k-curve: a mean for every model, ablation and k, with an interval over questions; pure.
+"""k-curves from scored answers: a mean and an interval per model, ablation and k; pure.
 
-A question's score is its mean over the seeds, and the interval resamples questions: seeds of one question are no independent
-observations.
+A question's score is its mean over the seeds. The interval resamples questions, because seeds of one question are not
+independent observations.
 """
 
 from collections import defaultdict
@@ -21,14 +21,14 @@ class Point:
     Attributes:
         model: its name.
         ablation: of the demonstrations.
-        k: demonstrations asked for.
+        k: requested demonstrations.
         mean: of the questions' scores.
-        low: of its 95 % interval.
-        high: likewise.
-        copying: expected accuracy of copying an answer from the context, whatever the question.
-        shown: demonstrations in the context, on average.
-        dropped: demonstrations that did not fit, in all.
-        questions: how many.
+        low: lower end of its 95 % interval.
+        high: upper end of its 95 % interval.
+        copying: expected accuracy of copying an answer from the context without reading the question.
+        shown: mean number of demonstrations in the context.
+        dropped: total number of demonstrations that did not fit.
+        questions: number of questions.
     """
 
     model: str
@@ -48,7 +48,7 @@ class Point:
 
 
 def curve(model: str, rows: Iterable[Mapping[str, Any]]) -> list[Point]:
-    """Return the points of a model, by ablation and k.
+    """Return the points of a model, sorted by ablation and k.
 
     Args:
         model: its name.

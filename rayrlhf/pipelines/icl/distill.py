@@ -1,7 +1,9 @@
-"""`icl distill`: what the model says with demonstrations or an instruction in its context, learnt without them.
+"""`icl distill`: context distillation of demonstrations or an instruction.
 
-Each step is done once, whatever was interrupted: intake to part files; contexts, whose demonstrations are chosen by the rules
-of `icl evaluate` (never the prompt itself or its text); where asked for, answers that the teacher samples; one dataset of
+The student answers without a context as the teacher does with one.
+
+Each step is done once and survives interruption: ingestion to part files; contexts, with demonstrations selected by the rules
+of `icl evaluate` (never the prompt itself or its text); optionally responses that the teacher generates; one dataset of
 prompts, contexts and responses; and the training (`rayrlhf.tuning.distillation_task`) in `student/`.
 """
 
@@ -37,20 +39,20 @@ from rayrlhf.storage.atomic import file_atomically, write_atomically
 
 DATASET, REPORT, STUDENT = "dataset.parquet", "report.json", "student"
 FREE = ("pipeline.", "workers.")
-"""Settings that change nothing of what is learnt."""
+"""Prefixes of settings without effect on the student."""
 END_TOKENS = 16
-"""What a chat template may put behind a response."""
+"""Maximum tokens that a chat template appends to a response."""
 
 
 @dataclass(frozen=True, slots=True)
 class DistillResult:
-    """What a distillation leaves.
+    """Result of a distillation.
 
     Attributes:
         folder: the run folder, with `dataset.parquet`, `report.json` and the training in `student/`.
-        export: the student.
-        metrics: the last training loss, and the KL on held-out responses.
-        report: what became of rows and demonstrations, as in `report.json`.
+        export: folder of the student.
+        metrics: last training loss, and KL on held-out responses.
+        report: counts of rows and demonstrations, as in `report.json`.
     """
 
     folder: Path
@@ -60,26 +62,26 @@ class DistillResult:
 
     def lines(self) -> list[str]:
         """Return the result in words."""
-        told = self.report
-        leaks = ", ".join(f"{count} {reason}" for reason, count in told["leaks"].items()) or "none"
-        shown = ", ".join(f"{count} with {number}" for number, count in told["shown"].items())
-        lines = [f"responses: {told['responses']} of {told['read']} rows; demonstrations: {shown}"]
-        lines += [f"left out: {count} rows: {reason}" for reason, count in told["rejected"].items()]
-        lines.append(f"passed over as leaks: {leaks}; as repeated texts: {told['repeated']}")
-        if told["dropped"]:
-            lines.append(f"dropped from the far end, over teacher.max_context_tokens: {told['dropped']} demonstrations")
-        if told["short"]:
-            lines.append(f"with fewer demonstrations than asked for, since there are no more: {told['short']} prompts")
+        report = self.report
+        leaks = ", ".join(f"{count} {reason}" for reason, count in report["leaks"].items()) or "none"
+        shown = ", ".join(f"{count} with {number}" for number, count in report["shown"].items())
+        lines = [f"responses: {report['responses']} of {report['read']} rows; demonstrations: {shown}"]
+        lines += [f"left out: {count} rows: {reason}" for reason, count in report["rejected"].items()]
+        lines.append(f"skipped as leaks: {leaks}; as repeated texts: {report['repeated']}")
+        if report["dropped"]:
+            lines.append(f"dropped as farthest, over teacher.max_context_tokens: {report['dropped']} demonstrations")
+        if report["short"]:
+            lines.append(f"with fewer demonstrations than requested, because there are no more: {report['short']} prompts")
         measured = ", ".join(f"{name.rpartition('/')[2]} {value:.4f}" for name, value in self.metrics.items())
         return [*lines, f"KL per response token: {measured}", f"student: {self.export}"]
 
 
 def check_distillation(config: ICLDistillConfig) -> str:
-    """Check what can be known without reading the data, and return the plan in words.
+    """Check the configuration without reading data, and return the plan in words.
 
     Raises:
-        UserError: no tokenizer, or no chat template where one is needed; no room for an answer beside the context; an
-            encoder that does not say how it pools.
+        UserError: no tokenizer, or no chat template where one is needed; no tokens left for an answer; an encoder's pooling is
+            unknown.
     """
     load_context_tokenizer(config.model, config.context.layout)
     check_encoder(config.teacher)
@@ -93,18 +95,18 @@ def check_distillation(config: ICLDistillConfig) -> str:
             f"prompts: {config.data.path}; demonstrations from {(config.pool or config.data).path}",
             f"teacher: {config.model.path} with {' and '.join(more)}, at most {_budget(config)} tokens; "
             f"responses: {teacher.responses}",
-            f"student: the same model with the bare prompt; forward KL over {'all' if kept == 'full' else kept} tokens",
+            f"student: the same model without demonstrations; forward KL over {'all' if kept == 'full' else kept} tokens",
         ]
     )
 
 
 def distill_context(config: ICLDistillConfig) -> DistillResult:
-    """Make the data and train the student, or finish what was interrupted.
+    """Build the data and train the student, or resume an interrupted run.
 
     Raises:
-        UserError: a mistake in the configuration or the data; fewer examples than demonstrations; a prompt that does not fit
-            into the teacher's context even alone.
-        ActorLostError: a process died more often than allowed.
+        UserError: an invalid configuration or dataset; fewer examples than demonstrations; a prompt that alone exceeds the
+            teacher's context.
+        ActorLostError: a process exceeded its restarts.
     """
     from rayrlhf.actors.connection import connected
     from rayrlhf.observe.live import LiveView
@@ -156,7 +158,7 @@ def student_config(config: ICLDistillConfig) -> DistillationConfig:
 
 
 def _questions(config: ICLDistillConfig, folder: Path) -> PartFolder:
-    """Write what the teacher reads, unless it is there."""
+    """Write the teacher's contexts, unless they exist."""
     import pyarrow as pa
 
     questions = PartFolder(folder / "questions")
@@ -190,7 +192,7 @@ def _questions(config: ICLDistillConfig, folder: Path) -> PartFolder:
 
 
 def _write_dataset(config: ICLDistillConfig, answers: PartFolder, path: Path) -> None:
-    """Write what SFT's columns hold, and `context` beside them; the same parts give the same bytes."""
+    """Write the columns of SFT and `context`; the same parts give the same bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -206,8 +208,8 @@ def _samples(config: ICLDistillConfig, rows: list[dict[str, Any]]) -> Iterator[d
     response = "text" if config.teacher.responses == "sampled" else "answer"
     for row in rows:
         if config.context.layout == "text":
-            bare = as_text([], row["question"], form, config.data.system_prompt)
-            yield {"prompt": bare, "context": row["prompt"], "completion": row[response]}
+            prompt = as_text([], row["question"], form, config.data.system_prompt)
+            yield {"prompt": prompt, "context": row["prompt"], "completion": row[response]}
             continue
         asked = as_messages([], row["question"], "turns", form, config.data.system_prompt)
         answer: list[Message] = [{"role": "assistant", "content": row[response]}]
@@ -221,21 +223,23 @@ def _report(config: ICLDistillConfig, questions: PartFolder, answers: PartFolder
     for row in questions.rows(["shown", "dropped"]):
         shown[row["shown"]] += 1
         dropped += row["dropped"]
-    told = {"read": facts["read"], "responses": shown.total(), "rejected": facts["rejected"], "dropped": dropped}
-    told |= {"shown": {str(number): shown[number] for number in sorted(shown)}}
+    report = {"read": facts["read"], "responses": shown.total(), "rejected": facts["rejected"], "dropped": dropped}
+    report |= {"shown": {str(number): shown[number] for number in sorted(shown)}}
     if config.teacher.responses == "sampled":
-        told["unfinished"] = sum(row["finish"] == "length" for row in answers.rows(["finish"]))
-    return told | {name: facts[name] for name in ("leaks", "repeated", "short")}
+        report["unfinished"] = sum(row["finish"] == "length" for row in answers.rows(["finish"]))
+    return report | {name: facts[name] for name in ("leaks", "repeated", "short")}
 
 
 def _budget(config: ICLDistillConfig) -> int:
-    """Most tokens of a context: what was asked for, or what the model's positions leave beside an answer."""
+    """Return the token budget of a context, limited by the model's positions."""
     from rayrlhf.models.load import load_architecture
 
     positions = getattr(load_architecture(config.model), "max_position_embeddings", None)
-    most, answer = config.teacher.max_context_tokens, config.generate.max_new_tokens
+    budget, answer = config.teacher.max_context_tokens, config.generate.max_new_tokens
     if positions is None:
-        return most
+        return budget
     if positions <= answer + END_TOKENS + 1:
-        raise UserError(f"generate.max_new_tokens {answer}: the model's context has {positions} tokens, which leaves no prompt")
-    return min(most, int(positions) - answer - END_TOKENS)
+        raise UserError(
+            f"generate.max_new_tokens {answer}: the model's context has {positions} tokens, which leaves no tokens for a prompt"
+        )
+    return min(budget, int(positions) - answer - END_TOKENS)

@@ -1,9 +1,9 @@
-"""Related documents one after another: a path through the nearest-neighbour graph that visits each document once.
+"""Path through the nearest-neighbor graph that visits each document once.
 
-After Shi et al. 2023, "In-Context Pretraining: Language Modeling Beyond Document Boundaries": begin at the unvisited document
-with the fewest neighbours, the hardest to reach later; go on to its nearest unvisited neighbour; where there is none,
-begin again. Near-duplicates are removed first, because beside its copy a text teaches only copying. The path is then cut into
-contexts of exactly the asked length, so every token stands in one context; the last may be shorter.
+After Shi et al. 2023, "In-Context Pretraining: Language Modeling Beyond Document Boundaries": start at the unvisited document
+with the fewest neighbors, the hardest to reach later; continue with its nearest unvisited neighbor; where there is none,
+start again. Near-duplicates are removed first, because next to its copy a text teaches only copying. The path is then cut into
+contexts of exactly the configured length, so every token is in one context; the last may be shorter.
 """
 
 import random
@@ -23,12 +23,12 @@ class Piece:
 
 
 def are_near_duplicates(first: str, second: str, rules: LeakRules) -> bool:
-    """Whether two documents are as good as the same. Equal words count whatever their number.
+    """Return True for near-duplicates; equal words count at any length.
 
     Args:
         first: a text.
-        second: another one.
-        rules: what counts as near.
+        second: another text.
+        rules: thresholds.
     """
     words, others = words_of(first), words_of(second)
     if words == others:
@@ -37,12 +37,12 @@ def are_near_duplicates(first: str, second: str, rules: LeakRules) -> bool:
 
 
 def duplicates_to_drop(copies: Iterable[tuple[int, int]]) -> dict[int, int]:
-    """Return which documents to leave out, each with the earlier document that stays for it.
+    """Return the documents to drop, each with the earlier document that is kept.
 
-    Only neighbours need to be compared, since near-duplicates are each other's nearest.
+    Only neighbors need to be compared, because near-duplicates are each other's nearest.
 
     Args:
-        copies: pairs of near-duplicates, in any order and either way round.
+        copies: pairs of near-duplicates, in any order and direction.
     """
     removed: dict[int, int] = {}
     for earlier, later in sorted({(min(pair), max(pair)) for pair in copies if pair[0] != pair[1]}):
@@ -52,12 +52,12 @@ def duplicates_to_drop(copies: Iterable[tuple[int, int]]) -> dict[int, int]:
 
 
 def related_order(neighbors: Sequence[Sequence[int]], without: frozenset[int] = frozenset()) -> list[int]:
-    """Return every document once, along the greedy path.
+    """Return each document once, along the greedy path.
 
     Args:
-        neighbors: positions of each document's neighbours, the nearest first; the path follows an edge from both of its ends,
-            a document's own list before the lists that name it.
-        without: documents that are left out.
+        neighbors: positions of each document's neighbors, nearest first. Edges are undirected; a document's own list precedes
+            the lists that contain it.
+        without: documents to skip.
     """
     edges = _both_ways(neighbors, without)
     remaining = set(edges)
@@ -72,25 +72,25 @@ def related_order(neighbors: Sequence[Sequence[int]], without: frozenset[int] = 
 
 
 def random_order(documents: int, seed: int, without: frozenset[int] = frozenset()) -> list[int]:
-    """Return every document once by lot: the baseline beside `related_order`."""
+    """Return each document once in random order, the baseline of `related_order`."""
     order = [document for document in range(documents) if document not in without]
     random.Random(seed).shuffle(order)
     return order
 
 
 def cut(order: Sequence[int], lengths: Sequence[int], context: int) -> list[list[Piece]]:
-    """Return the contexts that the documents fill one after another.
+    """Return contexts filled with the documents in order.
 
     Args:
-        order: documents as visited.
-        lengths: tokens of each document; an empty one leaves no piece.
-        context: tokens of a context.
+        order: documents in order.
+        lengths: tokens per document; an empty one gives no piece.
+        context: tokens per context.
 
     Raises:
-        ValueError: a context without room.
+        ValueError: context below 1.
     """
     if context < 1:
-        raise ValueError(f"a context of {context} tokens has no room")
+        raise ValueError(f"context {context}: expected at least 1 token")
     contexts: list[list[Piece]] = []
     room = 0
     for document in order:

@@ -1,8 +1,7 @@
-"""`icl evaluate`: the score of any number of models against the number of demonstrations.
+"""`icl evaluate`: scores of models by the number of demonstrations (k-curves).
 
-Questions are written once a model, because templates and contexts differ, and answered part by part in a pool of processes;
-what was answered before an interruption is not asked again. All answers stay in Parquet files, and the curve is computed from
-them.
+Questions are written once per model, because templates and context lengths differ, and answered part by part in a pool of
+processes. Answers that exist are not generated again. All answers stay in Parquet files, from which the curve is computed.
 """
 
 import json
@@ -33,7 +32,7 @@ CURVE, ANSWERS = "curve.json", "answers.parquet"
 
 @dataclass(frozen=True, slots=True)
 class CurveResult:
-    """What an evaluation leaves.
+    """Result of an evaluation.
 
     Attributes:
         folder: the run folder, with `curve.json`, `report.html` and the answers of each model.
@@ -44,21 +43,21 @@ class CurveResult:
     points: list[Point]
 
     def lines(self) -> list[str]:
-        """Return the curves in words, one line a model and ablation."""
+        """Return the curves in words, one line per model and ablation."""
         names = list(dict.fromkeys((point.model, point.ablation) for point in self.points))
-        told = []
+        lines = []
         for model, ablation in names:
             own = [point for point in self.points if (point.model, point.ablation) == (model, ablation)]
             figures = "  ".join(f"k={point.k} {point.mean:.3f} [{point.low:.3f}, {point.high:.3f}]" for point in own)
-            told.append(f"{model}{'' if ablation == 'none' else f' ({ablation})'}: {figures}")
-        return [*told, f"report: {self.folder / 'report.html'}"]
+            lines.append(f"{model}{'' if ablation == 'none' else f' ({ablation})'}: {figures}")
+        return [*lines, f"report: {self.folder / 'report.html'}"]
 
 
 def check_evaluation(config: ICLEvaluateConfig) -> str:
-    """Check what can be known without reading the data, and return the plan in words.
+    """Check the configuration without reading data, and return the plan in words.
 
     Raises:
-        UserError: a model has no tokenizer, or no chat template where one is needed.
+        UserError: no tokenizer, or no chat template where one is needed.
     """
     for model in config.models.values():
         load_context_tokenizer(model, config.context.layout)
@@ -76,12 +75,12 @@ def check_evaluation(config: ICLEvaluateConfig) -> str:
 
 
 def evaluate_curve(config: ICLEvaluateConfig) -> CurveResult:
-    """Ask everything, or what an interrupted evaluation has not asked yet, and write curve and report.
+    """Generate and score the missing answers, and write curve and report.
 
     Raises:
-        UserError: a mistake in the configuration or the data; fewer examples than demonstrations; a question that does not fit
-            into a model's context even alone.
-        ActorLostError: a process died more often than allowed.
+        UserError: an invalid configuration or dataset; fewer examples than demonstrations; a question that alone exceeds a
+            model's context.
+        ActorLostError: a process exceeded its restarts.
     """
     from rayrlhf.actors.connection import connected
     from rayrlhf.observe.live import LiveView
@@ -93,10 +92,10 @@ def evaluate_curve(config: ICLEvaluateConfig) -> CurveResult:
     compare = partial(stored_differences, ICLEvaluateConfig, may_change=lambda key: key.startswith("pipeline."))
     with open_run(folder, dump_config(config), compare, folders=()):
         with view.wait("reading the examples"):
-            asked = _QuestionSet.read(config, folder)
+            question_set = _QuestionSet.read(config, folder)
         for name, model in config.models.items():
             with view.wait(f"writing the questions for {name}"):
-                asked.write_questions(name, model)
+                question_set.write_questions(name, model)
         with connected(config.pipeline.address):
             progress = PartProgress(view)
             for name, model in config.models.items():
@@ -110,13 +109,13 @@ def evaluate_curve(config: ICLEvaluateConfig) -> CurveResult:
             points += curve(name, answers.rows(["ablation", "k", "source", "score", "copying", "shown", "dropped"]))
             merge(answers, folder / f"{name}-{ANSWERS}")
         write_atomically(folder / CURVE, json.dumps([point.as_row() for point in points], indent=1) + "\n")
-        write_curve_report(config, points, asked.leaks(), folder / "report.html")
+        write_curve_report(config, points, question_set.leaks(), folder / "report.html")
     return CurveResult(folder, points)
 
 
 @dataclass(frozen=True, slots=True)
 class _QuestionSet:
-    """The questions' and the demonstrations' examples."""
+    """Examples of questions and of demonstrations."""
 
     config: ICLEvaluateConfig
     folder: Path
@@ -137,7 +136,7 @@ class _QuestionSet:
         return cls(config, folder, targets, columns, pool)
 
     def write_questions(self, name: str, model: ModelSection) -> None:
-        """Write the questions for one model, unless they are there."""
+        """Write the questions for one model, unless they exist."""
         import pyarrow as pa
 
         folder = PartFolder(self.folder / "questions" / name)
@@ -159,7 +158,7 @@ class _QuestionSet:
         folder.seal({"rows": len(rows), "leaks": dict(counts.leaks), "repeated": counts.repeated, "short": counts.short})
 
     def leaks(self) -> dict[str, Any]:
-        """Return what was passed over while choosing; the same for all models."""
+        """Return the counts of skipped candidates, which are the same for all models."""
         return PartFolder(self.folder / "questions" / next(iter(self.config.models))).facts()
 
     def _budget(self, model: ModelSection) -> int:

@@ -1,9 +1,7 @@
-"""From the rows of an intake to examples.
+"""Examples and their index on disk, memory-mapped so that a node holds one copy.
 
-The examples and their index on disk: written once, opened memory-mapped by every process, so that a machine holds one copy.
-
-A folder with `examples.arrow` (Arrow IPC), the positions sorted by task with where each task begins, and what the selection
-needs: a BM25 index, vectors, or nothing.
+The folder has `examples.arrow` (Arrow IPC), the positions sorted by task with the bounds of each task, and the data of the
+selection: a BM25 index, vectors, or nothing.
 """
 
 import json
@@ -27,10 +25,10 @@ EXAMPLES, ORDER, TASKS = "examples.arrow", "order.npy", "tasks.json"
 
 
 class StoredPool(Sequence[Example]):
-    """Examples in a file, read where they are asked for."""
+    """Memory-mapped examples."""
 
     def __init__(self, folder: Path) -> None:
-        """Open a folder that `write_pool` filled."""
+        """Open a folder of `write_pool`."""
         import pyarrow as pa
 
         self._table: ArrowTable = pa.ipc.open_file(pa.memory_map(str(folder / EXAMPLES))).read_all()
@@ -38,7 +36,7 @@ class StoredPool(Sequence[Example]):
         order = np.load(folder / ORDER, mmap_mode="r")
         bounds: dict[str, list[int]] = json.loads((folder / TASKS).read_text(encoding="utf-8"))
         self.tasks: Mapping[str, NDArray[np.int64]] = {task: order[start:stop] for task, (start, stop) in bounds.items()}
-        """The positions of each task."""
+        """Positions of each task."""
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -56,7 +54,7 @@ class StoredPool(Sequence[Example]):
 
 
 def write_pool(parts: Iterable[Sequence[Example]], folder: Path) -> None:
-    """Write examples, a part in memory at a time, and which of them are of one task."""
+    """Write examples and their positions by task; one part in memory at a time."""
     import pyarrow as pa
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +77,7 @@ def write_pool(parts: Iterable[Sequence[Example]], folder: Path) -> None:
 
 
 def write_vectors(vectors: Iterator[NDArray[np.float32]], count: int, path: Path) -> None:
-    """Write vectors as one `.npy`, [count, width], a part in memory at a time."""
+    """Write vectors as one `.npy`, [count, width]; one part in memory at a time."""
     first = next(vectors)
     with file_atomically(path) as partial:
         shape = (count, first.shape[1])
@@ -95,7 +93,7 @@ def read_examples(section: ExamplesSection, rows: PartFolder) -> Iterator[list[E
     """Yield the examples of each part.
 
     Raises:
-        UserError: a prompt that is a conversation, or a row without its task.
+        UserError: a conversational prompt, or a row without its task.
     """
     field = section.task_field
     for table in rows.tables(["source", "prompt", "messages", "response", "columns"]):

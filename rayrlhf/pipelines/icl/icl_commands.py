@@ -1,4 +1,4 @@
-"""The `icl` commands: in-context learning from examples to models."""
+"""The `icl` commands of the command line."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,12 +8,12 @@ import typer
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that replace those of the file: section.key=value ...")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the configuration, print the plan, start nothing.")]
 
-app = typer.Typer(help="In-context learning: measure it, make data for it, distil it.", no_args_is_help=True)
+app = typer.Typer(help="In-context learning: measure it, build data for it, distill it.", no_args_is_help=True)
 
 
 @app.callback()
 def icl() -> None:
-    """In-context learning: measure it, make data for it, distil it."""
+    """In-context learning: measure it, build data for it, distill it."""
 
 
 @app.command()
@@ -22,7 +22,7 @@ def build(
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Put demonstrations before the examples of a dataset, as SFT data; the same command resumes what was interrupted."""
+    """Build SFT data with demonstrations before each example; resumable."""
     from rayrlhf.config.icl import ICLBuildConfig
     from rayrlhf.config.loading.load import load_config
     from rayrlhf.pipelines.icl.build_dataset import build_dataset, check_build
@@ -38,7 +38,7 @@ def pack(
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Put related documents one after another into contexts, and by lot beside it; the same command resumes."""
+    """Pack related documents into contexts, with a random baseline; resumable."""
     from rayrlhf.config.icl import ICLPackConfig
     from rayrlhf.config.loading.load import load_config
     from rayrlhf.pipelines.icl.pack_documents import check_packing, pack_documents
@@ -54,7 +54,7 @@ def evaluate(
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Score models against the number of demonstrations they are shown; the same command resumes what was interrupted."""
+    """Score models by the number of demonstrations; resumable."""
     from rayrlhf.config.icl import ICLEvaluateConfig
     from rayrlhf.config.loading.load import load_config
     from rayrlhf.pipelines.icl.evaluate_icl import check_evaluation, evaluate_curve
@@ -70,7 +70,7 @@ def distill(
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Teach a model to answer as it does with demonstrations or an instruction; the same command resumes."""
+    """Distill demonstrations or an instruction into a model; resumable."""
     from rayrlhf.config.icl import ICLDistillConfig
     from rayrlhf.config.loading.load import load_config
     from rayrlhf.pipelines.icl.distill import check_distillation, distill_context

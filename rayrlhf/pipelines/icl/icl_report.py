@@ -1,4 +1,4 @@
-"""The page of a k-curve: what demonstrations are worth to each model, and what they teach it."""
+"""HTML report of k-curves: the gain of each model from demonstrations, and the ablations."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from rayrlhf.observe.html.page import Block, Chart, DataTable, Heading, Paragrap
 from rayrlhf.pipelines.icl.curve import Point
 
 SHOWN_ANSWERS = 3
-"""Of each model, with the most demonstrations."""
+"""Answers shown per model, at the largest k."""
 
 
 def write_curve_report(config: ICLEvaluateConfig, points: Sequence[Point], choice: Mapping[str, Any], path: Path) -> None:
@@ -20,7 +20,7 @@ def write_curve_report(config: ICLEvaluateConfig, points: Sequence[Point], choic
     Args:
         config: of the run.
         points: of all models and ablations.
-        choice: `leaks`, `repeated` and `short`, as the questions were sealed with.
+        choice: `leaks`, `repeated` and `short` of the questions' seal.
         path: of the page.
     """
     blocks = [*_curves(config, points), *_table(points, choice), *_answers(config, path.parent)]
@@ -42,8 +42,8 @@ def _curves(config: ICLEvaluateConfig, points: Sequence[Point]) -> Iterator[Bloc
         figure["layout"]["showlegend"] = True
         words += " The control answers each question with a demonstration's answer drawn at random."
     yield Chart(figure, words)
-    spoiled = [name for name in config.demonstrations.ablations if name != "none"]
-    if spoiled:
+    ablations = [name for name in config.demonstrations.ablations if name != "none"]
+    if ablations:
         yield Heading("What the demonstrations teach")
         for model in config.models:
             series: dict[str, list[Point]] = {name: _line(points, model, name) for name in config.demonstrations.ablations}
@@ -61,9 +61,9 @@ def _table(points: Sequence[Point], choice: Mapping[str, Any]) -> Iterator[Block
     yield DataTable(columns, [[*row[:1], names[str(row[1])], *row[2:]] for row in (list(p.as_row().values()) for p in points)])
     leaks = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in choice["leaks"].items()) or "none"
     yield Paragraph(
-        f"Intervals: 95 %, bootstrap over questions. Passed over as leaks: {leaks}; as repeated texts: {choice['repeated']}. "
-        f"Questions with fewer demonstrations than asked for: {choice['short']}. Dropped: over the model's context, "
-        "from the far end.",
+        f"Intervals: 95 %, bootstrap over questions. Skipped as leaks: {leaks}; as repeated texts: {choice['repeated']}. "
+        f"Questions with fewer demonstrations than requested: {choice['short']}. Dropped: the farthest ones, over the model's "
+        "context.",
         note=True,
     )
 
@@ -78,17 +78,17 @@ def _answers(config: ICLEvaluateConfig, folder: Path) -> Iterator[Block]:
                 continue
             shown += 1
             facts = [name, f"k = {row['k']}, {row['shown']} shown", f"score {row['score']:.3g}"]
-            yield SideBySide(facts, ("question", row["question"]), ("wanted", row["answer"]), ("answered", row["text"]))
+            yield SideBySide(facts, ("question", row["question"]), ("expected", row["answer"]), ("answered", row["text"]))
 
 
 def _line(points: Sequence[Point], model: str, ablation: str) -> list[Point]:
-    """Without demonstrations nothing is spoiled, so every line begins at the same point."""
+    """Return a line; k = 0 has no ablation, so all lines share its point."""
     own = [point for point in points if point.model == model and (point.ablation == ablation or point.k == 0)]
     return sorted(own, key=lambda point: point.k)
 
 
 def _figure(series: Mapping[str, Sequence[Point]], title: str, metric: str) -> Figure:
-    """Return lines with their intervals."""
+    """Return lines with error bars."""
     curves = {name: ([float(one.k) for one in own], [one.mean for one in own]) for name, own in series.items()}
     figure = lines(curves, title=title, x="demonstrations", y=metric)
     for trace, own in zip(figure["data"], series.values(), strict=True):

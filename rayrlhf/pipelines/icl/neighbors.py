@@ -1,7 +1,7 @@
-"""What one process of `icl pack` does: a part of documents becomes tokens, nearest neighbours and near-duplicates among them.
+"""Worker of `icl pack`: tokens, nearest neighbors and near-duplicates of a part of documents.
 
-The texts, the words' index and the vectors lie in one folder that all processes map into memory. Texts of neighbours are read
-here, many documents at once in many processes, so that the driver walks the graph without reading a text.
+Texts, word index and vectors are in one folder that all processes map into memory. Workers read the neighbors' texts in
+parallel, so that the driver walks the graph without reading text.
 """
 
 from collections.abc import Sequence
@@ -23,14 +23,17 @@ BM25, VECTORS, TOKENIZER = "bm25", "vectors.npy", "tokenizer"
 
 @dataclass(frozen=True, slots=True)
 class NeighborPlan:
-    """What a process needs to know: the configuration, and where the index lies on this machine or a shared disk."""
+    """Configuration of a worker, and the folder of the index.
+
+    The folder is on this node or a shared disk.
+    """
 
     config: ICLPackConfig
     index: Path
 
 
 class DocumentEncoder:
-    """Makes vectors of a part of documents."""
+    """Embeds a part of documents."""
 
     def __init__(self, config: ICLPackConfig) -> None:
         """Load the encoder."""
@@ -39,7 +42,7 @@ class DocumentEncoder:
         self._encoder = Encoder(str(config.neighbors.encoder), config.neighbors.pooling)
 
     def __call__(self, table: ArrowTable) -> ArrowTable:
-        """Return `vector`, list of float32, one a row."""
+        """Return `vector`, a list of float32 per row."""
         import pyarrow as pa
 
         vectors = self._encoder.encode(table.column("prompt").to_pylist())
@@ -47,7 +50,7 @@ class DocumentEncoder:
 
 
 class NeighborFinder:
-    """Finds what is near each document of a part."""
+    """Finds neighbors and near-duplicates of each document of a part."""
 
     def __init__(self, plan: NeighborPlan) -> None:
         """Open the index and load the tokenizer."""
@@ -64,7 +67,7 @@ class NeighborFinder:
         )
 
     def __call__(self, table: ArrowTable) -> ArrowTable:
-        """Return the links of a part; `row` of its rows is their position in the pool."""
+        """Return the links of a part, whose `row` is the position in the pool."""
         import pyarrow as pa
 
         positions: list[int] = table.column("row").to_pylist()
@@ -73,10 +76,10 @@ class NeighborFinder:
         neighbors: list[list[int]] = []
         copies: list[list[int]] = []
         for document, position, near in zip(documents, positions, ranked, strict=True):
-            related, copied = self._judged(document, [other for other in near if other != position])
+            related, copied = self._split(document, [other for other in near if other != position])
             neighbors.append(related[: self._config.neighbors.count])
             copies.append(copied)
-        # The tokenizer warns of texts beyond the model's context, which are cut later.
+        # Not verbose: the tokenizer would warn of texts beyond the model's context, which are cut later.
         tokens = self._tokenizer([document.prompt for document in documents], add_special_tokens=False, verbose=False)
         ends = [[*ids, self._tokenizer.eos_token_id] for ids in tokens["input_ids"]]
         columns = {"row": positions, "source": table.column("source").to_pylist()}
@@ -89,15 +92,15 @@ class NeighborFinder:
         queries = {document.identity: self._vectors[position] for document, position in zip(documents, positions, strict=True)}
         return VectorRanker(self._vectors, queries)
 
-    def _judged(self, document: Example, near: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Return the neighbours that are related, and those that are near-duplicates."""
+    def _split(self, document: Example, near: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Return the related neighbors, and the near-duplicates."""
         texts = [self._pool[other].prompt for other in near]
         copies = [
             other for other, text in zip(near, texts, strict=True) if are_near_duplicates(document.prompt, text, self._rules)
         ]
         if self._vectors is not None:
             return list(near), copies
-        # A ranker names as many as it is asked for; by words only those are neighbours that share one.
+        # A ranker returns as many as requested. With BM25 only documents that share a word are neighbors.
         own = set(words_of(document.prompt))
         return [other for other, text in zip(near, texts, strict=True) if own & set(words_of(text))], copies
 

@@ -1,8 +1,10 @@
-"""`icl pack`: documents become contexts in which related ones follow each other, and beside them the same contexts by lot.
+"""`icl pack`: contexts in which related documents are adjacent.
 
-Each step is done once, whatever was interrupted: intake to part files, vectors where an encoder is asked for, the index as one
-folder, links part by part in a pool of processes. The driver then walks the graph, of which it holds the edges alone, and
-writes contexts whose tokens it gathers from a memory-mapped file. `rayrlhf sft` reads them as they are (`input_ids`).
+A baseline has the same documents in random order.
+
+Each step is done once and survives interruption: ingestion to part files, vectors if an encoder is configured, the index as
+one folder, links part by part in a pool of processes. The driver then walks the graph, of which it holds only the edges, and
+writes contexts from a memory-mapped token file. `rayrlhf sft` reads them as they are (`input_ids`).
 """
 
 import json
@@ -31,17 +33,17 @@ from rayrlhf.storage.atomic import folder_atomically, write_atomically
 
 DATASET, BASELINE, INDEX, TOKENS, REPORT = "dataset.parquet", "baseline.parquet", "index", "tokens", "report.json"
 FREE = ("pipeline.builders", "pipeline.max_restarts", "pipeline.stall_seconds", "pipeline.address")
-"""Settings that change nothing of what is made."""
+"""Settings without effect on the dataset."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackResult:
-    """What a packing leaves.
+    """Result of a packing.
 
     Attributes:
         dataset: Parquet, contexts along the path of related documents.
-        baseline: the same documents by lot.
-        report: what became of the documents, as in `report.json`.
+        baseline: the same documents in random order.
+        report: counts of documents, as in `report.json`.
     """
 
     dataset: Path
@@ -50,21 +52,23 @@ class PackResult:
 
     def lines(self) -> list[str]:
         """Return the report in words."""
-        told = self.report
-        lines = [f"contexts: {told['contexts']} of {told['context']} tokens, {told['documents']} of {told['read']} documents"]
-        lines += [f"left out: {count} documents: {reason}" for reason, count in told["rejected"].items()]
-        lines.append(f"left out: {told['near_duplicates']} near-duplicates; without any neighbour: {told['alone']}")
-        for measure, value in told["relatedness"].items():
-            by_lot = told["relatedness_by_lot"][measure]
-            lines.append(f"documents next to each other: {measure} {value:.3f}, by lot {by_lot:.3f}")
-        return [*lines, f"dataset: {self.dataset}", f"by lot: {self.baseline}"]
+        report = self.report
+        lines = [
+            f"contexts: {report['contexts']} of {report['context']} tokens, {report['documents']} of {report['read']} documents"
+        ]
+        lines += [f"left out: {count} documents: {reason}" for reason, count in report["rejected"].items()]
+        lines.append(f"left out: {report['near_duplicates']} near-duplicates; without any neighbor: {report['alone']}")
+        for measure, value in report["relatedness"].items():
+            baseline = report["relatedness_by_lot"][measure]
+            lines.append(f"adjacent documents: {measure} {value:.3f}, at random {baseline:.3f}")
+        return [*lines, f"dataset: {self.dataset}", f"at random: {self.baseline}"]
 
 
 def check_packing(config: ICLPackConfig) -> str:
-    """Check what can be known without reading the data, and return the plan in words.
+    """Check the configuration without reading data, and return the plan in words.
 
     Raises:
-        UserError: the model has no tokenizer or no end-of-sequence token; an encoder does not say how it pools.
+        UserError: no tokenizer or no end-of-sequence token; an encoder's pooling is unknown.
     """
     from rayrlhf.config.model import ModelSection
     from rayrlhf.demonstrations.encoder import pooling_of
@@ -72,7 +76,7 @@ def check_packing(config: ICLPackConfig) -> str:
 
     near = config.neighbors
     if load_tokenizer(config.model).eos_token_id is None:
-        raise UserError(f"{config.model.path}: no end-of-sequence token, which has to stand between documents")
+        raise UserError(f"{config.model.path}: no end-of-sequence token, which separates documents")
     if near.encoder is not None and near.pooling is None:
         pooling_of(Path(resolve_path(ModelSection(path=near.encoder))))
     by = "shared words (BM25)" if near.by == "bm25" else f"vectors of {near.encoder}"
@@ -80,18 +84,18 @@ def check_packing(config: ICLPackConfig) -> str:
         [
             f"run: {config.run.folder}, seed {config.run.seed}",
             f"documents: {config.data.path}, {config.data.text_field}",
-            f"neighbours: {near.count} by {by}",
-            f"contexts: {config.context} tokens, related documents one after another, and by lot beside it",
+            f"neighbors: {near.count} by {by}",
+            f"contexts: {config.context} tokens, with related documents adjacent; the baseline has random order",
         ]
     )
 
 
 def pack_documents(config: ICLPackConfig) -> PackResult:
-    """Make both datasets, or finish what an interrupted packing began.
+    """Write both datasets, or resume an interrupted packing.
 
     Raises:
-        UserError: a mistake in the configuration or the data, see `check_packing` and `ingest_dataset`.
-        ActorLostError: a process died more often than allowed.
+        UserError: an invalid configuration or dataset, see `check_packing` and `ingest_dataset`.
+        ActorLostError: a process exceeded its restarts.
     """
     from rayrlhf.actors.connection import connected
     from rayrlhf.observe.live import LiveView
@@ -115,13 +119,13 @@ def pack_documents(config: ICLPackConfig) -> PackResult:
             stage = cpu_pool("link", NeighborFinder, (NeighborPlan(config, index.resolve()),), config.pipeline.builders)
             run_pipeline(rows, links, [stage], limits, PartProgress(view).rows("linking", count))
         with view.wait("writing the contexts"):
-            report = _written(config, rows, links, folder)
+            report = _write_datasets(config, rows, links, folder)
         write_atomically(folder / REPORT, json.dumps(report, indent=1) + "\n")
         return PackResult(folder / DATASET, folder / BASELINE, report)
 
 
 def _index(config: ICLPackConfig, rows: PartFolder, vectors: PartFolder, folder: Path) -> Path:
-    """Write what the processes share, unless it is there."""
+    """Write the index that the processes share, unless it exists."""
     from rayrlhf.models.load import load_tokenizer
 
     if folder.is_dir():
@@ -142,8 +146,8 @@ def _read_vectors(parts: PartFolder) -> Iterator[Any]:
         yield np.asarray(column.flatten(), dtype=np.float32).reshape(len(column), -1)
 
 
-def _written(config: ICLPackConfig, rows: PartFolder, links: PartFolder, folder: Path) -> dict[str, Any]:
-    """Walk the graph, write both datasets and return the report."""
+def _write_datasets(config: ICLPackConfig, rows: PartFolder, links: PartFolder, folder: Path) -> dict[str, Any]:
+    """Walk the graph, write both datasets, and return the report."""
     neighbors: list[list[int]] = []
     copies: list[tuple[int, int]] = []
     for table in links.tables(["row", "neighbors", "copies"]):

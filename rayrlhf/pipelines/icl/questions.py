@@ -1,7 +1,8 @@
-"""Every question of a k-curve as a row: the same targets beside more and more demonstrations, under every seed and ablation.
+"""Questions of a k-curve: a row per target, number of demonstrations, seed and ablation.
 
-The demonstrations of one target are chosen once, as many as the largest k, and each smaller k shows the nearest of them. What
-does not fit into the model's context is dropped from the far end and counted, so a curve that is flat for lack of room says so.
+The demonstrations of a target are selected once, for the largest k, and each smaller k uses the nearest of them. Those that do
+not fit into the model's context are dropped, the farthest first, and counted. The count reveals a curve that is flat for lack
+of context.
 """
 
 import json
@@ -26,14 +27,14 @@ Context = str | list[Message]
 
 @dataclass(frozen=True, slots=True)
 class QuestionBuilder:
-    """Writes questions for one model.
+    """Builds the questions for one model.
 
     Attributes:
-        section: how many demonstrations, and how they are spoiled.
-        context: how they are written down.
-        system_prompt: first words of a conversation or text, if any.
+        section: numbers of demonstrations, and ablations.
+        context: layout of demonstrations.
+        system_prompt: beginning of a conversation or text, if any.
         tokenizer: of the model.
-        budget: most tokens of a context, which leaves room for the answer.
+        budget: maximum tokens of a context, without the answer.
     """
 
     section: ShotsSection
@@ -49,16 +50,16 @@ class QuestionBuilder:
         ranker: Callable[[int], Ranker],
         counts: ChoiceCounts,
     ) -> Iterator[Row]:
-        """Yield a row for every (seed, target, ablation, k), without `row`, its number.
+        """Yield a row per (seed, target, ablation, k), without its number `row`.
 
         Args:
             targets: the questions.
-            pool: what the rankers' positions mean.
-            ranker: of a seed.
-            counts: is added to.
+            pool: the examples that the rankers' positions index.
+            ranker: returns the ranker of a seed.
+            counts: updated in place.
 
         Raises:
-            UserError: a question alone is over the budget, or an ablation has nothing to exchange.
+            UserError: a question alone exceeds the budget, or an ablation of a pool with only one answer.
         """
         rules = LeakRules(self.section.resemblance, self.section.resembling_words)
         for seed in range(self.section.draws):
@@ -69,14 +70,14 @@ class QuestionBuilder:
             chosen = choose(targets, pool, ranker(seed), most, rules, counts) if most else [[] for _ in targets]
             for number, (target, nearest) in enumerate(zip(targets, chosen, strict=True)):
                 for ablation, corruptor in corruptors.items():
-                    for wanted in self._wanted(ablation):
-                        yield self._row(number, seed, ablation, wanted, target, corruptor.corrupt(target, nearest[:wanted]))
+                    for k in self._counts(ablation):
+                        yield self._row(number, seed, ablation, k, target, corruptor.corrupt(target, nearest[:k]))
 
-    def _wanted(self, ablation: Ablation) -> list[int]:
-        """Without demonstrations there is nothing to corrupt."""
+    def _counts(self, ablation: Ablation) -> list[int]:
+        """Return the numbers of demonstrations; 0 only without an ablation."""
         return [count for count in self.section.counts if count or ablation == "none"]
 
-    def _row(self, number: int, seed: int, ablation: Ablation, wanted: int, target: Example, nearest: Sequence[Example]) -> Row:
+    def _row(self, number: int, seed: int, ablation: Ablation, k: int, target: Example, nearest: Sequence[Example]) -> Row:
         write = partial(self._write, target.prompt)
         fitted = fit(nearest, self.section.order, write, partial(self._tokens, target.identity), self.budget, target.identity)
         text = isinstance(fitted.context, str)
@@ -85,7 +86,7 @@ class QuestionBuilder:
             "identity": target.identity,
             "seed": seed,
             "ablation": ablation,
-            "k": wanted,
+            "k": k,
             "shown": len(fitted.demonstrations),
             "dropped": fitted.dropped,
             "copying": copy_control(fitted.demonstrations, target.answer),
@@ -102,7 +103,7 @@ class QuestionBuilder:
         return as_messages(shown, prompt, self.context.layout, form, self.system_prompt)
 
     def _tokens(self, place: str, context: Context) -> int:
-        """Count as sampling will."""
+        """Count tokens as generation does."""
         if isinstance(context, str):
             return len(self.tokenizer(context)["input_ids"])
         [text] = render(self.tokenizer, [context], [place])

@@ -1,11 +1,8 @@
-"""A target and its demonstrations as one row for SFT: how many, which of them fit, and in which columns; pure.
+"""In-context SFT samples, and the worker of `icl build`.
 
-Columns say what is learnt, since SFT reads it off them: a `prompt` with its `completion` teaches the target's answer alone,
-`messages` teach every answer.
-
-What one process of `icl build` does: a part of examples becomes a part of samples, beside a pool it maps into memory.
-
-Every row is answered for: one that makes no sample keeps its place with the reason in `problem`, so that counts add up.
+A sample is a target with its demonstrations. The columns decide the loss, since SFT derives it from them: `prompt` and
+`completion` train the target's answer, `messages` train every answer. A worker turns a part of examples into a part of samples,
+with a memory-mapped pool. A row without a sample stays in the part with the reason in `problem`, so that counts add up.
 """
 
 import hashlib
@@ -35,14 +32,17 @@ OVER_BUDGET = "longer than sample.max_tokens without any demonstration"
 
 @dataclass(frozen=True, slots=True)
 class BuildPlan:
-    """What a process needs to know: the configuration, and where the index lies on this machine or a shared disk."""
+    """Configuration of a worker, and the folder of the index.
+
+    The folder is on this node or a shared disk.
+    """
 
     config: ICLBuildConfig
     index: Path
 
 
 class SampleBuilder:
-    """Makes samples of examples."""
+    """Builds samples from examples."""
 
     def __init__(self, plan: BuildPlan) -> None:
         """Open the index and load the tokenizer."""
@@ -56,14 +56,14 @@ class SampleBuilder:
             self._vectors = np.load(plan.index / VECTORS, mmap_mode="r")
         self._bm25 = Bm25Ranker.open(plan.index / BM25, self._tasks) if config.demonstrations.selection == "bm25" else None
         self._rules = LeakRules(config.demonstrations.resemblance, config.demonstrations.resembling_words)
-        # From the index and not from the configuration: paths in that may be relative to where the driver runs.
+        # From the index, because paths of the configuration may be relative to the driver's working directory.
         tokenizer = AutoTokenizer.from_pretrained(
             plan.index / TOKENIZER, trust_remote_code=config.model.trust_remote_code, local_files_only=True
         )
         self._writer = SampleFormatter(config.sample, config.demonstrations.order, config.data.system_prompt, tokenizer)
 
     def __call__(self, table: ArrowTable) -> ArrowTable:
-        """Return the samples of a part; `row` of its rows is their position in the pool."""
+        """Return the samples of a part, whose `row` is the position in the pool."""
         import pyarrow as pa
 
         rows = table.select(["row", "source"]).to_pylist()
@@ -100,24 +100,24 @@ class SampleBuilder:
 
 
 def sample_schema(config: ICLBuildConfig) -> Any:
-    """Return the columns of the dataset: those SFT reads, the row of the source, and the demonstrations shown."""
+    """Return the columns of the dataset: those of SFT, `source` row and `shown` demonstrations."""
     import pyarrow as pa
 
     text: Any = pa.string()
     messages = messages_type()
     kind = text if config.sample.layout == "text" else messages
-    learnt = [("messages", messages)] if config.sample.loss_on == "every" else [("prompt", kind), ("completion", kind)]
-    return pa.schema([*learnt, ("source", pa.int64()), ("shown", pa.int32())])
+    trained = [("messages", messages)] if config.sample.loss_on == "every" else [("prompt", kind), ("completion", kind)]
+    return pa.schema([*trained, ("source", pa.int64()), ("shown", pa.int32())])
 
 
 def built_schema(config: ICLBuildConfig) -> Any:
-    """Return the columns of a part: those of the dataset, and what became of the row."""
+    """Return the columns of a part: those of the dataset, and counts."""
     import pyarrow as pa
 
     whole = pa.int32()
     counted = [(name, whole) for name in ("wanted", "short", "repeated", "dropped", "tokens")]
-    told = [("row", pa.int64()), *counted, ("leaks", pa.string()), ("problem", pa.string())]
-    return pa.schema([*sample_schema(config), *(pa.field(name, kind) for name, kind in told)])
+    facts = [("row", pa.int64()), *counted, ("leaks", pa.string()), ("problem", pa.string())]
+    return pa.schema([*sample_schema(config), *(pa.field(name, kind) for name, kind in facts)])
 
 
 if TYPE_CHECKING:
@@ -127,19 +127,22 @@ Row = dict[str, Any]
 
 
 def draw_count(identity: str, least: int, most: int, seed: int) -> int:
-    """Return how many demonstrations a target gets: evenly from `least` to `most`, a function of seed and identity alone."""
+    """Return a target's number of demonstrations, uniform in [least, most].
+
+    A function of seed and identity only.
+    """
     digest = hashlib.sha256(f"{seed}\0demonstrations\0{identity}".encode()).digest()
     return random.Random(digest).randint(least, most)
 
 
 @dataclass(frozen=True, slots=True)
 class SampleFormatter:
-    """Writes samples.
+    """Formats samples.
 
     Attributes:
-        section: layout, budget, and what is learnt.
-        order: of the demonstrations on show.
-        system_prompt: first words of a conversation, if any.
+        section: layout, token budget and loss.
+        order: display order of the demonstrations.
+        system_prompt: beginning of a conversation, if any.
         tokenizer: counts tokens.
     """
 
@@ -149,10 +152,12 @@ class SampleFormatter:
     tokenizer: "PreTrainedTokenizerBase"
 
     def write(self, target: Example, nearest_first: Sequence[Example]) -> Fitted[Row] | None:
-        """Return the row with as many of the nearest demonstrations as fit; None where the target alone is over the budget.
+        """Return the row with the nearest demonstrations that fit.
+
+        None where the target alone exceeds the budget.
 
         Raises:
-            UserError: the chat template refuses it.
+            UserError: the chat template rejects it.
         """
         if self._tokens(self._row(target, []), target.identity) > self.section.max_tokens:
             return None
@@ -176,7 +181,7 @@ class SampleFormatter:
         return {"prompt": messages, "completion": answer}
 
     def _tokens(self, row: Row, place: str) -> int:
-        """Count as SFT will: the whole sample, its end included."""
+        """Count the tokens of a sample as SFT does, with the end of sequence."""
         if self.section.layout == "text":
             text, plain = f"{row['prompt']}{row['completion']}{self.tokenizer.eos_token}", True
         else:

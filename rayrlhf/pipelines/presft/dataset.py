@@ -1,4 +1,4 @@
-"""Datasets as SFT reads them: prompt and completion, one Parquet file, made of part files in bounded memory."""
+"""SFT datasets from part files: prompt and completion in one Parquet file, in bounded memory."""
 
 import json
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ from rayrlhf.storage.atomic import file_atomically
 
 
 def repair(relabeled: PartFolder, repaired: PartFolder) -> int:
-    """Carry the decisions out: write the rows of the repaired dataset, numbered anew, and return how many there are.
+    """Apply the decisions: write the renumbered rows of the repaired dataset, and return their number.
 
-    `mix` makes two rows of a pair, `drop` none. The same decisions give the same files.
+    `mix` gives two rows per pair, `drop` none. The same decisions give the same files.
     """
     import pyarrow as pa
 
@@ -34,15 +34,15 @@ def repair(relabeled: PartFolder, repaired: PartFolder) -> int:
 
 
 def responses_of(row: dict[str, Any]) -> list[str]:
-    """Return the responses that a decided pair is trained on: none, one or two."""
+    """Return the responses of a pair to train on: none, one or two."""
     original, new = row["response"], row["new_response"]
     return {"keep": [original], "replace": [new], "mix": [original, new], "drop": []}[row["decision"]]
 
 
 def write_dataset(rows: PartFolder, path: Path) -> None:
-    """Write rows as one Parquet file with `prompt`, `completion` and `source`, unless it is there.
+    """Write rows as one Parquet file with `prompt`, `completion` and `source`, unless it exists.
 
-    Conversational prompts are lists of messages and so are their completions.
+    Conversational prompts and their completions are lists of messages.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

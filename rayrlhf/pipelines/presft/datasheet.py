@@ -1,4 +1,4 @@
-"""`datasheet.json`: what was read, asked, selected and replaced, and what it cost."""
+"""`datasheet.json`: figures of the dataset, the rounds, the decisions and the cost."""
 
 import json
 from collections import Counter
@@ -13,11 +13,11 @@ from rayrlhf.storage.atomic import write_atomically
 from rayrlhf.tuning.training_result import read_result
 
 RFT_SAMPLES = (4, 8)
-"""Samples per prompt of rejection-sampling fine-tuning, to compare the cost with."""
+"""Samples per prompt of rejection-sampling fine-tuning (RFT), for the comparison of cost."""
 
 
 def write_datasheet(config: PreSFTConfig, layout: Layout) -> dict[str, Any]:
-    """Write the datasheet from what is there, and return it."""
+    """Write the datasheet of the finished steps, and return it."""
     facts = layout.rows.facts()
     numbers = [number for number in range(1, config.run.rounds + 1) if layout.round(number).scores.sealed]
     labels = [layout.label(number) for number in range(config.run.rounds + 1)]
@@ -36,7 +36,7 @@ def write_datasheet(config: PreSFTConfig, layout: Layout) -> dict[str, Any]:
 
 
 def round_figures(config: PreSFTConfig, folder: RoundFolder, number: int) -> dict[str, Any]:
-    """Return the figures of one round, those of later steps once they are done."""
+    """Return the figures of one round, as far as its steps are done."""
     facts = folder.scores.facts()
     first = next(folder.scores.tables(["model", "sampling"])).slice(0, 1).to_pylist()[0]
     figures: dict[str, Any] = {
@@ -61,12 +61,14 @@ def round_figures(config: PreSFTConfig, folder: RoundFolder, number: int) -> dic
 
 
 def rft_tokens(rows: int, probe_tokens: int, responses: int) -> dict[str, int | None]:
-    """Return what rejection sampling would sample at each k: k responses of the probes' mean length for every prompt.
+    """Return the tokens that rejection sampling would sample at each k.
+
+    The estimate is k responses per prompt with the mean length of the probes.
 
     Args:
-        rows: prompts.
-        probe_tokens: tokens of all probes; 0 where responses were given.
-        responses: how many probes these were.
+        rows: number of prompts.
+        probe_tokens: tokens of all probes; 0 where the dataset provides the responses.
+        responses: number of probes.
     """
     return {f"rft_{k}": round(k * rows * probe_tokens / responses) if probe_tokens else None for k in RFT_SAMPLES}
 
@@ -76,7 +78,7 @@ def _tokens(probe: int, relabel: int) -> dict[str, int | None]:
 
 
 def _losses(tuned: Path) -> dict[str, float]:
-    """The last training loss of an SFT run, and what it measured on held-out rows; nothing where it has not finished."""
+    """Return the last training loss and the held-out loss; empty for an unfinished run."""
     result = read_result(tuned)
     return {} if result is None else {name: value for name, value in result.metrics.items() if name.endswith("loss")}
 

@@ -1,7 +1,4 @@
-"""The plan of a Pre-SFT run in words, for `--dry-run`.
-
-What can be known to be wrong before a dataset is read or a process started.
-"""
+"""Early checks of a Pre-SFT run, and its plan in words for `--dry-run`."""
 
 from collections.abc import Iterator
 
@@ -11,10 +8,10 @@ from rayrlhf.engines.rollout.factory import check_installed
 
 
 def check_presft(config: PreSFTConfig) -> None:
-    """Load what is small and used later in other processes, where a mistake would cost a start.
+    """Load the small parts of later processes, so that errors show before they start.
 
     Raises:
-        UserError: a BLEU tokenizer that cannot be had, a reward function that cannot be loaded, or no vLLM.
+        UserError: no BLEU tokenizer, an unusable reward function, or no vLLM.
     """
     from rayrlhf.rewards.functions import load_functions
 
@@ -28,7 +25,7 @@ def check_presft(config: PreSFTConfig) -> None:
 
 
 def describe(config: PreSFTConfig) -> str:
-    """Return the plan, one line a fact."""
+    """Return the plan, one fact per line."""
     return "\n".join(_lines(config))
 
 
@@ -40,9 +37,9 @@ def _lines(config: PreSFTConfig) -> Iterator[str]:
     if probe.response_field is not None:
         yield f"1. no probe: the responses are in the field {probe.response_field}"
     else:
-        asked = f"{probe.model.path}, tuned already" if probe.model else f"{config.model.path}, tuned on the dataset"
+        model = f"{probe.model.path}, tuned already" if probe.model else f"{config.model.path}, tuned on the dataset"
         how = "greedy" if probe.temperature == 0 else f"{probe.samples} samples at temperature {probe.temperature:g}"
-        yield f"1. ask {asked}: {how}, at most {generate.max_new_tokens} tokens, with {generate.backend}"
+        yield f"1. probe {model}: {how}, at most {generate.max_new_tokens} tokens, with {generate.backend}"
     likelihood = " and the likelihood of the original" if probe.likelihood else ""
     yield f"2. score by sentence BLEU, tokenizer {probe.tokenize}{likelihood}"
     rules = {
@@ -54,10 +51,10 @@ def _lines(config: PreSFTConfig) -> Iterator[str]:
     if not config.relabels:
         yield f"4. {relabel.struggling} them"
     elif config.reuses_probe:
-        yield f"4. {relabel.struggling} their responses by the probe's own: nothing more is sampled"
+        yield f"4. {relabel.struggling} their responses by the probe's own: no more samples"
     else:
         count = "one greedy response" if relabel.method == "greedy" else f"the best of {relabel.samples} by {relabel.method}"
-        yield f"4. {relabel.struggling} their responses by {count}; what the guard refuses: {relabel.guarded}"
+        yield f"4. {relabel.struggling} their responses by {count}; pairs that the guard rejects: {relabel.guarded}"
     yield f"5. tune {config.model.path} from the start on the repaired dataset"
     if config.quality is not None:
         yield f"quality: held-out rows of {config.quality.data.path}, after every tuning"

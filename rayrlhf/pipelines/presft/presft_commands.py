@@ -1,4 +1,4 @@
-"""The `presft` commands: the whole run, or its steps one by one with a look in between."""
+"""The `presft` commands: the whole run, or its steps one by one."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the configuration
 
 
 class _WholeRunByDefault(TyperGroup):
-    """`presft CONFIG` means `presft run CONFIG`."""
+    """Command group in which `presft CONFIG` means `presft run CONFIG`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and not args[0].startswith("-") and args[0] not in self.commands:
@@ -33,7 +33,7 @@ app = typer.Typer(
 
 @app.command()
 def run(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Tune, score, select, relabel, and tune again from the base; the same command resumes what was interrupted."""
+    """Tune, score, select, relabel, and tune again from the base model; resumable."""
     loaded = _load(config, overrides)
     if dry_run:
         from rayrlhf.pipelines.presft.dry_run import check_presft, describe
@@ -43,39 +43,39 @@ def run(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False
         return
     from rayrlhf.pipelines.presft.run_presft import run_presft
 
-    _tell(run_presft(loaded))
+    _print_result(run_presft(loaded))
 
 
 @app.command()
 def score(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Answer every prompt with the tuned model and score the answers against the dataset's; tunes first if need be."""
+    """Score the tuned model's responses against the dataset's; tune first if needed."""
     from rayrlhf.pipelines.presft.run_presft import run_presft
 
-    _tell(run_presft(_load(config, overrides), "score"))
+    _print_result(run_presft(_load(config, overrides), "score"))
 
 
 @app.command()
 def select(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Find the cut below which pairs struggle; may be repeated with other settings until `relabel` has begun."""
+    """Find the cut below which pairs struggle; repeatable until `relabel` starts."""
     from rayrlhf.pipelines.presft.run_presft import run_presft
 
-    _tell(run_presft(_load(config, overrides), "select"))
+    _print_result(run_presft(_load(config, overrides), "select"))
 
 
 @app.command()
 def relabel(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Give the struggling pairs new responses, as configured, and write the repaired dataset."""
+    """Relabel the struggling pairs, and write the repaired dataset."""
     from rayrlhf.pipelines.presft.run_presft import run_presft
 
-    _tell(run_presft(_load(config, overrides), "relabel"))
+    _print_result(run_presft(_load(config, overrides), "relabel"))
 
 
 @app.command()
 def report(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Write `report.html` and `datasheet.json` of what is there."""
+    """Write `report.html` and `datasheet.json` of the finished steps."""
     from rayrlhf.pipelines.presft.run_presft import report_presft
 
-    _tell(report_presft(_load(config, overrides)))
+    _print_result(report_presft(_load(config, overrides)))
 
 
 def _load(config: Path, overrides: list[str] | None) -> "PreSFTConfig":
@@ -85,7 +85,7 @@ def _load(config: Path, overrides: list[str] | None) -> "PreSFTConfig":
     return load_config(PreSFTConfig, config, overrides or [])
 
 
-def _tell(result: "PreSFTResult") -> None:
+def _print_result(result: "PreSFTResult") -> None:
     typer.echo(f"report: {result.folder / 'report.html'}")
     if result.dataset is not None:
         typer.echo(f"dataset: {result.dataset}")

@@ -1,8 +1,6 @@
-"""The report of a Pre-SFT run from its folder alone, as `rayrlhf report RUN` asks for it; nothing in the folder is locked.
+"""HTML report of a Pre-SFT run from its folder: scores, decisions, cost and quality.
 
-What the report draws of a round, read part by part: the histogram, a sample of points, the lowest scores.
-
-The report of a Pre-SFT run: what the model had learned of the dataset, what was changed, what it cost, what it brought.
+`rayrlhf report RUN` calls it without a lock on the folder. Rounds are read part by part.
 """
 
 import heapq
@@ -29,14 +27,14 @@ MAX_STRUGGLING = 100
 
 @dataclass(frozen=True, slots=True)
 class RoundView:
-    """One round, small enough to draw.
+    """Plot data of one round.
 
     Attributes:
-        counts: pairs in each bin of BLEU.
-        edges: of the bins, one more.
-        lengths: characters of the originals, of an even sample of pairs.
+        counts: pairs per BLEU bin.
+        edges: bin edges, one more than bins.
+        lengths: characters of the original response, for evenly spaced pairs.
         scores: BLEU of the same pairs.
-        lowest: the rows with the lowest scores, lowest first.
+        lowest: rows with the lowest scores, ascending.
     """
 
     counts: Sequence[int]
@@ -47,7 +45,7 @@ class RoundView:
 
 
 def read_round(folder: RoundFolder, figures: dict[str, Any]) -> RoundView:
-    """Read a round from its decisions, or from its scores where there are none yet."""
+    """Read a round from its decisions, or from its scores before there are any."""
     edges = np.linspace(0.0, HIGHEST, BINS + 1)
     counts = np.zeros(BINS, dtype=np.int64)
     lowest: list[tuple[float, int, dict[str, Any]]] = []
@@ -70,7 +68,7 @@ def read_round(folder: RoundFolder, figures: dict[str, Any]) -> RoundView:
 
 
 def write_report(config: PreSFTConfig, layout: Layout, sheet: dict[str, Any], output: Path | None = None) -> Path:
-    """Write the page from the datasheet and the round folders, as far as the run has come; returns its path.
+    """Write the page from the datasheet and the round folders, and return its path.
 
     Args:
         config: of the run.
@@ -212,21 +210,21 @@ def _data(sheet: dict[str, Any]) -> Iterator[Block]:
 
 
 def write_presft_report(folder: Path, output: Path | None = None) -> Path:
-    """Write the page from the datasheet that the run wrote last; returns its path.
+    """Write the page from the stored datasheet, and return its path.
 
     Args:
         folder: the run folder.
         output: the file; `report.html` in the run folder when None.
 
     Raises:
-        UserError: there is no datasheet yet, or it or the configuration is damaged.
+        UserError: no datasheet, or a damaged datasheet or configuration.
     """
     sheet = folder / "datasheet.json"
     if not sheet.is_file():
-        raise UserError(f"{folder}: no datasheet.json yet, so nothing to report; `rayrlhf presft report CONFIG` makes both")
+        raise UserError(f"{folder}: no datasheet.json yet; `rayrlhf presft report CONFIG` writes it and the report")
     try:
         figures = json.loads(sheet.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{sheet}: not JSON: {error}; `rayrlhf presft report CONFIG` writes it anew") from error
+        raise UserError(f"{sheet}: not JSON: {error}; `rayrlhf presft report CONFIG` writes it again") from error
     config = load_config(PreSFTConfig, folder / "config.yaml")
     return write_report(config, Layout(folder), figures, output)

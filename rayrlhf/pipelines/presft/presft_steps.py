@@ -1,4 +1,4 @@
-"""The steps of a round, each from part files to part files: score, select, relabel. A finished step is not done again."""
+"""Steps of a round over part files: score, select, relabel."""
 
 import json
 from collections.abc import Callable
@@ -24,12 +24,12 @@ from rayrlhf.pipelines.presft.selection import Cut, find_cut, needs_candidates
 from rayrlhf.storage.atomic import write_atomically
 
 Done = Callable[[int], None]
-"""Told the rows of every part that is written."""
+"""Called with the rows of each written part."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabeledModel:
-    """A model to sample from: its name in tables, and where its weights are."""
+    """A model to generate with, and its name in tables."""
 
     label: str
     model: ModelSection
@@ -44,16 +44,16 @@ def score_pairs(
     step: int,
     done: Done,
 ) -> None:
-    """Answer every prompt and score the answers against the originals.
+    """Generate probes for every prompt, and score them against the originals.
 
     Args:
         config: the run.
         rows: the pairs.
-        scores: where they go with probes and scores.
-        model: who answers; None when the rows bring responses.
-        probe: how to ask.
-        step: number of this pass over the data, for the seeds.
-        done: told of every part.
+        scores: folder of pairs with probes and scores.
+        model: generates the probes; None where the rows provide them.
+        probe: sampling and scoring settings.
+        step: index of this pass over the data, for the seeds.
+        done: called with the rows of each part.
     """
     if scores.sealed:
         return
@@ -66,13 +66,15 @@ def score_pairs(
 
 
 def select_pairs(config: PreSFTConfig, scores: PartFolder, selection: Path) -> dict[str, Any]:
-    """Find the cut through all scores, write it, and return it with what it selects. Takes 16 bytes a row.
+    """Find the cut, write it, and return it with counts.
+
+    It needs 16 bytes of memory per row.
 
     Raises:
-        UserError: the scores are not complete.
+        UserError: the scores are incomplete.
     """
     if not scores.sealed:
-        raise UserError(f"{scores.path}: the scores are not there or not complete; run `rayrlhf presft score` first")
+        raise UserError(f"{scores.path}: the scores are missing or incomplete; run `rayrlhf presft score` first")
     bleu, rows = _column(scores, "bleu", np.float64), _column(scores, "row", np.int64)
     cut = find_cut(config.select, bleu, rows)
     selected = (bleu < cut.score) | ((bleu == cut.score) & (rows <= cut.row))
@@ -91,10 +93,10 @@ def select_pairs(config: PreSFTConfig, scores: PartFolder, selection: Path) -> d
 
 
 def read_cut(selection: Path) -> Cut:
-    """Return the cut that was found.
+    """Read the cut of `select_pairs`.
 
     Raises:
-        UserError: none was.
+        UserError: there is none.
     """
     if not selection.is_file():
         raise UserError(f"{selection}: there is no selection yet; run `rayrlhf presft select` first")
@@ -112,17 +114,17 @@ def relabel_pairs(
     step: int,
     done: Done,
 ) -> None:
-    """Make new responses for the struggling pairs and decide on every pair.
+    """Generate candidates for the struggling pairs, and decide on every pair.
 
     Args:
         config: the run.
-        relabel: the choices.
+        relabel: method and decision settings.
         scores: every pair with its score.
-        relabeled: where decisions go.
-        cut: which pairs struggle.
-        model: who answers; may be None where nothing is sampled.
-        step: number of this pass over the data, for the seeds.
-        done: told of every part.
+        relabeled: folder of decisions.
+        cut: selects the struggling pairs.
+        model: generates candidates; may be None where nothing is sampled.
+        step: index of this pass over the data, for the seeds.
+        done: called with the rows of each part.
     """
     if relabeled.sealed:
         return
@@ -169,7 +171,7 @@ def _column(parts: PartFolder, name: str, kind: Any) -> NDArray[Any]:
 
 
 def _score_facts(scores: PartFolder, signature: str) -> dict[str, Any]:
-    """What is known once all pairs are scored; a few numbers a row are in memory at a time."""
+    """Return the facts of complete scores; a few numbers per row are in memory."""
     import pyarrow.compute as pc
 
     bleu, tokens, rows = 0.0, 0, 0

@@ -1,9 +1,4 @@
-"""The first pass, as stages over part tables: answer every prompt, then score the answers against the originals.
-
-Engines are imported by the processes that run one, so that a scorer is a small process.
-
-How likely the tuned model finds a response: the mean log-probability of its tokens, given the prompt.
-"""
+"""Stages of the first pass: probe every prompt, then score the probes against the originals."""
 
 import json
 from collections.abc import Sequence
@@ -23,17 +18,17 @@ from rayrlhf.models.load import load_tokenizer
 from rayrlhf.pipelines.presft.columns import with_columns
 
 BATCH_TOKENS = 8192
-"""Token budget of one forward."""
+"""Token budget of one forward pass."""
 
 
 class LikelihoodEngine:
-    """The tuned model, read only."""
+    """Log-probs of responses under the tuned model."""
 
     def __init__(self, plan: GenerationPlan, data: PairsSection) -> None:
         """Load the model.
 
         Raises:
-            UserError: it cannot be loaded.
+            UserError: the model cannot be loaded.
         """
         self._engine = FrozenEngine(plan.model, BATCH_TOKENS)
         self._tokenizer: Tokenizer = load_tokenizer(plan.model)
@@ -41,7 +36,7 @@ class LikelihoodEngine:
         self._longest = plan.generate.max_model_length or 10**9
 
     def mean_logprobs(self, rows: Sequence[dict[str, Any]], responses: Sequence[str]) -> list[float]:
-        """Return the mean log-probability per token, in nats, of one response to each row's prompt, at temperature 1."""
+        """Return the mean log-prob per response token, in nats at temperature 1, per row."""
         prompts = encode_prompts(
             self._tokenizer,
             self._data,
@@ -55,10 +50,10 @@ class LikelihoodEngine:
 
 
 class ProbeGenerator:
-    """Adds the model's responses to a part."""
+    """Adds probes, responses of the tuned model, to a part."""
 
     def __init__(self, plan: GenerationPlan) -> None:
-        """Start the model."""
+        """Start the rollout engine."""
         self._generator = BatchGenerator(plan)
 
     def __call__(self, table: ArrowTable) -> ArrowTable:
@@ -73,7 +68,7 @@ class ProbeGenerator:
 
 
 def given_probes(table: ArrowTable) -> ArrowTable:
-    """Return a part with the responses that came with its rows in place of sampled ones."""
+    """Return a part with the dataset's given responses as probes."""
     responses = [json.loads(columns)[GIVEN] for columns in table.column("columns").to_pylist()]
     columns: dict[str, list[Any]] = {
         "probes": [[response] for response in responses],
@@ -84,12 +79,12 @@ def given_probes(table: ArrowTable) -> ArrowTable:
 
 
 class ProbeScorer:
-    """Adds BLEU, and the likelihood of the original where it is asked for, to a probed part."""
+    """Adds BLEU, and optionally the likelihood of the original, to a probed part."""
 
     _likelihood: "LikelihoodEngine | None" = None
 
     def __init__(self, probe: ProbeSection, data: PairsSection, plan: GenerationPlan | None) -> None:
-        """Load the BLEU tokenizer, and the model for likelihoods."""
+        """Load the BLEU tokenizer, and the model for likelihoods if needed."""
         self._probe = probe
         self._bleu = BleuScorer(probe.tokenize)
         self._model = "given" if plan is None else plan.label
@@ -115,14 +110,14 @@ class ProbeScorer:
 
 
 def sampling_text(plan: GenerationPlan) -> str:
-    """Return the sampling parameters as JSON, for the provenance of each row."""
+    """Return the sampling parameters as JSON, for the provenance of a row."""
     names = ("seed", "step", "samples", "temperature")
     parameters = {name: getattr(plan, name) for name in names}
     return json.dumps(parameters | {"backend": plan.generate.backend, "max_new_tokens": plan.generate.max_new_tokens})
 
 
 def correlation(first: list[float], second: list[float]) -> float | None:
-    """Return Pearson's correlation, or None where one side does not vary."""
+    """Return Pearson's correlation, or None where one side is constant."""
     if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return None
     return float(np.corrcoef(first, second)[0, 1])

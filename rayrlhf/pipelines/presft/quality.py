@@ -1,4 +1,4 @@
-"""How good a tuned model is on held-out rows: mean BLEU to their responses, and the verifier's mean score."""
+"""Quality of a tuned model on held-out rows: mean BLEU and mean reward."""
 
 import json
 from pathlib import Path
@@ -12,11 +12,11 @@ from rayrlhf.pipelines.presft.presft_steps import Done, LabeledModel, score_pair
 from rayrlhf.storage.atomic import write_atomically
 
 STEP = 1
-"""Seeds of held-out answers: the same for every model, and none that a round uses."""
+"""Seeds of held-out responses: the same for every model, and unused by rounds."""
 
 
 def measure_quality(config: PreSFTConfig, layout: Layout, model: LabeledModel, done: Done) -> dict[str, Any]:
-    """Answer the held-out prompts, unless that is done, and return `rows`, `bleu` and, with a verifier, `score`.
+    """Measure the quality once; return `rows`, `bleu` and, with a verifier, `score`.
 
     Raises:
         UserError: a reward function cannot be loaded, or fails.

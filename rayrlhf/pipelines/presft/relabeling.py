@@ -1,4 +1,4 @@
-"""The second pass, as stages over part tables: new responses for the struggling pairs, then the decision on every pair."""
+"""Stages of the second pass: candidates for struggling pairs, decisions on all pairs."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from rayrlhf.pipelines.presft.probing import LikelihoodEngine
 
 CANDIDATES = "_candidates"
-"""Column of JSON that carries candidates from the sampler to the judge."""
+"""Column of JSON with candidates, read by `PairDecider`."""
 Row = dict[str, Any]
 
 
 class CandidateGenerator:
-    """Adds new responses for the struggling pairs of a part."""
+    """Generates candidates for the struggling pairs of a part."""
 
     def __init__(self, plan: GenerationPlan, cut: Cut) -> None:
-        """Start the model."""
+        """Start the rollout engine."""
         self._generator = BatchGenerator(plan)
         self._cut = cut
 
@@ -38,14 +38,14 @@ class CandidateGenerator:
 
 
 class ProbesAsCandidates:
-    """Takes the probes as the candidates: nothing is sampled."""
+    """Uses the probes as candidates, without sampling."""
 
     def __init__(self, cut: Cut) -> None:
         """Keep the cut."""
         self._cut = cut
 
     def __call__(self, table: ArrowTable) -> ArrowTable:
-        """Return the part with its candidates, which cost no token."""
+        """Return the part with its candidates, which count as 0 tokens."""
         candidates = {
             index: [Response(text, finish, 0) for text, finish in zip(row["probes"], row["probe_finish"], strict=True)]
             for index, row in enumerate(table.to_pylist())
@@ -55,7 +55,7 @@ class ProbesAsCandidates:
 
 
 def with_candidates(table: ArrowTable, candidates: dict[int, list[Response]]) -> Any:
-    """Return a part with the candidates of some of its rows, by index, in a column of JSON."""
+    """Return a part with a JSON column of candidates, given by row index."""
     import pyarrow as pa
 
     texts = [
@@ -74,7 +74,7 @@ class PairDecider:
     def __init__(
         self, relabel: RelabelSection, probe: ProbeSection, data: PairsSection, plan: GenerationPlan | None, cut: Cut
     ) -> None:
-        """Load what the method needs.
+        """Load the models and functions of the method.
 
         Raises:
             UserError: a reward function or model cannot be loaded.
@@ -93,7 +93,7 @@ class PairDecider:
         self._plan = plan
 
     def __call__(self, table: ArrowTable) -> ArrowTable:
-        """Return the part with the decision on each pair and all that led to it."""
+        """Return the part with the decision on each pair and its provenance."""
         rows = table.to_pylist()
         flat: list[tuple[Row, Response]] = []
         for row in rows:
@@ -102,16 +102,16 @@ class PairDecider:
         verified = self._verified(flat)
         scores = iter(self._scores(rows, flat, verified))
         verdicts = iter(verified)
-        judged = []
+        decided = []
         for row in rows:
             count = len(row["responses"])
             own_scores = [next(scores) for _ in range(count)]
             refusals = [self._refusal(response, next(verdicts)) for response in row["responses"]]
-            judged.append(self._judge(row, own_scores, refusals))
-        columns = {name: [row[name] for row in judged] for name in judged[0]} if judged else {}
+            decided.append(self._decide(row, own_scores, refusals))
+        columns = {name: [row[name] for row in decided] for name in decided[0]} if decided else {}
         return with_columns(table, "relabeled", columns)
 
-    def _judge(self, row: Row, scores: list[float], refusals: list[str | None]) -> Row:
+    def _decide(self, row: Row, scores: list[float], refusals: list[str | None]) -> Row:
         texts = [response.text for response in row["responses"]]
         struggling = self._cut.selects(row["bleu"], row["row"])
         decision: Decision = LEARNED
@@ -139,7 +139,7 @@ class PairDecider:
         return list(self._verifier.scores([row for row, _ in flat], responses))
 
     def _scores(self, rows: list[Row], flat: list[tuple[Row, Response]], verified: list[float | None]) -> list[float]:
-        """What the method says of each candidate of the part."""
+        """Return the method's score of each candidate of the part."""
         if self._relabel.method == "mbr":
             return [score for row in rows for score in agreement([response.text for response in row["responses"]], self._bleu)]
         if not flat:

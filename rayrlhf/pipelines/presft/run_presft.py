@@ -1,4 +1,7 @@
-"""A Pre-SFT run: tune, probe and score, select, relabel, tune again from the base; each step once, whatever was interrupted."""
+"""A Pre-SFT run: tune, probe, select, relabel, and tune again from the base model.
+
+Each step is done once and survives interruption.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,13 +30,13 @@ STEPS: tuple[Step, ...] = ("score", "select", "relabel", "tune")
 
 @dataclass(frozen=True, slots=True)
 class PreSFTResult:
-    """What a run leaves; everything else is in its folder.
+    """Result of a run; further results are in its folder.
 
     Attributes:
         folder: the run folder.
-        dataset: the repaired dataset of the last finished round, None before.
-        export: the model tuned on it, None before.
-        datasheet: the figures of the run, as in `datasheet.json`.
+        dataset: repaired dataset of the last finished round, or None.
+        export: model tuned on it, or None.
+        datasheet: figures of the run, as in `datasheet.json`.
     """
 
     folder: Path
@@ -43,15 +46,15 @@ class PreSFTResult:
 
 
 def run_presft(config: PreSFTConfig, until: Step = "tune") -> PreSFTResult:
-    """Run all rounds, or the current round up to one of its steps; what is done already is not done again.
+    """Run all rounds, or one step of the current round; finished steps are skipped.
 
     Args:
         config: the configuration.
-        until: last step to do. With `tune`, all rounds are finished.
+        until: the step; `tune` finishes all rounds.
 
     Raises:
-        UserError: a mistake in the configuration or the data; too many unusable rows; `select` without scores and so on.
-        ActorLostError: a process died more often than allowed.
+        UserError: an invalid configuration or dataset; too many unusable rows; a step without the results of earlier ones.
+        ActorLostError: a process exceeded its restarts.
     """
     with _running(config) as run:
         numbers = range(1, config.run.rounds + 1)
@@ -61,10 +64,10 @@ def run_presft(config: PreSFTConfig, until: Step = "tune") -> PreSFTResult:
 
 
 def report_presft(config: PreSFTConfig) -> PreSFTResult:
-    """Write `datasheet.json` and `report.html` from what is there.
+    """Write `datasheet.json` and `report.html` of the finished steps.
 
     Raises:
-        UserError: nothing has been scored yet.
+        UserError: no scores yet.
     """
     layout = Layout(config.run.folder)
     if not layout.round(1).scores.sealed:
@@ -74,7 +77,7 @@ def report_presft(config: PreSFTConfig) -> PreSFTResult:
 
 
 class _Silent:
-    """Nobody to tell."""
+    """Progress without output."""
 
     def rows(self, text: str, total: int) -> Callable[[int], None]:
         return lambda _: None
@@ -85,18 +88,18 @@ class _Silent:
 
 @dataclass
 class Run:
-    """An open run: its steps, in terms of the folder's layout."""
+    """Steps of a run in its open folder."""
 
     config: PreSFTConfig
     layout: Layout
     progress: Any
 
     def prepare(self) -> None:
-        """Read and check the datasets before anything is started that costs more."""
+        """Read and check the datasets, before any expensive step."""
         tokenizer, longest = None, None
         config, layout = self.config, self.layout
         if self._needs_model():
-            tokenizer, longest = _measuring(config)
+            tokenizer, longest = _tokenizer_and_limit(config)
         size = config.pipeline.rows_per_part
         given = config.probe.response_field
         ingest_dataset(
@@ -112,17 +115,20 @@ class Run:
         if config.quality is not None:
             held_out, rejected = layout.held_out, layout.quality("rejected")
             if tokenizer is None:
-                tokenizer, longest = _measuring(config)
+                tokenizer, longest = _tokenizer_and_limit(config)
             ingest_dataset(config.quality.data, held_out, rejected, rows_per_part=size, tokenizer=tokenizer, longest=longest)
             write_dataset(held_out, self._held_out_dataset())
 
     def current_round(self) -> int:
-        """The first round whose dataset is not repaired yet, or the last."""
+        """Return the first round without a repaired dataset, or the last."""
         numbers = range(1, self.config.run.rounds + 1)
         return next((number for number in numbers if not self.layout.round(number).repaired.sealed), numbers[-1])
 
     def round(self, number: int, until: Step) -> None:
-        """Do a round up to a step. A step alone needs those before it done, but scores are made with what they need."""
+        """Do one step of a round, or all steps for `tune`.
+
+        `select` and `relabel` need the results of earlier steps; `score` tunes first if needed.
+        """
         steps: dict[Step, Callable[[int], None]] = {
             "score": self.score,
             "select": self.select,
@@ -133,7 +139,7 @@ class Run:
             steps[step](number)
 
     def score(self, number: int) -> None:
-        """Tune if that is still to be done, then ask the model and score its answers."""
+        """Tune if needed, then generate and score the probes."""
         config, layout = self.config, self.layout
         folder = layout.round(number)
         if folder.scores.sealed:
@@ -153,7 +159,7 @@ class Run:
         self.progress.note(f"round {number}: {share} (BLEU below {facts['score']:.1f}, rule {facts['rule']})")
 
     def relabel(self, number: int) -> None:
-        """Make new responses, decide, and write the repaired dataset."""
+        """Generate candidates, decide, and write the repaired dataset."""
         config, layout = self.config, self.layout
         folder = layout.round(number)
         cut = read_cut(folder.selection)
@@ -165,7 +171,7 @@ class Run:
         write_dataset(folder.repaired, folder.dataset)
 
     def tune(self, number: int, dataset: Path) -> None:
-        """Tune the base model on a dataset, and measure what came of it."""
+        """Tune the base model on a dataset, and measure its quality."""
         from rayrlhf.tuning.merge import exported_model
         from rayrlhf.tuning.train_model import train_sft
 
@@ -182,7 +188,7 @@ class Run:
             measure_quality(config, layout, model, done)
 
     def result(self) -> PreSFTResult:
-        """Write datasheet and report."""
+        """Write datasheet and report, and return the result."""
         layout = self.layout
         sheet = write_datasheet(self.config, layout)
         write_report(self.config, layout, sheet)
@@ -196,7 +202,7 @@ class Run:
         )
 
     def _tuned(self, number: int) -> LabeledModel | None:
-        """The model that a round asks; tuned now if that is still to be done."""
+        """Return the model that a round probes; tune it if needed."""
         config, layout = self.config, self.layout
         if number == 0 and config.probe.model is not None:
             return LabeledModel("given", config.probe.model)
@@ -212,10 +218,10 @@ class Run:
         return self.layout.held_out.path / "dataset.parquet"
 
     def _longest(self) -> int:
-        """Most tokens a sample of any of the run's datasets can have."""
+        """Return the maximum tokens of a sample in any dataset of the run."""
         facts = self.layout.rows.facts()
         if "longest_prompt" not in facts:
-            return _measuring(self.config)[1]
+            return _tokenizer_and_limit(self.config)[1]
         return int(facts["longest_prompt"]) + max(int(facts["longest_response"]), self.config.generate.max_new_tokens)
 
 
@@ -234,8 +240,8 @@ def _running(config: PreSFTConfig) -> Iterator[Run]:
             yield run
 
 
-def _measuring(config: PreSFTConfig) -> tuple[Any, int]:
-    """The tokenizer, and the longest prompt with response that the model can read."""
+def _tokenizer_and_limit(config: PreSFTConfig) -> tuple[Any, int]:
+    """Return the tokenizer, and the maximum tokens of prompt and response."""
     from rayrlhf.config.rollout import RolloutSection
     from rayrlhf.engines.rollout.common import context_length
     from rayrlhf.models.load import load_architecture, load_tokenizer

@@ -1,16 +1,11 @@
-"""What becomes of a pair, and why: one pure rule from its score, its candidates and the configured choices.
+"""Selection of struggling pairs by a cut, and decisions on pairs; pure.
 
-Which pairs struggle: a cut through all scores, found once, then applied row by row in a second pass.
+A cut orders pairs by (score, row), so that a share of the dataset is met exactly and ties are broken equally in every run.
 
-A cut orders pairs by (score, row), so that a share of the dataset is met exactly and ties fall the same way in every run.
-
-What a model's response must not be before it may replace a person's: empty, cut off, looping, or refused by the verifier.
-
-Which of n candidates a struggling prompt gets: the one with the highest score, the earliest among equals.
-
-What the score is depends on the method. Minimum Bayes risk (Kumar and Byrne 2004; Eikema and Aziz 2020) takes the candidate
-closest to all others, here by mean sentence BLEU with the other candidate as the reference; it needs neither model nor
-verifier.
+The guard rejects a new response that is empty, truncated, looping, or below the verifier's minimum. Of n candidates a
+struggling prompt gets the one with the highest score, the earliest among ties. The score depends on the method. Minimum Bayes
+risk (Kumar and Byrne 2004; Eikema and Aziz 2020) takes the candidate closest to all others, here by mean sentence BLEU with
+the other candidates as references; it needs neither model nor verifier.
 """
 
 from collections.abc import Sequence
@@ -29,13 +24,13 @@ HIGHEST = 100.0
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Pairs up to and including (`score`, `row`) are selected; `row` -1 leaves out all pairs of exactly that score."""
+    """Upper bound (`score`, `row`) of selected pairs; `row` -1 excludes that score."""
 
     score: float
     row: int = -1
 
     def selects(self, score: float, row: int) -> bool:
-        """Whether a pair struggles."""
+        """Return True for a struggling pair."""
         return (score, row) <= (self.score, self.row)
 
 
@@ -44,12 +39,12 @@ NOTHING = Cut(0.0)
 
 
 def find_cut(section: SelectSection, scores: NDArray[np.float64], rows: NDArray[np.int64]) -> Cut:
-    """Return the cut that a rule makes.
+    """Return the cut of a rule.
 
     Args:
         section: the rule and its value.
         scores: float64 [N], BLEU in [0, 100].
-        rows: int64 [N], the id of each pair.
+        rows: int64 [N], row of each pair.
     """
     if section.rule == "gap":
         edge = otsu_threshold(scores)
@@ -59,7 +54,7 @@ def find_cut(section: SelectSection, scores: NDArray[np.float64], rows: NDArray[
 
 
 def lowest(scores: NDArray[np.float64], rows: NDArray[np.int64], share: float) -> Cut:
-    """Return the cut below which lie exactly floor(`share` x N) pairs, those of lowest (score, row)."""
+    """Return the cut that selects the floor(`share` x N) pairs of lowest (score, row)."""
     count = int(share * len(scores) + 1e-9)  # 0.29 * 100 is 28.999999999999996
     if count == 0:
         return NOTHING
@@ -68,20 +63,20 @@ def lowest(scores: NDArray[np.float64], rows: NDArray[np.int64], share: float) -
 
 
 def otsu_threshold(scores: NDArray[np.float64]) -> float | None:
-    """Return the histogram edge that separates two groups best, or None where there are no two groups.
+    """Return the histogram edge that best separates two groups, or None for one group.
 
-    Otsu 1979, "A threshold selection method from gray-level histograms": of all edges the one with the largest variance between
-    the two sides, w0 w1 (m0 - m1)^2. Where several edges divide the pairs alike (an empty stretch), the middle one.
+    Otsu 1979, "A threshold selection method from gray-level histograms": the edge with the largest variance between the two
+    sides, w0 w1 (m0 - m1)^2. Of edges with equal variance (empty bins between them) the middle one.
     """
-    # Equal texts score 100.00000000000004, which a histogram would leave out.
+    # Equal texts score 100.00000000000004, which is outside the histogram.
     counts, edges = np.histogram(np.minimum(scores, HIGHEST), bins=HISTOGRAM_BINS, range=(0.0, HIGHEST))
-    centres = (edges[:-1] + edges[1:]) / 2
-    below, mass = np.cumsum(counts)[:-1], np.cumsum(counts * centres)[:-1]
+    centers = (edges[:-1] + edges[1:]) / 2
+    below, mass = np.cumsum(counts)[:-1], np.cumsum(counts * centers)[:-1]
     above = len(scores) - below
     both = (below > 0) & (above > 0)
     if not both.any():
         return None
-    difference = mass[both] / below[both] - (np.sum(counts * centres) - mass[both]) / above[both]
+    difference = mass[both] / below[both] - (np.sum(counts * centers) - mass[both]) / above[both]
     between = below[both] * above[both] * difference**2
     best = np.flatnonzero(both)[np.isclose(between, between.max(), rtol=1e-12, atol=0.0)]
     return float(edges[best[len(best) // 2] + 1])
@@ -89,21 +84,21 @@ def otsu_threshold(scores: NDArray[np.float64]) -> float | None:
 
 Refusal = Literal["empty", "cut off", "looping", "fails the verifier"]
 LOOP_CHARACTERS = 32
-"""Shorter repeats are ordinary text (`ha ha ha`, `1000000`)."""
+"""Minimum length of a loop; shorter repeats are ordinary text (`ha ha ha`, `1000000`)."""
 LONGEST_PERIOD = 512
 
 
 def refusal(
     response: str, finish_reason: str, *, loop_repeats: int, verifier_score: float | None, verifier_minimum: float
 ) -> Refusal | None:
-    """Return why a response is refused, or None.
+    """Return the guard's reason to reject a response, or None.
 
     Args:
         response: the text.
         finish_reason: "stop" or "length".
-        loop_repeats: repeats at the end that make a loop.
-        verifier_score: the verifier's score; None where there is no verifier.
-        verifier_minimum: least score that passes.
+        loop_repeats: minimum repeats at the end of a loop.
+        verifier_score: the verifier's score; None without a verifier.
+        verifier_minimum: minimum score.
     """
     if not response.strip():
         return "empty"
@@ -117,12 +112,12 @@ def refusal(
 
 
 def is_looping(text: str, repeats: int) -> bool:
-    """Whether the text ends in at least `repeats` copies of one piece that together have `LOOP_CHARACTERS` or more.
+    """Return True for a text that ends in at least `repeats` copies of one piece.
 
-    The last copy may be cut anywhere, since a loop usually ends where the tokens ran out.
+    Together they have at least `LOOP_CHARACTERS`. The last copy may be partial, because a loop usually ends at the token limit.
     """
     text = text.rstrip()
-    # Sentences repeat with the space between them, which the last one lacks.
+    # Repeated sentences have a space between them, which the last one lacks.
     return any(_ends_in_copies(variant, repeats) for variant in (text, f"{text} "))
 
 
@@ -135,7 +130,7 @@ def _ends_in_copies(text: str, repeats: int) -> bool:
 
 
 def agreement(candidates: Sequence[str], scorer: BleuScorer) -> list[float]:
-    """Return each candidate's mean BLEU to the other candidates, in [0, 100]; 0 for a single candidate."""
+    """Return the mean BLEU of each candidate to the others, in [0, 100]."""
     others = len(candidates) - 1
     if others < 1:
         return [0.0] * len(candidates)
@@ -150,10 +145,10 @@ def agreement(candidates: Sequence[str], scorer: BleuScorer) -> list[float]:
 
 
 def best(scores: Sequence[float], allowed: Sequence[bool]) -> int | None:
-    """Return the index of the highest score among allowed candidates, or None when none is allowed.
+    """Return the index of the highest score among allowed candidates, or None.
 
     Raises:
-        ValueError: a score for something else than every candidate.
+        ValueError: different numbers of scores and candidates.
     """
     ranked = [(-score, index) for index, (score, fine) in enumerate(zip(scores, allowed, strict=True)) if fine]
     return min(ranked)[1] if ranked else None
@@ -168,8 +163,8 @@ class Candidate:
 
     Attributes:
         text: the response.
-        score: what the method says of it, higher is better.
-        refusal: why the guard refuses it; None when it does not.
+        score: by the method, higher is better.
+        refusal: the guard's reason to reject it, or None.
     """
 
     text: str
@@ -179,13 +174,13 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What becomes of a pair.
+    """Decision on a pair.
 
     Attributes:
         action: `keep` trains on the original, `replace` on the new response, `mix` on both, `drop` on neither.
         reason: in words, for the provenance.
-        chosen: index of the candidate that became (or would have become) the new response; None without one.
-        guarded: whether the guard refused all candidates.
+        chosen: index of the best allowed candidate, or None.
+        guarded: True where the guard rejected all candidates.
     """
 
     action: Action
@@ -198,7 +193,7 @@ LEARNED = Decision("keep", "learned: its score is above the cut")
 
 
 def needs_candidates(section: RelabelSection) -> bool:
-    """Whether the configured choice reads new responses at all."""
+    """Return True for a configuration that uses new responses."""
     return section.struggling in ("replace", "mix")
 
 
@@ -206,12 +201,12 @@ def decide(section: RelabelSection, original: str, candidates: Sequence[Candidat
     """Return the decision on a struggling pair.
 
     Args:
-        section: the choices.
+        section: decision settings.
         original: the dataset's response.
-        candidates: of the prompt; not looked at when the choice is `keep` or `drop`.
+        candidates: of the prompt; unused for `keep` and `drop`.
 
     Raises:
-        ValueError: the choice needs candidates and there are none.
+        ValueError: candidates are needed and missing.
     """
     if not needs_candidates(section):
         action: Action = "drop" if section.struggling == "drop" else "keep"

@@ -1,4 +1,4 @@
-"""SFT inside Pre-SFT: always from the base model, on one of the run's datasets, with the same settings."""
+"""SFT configurations of Pre-SFT: always from the base model, with the same settings."""
 
 from pathlib import Path
 
@@ -9,20 +9,20 @@ from rayrlhf.config.tuning.data import SupervisedDataSection, SupervisedDatasetS
 from rayrlhf.config.tuning.run import SupervisedEvaluationSection, TuningRunSection
 
 MERGED = "export-merged"
-"""Folder of an SFT run with adapters for its whole model."""
+"""Folder of the merged model of an SFT run with adapters."""
 TEMPLATE_TOKENS = 16
-"""What a chat template may close a response with."""
+"""Maximum tokens that a chat template appends to a response."""
 
 
 def sft_config(config: PreSFTConfig, folder: Path, dataset: Path, held_out: Path | None, *, longest: int) -> SFTConfig:
-    """Return the configuration of one tuning.
+    """Return the configuration of one SFT run.
 
     Args:
         config: the Pre-SFT run.
-        folder: the SFT run's folder.
-        dataset: what to train on.
-        held_out: what to measure the loss on; none when None.
-        longest: most tokens of prompt and response in any of the run's datasets.
+        folder: folder of the SFT run.
+        dataset: training data.
+        held_out: data for the evaluation loss, or None.
+        longest: maximum tokens of prompt and response in any dataset of the run.
     """
     evaluation = None if held_out is None else SupervisedDatasetSection(path=str(held_out))
     return SFTConfig(
@@ -44,6 +44,6 @@ def sft_config(config: PreSFTConfig, folder: Path, dataset: Path, held_out: Path
 
 
 def tuned_model(config: PreSFTConfig, folder: Path) -> ModelSection:
-    """Return where a finished tuning left its model, whole: adapters are merged for sampling."""
+    """Return the exported model of a finished SFT run, with merged adapters."""
     export = folder / ("export" if config.model.lora is None else MERGED)
     return config.model.model_copy(update={"path": str(export), "revision": None, "lora": None})

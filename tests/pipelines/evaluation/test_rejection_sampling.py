@@ -92,5 +92,5 @@ def test_an_evaluation_writes_what_it_keeps_as_rows_that_sft_reads(tmp_path):
 
 
 def test_where_nothing_reaches_the_bar_one_line_says_how_far_the_best_is(tmp_path):
-    with pytest.raises(UserError, match=r"keep.at_least 7: no answer that ended by itself scored as much; the best of all 96"):
+    with pytest.raises(UserError, match=r"keep.at_least 7: no complete answer has this score; the best of all 96"):
         evaluate_model(config(tmp_path, "keep.at_least=7"))

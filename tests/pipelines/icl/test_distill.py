@@ -101,7 +101,7 @@ def test_what_cannot_be_shown_is_refused_or_dropped_from_the_far_end_and_counted
     lines += [{"prompt": "item 0", "completion": "b"}, {"prompt": "", "completion": "b"}]
     long = write_rows(tmp_path / "long.jsonl", lines)
     data = f"data={{path: {long}, max_rejected_share: 0.5}}"
-    # By words a twin is the nearest; by lot it depends on the folder's name whether it is met at all.
+    # By words a twin is the nearest; at random the folder's name decides if it is drawn at all.
     wanted = config(tmp_path, data, "teacher.demonstrations=4", "teacher.selection=bm25", "teacher.max_context_tokens=150")
     questions = _questions(wanted, tmp_path / "run")
     report = _report(wanted, questions, questions)

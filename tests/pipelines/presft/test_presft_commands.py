@@ -59,13 +59,13 @@ def test_a_wrong_setting_is_named(overrides, message):
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        ([], "nothing more is sampled"),
+        ([], "no more samples"),
         (["probe.temperature=1.0"], "one greedy response"),
         (["relabel.method=mbr", "relabel.samples=4"], "the best of 4 by mbr"),
         (["relabel.struggling=drop"], "4. drop them"),
         (["select.rule=quantile", "select.value=0.2"], "lowest 20.0%"),
         (["probe.response_field=completion"], "no probe"),
-        (["probe.model.path=m"], "ask m, tuned already"),
+        (["probe.model.path=m"], "probe m, tuned already"),
         (["quality.data.path=held.jsonl"], "held-out rows of held.jsonl"),
         (["run.rounds=3"], "3 rounds"),
     ],
