@@ -127,7 +127,7 @@ def test_rejection_sampling_costs_k_responses_for_every_prompt():
 def test_the_report_command_tells_a_presft_run_by_its_own_page(finished, tmp_path):
     config, layout = finished
     (layout.path / "config.yaml").write_text(dump_config(config))
-    with pytest.raises(UserError, match="no datasheet.json yet"):
+    with pytest.raises(UserError, match=r"no datasheet\.json yet"):
         write_presft_report(layout.path)
     layout.round(1).relabeled.seal({"method": "mbr"})
     write_datasheet(config, layout)
