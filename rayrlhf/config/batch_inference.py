@@ -1,4 +1,4 @@
-"""Sections that batch inference over a dataset reads: the rows, the rollout engine, and the processes of the stages."""
+"""Sections of batch inference: the rows, the rollout engine, and the processes of the stages."""
 
 from typing import Literal
 
@@ -8,57 +8,57 @@ from rayrlhf.config.section import Section
 
 
 class GenerateSection(Section):
-    """The sampler behind probes and new responses."""
+    """Rollout engine of batch generation."""
 
     backend: Literal["vllm", "transformers"] = "vllm"
-    """What samples; `transformers` needs no vLLM."""
+    """Rollout backend; `transformers` needs no vLLM."""
     max_new_tokens: int = Field(256, ge=1)
-    """Longest response in tokens."""
+    """Maximum tokens of a response."""
     stop: list[str] = Field(default_factory=list)
     """Strings that end a response."""
     max_model_length: int | None = Field(None, ge=2)
-    """Longest prompt + response in tokens, for the dataset and for sampling; the model's context when not given."""
+    """Maximum tokens of prompt and response, for the dataset and for generation; the model's context when not given."""
     max_concurrent: int = Field(256, ge=1)
-    """Most requests one generator decodes at a time."""
+    """Maximum requests that a generator decodes at a time."""
     memory_gib: float = Field(2.0, gt=0)
-    """Most KV cache of a generator on a CPU, in GiB."""
+    """Maximum KV cache of a generator on a CPU, in GiB."""
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
-    """Share of the device a generator may use on a GPU."""
+    """Share of GPU memory that a generator may use."""
     tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs that share one copy of the model."""
+    """GPUs per generator, which share one copy of the model."""
 
 
 class PipelineSection(Section):
-    """Processes of the streaming stages, and how work is cut."""
+    """Processes of the streaming stages, and size of their parts."""
 
     rows_per_part: int = Field(1024, ge=1)
-    """Rows of one part file: what a generator samples as one batch, and the most that a crash makes it do again. 1 makes every
-    row a checkpoint of its own, at the price of sampling one at a time."""
+    """Rows per part file: the batch of a generator, and the maximum work that a crash repeats. 1 makes every row a checkpoint,
+    at the price of generating one row at a time."""
     generators: int = Field(1, ge=1)
-    """Processes that sample; as many as fit when not given."""
+    """Generator processes."""
     generator_cpus: float | None = Field(None, gt=0)
-    """Per generator; an equal share of what the other stages leave, when not given."""
+    """CPUs per generator; an equal share of the CPUs that other stages leave, when not given."""
     generator_gpus: float | None = Field(None, ge=0)
-    """Per generator; all GPUs of its tensor-parallel group, or 0 on a machine without, when not given."""
+    """GPUs per generator; those of its tensor-parallel group, or 0 without GPUs, when not given."""
     generator_threads: int | None = Field(None, ge=1)
-    """OpenMP threads per generator; its share of the machine's CPUs when not given."""
+    """OpenMP threads per generator; its share of the CPUs when not given."""
     scorers: int | None = Field(None, ge=1)
-    """Processes that compute BLEU; half the CPUs beside generators, all of them when nothing is generated, when not given."""
+    """Processes that score; when not given, half of the CPUs that generators leave, or all CPUs when nothing is generated."""
     max_restarts: int = Field(5, ge=0)
-    """How often a generator or scorer that died is started again before the run gives up."""
+    """Restarts of a generator or scorer before the run fails."""
     stall_seconds: float = Field(1800.0, gt=0)
-    """Give up when no stage makes progress for so long."""
+    """Seconds without progress after which the run fails."""
     address: str | None = None
-    """Ray address; a job's own cluster, or a new local one, when not given."""
+    """Ray address; the job's cluster, or a new local one, when not given."""
 
 
 class PairsSection(Section):
-    """The dataset to repair: JSONL, Parquet, a built-in (`builtin:word-problems`), or a hub name."""
+    """Pairs of prompt and response: JSONL, Parquet, a built-in (`builtin:word-problems`), or a hub name."""
 
     path: str
-    """Also a folder in the hub's layout, or one that `save_to_disk` of the `datasets` package wrote."""
+    """File, built-in or hub name; also a folder in the hub's layout, or of `save_to_disk` of the `datasets` package."""
     split: str = "train"
-    """Of a hub or built-in dataset."""
+    """Split of a hub or built-in dataset."""
     subset: str | None = None
     """Configuration name of a hub dataset (`main` for `openai/gsm8k`)."""
     prompt_field: str = "prompt"
@@ -68,8 +68,8 @@ class PairsSection(Section):
     chat: bool = True
     """Put a text prompt into the chat template as one user turn; a conversational prompt always goes through it."""
     system_prompt: str | None = None
-    """First message of every conversation that does not bring a system message of its own."""
+    """First message of every conversation without a system message."""
     limit: int | None = Field(None, ge=1)
-    """Use only the first n rows."""
+    """Maximum rows; the first ones are used."""
     max_rejected_share: float = Field(0.01, ge=0, le=1)
-    """Stop before anything is generated when more than this share of the rows is unusable."""
+    """Maximum share of unusable rows; above it the run fails before generation."""
