@@ -142,8 +142,8 @@ def _example(rows: Rows, index: int, section: DatasetSection, answer_field: str)
                 f"the row has {', '.join(map(str, row))}"
             )
     prompt, answer = (str(text) for text in texts)
-    asked = prompt if section.template is None else section.template.replace("{prompt}", prompt)
-    return Example(f"{_place(section)}:{index}", asked, answer)
+    question = prompt if section.template is None else section.template.replace("{prompt}", prompt)
+    return Example(f"{_place(section)}:{index}", question, answer)
 
 
 def _place(section: DatasetSection) -> str:

@@ -78,7 +78,7 @@ class Bm25Ranker:
             max_words: a longer query is reduced to this many distinct words, the rarest; None uses all words, with their
                 counts.
         """
-        self._index, self._size, self._tasks, self._most_words = index, size, tasks, max_words
+        self._index, self._size, self._tasks, self._max_words = index, size, tasks, max_words
 
     @classmethod
     def build(cls, texts: Iterable[str], folder: Path | None = None, tasks: Tasks | None = None) -> "Bm25Ranker":
@@ -121,8 +121,8 @@ class Bm25Ranker:
         known = [word for word in words_of(query.prompt) if word in self._index.vocab_dict]
         if not known:
             return np.zeros(self._size, dtype=np.float32)
-        if self._most_words is not None:
-            known = sorted(dict.fromkeys(known), key=self._texts_with)[: self._most_words]
+        if self._max_words is not None:
+            known = sorted(dict.fromkeys(known), key=self._texts_with)[: self._max_words]
         scores: NDArray[np.float32] = self._index.get_scores(known)
         return scores
 

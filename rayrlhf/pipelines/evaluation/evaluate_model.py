@@ -106,10 +106,10 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult:
         if (folder.path / RESULT).is_file():
             return read_result(folder.path)
         answered = _answer(config, prompts)
-        whole = whole_prompts(config, prompts, list(answered.values()))
-        asked = [prompt for prompt in whole for _ in range(config.samples)]
-        rollouts = [answered[_key(prompt, sample)] for prompt in whole for sample in range(config.samples)]
-        batch = ScoringBatch.of_rollouts(asked, rollouts)
+        complete = complete_prompts(config, prompts, list(answered.values()))
+        repeated = [prompt for prompt in complete for _ in range(config.samples)]
+        rollouts = [answered[_key(prompt, sample)] for prompt in complete for sample in range(config.samples)]
+        batch = ScoringBatch.of_rollouts(repeated, rollouts)
         parts, _ = run_functions(functions, batch, timeout_seconds=config.reward.timeout_seconds)
         weights = {function.name: function.weight for function in functions}
         if config.reward.model is not None:
@@ -117,9 +117,9 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult:
             parts |= ensemble.parts(batch.prompts, batch.responses)
             weights |= ensemble.weights
         rewards = weighted_sum(parts, weights)
-        SampleSink(folder.path / ANSWERS).write(0, _samples(config, asked, rollouts, rewards))
-        kept = _keep(config, folder.path, asked, rollouts, rewards.scores)
-        return _write_result(config, folder.path, rollouts, rewards, kept, failed=len(prompts) - len(whole))
+        SampleSink(folder.path / ANSWERS).write(0, _samples(config, repeated, rollouts, rewards))
+        kept = _keep(config, folder.path, repeated, rollouts, rewards.scores)
+        return _write_result(config, folder.path, rollouts, rewards, kept, failed=len(prompts) - len(complete))
 
 
 def read_result(folder: Path) -> EvaluationResult:
@@ -143,7 +143,7 @@ def read_result(folder: Path) -> EvaluationResult:
     )
 
 
-def whole_prompts(config: EvaluateConfig, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Prompt]:
+def complete_prompts(config: EvaluateConfig, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Prompt]:
     """Return the prompts without a failed sample.
 
     A failed environment gives no score. The whole prompt is excluded, so that all prompts have equally many responses.
@@ -237,18 +237,20 @@ def _write_result(
     return result
 
 
-def _keep(config: EvaluateConfig, folder: Path, asked: Sequence[Prompt], rollouts: Sequence[Rollout], scores: Float32) -> int:
+def _keep(
+    config: EvaluateConfig, folder: Path, repeated: Sequence[Prompt], rollouts: Sequence[Rollout], scores: Float32
+) -> int:
     """Write the kept responses, before the result that marks completion; return their number."""
     if config.keep is None:
         return 0
     written = dict(enumerate(read_prompts(config.data)))
-    rows = kept_rows(asked, rollouts, scores, config.keep, written, config.data)
+    rows = kept_rows(repeated, rollouts, scores, config.keep, written, config.data)
     write_atomically(folder / KEPT, as_lines(rows))
     return len(rows)
 
 
 def _samples(
-    config: EvaluateConfig, asked: Sequence[Prompt], rollouts: Sequence[Rollout], rewards: RewardBatch
+    config: EvaluateConfig, repeated: Sequence[Prompt], rollouts: Sequence[Rollout], rewards: RewardBatch
 ) -> list[Sample]:
     conversations = transcripts(config, rollouts)
     return [
@@ -264,5 +266,5 @@ def _samples(
             parts={name: float(values[index]) for name, values in rewards.parts.items()},
             transcript=conversations[index],
         )
-        for index, (prompt, rollout) in enumerate(zip(asked, rollouts, strict=True))
+        for index, (prompt, rollout) in enumerate(zip(repeated, rollouts, strict=True))
     ]

@@ -45,7 +45,7 @@ def choose_answers(
 
 
 def kept_rows(
-    asked: Sequence[Prompt],
+    prompts: Sequence[Prompt],
     rollouts: Sequence[Rollout],
     scores: Float32,
     keep: KeepSection,
@@ -55,7 +55,7 @@ def kept_rows(
     """Return rows {prompt, completion}: texts, or messages for chat prompts.
 
     Args:
-        asked: the prompt of each rollout.
+        prompts: the prompt of each rollout.
         rollouts: B rollouts.
         scores: float32 [B].
         keep: see `choose_answers`.
@@ -67,13 +67,13 @@ def kept_rows(
     """
     texts = [rollout.text for rollout in rollouts]
     whole = [rollout.finish_reason == "stop" for rollout in rollouts]
-    chosen = choose_answers([prompt.id for prompt in asked], texts, whole, scores, keep)
+    chosen = choose_answers([prompt.id for prompt in prompts], texts, whole, scores, keep)
     if not chosen:
         raise UserError(
             f"keep.at_least {keep.at_least:g}: no complete answer has this score; the best of all {len(texts)} answers has "
             f"{scores.max():g}, and {sum(whole)} are complete"
         )
-    return [_row(written[asked[index].id], texts[index], data) for index in chosen]
+    return [_row(written[prompts[index].id], texts[index], data) for index in chosen]
 
 
 def as_lines(rows: Sequence[Mapping[str, Any]]) -> str:

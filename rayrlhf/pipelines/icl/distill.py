@@ -211,9 +211,9 @@ def _samples(config: ICLDistillConfig, rows: list[dict[str, Any]]) -> Iterator[d
             prompt = as_text([], row["question"], form, config.data.system_prompt)
             yield {"prompt": prompt, "context": row["prompt"], "completion": row[response]}
             continue
-        asked = as_messages([], row["question"], "turns", form, config.data.system_prompt)
+        turns = as_messages([], row["question"], "turns", form, config.data.system_prompt)
         answer: list[Message] = [{"role": "assistant", "content": row[response]}]
-        yield {"prompt": asked, "context": json.loads(row["messages"]), "completion": answer}
+        yield {"prompt": turns, "context": json.loads(row["messages"]), "completion": answer}
 
 
 def _report(config: ICLDistillConfig, questions: PartFolder, answers: PartFolder) -> dict[str, Any]:

@@ -92,16 +92,16 @@ def cut(order: Sequence[int], lengths: Sequence[int], context: int) -> list[list
     if context < 1:
         raise ValueError(f"context {context}: expected at least 1 token")
     contexts: list[list[Piece]] = []
-    room = 0
+    free = 0
     for document in order:
         start = 0
         while start < lengths[document]:
-            if room == 0:
+            if free == 0:
                 contexts.append([])
-                room = context
-            taken = min(room, lengths[document] - start)
+                free = context
+            taken = min(free, lengths[document] - start)
             contexts[-1].append(Piece(document, start, start + taken))
-            start, room = start + taken, room - taken
+            start, free = start + taken, free - taken
     return contexts
 
 

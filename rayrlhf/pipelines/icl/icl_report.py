@@ -44,7 +44,7 @@ def _curves(config: ICLEvaluateConfig, points: Sequence[Point]) -> Iterator[Bloc
     yield Chart(figure, words)
     ablations = [name for name in config.demonstrations.ablations if name != "none"]
     if ablations:
-        yield Heading("What the demonstrations teach")
+        yield Heading("Ablations of the demonstrations")
         for model in config.models:
             series: dict[str, list[Point]] = {name: _line(points, model, name) for name in config.demonstrations.ablations}
             yield Chart(
@@ -70,11 +70,11 @@ def _table(points: Sequence[Point], choice: Mapping[str, Any]) -> Iterator[Block
 
 def _answers(config: ICLEvaluateConfig, folder: Path) -> Iterator[Block]:
     yield Heading("Some answers")
-    most = max(config.demonstrations.counts)
+    largest = max(config.demonstrations.counts)
     for name in config.models:
         shown = 0
         for row in PartFolder(folder / "answers" / name).rows():
-            if row["k"] != most or row["ablation"] != "none" or shown == SHOWN_ANSWERS:
+            if row["k"] != largest or row["ablation"] != "none" or shown == SHOWN_ANSWERS:
                 continue
             shown += 1
             facts = [name, f"k = {row['k']}, {row['shown']} shown", f"score {row['score']:.3g}"]

@@ -66,8 +66,8 @@ class QuestionBuilder:
             corruptors = {
                 name: AnswerCorruptor(name, [shown.answer for shown in pool], seed) for name in self.section.ablations
             }
-            most = max(self.section.counts)
-            chosen = choose(targets, pool, ranker(seed), most, rules, counts) if most else [[] for _ in targets]
+            largest = max(self.section.counts)
+            chosen = choose(targets, pool, ranker(seed), largest, rules, counts) if largest else [[] for _ in targets]
             for number, (target, nearest) in enumerate(zip(targets, chosen, strict=True)):
                 for ablation, corruptor in corruptors.items():
                     for k in self._counts(ablation):

@@ -113,7 +113,7 @@ def _summary(sheet: dict[str, Any]) -> Iterator[Block]:
 
 def _round(figures: dict[str, Any], view: RoundView, several: bool) -> Iterator[Block]:
     prefix = f"Round {figures['round']}: " if several else ""
-    yield Heading(f"{prefix}What the model had learned")
+    yield Heading(f"{prefix}Scores of the pairs")
     cut = figures.get("selection", {}).get("score")
     yield Chart(
         histogram(view.counts, view.edges, title="Pairs by score", x="sentence BLEU", y="pairs", mark=cut),
@@ -132,28 +132,28 @@ def _round(figures: dict[str, Any], view: RoundView, several: bool) -> Iterator[
     yield from _decisions(figures, prefix)
     yield from _cost(figures, prefix)
     yield from _pairs(view, prefix)
-    yield Paragraph(f"Scores: sacrebleu, {figures['bleu_signature']}. Asked: {figures['model']}.", note=True)
+    yield Paragraph(f"Scores: sacrebleu, {figures['bleu_signature']}. Model: {figures['model']}.", note=True)
 
 
 def _decisions(figures: dict[str, Any], prefix: str) -> Iterator[Block]:
     if "decisions" not in figures:
         return
-    yield Heading(f"{prefix}What became of the pairs")
+    yield Heading(f"{prefix}Decisions")
     decisions, guarded = figures["decisions"], sum(figures["guarded"].values())
     learned = figures["rows"] - figures["struggling"]
     parts = {"learned: kept": learned, "replaced": decisions.get("replace", 0), "mixed": decisions.get("mix", 0)}
-    parts["guard refused"] = guarded
+    parts["rejected by the guard"] = guarded
     parts["struggling: kept or dropped"] = figures["rows"] - sum(parts.values())
     yield Chart(shares({name: count for name, count in parts.items() if count}, title="Decisions"), "Shares of all pairs.")
     if figures["guarded"]:
-        yield DataTable(["Why the guard refused", "pairs"], list(figures["guarded"].items()))
+        yield DataTable(["Reason of the guard", "pairs"], list(figures["guarded"].items()))
 
 
 def _cost(figures: dict[str, Any], prefix: str) -> Iterator[Block]:
     tokens = figures["tokens"]
     if not tokens["rft_4"]:
         return
-    yield Heading(f"{prefix}What it cost")
+    yield Heading(f"{prefix}Cost")
     names = ["this run", "RFT, k = 4", "RFT, k = 8"]
     values = {"probes": [tokens["probe"], 0, 0], "new responses": [tokens["relabel"] or 0, 0, 0]}
     values["RFT (estimated)"] = [0, tokens["rft_4"], tokens["rft_8"]]
@@ -206,7 +206,7 @@ def _data(sheet: dict[str, Any]) -> Iterator[Block]:
     yield Heading("The dataset")
     yield Paragraph(f"{dataset['path']}: {dataset['read']:,} rows read, {dataset['usable']:,} usable.")
     if dataset["rejected"]:
-        yield DataTable(["Why a row was rejected", "rows"], list(dataset["rejected"].items()))
+        yield DataTable(["Reason of rejection", "rows"], list(dataset["rejected"].items()))
 
 
 def write_presft_report(folder: Path, output: Path | None = None) -> Path:

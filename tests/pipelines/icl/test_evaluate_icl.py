@@ -44,7 +44,7 @@ def test_a_curve_has_all_its_points_answers_and_a_page_and_a_rerun_asks_nothing(
     assert all(answer["finish"] in ("stop", "length") for answer in answers)
     page = (result.folder / "report.html").read_text(encoding="utf-8")
     assert "copying an answer" in page
-    assert "What the demonstrations teach" in page
+    assert "Ablations of the demonstrations" in page
     assert len(result.lines()) == 5
     made = {path: path.stat().st_mtime_ns for path in result.folder.glob("answers/*/part-*.parquet")}
     assert len(made) == 10

@@ -101,7 +101,7 @@ def test_the_report_says_how_likelihood_goes_with_bleu_and_what_the_repair_broug
     page = (layout.path / "report.html").read_text()
     for words in (
         "correlates with BLEU at 0.42 (Pearson)",
-        "Round 1: What the model had learned",
+        "Round 1: Scores of the pairs",
         "0.5 → 0.875",
         "1.25",
         "0.75",
