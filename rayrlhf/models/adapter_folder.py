@@ -1,4 +1,4 @@
-"""Adapters as a PEFT folder, which transformers, PEFT and vLLM load beside the base model; and merged into it."""
+"""Adapters as a PEFT folder for transformers, PEFT and vLLM; merging into the base model."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,14 +26,14 @@ def adapter_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 def save_adapters(
     network: PreTrainedModel, model: ModelSection, state: Mapping[str, Tensor], tokenizer: Tokenizer, folder: Path
 ) -> None:
-    """Write a PEFT folder, whole or not at all.
+    """Write a PEFT folder atomically.
 
     Args:
-        network: the transformers model that carries the adapters.
-        model: where the base lies, and the adapters' settings.
-        state: the adapters by name, see `adapter_parameters`.
-        tokenizer: saved beside them.
-        folder: where it goes; an older one is replaced.
+        network: transformers model with the adapters.
+        model: path of the base, and settings of the adapters.
+        state: adapters by name, see `adapter_parameters`.
+        tokenizer: saved with them.
+        folder: path to write; an older folder is replaced.
     """
     from peft import LoraConfig
 
@@ -60,12 +60,12 @@ def save_adapters(
 
 
 def is_adapter_folder(folder: Path) -> bool:
-    """Whether a folder holds adapters and no whole model."""
+    """Return True if a folder holds adapters and no whole model."""
     return (folder / CONFIG_FILE).is_file()
 
 
 def merge_adapters(folder: Path, target: Path) -> None:
-    """Write the base model with the adapters of a folder folded in, as an ordinary Hugging Face folder.
+    """Write a Hugging Face folder of the base model merged with a folder's adapters.
 
     Raises:
         UserError: the folder holds no adapters, or the base model cannot be loaded.

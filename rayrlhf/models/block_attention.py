@@ -1,20 +1,21 @@
-"""Causal attention on a CPU by blocks of queries, each against the keys up to its own end.
+"""Causal attention on a CPU in blocks of queries.
 
-Torch's fused kernel for CPUs keeps no scores, and pays for it: its backward pass computes them again in pieces too small for
-the matrix units. For sequences of usual length the scores fit into memory, and two plain products a block take half the time
-in bfloat16. In float32 they gain nothing, and longer sequences are left to the kernel whose memory grows with length only.
+Each block attends to the keys up to its own end. Torch's fused CPU kernel keeps no scores; its backward pass recomputes them in
+pieces too small for the matrix units. For sequences of usual length the scores fit into memory, and two plain products per
+block take half the time in bfloat16. In float32 they gain nothing, and longer sequences use the fused kernel, whose memory
+grows only linearly with length.
 """
 
 import torch
 from torch import Tensor
 
 LONGEST = 1024
-"""Most tokens for which scores are kept: heads x tokens / 2 numbers a token and layer."""
+"""Maximum tokens for which scores are kept: heads x tokens / 2 numbers per token and layer."""
 _SMALL, _LARGE = 128, 256
 
 
 def block_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Attention of each position to itself and those before it.
+    """Causal attention of each position to itself and earlier ones.
 
     Args:
         query: [B, heads, L, d].

@@ -1,11 +1,11 @@
-"""Models that need no download: names that begin with `builtin:` become ordinary Hugging Face folders in a local cache.
+"""Models that need no download: `builtin:` names become Hugging Face folders in a local cache.
 
-`builtin:tiny` is a small Llama with random weights, made on the spot; `builtin:smollm2-135m-instruct` is a real chat model that
-travels inside a Python package. Everything behind `resolve_model` (transformers, vLLM, DeepSpeed) sees a folder with config,
-safetensors, tokenizer and chat template, and needs no special case.
+`builtin:tiny` is a small Llama with random weights, built on first use; `builtin:smollm2-135m-instruct` is a real chat model
+from a Python package. All users of `resolve_model` (transformers, vLLM, DeepSpeed) get a folder with config, safetensors,
+tokenizer and chat template, and need no special case.
 
-The cache is `$RAYRLHF_CACHE`, else `~/.cache/rayrlhf`. A folder appears there whole or not at all, and of several processes
-that ask for the same model at once one makes it while the others wait.
+The cache is `$RAYRLHF_CACHE`, else `~/.cache/rayrlhf`. Folders are written atomically. If several processes request the same
+model at once, one builds it while the others wait.
 """
 
 import difflib
@@ -22,16 +22,17 @@ PREFIX = "builtin:"
 
 
 def resolve_model(path: str) -> str:
-    """Return what transformers and vLLM can load: the cache folder of a built-in, any other path or hub name unchanged.
+    """Return a model path for transformers and vLLM, with built-ins as cache folders.
 
-    The first call for a built-in makes it (`tiny` in a second, `smollm2-135m-instruct` in 10 to 40); later calls look it up.
+    Other paths are returned unchanged. The first call for a built-in builds it (`tiny` in a second, `smollm2-135m-instruct` in
+    10 to 40); later calls use the cache.
 
     Args:
         path: `builtin:tiny`, `builtin:tiny?seed=1&tie=false&layers=2&hidden=64&context=512` (see `TinyOptions`),
             `builtin:smollm2-135m-instruct`, a folder, or a hub name.
 
     Raises:
-        UserError: an unknown built-in or option, or the package that holds the model is not installed.
+        UserError: an unknown built-in or option, or the package with the model is not installed.
     """
     if not path.startswith(PREFIX):
         return path
@@ -51,12 +52,12 @@ def resolve_model(path: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Return the folder for things that can be made again: `$RAYRLHF_CACHE`, else `~/.cache/rayrlhf`. It may not exist yet."""
+    """Return the cache folder: `$RAYRLHF_CACHE`, else `~/.cache/rayrlhf`. It may not exist yet."""
     return Path(os.environ.get("RAYRLHF_CACHE") or "~/.cache/rayrlhf").expanduser()
 
 
 Recipe = tuple[str, Callable[[Path], None]]
-"""The name of the cache folder, which tells all variants apart, and the function that fills it."""
+"""Name of the cache folder, different for each variant, and the function that writes it."""
 
 
 def _tiny(query: str, path: str) -> Recipe:
@@ -79,7 +80,10 @@ _BUILTINS: dict[str, Callable[[str, str], Recipe]] = {"tiny": _tiny, "smollm2-13
 
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Hold a lock that other processes of this machine wait for. It saves work only: the rename keeps the cache whole."""
+    """Hold a lock between the processes of this node.
+
+    It only saves work: the atomic rename keeps the cache consistent.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,8 +1,8 @@
-"""Forward KL from a teacher to a student, a few rows of the vocabulary at a time.
+"""Forward KL from a teacher to a student, in chunks of rows of the vocabulary.
 
-The teacher is what it said of each place: its final hidden state beside its output layer, from which the whole distribution is
-made again, or its k most likely tokens and the probability of all others together. In either case no more than two chunks of
-logits exist at any time (`rayrlhf.models.logprobs.CHUNK_BYTES` each), and the backward pass makes them anew.
+The teacher at each position is either its final hidden state and its output layer, from which the whole distribution is
+recomputed, or its k most likely tokens and the total probability of all others. At most two chunks of logits exist at any time
+(`rayrlhf.models.logprobs.CHUNK_BYTES` each), and the backward pass recomputes them.
 
 With p the teacher's and q the student's distribution, KL(p || q) = sum_v p(v) (log p(v) - log q(v)), whose gradient at the
 student's logits is q - p. With k tokens K and a rest r it is sum_K p (log p - log q) + p_r (log p_r - log q_r), where q_r is
@@ -21,20 +21,26 @@ from rayrlhf.models.logprobs import add_product, chunk_buffer, chunks, logits_in
 
 
 class Teacher(Protocol):
-    """What a teacher said of N places."""
+    """Teacher outputs at N positions."""
 
     def divergence(self, rows: slice, student: Tensor) -> Tensor:
-        """KL(teacher || student) of some rows, float32 [n]; `student` holds log-probs [n, V] and may be overwritten."""
+        """Return KL(teacher || student) of some rows, float32 [n].
+
+        `student` holds log-probs [n, V] and may be overwritten.
+        """
         ...
 
     def gradient(self, rows: slice, student: Tensor) -> Tensor:
-        """Its gradient at the student's logits, [n, V], for an upstream gradient of 1; made in place of `student`."""
+        """Return the gradient of the KL at the student's logits [n, V].
+
+        The upstream gradient is 1. `student` holds log-probs [n, V] and is overwritten.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class FullTeacher:
-    """The whole distribution.
+    """Whole distribution of the teacher.
 
     Attributes:
         hidden: [N, H], final hidden states.
@@ -48,7 +54,7 @@ class FullTeacher:
 
     @cached_property
     def _product(self) -> Tensor:
-        """The weight as the forward pass multiplies with it: the backward pass may run outside of autocast."""
+        """Weight in the forward pass's dtype: the backward pass may run outside of autocast."""
         return self.weight.to(product_dtype(self.weight))
 
     def divergence(self, rows: slice, student: Tensor) -> Tensor:
@@ -70,11 +76,11 @@ class FullTeacher:
 
 @dataclass(frozen=True)
 class TopTeacher:
-    """The most likely tokens, and all others as one outcome.
+    """Most likely tokens of the teacher, and all others as one outcome.
 
     Attributes:
         ids: int64 [N, K], different in each row.
-        logprobs: [N, K + 1], of those tokens, and in the last column of all others together; -inf where there are none.
+        logprobs: [N, K + 1], of those tokens, and in the last column of all others together; -inf if there are none.
     """
 
     ids: Tensor
@@ -99,23 +105,27 @@ class TopTeacher:
 
 
 def divergence(hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Teacher) -> Tensor:
-    """KL(teacher || student) at each place, in nats, with gradients to the student's `hidden`, `weight` and `bias`.
+    """Return KL(teacher || student) at each position, in nats.
+
+    Gradients flow to the student's `hidden`, `weight` and `bias`.
 
     Args:
         hidden: [N, H], the student's final hidden state before each token.
         weight: [V, H] of the student's output layer; under autocast the product is computed in autocast's dtype.
         bias: [V] or None.
-        teacher: what the teacher said of the same N places, without gradient.
+        teacher: teacher outputs at the same N positions, without gradient.
 
     Returns:
-        float32 [N], each >= 0 but for rounding.
+        float32 [N], each >= 0 up to rounding.
     """
     return cast("Tensor", _Divergence.apply(hidden, weight, bias, teacher))  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
 def most_likely(hidden: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
-    """Return what `TopTeacher` holds, ids int64 [N, K] and log-probs float32 [N, K + 1], with K = min(count, V).
+    """Return the fields of `TopTeacher`.
+
+    They are ids, int64 [N, K], and log-probs, float32 [N, K + 1], with K = min(count, V).
 
     Args:
         hidden: [N, H], the teacher's final hidden states.
@@ -136,7 +146,7 @@ def most_likely(hidden: Tensor, weight: Tensor, bias: Tensor | None, count: int)
 
 
 class _Divergence(torch.autograd.Function):
-    """Chunked forward that keeps one number a row; chunked backward that makes the logits again."""
+    """Chunked forward that keeps one number per row; chunked backward that recomputes the logits."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Teacher) -> Tensor:
@@ -176,5 +186,5 @@ class _Divergence(torch.autograd.Function):
 
 
 def _rest(student: Tensor, ids: Tensor) -> Tensor:
-    """The student's log-probability of all tokens but `ids`, [n]."""
+    """Return the student's log-probability of all tokens except `ids`, [n]."""
     return student.scatter(-1, ids, -torch.inf).logsumexp(-1)

@@ -36,7 +36,9 @@ def save_network(network: Network, state: Mapping[str, Tensor], tokenizer: Token
 
 
 def save_reward_model(network: Network, state: Mapping[str, Tensor], tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a reward model as `AutoModelForSequenceClassification` with one label, read at the last real token.
+    """Write a reward model as a sequence classifier with one label.
+
+    `AutoModelForSequenceClassification` loads it and reads the score at the last real token.
 
     Args:
         network: trunk with a bias-free scalar head.

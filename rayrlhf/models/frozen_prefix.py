@@ -1,9 +1,8 @@
-"""Running the frozen lower layers once per sequence instead of once per forward.
+"""Cache of the frozen lower layers' outputs, computed once per sequence.
 
-With adapters on the last n layers only, everything below them is the same function for the policy, for its reference and in
-every epoch. Their output is one hidden state a token, which is small: it is kept when a sequence is first read, and later
-forwards start from it. Reading a sequence for old log-probs, reference and one update then costs one pass through the lower
-layers and not three.
+With adapters on the last n layers only, all layers below are the same function for the policy, for its reference and in every
+epoch. Their output is one hidden state per token, which is small: it is stored on the first forward, and later forwards start
+from it. Old log-probs, reference and one update then take one pass through the lower layers instead of three.
 """
 
 import torch
@@ -13,14 +12,14 @@ from rayrlhf.config.library_types import PreTrainedModel
 from rayrlhf.config.units import GIB
 
 BUDGET_BYTES = GIB
-"""Most memory of kept hidden states; sequences read beyond it are computed in full every time."""
+"""Maximum memory of cached hidden states; further sequences are computed in full every time."""
 
 
 class FrozenPrefix:
-    """The lower layers of a trunk, remembered per sequence until `clear`."""
+    """Lower layers of a trunk, cached per sequence until `clear`."""
 
     def __init__(self, trunk: PreTrainedModel, first_layer: int) -> None:
-        """Remember the input of layer `first_layer` (see `supports`)."""
+        """Cache the input of layer `first_layer` (see `supports`)."""
         self._trunk = trunk
         self._first_layer = first_layer
         self._known: dict[bytes, Tensor] = {}
@@ -28,7 +27,10 @@ class FrozenPrefix:
 
     @staticmethod
     def supports(trunk: PreTrainedModel, first_layer: int) -> bool:
-        """Whether starting from layer `first_layer` gives this trunk's own result, bit for bit; found out by trying it."""
+        """Return True if starting at layer `first_layer` reproduces this trunk bit for bit.
+
+        It runs both and compares them.
+        """
         kinds = getattr(trunk.config, "layer_types", None) or ["full_attention"]
         if first_layer < 1 or not isinstance(getattr(trunk, "layers", None), nn.ModuleList) or len(set(kinds)) > 1:
             return False
@@ -39,7 +41,10 @@ class FrozenPrefix:
             return torch.equal(probe.run(tokens, [3, 3]), whole) and torch.equal(probe.run(tokens, [3, 3]), whole)
 
     def run(self, input_ids: Tensor, lengths: list[int]) -> Tensor:
-        """Return the trunk's final hidden states [B, L, H] of right-padded int64 tokens [B, L]; padding gets anything."""
+        """Return the trunk's final hidden states [B, L, H] of right-padded int64 tokens [B, L].
+
+        Hidden states of padding are undefined.
+        """
         keys = [row[:length].numpy().tobytes() for row, length in zip(input_ids.cpu(), lengths, strict=True)]
         if all(key in self._known for key in keys):
             return self._from_first_layer(self._padded(keys, input_ids))
@@ -57,7 +62,7 @@ class FrozenPrefix:
         return hidden
 
     def clear(self) -> None:
-        """Forget all sequences."""
+        """Drop all sequences."""
         self._known.clear()
         self._bytes = 0
 

@@ -1,7 +1,7 @@
-"""Weights and tokenizers in and out: a local folder, a hub name or a built-in becomes a Hugging Face model, and back.
+"""Loading and saving of weights and tokenizers as Hugging Face models.
 
-Master weights are always float32 here; the compute precision is what `resolve_dtype` says and is applied by autocast, so that
-a policy and its reference run the same arithmetic.
+A model is a local folder, a hub name or a built-in. Master weights are always float32; `resolve_dtype` gives the compute dtype,
+applied by autocast, so that a policy and its reference run the same arithmetic.
 """
 
 import os
@@ -23,9 +23,10 @@ _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
 def resolve_dtype(precision: Precision) -> torch.dtype:
-    """Return the compute dtype: what was asked for, or bfloat16 where the machine multiplies in it fast, else float32.
+    """Return the compute dtype of a setting.
 
-    Fast means a GPU, or a CPU with AVX512-BF16 or AMX; elsewhere bfloat16 products are emulated and several times slower.
+    `auto` is bfloat16 on hardware that multiplies fast in it, else float32. Fast hardware is a GPU, or a CPU with AVX512-BF16
+    or AMX; elsewhere bfloat16 products are emulated and several times slower.
     """
     if precision != "auto":
         return cast(torch.dtype, getattr(torch, precision))
@@ -35,7 +36,7 @@ def resolve_dtype(precision: Precision) -> torch.dtype:
 
 
 def resolve_path(model: ModelSection) -> str:
-    """Return the folder or hub name behind `model.path`, making a built-in if it has to be made.
+    """Return the folder or hub name of `model.path`; builds a built-in that is not cached.
 
     Raises:
         UserError: a path that is neither a model folder nor a possible hub name, or an unknown built-in.
@@ -58,7 +59,7 @@ def load_causal_model(model: ModelSection) -> nn.Module:
     """Load a causal language model in float32 on the CPU, in evaluation mode.
 
     Raises:
-        UserError: nothing can be loaded from the path, or the model changes its logits in a way `logprobs` does not know.
+        UserError: the path cannot be loaded, or the model transforms its logits in a way that `logprobs` does not implement.
     """
     from transformers import AutoModelForCausalLM
 
@@ -70,10 +71,12 @@ def load_causal_model(model: ModelSection) -> nn.Module:
 
 
 def load_trunk(model: ModelSection) -> nn.Module:
-    """Load the model without its output layer in float32 on the CPU, in evaluation mode: what a separate critic stands on.
+    """Load the model without its output layer in float32 on the CPU, in evaluation mode.
+
+    This is the trunk of a separate critic.
 
     Raises:
-        UserError: nothing can be loaded from the path.
+        UserError: the path cannot be loaded.
     """
     from transformers import AutoModel
 
@@ -85,7 +88,7 @@ def load_architecture(model: ModelSection) -> Any:
     """Load the model's transformers configuration, without weights.
 
     Raises:
-        UserError: nothing can be loaded from the path.
+        UserError: the path cannot be loaded.
     """
     from transformers import AutoConfig
 
@@ -97,7 +100,7 @@ def load_architecture(model: ModelSection) -> Any:
 
 
 def load_tokenizer(model: ModelSection) -> Tokenizer:
-    """Load the tokenizer, with `model.chat_template` in place of its own template when one is given, and a pad token.
+    """Load the tokenizer, with a pad token; `model.chat_template` replaces its own template.
 
     Raises:
         UserError: no tokenizer at the path, or the template file cannot be read.
@@ -128,13 +131,13 @@ def save_model_folder(
     tokenizer: Tokenizer | None,
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
-    """Write a Hugging Face folder (config, safetensors, generation config, tokenizer with its template), whole or not at all.
+    """Write a Hugging Face folder atomically: config, safetensors, generation config, tokenizer.
 
     Args:
-        folder: where it goes; an older one is replaced.
-        network: the transformers model that knows config and names; its own weights are not read.
+        folder: path to write; an older folder is replaced.
+        network: transformers model with config and names; its own weights are not read.
         state: tensors by checkpoint name.
-        tokenizer: saved beside the weights when given.
+        tokenizer: saved with the weights, if given.
         extra: further safetensors files, by file name.
     """
     with folder_atomically(folder, if_exists="replace") as partial:
@@ -147,7 +150,10 @@ def save_model_folder(
 
 
 def disable_dropout(network: nn.Module) -> None:
-    """Set every dropout probability to 0, so that training mode (which gradient checkpointing needs) changes nothing."""
+    """Set every dropout probability to 0.
+
+    Training mode, which gradient checkpointing needs, then changes nothing.
+    """
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -1,9 +1,9 @@
-"""Log-probs, entropy and KL straight from hidden states, a few rows of the vocabulary at a time.
+"""Log-probs, entropy and KL from hidden states, in chunks of rows of the vocabulary.
 
-The logits of a batch are the largest tensor of RLHF by far (tokens x vocabulary), and all that is needed of a row is one
-log-prob and one entropy. So the output layer is applied to the response positions only, `CHUNK_BYTES` of logits at a time in
-one buffer that is used again and again, and the backward pass recomputes each chunk. Memory then no longer depends on the
-number of tokens, and the time that fresh pages of memory cost (as much as the arithmetic, on a CPU) is gone.
+The logits of a batch are by far the largest tensor of RLHF (tokens x vocabulary), but each row is needed only for one log-prob
+and one entropy. So the output layer is applied to the response positions only, `CHUNK_BYTES` of logits at a time in one reused
+buffer, and the backward pass recomputes each chunk. Memory does not depend on the number of tokens, and the cost of new memory
+pages (as much as the arithmetic, on a CPU) is avoided.
 """
 
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ from torch import Tensor
 CHUNK_BYTES = 24 * 2**20
 """Size of the float32 logits that exist at any one time."""
 ROWS = 64
-"""Reduced-precision products on a CPU take a multiple of so many rows, or a whole chunk."""
+"""Reduced-precision products on a CPU have a multiple of this many rows, or a whole chunk."""
 
 
 def logprobs_and_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, temperature: float = 1.0, entropy: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target, and entropy of the distribution it was drawn from, under softmax(logits / temperature).
+    """Return the log-prob of each target and the entropy of softmax(logits / temperature).
 
     Args:
         hidden: [N, H], final hidden state that predicts each target.
@@ -29,11 +29,11 @@ def logprobs_and_entropy(
         bias: [V] of the output layer, or None.
         targets: int64 [N].
         temperature: > 0.
-        entropy: whether to compute the entropy.
+        entropy: compute the entropy.
 
     Returns:
-        float32 [N] log-probs, and float32 [N] entropies in nats (zeros when not asked for). Both carry gradients to `hidden`,
-        `weight` and `bias`.
+        float32 [N] log-probs, and float32 [N] entropies in nats (zeros if `entropy` is False). Both carry gradients to
+        `hidden`, `weight` and `bias`.
 
     Raises:
         ValueError: `temperature` is not positive.
@@ -55,10 +55,10 @@ def full_kl_from_hidden(
     ref_bias: Tensor | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """KL(policy || reference) over the whole vocabulary at each position, in nats, without gradient.
+    """Return KL(policy || reference) over the whole vocabulary, in nats, without gradient.
 
-    Two models of one vocabulary and any hidden sizes are compared without their logits ever travelling: ship [N, H], apply the
-    output layers here.
+    Two models with one vocabulary and any hidden sizes are compared without sending logits: send [N, H] and apply the output
+    layers here.
 
     Args:
         hidden: [N, H], the policy's hidden states.
@@ -70,7 +70,7 @@ def full_kl_from_hidden(
         temperature: both distributions are softmax(logits / temperature).
 
     Returns:
-        float32 [N], sum over v of p(v) * (log p(v) - log p_ref(v)), each >= 0 but for rounding.
+        float32 [N], sum over v of p(v) * (log p(v) - log p_ref(v)), each >= 0 up to rounding.
     """
     result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     policy_buffer, reference_buffer = chunk_buffer(hidden, weight), chunk_buffer(ref_hidden, ref_weight)
@@ -85,7 +85,7 @@ def full_kl_from_hidden(
 
 
 class _LogprobsAndEntropy(torch.autograd.Function):
-    """Chunked forward that keeps one number a row; chunked backward that recomputes the logits."""
+    """Chunked forward that keeps one number per row; chunked backward that recomputes the logits."""
 
     @staticmethod
     def forward(
@@ -145,7 +145,7 @@ def _logit_gradient(
     logprob_gradient: Tensor | None,
     entropy_gradient: Tensor | None,
 ) -> Tensor:
-    """Gradient at the scaled logits z, in place where it can be.
+    """Return the gradient at the scaled logits z, in place if possible.
 
     With p = softmax(z) and entropy S: d log p(y) / dz = onehot(y) - p, and dS / dz = -p * (log p + S).
     """
@@ -164,7 +164,7 @@ def _logit_gradient(
 
 
 def logits_into(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, buffer: Tensor) -> Tensor:
-    """float32 [n, V] logits / temperature in the first rows of `buffer`."""
+    """Write float32 [n, V] logits / temperature to the first rows of `buffer`."""
     logits = buffer[: len(hidden)]
     if hidden.dtype == weight.dtype == logits.dtype:
         torch.mm(hidden, weight.t(), out=logits)
@@ -176,7 +176,7 @@ def logits_into(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature
 
 
 def add_product(total: Tensor, gradient: Tensor, inputs: Tensor) -> None:
-    """Add gradient.T @ inputs to `total`, whatever their dtypes."""
+    """Add gradient.T @ inputs to `total`, for any dtypes."""
     if total.dtype == gradient.dtype:
         total.addmm_(gradient.t(), inputs)
     else:
@@ -184,16 +184,16 @@ def add_product(total: Tensor, gradient: Tensor, inputs: Tensor) -> None:
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype that products with a weight are computed in: autocast's where it is on."""
+    """Return the dtype of products with a weight: autocast's if enabled."""
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def padded(rows: Tensor, vocabulary: int) -> Tensor:
-    """Rows [n, *] with zeros below them, up to one of few numbers of rows.
+    """Append zero rows to [n, *], up to one of a few row counts.
 
-    oneDNN compiles a kernel for every shape it meets and keeps the last thousand: a policy whose responses add up to another
-    number of tokens each time would grow by tens of kilobytes with every optimizer step, and wait for the compiler.
+    oneDNN compiles a kernel for every shape and keeps the last thousand. Without padding, a policy whose responses have a new
+    total of tokens at each step would grow by tens of kilobytes per optimizer step, and wait for the compiler.
     """
     if rows.device.type != "cpu" or rows.element_size() > 2:
         return rows
@@ -212,5 +212,5 @@ def chunk_buffer(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def chunks(total: int, rows: int) -> Iterator[slice]:
-    """Yield the rows of each chunk."""
+    """Yield the row range of each chunk."""
     return (slice(start, start + rows) for start in range(0, total, rows)) if rows else iter(())

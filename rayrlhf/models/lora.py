@@ -1,8 +1,8 @@
 """Low-rank adapters (Hu et al. 2021): small trainable matrices on frozen linear layers.
 
-Adapters are injected into the model in place, so every module keeps its checkpoint name. Weights leave merged: each tensor is
-base + scale * B A, computed on the side. Nothing is ever merged into the base and taken out again, so it never drifts, and the
-reference model is simply the same network with its adapters off.
+Adapters are injected into the model in place, so every module keeps its checkpoint name. Exported weights are merged: each
+tensor is base + scale * B A, computed separately. Adapters are never merged into the base in place, so it does not drift, and
+the reference model is the same network with its adapters disabled.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,13 +22,13 @@ _BASE, _ADAPTERS = ".base_layer.", (".lora_A.", ".lora_B.")
 
 @dataclass(frozen=True)
 class CheckpointTensor:
-    """One tensor of the Hugging Face checkpoint that a network amounts to.
+    """One tensor of the merged Hugging Face checkpoint of a network.
 
     Attributes:
-        name: its checkpoint name.
-        parameters: what `value` reads; under ZeRO-3 these must be gathered first.
-        value: returns the tensor; a view of the parameter itself where no adapter sits on it, so do not write to it.
-        is_buffer: whether it is a persistent buffer, which keeps its own dtype.
+        name: checkpoint name.
+        parameters: parameters that `value` reads; sharded ones must be gathered first.
+        value: returns the tensor; a view of the parameter itself if it has no adapter, so do not write to it.
+        is_buffer: a persistent buffer, which keeps its own dtype.
     """
 
     name: str
@@ -38,15 +38,17 @@ class CheckpointTensor:
 
 
 def add_lora(network: PreTrainedModel, section: LoraSection, seed: int) -> None:
-    """Inject adapters into a transformers model, in place, and freeze the rest. At the start they change nothing (B = 0).
+    """Inject adapters into a transformers model, in place, and freeze the rest.
+
+    Initially they change nothing (B = 0).
 
     Args:
         network: a transformers model, with or without output layer.
-        section: rank, alpha, targets, and how many of the last layers.
+        section: rank, alpha, targets, and number of last layers.
         seed: of the draw of A; every rank draws the same.
 
     Raises:
-        UserError: `target_modules` names nothing in the model, or `last_layers` exceeds its layers.
+        UserError: `target_modules` matches nothing in the model, or `last_layers` exceeds its layers.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -67,13 +69,16 @@ def add_lora(network: PreTrainedModel, section: LoraSection, seed: int) -> None:
 
 
 def has_lora(network: nn.Module) -> bool:
-    """Whether adapters were injected."""
+    """Return True if adapters were injected."""
     return next(_layers(network), None) is not None
 
 
 @contextmanager
 def adapters_disabled(network: nn.Module) -> Iterator[None]:
-    """Compute without the adapters inside the block: the network is then exactly the base model. Do not nest."""
+    """Disable the adapters inside the block, which gives exactly the base model.
+
+    Do not nest.
+    """
     layers = list(_layers(network))
     for layer in layers:
         layer.enable_adapters(False)
@@ -85,7 +90,10 @@ def adapters_disabled(network: nn.Module) -> Iterator[None]:
 
 
 def checkpoint_tensors(network: nn.Module) -> Iterator[CheckpointTensor]:
-    """Yield the tensors of the merged checkpoint under Hugging Face names, tied ones once, each computed when asked for."""
+    """Yield the tensors of the merged checkpoint by Hugging Face name, tied ones once.
+
+    Each is computed when its `value` is called.
+    """
     for name, parameter in network.named_parameters():
         if any(part in name for part in _ADAPTERS):
             continue
@@ -123,7 +131,10 @@ def _layers(network: nn.Module) -> Iterator[Any]:
 
 
 def _targets(network: PreTrainedModel, section: LoraSection) -> list[str]:
-    """Names of the modules to adapt, or their ends; `all-linear` is every linear layer but the output layer."""
+    """Return names of the modules to adapt, or their suffixes.
+
+    `all-linear` is every linear layer except the output layer.
+    """
     from transformers.pytorch_utils import Conv1D
 
     ends = section.target_modules
@@ -144,5 +155,5 @@ def _targets(network: PreTrainedModel, section: LoraSection) -> list[str]:
 
 
 def _layer_of(name: str) -> int | None:
-    """Number of the decoder layer that a module lies in; None for what lies in none."""
+    """Return the index of the decoder layer that contains a module, or None."""
     return next((int(part) for part in name.split(".")[:-1] if part.isdecimal()), None)

@@ -1,8 +1,8 @@
-"""One network for every role: a transformer trunk, its output layer, a value head, or both.
+"""Network of any role: transformer trunk with output layer, value head, or both.
 
-It reads a right-padded batch and returns only what was asked for, only at the positions asked for, as flat [N] tensors. Padding
-stands on the right and attention is causal, so no real token ever sees a padded one: no attention mask is needed (the fast
-causal kernel runs) and positions count from 0 by themselves. Or it reads samples packed end to end in one row, without padding.
+It computes only the requested outputs, only at the requested positions, as flat [N] tensors. Batches are padded on the right
+and attention is causal, so no real token attends to padding: no attention mask is needed (the fast causal kernel runs) and
+positions count from 0. Packed rows hold samples end to end without padding.
 """
 
 from pathlib import Path
@@ -27,14 +27,16 @@ OutputName = Literal["logprobs", "entropy", "values", "hidden", "divergence"]
 
 
 class Positions(NamedTuple):
-    """Where to read a padded batch [B, L], as flat indices b * L + t.
+    """Positions to read in a padded batch [B, L], as flat indices.
+
+    The flat index of position t in row b is b * L + t.
 
     Attributes:
         predictors: int64 [N], the position that predicts each response token.
         targets: int64 [N], the response tokens.
-        values: int64 [M], the positions values are read from: before each response token, and after the last one.
+        values: int64 [M], positions of values: before each response token, and after the last one.
         lengths: tokens of each sample without padding.
-        packed: the samples lie end to end in one row [1, sum of lengths], and not in a row each.
+        packed: samples are end to end in one row [1, sum of lengths], instead of one row each.
     """
 
     predictors: Tensor
@@ -45,10 +47,12 @@ class Positions(NamedTuple):
 
 
 class TeacherSignal(NamedTuple):
-    """What a teacher said of N places, see `rayrlhf.models.distillation`: its hidden states, or its most likely tokens.
+    """Teacher outputs at N positions: hidden states, or most likely tokens.
+
+    See `rayrlhf.models.distillation`.
 
     Attributes:
-        hidden: float32 [N, H], read with `Network.teacher_layer`; None beside `ids`.
+        hidden: float32 [N, H], for `Network.teacher_layer`; None if `ids` is set.
         ids: int64 [N, K], or None.
         logprobs: float32 [N, K + 1], or None.
     """
@@ -59,7 +63,9 @@ class TeacherSignal(NamedTuple):
 
 
 class NetworkOutput(NamedTuple):
-    """What was asked for, flat in the order of the positions; None for the rest. A NamedTuple, so that hooks see the tensors.
+    """Requested outputs, flat in the order of the positions; None for the rest.
+
+    A NamedTuple, so that module hooks see the tensors.
 
     Attributes:
         logprobs: float32 [N].
@@ -77,15 +83,15 @@ class NetworkOutput(NamedTuple):
 
 
 class Network(nn.Module):
-    """A trunk with heads.
+    """Transformer trunk with heads.
 
     Attributes:
-        model: the transformers model: causal language model where there is an "lm" head, bare trunk otherwise.
-        v_head: the value head, or None.
-        prefix: the frozen lower layers, where they are remembered (`remember_frozen_layers`).
-        teacher_layer: weight [V, H] and bias of the output layer that a teacher's hidden states are read with, no parameters of
-            this network; None where there is no teacher.
-        noise_alpha: strength of NEFTune's noise on the embeddings wherever a gradient is computed; none when None.
+        model: transformers model: a causal language model with an "lm" head, otherwise the trunk only.
+        v_head: value head, or None.
+        prefix: cached outputs of the frozen lower layers, if `remember_frozen_layers` was called.
+        teacher_layer: weight [V, H] and bias of the output layer for a teacher's hidden states; not parameters of this network.
+            None without a teacher.
+        noise_alpha: strength of NEFTune noise on the embeddings while gradients are enabled; None adds none.
     """
 
     def __init__(self, model: PreTrainedModel, v_head: ValueHead | None) -> None:
@@ -100,16 +106,19 @@ class Network(nn.Module):
 
     @property
     def trunk(self) -> Any:
-        """The transformer without its output layer."""
+        """Transformer without its output layer."""
         return getattr(self.model, self.model.base_model_prefix) if self.has_lm_head else self.model
 
     def remember_frozen_layers(self, count: int) -> None:
-        """Run the first `count` layers, which must be frozen, once per sequence where the architecture allows it."""
+        """Run the first `count` layers, which must be frozen, once per sequence.
+
+        No effect for architectures that do not allow it (see `FrozenPrefix.supports`).
+        """
         if FrozenPrefix.supports(self.trunk, count):
             self.prefix = FrozenPrefix(self.trunk, count)
 
     def accept_packed_rows(self) -> None:
-        """Prepare for packed rows. Not together with `remember_frozen_layers`, which reads padded ones."""
+        """Prepare for packed rows; not together with `remember_frozen_layers`, which needs padded ones."""
         self._by_segments = attend_within_segments(self.trunk)
 
     def forward(
@@ -120,17 +129,17 @@ class Network(nn.Module):
         temperature: float = 1.0,
         teacher: TeacherSignal | None = None,
     ) -> NetworkOutput:
-        """Read a batch.
+        """Compute the requested outputs of a batch.
 
         Args:
             input_ids: int64 [B, L], right-padded with any valid token id; [1, L] packed.
-            positions: where to read.
-            outputs: which fields of the output to compute.
-            temperature: of the distribution that log-probs and entropy are taken from.
-            teacher: what the divergence is measured from, at each predictor.
+            positions: positions to read.
+            outputs: fields of the output to compute.
+            temperature: divides the logits of log-probs and entropy.
+            teacher: teacher outputs at each predictor, for `divergence`.
 
         Raises:
-            ValueError: something was asked for that this network has no head for.
+            ValueError: an output needs a head that this network does not have.
         """
         self._check(outputs)
         if self.prefix is not None:
@@ -180,22 +189,24 @@ class Network(nn.Module):
 
     def _check(self, outputs: frozenset[OutputName]) -> None:
         if "values" in outputs and self.v_head is None:
-            raise ValueError("values were asked of a network without a value head")
+            raise ValueError("values need a value head, which this network does not have")
         if outputs & {"logprobs", "entropy", "divergence"} and not self.has_lm_head:
-            raise ValueError("log-probs were asked of a network without an output layer")
+            raise ValueError("log-probs need an output layer, which this network does not have")
 
 
 def build_network(
     model: ModelSection, heads: frozenset[Head], head_init: HeadInit, seed: int, *, head_bias: bool = True
 ) -> Network:
-    """Load a role's network in float32 on the CPU, without dropout (as in TRL): log-probs must not depend on a coin.
+    """Load a role's network in float32 on the CPU, without dropout.
+
+    As in TRL, dropout is off because log-probs must be deterministic.
 
     Args:
-        model: where it starts, and its adapters.
+        model: initial weights, and adapters.
         heads: {"lm"} a policy or reference, {"lm", "value"} a policy with the critic on its trunk, {"value"} a separate critic.
-        head_init: how a value head that the checkpoint does not hold is filled.
+        head_init: initialization of a value head that the checkpoint does not hold.
         seed: for the head and the adapters; equal on every rank.
-        head_bias: whether a new value head has a bias.
+        head_bias: a new value head has a bias.
 
     Raises:
         UserError: the model cannot be loaded, or its value head has another width.
@@ -222,13 +233,19 @@ def build_network(
 
 
 def _noise(embedded: Tensor, positions: Positions, alpha: float) -> Tensor:
-    """Uniform in +-alpha / sqrt(L x H) with L the sample's own tokens (Jain et al. 2023, section 2.1); [B, T, H]."""
+    """Return NEFTune noise [B, T, H], uniform in +-alpha / sqrt(L x H).
+
+    L counts the sample's own tokens (Jain et al. 2023, section 2.1).
+    """
     lengths = torch.tensor(positions.lengths, dtype=embedded.dtype, device=embedded.device)
     tokens = lengths.repeat_interleave(lengths.long())[None, :, None] if positions.packed else lengths[:, None, None]
     return torch.empty_like(embedded).uniform_(-1, 1) * (alpha / (tokens * embedded.shape[-1]).sqrt())
 
 
 def _checkpoint_activations(backbone: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass. It needs training mode; dropout is 0 everywhere, so nothing else changes."""
+    """Recompute activations in the backward pass.
+
+    It needs training mode; dropout is 0 everywhere, so nothing else changes.
+    """
     backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     backbone.train()

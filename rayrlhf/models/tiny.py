@@ -1,7 +1,7 @@
-"""`builtin:tiny`: a small Llama with random weights and a tokenizer of bytes, for tests and first runs without a network.
+"""`builtin:tiny`: a small random Llama with a byte tokenizer, for tests and first runs offline.
 
-The tokenizer has one token for each of the 256 bytes and three special ones, so it encodes any text without loss and cannot be
-out of date with the model. The architecture is Llama's own, with heads of 64, which vLLM's CPU kernels support.
+The tokenizer has one token for each of the 256 bytes and three special ones, so it encodes any text without loss and always
+matches the model. The architecture is Llama, with heads of 64, which vLLM's CPU kernels support.
 """
 
 import difflib
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FORMAT = 1
-"""Rises whenever the same options would give another folder, so that an old cache is not used."""
+"""Increased whenever the same options would give another folder, so that an old cache is not used."""
 HEAD_SIZE = 64
 USUAL_INIT = 0.02
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -31,11 +31,11 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class TinyOptions:
-    """What may stand behind `builtin:tiny?`, for example `builtin:tiny?seed=1&tie=false`.
+    """Options after `builtin:tiny?`, for example `builtin:tiny?seed=1&tie=false`.
 
     Attributes:
         seed: of the random weights.
-        tie: whether the output head is the embedding.
+        tie: the output layer is the embedding.
         layers: decoder layers.
         hidden: width, a multiple of 64; the default of 256 with 4 layers has 3.2 M parameters.
         context: longest sequence in tokens (bytes).
@@ -52,11 +52,11 @@ class TinyOptions:
 
     @classmethod
     def parse(cls, query: str, path: str) -> Self:
-        """Read a query string.
+        """Parse a query string.
 
         Args:
             query: `name=value` pairs joined by `&`; may be empty.
-            path: the whole model path, for messages.
+            path: whole model path, for messages.
 
         Raises:
             UserError: an unknown option, a value of the wrong type or out of range.
@@ -87,7 +87,7 @@ class TinyOptions:
 
     @property
     def folder_name(self) -> str:
-        """A folder name that tells all variants apart."""
+        """Folder name, different for each variant."""
         tie = "tied" if self.tie else "untied"
         init = "" if self.init == USUAL_INIT else f"-init{self.init!r}"
         return f"tiny-v{FORMAT}-layers{self.layers}-hidden{self.hidden}-context{self.context}-{tie}-seed{self.seed}{init}"
@@ -104,7 +104,10 @@ def _positive(text: str, where: str) -> float:
 
 
 def write_tiny(options: TinyOptions, folder: Path) -> None:
-    """Fill a folder with the model (float32), its tokenizer and its chat template. torch's global generator is left alone."""
+    """Write the model (float32), its tokenizer and its chat template into a folder.
+
+    torch's global generator is not changed.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -134,9 +137,10 @@ def write_tiny(options: TinyOptions, folder: Path) -> None:
 
 
 def byte_tokenizer() -> "PreTrainedTokenizerFast":
-    """Return a tokenizer with ids 0 `<|pad|>`, 1 `<|im_start|>`, 2 `<|im_end|>` (end of sequence), and 3 + b for byte b.
+    """Return a tokenizer of bytes.
 
-    It adds no special tokens by itself. Bytes that are no valid UTF-8 decode to U+FFFD, as a response cut at any place must.
+    Ids are 0 `<|pad|>`, 1 `<|im_start|>`, 2 `<|im_end|>` (end of sequence), and 3 + b for byte b. It adds no special tokens by
+    itself. Bytes that are not valid UTF-8 decode to U+FFFD, as in a response cut at any position.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -157,7 +161,10 @@ def byte_tokenizer() -> "PreTrainedTokenizerFast":
 
 
 def _byte_alphabet() -> list[str]:
-    """Return the character that byte-level tokenizers write for each byte (GPT-2's table): itself, or one from 256 on."""
+    """Return the character of each byte in byte-level tokenizers (GPT-2's table).
+
+    It is the byte itself, or a character from 256 on.
+    """
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

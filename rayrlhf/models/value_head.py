@@ -1,8 +1,8 @@
-"""The scalar head of a critic: one linear layer on the trunk's final hidden state.
+"""Scalar head of a critic: one linear layer on the trunk's final hidden state.
 
-The same head serves a critic that shares the policy's trunk and one with a trunk of its own. It is stored under TRL's names
-(`v_head.summary.*`), and starts from any checkpoint that holds a scalar head: a critic of this project, a TRL policy with a
-value head, or a reward model, which is a sequence classifier whose head is called `score`.
+A critic on the policy's trunk and a separate critic use the same head. It is stored under TRL's names (`v_head.summary.*`), and
+is initialized from any checkpoint with a scalar head: a critic of this project, a TRL policy with a value head, or a reward
+model, which is a sequence classifier whose head is called `score`.
 """
 
 from collections.abc import Iterable
@@ -22,24 +22,27 @@ _SUMMARY, _SCORE = "v_head.summary.", "score."
 
 
 class ValueHead(nn.Module):
-    """Hidden state -> value, in float32."""
+    """Linear layer from hidden state to value, in float32."""
 
     def __init__(self, hidden_size: int, *, bias: bool = True) -> None:
         super().__init__()
         self.summary = nn.Linear(hidden_size, 1, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return float32 [...] values of hidden states [..., H]; never in reduced precision, because returns are regressed."""
+        """Return float32 [...] values of hidden states [..., H].
+
+        Never in reduced precision, because returns are regressed.
+        """
         with torch.autocast(hidden.device.type, enabled=False):
             values: Tensor = self.summary(hidden.to(self.summary.weight.dtype))
         return values.squeeze(-1).float()
 
     def initialize(self, kind: HeadInit, seed: int) -> None:
-        """Fill the weights.
+        """Initialize the weights.
 
         Args:
             kind: `zero` predicts 0 everywhere; `normal` draws weights from N(0, 1/(H+1)) and a zero bias (Stiennon et al. 2020,
-                appendix B); `default` is `torch.nn.Linear`'s own.
+                appendix B); `default` is the initialization of `torch.nn.Linear`.
             seed: of the draw; every rank draws the same.
         """
         weight, bias = self.summary.weight, self.summary.bias
@@ -59,9 +62,9 @@ class ValueHead(nn.Module):
 
 
 def find_head(folder: Path) -> dict[str, Tensor] | None:
-    """Return the scalar head stored in a Hugging Face folder as {"weight": [1, H], "bias": [1] where it has one}, or None.
+    """Return the scalar head stored in a Hugging Face folder, or None.
 
-    A classifier with several labels has no scalar head.
+    The head is {"weight": [1, H]}, with "bias": [1] if it has one. A classifier with several labels has no scalar head.
     """
     for file in _head_files(folder):
         with safe_open(file, framework="pt") as tensors:
@@ -78,10 +81,10 @@ def find_head(folder: Path) -> dict[str, Tensor] | None:
 
 
 def make_head(hidden_size: int, stored: dict[str, Tensor] | None, kind: HeadInit, seed: int, *, bias: bool = True) -> ValueHead:
-    """Build a head from stored weights if there are any, else a new one, filled by `kind` (see `ValueHead.initialize`).
+    """Build a head from stored weights, or a new one initialized by `kind` (see `ValueHead.initialize`).
 
     Raises:
-        ValueError: the stored head belongs to another hidden size.
+        ValueError: the stored head has another hidden size.
     """
     if stored is None:
         head = ValueHead(hidden_size, bias=bias)

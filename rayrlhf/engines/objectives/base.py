@@ -70,7 +70,7 @@ class Objective(Protocol):
 
 
 def responses_under(mask: str) -> str:
-    """Return the name of the count of responses that have a True position under a mask."""
+    """Return the name of the count of responses with a True position in a mask."""
     return f"responses under {mask}"
 
 

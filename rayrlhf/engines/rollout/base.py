@@ -8,19 +8,25 @@ from rayrlhf.weight_sync.buckets import WeightBucket
 
 
 class RolloutEngine(Protocol):
-    """A sampler. One thread calls it: `submit`, then `poll` until nothing is unfinished; weights change between polls."""
+    """Generates responses. One thread calls it: `submit`, then `poll` until nothing is unfinished.
+
+    Weights change between polls.
+    """
 
     version: int
-    """Weight version it samples with; -1 before the first load means the start weights."""
+    """Weight version in use; -1 means the initial weights, before the first load."""
 
     def submit(self, requests: Sequence[RolloutRequest], *, temperature: float, max_new_tokens: int) -> None:
         """Queue requests. Temperature 0 is greedy."""
         ...
 
     def poll(self, minimum: int, seconds: float | None = None) -> list[Rollout]:
-        """Decode until at least `minimum` requests are finished, or none is left; return all finished since the last poll.
+        """Decode until at least `minimum` requests are finished, or none is left.
 
-        After `seconds` no further token is begun.
+        No further token is begun after `seconds`.
+
+        Returns:
+            All requests finished since the last poll.
         """
         ...
 
@@ -34,23 +40,26 @@ class RolloutEngine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Give back the memory of weights and cache, if the backend can, until new weights come; nothing is unfinished."""
+        """Free the memory of weights and cache until new weights arrive, if the backend can.
+
+        Nothing may be unfinished.
+        """
         ...
 
     def begin_weights(self, version: int) -> None:
         """Start receiving a new weight version.
 
-        Requests may be unfinished only where the spec says that they continue: the rest of their tokens then comes from the new
-        version, which reads what stands before them anew.
+        Requests may be unfinished only if the spec lets them continue: their remaining tokens then come from the new version,
+        which recomputes the keys and values of the tokens before them.
         """
         ...
 
     def receive_weights(self, bucket: WeightBucket) -> None:
-        """Take one bucket in. The tensors are read-only and only valid during the call."""
+        """Load one bucket. The tensors are read-only and only valid during the call."""
         ...
 
     def finish_weights(self) -> None:
-        """Make the new version current: re-pack what the backend packs, and drop the prefix cache."""
+        """Activate the new version: re-pack weights, if needed, and drop the prefix cache."""
         ...
 
     def close(self) -> None:
@@ -59,9 +68,9 @@ class RolloutEngine(Protocol):
 
 
 class TransferEngine(RolloutEngine, Protocol):
-    """A sampler that can also be sent weights from GPU to GPU."""
+    """Rollout engine that can receive weights from GPU to GPU."""
 
     @property
     def weight_client(self) -> Any:
-        """The door for them, with the calls of vLLM's `VLLMWeightSyncClient`."""
+        """Receiver of the weights, with the methods of vLLM's `VLLMWeightSyncClient`."""
         ...

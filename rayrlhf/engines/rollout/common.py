@@ -1,4 +1,4 @@
-"""Rollout spec and helpers shared by all rollout engines: stop tokens, length limits, rollout records."""
+"""Rollout spec and helpers of all rollout engines: stop tokens, length limits, records."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,24 +15,29 @@ from rayrlhf.errors import UserError
 from rayrlhf.models.load import resolve_path
 
 START_VERSION = -1
-"""Weight version of an engine that still samples with the weights it was started from."""
+"""Weight version of an engine that still has its initial weights."""
 
 VLLM_ENVIRONMENT = {
-    # The engine core stays in its actor's process: weights by reference, no children to lose, 4 s to start instead of 17.
+    # The engine core runs in its actor's process: weights by reference, no child processes, 4 s to start instead of 17.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-"""What a process that runs vLLM is started with; the engine sets what is missing."""
+"""Environment variables of a process that runs vLLM; the engine sets missing ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutSpec:
-    """What one replica is built from. `seed` seeds the backend itself; every request brings its own.
+    """Picklable settings of one replica.
 
-    `environment` answers the policy's turns, if there is one, and `lockstep` lets all samples play turn by turn. Without
-    `logprobs` those of the rollouts may be NaN, where texts are all that is wanted: small models are sampled faster then.
-    `continues` lets weights change while requests are unfinished.
+    Attributes:
+        model: model to generate with.
+        rollout: backend and sampling settings.
+        seed: seed of the backend itself; every request has its own.
+        environment: environment that responds to the policy's turns, or None.
+        lockstep: all samples advance turn by turn together.
+        logprobs: compute log-probs. Without them those of the rollouts may be NaN; small models then generate faster.
+        continues: weights may change while requests are unfinished.
     """
 
     model: ModelSection
@@ -45,33 +50,34 @@ class RolloutSpec:
 
 
 def rollout_environment(rollout: RolloutSection, *, threads: int) -> dict[str, str]:
-    """Return the environment variables a replica's process must be started with.
+    """Return the environment variables to start a replica's process with.
 
     Args:
-        rollout: the section that names the backend.
-        threads: compute threads of the process. They have to be set from outside: OpenMP reads them when torch is imported.
+        rollout: section that names the backend.
+        threads: compute threads of the process. They must be set from outside: OpenMP reads them when torch is imported.
     """
     return {"OMP_NUM_THREADS": str(threads)} | (VLLM_ENVIRONMENT if rollout.backend == "vllm" else {})
 
 
 def stop_token_ids(model: ModelSection, tokenizer: Tokenizer) -> list[int]:
-    """Return the tokens that end a response: those of the model's generation config and the tokenizer's own, sorted.
+    """Return the tokens that end a response, sorted.
 
-    Chat models end a turn with a token that is often not the tokenizer's end of sequence; generation configs list both.
+    They are the union of the model's generation config and the tokenizer's own. Chat models often end a turn with a token that
+    is not the tokenizer's end of sequence; generation configs list both.
     """
     from transformers import AutoConfig, GenerationConfig
 
     path = resolve_path(model)
     try:
         source = GenerationConfig.from_pretrained(path, revision=model.revision)
-    except OSError:  # A model need not come with one.
+    except OSError:  # the generation config is optional
         source = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     several = source.eos_token_id if isinstance(source.eos_token_id, list) else [source.eos_token_id]
     return sorted({int(token) for token in (*several, tokenizer.eos_token_id) if token is not None})
 
 
 def check_new(requests: Iterable[RolloutRequest], queued: Iterable[RolloutRequest]) -> None:
-    """Check that no request is there twice: its rollout could not be told from the other's.
+    """Check that all request keys are distinct, so that rollouts can be told apart.
 
     Raises:
         ValueError: one of `requests` has the key of another, or of a queued one.
@@ -84,7 +90,9 @@ def check_new(requests: Iterable[RolloutRequest], queued: Iterable[RolloutReques
 
 
 def new_token_limits(requests: Iterable[RolloutRequest], max_new_tokens: int, max_model_length: int) -> list[int]:
-    """Return how many tokens each request may sample: at most `max_new_tokens`, and no more than the context still holds.
+    """Return the maximum number of new tokens of each request.
+
+    It is `max_new_tokens`, or less if the context has less room.
 
     Raises:
         UserError: a prompt leaves no room for a single token.
@@ -102,10 +110,10 @@ def new_token_limits(requests: Iterable[RolloutRequest], max_new_tokens: int, ma
 
 
 def context_length(rollout: RolloutSection, model_config: PretrainedConfig) -> int:
-    """Return the longest prompt + response in tokens: what the section asks for, else what the model was made for.
+    """Return the maximum of prompt + response in tokens: the section's, or the model's own.
 
     Raises:
-        UserError: the section asks for more than the model's positions, or neither says anything.
+        UserError: the section sets more than the model's positions, or neither has a limit.
     """
     positions = getattr(model_config, "max_position_embeddings", None)
     if rollout.max_model_length is None:
@@ -125,7 +133,10 @@ def make_rollout(
     finish_reason: Literal["stop", "length"],
     tokenizer: Tokenizer,
 ) -> Rollout:
-    """Put a finished request into its record. The text is what the tokens say, without clean-up, special tokens left out."""
+    """Build the record of a finished request.
+
+    The text is decoded without clean-up and without special tokens.
+    """
     text = tokenizer.decode(response_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Rollout(
         key=request.key,

@@ -1,8 +1,9 @@
-"""A sampler in plain PyTorch on a transformers model: where vLLM is not installed, and its oracle in tests.
+"""Rollout engine in plain PyTorch on a transformers model.
 
-Requests are decoded in batches of `max_concurrent` with a KV cache; a finished one leaves its batch at once. Every request
-draws from a generator of its own, so its noise does not depend on its neighbours. Sampling is Gumbel-max: the argmax of
-log p - log E with E standard exponential is a draw from p (Gumbel 1954; -log E is Gumbel noise).
+It serves machines without vLLM, and tests as vLLM's oracle. Requests are decoded in batches of `max_concurrent` with a KV
+cache; a finished one leaves its batch at once. Every request has a generator of its own, so its noise does not depend on the
+other requests. Sampling is Gumbel-max: the argmax of log p - log E with E standard exponential is a draw from p (Gumbel 1954;
+-log E is Gumbel noise).
 """
 
 import math
@@ -32,7 +33,7 @@ from rayrlhf.weight_sync.buckets import WeightBucket
 
 @dataclass(slots=True)
 class _Row:
-    """A request on its way."""
+    """Unfinished request."""
 
     request: RolloutRequest
     temperature: float
@@ -45,13 +46,16 @@ class _Row:
 
 
 class TransformersRolloutEngine:
-    """One replica on transformers, on the GPU if there is one. See `RolloutEngine` for the protocol."""
+    """One replica on transformers, on the GPU if there is one.
+
+    See `RolloutEngine` for the protocol.
+    """
 
     def __init__(self, spec: RolloutSpec) -> None:
         """Load the model.
 
         Raises:
-            UserError: nothing can be loaded, or the context asked for is longer than the model's.
+            UserError: the model cannot be loaded, or the context is longer than the model's.
         """
         self.version = START_VERSION
         self._incoming: int | None = None
@@ -72,8 +76,8 @@ class TransformersRolloutEngine:
 
         Raises:
             UserError: a prompt leaves no room for a response.
-            ValueError: a request that is already queued.
-            RuntimeError: new weights are half loaded.
+            ValueError: a request is already queued.
+            RuntimeError: a weight update is unfinished.
         """
         if self._incoming is not None:
             raise RuntimeError(f"weight version {self._incoming} is still being loaded")
@@ -84,10 +88,10 @@ class TransformersRolloutEngine:
 
     @torch.no_grad()
     def poll(self, minimum: int, seconds: float | None = None) -> list[Rollout]:
-        """Decode until at least `minimum` requests are finished, none is left, or `seconds` are over.
+        """Decode until at least `minimum` requests are finished, none is left, or time is over.
 
         Returns:
-            All that finished since the last poll.
+            All requests finished since the last poll.
         """
         end = math.inf if seconds is None else time.monotonic() + seconds
         finished: list[Rollout] = []
@@ -108,7 +112,7 @@ class TransformersRolloutEngine:
         self._batch = None
 
     def sleep(self) -> None:
-        """Do nothing: there is no memory that sampling alone needs."""
+        """Do nothing: no memory is used for generation only."""
 
     @property
     def unfinished(self) -> int:
@@ -119,7 +123,7 @@ class TransformersRolloutEngine:
         """Start receiving a new weight version.
 
         Raises:
-            RuntimeError: requests are unfinished, whose tokens would come from two versions, and are not to continue.
+            RuntimeError: requests are unfinished and the spec does not let them continue with two versions.
         """
         if self.unfinished and not self._continues:
             raise RuntimeError(f"weights cannot change while {self.unfinished} requests are unfinished")
@@ -128,7 +132,7 @@ class TransformersRolloutEngine:
 
     @torch.no_grad()
     def receive_weights(self, bucket: WeightBucket) -> None:
-        """Copy one bucket in (Hugging Face names; cast on the way); nothing of it is kept.
+        """Copy and cast one bucket of weights by Hugging Face name.
 
         Raises:
             KeyError: a name that the model does not have.
@@ -140,10 +144,10 @@ class TransformersRolloutEngine:
 
     @torch.no_grad()
     def finish_weights(self) -> None:
-        """Make the new version current; what stands before the next tokens is read anew with it.
+        """Activate the new version, and recompute the KV cache of unfinished requests.
 
         Raises:
-            ValueError: some weight has not come; the engine refuses to sample from then on.
+            ValueError: a weight is missing; the engine refuses to generate from then on.
         """
         if self._incoming is None:
             raise RuntimeError("finish_weights without begin_weights")
@@ -164,7 +168,7 @@ class TransformersRolloutEngine:
         if row.tokens[-1] in self._stop_ids:
             return "stop"
         if self._stop:
-            # The whole text again for every token: quadratic, but exactly what a reader of the text would find.
+            # Decode the whole text for every token: quadratic, but exact.
             text = self._tokenizer.decode(row.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             if any(stop in text for stop in self._stop):
                 return "stop"
@@ -176,7 +180,7 @@ class TransformersRolloutEngine:
 
 
 class _Batch:
-    """Requests that are decoded together: prompts padded on the left, one token more for each at every step."""
+    """Requests decoded together: prompts are left-padded, each step adds a token to each."""
 
     def __init__(self, network: PreTrainedModel, rows: list[_Row], pad: int) -> None:
         self.rows = rows
@@ -194,7 +198,10 @@ class _Batch:
         self._forward(tokens.to(network.device), positions)
 
     def sample(self) -> list[_Row]:
-        """Give every row its next token and log-prob (at its temperature; at 1 when greedy); returns the rows."""
+        """Sample the next token and log-prob of every row; returns the rows.
+
+        Log-probs are at the row's temperature; at 1 when greedy.
+        """
         scale = torch.tensor([row.temperature or 1.0 for row in self.rows])
         logprobs = torch.log_softmax(self._logits / scale[:, None], dim=-1)
         for row, candidates in zip(self.rows, logprobs, strict=True):
@@ -207,7 +214,7 @@ class _Batch:
         return self.rows
 
     def advance(self) -> "_Batch | None":
-        """Let finished rows go and compute the others' next logits; None when no row is left."""
+        """Drop finished rows and compute the others' next logits; None when no row is left."""
         kept = [index for index, row in enumerate(self.rows) if row.finish_reason is None]
         if not kept:
             return None

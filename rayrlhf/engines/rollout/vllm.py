@@ -1,10 +1,9 @@
-"""vLLM as a sampler, inside this process: requests go in at any time, finished responses come out of `poll`.
+"""vLLM rollout engine in this process: `submit` queues requests, `poll` returns finished rollouts.
 
-The engine core runs in-process, so weights are handed over by reference and a start takes seconds. Its settings serve one
-purpose, that a rollout says exactly what the trainer would say of it: log-probs are those of the distribution that was
-sampled from (after temperature; no top-p or top-k, which would cut it), every request has a seed of its own, and the prefix
-cache starts empty in every generation, so that the same batch gives the same bits whatever ran before. The version of every
-token is vLLM's own label of the weights that sampled it.
+The engine core runs in-process, so weights are passed by reference and a start takes seconds. Its settings make rollouts agree
+with the trainer: log-probs are those of the sampled distribution (after temperature; no top-p or top-k, which would cut it),
+every request has a seed of its own, and the prefix cache starts empty in every generation, so that the same batch always gives
+the same bits. The version of every token is vLLM's own label of the weights that sampled it.
 
 On CPUs one replica is one process, and nothing is compiled: compilation would cost more than a short run gains. On GPUs
 `tensor_parallel_size`, `gpu_memory_utilization` and `sleep` apply; that path has never been run (`examples/gpu/`).
@@ -40,9 +39,9 @@ from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
 from rayrlhf.weight_sync.buckets import WeightBucket
 
 PREFILL_TOKENS = 4096
-"""Prompt tokens computed at a time; more if the context is longer, since prompts are not cut in pieces."""
+"""Prompt tokens per prefill; more if the context is longer, because prompts are not chunked."""
 KV_BLOCK_TOKENS = 32
-"""Tokens a CPU's prefix cache shares at a time: the smallest block vLLM's kernels are fast with, for prompts are short."""
+"""Block size of a CPU's prefix cache: the smallest that vLLM's kernels are fast with, because prompts are short."""
 
 
 class VLLMRolloutEngine:
@@ -81,19 +80,19 @@ class VLLMRolloutEngine:
 
         Raises:
             UserError: a prompt leaves no room for a response.
-            ValueError: a request that is already queued.
-            RuntimeError: new weights are half loaded, or the engine sleeps and has none.
+            ValueError: a request is already queued.
+            RuntimeError: a weight update is unfinished, or the engine sleeps and has no weights.
         """
         from vllm.inputs import tokens_input
 
         if self._incoming is not None:
             raise RuntimeError(f"weight version {self._incoming} is still being loaded")
         if self._asleep:
-            raise RuntimeError("the engine sleeps and has given its weights away; new ones wake it")
+            raise RuntimeError("the engine sleeps and holds no weights; a weight update wakes it")
         limits = new_token_limits(requests, max_new_tokens, self._max_length)
         check_new(requests, self._requests.values())
         if not self._requests:
-            # What is cached decides how a prompt's sums are split: an empty start makes a batch's bits its own.
+            # Cached prefixes change how a prompt's sums are split: an empty cache makes a batch's bits reproducible.
             self._engine.reset_prefix_cache()
         for request, limit in zip(requests, limits, strict=True):
             name = "-".join(map(str, request.key))
@@ -102,10 +101,10 @@ class VLLMRolloutEngine:
             self._engine.add_request(name, tokens_input(request.prompt_ids.tolist()), parameters)
 
     def poll(self, minimum: int, seconds: float | None = None) -> list[Rollout]:
-        """Decode until at least `minimum` requests are finished, none is left, or `seconds` are over.
+        """Decode until at least `minimum` requests are finished, none is left, or time is over.
 
         Returns:
-            All that finished since the last poll.
+            All requests finished since the last poll.
         """
         end = math.inf if seconds is None else time.monotonic() + seconds
         finished: list[Rollout] = []
@@ -120,7 +119,9 @@ class VLLMRolloutEngine:
         self._requests.clear()
 
     def sleep(self) -> None:
-        """Give back the device memory of weights and KV cache, until new weights come. Without effect if it sleeps already.
+        """Free the device memory of weights and KV cache until new weights arrive.
+
+        No effect if the engine sleeps already.
 
         Raises:
             RuntimeError: requests are unfinished.
@@ -128,7 +129,7 @@ class VLLMRolloutEngine:
         if self._requests:
             raise RuntimeError(f"the engine cannot sleep while {len(self._requests)} requests are unfinished")
         if not self._asleep:
-            # Level 2 keeps no copy of the weights: the next ones are all new.
+            # Level 2 keeps no copy of the weights: all of them are replaced on wake-up.
             self._engine.sleep(level=2)
             self._asleep = True
 
@@ -141,7 +142,7 @@ class VLLMRolloutEngine:
         """Start receiving a new weight version.
 
         Raises:
-            RuntimeError: requests are unfinished, whose tokens would come from two versions, and are not to continue.
+            RuntimeError: requests are unfinished and the spec does not let them continue with two versions.
         """
         if self._requests and not self._continues:
             raise RuntimeError(f"weights cannot change while {len(self._requests)} requests are unfinished")
@@ -151,26 +152,32 @@ class VLLMRolloutEngine:
         self.weight_client.start_weight_update()
 
     def receive_weights(self, bucket: WeightBucket) -> None:
-        """Load one bucket (Hugging Face names; any float dtype, cast on the way in); nothing of it is kept."""
+        """Load one bucket of weights by Hugging Face name; keeps no reference to it.
+
+        Any float dtype is accepted and cast.
+        """
         self.weight_client.update_weights({"bucket": bucket})
 
     def finish_weights(self) -> None:
-        """Make the new version current.
+        """Activate the new version.
 
         Raises:
-            ValueError: some layer did not get all of its weights; the engine refuses to sample from then on.
+            ValueError: a layer is missing weights; the engine refuses to generate from then on.
         """
         if self._incoming is None:
             raise RuntimeError("finish_weights without begin_weights")
         self.weight_client.finish_weight_update(str(self._incoming))
         if self._asleep:
-            # Only now: until here the cache's memory could serve the weights on their way.
+            # Last, because until here the cache's memory is free for weights in transit.
             self._engine.wake_up(["kv_cache"])
             self._asleep = False
         self.version, self._incoming = self._incoming, None
 
     def close(self) -> None:
-        """Free the model, the KV cache and vLLM's process groups. The engine cannot be used afterwards."""
+        """Free the model, the KV cache and vLLM's process groups.
+
+        The engine cannot be used afterwards.
+        """
         if self._engine is None:
             return
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -210,8 +217,8 @@ class VLLMRolloutEngine:
 
 
 UNREADABLE = "llvmlite.binding.ffi"
-"""A module with an object that has no ordinary `__dict__`. When vLLM 0.32 starts on a CPU it looks into the objects of all
-loaded modules, and fails at this one; numba brings it, which bm25s loads."""
+"""A module with an object without an ordinary `__dict__`. When vLLM 0.32 starts on a CPU it inspects the objects of all loaded
+modules, and fails on this one; numba loads it, which bm25s imports."""
 
 
 def _start(spec: RolloutSpec, executor: str | None) -> Any:
@@ -254,7 +261,7 @@ def _start(spec: RolloutSpec, executor: str | None) -> Any:
 
 @contextmanager
 def _out_of_sight(name: str) -> Iterator[None]:
-    """Take a loaded module out of the table of modules for a while."""
+    """Remove a loaded module from `sys.modules` inside the block."""
     module = sys.modules.pop(name, None)
     try:
         yield
@@ -264,9 +271,10 @@ def _out_of_sight(name: str) -> Iterator[None]:
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    """On CPUs nothing is compiled. vLLM decorates a helper of its log-probs, and compiling it would take longer than it saves.
+    """Disable compilation on CPUs.
 
-    On GPUs vLLM compiles the model itself, and must be let alone.
+    vLLM decorates a helper of its log-probs, and compiling it takes longer than it saves. On GPUs vLLM compiles the model
+    itself, which must stay enabled.
     """
     return nullcontext() if torch.cuda.is_available() else torch.compiler.set_stance("force_eager")
 
@@ -278,7 +286,7 @@ def _cpu_settings(spec: RolloutSpec, config: PretrainedConfig, length: int) -> d
     bound_kernels()
     return {
         "enforce_eager": True,
-        # Seeded requests kill vLLM 0.32 on a CPU when it cuts a prompt in pieces ("CPU Generator does not use offset").
+        # Seeded requests crash vLLM 0.32 on a CPU when it chunks a prompt ("CPU Generator does not use offset").
         "enable_chunked_prefill": False,
         "kv_cache_memory_bytes": min(int(spec.rollout.memory_gib * GIB), _useful_cache_bytes(spec, config, length)),
         "block_size": KV_BLOCK_TOKENS,
@@ -286,7 +294,10 @@ def _cpu_settings(spec: RolloutSpec, config: PretrainedConfig, length: int) -> d
 
 
 def _useful_cache_bytes(spec: RolloutSpec, config: PretrainedConfig, length: int) -> int:
-    """KV cache of `max_concurrent` responses of full length: vLLM zeroes all it gets, which costs memory and a second a GiB."""
+    """Return the KV cache size of `max_concurrent` responses of full length.
+
+    vLLM zeroes its whole cache, which costs memory and a second per GiB.
+    """
     text = config.get_text_config()
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -305,7 +316,10 @@ def _gpu_settings(spec: RolloutSpec, executor: str | None) -> dict[str, Any]:
 
 
 def _register_model_class(config: PretrainedConfig) -> None:
-    """Import the model's class here: vLLM would start a second interpreter to look at it, lest CUDA be initialised."""
+    """Import the model's class here.
+
+    Otherwise vLLM starts a second interpreter to inspect it, to avoid initializing CUDA.
+    """
     from vllm import ModelRegistry
 
     for architecture in getattr(config, "architectures", None) or ():

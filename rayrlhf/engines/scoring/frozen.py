@@ -1,8 +1,8 @@
-"""Reading without learning: log-probs, entropies, values and hidden states of sequences, in micro-batches of like length.
+"""Forward passes without gradient: log-probs, entropies, values and hidden states.
 
-`score_sequences` is the one forward path; the train engine uses it for old log-probs and values, `FrozenEngine` for the
-reference. Both apply the compute dtype by autocast to float32 norms and residuals, so equal weights give equal bits and the KL
-of an untouched policy is exactly 0, in bfloat16 too.
+Sequences are scored in micro-batches of similar length. `score_sequences` is the only forward path; the train engine uses it
+for old log-probs and values, `FrozenEngine` for the reference. Both apply the compute dtype by autocast to float32 norms and
+residuals, so equal weights give equal bits and the KL of an untouched policy is exactly 0, in bfloat16 too.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,15 +36,15 @@ def score_sequences(
     """Run a network over sequences without gradient.
 
     Args:
-        forward: the network, or an engine around it.
+        forward: the network, or a wrapper of it.
         sequences: in any order of lengths.
         outputs: fields of `TokenScores` to fill.
-        temperature: of the distribution log-probs and entropies are taken from.
-        token_budget: most tokens of one forward, padding included.
-        device: the network's.
+        temperature: divides the logits of log-probs and entropies.
+        token_budget: maximum tokens of one forward, padding included.
+        device: device of the network.
 
     Returns:
-        One record a sequence, in the order given.
+        One record per sequence, in input order.
     """
     scores: list[TokenScores | None] = [None] * len(sequences)
     lengths = [len(sequence.token_ids) for sequence in sequences]
@@ -59,19 +59,19 @@ def score_sequences(
 
 
 class FrozenEngine:
-    """A model that is only read: the reference, or any checkpoint to compare with.
+    """Model without training: the reference, or any checkpoint to compare with.
 
-    Linear weights are held in the compute dtype (half the memory in bfloat16), everything else in float32; autocast would round
+    Linear weights are kept in the compute dtype (half the memory in bfloat16), everything else in float32; autocast would round
     the linear weights in the same way, so the results are those of a train engine with the same weights.
     """
 
     def __init__(self, model: ModelSection, batch_tokens: int, *, offload: bool = False) -> None:
-        """Load the model on this process's GPU if it sees one, else on the CPU.
+        """Load the model on this process's GPU, if it has one, else on the CPU.
 
         Args:
-            model: what to load, without adapters.
+            model: model to load, without adapters.
             batch_tokens: token budget of one forward.
-            offload: whether its weights wait in main memory between calls of `score`.
+            offload: keep its weights in main memory between calls of `score`.
 
         Raises:
             UserError: the model cannot be loaded.
@@ -95,7 +95,7 @@ class FrozenEngine:
         temperature: float = 1.0,
         reference: bool = False,
     ) -> list[TokenScores]:
-        """Score sequences in the order given (see `rayrlhf.engines.rollout.base.ScoreEngine`); `reference` has no effect."""
+        """Score sequences, in input order; `reference` has no effect."""
         with self._offload.in_place(), autocast(self._device, self._dtype):
             return score_sequences(
                 self._network,
@@ -107,7 +107,7 @@ class FrozenEngine:
             )
 
     def output_layer(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [V, H] and bias of the output layer, for a full KL from hidden states."""
+        """Return weight [V, H] and bias of the output layer."""
         head = self._network.model.get_output_embeddings()
         return head.weight.detach(), None if head.bias is None else head.bias.detach()
 
@@ -118,12 +118,15 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def training_device() -> torch.device:
-    """Return this process's accelerator, which Ray makes the only visible one, or the CPU."""
+    """Return this process's GPU, which Ray makes the only visible one, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _hold_linear_weights_in(network: Network, dtype: torch.dtype) -> None:
-    """Round the linear weights once instead of in every forward. The output layer may be tied to the embedding: left alone."""
+    """Round the linear weights once instead of in every forward.
+
+    The output layer may be tied to the embedding, so it stays in float32.
+    """
     output_layer = network.model.get_output_embeddings()
     for module in network.modules():
         if isinstance(module, nn.Linear) and module is not output_layer:
@@ -131,7 +134,10 @@ def _hold_linear_weights_in(network: Network, dtype: torch.dtype) -> None:
 
 
 def _records(output: NetworkOutput, responses: Sequence[int]) -> list[TokenScores]:
-    """Cut flat outputs into one record a sequence. Values have one entry more than there are response tokens."""
+    """Split flat outputs into one record per sequence.
+
+    Values have one entry more than there are response tokens.
+    """
     ends, value_ends = np.cumsum(responses)[:-1], np.cumsum([length + 1 for length in responses])[:-1]
 
     def split(flat: Tensor | None, at: NDArray[np.int64]) -> list[NDArray[np.float32]] | list[None]:

@@ -1,8 +1,8 @@
-"""Weights that wait in main memory between the turns of a model that is only read.
+"""Offloading of frozen models to main memory while they are idle.
 
-A reference or reward model works for a few seconds of a step and holds its share of a GPU all the time. Offloaded, its weights
-stay in page-locked main memory, are copied to the device when its turn begins, and the copies are dropped when it ends: nothing
-is ever copied back, because nothing changes them. On a CPU both memories are one, and nothing is moved.
+A reference or reward model computes for a few seconds of a step but would occupy GPU memory all the time. Offloaded weights
+stay in page-locked main memory. They are copied to the device for each use, and the copies are dropped afterwards: nothing is
+copied back, because nothing changes them. On a CPU nothing is moved.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 
 class Offload:
-    """Gives a frozen network copies of its weights for as long as they are needed."""
+    """Copies a frozen network's weights to its device while they are needed."""
 
     def __init__(self, network: nn.Module, fetch: Callable[[Tensor], Tensor] | None) -> None:
-        """Take a network whose weights lie where they are to wait.
+        """Wrap a network whose weights are in their idle location.
 
         Args:
             network: frozen. Tied weights are one parameter and stay tied.
-            fetch: makes the copy that a turn works with; None where the weights stay where they are.
+            fetch: returns the working copy of a tensor; None if weights are not moved.
         """
         tensors = [] if fetch is None else [*network.parameters(), *network.buffers()]
         self._fetch = fetch or (lambda tensor: tensor)
@@ -28,7 +28,7 @@ class Offload:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """For its duration the network works with the copies; they are dropped also when it fails."""
+        """Use the copies inside the block; they are dropped also on errors."""
         try:
             for tensor, waiting in self._waiting:
                 tensor.data = self._fetch(waiting)
@@ -39,12 +39,12 @@ class Offload:
 
 
 def move_to_device(network: nn.Module, device: torch.device, *, offload: bool) -> Offload:
-    """Move a frozen network to its device, or leave it in page-locked main memory until its turn comes.
+    """Move a frozen network to its device, or prepare to offload it.
 
     Args:
         network: on the CPU.
-        device: where it works.
-        offload: whether its weights wait in main memory between turns; without effect where the device is the CPU.
+        device: device to compute on.
+        offload: keep its weights in main memory while idle; no effect if the device is the CPU.
     """
     if not offload or device.type == "cpu":
         network.to(device)

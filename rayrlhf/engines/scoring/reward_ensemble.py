@@ -1,11 +1,11 @@
-"""One reward from several reward models: their mean, less what they disagree by.
+"""Reward of several reward models: mean minus `uncertainty` x standard deviation.
 
-A policy finds answers that one reward model overrates by mistake. Models trained apart (other seeds, other data) seldom share
-the mistake and disagree there, so an answer pays `uncertainty` standard deviations of its rewards over the members (Coste et
-al. 2023, "Reward Model Ensembles Help Mitigate Overoptimization"; they subtract the variance, this keeps the reward's unit).
-Members must speak in one unit: `normalize` sees to that.
+A policy finds responses that one reward model overrates by mistake. Models trained separately (other seeds, other data) rarely
+share the mistake, so a response loses `uncertainty` standard deviations of its rewards over the members (Coste et al. 2023,
+"Reward Model Ensembles Help Mitigate Overoptimization"; they subtract the variance, this keeps the reward's unit). Members need
+the same unit, see `normalize`.
 
-All members stand in the same process and read one after the other, so that every rank can score any response.
+All members are in the same process and run one after another, so that every rank can score any response.
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ from rayrlhf.engines.scoring.reward_model import RewardModelEngine
 MODEL_PART = "reward_model"
 """Name of the reward model's part among those of the functions."""
 SPREAD_PART = "reward_model_spread"
-"""Name of the part that tells how far the members are apart; it has weight 0."""
+"""Name of the part with the standard deviation over the members; it has weight 0."""
 
 
 class RewardEnsemble:
-    """The reward models of a section, one or several."""
+    """Reward models of a section, one or several."""
 
     def __init__(self, section: RewardModelSection) -> None:
         """Load all members.
 
         Raises:
-            UserError: one of them cannot be loaded.
+            UserError: a member cannot be loaded.
         """
         self._section = section
         self._members = [RewardModelEngine(section.model_copy(update={"model": model})) for model in section.models]
@@ -40,7 +40,7 @@ class RewardEnsemble:
         return {MODEL_PART: self._section.weight} | ({SPREAD_PART: 0.0} if len(self._members) > 1 else {})
 
     def parts(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Float32]:
-        """Return the reward of each pair, float32 [B], and of several members also their spread."""
+        """Return the reward of each pair, float32 [B], and the standard deviation of several members."""
         values = np.stack([member.score(prompts, responses) for member in self._members])
         if len(self._members) == 1:
             return {MODEL_PART: values[0]}
@@ -52,7 +52,7 @@ class RewardEnsemble:
 
 
 def pessimistic(values: Float32, coefficient: float) -> Float32:
-    """Mean less `coefficient` standard deviations (of these members, divided by their number) over the first axis.
+    """Return mean minus `coefficient` x population standard deviation over the first axis.
 
     Args:
         values: float32 [M, B].

@@ -1,7 +1,8 @@
-"""A reward model: a scalar head on a trunk that reads prompt and response as text, with its own tokenizer and template.
+"""Reward model: a trunk with a scalar head that scores prompt and response as text.
 
-It never sees the policy's token ids, so policy and reward model may come from different families. Prompt and response are
-joined as the configuration says, else as the format stored with the model does, else by its chat template.
+It has its own tokenizer and template and never receives the policy's token ids, so policy and reward model may come from
+different families. Prompt and response are joined by `reward.model.template`, or the format stored with the model, or its chat
+template, in this order.
 """
 
 import json
@@ -21,19 +22,19 @@ from rayrlhf.models.network import build_network
 from rayrlhf.models.value_head import find_head
 
 STATISTICS_FILE = "reward_statistics.json"
-"""Beside a reward model's weights: `mean` and `spread` (standard deviation) of its rewards on held-out answers."""
+"""File next to a reward model's weights: `mean` and `spread` (standard deviation) of its rewards on held-out responses."""
 BATCH_TOKENS = 8192
 """Token budget of one forward."""
 
 
 class RewardModelEngine:
-    """Scores (prompt, response) pairs with the value of the last token, as reward models are trained."""
+    """Scores (prompt, response) pairs by the value at the last token, as in reward training."""
 
     def __init__(self, section: RewardModelSection) -> None:
         """Load trunk, head and tokenizer on this process's device.
 
         Raises:
-            UserError: the model cannot be loaded, holds no scalar head, or has no way to join prompt and response.
+            UserError: the model cannot be loaded, has no scalar head, or has no format to join prompt and response.
         """
         self._section = section
         self._tokenizer = load_tokenizer(section.model)
@@ -49,7 +50,7 @@ class RewardModelEngine:
                 f"reward.model {section.model.path!r}: no scalar head in the folder, expected weights named "
                 "`score.weight` or `v_head.summary.weight` (train one with a sequence-classification head of one label)"
             )
-        self._mean, self._spread = _statistics(section, folder) if section.normalize else (0.0, 1.0)
+        self._mean, self._std = _statistics(section, folder) if section.normalize else (0.0, 1.0)
         self._device = training_device()
         self._dtype = resolve_dtype(section.model.dtype)
         network = build_network(section.model, frozenset({"value"}), "zero", 0)
@@ -57,9 +58,10 @@ class RewardModelEngine:
         self._offload = move_to_device(network, self._device, offload=section.offload)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float32:
-        """One reward a pair, float32 [B]. Texts longer than `reward.model.max_length` tokens lose their left end.
+        """Return one reward per pair, float32 [B].
 
-        With `reward.model.normalize` rewards have the mean 0 and the spread 1 that the model's held-out answers had.
+        Texts longer than `reward.model.max_length` tokens lose their left end. With `reward.model.normalize` rewards have mean
+        0 and standard deviation 1 over the model's held-out responses.
         """
         sequences = [self._sequence(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         with self._offload.in_place(), autocast(self._device, self._dtype):
@@ -72,7 +74,7 @@ class RewardModelEngine:
                 device=self._device,
             )
         values = np.array([score.values[-1] for score in scores if score.values is not None], dtype=np.float32)
-        return (values - np.float32(self._mean)) / np.float32(self._spread)
+        return (values - np.float32(self._mean)) / np.float32(self._std)
 
     def _sequence(self, prompt: str, response: str) -> TokenSequence:
         if self._section.template is not None:
@@ -85,20 +87,20 @@ class RewardModelEngine:
 
 
 def _statistics(section: RewardModelSection, folder: Path) -> tuple[float, float]:
-    """Mean and spread stored with the model.
+    """Read mean and standard deviation stored with the model.
 
     Raises:
-        UserError: there are none, or they cannot be used.
+        UserError: they are missing or invalid.
     """
     path = folder / STATISTICS_FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        mean, spread = float(found["mean"]), float(found["spread"])
+        mean, std = float(found["mean"]), float(found["spread"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"reward.model.normalize: {path}: expected the mean and spread that `rayrlhf reward` stores beside the model; "
+            f"reward.model.normalize: {path}: expected the statistics that `rayrlhf reward` stores with the model; "
             "set reward.model.normalize=false for other models"
         ) from error
-    if not spread > 0:
-        raise UserError(f"reward.model.normalize: {path}: spread {spread:g}, expected > 0")
-    return mean, spread
+    if not std > 0:
+        raise UserError(f"reward.model.normalize: {path}: spread {std:g}, expected > 0 (a standard deviation)")
+    return mean, std

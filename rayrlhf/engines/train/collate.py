@@ -1,4 +1,7 @@
-"""Sequences of any length into one batch, right-padded or packed, and flat network outputs back to where they belong."""
+"""Collation of sequences into one batch, right-padded or packed.
+
+Flat network outputs are scattered back to tables [B, T].
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +17,12 @@ from rayrlhf.models.network import Positions
 
 @dataclass(frozen=True, slots=True)
 class CollatedBatch:
-    """A micro-batch on its device.
+    """Micro-batch on its device.
 
     Attributes:
-        input_ids: int64 [B, L]; [1, L] where it is packed.
-        positions: where the network reads it.
-        logprob_slots: int64 [N], the cell b * T + j of a [B, T] table that each log-prob belongs to.
+        input_ids: int64 [B, L]; [1, L] if packed.
+        positions: positions for the network to read.
+        logprob_slots: int64 [N], the cell b * T + j of a [B, T] table for each log-prob.
         value_slots: int64 [M], likewise for values.
         shape: (B, T).
     """
@@ -31,7 +34,7 @@ class CollatedBatch:
     shape: tuple[int, int]
 
     def table(self, flat: Tensor, slots: Tensor) -> Tensor:
-        """Return flat values [N] as a table [B, T], 0 in the cells without one; gradients flow back."""
+        """Scatter flat values [N] into a table [B, T], 0 elsewhere; gradients flow back."""
         rows, columns = self.shape
         return flat.new_zeros(rows * columns).index_copy(0, slots, flat).view(rows, columns)
 
@@ -44,13 +47,13 @@ def collate(
     targets_mask: NDArray[np.bool_] | None = None,
     packed: bool = False,
 ) -> CollatedBatch:
-    """Pad sequences on the right, or lay them end to end.
+    """Pad sequences on the right, or pack them end to end.
 
     Args:
         sequences: B of them.
-        width: T, columns of the tables; a value after the last token is read only where it has a column.
-        device: where the tensors go.
-        targets_mask: bool [B, T], the response tokens whose log-probs are wanted; all of them when not given.
+        width: T, columns of the tables; the value after the last token is computed only if it has a column.
+        device: device of the tensors.
+        targets_mask: bool [B, T], response tokens to compute log-probs of; None computes all.
         packed: end to end in one row.
     """
     lengths = [len(sequence.token_ids) for sequence in sequences]

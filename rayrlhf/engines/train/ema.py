@@ -1,7 +1,7 @@
-"""An exponential moving average of the weights that are trained: smoother than any one step's, and often better.
+"""Exponential moving average of the trained weights, smoother than the weights of one step.
 
-average(t) = decay x average(t - 1) + (1 - decay) x weights(t), from average(0) = weights(0). It is kept in float32 by the first
-rank alone, which holds whole parameters at ZeRO-0, 1 and 2.
+average(t) = decay x average(t - 1) + (1 - decay) x weights(t), with average(0) = weights(0). Only rank 0 keeps it, in float32.
+It needs whole parameters, so it is not available if the backend shards them.
 """
 
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 
 class MovingAverage:
-    """The average of a network's trainable parameters; everything else is what the network has."""
+    """Average of a network's trainable parameters."""
 
     def __init__(self, network: nn.Module, decay: float) -> None:
-        """Begin at the present weights.
+        """Begin at the current weights.
 
         Args:
-            network: whose whole parameters this process holds.
+            network: network whose whole parameters this process holds.
             decay: share of the average that a step keeps, in [0, 1).
         """
         self._decay = decay
@@ -27,19 +27,19 @@ class MovingAverage:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Take the present weights in; call after each optimizer step."""
+        """Update the average with the current weights; call after each optimizer step."""
         for name, average in self._averages.items():
             average.lerp_(self._parameters[name].detach().float(), 1 - self._decay)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the averages by parameter name; the tensors are on loan until the next step."""
+        """Return the averages by parameter name; the tensors are valid until the next step."""
         return self._averages
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state`.
+        """Restore the averages of `state`.
 
         Raises:
-            ValueError: it is of other parameters.
+            ValueError: it has other parameters.
         """
         if set(state) != set(self._averages):
             raise ValueError(f"an average of {len(state)} parameters, expected those of the {len(self._averages)} trained ones")
@@ -48,7 +48,10 @@ class MovingAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the network have the averages inside the block; its own weights come back bit for bit."""
+        """Replace the network's weights by the averages inside the block.
+
+        Its own weights are restored bit for bit.
+        """
         own = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self._write(self._averages)
         try:

@@ -36,10 +36,15 @@ TRAIN_BACKENDS: dict[str, type[TrainBackend]] = {"deepspeed": DeepSpeedBackend}
 
 
 class TrainEngine:
-    """Scores, updates and exports a model on one rank. Every rank of the role makes the same calls in the same order."""
+    """Scoring, updates and export of a trained model on one rank.
+
+    Every rank of the role makes the same calls in the same order.
+    """
 
     def __init__(self, spec: TrainEngineSpec) -> None:
-        """Load the model on this process's device and wrap it in its backend. Join the process group first.
+        """Load the model on this process's device and wrap it in its backend.
+
+        The process must have joined its process group.
 
         Raises:
             UserError: the model cannot be loaded.
@@ -68,7 +73,10 @@ class TrainEngine:
 
     @property
     def all_ranks_must_forward(self) -> bool:
-        """True if every rank must run the same forward passes, so all ranks must score the same sequences."""
+        """True if every rank must run the same forward passes.
+
+        All ranks must then score the same sequences.
+        """
         return self._backend.all_ranks_must_forward
 
     @property
@@ -104,10 +112,12 @@ class TrainEngine:
             )
 
     def update(self, batch: TrainingBatch, plan: UpdatePlan, objective: Objective) -> UpdateReport:
-        """Take the plan's optimizer steps. Every rank passes the same batch, plan and objective, and computes its share.
+        """Take the plan's optimizer steps.
+
+        Every rank passes the same batch, plan and objective, and computes its share.
 
         Raises:
-            KeyError: the batch lacks an array the objective reads.
+            KeyError: the batch lacks an array of the objective.
             ValueError: an optimizer step has no token under one of the objective's masks.
         """
         report = self._updater.run(batch, plan, objective)
@@ -130,18 +140,25 @@ class TrainEngine:
         return bucketed(self._checkpoint(getattr(torch, dtype)), bucket_bytes)
 
     def device_weights(self, dtype: Literal["float32", "bfloat16"]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the same weights one by one on the training device, each valid until the next; every rank must exhaust it."""
+        """Yield the same weights one by one on the training device.
+
+        Each is valid until the next; every rank must exhaust the iterator.
+        """
         return self._checkpoint(getattr(torch, dtype), self._device)
 
     def save_state(self, folder: Path) -> None:
-        """Write this rank's part of weights, optimizer, counters and random state into an existing or new folder.
+        """Write this rank's part of weights, optimizer, counters and random state.
 
-        The caller makes the folder atomic (`rayrlhf.storage.atomic.folder_atomically`), because all ranks write into it.
+        The folder may exist. All ranks write into it, so the caller makes it atomic
+        (`rayrlhf.storage.atomic.folder_atomically`).
         """
         training_state.save(self._backend, self._updater, folder)
 
     def capture_state(self) -> StateFiles:
-        """Copy the files of `save_state` into memory; every rank takes part. Later updates do not change the copy."""
+        """Copy the files of `save_state` into memory; every rank takes part.
+
+        Later updates do not change the copy.
+        """
         return training_state.capture(self._backend, self._updater)
 
     def load_captured(self, parts: Sequence[StateFiles]) -> None:
@@ -149,7 +166,9 @@ class TrainEngine:
         training_state.load_captured(self._backend, self._updater, parts)
 
     def load_state(self, folder: Path, *, resized: bool = False) -> None:
-        """Restore a saved state; on the same number of ranks the next update is identical bit for bit.
+        """Restore a saved state.
+
+        On the same number of ranks the next update is identical bit for bit.
 
         Args:
             folder: parts of all ranks.
@@ -162,7 +181,7 @@ class TrainEngine:
         load(self._backend, self._updater, folder)
 
     def export(self, folder: Path) -> None:
-        """Write a Hugging Face folder with merged weights, the tokenizer and the value head, if any.
+        """Write a Hugging Face folder with merged weights, tokenizer and value head.
 
         A network with only a bias-free scalar head is a reward model and becomes a sequence classifier with one label. The
         moving average of the weights, if one is kept, goes to a second folder whose name ends in `-average`.
@@ -201,7 +220,7 @@ class TrainEngine:
         torch.distributed.barrier()
 
     def keep_teacher_layer(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Store and return a copy of the current output layer as the teacher's; every rank takes part."""
+        """Store and return the current output layer as the teacher's; every rank takes part."""
         weight, bias = self.output_layer()
         self._network.teacher_layer = weight.to(self._device), None if bias is None else bias.to(self._device)
         return self._network.teacher_layer
@@ -212,7 +231,10 @@ class TrainEngine:
         return self._network.teacher_layer
 
     def output_layer(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return weight [V, H] and bias [V] (or None) of the output layer, on the CPU; every rank takes part."""
+        """Return weight [V, H] and bias [V] (or None) of the output layer.
+
+        The copies are on the CPU. Every rank takes part.
+        """
         head = self._network.model.get_output_embeddings()
         with self._backend.gathered(tuple(head.parameters())):
             return head.weight.detach().cpu().clone(), None if head.bias is None else head.bias.detach().cpu().clone()
@@ -228,7 +250,7 @@ class TrainEngine:
 
 
 def _remember_frozen_layers(network: Network, spec: TrainEngineSpec) -> None:
-    """Cache outputs of the frozen layers below the adapters, if adapters are on the last layers only."""
+    """Cache outputs of the frozen layers, if adapters are on the last layers only."""
     lora = spec.model.lora
     if (
         lora is not None

@@ -1,4 +1,7 @@
-"""Keeping count during an update: statistics as sums over tokens, norms, times. Means are formed once, over all ranks."""
+"""Statistics of an update: sums over tokens, gradient norms and times.
+
+Means are formed once, over all ranks.
+"""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +14,7 @@ from rayrlhf.engines.train.plan import UpdateReport
 
 
 class UpdateMeter:
-    """Collects what an `UpdateReport` tells. A step is one optimizer step."""
+    """Collects the figures of an `UpdateReport`. A step is one optimizer step."""
 
     def __init__(self, device: torch.device) -> None:
         self.epochs = 0
@@ -29,7 +32,10 @@ class UpdateMeter:
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
-        """Add the block's duration to a phase; waits for the GPU, so that its work counts where it was ordered."""
+        """Add the block's duration to a phase.
+
+        It waits for the GPU, so that asynchronous work counts in its own phase.
+        """
         start = time.perf_counter()
         yield
         if self._device.type == "cuda":
@@ -61,11 +67,11 @@ class UpdateMeter:
         self._step_metrics.append(self.step_means)
 
     def last(self, name: str) -> float:
-        """Return the last step's mean of a statistic; 0 where there is none."""
+        """Return the last step's mean of a statistic, or 0."""
         return self.step_means.get(name, 0.0)
 
     def report(self) -> UpdateReport:
-        """Form the report."""
+        """Build the report."""
         metrics = {}
         for name in self._steps[0] if self._steps else ():
             metrics[name] = sum(step[name][0] for step in self._steps) / sum(step[name][1] for step in self._steps)
@@ -88,7 +94,10 @@ class UpdateMeter:
 
 
 def _summed_over_ranks(sums: Mapping[str, tuple[float, float]], device: torch.device) -> dict[str, tuple[float, float]]:
-    """Sum over the ranks. A rank that had fillers only knows no names, so the names come from whoever has most."""
+    """Sum over the ranks.
+
+    A rank with fillers only has no names, so all ranks use the union of names.
+    """
     names: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(names, sorted(sums))
     union = sorted(set().union(*names))

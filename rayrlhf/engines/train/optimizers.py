@@ -1,4 +1,7 @@
-"""Optimizers by name, and the learning rate as a pure function of the optimizer step: there is no scheduler state to lose."""
+"""Optimizers by name, and the learning-rate schedule.
+
+The learning rate is a pure function of the optimizer step, so there is no scheduler state.
+"""
 
 import math
 from collections.abc import Iterable
@@ -12,9 +15,10 @@ from rayrlhf.config.train import OptimizerSection, ScheduleSection
 def build_optimizer(
     parameters: Iterable[nn.Parameter], section: OptimizerSection, learning_rate: float
 ) -> torch.optim.Optimizer:
-    """Build a torch optimizer over the trainable parameters; weight decay spares vectors (norms and biases).
+    """Build a torch optimizer over the trainable parameters.
 
-    The fused kernels of torch are used: on a CPU they run one pass over memory, and nothing has to be compiled.
+    Weight decay is not applied to vectors (norms and biases). torch's fused kernels are used: on a CPU they make one pass over
+    memory, and nothing has to be compiled.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [

@@ -1,8 +1,8 @@
-"""Who does what in an update, decided without a word between the ranks.
+"""Assignment of an update's samples to ranks and micro-batches, without communication.
 
-Every rank holds the whole batch and the whole plan, so each can compute all shares, all micro-batch counts and all token counts
-by itself, and all come to the same answer. Ranks with fewer micro-batches get fillers of weight 0, because collective calls
-inside the backward pass hang unless every rank makes equally many.
+Every rank holds the whole batch and the whole plan, so each computes all shares, micro-batch counts and token counts by itself,
+with the same result. Ranks with fewer micro-batches get fillers of weight 0, because collective calls in the backward pass hang
+unless every rank makes the same number.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from rayrlhf.data.supervised.packing import best_fit_decreasing
 
 @dataclass(frozen=True, slots=True)
 class UpdatePlan:
-    """Which samples each optimizer step sees.
+    """Samples of each optimizer step.
 
     Attributes:
-        epochs: for each epoch its optimizer steps, each the rows of the training batch it is made of, in order.
+        epochs: for each epoch its optimizer steps, each a sequence of rows of the training batch.
     """
 
     epochs: Sequence[Sequence[Sequence[int]]]
@@ -29,7 +29,10 @@ class UpdatePlan:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows of one forward and backward on one rank; a filler (`weight` 0) only keeps the rank in step with the others."""
+    """Rows of one forward and backward on one rank.
+
+    A filler (`weight` 0) only makes the rank run as many collectives as the others.
+    """
 
     rows: tuple[int, ...]
     weight: float = 1.0
@@ -37,18 +40,20 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class UpdateReport:
-    """What an update did. Metrics are means over the optimizer steps, each weighted by tokens and taken over masks only.
+    """Results of an update.
+
+    Metrics are means over the optimizer steps, each weighted by tokens and taken over masks only.
 
     Attributes:
-        metrics: by TRL's names where it has one; equal on every rank.
-        grad_norms: norm of the whole gradient before clipping, one an optimizer step.
-        learning_rates: one an optimizer step.
+        metrics: by TRL's names where they exist; equal on every rank.
+        grad_norms: norm of the whole gradient before clipping, per optimizer step.
+        learning_rates: per optimizer step.
         optimizer_steps: steps taken.
         epochs: epochs begun; fewer than planned after an early stop.
-        stopped_early: whether the policy had moved too far.
+        stopped_early: the KL limit `train.early_stop_kl` ended the update.
         guarded_steps: steps whose gradient the ratio guard set to zero.
-        tokens: real tokens that went through forward and backward on this rank.
-        padding_share: share of padding in what this rank computed, in [0, 1).
+        tokens: real tokens in forward and backward passes on this rank.
+        padding_share: share of padding in this rank's computation, in [0, 1).
         seconds: time in `forward`, `backward` and `optimizer` on this rank.
         step_metrics: the metrics of each optimizer step.
     """
@@ -76,19 +81,19 @@ def split_mini_batch(
     group_size: int = 1,
     packing: bool = False,
 ) -> list[list[MicroBatch]]:
-    """Share one optimizer step out to the ranks and into micro-batches.
+    """Split one optimizer step into ranks and micro-batches.
 
     Args:
-        rows: rows of the training batch that make up the optimizer step.
+        rows: rows of the training batch in the optimizer step.
         lengths: tokens of every row of the training batch.
         ranks: data-parallel processes.
         train: micro-batch size, or token budget.
         parity: with TRL's per-micro-batch means the split matters, so micro-batches are then consecutive rows.
-        group_size: so many consecutive rows stay together; they divide `rows`.
+        group_size: number of consecutive rows that stay together; divides `rows`.
         packing: a micro-batch costs the sum of its lengths, not its padded size.
 
     Returns:
-        For each rank its micro-batches, equally many on every rank.
+        The micro-batches of each rank, the same number on every rank.
     """
     if parity.mini_batch_means or parity.no_accumulation:
         shares = [[list(part) for part in _consecutive(share, train)] for share in _runs(rows, ranks)]

@@ -1,4 +1,4 @@
-"""Joining and leaving the process group of a role: a `torch.distributed` world of its own."""
+"""Process group of a role: joining and leaving a `torch.distributed` world."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ import torch.distributed
 
 @dataclass(frozen=True, slots=True)
 class ProcessGroupSpec:
-    """One process's place in its role's world.
+    """Membership of one process in its role's world.
 
     Attributes:
         rank: 0 .. world_size-1.
@@ -19,7 +19,7 @@ class ProcessGroupSpec:
         master_address: host of rank 0.
         master_port: a free port there.
         backend: `nccl` on GPUs, `gloo` on CPUs.
-        timeout_seconds: longest wait for another rank in any collective call, joining included.
+        timeout_seconds: maximum wait for another rank in any collective call, including joining.
     """
 
     rank: int
@@ -40,9 +40,9 @@ def join(spec: ProcessGroupSpec) -> None:
     if torch.distributed.is_initialized():
         raise ValueError("this process has joined a process group already")
     if "deepspeed.utils.groups" in sys.modules:
-        # It remembers the groups of a world that somebody has left, and would ask them.
+        # DeepSpeed caches the groups of a world that this process has left.
         vars(sys.modules["deepspeed.utils.groups"])["_WORLD_GROUP"] = None
-    # DeepSpeed and the launchers it imitates read the place from the environment.
+    # DeepSpeed reads rank and world size from the environment, as launchers set them.
     os.environ.update(
         RANK=str(spec.rank),
         LOCAL_RANK="0",

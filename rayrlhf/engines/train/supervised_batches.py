@@ -1,4 +1,4 @@
-"""SFT samples and preference pairs as the batches that a train engine takes."""
+"""Training batches of SFT samples and preference pairs."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,12 @@ from rayrlhf.engines.objectives.preference import MARGIN, PAIR_MASK
 
 
 def supervised_batch(samples: Sequence[SupervisedSample]) -> TrainingBatch:
-    """Return samples as a training batch whose `action_mask` is True on the tokens to learn, wherever they stand.
+    """Return samples as a training batch.
+
+    `action_mask` is True on the target tokens, at any position.
 
     Raises:
-        ValueError: a sample has nothing to learn, or its first token is a target.
+        ValueError: a sample has no target token, or its first token is a target.
     """
     sequences = [supervised_sequence(sample) for sample in samples]
     mask = np.zeros((len(samples), max(sequence.response_length for sequence in sequences)), dtype=np.bool_)
@@ -24,7 +26,11 @@ def supervised_batch(samples: Sequence[SupervisedSample]) -> TrainingBatch:
 
 
 def supervised_sequence(sample: SupervisedSample) -> TokenSequence:
-    """Return a sample as a sequence whose response begins with the first token to learn; errors as `supervised_batch`."""
+    """Return a sample as a sequence whose response begins with the first target token.
+
+    Raises:
+        ValueError: see `supervised_batch`.
+    """
     targets = np.flatnonzero(sample.loss_mask)
     if not len(targets) or targets[0] == 0:
         raise ValueError(f"row {sample.row}: expected targets, none of them the first token")
@@ -32,7 +38,10 @@ def supervised_sequence(sample: SupervisedSample) -> TokenSequence:
 
 
 def preference_batch(pairs: Sequence[PreferencePair]) -> TrainingBatch:
-    """Return pairs as a training batch: two rows each, kept together, with one place behind the last token of each."""
+    """Return pairs as a training batch of two adjacent rows each.
+
+    Each row has one value, after its last token.
+    """
     sequences = [answer_sequence(answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
     margins = np.repeat([pair.margin or 0.0 for pair in pairs], 2).astype(np.float32)
     first = np.tile([True, False], len(pairs))
@@ -40,5 +49,5 @@ def preference_batch(pairs: Sequence[PreferencePair]) -> TrainingBatch:
 
 
 def answer_sequence(answer: SupervisedSample) -> TokenSequence:
-    """Return a prompt with its answer as a sequence whose only value is the one after the last token."""
+    """Return a prompt and response as a sequence with one value, after the last token."""
     return TokenSequence(answer.token_ids, len(answer.token_ids))

@@ -85,7 +85,9 @@ def load(backend: TrainBackend, updater: Updater, folder: Path) -> None:
 
 
 def load_resized(backend: TrainBackend, updater: Updater, folder: Path) -> None:
-    """Restore the state of another number of ranks; random states stay as they are. All ranks take part.
+    """Restore the state of another number of ranks; all ranks take part.
+
+    Random states stay as they are.
 
     Raises:
         UserError: the folder holds no complete state, or one of another model or sharding.

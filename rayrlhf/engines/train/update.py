@@ -1,4 +1,4 @@
-"""Optimizer steps of an update on one rank: forward, backward and step over micro-batches and epochs.
+"""Optimizer steps of an update on one rank.
 
 All ranks make the same decisions (shares, denominators, early stop, ratio guard), because they depend only on values that are
 equal on every rank: the batch, the plan, and statistics summed over all ranks.

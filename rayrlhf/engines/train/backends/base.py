@@ -23,7 +23,9 @@ StateFiles = dict[str, NDArray[np.uint8]]
 
 
 class TrainBackend(Protocol):
-    """Distribution of one network over the ranks of a process group. All ranks make the same calls in the same order.
+    """Distribution of one network over the ranks of a process group.
+
+    All ranks make the same calls in the same order.
 
     Attributes:
         shards_parameters: no rank holds whole parameters outside `gathered`.
@@ -50,7 +52,9 @@ class TrainBackend(Protocol):
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate the gradient of a scalar loss. The gradient of a step is the sum over micro-batches and ranks.
+        """Accumulate the gradient of a scalar loss.
+
+        The gradient of a step is the sum over micro-batches and ranks.
 
         Args:
             loss: of one micro-batch on this rank.
@@ -79,11 +83,11 @@ class TrainBackend(Protocol):
         ...
 
     def capture_state(self, counters: Mapping[str, int]) -> StateFiles:
-        """Copy this rank's part of trained weights and optimizer state, together with `counters`; every rank takes part."""
+        """Copy this rank's trained weights, optimizer state and `counters`; every rank takes part."""
         ...
 
     def load_state(self, folder: Path) -> Mapping[str, int]:
-        """Restore this rank's part from a folder with the files of all ranks; returns the counters.
+        """Restore this rank's part from the files of all ranks; returns the counters.
 
         Raises:
             UserError: the folder holds no training state for this rank.

@@ -1,7 +1,7 @@
-"""DeepSpeed backend: shards optimizer states, gradients and weights (ZeRO, Rajbhandari et al. 2020), and nothing else.
+"""DeepSpeed backend, which shards optimizer states, gradients and weights.
 
-It uses as few of DeepSpeed's conveniences as possible: the optimizer is torch's, losses are aggregated by the engine, gradient
-accumulation boundaries are set by hand, and no operator is compiled.
+It uses ZeRO (Rajbhandari et al. 2020) and as few of DeepSpeed's conveniences as possible: the optimizer is torch's, losses are
+aggregated by the engine, gradient accumulation boundaries are set by hand, and no operator is compiled.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Training state of the DeepSpeed backend on another number of ranks than it was saved on.
+"""Loading of a DeepSpeed training state on another number of ranks.
 
 Weights and optimizer moments belong to parameters, and ZeRO cuts them. Stages 1 and 2 concatenate all parameters of a group
 into one row and cut the row into equal pieces; stage 3 cuts every parameter by itself. The last pieces are padded. To load on
@@ -112,7 +112,7 @@ def _set_moments(engine: DeepSpeedEngine, saved: Sequence[Mapping[str, Any]]) ->
 
 
 def _set_shards(engine: DeepSpeedEngine, saved: Sequence[Mapping[str, Any]]) -> None:
-    """Cut weights and moments of ZeRO-3, and load them through DeepSpeed as if this rank had saved them."""
+    """Cut and load weights and moments of ZeRO-3, as if this rank had saved them."""
     wrapped, rank, ranks = engine.optimizer, torch.distributed.get_rank(), torch.distributed.get_world_size()
     lengths = [parameter.ds_numel for group in wrapped.fp16_groups for parameter in group]
     sizes = [len(flat) for flat in wrapped.fp32_partitioned_groups_flat]

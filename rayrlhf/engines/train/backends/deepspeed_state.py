@@ -48,7 +48,10 @@ class _MemoryFiles:
 
 
 class _PlainFiles:
-    """Members of DeepSpeed's checkpoint engine that loading uses; refuses pickled code, which DeepSpeed's own runs."""
+    """Members of DeepSpeed's checkpoint engine that loading uses.
+
+    DeepSpeed's own engine runs pickled code; this one refuses it.
+    """
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         return load_file(Path(path))
@@ -123,5 +126,8 @@ def _plain_classes() -> list[Any]:
 
 
 def _has_frozen(engine: DeepSpeedEngine) -> bool:
-    """Return True with adapters: the frozen base is loaded from its own checkpoint and not saved again."""
+    """Return True with adapters.
+
+    The frozen base is loaded from its own checkpoint and not saved again.
+    """
     return any(not parameter.requires_grad for parameter in engine.module.parameters())
