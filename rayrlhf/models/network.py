@@ -189,9 +189,9 @@ class Network(nn.Module):
 
     def _check(self, outputs: frozenset[OutputName]) -> None:
         if "values" in outputs and self.v_head is None:
-            raise ValueError("values need a value head, which this network does not have")
+            raise ValueError("values requested from a network without a value head")
         if outputs & {"logprobs", "entropy", "divergence"} and not self.has_lm_head:
-            raise ValueError("log-probs need an output layer, which this network does not have")
+            raise ValueError("log-probs requested from a network without an output layer")
 
 
 def build_network(

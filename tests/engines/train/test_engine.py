@@ -190,7 +190,7 @@ def test_remembered_frozen_layers_change_no_number(llama: str, monkeypatch: pyte
 
 def test_a_reference_is_refused_where_there_is_none_and_values_where_there_is_no_head(llama: str) -> None:
     engine = engine_of(llama, POLICY)
-    with pytest.raises(ValueError, match="no reference inside"):
+    with pytest.raises(ValueError, match="contains no reference model"):
         engine.score(random_sequences(1), LOGPROBS, reference=True)
     with pytest.raises(ValueError, match="without a value head"):
         engine.score(random_sequences(1), frozenset({"values"}))
