@@ -1,13 +1,13 @@
-"""Agents: programs that talk to the policy as to any language model, and say at the end what the sample was worth.
+"""Agents: functions that sample from the policy over HTTP and return a reward.
 
     async def agent(prompt: Prompt, endpoint: Endpoint, **arguments) -> float
 
-`environment.name` names the function; it is called once a sample, and may be a plain function too, which then runs in a thread
-of its own. What it asks of `endpoint` is sampled from the policy and learned from. `program` is the agent for everything else:
-it runs a command. Agents run beside the sampler with its rights; code that nobody trusts does not belong here.
+`environment.name` names the function. It is called once per sample. A plain function is allowed and runs in its own thread.
+Completions requested from `endpoint` are sampled from the policy and trained on. The agent `program` runs a command. Agents run
+in the rollout actor's process with its permissions; do not run untrusted code here.
 
-A client that loses patience and asks again begins another conversation, so clients should wait and not repeat: `max_retries=0`
-and a long `timeout` with OpenAI's.
+A client that times out and repeats a request starts another conversation. Clients should wait and not retry: with OpenAI's,
+`max_retries=0` and a long `timeout`.
 """
 
 import asyncio
@@ -25,18 +25,18 @@ from typing import Any
 from rayrlhf.data.records import Prompt
 
 Agent = Callable[..., Any]
-"""See the module's docstring; with its `arguments` bound already."""
+"""See the module's docstring; its `arguments` are already bound."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where an agent finds the policy.
+    """Address of the policy for an agent.
 
     Attributes:
-        base_url: of an OpenAI-compatible API, on this machine.
-        api_key: the session's bearer token; no two samples share one, and it ends with the agent.
-        model: name to ask for.
-        seed: differs from sample to sample, for what the agent draws.
+        base_url: URL of an OpenAI-compatible API on this machine.
+        api_key: bearer token of the session; unique per sample and valid until the agent ends.
+        model: model name for requests.
+        seed: seed for the agent's random numbers; differs from sample to sample.
     """
 
     base_url: str
@@ -46,11 +46,13 @@ class Endpoint:
 
 
 async def run_agent(agent: Agent, prompt: Prompt, endpoint: Endpoint) -> Any:
-    """Call an agent, a plain function in a daemon thread, which nobody can end: it is left behind when this is cancelled.
+    """Call an agent; a plain function runs in a daemon thread.
+
+    The thread cannot be stopped: it is abandoned when this coroutine is cancelled.
 
     Raises:
-        RuntimeError: it raised something that would end the loop as well.
-        Exception: whatever else it raised.
+        RuntimeError: the agent raised an exception that would also end the event loop.
+        Exception: any other exception of the agent.
     """
     if not inspect.iscoroutinefunction(getattr(agent, "func", agent)):
         return await _in_thread(agent, prompt, endpoint)
@@ -64,40 +66,40 @@ async def _in_thread(agent: Agent, prompt: Prompt, endpoint: Endpoint) -> Any:
     loop = asyncio.get_running_loop()
     result: asyncio.Future[Any] = loop.create_future()
 
-    def settle(how: Callable[[Any], None], value: object) -> None:
+    def resolve(setter: Callable[[Any], None], value: object) -> None:
         if not result.done():
-            how(value)
+            setter(value)
 
     def work() -> None:
         try:
-            said = agent(prompt, endpoint)
+            reward = agent(prompt, endpoint)
         except (SystemExit, KeyboardInterrupt, StopIteration) as error:
-            loop.call_soon_threadsafe(settle, result.set_exception, RuntimeError(f"the agent ended by {error!r}"))
-        except Exception as error:  # noqa: BLE001 - it is raised again where the agent is waited for
-            loop.call_soon_threadsafe(settle, result.set_exception, error)
+            loop.call_soon_threadsafe(resolve, result.set_exception, RuntimeError(f"the agent ended by {error!r}"))
+        except Exception as error:  # noqa: BLE001 - raised again by the awaiting coroutine
+            loop.call_soon_threadsafe(resolve, result.set_exception, error)
         else:
-            loop.call_soon_threadsafe(settle, result.set_result, said)
+            loop.call_soon_threadsafe(resolve, result.set_result, reward)
 
     threading.Thread(target=work, name="agent", daemon=True).start()
     return await result
 
 
 async def program(prompt: Prompt, endpoint: Endpoint, command: Sequence[str]) -> float:
-    """Run a command as the agent of a sample; the last line that it prints is the reward.
+    """Run a command as an agent; its last printed line is the reward.
 
-    It finds `OPENAI_BASE_URL`, `OPENAI_API_KEY` and `OPENAI_MODEL` in its environment, where OpenAI's clients look for them,
-    and on its standard input one line of JSON: `prompt`, `columns` of the dataset's row, and `seed`. It and all that it started
-    end with the sample.
+    Its environment has `OPENAI_BASE_URL`, `OPENAI_API_KEY` and `OPENAI_MODEL`, which OpenAI's clients read. Its standard input
+    has one line of JSON: `prompt`, `columns` of the dataset's row, and `seed`. The process and its children are killed at the
+    end of the sample.
 
     Args:
-        prompt: of the sample.
+        prompt: prompt of the sample.
         endpoint: the policy.
         command: program and arguments.
 
     Raises:
-        RuntimeError: it ended with another exit code than 0, or without a number in its last line.
+        RuntimeError: the exit code is not 0, or the last line is not a number.
     """
-    given = {
+    variables = {
         "OPENAI_BASE_URL": endpoint.base_url,
         "OPENAI_API_KEY": endpoint.api_key,
         "OPENAI_MODEL": endpoint.model,
@@ -106,19 +108,19 @@ async def program(prompt: Prompt, endpoint: Endpoint, command: Sequence[str]) ->
     task = {"prompt": prompt.text, "columns": prompt.columns, "seed": endpoint.seed}
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
-        *command, stdin=pipe, stdout=pipe, stderr=pipe, env=os.environ | given, start_new_session=True
+        *command, stdin=pipe, stdout=pipe, stderr=pipe, env=os.environ | variables, start_new_session=True
     )
     try:
-        output, complaints = await process.communicate(json.dumps(task, default=str).encode() + b"\n")
+        output, errors = await process.communicate(json.dumps(task, default=str).encode() + b"\n")
     finally:
-        with suppress(ProcessLookupError):  # nothing of the group is left
+        with suppress(ProcessLookupError):  # the whole group has ended
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
     lines = output.decode("utf-8", "replace").split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
     if process.returncode != 0:
-        said = " ".join(complaints.decode("utf-8", "replace").split())[-300:]
-        raise RuntimeError(f"{command[0]} ended with exit code {process.returncode}: {said}")
+        text = " ".join(errors.decode("utf-8", "replace").split())[-300:]
+        raise RuntimeError(f"{command[0]} ended with exit code {process.returncode}: {text}")
     try:
         return float(last)
     except ValueError as error:
@@ -126,18 +128,18 @@ async def program(prompt: Prompt, endpoint: Endpoint, command: Sequence[str]) ->
 
 
 class AgentLoop:
-    """Runs agents in one event loop, in a thread of its own."""
+    """Event loop in a thread that runs agents."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="agents", daemon=True).start()
 
     def start(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
-        """Start an agent; returns what it will say."""
+        """Start an agent; returns the future of its reward."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def is_blocked(self, seconds: float) -> bool:
-        """Whether some agent's coroutine blocks the others, where it should await: the loop does not answer in so long."""
+        """Return True if an agent blocks the loop: it does not respond within `seconds`."""
         try:
             self.start(asyncio.sleep(0)).result(seconds)
         except TimeoutError:
@@ -145,12 +147,12 @@ class AgentLoop:
         return False
 
     def close(self) -> None:
-        """Give agents that were cancelled a moment to clean up, and stop."""
+        """Stop the loop after a moment for cancelled agents to clean up."""
 
-        async def rest() -> None:
+        async def wait_for_agents() -> None:
             running = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
             await asyncio.wait(running, timeout=1.0) if running else None
 
         with suppress(TimeoutError):
-            self.start(rest()).result(2.0)
+            self.start(wait_for_agents()).result(2.0)
         self._loop.call_soon_threadsafe(self._loop.stop)

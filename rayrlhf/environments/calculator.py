@@ -1,4 +1,4 @@
-"""`calculator`: a tool. A turn that asks for a calculation is told its result; any other turn is the final answer."""
+"""`calculator`: a tool that evaluates expressions; a turn without one is the final answer."""
 
 import ast
 import operator
@@ -8,8 +8,8 @@ from rayrlhf.data.records import Prompt
 from rayrlhf.environments.protocol import Action, Answer
 from rayrlhf.errors import UserError
 
-LONGEST, LARGEST = 100, 10**12
-"""Characters of an expression, and the largest number on the way: no turn may keep the machine busy."""
+MAX_CHARACTERS, MAX_NUMBER = 100, 10**12
+"""Limits of an expression's length and of intermediate results, so that no turn keeps the machine busy."""
 
 _OPERATIONS: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
@@ -20,14 +20,14 @@ _OPERATIONS: dict[type[ast.operator], Callable[[float, float], float]] = {
 
 
 class Calculator:
-    """Answers `[37+58]` with ` 95 `, and rewards a final answer that is the one in the dataset.
+    """Responds to `[37+58]` with ` 95 ` and rewards the correct final answer.
 
     Args:
-        answer: column with the right answer, compared as text without blanks around it.
-        right: reward of the right answer; a wrong one earns 0.
-        call: reward of a calculation that could be done, small, to find the tool by; one that could not be done earns 0.
-        start: what a call begins with.
-        end: what it ends with; put it into `rollout.stop`, so that the policy waits for the result.
+        answer: column with the correct answer, compared as text without surrounding blanks.
+        right: reward of the correct answer; a wrong one earns 0.
+        call: reward of a valid calculation; keep it small, it only helps to discover the tool. An invalid one earns 0.
+        start: text that opens a call.
+        end: text that closes it; add it to `rollout.stop`, so that the policy waits for the result.
     """
 
     def __init__(self, answer: str = "answer", right: float = 1.0, call: float = 0.0, start: str = "[", end: str = "]") -> None:
@@ -36,7 +36,7 @@ class Calculator:
         self._answer = ""
 
     async def reset(self, prompt: Prompt, seed: int) -> str:
-        """Look the answer up; says nothing.
+        """Look up the answer; returns no text.
 
         Raises:
             UserError: the dataset has no such column.
@@ -48,7 +48,7 @@ class Calculator:
         return ""
 
     async def step(self, action: Action) -> Answer:
-        """Calculate, or judge."""
+        """Calculate, or grade the final answer."""
         _, opened, rest = action.text.rpartition(self._start)
         expression, closed, _ = rest.partition(self._end)
         if not (opened and closed):
@@ -60,12 +60,14 @@ class Calculator:
 
 
 def calculate(expression: str) -> str:
-    """Return the value of numbers joined by + - * / and parentheses, whole numbers without a fraction.
+    """Return the value of an expression of numbers, + - * / and parentheses.
+
+    Whole numbers have no fraction.
 
     Raises:
-        ValueError: anything else, a division by zero, or numbers beyond `LARGEST`.
+        ValueError: anything else, a division by zero, or numbers beyond `MAX_NUMBER`.
     """
-    if len(expression) > LONGEST:
+    if len(expression) > MAX_CHARACTERS:
         raise ValueError("too long")
     try:
         value = _value(ast.parse(expression.strip(), mode="eval").body)
@@ -84,6 +86,6 @@ def _value(node: ast.expr) -> float:
         value = node.value
     else:
         raise ValueError("not a calculation")
-    if not abs(value) <= LARGEST:
+    if not abs(value) <= MAX_NUMBER:
         raise ValueError("too large")
     return value

@@ -1,10 +1,10 @@
-"""The chat completions endpoint that agents talk to, as an OpenAI server would answer them.
+"""Chat completions endpoint for agents, compatible with OpenAI's API.
 
-It listens on the loopback address only. A session is known by its bearer token; a request without one that is open is refused.
-Every request becomes a `Call`, which whoever runs the sampler takes from the queue and settles with an answer or a refusal; the
-request waits for that in a thread of its own. How tokens are drawn is not the agent's to say: temperature and the like are the
-run's, since trainer and sampler must agree. What would change the words that come back (streams, several choices, tools, stop
-strings of its own) is refused by name instead of being ignored.
+It listens on the loopback address only. A session is identified by its bearer token; a request without the token of an open
+session is refused. Every request becomes a `Call` in a queue. The player takes it from there and resolves it with a completion
+or a refusal, while the request waits in its own thread. Agents cannot set sampling parameters: temperature and the like belong
+to the run, since trainer and rollout engine must agree. Options that would change the returned text (streams, several choices,
+tools, other stop strings) are refused by name instead of being ignored.
 """
 
 import json
@@ -24,17 +24,17 @@ from rayrlhf.errors import UserError
 
 LOOPBACK = "127.0.0.1"
 MODEL = "policy"
-"""Name of the only model; agents may ask for any."""
-MOST_BYTES = 8 * 2**20
-"""Longest request."""
+"""Name of the only model; requests may give any."""
+MAX_BYTES = 8 * 2**20
+"""Maximum size of a request."""
 
 
 class Refusal(Exception):
-    """Why a request gets no completion.
+    """Reason why a request gets no completion.
 
     Args:
-        status: of HTTP.
-        code: OpenAI's word for it, such as `context_length_exceeded`.
+        status: HTTP status.
+        code: OpenAI's error code, such as `context_length_exceeded`.
         message: one line.
     """
 
@@ -44,7 +44,7 @@ class Refusal(Exception):
 
 
 class Completion(NamedTuple):
-    """What the policy said, why it ended ("stop" or "length"), and the tokens it read and sampled."""
+    """Completion of a request: text, finish reason ("stop" or "length"), and token counts."""
 
     text: str
     finish_reason: str
@@ -54,13 +54,13 @@ class Completion(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request that waits.
+    """A waiting request.
 
     Attributes:
-        token: of the session.
+        token: bearer token of the session.
         messages: the whole conversation.
-        max_tokens: longest answer that the agent wants; None for no bound of its own.
-        reply: settled with a `Completion`, or a `Refusal` as its exception.
+        max_tokens: the agent's limit of the completion; None for no limit of its own.
+        reply: resolved with a `Completion`, or a `Refusal` as its exception.
     """
 
     token: str
@@ -70,14 +70,14 @@ class Call:
 
 
 class ChatServer:
-    """Takes requests from when it is made until `close`.
+    """HTTP server that accepts requests from its creation until `close`.
 
     Attributes:
-        calls: what came in, in order; others may put their own events into it.
+        calls: incoming requests, in order; the player adds its own events.
         url: base address for clients.
 
     Args:
-        stop: stop strings that the sampler has; a request may name them and no others.
+        stop: stop strings of the rollout engine; a request may name these and no others.
     """
 
     def __init__(self, stop: Collection[str] = ()) -> None:
@@ -96,15 +96,15 @@ class ChatServer:
         return token
 
     def dismiss(self, token: str) -> None:
-        """Refuse a session's requests from now on."""
+        """Close a session: refuse its further requests."""
         self._open.discard(token)
 
     def is_open(self, token: str) -> bool:
-        """Whether the token is that of a session that goes on."""
+        """Return True if the token belongs to an open session."""
         return token in self._open
 
     def close(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         self._open.clear()
         self._http.shutdown()
         self._http.server_close()
@@ -117,7 +117,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers `POST /v1/chat/completions` and `GET /v1/models`."""
+    """Handler of `POST /v1/chat/completions` and `GET /v1/models`."""
 
     server: _Server
     server_version, sys_version = "rayrlhf", ""
@@ -144,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.OK, _completion(call.reply.result()))
         except Refusal as refusal:
             self._refuse(refusal)
-        except (BrokenPipeError, ConnectionResetError):  # the agent went away meanwhile
+        except (BrokenPipeError, ConnectionResetError):  # the agent disconnected
             self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:
@@ -153,19 +153,19 @@ class _Handler(BaseHTTPRequestHandler):
     def _session(self) -> str:
         kind, _, token = self.headers.get("Authorization", "").partition(" ")
         if kind.lower() != "bearer" or not self.server.chat.is_open(token):
-            raise Refusal(HTTPStatus.UNAUTHORIZED, "invalid_api_key", "the bearer token is not that of an open session")
+            raise Refusal(HTTPStatus.UNAUTHORIZED, "invalid_api_key", "the bearer token belongs to no open session")
         return token
 
     def _routed(self, path: str) -> None:
         if self.path.partition("?")[0].rstrip("/") != path:
-            raise Refusal(HTTPStatus.NOT_FOUND, "not_found", f"only /v1/chat/completions and /v1/models are here: {self.path}")
+            raise Refusal(HTTPStatus.NOT_FOUND, "not_found", f"expected /v1/chat/completions or /v1/models, found {self.path}")
 
     def _body(self) -> bytes:
-        """Read the whole request, whatever is said to it then: the next one comes over the same connection."""
+        """Read the whole request even if it is refused: the connection is reused."""
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > MOST_BYTES:
+        if not length.isdecimal() or int(length) > MAX_BYTES:
             self.close_connection = True
-            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_long", f"expected Content-Length up to {MOST_BYTES}")
+            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_long", f"expected Content-Length up to {MAX_BYTES}")
         return self.rfile.read(int(length))
 
     def _refuse(self, refusal: Refusal) -> None:
@@ -177,53 +177,53 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
-        # Clients repeat what failed with 5xx; what is refused here stays refused.
+        # Clients retry after 5xx, but a refusal is final.
         self.send_header("x-should-retry", "false")
         self.end_headers()
         self.wfile.write(body)
 
 
 def read_call(token: str, body: bytes, stop: Collection[str] = ()) -> Call:
-    """Check a request for a completion.
+    """Parse and check a request for a completion.
 
     Args:
-        token: of the session.
-        body: JSON, as OpenAI's API has it.
-        stop: stop strings that are in force anyway.
+        token: bearer token of the session.
+        body: JSON of OpenAI's API.
+        stop: stop strings of the rollout engine.
 
     Raises:
-        Refusal: naming the field that is wrong, or not supported.
+        Refusal: a field is invalid or unsupported; the message names it.
     """
     try:
-        asked = json.loads(body)
-        if not isinstance(asked, dict) or not isinstance(asked.get("messages"), list):
+        fields = json.loads(body)
+        if not isinstance(fields, dict) or not isinstance(fields.get("messages"), list):
             raise _bad("messages", "expected a list of messages")
-        messages = check_turns([_plain(message) for message in asked["messages"]], "messages")
+        messages = check_turns([_plain(message) for message in fields["messages"]], "messages")
     except (ValueError, UserError) as error:
         raise _bad("messages", str(error)) from error
     if messages[-1]["role"] == "assistant":
-        raise _bad("messages", "the last message is the assistant's: an answer cannot be continued")
-    own = asked.get("stop") or []
+        raise _bad("messages", "the last message is the assistant's; a completion cannot be continued")
+    own = fields.get("stop") or []
     words = {str(word) for word in (own if isinstance(own, list) else [own])}
     for name, wrong in {
-        "stream": bool(asked.get("stream")),
-        "n": asked.get("n") not in (None, 1),
-        "tools": bool(asked.get("tools") or asked.get("functions")),
-        "logprobs": bool(asked.get("logprobs")),
-        "response_format": (asked.get("response_format") or {"type": "text"}) != {"type": "text"},
+        "stream": bool(fields.get("stream")),
+        "n": fields.get("n") not in (None, 1),
+        "tools": bool(fields.get("tools") or fields.get("functions")),
+        "logprobs": bool(fields.get("logprobs")),
+        "response_format": (fields.get("response_format") or {"type": "text"}) != {"type": "text"},
         "stop": not words <= set(stop),
     }.items():
         if wrong:
-            hint = "; stop strings belong into rollout.stop" if name == "stop" else ""
+            hint = "; set stop strings in rollout.stop" if name == "stop" else ""
             raise _bad(name, f"{name} is not supported by the policy in training{hint}")
-    limit = asked.get("max_completion_tokens") or asked.get("max_tokens")
+    limit = fields.get("max_completion_tokens") or fields.get("max_tokens")
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise _bad("max_tokens", f"expected a whole number from 1 on, found {limit!r}")
     return Call(token, messages, limit)
 
 
 def _plain(message: object) -> Any:
-    """A message with its text alone; parts that are text are joined, anything else is left for the check to refuse."""
+    """Reduce a message to its text: join text parts, leave anything else to the check."""
     if not isinstance(message, dict):
         return message
     content = message.get("content")
@@ -239,7 +239,7 @@ def _bad(param: str, message: str) -> Refusal:
     return Refusal(HTTPStatus.BAD_REQUEST, f"invalid_{param}", message)
 
 
-def _completion(said: Completion) -> dict[str, Any]:
+def _completion(completion: Completion) -> dict[str, Any]:
     return {
         "id": f"chatcmpl-{secrets.token_hex(12)}",
         "object": "chat.completion",
@@ -248,14 +248,14 @@ def _completion(said: Completion) -> dict[str, Any]:
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": said.text},
-                "finish_reason": said.finish_reason,
+                "message": {"role": "assistant", "content": completion.text},
+                "finish_reason": completion.finish_reason,
                 "logprobs": None,
             }
         ],
         "usage": {
-            "prompt_tokens": said.prompt_tokens,
-            "completion_tokens": said.completion_tokens,
-            "total_tokens": said.prompt_tokens + said.completion_tokens,
+            "prompt_tokens": completion.prompt_tokens,
+            "completion_tokens": completion.completion_tokens,
+            "total_tokens": completion.prompt_tokens + completion.completion_tokens,
         },
     }

@@ -1,9 +1,9 @@
-"""Conversations as tokens, where the answers among the messages keep the tokens that were sampled.
+"""Tokens of chat conversations in which completions keep their sampled tokens.
 
-A chat client sends the whole conversation with every request. The first one is rendered by the chat template and encoded. A
-later one that goes on from an answer is not encoded again: only what the template puts behind the answer is (its end, the new
-messages, the head of the next answer). Templates that rewrite what stands before, as those that drop earlier reasoning, leave
-nothing to go on from, and the request begins anew.
+A chat client sends the whole conversation with every request. The first request is rendered by the chat template and encoded. A
+later one that continues after a completion is not encoded again; only the text after the completion is (its end, the new
+messages, the header of the next completion). Templates that rewrite earlier messages, for example to drop reasoning, allow no
+continuation; such a request starts a new segment.
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from rayrlhf.data.records import Int32
 from rayrlhf.data.templates import Message, render, require_chat_template
 
 _MARK = "\u2402answer\u2403"
-"""Stands for an answer where the template's end of one is looked up; a text that no template has."""
+"""Placeholder of a completion to find the template's end of one; no template contains it."""
 
 
 class ChatTokens:
-    """The messages of conversations, through one tokenizer's template."""
+    """Encoder of conversations with one tokenizer's chat template."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Look up how the template ends an answer.
+        """Find the text with which the template ends a completion.
 
         Raises:
-            UserError: the tokenizer has no chat template, or it refuses a question with an answer.
+            UserError: the tokenizer has no chat template, or the template refuses a question with an answer.
         """
         require_chat_template(tokenizer)
         self._tokenizer = tokenizer
@@ -33,7 +33,7 @@ class ChatTokens:
         self._end = self._rendered(turns, whole=True).rpartition(_MARK)[2]
 
     def opening(self, messages: list[Message]) -> Int32:
-        """Return the tokens of a conversation, opened for an answer, int32 [P].
+        """Return the tokens of a conversation up to the next completion, int32 [P].
 
         Raises:
             UserError: the template refuses it.
@@ -41,15 +41,15 @@ class ChatTokens:
         return self._encoded(self._rendered(messages, whole=False))
 
     def between(self, messages: list[Message], answered: int, last_token: int) -> Int32 | None:
-        """Return the tokens between an answer and the next, int32 [N].
+        """Return the tokens between a completion and the next one, int32 [N].
 
         Args:
-            messages: of the conversation as it is now.
-            answered: how many of them stand before and at the answer that was sampled.
-            last_token: its last one; where it is what the template ends answers with, it is not said twice.
+            messages: the current conversation.
+            answered: number of messages up to and including the sampled completion.
+            last_token: last token of the completion; if it is the template's end of a completion, it is not repeated.
 
         Returns:
-            None where the template writes what stands before in another way than it did.
+            None if the template now renders the earlier messages differently.
 
         Raises:
             UserError: the template refuses the conversation.
@@ -58,8 +58,8 @@ class ChatTokens:
         now = self._rendered(messages, whole=False)
         if not (before.endswith(self._end) and now.startswith(before)):
             return None
-        said = self._tokenizer.decode([last_token])
-        end = self._end[len(said) :] if self._end.startswith(said) else self._end
+        last = self._tokenizer.decode([last_token])
+        end = self._end[len(last) :] if self._end.startswith(last) else self._end
         return self._encoded(end + now[len(before) :])
 
     def _rendered(self, messages: list[Message], *, whole: bool) -> str:
@@ -69,13 +69,13 @@ class ChatTokens:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), np.int32)
 
 
-def goes_on(messages: Sequence[Message], earlier: Sequence[Message]) -> bool:
-    """Return whether a conversation is an earlier one, its last answer included, with something new behind it.
+def continues(messages: Sequence[Message], earlier: Sequence[Message]) -> bool:
+    """Return True if a conversation extends an earlier one by at least one message.
 
-    Blanks around a message do not count: clients strip answers before they send them back.
+    Blanks around a message are ignored: clients strip completions before they send them back.
     """
-    begins = messages[: len(earlier)]
+    start = messages[: len(earlier)]
     return len(messages) > len(earlier) and all(
         new["role"] == old["role"] and new["content"].strip() == old["content"].strip()
-        for new, old in zip(begins, earlier, strict=True)
+        for new, old in zip(start, earlier, strict=True)
     )

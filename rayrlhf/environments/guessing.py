@@ -1,4 +1,4 @@
-"""`guessing`: a game. The policy guesses a hidden number and hears whether it is higher or lower."""
+"""`guessing`: a game in which the policy guesses a hidden number from `<` and `>`."""
 
 import random
 import re
@@ -8,14 +8,14 @@ from rayrlhf.environments.protocol import Action, Answer
 
 
 class Guessing:
-    """The hidden number follows from the prompt, so that all samples of a group play the same game.
+    """Game with a number hidden per prompt, the same for all samples of a group.
 
     Args:
         low: smallest number.
         high: largest number.
         right: reward of the right guess, which ends the game.
-        wrong: reward of any other turn; a little below 0 makes short games better.
-        column: dataset column that holds the number; drawn from `low` to `high` by the prompt's id when not given.
+        wrong: reward of any other turn; slightly below 0 favors short games.
+        column: dataset column with the number; drawn from `low` to `high` by the prompt's id when not given.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class Guessing:
         self._hidden = low
 
     async def reset(self, prompt: Prompt, seed: int) -> str:
-        """Hide a number; says nothing."""
+        """Hide a number; returns no text."""
         drawn = random.Random(f"guessing {prompt.id}").randint(self._low, self._high)
         self._hidden = int(prompt.columns[self._column]) if self._column else drawn
         return ""

@@ -1,7 +1,7 @@
-"""What an environment is: something that answers the policy's turns with words, a reward, and whether it is over.
+"""Environment protocol: `reset` starts a sample, `step` responds to a turn.
 
-One object plays one sample. Its methods are coroutines, because many samples wait for their environments at once; whatever
-blocks belongs into `asyncio.to_thread`. What it draws it should draw from the seed, so that a sample can be played again.
+One object plays one sample. Its methods are coroutines, because many samples wait for their environments at once; blocking code
+belongs in `asyncio.to_thread`. Random numbers should come from the seed, so that a sample can be repeated.
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ class Action:
     """One turn of the policy.
 
     Attributes:
-        text: what it wrote in this turn, special tokens left out.
-        token_ids: int32 [n], n >= 1, the tokens it sampled, the stop token included.
-        cut: the turn ended because it was too long.
+        text: text of the turn without special tokens.
+        token_ids: int32 [n], n >= 1, the sampled tokens, including the stop token.
+        cut: True if the turn ended at its length limit.
     """
 
     text: str
@@ -27,12 +27,12 @@ class Action:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the environment makes of a turn.
+    """Response of the environment to a turn.
 
     Attributes:
-        observation: words for the policy; nobody reads them when done.
-        reward: what the turn earned.
-        done: the sample is over.
+        observation: text for the policy; ignored when done.
+        reward: reward of the turn.
+        done: True if the sample is complete.
     """
 
     observation: str = ""
@@ -41,12 +41,15 @@ class Answer:
 
 
 class Environment(Protocol):
-    """Plays one sample; made with the `arguments` of the config."""
+    """Environment of one sample, created with the `arguments` of the config."""
 
     async def reset(self, prompt: Prompt, seed: int) -> str:
-        """Begin. Returns words that stand before the policy's first turn, mostly none; `seed` differs from sample to sample."""
+        """Start the sample; returns text before the policy's first turn, often empty.
+
+        `seed` differs from sample to sample.
+        """
         ...
 
     async def step(self, action: Action) -> Answer:
-        """Answer one turn."""
+        """Respond to one turn."""
         ...

@@ -39,7 +39,7 @@ def environment_maker(section: EnvironmentSection) -> Callable[[], Environment]:
 
 
 def find_agent(section: EnvironmentSection) -> Agent | None:
-    """Return the agent of a section with its arguments bound; None where the section names an environment.
+    """Return the agent of a section with bound arguments; None for an environment.
 
     Raises:
         UserError: nothing has that name, or the arguments do not fit it.

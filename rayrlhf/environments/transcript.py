@@ -1,8 +1,7 @@
-"""The tokens of a sample with several turns: what the policy sampled, as it sampled it, and what the environment put between.
+"""Transcript of a multi-turn sample: sampled tokens and observation tokens.
 
-Token in, token out: sampled ids and their log-probs go from the sampler into the record untouched. Text is decoded for the
-environment to read and never encoded again, since encoding the same text may give other tokens than those that were sampled.
-The environment's words are encoded once, when they are said.
+Token in, token out: sampled ids and their log-probs go from the rollout engine into the record unchanged. Text is decoded for
+the environment and never encoded again, since encoding may give other tokens than those sampled. Observations are encoded once.
 """
 
 from itertools import pairwise
@@ -16,7 +15,7 @@ from rayrlhf.observe.samples import Line
 
 
 class Span(NamedTuple):
-    """Tokens `start` to `end` (exclusive) of the response, and who wrote them."""
+    """Tokens `start` to `end` (exclusive) of the response and their owner."""
 
     owner: Literal["policy", "environment"]
     start: int
@@ -27,8 +26,8 @@ class Transcript:
     """A response that grows turn by turn.
 
     Attributes:
-        spans: who wrote what, in order, without gaps.
-        turns: turns of the policy.
+        spans: spans in order, without gaps.
+        turns: number of turns of the policy.
     """
 
     def __init__(self, request: RolloutRequest) -> None:
@@ -45,29 +44,32 @@ class Transcript:
 
     @property
     def token_ids(self) -> Int32:
-        """Prompt and response so far, int32 [P + R]: what the next turn is sampled after."""
+        """Prompt and response so far, int32 [P + R]: the context of the next turn."""
         return np.concatenate([self.request.prompt_ids, *self._ids])
 
-    def say(self, turn: Rollout) -> None:
-        """Append a turn of the policy, as the sampler recorded it."""
+    def append_turn(self, turn: Rollout) -> None:
+        """Append a turn of the policy as recorded by the rollout engine."""
         self._append("policy", turn.response_ids, turn.logprobs, turn.versions)
         self.turns += 1
 
-    def hear(self, token_ids: Int32, version: int) -> None:
-        """Append words of the environment. They carry the weight version in force, so that they age with their neighbours."""
+    def append_observation(self, token_ids: Int32, version: int) -> None:
+        """Append observation tokens with the current weight version.
+
+        The version gives them the same staleness as their neighbors.
+        """
         if len(token_ids):
             count = len(token_ids)
             self._append("environment", token_ids, np.zeros(count, np.float32), np.full(count, version, np.int32))
 
-    def earn(self, reward: float) -> None:
-        """Pay a reward at the last token so far, which must be the policy's."""
+    def add_reward(self, reward: float) -> None:
+        """Add a reward at the last token so far, which must be the policy's."""
         if not self.spans or self.spans[-1].owner != "policy":
-            raise ValueError("a reward is paid at the end of a turn of the policy")
+            raise ValueError("a reward belongs to the end of a turn of the policy")
         last = len(self) - 1
         self._rewards[last] = self._rewards.get(last, 0.0) + reward
 
     def rollout(self, finish_reason: Literal["stop", "length"], tokenizer: Tokenizer) -> Rollout:
-        """The whole sample as one record; its text is that of all turns and observations."""
+        """Return the whole sample as one record; its text has all turns and observations."""
         response = np.concatenate(self._ids).astype(np.int32)
         mask = np.zeros(len(response), dtype=np.bool_)
         for span in self.spans:
@@ -99,11 +101,11 @@ class Transcript:
 
 
 def transcript_lines(rollout: Rollout, tokenizer: Tokenizer) -> list[Line]:
-    """What a sample said and heard, a line for each stretch of tokens of one speaker; special tokens are left out.
+    """Return one line per span of a sample, without special tokens.
 
     Args:
-        rollout: of one turn or several.
-        tokenizer: the policy's.
+        rollout: rollout of one or several turns.
+        tokenizer: tokenizer of the policy.
     """
     ids, mask = rollout.response_ids, rollout.action_mask
     paid = np.zeros(len(ids), np.float32) if rollout.rewards is None else rollout.rewards
@@ -119,7 +121,7 @@ def transcript_lines(rollout: Rollout, tokenizer: Tokenizer) -> list[Line]:
 
 
 def failed_rollout(request: RolloutRequest, reason: str) -> Rollout:
-    """The record of a sample that could not be played: no tokens, and why."""
+    """Return the record of a failed sample: no tokens, and the reason."""
     none: Int32 = np.zeros(0, np.int32)
     empty: Float32 = np.zeros(0, np.float32)
     return Rollout(

@@ -15,7 +15,7 @@ from rayrlhf.config.rollout import EnvironmentSection, RolloutSection
 from rayrlhf.data.records import Prompt, RolloutRequest, SampleKey
 from rayrlhf.engines.rollout.common import RolloutSpec
 from rayrlhf.engines.scoring.frozen import FrozenEngine
-from rayrlhf.environments.players.episode_player import EpisodeEngine
+from rayrlhf.environments.players.episode_player import EpisodePlayer
 from rayrlhf.environments.players.factory import build_player
 from tests.environments.sample_players import Scripted
 
@@ -78,7 +78,7 @@ def test_tokens_that_would_merge_within_a_turn_and_across_its_end_are_left_apart
     one = tokenizer.convert_tokens_to_ids
     said = [one("a"), one("b"), one("c")]  # an encoder would say "ab", and "c<" with the environment's first character
     scripted = Scripted([said, [one("d"), one("0"), tokenizer.eos_token_id]], tokenizer)
-    engine = EpisodeEngine(scripted, echo(2, max_turn_tokens=3), tokenizer)
+    engine = EpisodePlayer(scripted, echo(2, max_turn_tokens=3), tokenizer)
     engine.submit([request(tokenizer)], temperature=1.0, max_new_tokens=40)
     (rollout,) = engine.poll(1)
     engine.close()

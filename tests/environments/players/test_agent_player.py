@@ -16,7 +16,7 @@ from rayrlhf.data.records import SEGMENT_STRIDE, Prompt, Records, RolloutRequest
 from rayrlhf.data.seeds import turn_seed
 from rayrlhf.data.templates import render
 from rayrlhf.engines.rollout.common import RolloutSpec
-from rayrlhf.environments.players.agent_player import AgentEngine
+from rayrlhf.environments.players.agent_player import AgentPlayer
 from rayrlhf.environments.players.factory import build_player
 from rayrlhf.environments.registry import environment_maker, find_agent
 from rayrlhf.errors import UserError
@@ -59,7 +59,7 @@ def section(agent, **keys):
 
 def engine_of(turns, agent, *, lockstep=False, stop=(), **keys):
     scripted, limits = Scripted(turns, TOKENIZER), section(agent, **keys)
-    return AgentEngine(scripted, find_agent(limits), limits, TOKENIZER, lockstep=lockstep, stop=stop), scripted
+    return AgentPlayer(scripted, find_agent(limits), limits, TOKENIZER, lockstep=lockstep, stop=stop), scripted
 
 
 def play(turns, agent, tokens=200, **keys):
@@ -141,7 +141,7 @@ def test_an_agent_that_has_no_room_left_is_told_so_and_its_sample_counts_as_cut_
         ("leaving", {}, r"the agent ended by SystemExit\(3\)"),
         ("sleeping", {"timeout_seconds": 0.2}, "no request and no end within 0.2 s"),
         ("blocking", {"timeout_seconds": 0.2}, "no request and no end within 0.2 s"),
-        ("silent", {}, "asked the policy nothing"),
+        ("silent", {}, "requested no completion"),
     ],
 )
 def test_an_agent_that_fails_is_told_and_is_no_reward(name, keys, reason):

@@ -12,8 +12,8 @@ from rayrlhf.config.rollout import EnvironmentSection, RolloutSection
 from rayrlhf.data.records import Prompt, Records, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import turn_seed
 from rayrlhf.engines.rollout.common import RolloutSpec
-from rayrlhf.environments.lookup_table import Table
-from rayrlhf.environments.players.episode_player import EpisodeEngine
+from rayrlhf.environments.environment_loop import EnvironmentLoop
+from rayrlhf.environments.players.episode_player import EpisodePlayer
 from rayrlhf.environments.players.factory import build_player
 from rayrlhf.errors import UserError
 from rayrlhf.models.tiny import byte_tokenizer
@@ -39,7 +39,7 @@ def section(name="Echo", **keys):
 
 def play(turns, tokens=40, **keys):
     scripted = Scripted(turns, TOKENIZER)
-    engine = EpisodeEngine(scripted, section(**keys), TOKENIZER)
+    engine = EpisodePlayer(scripted, section(**keys), TOKENIZER)
     engine.submit([request()], temperature=1.0, max_new_tokens=tokens)
     (rollout,) = engine.poll(1)
     assert engine.unfinished == 0
@@ -117,7 +117,7 @@ def test_a_turn_that_was_cut_is_judged_where_the_response_has_room():
     ("name", "keys", "reason"),
     [
         ("Raising", {}, "RuntimeError: the tool is broken \\(.*players.py:"),
-        ("Sleeping", {"timeout_seconds": 0.1}, "no answer within 0.1 s"),
+        ("Sleeping", {"timeout_seconds": 0.1}, "no result within 0.1 s"),
     ],
 )
 def test_a_sample_whose_environment_fails_is_played_again_and_then_reported_and_never_rewarded(name, keys, reason):
@@ -138,13 +138,15 @@ def test_a_sample_that_failed_once_is_whole_after_it_was_played_again():
 
 
 def test_an_environment_that_blocks_instead_of_awaiting_is_found_out(monkeypatch):
-    monkeypatch.setattr("rayrlhf.environments.players.episode_player.Table", lambda seconds: Table(seconds, grace=0.1))
+    monkeypatch.setattr(
+        "rayrlhf.environments.players.episode_player.EnvironmentLoop", lambda seconds: EnvironmentLoop(seconds, grace=0.1)
+    )
     rollout, _ = play([[END]], name="Blocking", timeout_seconds=0.1, retries=0)
     assert "blocks" in rollout.failure
 
 
 def test_a_reward_that_is_no_number_stops_the_run():
-    with pytest.raises(UserError, match=r"Careless' paid nan, expected a finite number"):
+    with pytest.raises(UserError, match=r"Careless' returned reward nan, expected a finite number"):
         play([[END]], name="Careless")
 
 

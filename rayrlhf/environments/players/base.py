@@ -1,4 +1,4 @@
-"""What samplers of several turns share: another sampler inside, which weights and sleep are passed on to."""
+"""Base class of players: a rollout engine around a single-turn engine that gets the weights."""
 
 from typing import Any, cast
 
@@ -6,15 +6,15 @@ from rayrlhf.engines.rollout.base import RolloutEngine, TransferEngine
 from rayrlhf.weight_sync.buckets import WeightBucket
 
 
-class WrappedEngine:
-    """A sampler around a sampler.
+class Player:
+    """A rollout engine that samples through another one.
 
     Attributes:
-        version: weight version that it samples with.
+        version: weight version in use.
 
     Args:
         engine: samples single turns.
-        continues: weights may change while samples are being played.
+        continues: weights may change while samples are unfinished.
     """
 
     def __init__(self, engine: RolloutEngine, *, continues: bool) -> None:
@@ -28,21 +28,21 @@ class WrappedEngine:
         raise NotImplementedError
 
     def sleep(self) -> None:
-        """Let the engine sleep until new weights come."""
+        """Put the engine to sleep until new weights arrive."""
         self._engine.sleep()
 
     def begin_weights(self, version: int) -> None:
         """Start receiving a new weight version.
 
         Raises:
-            RuntimeError: requests are unfinished, whose tokens would come from two versions, and are not to continue.
+            RuntimeError: requests are unfinished and must not continue with another version.
         """
         if self.unfinished and not self._continues:
             raise RuntimeError(f"weights cannot change while {self.unfinished} requests are unfinished")
         self._engine.begin_weights(version)
 
     def receive_weights(self, bucket: WeightBucket) -> None:
-        """Take one bucket in."""
+        """Load one bucket."""
         self._engine.receive_weights(bucket)
 
     def finish_weights(self) -> None:
@@ -52,5 +52,5 @@ class WrappedEngine:
 
     @property
     def weight_client(self) -> Any:
-        """The inner sampler's own, where weights come from GPU to GPU."""
+        """Client of the inner engine for weights sent from GPU to GPU."""
         return cast("TransferEngine", self._engine).weight_client
