@@ -1,8 +1,8 @@
-"""The command line: thin commands over the functions that users can also call from Python.
+"""Command line: thin commands over functions that are also public in Python.
 
-A user's mistake ends with one line and exit code 2, a run that stopped itself or lost its machines with one line and exit
-code 1, one that was asked to stop and can be resumed with exit code 75. Anything else is a bug and keeps its traceback.
-Heavy imports happen inside the commands, so that help is instant.
+A user error ends with one line and exit code 2; a run that stopped itself or lost its machines, with one line and exit code 1;
+a run that was stopped and can be resumed, with exit code 75. Anything else is a bug and keeps its traceback. Heavy imports are
+inside the commands, so that help is instant.
 """
 
 import json

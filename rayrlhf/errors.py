@@ -1,12 +1,15 @@
-"""The errors a user sees. A `UserError` is one clear line and exit code 2; anything else that escapes is a bug."""
+"""Errors for users: a `UserError` is one clear line and exit code 2.
+
+Any other exception that escapes is a bug.
+"""
 
 
 class UserError(Exception):
-    """A mistake in the user's input: what, where, what was expected, and the nearest valid thing."""
+    """An error in the user's input: what, where, expected value, nearest valid value."""
 
 
 class DeadlineError(Exception):
-    """A wait that overran: names what was waited for, on whom, and since when."""
+    """A wait exceeded its deadline; names the call, the actor and the start."""
 
 
 class AlarmError(Exception):
@@ -14,10 +17,10 @@ class AlarmError(Exception):
 
 
 class ActorLostError(Exception):
-    """A process that served a call is gone: names the actor and the call.
+    """The process of a call died; names the actor and the call.
 
     Attributes:
-        actor: name of the lost actor, `<run>/<role>/<rank>`; empty where several could be meant.
+        actor: name of the lost actor, `<run>/<role>/<rank>`; empty if it is ambiguous.
     """
 
     def __init__(self, message: str, actor: str = "") -> None:
@@ -26,4 +29,4 @@ class ActorLostError(Exception):
 
 
 class StoppedError(Exception):
-    """A run that was asked to stop (SIGTERM, Ctrl-C) and did so at a step's end; the same command resumes it."""
+    """A run stopped by a signal at a step's end; the same command resumes it."""

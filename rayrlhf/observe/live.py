@@ -1,7 +1,7 @@
-"""The run on the terminal: a panel that updates in place, or one plain line a step where there is no terminal.
+"""Terminal view of a run: a live panel, or one plain line per step.
 
-Both show the same `Progress`. A wait of any length shows what is waited for and for how long: a spinner on a terminal, else a
-line now and then, so that a log never falls silent.
+Both show the same `Progress`. A wait shows its reason and duration: as a spinner on a terminal, else as a line every
+`heartbeat_seconds`, so that a log never falls silent.
 """
 
 import threading
@@ -26,7 +26,7 @@ PHASE_BAR_WIDTH = 40
 
 
 class LiveView:
-    """Shows a run: `start`, then `step` after each step, `note` and `wait` at any time, `stop`."""
+    """Shows a run: `start`, `step` after each step, `note` and `wait` anytime, `stop`."""
 
     def __init__(
         self,
@@ -40,10 +40,10 @@ class LiveView:
         """Prepare; nothing is shown yet.
 
         Args:
-            title: heads the panel.
-            console: where to show; standard output when None.
-            live: whether to update in place; when None, whether the console is a terminal.
-            clock: steady seconds.
+            title: title of the panel.
+            console: output console; standard output when None.
+            live: update in place; None for a terminal only.
+            clock: monotonic seconds.
             heartbeat_seconds: time between the lines of a long wait without a terminal.
         """
         self._title = title
@@ -56,7 +56,7 @@ class LiveView:
         self._live: Live | None = None
 
     def start(self, total: int, step: int = 0) -> None:
-        """Show the run; `step` is the last step done, where it resumes."""
+        """Show the run; `step` is the last completed step of a resumed run."""
         self._progress = Progress(total, step)
         self._progress.start(self._clock())
         self._update()
@@ -73,7 +73,7 @@ class LiveView:
             self._print(progress.line(self._clock()))
 
     def replay(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take in a step that was finished before anybody watched; the next thing shown counts it."""
+        """Record an earlier step without showing it; the next output includes it."""
         if self._progress is None:
             raise RuntimeError("replay() before start()")
         self._progress.finish_step(step, metrics, self._clock())
@@ -84,7 +84,7 @@ class LiveView:
 
     @contextmanager
     def wait(self, text: str) -> Iterator[None]:
-        """Show what is waited for, and for how long, until the block ends. May be nested."""
+        """Show the reason and duration of a wait until the block ends; may be nested."""
         if not self._live_wanted:
             with self._heartbeats(text):
                 yield
@@ -102,7 +102,7 @@ class LiveView:
                 self._update()
 
     def stop(self) -> None:
-        """Stop updating; the last state of the panel stays on the terminal. Calling it again does nothing."""
+        """Stop updating; the panel's last state stays on the terminal. Idempotent."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -134,7 +134,7 @@ class LiveView:
         if not self._live_wanted:
             return
         if self._live is None:
-            # A run's panel stays where it ended; a lone spinner goes away.
+            # A run's panel stays on the terminal; a spinner alone is removed.
             self._live = Live(self, console=self._console, refresh_per_second=4, transient=self._progress is None)
             self._live.start(refresh=True)
         self._live.transient = self._progress is None

@@ -1,11 +1,11 @@
-"""Peak memory of a whole run: this process, everything below it, and the Ray workers it is told of.
+"""Peak memory of a whole run: this process, its descendants, and given Ray workers.
 
 Resident sizes of processes must not be added up: actors map the same object store and the same libraries. Each process is
-therefore counted with its proportional share (PSS: a page that n processes map counts 1/n to each), which adds up to the memory
-that the run really takes. Where the system has no PSS (not Linux, or another user's process) the resident size stands in.
+therefore counted with its proportional set size (PSS: a page that n processes map counts 1/n for each), and the sum is the
+memory that the run really takes. Without PSS (not Linux, or another user's process) the resident size is used.
 
-Reading PSS walks a process's page table (20-100 ms for 1 GiB in small pages), which a run should not pay for twice a second.
-Resident sizes are free, so they are watched, and PSS is read when their sum has grown past where it was read last.
+Reading PSS walks a process's page table (20-100 ms for 1 GiB in small pages), too expensive twice a second. Resident sizes are
+cheap, so they are monitored, and PSS is read when their sum has grown since the last reading.
 """
 
 import os
@@ -19,9 +19,9 @@ from typing import Self
 import psutil
 
 GROWTH = 1.01
-"""Factor by which resident sizes must grow past their largest before PSS is read again."""
+"""Growth factor of the largest resident sum at which PSS is read again."""
 MAX_TIME_SHARE = 0.05
-"""Share of one core's time that reading PSS may take at most."""
+"""Maximum share of one core's time for reading PSS."""
 
 
 class PeakMemory:
@@ -33,20 +33,20 @@ class PeakMemory:
         memory.peak_bytes
 
     Attributes:
-        peak_bytes: largest sum over all processes that a sample saw.
-        peak_by_process: the share of each process at that moment, (pid, name) -> bytes.
-        samples: number of times that PSS was read.
+        peak_bytes: largest sampled sum over all processes.
+        peak_by_process: bytes of each process at that moment, (pid, name) -> bytes.
+        samples: number of PSS readings.
     """
 
     def __init__(
         self, interval_seconds: float = 0.5, pids: Iterable[int] = (), more_pids: Callable[[], Iterable[int]] | None = None
     ) -> None:
-        """Prepare to watch this process's tree and others.
+        """Prepare to monitor this process's tree and others.
 
         Args:
-            interval_seconds: time between looks at the resident sizes; a peak between two of them is missed.
-            pids: further processes to watch with all their children, for example a raylet that was started elsewhere.
-            more_pids: asked before each sample for further processes, for example Ray workers that come and go.
+            interval_seconds: time between readings of the resident sizes; a peak between two readings is missed.
+            pids: further processes to monitor with their descendants, for example a raylet that was started elsewhere.
+            more_pids: called before each sample for further processes, for example Ray workers that come and go.
         """
         self.peak_bytes = 0
         self.peak_by_process: dict[tuple[int, str], int] = {}
@@ -69,7 +69,7 @@ class PeakMemory:
         self.sample()
 
     def sample(self) -> int:
-        """Read PSS now, whatever it costs; returns the sum in bytes."""
+        """Read PSS now, at any cost; returns the sum in bytes."""
         by_process = {key: memory_bytes(key[0]) for key in self._processes()}
         total = sum(by_process.values())
         self.samples += 1
@@ -93,7 +93,7 @@ class PeakMemory:
 
 
 def memory_limit_bytes() -> int:
-    """Memory that the processes of this machine, or of the container around them, may take together."""
+    """Return the memory limit of the machine or container, in bytes."""
     total = int(psutil.virtual_memory().total)
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
@@ -101,7 +101,7 @@ def memory_limit_bytes() -> int:
 
 
 def process_tree(pids: Iterable[int]) -> list[tuple[int, str]]:
-    """Return (pid, name) of processes and all that descend from them, each once; those that ended meanwhile are left out."""
+    """Return (pid, name) of running processes and their descendants, without duplicates."""
     found: dict[int, str] = {}
     for pid in pids:
         try:
@@ -114,18 +114,18 @@ def process_tree(pids: Iterable[int]) -> list[tuple[int, str]]:
 
 
 def memory_bytes(pid: int) -> int:
-    """Return a process's proportional set size in bytes, or its resident size where that is not to be had; 0 once it ended."""
+    """Return a process's proportional (else resident) set size in bytes; 0 after its end."""
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
                 return int(line.split()[1]) * 1024
     except OSError:
-        pass  # no such file system, no permission, or the process just ended: the next way tells
+        pass  # no such file system, no permission, or the process just ended: use the resident size
     return resident_bytes(pid)
 
 
 def resident_bytes(pid: int) -> int:
-    """Return a process's resident size in bytes, pages that it shares with others included; 0 once it ended."""
+    """Return a process's resident size in bytes, shared pages included; 0 once it ended."""
     try:
         return int(psutil.Process(pid).memory_info().rss)
     except psutil.Error:

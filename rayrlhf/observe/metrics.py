@@ -1,9 +1,9 @@
-"""`metrics.jsonl`: one JSON object a line, one line a step, on the disk before the next step starts.
+"""`metrics.jsonl`: one JSON line per step, on the disk before the next step starts.
 
-The file is the record that a resumed run continues and that a report reads, so it stays valid at any moment: a line is appended
-by one write and fsynced, a half-written last line (a killed process, a full disk) is dropped by readers and cut off by the next
-writer, and resuming from an earlier checkpoint takes the later lines out again. JSON has no NaN: a number that is not finite is
-written as null, and `metrics/non_finite` counts them.
+Resumed runs continue the file and reports read it, so it is valid at any moment: a line is appended by one write and fsynced.
+Readers skip an incomplete last line (a killed process, a full disk), and the next writer removes it. Resuming from an earlier
+checkpoint removes the later lines. JSON has no NaN: a non-finite number is written as null, and `metrics/non_finite` counts
+them.
 """
 
 import json
@@ -18,14 +18,14 @@ from rayrlhf.storage.atomic import write_atomically, writing
 
 FILE_NAME = "metrics.jsonl"
 NON_FINITE = "metrics/non_finite"
-"""Key of the number of values that were NaN or infinite in a step; absent when there were none."""
+"""Key of the number of NaN and infinite values in a step; absent for none."""
 
 
 class MetricsSink:
     """Appends to a run folder's `metrics.jsonl`."""
 
     def __init__(self, folder: Path) -> None:
-        """Open the file for appending and cut off a torn last line.
+        """Open the file for appending and remove an incomplete last line.
 
         Raises:
             UserError: the file cannot be written.
@@ -39,11 +39,11 @@ class MetricsSink:
         """Append one step's numbers; they are durable when this returns.
 
         Args:
-            step: written as `step`, which is therefore no metric's name.
+            step: written as `step`, which cannot be the name of a metric.
             metrics: name -> number; integers stay integers.
 
         Raises:
-            UserError: the disk refuses. The file then ends in its last whole line.
+            UserError: the file cannot be written. It then ends in its last complete line.
         """
         values = {name: _plain(value) for name, value in metrics.items()}
         non_finite = sum(value is None for value in values.values())
@@ -63,7 +63,7 @@ class MetricsSink:
         """Drop all lines of later steps, before a run continues after `step`.
 
         Raises:
-            UserError: the disk refuses, or the file is damaged before its last line.
+            UserError: the file cannot be written, or is damaged before its last line.
         """
         kept = [line for line in _whole_lines(self.path) if _parse(self.path, line)["step"] <= step]
         with writing(self.path):
@@ -86,7 +86,9 @@ class MetricsSink:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run folder's `metrics.jsonl`, oldest first; a half-written last line is left out.
+    """Return the lines of a run folder's `metrics.jsonl`, oldest first.
+
+    An incomplete last line is left out.
 
     Raises:
         UserError: a line other than the last is damaged.
@@ -118,6 +120,6 @@ def _plain(value: SupportsFloat) -> int | float | None:
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
-    """Write everything: the system may take a part of it first and refuse only then."""
+    """Write all data; one system call may write a part only."""
     while data:
         data = data[os.write(descriptor, data) :]

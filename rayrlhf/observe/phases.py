@@ -1,7 +1,7 @@
-"""Where a step's time goes: seconds and share of the step of each phase, and tokens per second.
+"""Phase timing of a step: seconds, share of the step, and tokens per second.
 
-Phases may overlap (scoring while others are still generated), so shares can add up to more than 1. The share that is in no
-phase at all, `other`, is counted from the union of all spans and is what the driver itself costs.
+Phases may overlap (scoring during generation), so shares can add up to more than 1. The share outside all phases, `other`, is
+computed from the union of all spans and is the driver's own cost.
 """
 
 import time
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 SHARE_PREFIX = "time_share/"
 TOKENS_PER_SECOND = "speed/tokens_per_second"
-"""Generated tokens of a step by the seconds of the whole step: the figure of a run's throughput."""
+"""Generated tokens of a step per second of the whole step: the throughput of a run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One stretch of a phase. `start` and `end` are seconds since the epoch, on a clock that does not jump."""
+    """One interval of a phase, in seconds since the epoch on a monotonic clock."""
 
     name: str
     start: float
@@ -25,10 +25,10 @@ class Span:
 
 
 class PhaseTimer:
-    """Times the phases of one step after another; what is timed outside of a step is in no step's metrics."""
+    """Times the phases of each step; phases outside a step are not counted."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        """Use `clock`, which gives seconds."""
+        """Use `clock`, which returns seconds."""
         self._clock = clock
         self._epoch = time.time() - clock()
         self._end: float | None = None
@@ -36,7 +36,7 @@ class PhaseTimer:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Time one step and forget the one before."""
+        """Time one step and discard the previous one."""
         self._begin()
         try:
             yield
@@ -45,7 +45,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str, tokens: int = 0) -> Iterator[None]:
-        """Time a block, also one that raises; blocks of one name add up within a step."""
+        """Time a block, also if it raises; durations of one name add up."""
         start = self._clock()
         try:
             yield
@@ -54,7 +54,7 @@ class PhaseTimer:
             self._tokens[name] += tokens
 
     def add_tokens(self, name: str, tokens: int) -> None:
-        """Count tokens that a phase worked on, where they are known only afterwards."""
+        """Add tokens to a phase after it has ended."""
         self._tokens[name] += tokens
 
     @property

@@ -1,4 +1,4 @@
-"""What to show of a run at any moment: its last numbers, the reward so far, the time to go. No terminal here."""
+"""Progress of a run: last metrics, score history, estimated time left; no terminal output."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ SHOWN = (
     ("length", "tokens/responses_len_mean", "{:.0f}"),
     ("tok/s", TOKENS_PER_SECOND, "{:.0f}"),
 )
-"""(label, metric, format) of the numbers shown of each step; one that a step lacks is left out."""
+"""(label, metric, format) of the numbers shown for each step; missing ones are left out."""
 
 SCORE = SHOWN[0][1]
 STEPS_FOR_ETA = 20
@@ -25,13 +25,13 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 @dataclass
 class Progress:
-    """The state behind the live view and the plain lines.
+    """State of the live view and the plain lines.
 
     Attributes:
         total: steps of the run.
-        step: last finished step.
-        metrics: its numbers.
-        scores: the mean score of each step seen, oldest first.
+        step: last completed step.
+        metrics: its metrics.
+        scores: mean score of each recorded step, oldest first.
     """
 
     total: int
@@ -41,18 +41,18 @@ class Progress:
     _finished_at: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=STEPS_FOR_ETA + 1))
 
     def start(self, now: float) -> None:
-        """Note when the first step to come begins; `now` in seconds of any steady clock, as in all methods."""
+        """Record the start of the next step; `now` is in seconds of a monotonic clock."""
         self._finished_at.append((self.step, now))
 
     def finish_step(self, step: int, metrics: Mapping[str, float], now: float) -> None:
-        """Take in a finished step."""
+        """Record a completed step."""
         self.step, self.metrics = step, metrics
         if SCORE in metrics:
             self.scores.append(float(metrics[SCORE]))
         self._finished_at.append((step, now))
 
     def seconds_left(self, now: float) -> float | None:
-        """Estimate the time to go from the mean of the last steps; None before the first is done."""
+        """Estimate the time left from the mean of the last steps; None before the first."""
         if len(self._finished_at) < 2:
             return None
         (first, start), (last, end) = self._finished_at[0], self._finished_at[-1]
@@ -79,12 +79,12 @@ class Progress:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Return values as a row of `width` bars at most, each the mean of its stretch; NaN is a gap."""
+    """Return at most `width` bars, each the mean of a segment; NaN is a gap."""
     count = min(width, len(values))
     if count <= 0:
         return ""
-    stretches = [values[i * len(values) // count : (i + 1) * len(values) // count] for i in range(count)]
-    means = [sum(stretch) / len(stretch) for stretch in stretches]
+    segments = [values[i * len(values) // count : (i + 1) * len(values) // count] for i in range(count)]
+    means = [sum(segment) / len(segment) for segment in segments]
     finite = [mean for mean in means if abs(mean) < float("inf")]
     low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0

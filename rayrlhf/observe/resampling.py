@@ -1,7 +1,7 @@
-"""How sure a measured mean is, and how varied a set of answers.
+"""Bootstrap confidence intervals of means, and the share of distinct answers.
 
 Intervals are percentile bootstrap intervals (Efron 1979; Efron and Tibshirani 1993, ch. 13): resample the observations with
-replacement, and take the quantiles of the resampled means. They need no assumption on how rewards are distributed.
+replacement, and take the quantiles of the resampled means. They assume nothing about the distribution of rewards.
 """
 
 from collections.abc import Hashable, Sequence
@@ -29,8 +29,8 @@ def bootstrap_mean(values: ArrayLike, *, level: float = 0.95, resamples: int = 1
     """Return the mean of [N] values with its bootstrap interval.
 
     Args:
-        values: N >= 1 finite numbers, one per independent unit (per prompt, where a prompt has several responses).
-        level: probability that the interval is to cover the true mean.
+        values: N >= 1 finite numbers, one per independent unit (per prompt if a prompt has several responses).
+        level: nominal probability that the interval covers the true mean.
         resamples: number of bootstrap means.
         seed: equal seeds give equal intervals.
 
@@ -55,7 +55,7 @@ def bootstrap_paired_difference(
 ) -> Interval:
     """Return the mean of `after - before` with its bootstrap interval.
 
-    Pairs are resampled together: the same prompts before and after training share their difficulty, which then cancels.
+    Pairs are resampled together: the difficulty of a prompt is the same before and after training, and cancels.
 
     Args:
         before: N values.
@@ -74,5 +74,8 @@ def bootstrap_paired_difference(
 
 
 def distinct_share(answers: Sequence[Hashable]) -> float:
-    """Return the share of different answers among all, in (0, 1]; near 0 for a collapsed policy, NaN for no answers."""
+    """Return the share of distinct answers, in (0, 1]; NaN for no answers.
+
+    Near 0 the policy has collapsed.
+    """
     return len(set(answers)) / len(answers) if answers else float("nan")

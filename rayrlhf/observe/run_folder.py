@@ -1,8 +1,8 @@
-"""The folder of a run: what lies where, and who may write there.
+"""Run folders: layout, configuration check, and exclusive lock.
 
-A folder belongs to one resolved configuration. Starting the same configuration again continues the run; another one is refused
-with the keys that differ, because mixing two runs in one folder would make both worthless. While a driver runs it holds a lock,
-which the system releases however it ends.
+A folder belongs to one resolved configuration. Starting the same configuration again continues the run; another one is rejected
+with the keys that differ, because mixing two runs in one folder would make both worthless. A running driver holds a lock, which
+the system releases at the end of the process.
 """
 
 import fcntl
@@ -23,16 +23,16 @@ Differences = Callable[[str, str], list[str]]
 
 MAX_DIFFERENCES_SHOWN = 5
 TRAINING_FOLDERS = ("tensorboard", "samples", "checkpoints")
-"""What is in the folder of a training run from the start."""
+"""Subfolders of a new training run."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """A run folder that this process holds until `close`. Usable as a context.
+    """A run folder locked by this process until `close`; a context manager.
 
     Attributes:
         path: the folder.
-        resumed: whether it was there before, with the same configuration.
+        resumed: True if it existed, with the same configuration.
     """
 
     path: Path
@@ -61,11 +61,11 @@ class RunFolder:
 
     @property
     def export(self) -> Path:
-        """The trained model in Hugging Face format; there once the run is done."""
+        """The trained model in Hugging Face format; exists once the run is complete."""
         return self.path / "export"
 
     def close(self) -> None:
-        """Let another process have the folder."""
+        """Release the lock."""
         self._lock.close()
 
     def __enter__(self) -> Self:
@@ -83,17 +83,17 @@ def open_run(
     resume: Literal["auto", "never"] = "auto",
     folders: Sequence[str] = TRAINING_FOLDERS,
 ) -> RunFolder:
-    """Create a run folder, or take up the run that is in it.
+    """Create a run folder, or resume the run in it.
 
     Args:
-        folder: where; missing parents are created.
+        folder: path; missing parents are created.
         config_text: the resolved configuration as YAML.
         differences: compares it with the stored one, see `Differences`.
-        resume: `never` refuses a folder that holds a run.
-        folders: made in a new run folder.
+        resume: `never` rejects a folder that holds a run.
+        folders: subfolders of a new run folder.
 
     Raises:
-        UserError: the folder holds another configuration, or no run but other files; a process is running in it; resuming is
+        UserError: the folder holds another configuration, or other files and no run; a process is using it; resuming is
             switched off; the disk is full or read-only.
     """
     config = folder / "config.yaml"
@@ -107,7 +107,7 @@ def open_run(
             _create(folder, config_text, folders)
         lock = _locked(folder)
         if resumed and config.read_text(encoding="utf-8") != config_text:
-            write_atomically(config, config_text)  # what may differ is from now on as it is now
+            write_atomically(config, config_text)  # update the settings that may differ
         write_environment(folder)
         return RunFolder(folder, resumed, lock)
 
@@ -125,11 +125,11 @@ def _check_same(folder: Path, config: Path, config_text: str, differences: Diffe
 
 
 def _create(folder: Path, config_text: str, folders: Sequence[str]) -> None:
-    """Put an empty run in place. An empty folder that the user made is filled in place; it may be a mount point."""
+    """Create an empty run, in place in an existing empty folder (maybe a mount point)."""
     if folder.is_dir():
         _fill(folder, config_text, folders)
         return
-    # Two drivers that start at once agree on one folder; the lock then decides between them.
+    # Two drivers that start at the same time share one folder; the lock then selects one of them.
     with folder_atomically(folder, if_exists="keep") as partial:
         _fill(partial, config_text, folders)
 
@@ -150,7 +150,7 @@ def _locked(folder: Path) -> IO[str]:
         lock.close()
         raise UserError(f"run folder {folder} is in use by another process ({holder}): wait for it, or end it") from None
     except OSError:
-        pass  # a network file system without locks: nothing to hold, and no reason to refuse
+        pass  # a network file system without locks: continue without one
     with suppress(OSError):
         lock.truncate(0)
         lock.write(f"pid {os.getpid()} on {os.uname().nodename}\n")

@@ -1,6 +1,6 @@
-"""What the policy said: a few responses of each step with their scores, as Parquet files in `samples/`.
+"""Sampled responses of each step with their scores, as Parquet files in `samples/`.
 
-One file a step (`step-000012.parquet`), written whole or not at all. Any Parquet reader opens the folder as one table.
+One file per step (`step-000012.parquet`), written atomically. Any Parquet reader opens the folder as one table.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 from rayrlhf.storage.atomic import file_atomically, writing
 
 PART_PREFIX = "reward/"
-"""Starts the name of each reward part's column."""
+"""Prefix of each reward component's column."""
 TOKENS, TOKEN_KL = "tokens", "token_kl"
-"""Columns that are there where a step has them: the response's tokens as text, and what each adds to the KL."""
+"""Optional columns: the response's tokens as text, and the KL of each."""
 TRANSCRIPT = "transcript"
-"""Column that is there where an environment answered: who said what, and what it earned."""
+"""Optional column for environments: turns with speaker, text and reward."""
 
 
 class Line(NamedTuple):
-    """What one speaker of a sample with several turns said: `policy` or `environment`, the words, the reward paid for them."""
+    """One turn of a multi-turn sample: `policy` or `environment`, text, reward."""
 
     speaker: str
     text: str
@@ -28,19 +28,19 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One response to show.
+    """One stored response.
 
     Attributes:
         prompt_id: row of the prompt in its dataset.
         sample: number of the response within the prompt's group.
         score: the response's score, before the KL penalty.
-        parts: reward part -> value; NaN where a part does not apply.
-        kl: summed over the response, in nats; None where no reference is used.
+        parts: reward component -> value; NaN if a component does not apply.
+        kl: summed over the response, in nats; None without a reference.
         length: response tokens.
-        version: newest weight version that sampled a token of it.
-        tokens: each token of the response as text; None where nobody decoded them.
-        token_kl: policy's log-prob less the reference's at each token, nats; equally many.
-        transcript: the response by speakers; None where there is no environment.
+        version: newest weight version of its tokens.
+        tokens: each token of the response as text; None if not decoded.
+        token_kl: log-prob of the policy minus that of the reference for each of `tokens`, in nats.
+        transcript: the response by turns; None without an environment.
     """
 
     prompt_id: int
@@ -59,7 +59,7 @@ class Sample:
 
 
 class SampleSink:
-    """Writes the samples of a run, one file a step."""
+    """Writes the samples of a run, one file per step."""
 
     def __init__(self, folder: Path) -> None:
         """Use `folder`, usually `run_folder/samples`; it is created when missing.
@@ -72,10 +72,10 @@ class SampleSink:
             folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, step: int, samples: Sequence[Sample]) -> Path:
-        """Write one step's samples, replacing an earlier file of that step; return the file's path.
+        """Write or replace one step's samples; returns the file's path.
 
         Raises:
-            UserError: the disk refuses.
+            UserError: the file cannot be written.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -97,7 +97,7 @@ class SampleSink:
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """Return all rows of a samples folder, in the order of steps; a part that a step did not have is absent from its rows."""
+    """Return all rows of a samples folder in step order; columns may differ between steps."""
     import pyarrow.parquet as pq
 
     return [row for path in sorted(folder.glob("step-*.parquet")) for row in pq.read_table(path).to_pylist()]
@@ -140,5 +140,5 @@ def _line(line: Line) -> dict[str, Any]:
 
 
 def _storable(text: str) -> str:
-    """Replace lone surrogates, which a byte-level tokenizer can produce and UTF-8 cannot hold."""
+    """Replace lone surrogates, which a byte-level tokenizer can produce and UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""The same numbers as TensorBoard events, in `tensorboard/`."""
+"""Metrics as TensorBoard events, in `tensorboard/`."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ class TensorBoardSink:
 
         Args:
             folder: usually `run_folder/tensorboard`.
-            resumed_after: the last step that counts, when a run continues; TensorBoard hides what was written for later ones.
+            resumed_after: last valid step of a resumed run; TensorBoard hides events of later steps.
 
         Raises:
             UserError: the folder cannot be written.
@@ -31,7 +31,7 @@ class TensorBoardSink:
         """Write one step's finite numbers and flush.
 
         Raises:
-            UserError: the disk refuses.
+            UserError: the file cannot be written.
         """
         with writing(self.folder):
             for name, value in metrics.items():

@@ -1,7 +1,7 @@
-"""Responses before and after training, side by side, whatever they contain.
+"""Terminal tables of responses before and after training, safe for any content.
 
-A policy's text is hostile input to a terminal: it may hold escape sequences, direction overrides, or what reads as the table
-library's own markup. Text goes in as text, never as markup, and what cannot be seen is shown as its escape.
+A policy's text is untrusted input to a terminal: it may contain escape sequences, direction overrides, or the table library's
+markup. Text is never interpreted as markup, and invisible characters are shown escaped.
 """
 
 import unicodedata
@@ -26,7 +26,7 @@ class Comparison:
 
 
 def before_after_table(rows: Sequence[Comparison], *, characters: int = 400, title: str = "Before and after") -> Table:
-    """Return a table to print with rich; each text is cut to `characters`."""
+    """Return a table to print with rich; each text is truncated to `characters`."""
     table = Table(title=title, show_lines=True, expand=True)
     for heading, ratio in (("prompt", 2), ("before", 3), ("after", 3)):
         table.add_column(heading, ratio=ratio, overflow="fold")
@@ -39,11 +39,13 @@ def before_after_table(rows: Sequence[Comparison], *, characters: int = 400, tit
 
 
 def printable(text: str, characters: int | None = None) -> str:
-    r"""Return text that is safe on a terminal: newlines stay, tabs become spaces, other invisible characters their escapes.
+    """Return text that is safe on a terminal.
+
+    Newlines stay, tabs become spaces, other invisible characters are escaped.
 
     Args:
-        text: anything.
-        characters: longest result, an ellipsis in place of the rest; unlimited when None.
+        text: any text.
+        characters: maximum length, with an ellipsis in place of the rest; None for no limit.
     """
     if characters is not None and len(text) > characters:
         text = text[: characters - 1] + "…"

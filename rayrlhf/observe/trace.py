@@ -1,8 +1,8 @@
-"""`trace.json`: who did what when, for Perfetto (ui.perfetto.dev) and chrome://tracing.
+"""`trace.json`: timeline of all actors for Perfetto (ui.perfetto.dev) and chrome://tracing.
 
-The format is the Trace Event Format's JSON array, in which the closing bracket may be missing. Events are therefore appended as
-they come: memory stays bounded, a killed run leaves a file that loads, and a resumed run continues it. Actors are shown as
-processes and their lanes as threads; the numbers behind both derive from their names, so that they agree across restarts.
+The format is the JSON array of the Trace Event Format, in which the closing bracket is optional. Events are therefore appended
+as they occur: memory is bounded, the file of a killed run loads, and a resumed run continues it. Actors are shown as processes
+and their lanes as threads; their numbers derive from their names, so that they agree across restarts.
 """
 
 import json
@@ -17,14 +17,14 @@ from rayrlhf.storage.atomic import writing
 FILE_NAME = "trace.json"
 BUFFERED_EVENTS = 256
 TAIL_BYTES = 1 << 20
-"""What is read of an old file to find its last event; no event comes near this size."""
+"""Bytes read from the end of an old file to find its last event; every event is much smaller."""
 
 
 class TraceWriter:
-    """Appends events to a run folder's `trace.json`. Times are seconds since the epoch, as `time.time()` gives."""
+    """Appends events to a run folder's `trace.json`; times are seconds since the epoch."""
 
     def __init__(self, folder: Path) -> None:
-        """Open the file, and continue after the last whole event of an earlier run.
+        """Open the file, and continue after the last complete event of an earlier run.
 
         Raises:
             UserError: the file cannot be written.
@@ -46,22 +46,22 @@ class TraceWriter:
         lane: str = "main",
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
-        """Add something that took time; `arguments` are shown when it is clicked."""
+        """Add an event with a duration; a click on it shows `arguments`."""
         self._add({"ph": "X", "name": name, "ts": _us(start), "dur": _us(duration), "args": dict(arguments or {})}, actor, lane)
 
     def instant(self, name: str, actor: str, at: float, *, lane: str = "main") -> None:
-        """Add something that happened at a moment: a lost actor, a checkpoint."""
+        """Add an instantaneous event: a lost actor, a checkpoint."""
         self._add({"ph": "i", "name": name, "ts": _us(at), "s": "p"}, actor, lane)
 
     def counter(self, name: str, actor: str, at: float, values: Mapping[str, float]) -> None:
-        """Add values that are drawn over time: memory, queue lengths."""
+        """Add values of a time series: memory, queue lengths."""
         self._add({"ph": "C", "name": name, "ts": _us(at), "args": dict(values)}, actor, "main")
 
     def flush(self) -> None:
-        """Write what is pending; a crash after this loses none of it.
+        """Write pending events; a crash after this loses none of them.
 
         Raises:
-            UserError: the disk refuses.
+            UserError: the file cannot be written.
         """
         if not self._pending:
             return
@@ -74,7 +74,7 @@ class TraceWriter:
         self._empty = False
 
     def close(self) -> None:
-        """Write what is pending and the closing bracket."""
+        """Write pending events and the closing bracket."""
         self.flush()
         with writing(self.path):
             self._file.write(b"[]\n" if self._empty else b"\n]\n")
@@ -92,7 +92,10 @@ class TraceWriter:
             self.flush()
 
     def _seek_to_the_last_event(self) -> bool:
-        """Cut off a closing bracket and a torn last event; say whether any event is left. An event is a line that ends in }."""
+        """Remove a closing bracket and an incomplete last event; an event ends in }.
+
+        Returns True if any event is left.
+        """
         size = self.path.stat().st_size
         base = max(0, size - TAIL_BYTES)
         self._file.seek(base)
@@ -108,7 +111,7 @@ class TraceWriter:
 
 
 def read_trace(path: Path) -> list[dict[str, Any]]:
-    """Return the events of a trace, with or without its closing bracket, as Perfetto would load it."""
+    """Return the events of a trace, with or without its closing bracket."""
     text = path.read_text().rstrip().removesuffix(",")
     events = json.loads(text if text.endswith("]") else text + "]")
     assert isinstance(events, list)

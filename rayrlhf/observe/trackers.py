@@ -1,8 +1,8 @@
-"""Experiment trackers beside TensorBoard: the same numbers to wandb, MLflow or trackio, through one small door.
+"""Experiment trackers in addition to TensorBoard: wandb, MLflow and trackio.
 
-A tracker sees a run's name, its configuration and its metrics; where they go, and with what credentials, is the tracker's own
-business and comes from its own environment (`WANDB_MODE=offline`, `MLFLOW_TRACKING_URI`, ...). A run that resumes goes on under
-the same name. None of the packages is installed with this one: pip install 'rayrlhf[trackers]'.
+A tracker gets a run's name, configuration and metrics. Its destination and credentials come from its own environment variables
+(`WANDB_MODE=offline`, `MLFLOW_TRACKING_URI`, ...). A resumed run continues under the same name. The packages are optional:
+pip install 'rayrlhf[trackers]'.
 """
 
 import importlib.util
@@ -17,20 +17,20 @@ PROJECT = "rayrlhf"
 
 
 class Tracker(Protocol):
-    """Where a run's numbers go."""
+    """Destination of a run's metrics."""
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Hand over one step's numbers; those that are not finite are left out."""
+        """Send one step's metrics, without non-finite values."""
 
     def close(self) -> None:
-        """Hand over what is left and end."""
+        """Send pending metrics and end the run."""
 
 
 def check_trackers(names: Iterable[TrackerName]) -> None:
-    """Say at once, before any model loads, which tracker's package is missing.
+    """Check that the packages of the trackers are installed, before any model loads.
 
     Raises:
-        UserError: one is not installed.
+        UserError: names the first missing one.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
@@ -38,7 +38,7 @@ def check_trackers(names: Iterable[TrackerName]) -> None:
 
 
 def open_tracker(name: TrackerName, run_name: str, config: Mapping[str, Any]) -> Tracker:
-    """Begin a run with a tracker, or go on with one of this name.
+    """Start a tracker's run, or continue the one of this name.
 
     Args:
         name: of the tracker.
@@ -105,5 +105,5 @@ def _finite(metrics: Mapping[str, SupportsFloat]) -> dict[str, float]:
 
 
 def _plain(name: str) -> str:
-    """MLflow allows fewer characters in a name."""
+    """Replace characters that MLflow does not allow in names."""
     return "".join(letter if letter.isalnum() or letter in "_-./ " else "_" for letter in name)

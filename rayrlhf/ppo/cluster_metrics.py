@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 STEP_GAUGES: Mapping[str, tuple[str, str]] = {
     "rayrlhf_score": ("objective/scores", "Mean score of the step's responses."),
-    "rayrlhf_kl_nats": ("objective/kl", "Mean KL from the reference, nats a response."),
-    "rayrlhf_entropy_nats": ("objective/entropy", "Mean surprise of the responses' tokens, nats a response."),
+    "rayrlhf_kl_nats": ("objective/kl", "Mean KL from the reference, nats per response."),
+    "rayrlhf_entropy_nats": ("objective/entropy", "Mean surprise of the responses' tokens, nats per response."),
     "rayrlhf_response_tokens": ("tokens/responses_len_mean", "Mean length of a response."),
     "rayrlhf_sampler_gap_nats": (
         "sampling/sampling_logp_difference/mean",

@@ -45,7 +45,7 @@ def summary(result: PPOResult, before: Sequence[Mapping[str, Any]], after: Seque
         f"change {bootstrap_paired_difference(scores[0], scores[1])}",
         f"exact `Answer: N`: {exact[0]:.1%} -> {exact[1]:.1%}; "
         f"distinct answers: {distinct_share([row['response'] for row in after]):.0%}; "
-        f"largest KL to the start model: {max(row['objective/kl'] for row in steps):.1f} nats a response",
+        f"largest KL to the start model: {max(row['objective/kl'] for row in steps):.1f} nats per response",
         f"{result.steps} PPO steps, {result.seconds / 60:.1f} minutes, peak memory {result.peak_gib:.1f} GiB in all processes",
         f"model: {folder / 'export'}   talk to it: rayrlhf chat {folder}",
         f"metrics: {folder / 'metrics.jsonl'}   curves: tensorboard --logdir {folder / 'tensorboard'}",

@@ -152,7 +152,7 @@ class RunLoop:
         with self._recorder.waiting(f"warming up on {len(batch)} given responses"):
             report = self._trainer.warm_up(batch)
         first, last = (report.step_metrics[index]["loss/cross_entropy"] for index in (0, -1))
-        self._recorder.note(f"warm-up: cross-entropy {first:.2f} -> {last:.2f} nats a token over {len(batch)} responses")
+        self._recorder.note(f"warm-up: cross-entropy {first:.2f} -> {last:.2f} nats per token over {len(batch)} responses")
 
     def _checkpoint(self, step: int) -> None:
         with self._recorder.waiting("copying the state for a checkpoint"):

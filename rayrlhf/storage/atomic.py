@@ -1,7 +1,7 @@
-"""Files and folders that exist whole or not at all.
+"""Atomic writes of files and folders.
 
-What is written goes to a hidden sibling first, reaches the disk (fsync), and then takes its name by one rename. A reader, or a
-run that resumes after a power cut, therefore sees the old content or the new one, never a part of either.
+Content goes to a hidden sibling first, is flushed to the disk (fsync), and then gets its name by one rename. A reader, or a run
+that resumes after a power failure, therefore sees the old content or the new one, never a part of either.
 """
 
 import os
@@ -15,12 +15,12 @@ from typing import Literal
 from rayrlhf.errors import UserError
 
 TEMPORARY_SUFFIX = ".partial"
-"""Ends the name of every file and folder that is still being written; such a leftover of a killed process may be deleted."""
+"""Suffix of every file and folder that is still being written; leftovers of killed processes may be deleted."""
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal inside the block into the user's one line.
+    """Convert an `OSError` of the block to a `UserError`.
 
     Raises:
         UserError: names the path and the system's reason.
@@ -28,20 +28,20 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # The culprit is worth naming when it is a folder above: a file in the way, a read-only mount.
+        # Name the cause if it is a parent folder: a file with its name, a read-only mount.
         above = error.filename is not None and Path(error.filename) in path.parents
         raise UserError(f"cannot write {path}: {error.strerror or error}{f' ({error.filename})' if above else ''}") from error
 
 
 def write_atomically(path: Path | str, content: bytes | str) -> None:
-    """Write a file so that it appears whole under its name, replacing an older one; text is UTF-8.
+    """Write or replace a file atomically; text is UTF-8.
 
     Args:
-        path: where it goes; its folder exists.
+        path: target path; its folder exists.
         content: the whole content.
 
     Raises:
-        OSError: the disk is full or not writable; the older file is then untouched and nothing is left behind.
+        OSError: the disk is full or not writable; the older file is then unchanged and no partial file remains.
     """
     with file_atomically(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -49,7 +49,7 @@ def write_atomically(path: Path | str, content: bytes | str) -> None:
 
 @contextmanager
 def file_atomically(path: Path | str) -> Iterator[Path]:
-    """Yield the path of a temporary sibling to write; it takes the name `path` when the block ends without an error.
+    """Yield a temporary sibling path, renamed to `path` when the block succeeds.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -68,12 +68,12 @@ def file_atomically(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def folder_atomically(path: Path | str, *, if_exists: Literal["error", "replace", "keep"] = "error") -> Iterator[Path]:
-    """Yield a new empty folder to fill; it takes the name `path`, all files fsynced, when the block ends without an error.
+    """Yield a new empty folder, fsynced and renamed to `path` when the block succeeds.
 
     Args:
-        path: where it goes; missing parents are created.
-        if_exists: when `path` exists at the end, `error` raises, `replace` swaps the old folder out and deletes it (between two
-            renames neither is there), `keep` drops the new one: right where racing processes make the same thing.
+        path: target path; missing parents are created.
+        if_exists: if `path` exists at the end, `error` raises, `replace` swaps the old folder out and deletes it (between two
+            renames neither exists), `keep` discards the new one, for processes that race to create the same content.
 
     Raises:
         FileExistsError: `path` exists and `if_exists` is "error".
@@ -88,11 +88,11 @@ def folder_atomically(path: Path | str, *, if_exists: Literal["error", "replace"
 
 
 class PendingFolder:
-    """A folder that is filled over a longer time, under a temporary name, and then committed or discarded.
+    """A folder under a temporary name until it is committed or discarded.
 
     Attributes:
-        path: the final name.
-        partial: the folder to fill meanwhile.
+        path: final path.
+        partial: temporary path.
     """
 
     def __init__(self, path: Path | str, *, if_exists: Literal["error", "replace", "keep"] = "error") -> None:
@@ -106,7 +106,7 @@ class PendingFolder:
         self.partial.mkdir()
 
     def commit(self) -> None:
-        """Make everything durable and give the folder its name.
+        """Flush the content to the disk and rename the folder to its final path.
 
         Raises:
             OSError: the disk is full or not writable.
@@ -116,12 +116,15 @@ class PendingFolder:
         fsync(self.path.parent)
 
     def discard(self) -> None:
-        """Remove what has not been committed; after a commit there is nothing to remove."""
+        """Remove an uncommitted folder; no effect after a commit."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path | str) -> int:
-    """Delete what killed processes left half-written in a folder that nobody else writes to; returns how many things."""
+    """Delete partial files and folders of killed processes; returns their number.
+
+    No other process may write to the folder meanwhile.
+    """
     leftovers = list(Path(folder).glob(f".*{TEMPORARY_SUFFIX}"))
     for leftover in leftovers:
         if leftover.is_dir():
@@ -132,7 +135,7 @@ def remove_leftovers(folder: Path | str) -> int:
 
 
 def fsync(path: Path | str) -> None:
-    """Make a file's content, or a folder's list of names, durable.
+    """Flush a file's content, or a folder's list of names, to the disk.
 
     Raises:
         OSError: the device reports that it could not write.
@@ -151,7 +154,7 @@ def _take_name(partial: Path, path: Path, if_exists: Literal["error", "replace",
     try:
         partial.rename(path)
     except OSError as error:
-        # A rename onto a filled folder fails (ENOTEMPTY or EEXIST): somebody else was first.
+        # A rename onto a non-empty folder fails (ENOTEMPTY or EEXIST): another process was first.
         if not path.is_dir():
             if retired.exists():
                 retired.rename(path)
@@ -169,5 +172,5 @@ def _fsync_tree(folder: Path) -> None:
 
 
 def _partial_sibling(path: Path) -> Path:
-    """Return a name in the same folder, hence on the same file system; random, so that racing writers do not meet."""
+    """Return a random name in the same folder, hence on the same file system."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")

@@ -1,7 +1,7 @@
-"""What a checkpoint claims to hold: every file with its size and SHA-256, and what it can be loaded into.
+"""Checkpoint manifests: every file with its size and SHA-256, and a configuration fingerprint.
 
-The manifest is written last, when every byte it names is on the disk. Reading it back and hashing the files tells a whole
-checkpoint from one that was torn by a crash, cut by a full disk, or changed by a bad one.
+The manifest is written last, when all files are on the disk. Hashing the files against it detects checkpoints that were
+interrupted by a crash, truncated by a full disk, or corrupted by a bad one.
 """
 
 import hashlib
@@ -20,24 +20,24 @@ _BLOCK = 2**20
 
 
 class DamagedError(Exception):
-    """A folder that is not what its manifest says; the text names the file and what is wrong with it."""
+    """A folder that does not match its manifest; names the file and the difference."""
 
 
 class FileRecord(NamedTuple):
-    """What one file must be: its size in bytes and the SHA-256 of its content."""
+    """Size in bytes and SHA-256 of a file."""
 
     size: int
     sha256: str
 
 
 class Manifest(NamedTuple):
-    """The claim.
+    """Content of a checkpoint folder.
 
     Attributes:
-        step: PPO steps done.
-        fingerprint: dotted key -> text, what a run must agree on to load the state.
-        files: path relative to the folder -> record, for all files but the manifest.
-        metric: value of the metric by which checkpoints compete; None where there is none.
+        step: completed PPO steps.
+        fingerprint: dotted key -> text, settings that a run must share to load the state.
+        files: path relative to the folder -> record, for all files except the manifest.
+        metric: value of the metric that ranks checkpoints; None without one.
     """
 
     step: int
@@ -47,7 +47,9 @@ class Manifest(NamedTuple):
 
 
 def write_hashed(path: Path, content: bytes | memoryview) -> FileRecord:
-    """Write a file durably; the record is of what was meant to be written, so that a wrong disk is found out later.
+    """Write a file durably; returns the record of the intended content.
+
+    A disk that stores something else is detected later.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -75,13 +77,13 @@ def read_manifest(folder: Path) -> Manifest:
     """Read `manifest.json`.
 
     Raises:
-        DamagedError: it is not there, was changed, or has a layout that this version does not know.
+        DamagedError: it is missing, was changed, or has an unknown layout.
     """
     try:
         body = json.loads((folder / FILE_NAME).read_bytes())
         claimed = body.pop("sha256")
         if claimed != _digest(body):
-            raise DamagedError(f"{FILE_NAME}: its own checksum does not fit")
+            raise DamagedError(f"{FILE_NAME}: its own checksum does not match")
         if body["format"] != FORMAT:
             raise DamagedError(f"{FILE_NAME}: format {body['format']}, expected {FORMAT}")
         files = {name: FileRecord(*record) for name, record in body["files"].items()}
@@ -96,7 +98,7 @@ def verify(folder: Path) -> Manifest:
     """Read the manifest and hash every file it names.
 
     Raises:
-        DamagedError: names the first file that is missing, cut or changed.
+        DamagedError: names the first file that is missing, truncated or changed.
     """
     manifest = read_manifest(folder)
     for name, record in manifest.files.items():
@@ -112,7 +114,7 @@ def verify(folder: Path) -> Manifest:
 
 
 def fingerprint_differences(stored: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
-    """One `key: stored -> wanted` for each key in which two fingerprints differ."""
+    """Return `key: stored -> wanted` for each key in which two fingerprints differ."""
     keys = dict.fromkeys([*stored, *wanted])
     return [
         f"{key}: {stored.get(key, 'absent')} -> {wanted.get(key, 'absent')}"

@@ -1,7 +1,8 @@
-"""A second home for a run's checkpoints, on any storage that pyarrow or fsspec reaches: S3, Google Cloud Storage, a disk.
+"""Mirror of a run's checkpoints on another storage: S3, Google Cloud Storage, a disk.
 
-A checkpoint is copied file by file, its manifest last, so one without a manifest was cut off and does not count. Copies are
-made in the background, one at a time; the run folder stays the first home, and a run goes on when a copy fails.
+Any storage of pyarrow or fsspec works. A checkpoint is copied file by file, its manifest last; one without a manifest is
+incomplete and ignored. Copies run in the background, one at a time. The run folder stays the primary copy, and a run continues
+if a copy fails.
 """
 
 import shutil
@@ -16,18 +17,18 @@ from rayrlhf.storage.atomic import folder_atomically
 from rayrlhf.storage.manifest import FILE_NAME
 
 CONFIG_FILE = "config.yaml"
-"""The run's resolved configuration, beside its checkpoints."""
+"""The run's resolved configuration, next to its checkpoints."""
 
 
 class Mirror:
     """The folder of one run on another storage.
 
     Args:
-        uri: such as `s3://bucket/runs`; credentials come from where the storage's own tools take them.
-        name: the run's folder there.
+        uri: such as `s3://bucket/runs`; credentials come from the storage's standard environment.
+        name: name of the run's folder.
 
     Raises:
-        UserError: the storage is unknown or does not answer.
+        UserError: the storage is unknown or does not respond.
     """
 
     def __init__(self, uri: str, name: str) -> None:
@@ -37,20 +38,20 @@ class Mirror:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rayrlhf-mirror")
         self._copying: Future[None] | None = None
         self._failure: OSError | None = None
-        self._untold: list[str] = []
+        self._unreported: list[str] = []
         with self._refusal("read"):
             self._names()
 
     def claim(self, config_text: str, differences: Callable[[str, str], list[str]], *, resume: bool) -> None:
-        """Make the folder this run's own.
+        """Claim the folder for this run.
 
         Args:
             config_text: the resolved configuration as YAML.
             differences: (stored, wanted) -> one line per key that differs.
-            resume: whether a run that is there may be continued.
+            resume: allow continuing a stored run.
 
         Raises:
-            UserError: another run is there, or a run and `resume` is False.
+            UserError: the folder holds another run, or any run and `resume` is False.
         """
         with self._refusal("write"):
             stored = self._read(CONFIG_FILE)
@@ -68,19 +69,19 @@ class Mirror:
                 stream.write(config_text.encode())
 
     def names(self) -> list[str]:
-        """Folders with a manifest, sorted by name.
+        """Return folders with a manifest, sorted by name.
 
         Raises:
-            UserError: the storage does not answer.
+            UserError: the storage does not respond.
         """
         with self._refusal("read"):
             return self._names()
 
     def fetch(self, name: str, target: Path) -> None:
-        """Copy one folder to `target`, which appears whole or not at all.
+        """Copy a folder to `target` atomically.
 
         Raises:
-            UserError: the storage or the disk does not do its part.
+            UserError: the storage cannot be read or the disk cannot be written.
         """
         from pyarrow.fs import FileSelector, FileType
 
@@ -94,12 +95,15 @@ class Mirror:
                         shutil.copyfileobj(stream, file)
 
     def push(self, folder: Path, keep: Sequence[str]) -> None:
-        """Start to copy a complete folder, once the copy before is done; then remove those that are not in `keep`."""
+        """Copy a complete folder in the background, then remove folders not in `keep`.
+
+        Waits for the previous copy first.
+        """
         self.wait()
         self._copying = self._worker.submit(self._push, folder, frozenset({*keep, folder.name}))
 
     def wait(self) -> str | None:
-        """Wait for the copy that is being made; why the newest one failed, in a line, or None."""
+        """Wait for the current copy; returns why the newest one failed, or None."""
         if self._copying is not None:
             copying, self._copying = self._copying, None
             try:
@@ -107,18 +111,18 @@ class Mirror:
                 self._failure = None
             except OSError as error:
                 self._failure = error
-                self._untold.append(self._line(error))
+                self._unreported.append(self._line(error))
         return self._line(self._failure) if self._failure else None
 
     def failures(self) -> list[str]:
-        """Why copies failed since the last call, a line each; never waits."""
+        """Return a line for each copy that failed since the last call; never waits."""
         if self._copying is not None and self._copying.done():
             self.wait()
-        untold, self._untold = self._untold, []
-        return untold
+        unreported, self._unreported = self._unreported, []
+        return unreported
 
     def close(self) -> None:
-        """Let the background thread end."""
+        """Shut down the background thread."""
         self._worker.shutdown()
 
     def _push(self, folder: Path, keep: frozenset[str]) -> None:
@@ -156,7 +160,7 @@ class Mirror:
             return str(stream.read().decode())
 
     def _remove(self, name: str) -> None:
-        """Remove a folder, its manifest first: what is left of an interrupted removal does not count."""
+        """Remove a folder, its manifest first, so that an interrupted removal is ignored."""
         from pyarrow.fs import FileType
 
         if self._exists(f"{name}/{FILE_NAME}"):
@@ -166,7 +170,7 @@ class Mirror:
 
     @contextmanager
     def _refusal(self, verb: str) -> Iterator[None]:
-        """Turn the storage's refusal into the user's one line."""
+        """Convert an `OSError` of the storage to a `UserError`."""
         try:
             yield
         except OSError as error:
@@ -174,7 +178,7 @@ class Mirror:
 
 
 def _file_system(uri: str) -> tuple[Any, str]:
-    """Pyarrow's file system of a URI, or fsspec's behind pyarrow's interface, and the path on it."""
+    """Return the pyarrow file system of a URI, or fsspec's wrapped, and the path."""
     from pyarrow import ArrowInvalid
     from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
@@ -197,6 +201,6 @@ def _file_system(uri: str) -> tuple[Any, str]:
 
 
 def _brief(error: BaseException | None) -> str:
-    """The first line of an error; those of storages can be pages."""
+    """Return the first line of an error; storage errors can be pages long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__

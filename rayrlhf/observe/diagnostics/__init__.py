@@ -1,4 +1,4 @@
-"""What is wrong with a run, in plain words with a remedy, from its metrics alone. A check is one function of a `History`."""
+"""Diagnosis of a run from its metrics; each check is a function of a `History`."""
 
 from rayrlhf.observe.diagnostics.diagnosis import CHECKS, Diagnosis, findings
 from rayrlhf.observe.diagnostics.finding import Check, Finding, Severity, Sign

@@ -12,16 +12,16 @@ from rayrlhf.observe.diagnostics.response_checks import RESPONSE_CHECKS
 from rayrlhf.observe.diagnostics.system_checks import SYSTEM_CHECKS
 
 CHECKS: tuple[Check, ...] = (*POLICY_CHECKS, *RESPONSE_CHECKS, *SYSTEM_CHECKS)
-"""In the order in which they are told."""
+"""In reporting order."""
 FIRST, LAST = 40, 400
 """Rows that are kept of the start and of the end: no check looks at others, and a long run stays cheap to look at."""
 
 
 def findings(rows: Sequence[Mapping[str, float | None]]) -> list[Finding]:
-    """Return what the newest of some steps show, alarms first.
+    """Return the findings of the newest steps, alarms first.
 
     Args:
-        rows: of `metrics.jsonl`, from the first step on. Rows without a metric, or with null for it, say nothing of it.
+        rows: rows of `metrics.jsonl`, from the first step on. A metric may be missing or null.
     """
     history = History(rows)
     found = []
@@ -33,11 +33,11 @@ def findings(rows: Sequence[Mapping[str, float | None]]) -> list[Finding]:
 
 
 class Diagnosis:
-    """Takes a run's rows one by one.
+    """Runs the checks after each row of metrics.
 
     Attributes:
-        found: what the newest rows show.
-        fresh: those of them that the rows before did not show.
+        found: findings in the newest rows.
+        fresh: findings that the previous rows did not have.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Diagnosis:
         self._last: deque[Mapping[str, Any]] = deque(maxlen=LAST)
 
     def load(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Take up a run that goes on: what it showed already is not fresh any more."""
+        """Load the rows of a resumed run; their findings are not fresh."""
         self._first.clear()
         self._last.clear()
         for row in rows:
@@ -55,7 +55,7 @@ class Diagnosis:
         self.found, self.fresh = findings([*self._first, *self._last]), []
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Look at one more row."""
+        """Add a row and run the checks."""
         self._keep({**metrics, "step": step})
         known = {finding.name for finding in self.found}
         self.found = findings([*self._first, *self._last])
@@ -67,7 +67,7 @@ class Diagnosis:
         return {f"alarm/{finding.name}": 1.0 for finding in self.found}
 
     def _keep(self, row: Mapping[str, Any]) -> None:
-        # Names are put together anew at every step, and there are more bytes in them than in their numbers.
+        # Names are built again at every step, and have more bytes than their numbers.
         kept = {sys.intern(name): value for name, value in row.items()}
         if len(self._first) < FIRST:
             self._first.append(kept)

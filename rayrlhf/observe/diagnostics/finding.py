@@ -1,4 +1,4 @@
-"""A check, the sign that it saw, and what becomes of both: a finding."""
+"""Checks, their signs, and findings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,15 +7,15 @@ from typing import Literal, NamedTuple
 from rayrlhf.observe.diagnostics.history import History
 
 Severity = Literal["warning", "alarm"]
-"""A warning may be meant so; after an alarm further steps are rarely worth their time (`observe.on_alarm`)."""
+"""A warning may be intended; after an alarm further steps are rarely worth their time (`observe.on_alarm`)."""
 
 
 class Sign(NamedTuple):
-    """What a check saw.
+    """Evidence of a problem, found by a check.
 
     Attributes:
-        since: first step of the stretch that shows it.
-        evidence: the numbers, in a sentence without a full stop.
+        since: first step of the segment that shows it.
+        evidence: the numbers, in a sentence without a period.
     """
 
     since: int
@@ -24,13 +24,13 @@ class Sign(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that goes wrong in practice.
+    """Check for one common training problem.
 
     Attributes:
-        name: of the finding, and of its metric `alarm/NAME`.
+        name: name of the finding, and of its metric `alarm/NAME`.
         severity: see `Severity`.
-        remedy: what to try, the likeliest first.
-        look: returns a sign while the newest steps show it, else None.
+        remedy: suggestions, the most likely first.
+        look: returns a sign while the newest steps show the problem, else None.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check found at the newest step of a history."""
+    """Result of a check at the newest step of a history."""
 
     name: str
     severity: Severity

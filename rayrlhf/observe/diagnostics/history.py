@@ -1,4 +1,7 @@
-"""The metrics of a run so far, as series: what checks look at. Numbers that are missing or not finite are left out."""
+"""Metrics of a run as series, the input of checks.
+
+Missing and non-finite values are left out.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,9 +9,9 @@ from statistics import fmean
 from typing import NamedTuple
 
 EARLY = 3
-"""Steps at the start whose mean stands for how it was."""
+"""Steps at the start whose mean is the baseline."""
 RECENT = 3
-"""Newest steps whose mean stands for how it is; a single step is noise."""
+"""Newest steps whose mean is the current value; a single step is noise."""
 
 
 class Point(NamedTuple):
@@ -19,7 +22,7 @@ class Point(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A metric then and now: means over `EARLY` and `RECENT` steps, which do not overlap."""
+    """A metric before and now: means over `EARLY` and `RECENT` steps, which do not overlap."""
 
     before: float
     now: float
@@ -27,17 +30,17 @@ class Change(NamedTuple):
 
 
 class History:
-    """Rows of `metrics.jsonl`, those of evaluations among them.
+    """Rows of `metrics.jsonl`, evaluations included.
 
     Args:
-        rows: each with `step`; steps may occur twice, once for a step and once for the evaluation after it.
+        rows: each with `step`; a step may occur twice, once for itself and once for the evaluation after it.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, float | None]]) -> None:
         self._rows = rows
 
     def series(self, name: str) -> list[Point]:
-        """All finite values of a metric, in order."""
+        """Return all finite values of a metric, in order."""
         points = []
         for row in self._rows:
             step, value = row.get("step"), row.get(name)
@@ -46,17 +49,17 @@ class History:
         return points
 
     def recent(self, name: str, count: int = RECENT) -> list[Point]:
-        """The newest `count` values; empty while there are fewer, or when the newest row of steps lacks the metric."""
+        """Return the newest `count` values; empty while there are fewer."""
         points = self.series(name)
         return points[-count:] if len(points) >= count else []
 
     def all_recent(self, name: str, low: float = -math.inf, high: float = math.inf, count: int = RECENT) -> list[Point]:
-        """The newest `count` values if all of them lie strictly between the bounds, else nothing."""
+        """Return the newest `count` values if all lie strictly between the bounds, else []."""
         points = self.recent(name, count)
         return points if all(low < point.value < high for point in points) else []
 
     def change(self, name: str) -> Change | None:
-        """How a metric began and how it is; None while there are too few steps to tell."""
+        """Return a metric's baseline and current value; None with too few steps."""
         points = self.series(name)
         if len(points) < EARLY + RECENT:
             return None
@@ -65,5 +68,5 @@ class History:
 
 
 def mean(points: Sequence[Point]) -> float:
-    """Mean of some values."""
+    """Return the mean of the points' values."""
     return fmean(point.value for point in points)

@@ -1,4 +1,4 @@
-"""Signs in the policy and the critic: KL, entropy, ratio, explained variance."""
+"""Checks of policy and critic: KL, entropy, ratio, explained variance."""
 
 from rayrlhf.observe.diagnostics.finding import Check, Sign
 from rayrlhf.observe.diagnostics.history import History, mean
@@ -7,31 +7,31 @@ KL, ENTROPY, EXPLAINED, FIRST_RATIO = "objective/kl", "policy/entropy_avg", "ppo
 
 
 def kl_blow_up(history: History) -> Sign | None:
-    """The KL to the reference is four times what it was, and no longer small."""
+    """Detect a KL to the reference that is four times its baseline and not small."""
     change = history.change(KL)
     if change is None or change.now <= 4 * max(change.before, 5.0):
         return None
-    return Sign(change.since, f"KL to the reference is {change.now:.1f} nats a response, {change.before:.1f} at the start")
+    return Sign(change.since, f"KL to the reference is {change.now:.1f} nats per response, {change.before:.1f} at the start")
 
 
 def kl_negative(history: History) -> Sign | None:
-    """Averaged over many tokens the KL cannot be far below 0 if responses come from the policy's own distribution."""
+    """Detect a clearly negative mean KL, impossible for responses of the policy's own distribution."""
     points = history.all_recent(KL, high=-1.0)
     if not points:
         return None
-    return Sign(points[0].step, f"KL to the reference is {mean(points):.2f} nats a response; a true KL is never negative")
+    return Sign(points[0].step, f"KL to the reference is {mean(points):.2f} nats per response; a true KL is never negative")
 
 
 def entropy_collapse(history: History) -> Sign | None:
-    """The policy says one thing only."""
+    """Detect a policy without variety."""
     change = history.change(ENTROPY)
     if change is None or change.now >= 0.1 or change.now >= 0.2 * change.before:
         return None
-    return Sign(change.since, f"entropy is {change.now:.3f} nats a token, {change.before:.3f} at the start")
+    return Sign(change.since, f"entropy is {change.now:.3f} nats per token, {change.before:.3f} at the start")
 
 
 def critic_not_learning(history: History) -> Sign | None:
-    """After ten steps the critic predicts returns worse than their mean would."""
+    """Detect a critic that after ten steps predicts returns worse than their mean."""
     points = history.all_recent(EXPLAINED, high=0.0, count=10)
     if not points:
         return None
@@ -39,7 +39,7 @@ def critic_not_learning(history: History) -> Sign | None:
 
 
 def first_ratio(history: History) -> Sign | None:
-    """Before anything was learned from a batch, new and old log-probs are the same computation twice."""
+    """Detect a first ratio other than 1; before any update both log-probs are equal."""
     points = [point for point in history.recent(FIRST_RATIO, 1) if abs(point.value - 1) > 0.02]
     if not points:
         return None
@@ -56,7 +56,7 @@ POLICY_CHECKS = (
     Check(
         "kl_negative",
         "warning",
-        "Something cuts the sampler's distribution (a filter, a minimum length), or the reference is not the start model.",
+        "A filter or minimum length truncates the sampling distribution, or the reference is not the initial model.",
         kl_negative,
     ),
     Check(
@@ -68,13 +68,13 @@ POLICY_CHECKS = (
     Check(
         "critic_not_learning",
         "warning",
-        "Raise critic.learning_rate or algorithm.value_loss.coefficient, or give critic.warmup_steps.",
+        "Raise critic.learning_rate or algorithm.value_loss.coefficient, or set critic.warmup_steps.",
         critic_not_learning,
     ),
     Check(
         "first_ratio",
         "alarm",
-        "Old log-probs do not belong to these weights: dropout that is on, another precision, or a wrong temperature.",
+        "Old log-probs are of other weights or settings: dropout is on, another precision, or a wrong temperature.",
         first_ratio,
     ),
 )

@@ -1,14 +1,14 @@
-"""Signs in what is sampled and what it earns: rewards, lengths, truncation."""
+"""Checks of responses: rewards, lengths, truncation."""
 
 from rayrlhf.observe.diagnostics.finding import Check, Sign
 from rayrlhf.observe.diagnostics.history import History, Point, mean
 
-SCORES, SPREAD, HELD_OUT, LENGTH = "objective/scores", "ppo/std_scores", "evaluation/score", "tokens/responses_len_mean"
+SCORES, DEVIATION, HELD_OUT, LENGTH = "objective/scores", "ppo/std_scores", "evaluation/score", "tokens/responses_len_mean"
 STOPPED, EPISODES, NO_CONTRAST = "val/num_eos_tokens", "episode", "frac_reward_zero_std"
 
 
 def reward_hacking(history: History) -> Sign | None:
-    """Since the best evaluation the training score went up, and the held-out score down or the length away."""
+    """Detect training scores that rise while held-out scores fall since the best evaluation."""
     held_out = history.series(HELD_OUT)
     if len(held_out) < 2:
         return None
@@ -18,9 +18,9 @@ def reward_hacking(history: History) -> Sign | None:
     if len(after) < 6:
         return None
     gain = mean(after[-3:]) - mean(after[:3])
-    spread = max(mean(history.recent(SPREAD) or [Point(0, 0.0)]), 1e-6)
+    deviation = max(mean(history.recent(DEVIATION) or [Point(0, 0.0)]), 1e-6)
     lost = best.value - newest.value
-    if gain <= 0.25 * spread or lost <= 0.05 * max(abs(best.value), spread):
+    if gain <= 0.25 * deviation or lost <= 0.05 * max(abs(best.value), deviation):
         return None
     return Sign(
         best.step,
@@ -29,7 +29,7 @@ def reward_hacking(history: History) -> Sign | None:
 
 
 def length_explosion(history: History) -> Sign | None:
-    """Responses are twice as long as they were."""
+    """Detect responses twice as long as at the start."""
     change = history.change(LENGTH)
     if change is None or change.now <= 2 * max(change.before, 8.0):
         return None
@@ -37,8 +37,8 @@ def length_explosion(history: History) -> Sign | None:
 
 
 def dead_reward(history: History) -> Sign | None:
-    """All responses score the same, so there is nothing to learn."""
-    if points := history.all_recent(SPREAD, high=1e-6):
+    """Detect equal scores of all responses, which give no training signal."""
+    if points := history.all_recent(DEVIATION, high=1e-6):
         return Sign(points[0].step, "all responses of a step have the same score")
     if points := history.all_recent(NO_CONTRAST, low=0.9):
         return Sign(points[0].step, f"in {mean(points):.0%} of the groups all responses have the same score")
@@ -46,7 +46,7 @@ def dead_reward(history: History) -> Sign | None:
 
 
 def truncated_responses(history: History) -> Sign | None:
-    """More than half of the responses are cut off."""
+    """Detect that more than half of the responses are truncated."""
     shares = _truncated(history)[-5:]
     if len(shares) < 5 or any(share.value <= 0.5 for share in shares):
         return None
@@ -54,7 +54,10 @@ def truncated_responses(history: History) -> Sign | None:
 
 
 def _truncated(history: History) -> list[Point]:
-    """Share of a step's responses that did not stop by themselves. How many there were is the growth of the episode count."""
+    """Return the share of each step's responses without a stop token.
+
+    The number of responses of a step is the increase of the episode count.
+    """
     stopped = dict(history.series(STOPPED))
     shares, before = [], 0.0
     for step, episodes in history.series(EPISODES):
@@ -68,19 +71,19 @@ RESPONSE_CHECKS = (
     Check(
         "reward_hacking",
         "alarm",
-        "Read the newest samples for what the reward overlooks; mend the reward or raise algorithm.kl.coefficient.",
+        "Read the newest samples for errors that the reward misses; fix the reward or raise algorithm.kl.coefficient.",
         reward_hacking,
     ),
     Check(
         "length_explosion",
         "warning",
-        "Add a length reward or algorithm.shaping.overlong_buffer, and see whether the reward pays for length.",
+        "Add a length reward or algorithm.shaping.overlong_buffer, and check that the reward does not favor length.",
         length_explosion,
     ),
     Check(
         "dead_reward",
         "alarm",
-        "Read the samples: too hard, too easy, or answers that the reward cannot read. rollout.refill_rounds skips such.",
+        "Read the samples: too hard, too easy, or answers the reward cannot parse. rollout.refill_rounds skips such groups.",
         dead_reward,
     ),
     Check(

@@ -1,4 +1,4 @@
-"""Signs in the system: trainer and sampler that disagree, old weights, idle processes, memory."""
+"""Checks of the system: log-prob mismatch, staleness, idle processes, memory."""
 
 from rayrlhf.observe.diagnostics.finding import Check, Sign
 from rayrlhf.observe.diagnostics.history import History, mean
@@ -8,18 +8,21 @@ OTHER, PEAK, LIMIT = "time_share/other", "memory/peak_gib", "memory/limit_gib"
 
 
 def sampler_mismatch(history: History) -> Sign | None:
-    """The sampler's log-probs are not the trainer's; bfloat16 alone gives about 0.03 nats."""
+    """Detect a gap between log-probs of trainer and rollout engine above 0.1 nats.
+
+    bfloat16 alone gives about 0.03 nats.
+    """
     limit = history.recent(ALLOWED, 1)
-    if limit and limit[0].value > 0:  # of older responses they also tell what was learned since
+    if limit and limit[0].value > 0:  # for older responses the gap includes the policy's change since
         return None
     points = history.all_recent(GAP, low=0.1)
     if not points:
         return None
-    return Sign(points[0].step, f"trainer and sampler differ by {mean(points):.3f} nats a token on fresh responses")
+    return Sign(points[0].step, f"trainer and rollout engine differ by {mean(points):.3f} nats per token on fresh responses")
 
 
 def stale_rollouts(history: History) -> Sign | None:
-    """Responses come from weights older than the configuration allows."""
+    """Detect responses from weights older than the configuration allows."""
     limit = history.recent(ALLOWED, 1)
     allowed = limit[0].value if limit else 0.0
     points = history.all_recent(STALENESS, low=allowed, count=1)
@@ -29,19 +32,19 @@ def stale_rollouts(history: History) -> Sign | None:
 
 
 def idle_actors(history: History) -> Sign | None:
-    """For a good part of the step no actor has anything to do."""
+    """Detect steps in which no actor works for a quarter of the time."""
     points = history.all_recent(OTHER, low=0.25, count=5)
     if not points:
         return None
-    return Sign(points[0].step, f"in {mean(points):.0%} of the step no actor works; the driver or a callback holds all up")
+    return Sign(points[0].step, f"no actor works in {mean(points):.0%} of the step; the driver or a callback delays all")
 
 
 def memory_limit(history: History) -> Sign | None:
-    """The processes together are close to what the machine has."""
+    """Detect a peak above 90 % of the machine's memory."""
     peak, limit = history.recent(PEAK, 1), history.recent(LIMIT, 1)
     if not peak or not limit or peak[0].value <= 0.9 * limit[0].value:
         return None
-    return Sign(peak[0].step, f"the run's processes took {peak[0].value:.1f} GiB of the {limit[0].value:.1f} GiB there are")
+    return Sign(peak[0].step, f"the run's processes used {peak[0].value:.1f} of {limit[0].value:.1f} GiB")
 
 
 SYSTEM_CHECKS = (
@@ -52,11 +55,11 @@ SYSTEM_CHECKS = (
         sampler_mismatch,
     ),
     Check("stale_rollouts", "alarm", "A replica serves old weights: look at recoveries.jsonl.", stale_rollouts),
-    Check("idle_actors", "warning", "Look at trace.json in Perfetto for what the driver does between the phases.", idle_actors),
+    Check("idle_actors", "warning", "Open trace.json in Perfetto to see the driver's work between the phases.", idle_actors),
     Check(
         "memory_limit",
         "warning",
-        "Lower rollout.memory_gib, train.micro_batch_tokens or train.score_batch_tokens; `rayrlhf plan` says what takes what.",
+        "Lower rollout.memory_gib, train.micro_batch_tokens or train.score_batch_tokens; `rayrlhf plan` shows memory by role.",
         memory_limit,
     ),
 )

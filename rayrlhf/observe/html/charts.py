@@ -1,6 +1,6 @@
-"""Charts as plain Plotly figures: dictionaries without colors, which the page takes from its style sheet.
+"""Charts as plain Plotly dictionaries; colors come from the page's style sheet.
 
-Names and axis titles are the program's own words: Plotly reads a few tags in them. The title is text that the page shows.
+Names and axis titles must be constants of the program, as Plotly interprets a few tags in them. The page escapes the title.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,11 @@ def histogram(
 
     Args:
         counts: [N].
-        edges: [N + 1], rising.
+        edges: [N + 1], increasing.
         title: of the chart.
         x: title of the horizontal axis.
         y: title of the vertical axis.
-        mark: where the line stands; none when None.
+        mark: position of the line; None for no line.
     """
     intervals = list(pairwise(edges))
     trace = {
@@ -37,13 +37,13 @@ def histogram(
 
 
 def bars(series: Mapping[str, Sequence[float]], names: Sequence[str], *, title: str, y: str) -> Figure:
-    """Return groups of bars: one group a name, one color a series."""
+    """Return grouped bars: one group per name, one color per series."""
     data = [{"type": "bar", "name": label, "x": list(names), "y": list(values)} for label, values in series.items()]
     return {"data": data, "layout": axes(title, "", y) | {"barmode": "group", "showlegend": len(data) > 1}}
 
 
 def shares(parts: Mapping[str, int], *, title: str) -> Figure:
-    """Return one horizontal bar divided into parts of a whole, labeled with count and percentage."""
+    """Return a horizontal bar of parts of a whole, labeled with count and percentage."""
     total = sum(parts.values()) or 1
     data = [
         {
@@ -61,7 +61,7 @@ def shares(parts: Mapping[str, int], *, title: str) -> Figure:
 
 
 def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, title: str, x: str, y: str) -> Figure:
-    """Return one line a series of (x values, y values)."""
+    """Return one line per series of (x values, y values)."""
     data = [
         {"type": "scatter", "mode": "lines", "name": label, "x": list(xs), "y": list(ys)} for label, (xs, ys) in series.items()
     ]
@@ -69,12 +69,12 @@ def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, titl
 
 
 def points(xs: Sequence[float], ys: Sequence[float], *, title: str, x: str, y: str) -> Figure:
-    """Return a cloud of points."""
+    """Return a scatter plot."""
     marker = {"size": 5, "opacity": 0.45}
     trace = {"type": "scatter", "mode": "markers", "x": list(xs), "y": list(ys), "marker": marker}
     return {"data": [trace], "layout": axes(title, x, y) | {"showlegend": False}}
 
 
 def axes(title: str, x: str, y: str) -> dict[str, Any]:
-    """Return a layout with a title and titles of the axes; an empty one is none."""
+    """Return a layout with chart and axis titles; an empty string means no title."""
     return {"title": title, "xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}

@@ -1,8 +1,7 @@
-"""A report as one HTML file: it opens anywhere, offline, on paper or a phone, in light or dark.
+"""Report pages: one HTML file for offline use, print and phones, light and dark.
 
-A page is a list of blocks; a heading starts a section. Whatever text a block is given appears as text: model output is hostile
-input to a browser, too. Should a tag slip through all the same, the page's policy lets no script run but its own, known by
-their hashes, and nothing be loaded from anywhere.
+A page is a list of blocks; a heading starts a section. All text is escaped, since model output is untrusted input to a browser.
+As a second defense, the content security policy allows only the page's own scripts, by hash, and no network access.
 """
 
 import base64
@@ -29,7 +28,7 @@ class Block(Protocol):
     """One part of a page."""
 
     def html(self, ids: Ids) -> str:
-        """Return the block as HTML; `ids` gives numbers that are unique on the page."""
+        """Return the block as HTML; `ids` yields numbers that are unique on the page."""
         ...
 
 
@@ -58,7 +57,7 @@ class Paragraph:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """A row of (label, value) figures that sum the page up."""
+    """A row of (label, value) figures that summarize the page."""
 
     figures: Sequence[tuple[str, str]]
 
@@ -70,7 +69,10 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A figure, and in words what it shows, for those who cannot see it and as its caption; `tall` in pixels, if not as all."""
+    """A figure with a caption, which is also its accessible description.
+
+    `tall` is the height in pixels; None for the default.
+    """
 
     figure: Figure
     caption: str
@@ -89,9 +91,9 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class DataTable:
-    """A table that sorts by a click on its head. Numbers stand right, None is empty.
+    """A table sorted by a click on a column head; None is an empty cell.
 
-    `filterable` adds a search field; `clamped` shows four lines of a text, and a box to tick for the rest.
+    `filterable` adds a search field; `clamped` shows four lines of each text, and a checkbox for whole texts.
     """
 
     columns: Sequence[str]
@@ -125,7 +127,7 @@ class DataTable:
 
 @dataclass(frozen=True, slots=True)
 class SideBySide:
-    """Two texts beside each other under a line of facts and a text both belong to."""
+    """Two texts side by side, below a line of facts and a common text."""
 
     facts: Sequence[str]
     above: tuple[str, str]
@@ -142,14 +144,13 @@ class SideBySide:
 
 
 def render(title: str, subtitle: str, blocks: Sequence[Block], *, live: bool = False) -> str:
-    """Return a page as one HTML text with all it needs inside.
+    """Return a page as self-contained HTML.
 
     Args:
         title: of the page.
         subtitle: a line below it.
         blocks: the content.
-        live: for a page that a server keeps up to date: it asks that server for the chart library and for
-            newer versions of itself, and nothing of anybody else.
+        live: for a served page: it loads the chart library and newer versions of itself from its own server only.
     """
     ids = count(1)
     body = "\n".join(_sections(blocks, ids)).replace("\0", "\ufffd")  # no HTML may hold NUL, in any form
@@ -170,22 +171,22 @@ def render(title: str, subtitle: str, blocks: Sequence[Block], *, live: bool = F
 
 
 def has_chart(blocks: Sequence[Block]) -> bool:
-    """Whether any of the blocks, or of the blocks in them, is a chart."""
+    """Return True if any block or nested block is a chart."""
     return any(isinstance(block, Chart) or has_chart(getattr(block, "blocks", ())) for block in blocks)
 
 
 def write_page(path: Path, title: str, subtitle: str, blocks: Sequence[Block]) -> None:
-    """Write a page, whole or not at all."""
+    """Write a page atomically."""
     write_atomically(path, render(title, subtitle, blocks))
 
 
 def preformatted(text: str) -> str:
-    """Return a text with its own line ends, in a box that scrolls where it is long."""
+    """Return preformatted text in a box that scrolls if it is long."""
     return f'<pre tabindex="0">{escape(text)}</pre>'
 
 
 def _sections(blocks: Sequence[Block], ids: Ids) -> Iterator[str]:
-    """The blocks' HTML, each heading with what follows it in a section that the contents at the top point to."""
+    """Yield the HTML of each section, and the contents with links to them."""
     groups: list[tuple[str, list[str]]] = [("", [])]
     for block in blocks:
         if isinstance(block, Heading):
@@ -200,7 +201,10 @@ def _sections(blocks: Sequence[Block], ids: Ids) -> Iterator[str]:
 
 
 def _policy(scripts: Sequence[str], live: bool) -> str:
-    """The content security policy: own scripts only, no network (of a live page: its own server only)."""
+    """Return the content security policy: own scripts only, no network.
+
+    A live page may connect to its own server.
+    """
     hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join([*(f"'sha256-{found}'" for found in hashes), *(["'self'"] if live else [])])
     network = "; connect-src 'self'" if live else ""
@@ -219,12 +223,12 @@ def _cell(value: str | int | float | None) -> str:
 
 
 def _decimal(value: float) -> str:
-    """Two decimals where they say enough, else three digits."""
+    """Format with two decimals, or three digits for small values."""
     return f"{value:,.2f}" if value == 0 or abs(value) >= 0.1 else f"{value:.3g}"
 
 
 def _data(name: str, content: object) -> str:
-    """JSON that no text in it can end: a script element ends at the first `</script`, whatever the JSON means by it."""
+    """Return a JSON script element; `<` is escaped, since `</script` would end the element."""
     text = json.dumps(content).replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{text}</script>'
 

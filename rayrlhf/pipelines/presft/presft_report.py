@@ -193,7 +193,7 @@ def _quality(config: PreSFTConfig, sheet: dict[str, Any]) -> Iterator[Block]:
     shown = [name for name in columns if any(name in facts[model] for model in models)]
     rows = [[model, *(facts[model].get(name) for name in shown)] for model in models]
     yield DataTable(["model", *(columns[name] for name in shown)], rows)
-    yield Paragraph("The model named tuned learned from the original dataset. Losses are nats a token.", note=True)
+    yield Paragraph("The model named tuned learned from the original dataset. Losses are nats per token.", note=True)
     if quality:
         temperature = config.quality.temperature if config.quality else 0.0
         how = f"at temperature {temperature:g}" if temperature else "greedy"

@@ -1,11 +1,11 @@
-"""`rayrlhf bench ...`: thin commands over the benchmarks; nothing heavy is imported before one is run."""
+"""`rayrlhf bench ...`: thin commands over the benchmarks, with lazy imports."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-bench = typer.Typer(help="Measure speeds side by side on this machine.", no_args_is_help=True)
+bench = typer.Typer(help="Compare speeds on this machine.", no_args_is_help=True)
 
 
 @bench.command(name="presft")
@@ -15,7 +15,7 @@ def bench_presft_command(
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each contender.")] = 15,
     output: Annotated[Path | None, typer.Option(help="Folder for the results as JSON and Markdown.")] = None,
 ) -> None:
-    """Pre-SFT's scoring against a bare loop, its generation against bare vLLM, and the memory of a million rows."""
+    """Compare Pre-SFT scoring with a plain loop, generation with plain vLLM; measure memory."""
     from rayrlhf.tools.bench.benchmarks import run_bench_presft
 
     run_bench_presft(what, rows, rounds=rounds, output=output, echo=typer.echo)
@@ -31,7 +31,7 @@ def bench_ppo_command(
     updates: Annotated[int, typer.Option(min=1, help="Timed PPO steps of a run.")] = 3,
     output: Annotated[Path | None, typer.Option(help="Folder for the numbers as JSON and Markdown.")] = None,
 ) -> None:
-    """A PPO step of ours against TRL's PPOTrainer and against its bare torch and vLLM calls, side by side on this machine."""
+    """Compare our PPO step with TRL's PPOTrainer and with plain torch and vLLM calls."""
     from rayrlhf.tools.bench.benchmarks import run_bench_ppo
 
     run_bench_ppo(
@@ -54,7 +54,7 @@ def bench_rollout_command(
     transformers: Annotated[bool, typer.Option("--transformers", help="Measure transformers' generate too.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for the numbers as JSON and Markdown.")] = None,
 ) -> None:
-    """Sampled tokens a second through our actors against bare vLLM."""
+    """Compare sampled tokens per second of our actors and plain vLLM."""
     from rayrlhf.tools.bench.benchmarks import run_bench_rollout
 
     run_bench_rollout(model, new_tokens=new_tokens, rounds=rounds, transformers=transformers, output=output, echo=typer.echo)
@@ -66,7 +66,7 @@ def bench_driver_command(
     replicas: Annotated[int, typer.Option(min=1, help="Simulated rollout replicas.")] = 1000,
     output: Annotated[Path | None, typer.Option(help="Folder for the numbers as JSON.")] = None,
 ) -> None:
-    """What the driver itself costs a sample, with simulated replicas that answer at once."""
+    """Measure the driver's cost per sample with simulated, instant replicas."""
     from rayrlhf.tools.bench.benchmarks import run_bench_driver
 
     run_bench_driver(samples or [1_000, 10_000, 100_000], replicas=replicas, output=output, echo=typer.echo)
@@ -74,11 +74,11 @@ def bench_driver_command(
 
 @bench.command(name="sync")
 def bench_sync_command(
-    model: Annotated[str, typer.Option(help="The model whose weights travel.")] = "builtin:smollm2-135m-instruct",
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each way.")] = 15,
+    model: Annotated[str, typer.Option(help="The model whose weights are sent.")] = "builtin:smollm2-135m-instruct",
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 15,
     output: Annotated[Path | None, typer.Option(help="Folder for the numbers as JSON and Markdown.")] = None,
 ) -> None:
-    """A weight sync and its transport against a copy in memory."""
+    """Compare a weight sync and its transport with a copy in memory."""
     from rayrlhf.tools.bench.benchmarks import run_bench_sync
 
     run_bench_sync(model, rounds=rounds, output=output, echo=typer.echo)
@@ -92,7 +92,7 @@ def bench_sft_command(
     steps: Annotated[int, typer.Option(min=1, help="Timed optimizer steps of a run.")] = 6,
     output: Annotated[Path | None, typer.Option(help="Folder for the numbers as JSON and Markdown.")] = None,
 ) -> None:
-    """Training tokens a second of our SFT against TRL's, side by side on this machine."""
+    """Compare training tokens per second of our SFT and TRL's."""
     from rayrlhf.tools.bench.benchmarks import run_bench_sft
 
     run_bench_sft(precision or [], packing, rounds=rounds, steps=steps, output=output, echo=typer.echo)
@@ -105,7 +105,7 @@ def bench_train_command(
     rounds: Annotated[int, typer.Option(min=1, help="Optimizer steps of each contender.")] = 15,
     output: Annotated[Path | None, typer.Option(help="Folder for the numbers as JSON and Markdown.")] = None,
 ) -> None:
-    """An optimizer step of the policy actor against a bare torch step on the same sequences."""
+    """Compare an optimizer step of the policy actor with a plain torch step."""
     from rayrlhf.tools.bench.benchmarks import run_bench_training
 
     run_bench_training(model, samples=samples, rounds=rounds, output=output, echo=typer.echo)
@@ -119,7 +119,7 @@ def bench_overhead_command(
     rounds: Annotated[int, typer.Option(min=1, help="Runs of some steps each.")] = 3,
     output: Annotated[Path | None, typer.Option(help="Folder for the numbers as JSON.")] = None,
 ) -> None:
-    """The share of a PPO step in which no actor computes."""
+    """Measure the share of a PPO step in which no actor computes."""
     from rayrlhf.tools.bench.benchmarks import run_bench_overhead
 
     run_bench_overhead(precision, model=model, prompts=prompts, rounds=rounds, output=output, echo=typer.echo)

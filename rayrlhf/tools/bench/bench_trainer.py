@@ -1,4 +1,4 @@
-"""The actors of a small PPO run, without its loop, for benchmarks of what one of them does."""
+"""Actors of a small PPO run without its loop, for benchmarks of single actors."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from rayrlhf.ppo.trainer import PPOTrainer
 
 
 def bench_config(overrides: Sequence[str]) -> PPOConfig:
-    """A configuration without data, reference or critic; prompts are given to the trainer directly."""
+    """Return a configuration without data, reference or critic; prompts are passed directly."""
     base = [
         "run.name=bench",
         "data.train.path=none",
@@ -25,8 +25,8 @@ def bench_config(overrides: Sequence[str]) -> PPOConfig:
 
 
 @contextmanager
-def standing_trainer(config: PPOConfig) -> Iterator[PPOTrainer]:
-    """Start Ray and the actors with their models; all ends with the block."""
+def running_trainer(config: PPOConfig) -> Iterator[PPOTrainer]:
+    """Start Ray and the actors with their models for the duration of the block."""
     with connected(config.placement.address), running_actor_groups(config) as actor_groups:
         actor_groups.build(config.deadlines.start)
         yield PPOTrainer(config, actor_groups, PromptSampler([Prompt(0, "", np.zeros(1, np.int32))], seed=0))

@@ -1,4 +1,4 @@
-"""Running benchmarks and keeping what they found, as JSON for programs and Markdown for people."""
+"""Entry points of the benchmarks, with results as JSON and Markdown."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ def run_bench_sft(
     output: Path | None,
     echo: Callable[[str], None],
 ) -> list[Comparison]:
-    """Compare our SFT with TRL's in the settings asked for.
+    """Compare our SFT with TRL's in the given settings.
 
     Args:
         precisions: `float32`, `bfloat16`; both when empty.
@@ -36,7 +36,7 @@ def run_bench_sft(
         rounds: runs of each trainer.
         steps: timed optimizer steps of a run.
         output: folder for `sft.json` and `sft.md`.
-        echo: told what is measured.
+        echo: called with progress and results.
 
     Raises:
         UserError: an unknown precision, or TRL is not installed.
@@ -66,7 +66,7 @@ def run_bench_ppo(
     output: Path | None,
     echo: Callable[[str], None],
 ) -> "list[PPOBench]":
-    """Compare our PPO step, with a critic of its own and with a shared trunk, with TRL's and with its bare model calls.
+    """Compare our PPO step (separate and shared critic) with TRL's and with plain model calls.
 
     Args:
         precisions: `float32`, `bfloat16`; both when empty.
@@ -76,7 +76,7 @@ def run_bench_ppo(
         rounds: runs of each contender.
         updates: timed PPO steps of a run.
         output: folder for `ppo.json` and `ppo.md`.
-        echo: told what is measured.
+        echo: called with progress and results.
 
     Raises:
         UserError: an unknown precision, or TRL's release cannot be installed.
@@ -102,7 +102,7 @@ def run_bench_ppo(
 def run_bench_rollout(
     model: str, *, new_tokens: int, rounds: int, transformers: bool, output: Path | None, echo: Callable[[str], None]
 ) -> Comparison:
-    """Compare sampling through our actors with bare vLLM, and with transformers if asked for; `output` gets `rollout.*`."""
+    """Compare sampling by our actors with plain vLLM and optionally transformers; writes `rollout.*`."""
     from rayrlhf.tools.bench.rollout_speed import bench_rollout
 
     found = bench_rollout(model, new_tokens=new_tokens, rounds=rounds, transformers=transformers, progress=echo)
@@ -110,7 +110,7 @@ def run_bench_rollout(
 
 
 def run_bench_sync(model: str, *, rounds: int, output: Path | None, echo: Callable[[str], None]) -> Comparison:
-    """Compare a weight sync and its transport with a copy in memory; `output` gets `sync.*`."""
+    """Compare a weight sync and its transport with a copy in memory; writes `sync.*`."""
     from rayrlhf.tools.bench.sync_speed import bench_sync
 
     return _shown(bench_sync(model, rounds=rounds, progress=echo), output, "sync", echo)
@@ -119,7 +119,7 @@ def run_bench_sync(model: str, *, rounds: int, output: Path | None, echo: Callab
 def run_bench_driver(
     samples: Sequence[int], *, replicas: int, output: Path | None, echo: Callable[[str], None]
 ) -> "list[DriverCost]":
-    """Measure what steps of so many samples cost the driver; `output` gets `driver.json`."""
+    """Measure the driver's cost of steps of these sizes; writes `driver.json`."""
     from rayrlhf.tools.bench.driver_cost import bench_driver, costs_as_json
 
     found = bench_driver(samples, replicas=replicas, progress=echo)
@@ -132,7 +132,7 @@ def run_bench_driver(
 def run_bench_training(
     model: str, *, samples: int, rounds: int, output: Path | None, echo: Callable[[str], None]
 ) -> Comparison:
-    """Compare an optimizer step of the policy actor with a bare torch step; `output` gets `train.*`."""
+    """Compare an optimizer step of the policy actor with a plain torch step; writes `train.*`."""
     from rayrlhf.tools.bench.update_speed import bench_training
 
     return _shown(bench_training(model, samples=samples, rounds=rounds, progress=echo), output, "train", echo)
@@ -141,7 +141,7 @@ def run_bench_training(
 def run_bench_overhead(
     precision: str, *, model: str, prompts: int, rounds: int, output: Path | None, echo: Callable[[str], None]
 ) -> list[float]:
-    """Measure the share of a PPO step in which no actor computes; `output` gets `overhead.json`."""
+    """Measure the share of a PPO step in which no actor computes; writes `overhead.json`."""
     from rayrlhf.tools.bench.overhead import bench_overhead, shares_as_json
     from rayrlhf.tools.bench.ppo_step import write_reward_model
     from rayrlhf.tools.bench.work import PPOWork
@@ -158,14 +158,14 @@ def run_bench_overhead(
 
 
 def run_bench_presft(what: str, rows: int, *, rounds: int, output: Path | None, echo: Callable[[str], None]) -> None:
-    """Run a benchmark and show what it found.
+    """Run a Pre-SFT benchmark and show its result.
 
     Args:
         what: `scoring`, `generation` or `memory`.
-        rows: of a run; 0 for the usual size.
+        rows: of a run; 0 for the default size.
         rounds: runs of each contender; `memory` runs once.
         output: folder for the results.
-        echo: told what is measured.
+        echo: called with progress and results.
 
     Raises:
         UserError: an unknown benchmark.
@@ -210,7 +210,7 @@ def _chosen(precisions: Sequence[str]) -> list[Precision]:
 
 
 def write_comparisons(found: Sequence[Comparison], folder: Path, name: str) -> None:
-    """Write `name.json` (a list) and `name.md`, each whole."""
+    """Write `name.json` (a list) and `name.md` atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / f"{name}.json", "[" + ",\n".join(comparison.as_json() for comparison in found) + "]\n")
     write_atomically(folder / f"{name}.md", "\n\n".join(comparison.as_markdown() for comparison in found) + "\n")

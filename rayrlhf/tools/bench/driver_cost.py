@@ -1,9 +1,9 @@
-"""`rayrlhf bench driver`: what the driver itself costs a sample, when a step has thousands of them on a thousand replicas.
+"""`rayrlhf bench driver`: the driver's cost per sample with thousands of samples and replicas.
 
-The driver is the real one: sampler, requests, books, scoring, experience, update plan, weight sync, samples on disk. Only the
-actors are stood in for, by objects in this process that keep to the same calls and answer at once; their answers travel through
-Ray's object store as an actor's do. So all time that passes is the driver's, but for the making of the answers, which is timed
-and taken off. Two replicas are real actors.
+The driver is the real one: prompt sampler, request queue, scoring, experience, update plan, weight sync, samples on disk. Only
+the actors are simulated, by objects in this process with the same methods that return at once; results go through Ray's object
+store as those of an actor. So all measured time is the driver's, except the creation of the results, which is timed and
+subtracted. Two replicas are real actors.
 """
 
 import json
@@ -38,24 +38,24 @@ from rayrlhf.ppo.trainer import PPOTrainer
 from rayrlhf.rewards.score import RewardBatch
 
 LONGEST = 64
-"""Tokens of a response at most; lengths are even between 1 and this."""
+"""Maximum response tokens; lengths are uniform between 1 and this."""
 PROMPT_TOKENS = 64
 REAL = 2
-"""Replicas that are processes of their own, so that real calls are among the others."""
-MAKING = "making answers"
+"""Number of replicas that are real processes, so that real calls are included."""
+MAKING = "making results"
 
 
 @dataclass(frozen=True, slots=True)
 class DriverCost:
-    """What one step cost the driver.
+    """The driver's cost of one step.
 
     Attributes:
         samples: of the step.
         replicas: rollout replicas.
-        seconds: of the step, without what the stand-ins took.
-        microseconds: of it a sample.
-        peak_gib: largest memory of the driver, the object store that it maps left out.
-        phases: seconds by phase of the step, stand-ins included.
+        seconds: of the step, without the time of simulated actors.
+        microseconds: the same per sample.
+        peak_gib: peak memory of the driver, without the mapped object store.
+        phases: seconds by phase of the step, simulated actors included.
     """
 
     samples: int
@@ -67,12 +67,12 @@ class DriverCost:
 
 
 def bench_driver(sizes: Sequence[int], *, replicas: int, progress: Callable[[str], None] = lambda _: None) -> list[DriverCost]:
-    """Take one step of each size, after a small one that nobody times.
+    """Take one step of each size, after a small warm-up step.
 
     Args:
         sizes: samples of a step.
         replicas: rollout replicas.
-        progress: told each result.
+        progress: called with each result.
     """
     found = []
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
@@ -81,8 +81,8 @@ def bench_driver(sizes: Sequence[int], *, replicas: int, progress: Callable[[str
         for samples in sizes:
             cost = _step(samples, replicas)
             progress(
-                f"{samples:,} samples on {replicas:,} replicas: {cost.microseconds:.0f} microseconds a sample, "
-                f"{cost.seconds:.1f} s a step, driver at most {cost.peak_gib:.2f} GiB"
+                f"{samples:,} samples on {replicas:,} replicas: {cost.microseconds:.0f} microseconds per sample, "
+                f"{cost.seconds:.1f} s per step, driver at most {cost.peak_gib:.2f} GiB"
             )
             found.append(cost)
     finally:
@@ -91,7 +91,7 @@ def bench_driver(sizes: Sequence[int], *, replicas: int, progress: Callable[[str
 
 
 def costs_as_json(found: Sequence[DriverCost]) -> str:
-    """All results, for a file."""
+    """Return all results as JSON."""
     return json.dumps([asdict(cost) for cost in found], indent=1)
 
 
@@ -141,21 +141,21 @@ def _config(samples: int, replicas: int, folder: Path) -> PPOConfig:
 
 
 class _Stopwatch:
-    """Sums up what stand-ins took."""
+    """Sums the time of simulated actors."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
-    def answered(self, function: Callable[..., Any]) -> Any:
-        """A stand-in for an actor's method: `.remote(...)` answers at once, through the object store."""
+    def simulated(self, function: Callable[..., Any]) -> Any:
+        """Simulate an actor's method: `.remote(...)` returns at once, through the object store."""
 
         def remote(*arguments: Any) -> ray.ObjectRef:
-            # A call's arguments are packed by the driver, which is its own cost; the answer is packed by the actor.
+            # The driver serializes a call's arguments, which is its own cost; the actor serializes the result.
             ray.cloudpickle.dumps(arguments, protocol=5)
             started = time.perf_counter()
-            answer = ray.put(function(*arguments))
+            result = ray.put(function(*arguments))
             self.seconds += time.perf_counter() - started
-            return answer
+            return result
 
         return SimpleNamespace(remote=remote)
 
@@ -181,9 +181,9 @@ class _Replica:
 
     def poll(self, minimum: int, _seconds: float | None = None) -> tuple[Records[Rollout], int]:
         taken, self._requests = self._requests[:minimum], self._requests[minimum:]
-        return Records(self._answer(request) for request in taken), len(self._requests)
+        return Records(self._rollout(request) for request in taken), len(self._requests)
 
-    def _answer(self, request: RolloutRequest) -> Rollout:
+    def _rollout(self, request: RolloutRequest) -> Rollout:
         length = int(self._random.integers(1, LONGEST + 1))
         return Rollout(
             request.key,
@@ -200,7 +200,7 @@ class _Replica:
 
 def _actor_groups(replicas: int, stopwatch: _Stopwatch) -> ActorGroups:
     def handle(**methods: Callable[..., Any]) -> Any:
-        return SimpleNamespace(**{name: stopwatch.answered(method) for name, method in methods.items()})
+        return SimpleNamespace(**{name: stopwatch.simulated(method) for name, method in methods.items()})
 
     def rollout(seed: int) -> Any:
         if seed < REAL:
@@ -248,7 +248,7 @@ def _judge(_: Sequence[Prompt], rollouts: Sequence[Rollout]) -> RewardBatch:
 
 @contextmanager
 def _peak() -> Iterator[list[int]]:
-    """The largest memory of this process that is its own, in bytes, looked at ten times a second; filled at the end."""
+    """Yield a list with this process's peak private memory in bytes, sampled at 10 Hz."""
     import threading
 
     largest, over = [0], threading.Event()

@@ -1,8 +1,8 @@
-"""What a phase of a PPO step has to compute, and how fast this machine multiplies matrices: the measure of all phases.
+"""Floating-point operations of a PPO step's phases, and the machine's peak.
 
-A forward takes two floating-point operations a weight of a linear layer and token (Kaplan et al. 2020, section 2.1), attention
-four a token, earlier token and unit of width, of which a causal mask leaves half, and the output layer two a weight and wanted
-position. A backward takes twice its forward. What is not a product of matrices is not counted, and padding is not work.
+A forward pass takes two floating-point operations per weight of a linear layer and token (Kaplan et al. 2020, section 2.1),
+attention four per token, earlier token and unit of width, of which a causal mask leaves half, and the output layer two per
+weight and output position. A backward pass takes twice its forward pass. Only matrix products are counted, without padding.
 """
 
 import time
@@ -12,26 +12,26 @@ from dataclasses import dataclass
 from rayrlhf.tools.launch.model_shape import ModelShape
 
 SIZES = (1024, 2048)
-"""Edges of the square matrices that the peak is measured with; the fastest counts."""
+"""Sizes of the square matrices for the peak; the fastest counts."""
 SECONDS = 1.0
-"""Of each measurement."""
+"""Duration of each measurement."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Tokens of one PPO step: of each prompt and of its response."""
+    """Token counts of one PPO step, of each prompt and its response."""
 
     prompts: Sequence[int]
     responses: Sequence[int]
 
 
 def forward_operations(shape: ModelShape, lengths: Lengths, *, outputs: bool) -> float:
-    """Floating-point operations of one forward over prompts and responses.
+    """Return floating-point operations of one forward pass over prompts and responses.
 
     Args:
         shape: of the model.
         lengths: of the sequences.
-        outputs: whether the output layer is applied, to the responses.
+        outputs: include the output layer on the responses.
     """
     whole = [prompt + response for prompt, response in zip(lengths.prompts, lengths.responses, strict=True)]
     linear = 2.0 * shape.linear * sum(whole)
@@ -41,7 +41,10 @@ def forward_operations(shape: ModelShape, lengths: Lengths, *, outputs: bool) ->
 
 
 def phase_operations(shape: ModelShape, lengths: Lengths, epochs: int) -> dict[str, float]:
-    """Floating-point operations of each phase of a PPO step in which all models are of this shape and learn whole."""
+    """Return floating-point operations by phase of a PPO step with full training.
+
+    All models have this shape.
+    """
     with_outputs = forward_operations(shape, lengths, outputs=True)
     without = forward_operations(shape, lengths, outputs=False)
     return {
@@ -56,7 +59,7 @@ def phase_operations(shape: ModelShape, lengths: Lengths, epochs: int) -> dict[s
 
 
 def peak_operations(precision: str) -> float:
-    """Floating-point operations a second of the fastest square product that torch makes of this data type, with all threads."""
+    """Return floating-point operations per second of torch's fastest square matrix product."""
     import torch
 
     dtype = getattr(torch, precision)
@@ -73,12 +76,12 @@ def peak_operations(precision: str) -> float:
 
 
 def phase_table(seconds: Mapping[str, Mapping[str, float]], operations: Mapping[str, Mapping[str, float]], peak: float) -> str:
-    """Return a Markdown table of phases: what each contender took for them, and that as a share of the peak.
+    """Return a Markdown table of seconds by phase and contender, and shares of the peak.
 
     Args:
         seconds: contender -> phase -> seconds.
-        operations: contender -> phase -> floating-point operations; what is not in it is shown without a share.
-        peak: floating-point operations a second.
+        operations: contender -> phase -> floating-point operations; missing phases have no share.
+        peak: floating-point operations per second.
     """
     names = list(seconds)
     phases = list(dict.fromkeys(phase for one in seconds.values() for phase in one))

@@ -1,8 +1,8 @@
-"""`rayrlhf bench overhead`: how much of a PPO step passes while no actor computes: the price of the driver and of Ray.
+"""`rayrlhf bench overhead`: share of a PPO step in which no actor computes.
 
-Ray itself notes when each call of an actor began and ended. On one machine the models take turns, so what of a step is covered
-by no call is messages, bookkeeping and waiting. Where roles work side by side this is a lower bound, since a call may cover
-another's overhead.
+Ray records the start and end of each actor call. On one machine the models run one after the other, so the time outside all
+calls is messages, bookkeeping and waiting: the cost of the driver and of Ray. With concurrent roles this is a lower bound,
+since a call may overlap another's overhead.
 """
 
 import json
@@ -20,7 +20,7 @@ from rayrlhf.tools.bench.paired import in_new_process
 from rayrlhf.tools.bench.work import Critic, PPOWork
 
 EXECUTE = "task:execute"
-"""Ray's name of the stretch in which the code of a call runs."""
+"""Ray's name of the event in which the code of a call runs."""
 
 
 def idle_shares(windows: Sequence[tuple[float, float]], calls: Sequence[tuple[float, float]]) -> list[float]:
@@ -55,7 +55,7 @@ def bench_overhead(
 
 
 def shares_as_json(work: PPOWork, shares: Sequence[float]) -> str:
-    """Everything measured, and its median."""
+    """Return the job, all shares and their median as JSON."""
     return json.dumps({"work": asdict(work), "shares": list(shares), "median": float(np.median(shares))}, indent=1)
 
 

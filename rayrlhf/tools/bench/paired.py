@@ -1,7 +1,7 @@
-"""Comparing speeds on a machine that is not quiet: runs take turns, and each is judged against its neighbor in time.
+"""Paired speed comparisons on a noisy machine: interleaved runs, compared within rounds.
 
-A machine's speed drifts by tens of percent over minutes, for all programs alike. So contenders run one after the other in every
-round, speeds are compared within rounds, and the median over rounds is reported with a bootstrap interval (Efron 1979).
+A machine's speed drifts by tens of percent over minutes, for all programs equally. So contenders run one after the other in
+every round, speeds are compared within rounds, and the median over rounds is reported with a bootstrap interval (Efron 1979).
 """
 
 import json
@@ -17,7 +17,7 @@ Contender = Callable[[], float]
 """Runs once and returns its speed."""
 
 Precision = Literal["float32", "bfloat16"]
-"""What is computed in; weights and optimizer states stay in float32."""
+"""Compute precision; weights and optimizer states stay in float32."""
 
 RESAMPLES = 2000
 
@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """How many times as fast one contender is: the median over rounds, and a 95 % interval of that median."""
+    """Speed ratio: median over rounds with the 95 % interval of that median."""
 
     median: float
     low: float
@@ -35,10 +35,10 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The speeds of some contenders in some rounds.
+    """Speeds of contenders by round.
 
     Attributes:
-        title: what was compared, and under what conditions.
+        title: subject and conditions of the comparison.
         unit: of a speed.
         speeds: contender -> its speed in each round; the first is the baseline.
     """
@@ -57,11 +57,11 @@ class Comparison:
         return float(np.median(self.speeds[name]))
 
     def ratio(self, name: str) -> Ratio:
-        """How many times as fast as the baseline a contender is, from speeds of the same round."""
+        """Return a contender's speed ratio to the baseline, paired by round."""
         return paired_ratio(self.speeds[name], self.speeds[self.baseline])
 
     def as_json(self) -> str:
-        """Everything measured, and what follows from it."""
+        """Return speeds, medians and ratios as JSON."""
         others = [name for name in self.speeds if name != self.baseline]
         ratios = {name: self.ratio(name) for name in others}
         values = {
@@ -74,7 +74,7 @@ class Comparison:
         return json.dumps(values, indent=1)
 
     def as_markdown(self) -> str:
-        """A table for people."""
+        """Return a Markdown table of medians and ratios."""
         lines = [f"**{self.title}**", "", f"| | median {self.unit} | times as fast (95 %) |", "|---|---|---|"]
         for name in self.speeds:
             ratio = self.ratio(name)
@@ -90,14 +90,14 @@ def compare(
     rounds: int,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
-    """Let the contenders take turns, in another order every other round.
+    """Run the contenders alternately, in reverse order every other round.
 
     Args:
-        title: what is compared.
+        title: subject of the comparison.
         unit: of a speed, for example `tokens/s`.
-        contenders: name -> one run of it; the first is the baseline.
+        contenders: name -> function that runs once; the first is the baseline.
         rounds: runs of each.
-        progress: told each speed as it is measured.
+        progress: called with each measured speed.
     """
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds):
@@ -110,10 +110,12 @@ def compare(
 
 
 def in_new_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Run a contender where no earlier one left threads, caches or a process group behind; its errors are raised here.
+    """Run a contender in a new process, without threads, caches or groups of earlier ones.
+
+    Its errors are raised here.
 
     Args:
-        function: defined at the top level of a module; what it returns is picklable.
+        function: defined at the top level of a module, with a picklable result.
         arguments: picklable.
     """
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
@@ -121,7 +123,7 @@ def in_new_process(function: Callable[..., Result], *arguments: Any) -> Result:
 
 
 def paired_ratio(speeds: Sequence[float], baseline: Sequence[float]) -> Ratio:
-    """Return the median of speeds[i] / baseline[i] with the 2.5 % and 97.5 % quantiles of its bootstrap distribution."""
+    """Return the median of speeds[i] / baseline[i] with its 95 % bootstrap interval."""
     ratios = np.asarray(speeds, dtype=np.float64) / np.asarray(baseline, dtype=np.float64)
     draws = np.random.default_rng(0).integers(0, len(ratios), size=(RESAMPLES, len(ratios)))
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])

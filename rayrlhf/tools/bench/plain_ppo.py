@@ -1,7 +1,8 @@
-"""The model calls of one PPO step and nothing else: vLLM's own generation, torch forwards and backwards on padded batches.
+"""Model calls of one PPO step alone: vLLM generation, torch forward and backward passes.
 
-No masks, advantages, statistics, weight sync or messages, but the same losses in shape: a log-prob of every response token, one
-value a token, one optimizer step of policy and critic an epoch. What a PPO step would take if everything around it were free.
+There are no masks, advantages, statistics, weight sync or messages, but losses of the same shape: a log-prob for every response
+token, one value per token, one optimizer step of policy and critic per epoch. This is the time of a PPO step without any
+overhead.
 """
 
 import time
@@ -17,11 +18,11 @@ from rayrlhf.tools.bench.operations import Lengths
 from rayrlhf.tools.bench.work import PPOWork
 
 ROWS = 16
-"""Rows of a forward: the fastest of 8, 16, 32 and 64 on the machine this was written on."""
+"""Rows of a forward pass: the fastest of 8, 16, 32 and 64 on the development machine."""
 
 
 class PlainPPO:
-    """All models of the job in this process."""
+    """All models of the job, in this process."""
 
     def __init__(self, work: PPOWork) -> None:
         """Start vLLM and load the models."""
@@ -30,7 +31,7 @@ class PlainPPO:
 
         self._work = work
         self._prompts = work.token_ids()[: work.prompts]
-        self._sampler = LLM(
+        self._rollout_engine = LLM(
             model=work.policy,
             dtype=work.precision,
             max_num_seqs=work.prompts,
@@ -46,11 +47,11 @@ class PlainPPO:
             AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
             for path in (work.policy, work.reward)
         )
-        self._optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) for model in self._learning]
+        self._optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) for model in self._trained]
         self.parts: dict[str, float] = {}
         """Seconds of each part of the last step."""
         self.lengths = Lengths([], [])
-        """Of that step's prompts and responses."""
+        """Token counts of that step's prompts and responses."""
 
     def seconds(self) -> float:
         """Run two steps; return the seconds of the second."""
@@ -59,7 +60,7 @@ class PlainPPO:
         return sum(self.parts.values())
 
     @property
-    def _learning(self) -> list[Any]:
+    def _trained(self) -> list[Any]:
         return [self._policy, self._critic]
 
     def _step(self) -> None:
@@ -88,11 +89,11 @@ class PlainPPO:
         from vllm.inputs import tokens_input
 
         limits = SamplingParams(temperature=1.0, max_tokens=self._work.new_tokens, logprobs=0, detokenize=False)
-        found = self._sampler.generate([tokens_input(ids) for ids in self._prompts], limits, use_tqdm=False)
+        found = self._rollout_engine.generate([tokens_input(ids) for ids in self._prompts], limits, use_tqdm=False)
         return [list(one.outputs[0].token_ids) for one in found]
 
     def _batches(self, responses: list[list[int]]) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Token ids and masks, right-padded, rows of like length together; and the shortest prompt's length."""
+        """Yield right-padded token ids and masks, sorted by length, and the shortest prompt length."""
         rows = sorted(zip(self._prompts, responses, strict=True), key=lambda row: len(row[0]) + len(row[1]))
         for start in range(0, len(rows), ROWS):
             part = rows[start : start + ROWS]

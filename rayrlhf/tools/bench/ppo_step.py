@@ -1,13 +1,13 @@
-"""`rayrlhf bench ppo`: seconds of a PPO step of ours, of TRL's PPOTrainer, and of the bare model calls that the step needs.
+"""`rayrlhf bench ppo`: PPO step time of ours, TRL's PPOTrainer, and plain model calls.
 
-All three sample from the same prompts, with policy, critic, reference and reward models of their own and of one size, and take
-one optimizer step an epoch. Each runs in a process of its own, in turns; a step is timed from the end of the one before,
-whatever happens in between, and the first is left out. TRL's trainer is that of its last release that had one, with its
-defaults but for gradient checkpointing, which it has on and which would make it slower. Responses end at the end token in all
-three. The bare calls are vLLM's `LLM.generate` and plain torch forwards and backwards on padded batches, one after the other;
-where the policy learns adapters alone there are none.
+All three sample from the same prompts, each with its own policy, critic, reference and reward models of one size, and take one
+optimizer step per epoch. Each runs in its own process, alternately. A step is timed from the end of the previous one, with
+everything in between; the first is left out. TRL's trainer is from its last release that had one, with its defaults except
+gradient checkpointing, which is on by default and would make it slower. Responses end at the end token in all three. The plain
+calls are vLLM's `LLM.generate` and torch forward and backward passes on padded batches, sequentially; there are none for
+adapters.
 
-What each phase took is told beside the speeds, as seconds and as a share of the fastest matrix product of this machine.
+Times of the phases are reported in seconds and as a share of the fastest matrix product of this machine.
 """
 
 import json
@@ -29,17 +29,17 @@ from rayrlhf.tools.bench.trl_baseline import installed_trl, run_trl
 from rayrlhf.tools.bench.work import Critic, PPOWork
 from rayrlhf.tools.launch.model_shape import read_shape
 
-PLAIN = "bare torch and vLLM calls"
+PLAIN = "plain torch and vLLM calls"
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one run of a contender took.
+    """Times of one run of a contender.
 
     Attributes:
-        step: seconds of a step.
-        phases: phase -> seconds of it in the last step.
-        lengths: of that step's prompts and responses.
+        step: seconds per step.
+        phases: phase -> seconds in the last step.
+        lengths: token counts of that step's prompts and responses.
     """
 
     step: float
@@ -49,13 +49,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class PPOBench:
-    """Speeds of all contenders, and the last round's phases of those that tell theirs.
+    """Speeds of all contenders, and phase times of the last round where available.
 
     Attributes:
-        comparison: steps an hour.
+        comparison: steps per hour.
         seconds: contender -> phase -> seconds.
         operations: contender -> phase -> floating-point operations; empty with adapters.
-        peak: floating-point operations a second of this machine.
+        peak: floating-point operations per second of this machine.
     """
 
     comparison: Comparison
@@ -64,17 +64,17 @@ class PPOBench:
     peak: float
 
     def as_markdown(self) -> str:
-        """Both tables."""
+        """Return both tables as Markdown."""
         return f"{self.comparison.as_markdown()}\n\n{phase_table(self.seconds, self.operations, self.peak)}"
 
 
 def bench_ppo(
     work: PPOWork, *, critics: tuple[Critic, ...], rounds: int, progress: Callable[[str], None] = lambda _: None
 ) -> PPOBench:
-    """Let TRL, the bare calls and ours (once for each kind of critic) take turns.
+    """Compare TRL, the plain calls and ours (for each kind of critic).
 
     Returns:
-        Steps an hour, TRL's as the baseline, and phases.
+        Steps per hour, with TRL as the baseline, and phases.
 
     Raises:
         UserError: TRL's release cannot be installed.
@@ -107,7 +107,7 @@ def bench_ppo(
 
 
 def write_reward_model(model: str, folder: Path) -> tuple[str, str]:
-    """Write a sequence classifier of the model's size with a random head; returns the paths of the model and of it."""
+    """Write a sequence classifier with a random head; returns paths of model and classifier."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     policy = resolve_model(model)
@@ -141,7 +141,7 @@ def _run_ours(work: PPOWork, critic: Critic) -> Measured:
 
 
 def _run_plain(work: PPOWork) -> Measured:
-    # Must be there before vLLM is imported. The engine stays in this process, as it does in our actors.
+    # Must be set before vLLM is imported. The engine runs in this process, as in our actors.
     os.environ.update(rollout_environment(work.config("none", Path()).rollout, threads=os.cpu_count() or 1))
     from rayrlhf.tools.bench.plain_ppo import PlainPPO
 

@@ -1,7 +1,7 @@
-"""Pre-SFT measured: scoring against a bare multiprocessing loop, generation against bare vLLM, memory of a million rows.
+"""Benchmarks of Pre-SFT: scoring, generation, and memory of a million rows.
 
-Speeds are taken from the first part (or chunk) done to the last, so that neither side pays for its start: of both, a process
-that stays up would show the same.
+Scoring is compared with a plain multiprocessing loop, generation with plain vLLM. Speeds are measured from the first completed
+part (or chunk) to the last, so that startup time counts for neither side.
 """
 
 import json
@@ -39,7 +39,7 @@ Texts = list[tuple[str, str]]
 
 
 def synthetic_pairs(count: int, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """Yield (hypothesis, reference) pairs of 20 to 60 words that share about four of five words."""
+    """Yield (hypothesis, reference) pairs of 20 to 60 words, about 80 % of them equal."""
     draw = random.Random(seed)
     for _ in range(count):
         reference = draw.choices(WORDS, k=draw.randrange(20, 61))
@@ -48,7 +48,7 @@ def synthetic_pairs(count: int, seed: int = 0) -> Iterator[tuple[str, str]]:
 
 
 def write_rows(folder: PartFolder, count: int, rows_per_part: int = ROWS_PER_PART) -> None:
-    """Write synthetic pairs as the part files that scoring reads, with the hypotheses as given responses."""
+    """Write synthetic pairs as part files for scoring, with hypotheses as given responses."""
     import pyarrow as pa
 
     pairs, first, index = synthetic_pairs(count), 0, 0
@@ -69,7 +69,7 @@ def write_rows(folder: PartFolder, count: int, rows_per_part: int = ROWS_PER_PAR
 
 
 class SteadySpeed:
-    """Rows a second from the first report to the last."""
+    """Rows per second from the first report to the last."""
 
     def __init__(self) -> None:
         """Start without reports."""
@@ -78,7 +78,7 @@ class SteadySpeed:
         self._rows = 0
 
     def done(self, rows: int) -> None:
-        """Take in a report of finished rows; those of the first only start the clock."""
+        """Add a report of completed rows; the first report only starts the clock."""
         now = time.perf_counter()
         if self._first is None:
             self._first = now
@@ -88,13 +88,16 @@ class SteadySpeed:
 
     @property
     def value(self) -> float:
-        """Rows a second."""
+        """Rows per second."""
         assert self._first is not None
         return self._rows / (self._last - self._first)
 
 
 def bench_scoring(*, rows: int, rounds: int, progress: Callable[[str], None]) -> Comparison:
-    """Compare our scoring, Parquet to Parquet on Ray Data, with `multiprocessing.Pool` over sacrebleu on texts in memory."""
+    """Compare our scoring with `multiprocessing.Pool` over sacrebleu.
+
+    Ours reads and writes Parquet on Ray Data; the pool has its texts in memory.
+    """
     import ray
 
     cpus = int(ray.cluster_resources()["CPU"])
@@ -106,7 +109,7 @@ def bench_scoring(*, rows: int, rounds: int, progress: Callable[[str], None]) ->
         chunks = [pairs[start : start + ROWS_PER_PART] for start in range(0, rows, ROWS_PER_PART)]
         targets = (PartFolder(folder / f"scores-{number}") for number in range(rounds))
         contenders: dict[str, Contender] = {
-            "multiprocessing over sacrebleu": partial(_bare_scoring, chunks, cpus),
+            "multiprocessing over sacrebleu": partial(_plain_scoring, chunks, cpus),
             "rayrlhf presft score": lambda: _score(source, next(targets), cpus),
         }
         title = f"BLEU of {rows:,} pairs on {cpus} cores"
@@ -114,7 +117,10 @@ def bench_scoring(*, rows: int, rounds: int, progress: Callable[[str], None]) ->
 
 
 def bench_generation(model: str, *, prompts: int, new_tokens: int, rounds: int, progress: Callable[[str], None]) -> Comparison:
-    """Compare the generation stage with bare vLLM: the same prompts, settings and limits, a fresh engine for each run."""
+    """Compare the generation stage with plain vLLM, in a new engine for each run.
+
+    Both have the same prompts, settings and limits.
+    """
     import ray
 
     from rayrlhf.engines.rollout.common import rollout_environment
@@ -136,18 +142,18 @@ def bench_generation(model: str, *, prompts: int, new_tokens: int, rounds: int, 
             run_pipeline(source, next(targets), [pool], LIMITS, speed.done)
             return speed.value
 
-        def bare() -> float:
-            actor = ray.remote(BareVLLM).options(num_cpus=1, runtime_env={"env_vars": environment}).remote(plan)
+        def plain() -> float:
+            actor = ray.remote(PlainVLLM).options(num_cpus=1, runtime_env={"env_vars": environment}).remote(plan)
             try:
                 return float(ray.get(actor.speed.remote([row["prompt"] for row in source.rows(["prompt"])])))
             finally:
                 ray.kill(actor)
 
         title = f"greedy responses of {new_tokens} tokens at most to {prompts:,} prompts, {model}"
-        return compare(title, "rows/s", {"bare vLLM": bare, "rayrlhf generation stage": ours}, rounds, progress)
+        return compare(title, "rows/s", {"plain vLLM": plain, "rayrlhf generation stage": ours}, rounds, progress)
 
 
-class BareVLLM:
+class PlainVLLM:
     """vLLM's own `LLM.generate` over all prompts at once, with the settings of our engine."""
 
     def __init__(self, plan: GenerationPlan) -> None:
@@ -168,7 +174,7 @@ class BareVLLM:
         )
 
     def speed(self, prompts: list[str]) -> float:
-        """Return rows a second."""
+        """Return rows per second."""
         from vllm import SamplingParams
 
         started = time.perf_counter()
@@ -177,7 +183,7 @@ class BareVLLM:
 
 
 def million_rows(rows: int, progress: Callable[[str], None]) -> tuple[float, float]:
-    """Score synthetic rows; returns the largest memory of all processes together in GiB, and rows a second."""
+    """Score synthetic rows; returns peak memory of all processes in GiB, and rows per second."""
     import ray
 
     with tempfile.TemporaryDirectory() as name:
@@ -199,7 +205,7 @@ def _score(source: PartFolder, target: PartFolder, cpus: int) -> float:
     return speed.value
 
 
-def _bare_scoring(chunks: list[Texts], processes: int) -> float:
+def _plain_scoring(chunks: list[Texts], processes: int) -> float:
     speed = SteadySpeed()
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for rows in pool.imap_unordered(_score_chunk, chunks):

@@ -1,7 +1,7 @@
-"""`rayrlhf bench rollout`: sampled tokens a second through our rollout actors, of bare vLLM and of transformers' `generate`.
+"""`rayrlhf bench rollout`: sampled tokens per second of rollout actors, vLLM and transformers.
 
-All sample the same prompts to the same lengths at temperature 1, with the threads of the whole machine, and stay up between
-runs; one works at a time.
+All sample the same prompts to the same lengths at temperature 1, with the threads of the whole machine, and are kept alive
+between runs; one works at a time.
 """
 
 import time
@@ -18,27 +18,27 @@ from rayrlhf.data.toy.word_problems import generate
 from rayrlhf.engines.rollout.common import rollout_environment
 from rayrlhf.engines.rollout.vllm import PREFILL_TOKENS
 from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
-from rayrlhf.tools.bench.bench_trainer import bench_config, standing_trainer
+from rayrlhf.tools.bench.bench_trainer import bench_config, running_trainer
 from rayrlhf.tools.bench.paired import Comparison, compare
 
 PROMPTS = 128
-"""Of one run, all decoded at the same time."""
+"""Number of prompts per run, all decoded at the same time."""
 
 
 def bench_rollout(
     model: str, *, new_tokens: int, rounds: int, transformers: bool, progress: Callable[[str], None] = lambda _: None
 ) -> Comparison:
-    """Let bare vLLM, our actors and, if asked for, transformers take turns.
+    """Compare plain vLLM, our actors and, on request, transformers.
 
     Args:
         model: path of the model.
-        new_tokens: longest response.
+        new_tokens: maximum response length in tokens.
         rounds: runs of each.
         transformers: measure `generate` too, which is slow.
-        progress: told each speed.
+        progress: called with each speed.
 
     Returns:
-        Sampled tokens a second, bare vLLM's as the baseline.
+        Sampled tokens per second, with plain vLLM as the baseline.
     """
     config = bench_config(
         [
@@ -49,10 +49,10 @@ def bench_rollout(
     rows = generate(0, PROMPTS, "train")
     ids = load_tokenizer(config.model)([row["question"] for row in rows])["input_ids"]
     prompts = [Prompt(number, "", np.array(one, dtype=np.int32)) for number, one in enumerate(ids)]
-    with standing_trainer(config) as trainer:
+    with running_trainer(config) as trainer:
         threads = trainer.actor_groups.plan.workers["rollout"][0].threads
         environment = rollout_environment(config.rollout, threads=threads)
-        bare = ray.remote(BareSampler).options(num_cpus=0, runtime_env={"env_vars": environment}).remote(config)
+        plain = ray.remote(PlainEngines).options(num_cpus=0, runtime_env={"env_vars": environment}).remote(config)
 
         def ours() -> float:
             started = time.perf_counter()
@@ -60,19 +60,19 @@ def bench_rollout(
             return sum(len(rollout.response_ids) for rollout in rollouts) / (time.perf_counter() - started)
 
         contenders: dict[str, Callable[[], float]] = {
-            "bare vLLM": lambda: float(ray.get(bare.vllm.remote(ids))),
+            "plain vLLM": lambda: float(ray.get(plain.vllm.remote(ids))),
             "rayrlhf rollout actor": ours,
         }
         if transformers:
-            contenders["transformers generate"] = lambda: float(ray.get(bare.transformers.remote(ids)))
+            contenders["transformers generate"] = lambda: float(ray.get(plain.transformers.remote(ids)))
         for warm in contenders.values():
             warm()
         title = f"{PROMPTS} responses of at most {new_tokens} tokens, {model}, {threads} threads"
         return compare(title, "tokens/s", contenders, rounds, progress)
 
 
-class BareSampler:
-    """The samplers that we stand beside, in a process of their own."""
+class PlainEngines:
+    """The engines of the comparison, in their own process."""
 
     def __init__(self, config: PPOConfig) -> None:
         """Start vLLM and load the model."""
@@ -91,13 +91,13 @@ class BareSampler:
             max_model_len=config.rollout.max_model_length,
             kv_cache_memory_bytes=GIB,
             enforce_eager=True,
-            enable_chunked_prefill=False,  # vLLM 0.32 cannot cut the prompt of a request with a seed on a CPU
+            enable_chunked_prefill=False,  # vLLM 0.32 cannot split the prompt of a request with a seed on a CPU
             max_num_batched_tokens=PREFILL_TOKENS,
             disable_log_stats=True,
         )
 
     def vllm(self, prompts: Sequence[Sequence[int]]) -> float:
-        """Tokens a second of `LLM.generate` over all prompts, each with a seed and log-probs as a rollout has them."""
+        """Return tokens per second of `LLM.generate`, with seeds and log-probs as in rollouts."""
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
 
@@ -110,7 +110,7 @@ class BareSampler:
         return sum(len(one.outputs[0].token_ids) for one in found) / (time.perf_counter() - started)
 
     def transformers(self, prompts: Sequence[Sequence[int]]) -> float:
-        """Tokens a second of `generate` on the left-padded batch; tokens after a response's end do not count."""
+        """Return tokens per second of `generate`, up to the end of each response."""
         import torch
 
         longest = max(len(ids) for ids in prompts)

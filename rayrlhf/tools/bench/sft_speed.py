@@ -1,10 +1,10 @@
-"""`rayrlhf bench sft`: training tokens a second of our SFT and of TRL's `SFTTrainer`, on the same model, texts and cores.
+"""`rayrlhf bench sft`: training tokens per second of our SFT and TRL's `SFTTrainer`.
 
-Both train all tokens of the same texts with AdamW, in turns, every run in a process of its own. What is timed is optimizer
-steps after the first, with everything that a run does between them; loading and tokenizing are not. A token counts once,
-however it was padded. TRL runs without gradient checkpointing, which it has on by default and which would make it slower.
-How a step is cut into micro-batches is each trainer's own: TRL pads its eight samples to the longest or, with packing, lays its
-packs end to end in one row, whose attention costs a CPU the square of the whole row; ours attends sample by sample.
+Both train on all tokens of the same texts with AdamW, alternately, every run in its own process. Timed are the optimizer steps
+after the first, with everything between them, but without loading and tokenizing. Padding does not count. TRL runs without
+gradient checkpointing, which is on by default and would make it slower. Each trainer forms its own micro-batches: TRL pads its
+eight samples to the longest or, with packing, concatenates its packs in one row, whose attention on a CPU costs the square of
+the whole row; ours attends sample by sample.
 """
 
 import tempfile
@@ -40,18 +40,18 @@ MODEL = "builtin:tiny"
 """3.2 million parameters."""
 BATCH, MAX_LENGTH, LEARNING_RATE = 8, 1024, 1e-4
 PADDED_TOKENS, PACK_TOKENS = MAX_LENGTH, 4096
-"""Of our micro-batches. Padded ones hold samples of like lengths: 1 % of their tokens is padding here, and would be 40 %
-with all eight samples padded to the longest. Packs have none."""
-MEDIAN_CHARACTERS, SPREAD = 480, 0.45
-"""Of a log-normal distribution of lengths: close to those of GSM8K's questions with their solutions."""
+"""Maximum tokens of our micro-batches. Padded ones hold samples of similar length: 1 % of their tokens is padding here, and
+would be 40 % with all eight samples padded to the longest. Packs have none."""
+MEDIAN_CHARACTERS, DEVIATION = 480, 0.45
+"""Median and log standard deviation of the lengths, close to those of GSM8K's questions with solutions."""
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
-    """Return texts of GSM8K's lengths, made of the built-in word problems."""
+    """Return texts of GSM8K's lengths, from built-in word problems."""
     generator = np.random.default_rng(seed)
     rows = iter(generate(seed, 8 * count, "train"))
     made = []
-    for length in np.exp(generator.normal(np.log(MEDIAN_CHARACTERS), SPREAD, count)).clip(120, MAX_LENGTH - 2):
+    for length in np.exp(generator.normal(np.log(MEDIAN_CHARACTERS), DEVIATION, count)).clip(120, MAX_LENGTH - 2):
         text = ""
         while len(text) < length and (row := next(rows, None)) is not None:
             text += f"{row['question']}\n{row['solution']}\n"
@@ -66,10 +66,10 @@ def bench_sft(
 
     Args:
         precision: compute precision of both.
-        packing: lay samples end to end. A step is then about `BATCH` x `MAX_LENGTH` tokens for both, else `BATCH` samples.
+        packing: pack samples. A step is then about `BATCH` x `MAX_LENGTH` tokens for both, else `BATCH` samples.
         rounds: runs of each.
         steps: optimizer steps of a run after the first, which is not timed.
-        progress: told each speed.
+        progress: called with each speed.
 
     Raises:
         UserError: TRL is not installed.
@@ -88,7 +88,7 @@ def bench_sft(
 
 
 def _run_ours(written: list[str], precision: Precision, packing: bool, steps: int) -> float:
-    """Take the steps as a worker does, numbers written to a run folder included."""
+    """Take the steps as a worker does, including metrics in a run folder."""
     join(ProcessGroupSpec(0, 1, "127.0.0.1", _free_port()))
     train = SupervisedTrainSection(
         learning_rate=LEARNING_RATE,
@@ -162,7 +162,7 @@ def _run_trl(written: list[str], precision: Precision, packing: bool, steps: int
 
 
 class _StepClock:
-    """When TRL's steps ended, and how many tokens each had."""
+    """End times and token counts of TRL's steps."""
 
     def __init__(self) -> None:
         self._ends: list[float] = []
@@ -187,7 +187,7 @@ class _StepClock:
         return counted
 
     def tokens_per_second(self, steps: int) -> float:
-        """Over the steps after the first. Batches are collated in the order of the steps, some ahead of them."""
+        """Return the speed after the first step; batches are collated in step order, some ahead."""
         return sum(self._tokens[1 : steps + 1]) / (self._ends[steps] - self._ends[0])
 
 

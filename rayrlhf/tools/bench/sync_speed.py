@@ -1,7 +1,7 @@
-"""`rayrlhf bench sync`: seconds of a weight sync, of copying as many bytes in memory, and of the transport alone.
+"""`rayrlhf bench sync`: weight sync compared with a memory copy and with transport alone.
 
-The transport is everything but vLLM's own loading: the policy's stream of buckets, the object store, and a reader that touches
-every page of it, in one process and in four. Reading every byte is what loading does, and would measure cores, not transport.
+The transport is everything except vLLM's loading: the policy's stream of buckets, the object store, and a reader that touches
+every page of it, in one process and in four. Reading every byte is part of loading, and would measure cores, not transport.
 """
 
 import time
@@ -13,14 +13,14 @@ import ray
 
 from rayrlhf.actors.remote import Ref
 from rayrlhf.ppo.trainer import PPOTrainer
-from rayrlhf.tools.bench.bench_trainer import bench_config, standing_trainer
+from rayrlhf.tools.bench.bench_trainer import bench_config, running_trainer
 from rayrlhf.tools.bench.paired import Comparison, compare
 from rayrlhf.weight_sync.buckets import SharedTensor
 from rayrlhf.weight_sync.object_store import BUCKET_BYTES
 
 READERS = 4
 PAGE = 4096
-"""Bytes of a page of memory, or a part of it."""
+"""Bytes of a memory page, or a part of one."""
 COPY, ONE, MANY, WHOLE = (
     "copy in memory",
     "transport to 1 reader",
@@ -30,26 +30,26 @@ COPY, ONE, MANY, WHOLE = (
 
 
 def bench_sync(model: str, *, rounds: int, progress: Callable[[str], None] = lambda _: None) -> Comparison:
-    """Measure how many bytes a second each way carries.
+    """Measure the throughput of each method.
 
     Args:
         model: path of the model.
-        rounds: runs of each way.
-        progress: told each speed.
+        rounds: runs of each method.
+        progress: called with each speed.
 
     Returns:
-        MiB a second of weights, a plain copy as the baseline. Seconds are in the title.
+        MiB of weights per second, with a plain copy as the baseline. Seconds are in the title.
     """
     config = bench_config([f"model.path={model}", "rollout={max_new_tokens: 8, max_model_length: 128, memory_gib: 0.25}"])
-    with standing_trainer(config) as trainer:
+    with running_trainer(config) as trainer:
         readers = [ray.remote(Reader).options(num_cpus=0).remote() for _ in range(READERS)]
-        stand = _Stand(trainer, readers)
-        size = stand.measure_size()
+        measured = _Measured(trainer, readers)
+        size = measured.measure_size()
         contenders: dict[str, Callable[[], float]] = {
             COPY: lambda: _copy(size),
-            ONE: lambda: size / stand.transport(1),
-            MANY: lambda: size / stand.transport(READERS),
-            WHOLE: lambda: size / stand.sync(),
+            ONE: lambda: size / measured.transport(1),
+            MANY: lambda: size / measured.transport(READERS),
+            WHOLE: lambda: size / measured.sync(),
         }
         for warm in contenders.values():
             warm()
@@ -69,20 +69,20 @@ class Reader:
         return float(sum(float(tensor.data.reshape(-1).view(np.uint8)[::PAGE].max()) for tensor in bucket))
 
     def ready(self) -> None:
-        """Return once all buckets before it were read."""
+        """Return once all earlier buckets are read."""
 
 
 @dataclass(frozen=True)
-class _Stand:
+class _Measured:
     trainer: PPOTrainer
     readers: list[ray.actor.ActorHandle]
 
     def sync(self) -> float:
-        """Seconds of a whole sync."""
+        """Return the seconds of a whole sync."""
         return self.trainer.sync(self.trainer.weight_version + 1).seconds
 
     def transport(self, readers: int) -> float:
-        """Seconds until the first so many readers have read everything."""
+        """Return the seconds until this number of readers have read everything."""
         started = time.perf_counter()
         for bucket in self._buckets():
             for reader in self.readers[:readers]:
@@ -91,7 +91,7 @@ class _Stand:
         return time.perf_counter() - started
 
     def measure_size(self) -> int:
-        """Bytes of all buckets."""
+        """Return the bytes of all buckets."""
         return sum(tensor.data.nbytes for bucket in self._buckets() for tensor in ray.get(bucket))
 
     def _buckets(self) -> Iterator[Ref[list[SharedTensor]]]:
@@ -99,7 +99,7 @@ class _Stand:
 
 
 def _copy(size: int) -> float:
-    """Bytes a second of a copy between two arrays that were touched before."""
+    """Return bytes per second of a copy between two preallocated, touched arrays."""
     source, target = np.ones(size, dtype=np.uint8), np.zeros(size, dtype=np.uint8)
     started = time.perf_counter()
     np.copyto(target, source)

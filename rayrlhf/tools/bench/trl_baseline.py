@@ -1,4 +1,4 @@
-"""TRL's last release with a PPO trainer, in a folder of its own beside the installed packages it works with."""
+"""TRL's last release with a PPO trainer, installed in a separate folder."""
 
 import json
 import os
@@ -19,10 +19,10 @@ RELEASE = "1.12.0"
 
 
 def installed_trl(progress: Callable[[str], None]) -> tuple[str, Path]:
-    """Install the release where it is not yet, without its dependencies: both sides then run on the same torch.
+    """Install the release if missing, without dependencies, so that both use the same torch.
 
     Returns:
-        Its version, and the folder that holds it, for `PYTHONPATH`.
+        Its version, and its folder, for `PYTHONPATH`.
 
     Raises:
         UserError: pip could not install it.
@@ -39,7 +39,7 @@ def installed_trl(progress: Callable[[str], None]) -> tuple[str, Path]:
 
 
 def run_trl(work: PPOWork, folder: Path) -> float:
-    """Run TRL's trainer where its own release is found first."""
+    """Run TRL's trainer with its own release first on the path; returns steps per hour."""
     script = Path(__file__).with_name("trl_ppo.py")
     job = json.dumps(asdict(work) | {"token_ids": work.token_ids()})
     environment = os.environ | {"PYTHONPATH": str(folder), "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}

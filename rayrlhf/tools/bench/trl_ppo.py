@@ -1,7 +1,7 @@
-"""TRL's PPOTrainer on one job, as a script: it runs in an interpreter that finds that release of TRL first.
+"""Script that runs TRL's PPOTrainer, with its release first on the path.
 
-Reads a job as JSON from standard input (the fields of `PPOWork` and `token_ids`); the last line it prints is a JSON list with
-the seconds of each update after the first.
+Reads a job as JSON from standard input (the fields of `PPOWork` and `token_ids`). The last line of its output is a JSON list
+with the seconds of each update after the first.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def run(job: dict[str, Any]) -> list[float]:
-    """Train as many updates as the job says, and return the seconds of each after the first."""
+    """Train the job's number of updates; returns the seconds of each after the first."""
     import torch
     from datasets import Dataset, disable_progress_bars
     from transformers import (

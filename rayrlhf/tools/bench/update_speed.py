@@ -1,8 +1,8 @@
-"""`rayrlhf bench train`: tokens a second of an optimizer step of our policy actor and of a bare torch step on the same samples.
+"""`rayrlhf bench train`: optimizer step of our policy actor compared with plain torch.
 
-Both hold float32 weights, compute in autocast where the precision is bfloat16, use torch's fused AdamW and all threads, and
-stay up between runs; one works at a time. The bare step pads rows of like length together and applies the output layer from the
-shortest prompt's end on; its loss is a mean of squares, which costs nothing beside ours.
+Both have float32 weights, use autocast for bfloat16, torch's fused AdamW and all threads, and are kept alive between runs; one
+works at a time. The plain step pads rows of similar length together and applies the output layer from the shortest prompt's end
+on; its loss is a mean of squares, of negligible cost.
 """
 
 import time
@@ -21,31 +21,31 @@ from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
 from rayrlhf.ppo.update_objectives import make_objectives
-from rayrlhf.tools.bench.bench_trainer import bench_config, standing_trainer
+from rayrlhf.tools.bench.bench_trainer import bench_config, running_trainer
 from rayrlhf.tools.bench.paired import Comparison, compare
 
 MAX_PROBLEMS = 8
-"""Of one sample: some 300 tokens."""
+"""Maximum word problems per sample: some 300 tokens."""
 
 
 def bench_training(model: str, *, samples: int, rounds: int, progress: Callable[[str], None] = lambda _: None) -> Comparison:
-    """Let the bare step and ours take turns.
+    """Compare a plain torch step with ours.
 
     Args:
         model: path of the policy.
         samples: of one optimizer step.
         rounds: steps of each.
-        progress: told each speed.
+        progress: called with each speed.
 
     Returns:
-        Prompt and response tokens a second, the bare step's as the baseline.
+        Prompt and response tokens per second, with the plain step as the baseline.
     """
     config = bench_config([f"model.path={model}", "rollout={max_new_tokens: 8, max_model_length: 128, memory_gib: 0.25}"])
     batch = word_problem_batch(config, samples)
     tokens = sum(batch.lengths)
-    with standing_trainer(config) as trainer:
+    with running_trainer(config) as trainer:
         threads = trainer.actor_groups.plan.workers["policy"][0].threads
-        bare = ray.remote(BareTrainer).options(num_cpus=0).remote(config, list(batch.sequences), threads)
+        plain = ray.remote(PlainTrainer).options(num_cpus=0).remote(config, list(batch.sequences), threads)
         objective = make_objectives(config)["policy"]
         plan = UpdatePlan([[list(range(samples))]])
         reference = put(batch)
@@ -57,7 +57,7 @@ def bench_training(model: str, *, samples: int, rounds: int, progress: Callable[
             return tokens / (time.perf_counter() - started)
 
         contenders: dict[str, Callable[[], float]] = {
-            "bare torch step": lambda: float(ray.get(bare.speed.remote())),
+            "plain torch step": lambda: float(ray.get(plain.speed.remote())),
             "rayrlhf policy update": ours,
         }
         for warm in contenders.values():
@@ -67,7 +67,7 @@ def bench_training(model: str, *, samples: int, rounds: int, progress: Callable[
 
 
 def word_problem_batch(config: PPOConfig, samples: int) -> TrainingBatch:
-    """Two to eight word problems a sample, their solutions as the response, and experience of the right shape."""
+    """Return two to eight word problems per sample, with synthetic experience."""
     tokenizer = load_tokenizer(config.model)
     problems = iter(generate(0, samples * MAX_PROBLEMS, "train"))
     sequences = []
@@ -85,11 +85,11 @@ def word_problem_batch(config: PPOConfig, samples: int) -> TrainingBatch:
     return TrainingBatch(sequences, arrays)
 
 
-class BareTrainer:
-    """The same model and optimizer with nothing around them, in a process of its own."""
+class PlainTrainer:
+    """The same model and optimizer in plain torch, in its own process."""
 
     ROWS = 4
-    """Of a forward, at most."""
+    """Maximum rows of a forward pass."""
 
     def __init__(self, config: PPOConfig, sequences: list[TokenSequence], threads: int) -> None:
         """Load the model and pad the sequences."""
@@ -103,7 +103,7 @@ class BareTrainer:
         self._batches = [rows[start : start + self.ROWS] for start in range(0, len(rows), self.ROWS)]
 
     def speed(self) -> float:
-        """Tokens a second of one optimizer step."""
+        """Return tokens per second of one optimizer step."""
         started = time.perf_counter()
         self._optimizer.zero_grad()
         for batch in self._batches:

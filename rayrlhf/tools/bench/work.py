@@ -1,4 +1,4 @@
-"""The PPO job that every contender of the benchmarks runs."""
+"""PPO job of the benchmarks, the same for every contender."""
 
 import json
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ MIN_CHARACTERS, MAX_CHARACTERS = 32, 96
 
 @dataclass(frozen=True, slots=True)
 class PPOWork:
-    """What every contender does.
+    """A PPO job.
 
     Attributes:
         policy: path of the policy, reference and (with a new head) critic; a folder.
         reward: path of a sequence classifier of one label; a folder.
-        precision: what is computed in; weights and optimizer stay in float32.
+        precision: compute precision; weights and optimizer stay in float32.
         prompts: prompts of a step, one response each, all in one mini-batch.
-        new_tokens: longest response.
-        epochs: optimizer steps on a batch.
+        new_tokens: maximum response length in tokens.
+        epochs: optimizer steps per batch.
         updates: timed PPO steps.
-        lora: rank of adapters on all linear layers of the policy, whose reference is then itself without them; 0 for none.
+        lora: rank of adapters on all linear layers of the policy, whose reference is then the policy without them; 0 for none.
     """
 
     policy: str
@@ -43,19 +43,19 @@ class PPOWork:
     lora: int = 0
 
     def texts(self) -> list[str]:
-        """The prompts of all steps, the first included."""
+        """Return the prompts of all steps, the first included."""
         count = self.prompts * (self.updates + 1)
         lengths = np.random.default_rng(0).integers(MIN_CHARACTERS, MAX_CHARACTERS + 1, count)
         rows = zip(generate(0, count, "train"), lengths, strict=True)
         return [f"{row['solution']} {row['question']}"[-length:] for row, length in rows]
 
     def token_ids(self) -> list[list[int]]:
-        """The prompts as the policy's tokenizer reads them."""
+        """Return the prompts as token ids."""
         ids: list[list[int]] = load_tokenizer(self.config("none", Path()).model)(self.texts())["input_ids"]
         return ids
 
     def config(self, critic: str, folder: Path) -> PPOConfig:
-        """The same work as a configuration of ours."""
+        """Return the job as a configuration."""
         adapters = f", lora: {{rank: {self.lora}, alpha: {2 * self.lora}}}" if self.lora else ""
         own_critic = {
             "separate": [f"critic={{kind: separate, model: {{path: {json.dumps(self.policy)}, dtype: {self.precision}}}}}"]

@@ -1,1 +1,1 @@
-"""Whether this machine can run what is installed on it: facts are gathered once, checks on them are pure."""
+"""`rayrlhf doctor`: checks of this machine; facts are gathered once, checks are pure."""

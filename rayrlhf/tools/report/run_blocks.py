@@ -1,4 +1,4 @@
-"""Blocks that only the page of a run needs: charts beside each other, what to know first, folded texts, tokens in color."""
+"""Page blocks of run reports: chart grids, notices, folded texts, colored tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from typing import Literal
 from rayrlhf.observe.html.page import Block, Chart, Ids, preformatted
 
 KL_STEPS = (0.05, 0.25, 1.0)
-"""Nats a token from which its color is faint, clear and strong."""
+"""Thresholds in nats per token of faint, clear and strong color."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChartGrid:
-    """Charts beside each other, as many as the window has room for."""
+    """Charts in a grid that adapts to the window's width."""
 
     blocks: Sequence[Chart]
 
@@ -24,7 +24,7 @@ class ChartGrid:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something to know before reading on: a title, lines, and how much it matters."""
+    """A highlighted message: severity, title, lines."""
 
     kind: Literal["good", "info", "warning", "bad"]
     title: str
@@ -39,7 +39,7 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """A long text, or blocks, behind a line that opens them."""
+    """A collapsible long text or list of blocks."""
 
     title: str
     text: str = ""
@@ -53,12 +53,12 @@ class Folded:
 
 @dataclass(frozen=True, slots=True)
 class CurveControls:
-    """The handles of all curves on the page: how smooth, and whether the other run is drawn."""
+    """Controls of all curves: smoothing, and visibility of the other run."""
 
     other: str | None
 
     def html(self, ids: Ids) -> str:
-        """Return the handles."""
+        """Return the controls."""
         slider = '<label>smoothing <input type="range" id="smoothing" min="0" max="0.98" step="0.02" value="0.6"></label>'
         box = "" if self.other is None else f'<label><input type="checkbox" id="compare" checked> {escape(self.other)}</label>'
         return f'<div class="tools">{slider}{box}</div>'
@@ -66,13 +66,13 @@ class CurveControls:
 
 @dataclass(frozen=True, slots=True)
 class ColoredTokens:
-    """A response whose tokens are colored by how far the policy has moved from the reference at each.
+    """A response with tokens colored by their KL from the reference.
 
     Attributes:
         facts: about the response, one line.
-        prompt: what was asked.
+        prompt: text of the prompt.
         tokens: the response's tokens as text.
-        kl: policy's log-prob minus the reference's for each token, nats; equally many.
+        kl: log-prob of the policy minus that of the reference for each of `tokens`, in nats.
     """
 
     facts: Sequence[str]
@@ -93,21 +93,21 @@ class ColoredTokens:
 
 @dataclass(frozen=True, slots=True)
 class TokenLegend:
-    """What the colors of tokens mean."""
+    """Legend of token colors."""
 
     def html(self, ids: Ids) -> str:
         """Return the legend."""
         faint, clear, strong = KL_STEPS
-        parts = [("up", "likelier than under the reference"), ("down", "less likely")]
+        parts = [("up", "more likely than under the reference"), ("down", "less likely")]
         keys = "".join(
             f'<span><span class="{kind}-1">{faint:g}</span><span class="{kind}-2">{clear:g}</span>'
             f'<span class="{kind}-3">{strong:g}</span> {words}</span>'
             for kind, words in parts
         )
-        return f'<p class="note legend">{keys}<span>nats a token, from</span></p>'
+        return f'<p class="note legend">{keys}<span>nats per token or more</span></p>'
 
 
 def kl_class(value: float) -> str:
-    """Return the style class of a token: `up` or `down` and its strength, `level` for hardly any difference."""
+    """Return the style class of a token: `up-N`, `down-N`, or `level` near 0."""
     strength = sum(abs(value) >= step for step in KL_STEPS)
     return f"{'up' if value > 0 else 'down'}-{strength}" if strength else "level"

@@ -1,4 +1,4 @@
-"""The curves of a run, alone or over those of another one, and what is derived for them."""
+"""Report sections of curves, alone or compared with another run, and derived metrics."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -22,7 +22,7 @@ from rayrlhf.tools.report.run_view import RunView, all_names
 
 
 def curve_sections(view: RunView, other: RunView | None) -> Iterator[Block]:
-    """The run's curves by groups, with the other run's where it has them, and a table of all metrics."""
+    """Yield the run's curves by group, with those of the other run, and all metrics."""
     views = [view] if other is None else [view, other]
     every = [with_derived(each) for each in views]
     names = list(dict.fromkeys(name for series in every for name in series))
@@ -43,7 +43,7 @@ def curve_sections(view: RunView, other: RunView | None) -> Iterator[Block]:
 
 
 def with_derived(view: RunView) -> dict[str, Series]:
-    """Return the run's series and those that follow from several of them."""
+    """Return the run's series and derived ones."""
     series = dict(view.series)
     if STEP_TIME in series and EPISODES in series:
         responses = per_step(_from_start(series[EPISODES]))
@@ -60,21 +60,21 @@ def staleness(rollouts: Sequence[Mapping[str, Any]], versions: Series | None) ->
     """Return the mean staleness of the sampled rollouts of each step.
 
     Args:
-        rollouts: rows with `step` and `version`, the weight version that sampled the last of it.
-        versions: the version that each step made; what it trained is the version that the step before it made.
+        rollouts: rows with `step` and `version`, the newest weight version of the response.
+        versions: the version produced by each step, which the next step trains.
     """
     trained = dict(zip(versions.steps[1:], versions.values, strict=False)) if versions else {}
-    behind: dict[int, list[float]] = {}
+    lags: dict[int, list[float]] = {}
     for row in rollouts:
         step, version = row.get("step"), row.get("version")
         if isinstance(step, int) and isinstance(version, int) and step in trained:
-            behind.setdefault(step, []).append(max(0.0, trained[step] - version))
-    steps = sorted(behind)
-    return Series(steps, [sum(behind[step]) / len(behind[step]) for step in steps])
+            lags.setdefault(step, []).append(max(0.0, trained[step] - version))
+    steps = sorted(lags)
+    return Series(steps, [sum(lags[step]) / len(lags[step]) for step in steps])
 
 
 def curve_figure(curve: Curve, every: Sequence[Mapping[str, Series]], labels: Sequence[str]) -> Figure:
-    """Return one metric's figure: a trace a run that has it, thin points and means to smooth."""
+    """Return one metric's figure: a trace per run, with points and means for smoothing."""
     data = []
     for place, (series, label) in enumerate(zip(every, labels, strict=True)):
         if curve.metric not in series:
@@ -86,7 +86,7 @@ def curve_figure(curve: Curve, every: Sequence[Mapping[str, Series]], labels: Se
 
 
 def run_labels(views: Sequence[RunView]) -> list[str]:
-    """Return the names of the runs, with the folder above them that differs where the names do not tell them apart."""
+    """Return distinct run names, with a differing parent folder if the names are equal."""
     names = [view.name for view in views]
     if len(set(names)) == len(names):
         return names
@@ -96,7 +96,7 @@ def run_labels(views: Sequence[RunView]) -> list[str]:
 
 
 def _from_start(total: Series) -> Series:
-    """A running total with the 0 that it began with one step before its first value."""
+    """Prepend the initial 0 of a running total, one step before its first value."""
     return Series([total.steps[0] - 1, *total.steps], [0.0, *total.values])
 
 

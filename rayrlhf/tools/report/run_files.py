@@ -1,7 +1,7 @@
-"""Reading a run folder as a guest: nothing is written, nothing is locked, and no file has to be there, whole or right.
+"""Tolerant readers of run folders: no writes, no locks, every file optional.
 
-A run may still be going, may have been killed in the middle of a line, and may lie on storage that another machine writes. What
-cannot be read is therefore left out and counted, so that the page can say so.
+A run may be active, may have been killed in the middle of a line, and may be on storage that another machine writes. Unreadable
+content is therefore left out and counted, so that the page can report it.
 """
 
 import json
@@ -23,8 +23,8 @@ class MetricsTail:
     """Follows a `metrics.jsonl` that grows.
 
     Attributes:
-        damaged: whole lines so far that were no JSON object with a step.
-        torn: whether the file ends in a half-written line now.
+        damaged: number of complete lines that were not JSON objects with a step.
+        torn: True while the file ends in an incomplete line.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,9 +33,9 @@ class MetricsTail:
         self._offset, self._identity = 0, -1
 
     def read(self) -> tuple[list[Row], bool]:
-        """Return the rows since the last call, finite numbers only, and whether they replace all earlier ones.
+        """Return new rows with finite numbers, and True if they replace all earlier ones.
 
-        A file that was replaced or cut (a run that went back to a checkpoint) is read from its beginning again.
+        A file that was replaced or truncated (a rollback to a checkpoint) is read from its beginning again.
         """
         try:
             with self.path.open("rb") as file:
@@ -63,7 +63,7 @@ class MetricsTail:
 
 
 def metrics_row(line: bytes) -> Row | None:
-    """Return a line's finite numbers by name, or None where it is no JSON object with a step."""
+    """Return a line's finite numbers by name; None for an invalid line."""
     try:
         parsed = json.loads(line)
     except (ValueError, RecursionError):
@@ -75,7 +75,7 @@ def metrics_row(line: bytes) -> Row | None:
 
 @dataclass(frozen=True, slots=True)
 class WorkSpan:
-    """One stretch of work in the trace; times in seconds since the epoch, `step` None where the trace does not say."""
+    """One span of the trace; times in seconds since the epoch, `step` None if unknown."""
 
     name: str
     actor: str
@@ -85,7 +85,7 @@ class WorkSpan:
 
 
 def read_spans(folder: Path) -> tuple[list[WorkSpan], int]:
-    """Return the spans of a run's `trace.json`, and the number of its lines that are no event. A missing file has neither."""
+    """Return the spans of a run's `trace.json`, and the number of invalid lines."""
     spans, actors, damaged = [], dict[int, str](), 0
     try:
         file = (folder / TRACE).open("rb")
@@ -111,7 +111,7 @@ def read_spans(folder: Path) -> tuple[list[WorkSpan], int]:
 
 
 def read_mapping(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return a YAML or JSON file's text and content; both are empty where it is missing, the content where it is damaged."""
+    """Return text and content of a YAML or JSON file; both may be empty."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -124,7 +124,7 @@ def read_mapping(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file; damaged lines and a missing file are passed over."""
+    """Return the objects of a JSON-lines file; invalid lines and a missing file are ignored."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:

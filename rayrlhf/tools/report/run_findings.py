@@ -1,4 +1,4 @@
-"""What the diagnostics find in a run, at its newest step and, of findings that went away again, when they were there."""
+"""Report section of diagnostic findings, current and resolved."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +11,7 @@ ALARM_PREFIX = "alarm/"
 
 
 def findings_section(view: RunView) -> Iterator[Block]:
-    """The findings with their evidence and remedy, alarms first; a sound run says so."""
+    """Yield findings with evidence and remedy, alarms first, or a notice that there are none."""
     if view.kind != "PPO" or not view.rows:
         return
     found = findings(view.rows)
@@ -19,15 +19,15 @@ def findings_section(view: RunView) -> Iterator[Block]:
     for finding in found:
         yield notice(finding)
     if not found:
-        yield Notice("good", f"None of the {len(CHECKS)} checks finds anything at the newest step")
+        yield Notice("good", f"None of the {len(CHECKS)} checks has a finding at the newest step")
     earlier = earlier_alarms(view, found)
     if earlier:
-        yield Paragraph("Written down during the run, and over at its newest step:")
+        yield Paragraph("Recorded during the run, and resolved at its newest step:")
         yield DataTable(["finding", "steps", "first step", "last step"], earlier)
 
 
 def notice(finding: Finding) -> Notice:
-    """Return a finding as a notice: its name, what shows it, and what to try."""
+    """Return a finding as a notice with name, evidence and remedy."""
     title = f"{finding.name.replace('_', ' ').capitalize()}, since step {finding.since_step:,}"
     return Notice(
         "bad" if finding.severity == "alarm" else "warning",
@@ -37,7 +37,7 @@ def notice(finding: Finding) -> Notice:
 
 
 def earlier_alarms(view: RunView, found: Sequence[Finding]) -> list[tuple[str, int, int, int]]:
-    """Return (finding, number of steps, first, last) of those that the run wrote down and that are not found at its end."""
+    """Return (finding, number of steps, first, last) of recorded findings that are resolved."""
     present = {finding.name for finding in found}
     earlier = []
     for name, series in sorted(view.series.items()):

@@ -1,6 +1,6 @@
-"""The page of a run: what it was, how it went, what to look at, from the folder it left. One template for every kind of run.
+"""Report page of a run folder, for every kind of run.
 
-`rayrlhf report` writes it as a file and `rayrlhf watch --serve` keeps it up to date; both show the same blocks.
+`rayrlhf report` writes it as a file and `rayrlhf watch --serve` keeps it current; both show the same blocks.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,19 +24,19 @@ HEADLINES = (
     ("loss", "training loss"),
     ("evaluation/loss", "held-out loss"),
     ("evaluation/accuracy", "held-out accuracy"),
-    ("objective/kl", "KL, nats a response"),
-    ("policy/entropy_avg", "entropy, nats a token"),
+    ("objective/kl", "KL, nats per response"),
+    ("policy/entropy_avg", "entropy, nats per token"),
     ("tokens/responses_len_mean", "response length"),
 )
-"""Metrics whose first and last values head the page."""
+"""Metrics whose first and last values are at the top of the page."""
 
 
 def write_run_report(folder: Path, *, compare: Path | None = None, output: Path | None = None) -> Path:
-    """Write a run's page as one file that opens offline; returns its path.
+    """Write a run's page as a self-contained HTML file; returns its path.
 
     Args:
-        folder: the run folder; only read, except for the page itself where `output` is not given.
-        compare: another run folder, whose curves and settings are shown beside this one's.
+        folder: the run folder; only read, except for the default output.
+        compare: another run folder, whose curves and settings are shown for comparison.
         output: the file; `report.html` in the run folder when None.
 
     Raises:
@@ -53,7 +53,7 @@ def write_run_report(folder: Path, *, compare: Path | None = None, output: Path 
 
 
 def live_page(folder: Path, *, max_rollouts: int) -> str:
-    """Return a run's page for a server that keeps it up to date.
+    """Return a run's page for the live server.
 
     Raises:
         UserError: the folder holds no run.
@@ -65,7 +65,7 @@ def page_of(view: RunView, other: RunView | None = None) -> tuple[str, str, list
     """Return title, subtitle and blocks of a run's page."""
     blocks: list[Block] = [_state(view)]
     if view.missing:
-        blocks.append(Notice("info", "Not all of this run can be shown", view.missing))
+        blocks.append(Notice("info", "Parts of this run cannot be shown", view.missing))
     blocks.append(Tiles(_figures(view)))
     blocks += findings_section(view)
     blocks += _comparison(view, other)
@@ -101,12 +101,12 @@ def _figures(view: RunView) -> list[tuple[str, str]]:
         elif series:
             figures.append((label, _short(series.last)))
     derived = with_derived(view)
-    for metric, label in (("derived/seconds_per_response", "s a response"), ("memory/peak_gib", "GiB at the peak")):
+    for metric, label in (("derived/seconds_per_response", "seconds per response"), ("memory/peak_gib", "GiB at the peak")):
         if metric in derived:
             figures.append((label, _short(derived[metric].last)))
     times = view.series.get("time/step")
     if times:
-        figures.append(("in steps", duration(sum(times.values))))
+        figures.append(("total step time", duration(sum(times.values))))
     score = view.result.get("score")
     if isinstance(score, dict) and all(isinstance(score.get(key), int | float) for key in ("mean", "low", "high")):
         figures.append(("mean score, 95 % interval", f"{score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"))
@@ -116,7 +116,7 @@ def _figures(view: RunView) -> list[tuple[str, str]]:
 def _comparison(view: RunView, other: RunView | None) -> Iterator[Block]:
     if other is None:
         return
-    yield Heading("Against the other run")
+    yield Heading("Comparison with the other run")
     this_label, other_label = run_labels([view, other])
     yield Paragraph(f"{other_label} is drawn dashed ({other.state.words()}).")
     rows = [
@@ -144,16 +144,16 @@ def _recovery(view: RunView) -> Iterator[Block]:
 def _what_ran(view: RunView) -> Iterator[Block]:
     if not view.config_text and not view.environment:
         return
-    yield Heading("What was run, and on what")
+    yield Heading("Configuration and environment")
     facts = [(key, _plain(value)) for key, value in flat(view.environment).items()]
     if facts:
-        yield DataTable(["environment", "found"], facts)
+        yield DataTable(["environment", "value"], facts)
     if view.config_text:
         yield Folded("config.yaml", view.config_text)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return a tree of settings as dotted key -> value, as YAML would write the value."""
+    """Return a tree of settings as dotted key -> value in YAML syntax."""
     leaves: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""A sample of a run's rollouts that fits on a page, and how many there are in all.
+"""A subset of a run's rollouts for a page, and their total number.
 
-The rows come from files spread evenly over the run (the first and the last always among them), because one file a step would be
-slow to read and too much to look at; the number of all rows stands in the files' footers and costs little. Texts are cut.
+The rows come from evenly spaced files of the run, first and last included, because reading one file per step would be slow and
+the page too long. The total is the sum of the files' footers, which are cheap to read. Long texts are truncated.
 """
 
 import math
@@ -18,12 +18,12 @@ MAX_FILES = 120
 
 @dataclass(frozen=True, slots=True)
 class SampledRollouts:
-    """What was taken from a folder of samples.
+    """Rows selected from a folder of samples.
 
     Attributes:
-        rows: in the order of steps; texts cut, numbers finite or None.
+        rows: in step order; texts truncated, numbers finite or None.
         total: rows in all readable files.
-        unreadable: files that are no Parquet.
+        unreadable: number of files that are not Parquet.
     """
 
     rows: Sequence[dict[str, Any]] = ()
@@ -32,7 +32,7 @@ class SampledRollouts:
 
 
 def sample_rollouts(folder: Path, max_rows: int) -> SampledRollouts:
-    """Take at most `max_rows` rows of a samples folder, spread evenly over its files; a missing folder has none."""
+    """Select at most `max_rows` rows, evenly over the files of a samples folder."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -44,7 +44,7 @@ def sample_rollouts(folder: Path, max_rows: int) -> SampledRollouts:
         except (OSError, pa.ArrowException):
             unreadable += 1
     filled = [path for path, count in counts.items() if count]
-    chosen = [filled[place] for place in spread(len(filled), min(MAX_FILES, max_rows))]
+    chosen = [filled[place] for place in evenly_spaced(len(filled), min(MAX_FILES, max_rows))]
     rows: list[dict[str, Any]] = []
     for number, path in enumerate(chosen):
         share = max_rows * (number + 1) // len(chosen) - max_rows * number // len(chosen)
@@ -53,12 +53,12 @@ def sample_rollouts(folder: Path, max_rows: int) -> SampledRollouts:
         except (OSError, pa.ArrowException):
             unreadable += 1
             continue
-        rows += [plain_row(row) for row in table.take(spread(table.num_rows, share)).to_pylist()]
+        rows += [plain_row(row) for row in table.take(evenly_spaced(table.num_rows, share)).to_pylist()]
     return SampledRollouts(rows, sum(counts.values()), unreadable)
 
 
 def read_rollouts(path: Path, max_rows: int) -> list[dict[str, Any]]:
-    """Return the first rows of one samples file; none where it cannot be read."""
+    """Return the first rows of one samples file; [] if it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -68,27 +68,30 @@ def read_rollouts(path: Path, max_rows: int) -> list[dict[str, Any]]:
         return []
 
 
-def spread(count: int, most: int) -> list[int]:
-    """Return at most `most` of the places 0 to count - 1, evenly spread, ends included (the last alone where `most` is 1)."""
-    if count <= most:
+def evenly_spaced(count: int, limit: int) -> list[int]:
+    """Return at most `limit` evenly spaced indices in [0, count), first and last included.
+
+    For a limit of 1 it is the last index.
+    """
+    if count <= limit:
         return list(range(count))
-    if most < 2:
-        return [count - 1] * most
-    return [round(place * (count - 1) / (most - 1)) for place in range(most)]
+    if limit < 2:
+        return [count - 1] * limit
+    return [round(place * (count - 1) / (limit - 1)) for place in range(limit)]
 
 
 def plain_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Cut a row's texts and empty what is no finite number."""
+    """Truncate a row's texts, and replace non-finite numbers by None."""
     return {name: _plain(value) for name, value in row.items()}
 
 
 def reward_parts(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the names of the reward parts that any row has."""
+    """Return the names of all reward components in the rows."""
     return sorted({name for row in rows for name, value in row.items() if name.startswith(PART_PREFIX) and value is not None})
 
 
 def cut(text: str, characters: int = TEXT_CHARACTERS) -> str:
-    """Return the text, or its beginning and how much is left out."""
+    """Return the text, truncated with the number of omitted characters if it is long."""
     return text if len(text) <= characters else f"{text[:characters]} … [{len(text) - characters:,} more characters]"
 
 

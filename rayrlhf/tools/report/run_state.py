@@ -1,8 +1,8 @@
-"""Whether a run is finished, still going, or was left: told from what its folder shows, without touching it.
+"""State of a run (finished, running, stopped), inferred from its folder without changes.
 
-The driver's lock would tell, but trying to take it could make a run that starts in that moment refuse its own folder. The
-kernel's list of locks is only read; it knows this machine's processes. For a folder on shared storage that another machine
-writes, the age of the newest line against the usual time between lines has to do.
+Trying to take the driver's lock could make a run that starts at that moment reject its own folder. So the kernel's list of
+locks is read; it covers this machine's processes. For shared storage that another machine writes, the age of the newest line is
+compared with the usual time between lines.
 """
 
 import os
@@ -12,19 +12,19 @@ from typing import Literal
 
 State = Literal["finished", "running", "stopped", "empty"]
 QUIET_STEPS = 5
-"""Usual step times without a new line after which a run counts as left."""
+"""Number of usual step times without a new line after which a run counts as stopped."""
 QUIET_SECONDS = 120.0
-"""The least such silence."""
+"""Minimum of that time."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """How far a run is.
+    """State and progress of a run.
 
     Attributes:
-        state: `empty` before its first line of metrics, if nobody holds the folder.
+        state: `empty` before its first line of metrics, if no process holds the folder.
         step: last step with metrics; 0 before.
-        total: steps the run is to have; None where that is not known.
+        total: steps of the whole run; None if unknown.
     """
 
     state: State
@@ -36,8 +36,8 @@ class RunState:
         where = f"step {self.step:,}" + (f" of {self.total:,}" if self.total else "")
         return {
             "finished": f"finished after {self.step:,} steps",
-            "running": f"still going, at {where}",
-            "stopped": f"not finished, left at {where}",
+            "running": f"running, at {where}",
+            "stopped": f"not finished, stopped at {where}",
             "empty": "no step yet",
         }[self.state]
 
@@ -49,10 +49,10 @@ def judge(
 
     Args:
         step: last step with metrics; 0 for none.
-        total: steps it is to have, if known.
-        exported: whether its model or result is there.
-        locked: whether a process of this machine holds the folder.
-        quiet_seconds: age of the newest line; None where there is none.
+        total: steps of the whole run, if known.
+        exported: its model or result exists.
+        locked: a process of this machine holds the folder.
+        quiet_seconds: age of the newest line; None without one.
         step_seconds: usual seconds of a step, if known.
     """
     if locked:
@@ -66,7 +66,7 @@ def judge(
 
 
 def is_locked(path: Path, locks: Path = Path("/proc/locks")) -> bool:
-    """Whether a process of this machine holds a lock on a file; False where the system does not tell."""
+    """Return True if a process of this machine holds a lock on the file."""
     try:
         status, text = path.stat(), locks.read_text()
     except OSError:

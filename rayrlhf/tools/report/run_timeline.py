@@ -1,4 +1,4 @@
-"""The time of a run: its last steps role by role, who waited for whom, and the phases' seconds over all steps."""
+"""Report section of times: last steps by role, waiting shares, seconds per phase."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,7 +14,7 @@ NO_PHASES = {"time/step"}
 
 
 def timeline_section(view: RunView) -> Iterator[Block]:
-    """The time of the run, as far as it was written down."""
+    """Yield the recorded times of the run."""
     phases = {
         name.removeprefix(PHASE_PREFIX): series
         for name, series in view.series.items()
@@ -22,7 +22,7 @@ def timeline_section(view: RunView) -> Iterator[Block]:
     }
     if not view.spans and not phases:
         return
-    yield Heading("Where the time goes")
+    yield Heading("Time by role and phase")
     if view.spans:
         shown = last_steps(view.spans, STEPS_SHOWN)
         steps = sorted({span.step for span in shown if span.step is not None})
@@ -32,19 +32,19 @@ def timeline_section(view: RunView) -> Iterator[Block]:
         times = role_times(view.spans)
         yield waits_table(times)
         yield Paragraph(
-            "Percent of the time in which any role worked, over the whole trace, as the driver saw it. Where several "
-            "others worked while a role waited, the wait is divided among them.",
+            "Percent of the time in which any role worked, over the whole trace, as measured by the driver. If several "
+            "roles worked while one waited, the wait is divided among them.",
             note=True,
         )
         slowest = max(times, key=lambda time: time.busy, default=None)
         if slowest is not None:
-            yield Paragraph(f"The busiest role is {slowest.role}, at work {slowest.busy:.0%} of the time.")
+            yield Paragraph(f"The busiest role is {slowest.role}, working {slowest.busy:.0%} of the time.")
     if phases:
-        yield Chart(phase_seconds(phases), "Seconds of each phase, one above the other; phases may overlap.")
+        yield Chart(phase_seconds(phases), "Seconds of each phase, stacked; phases may overlap.")
 
 
 def timeline(spans: Sequence[RoleSpan]) -> Figure:
-    """Return bars over seconds, one row a role, one color a phase."""
+    """Return bars over seconds, one row per role, one color per phase."""
     roles = role_order(spans)
     origin = min(span.start for span in spans)
     phases = list(dict.fromkeys(span.phase for span in spans))
@@ -67,10 +67,10 @@ def timeline(spans: Sequence[RoleSpan]) -> Figure:
 
 
 def waits_table(times: Sequence[RoleTime]) -> DataTable:
-    """Return who worked how much, and for whom each role waited, in percent."""
+    """Return working and waiting shares of the roles in percent."""
     roles = [time.role for time in times]
     rows = [(time.role, _percent(time.busy), *(_percent(time.waited.get(other)) for other in roles)) for time in times]
-    return DataTable(["role", "works", *(f"awaits {role}" for role in roles)], rows)
+    return DataTable(["role", "works", *(f"waits for {role}" for role in roles)], rows)
 
 
 def phase_seconds(phases: Mapping[str, Series]) -> Figure:

@@ -1,4 +1,4 @@
-"""All that a page shows of one run, read from its folder, with a line for everything that is missing or damaged."""
+"""Data of a run's report page, read from its folder, with notes on missing files."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from rayrlhf.tools.report.run_state import RunState, is_locked, judge
 
 MAX_ROLLOUTS = 600
 MAX_ANSWERS = 2000
-"""Held-out answers that are compared at most."""
+"""Maximum number of held-out answers that are compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,21 +28,21 @@ class RunView:
     """One run.
 
     Attributes:
-        folder: where it lies.
+        folder: the run folder.
         kind: "PPO", "SFT", "DPO", "reward model", "evaluation", "Pre-SFT" or "run".
-        state: how far it is.
-        config_text: `config.yaml` as it stands; empty when missing.
-        config: its content; empty when missing or damaged.
-        environment: `environment.json`: the machine and the versions.
-        result: `result.json` or `evaluation.json`, where the run left one.
+        state: state and progress.
+        config_text: text of `config.yaml`; empty if missing.
+        config: its content; empty if missing or invalid.
+        environment: `environment.json`: machine and versions.
+        result: `result.json` or `evaluation.json`; empty if missing.
         rows: lines of metrics, oldest first.
         series: metric -> its values.
         spans: work of the roles.
-        rollouts: a sample of what was sampled in training.
-        before: answers to held-out prompts before training, with their step; empty where there are none.
-        after: newest answers to the same prompts.
+        rollouts: a subset of the training rollouts.
+        before: responses to held-out prompts before training, with their step; may be empty.
+        after: newest responses to the same prompts.
         recovery: events of `recovery.jsonl`.
-        missing: lines on what is missing, damaged, or left out.
+        missing: notes on missing, damaged or omitted content.
     """
 
     folder: Path
@@ -68,7 +68,7 @@ class RunView:
         return name if isinstance(name, str) and name else self.folder.resolve().name
 
     def setting(self, section: str, key: str) -> Any:
-        """Return a setting, None where the configuration does not have it."""
+        """Return a setting; None if the configuration does not have it."""
         return _section(self.config, section).get(key)
 
 
@@ -76,7 +76,7 @@ def read_run(folder: Path, *, max_rollouts: int = MAX_ROLLOUTS) -> RunView:
     """Read a run folder.
 
     Raises:
-        UserError: there is no such folder, or nothing of a run in it; runs below it are named.
+        UserError: no such folder, or no run in it; names runs in its subfolders.
     """
     check_run(folder)
     missing: list[str] = []
@@ -93,7 +93,7 @@ def read_run(folder: Path, *, max_rollouts: int = MAX_ROLLOUTS) -> RunView:
     missing += _metrics_notes(tail, rows, kind) + _config_notes(config_text, config)
     _, environment = read_mapping(folder / ENVIRONMENT)
     if not environment:
-        missing.append(f"{ENVIRONMENT} is missing: machine and versions are not known")
+        missing.append(f"{ENVIRONMENT} is missing: machine and versions are unknown")
     if kind == "PPO" and not spans:
         missing.append(f"{TRACE} is missing or empty: no timeline")
     if broken_spans:
@@ -122,10 +122,10 @@ def read_run(folder: Path, *, max_rollouts: int = MAX_ROLLOUTS) -> RunView:
 
 
 def check_run(folder: Path) -> None:
-    """Refuse a folder that holds no run.
+    """Check that a folder holds a run.
 
     Raises:
-        UserError: names the runs below it, where there are any.
+        UserError: no run; names runs in its subfolders.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected the folder of a run")
@@ -140,14 +140,14 @@ def folder_kind(folder: Path) -> str:
     """Return the kind of the run in a folder, see `kind_of`.
 
     Raises:
-        UserError: there is no run.
+        UserError: no run.
     """
     check_run(folder)
     return kind_of(read_mapping(folder / "config.yaml")[1])
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
-    """Return what kind of run a configuration is for, by the sections that only that kind has."""
+    """Return the kind of run of a configuration, by its characteristic sections."""
     for section, kind in (("algorithm", "PPO"), ("probe", "Pre-SFT"), ("export_anyway", "reward model"), ("workers", "SFT")):
         if section in config:
             return "DPO" if kind == "SFT" and "beta" in _section(config, "train") else kind
@@ -180,18 +180,18 @@ def _metrics_notes(tail: MetricsTail, rows: Sequence[Row], kind: str) -> list[st
     if tail.damaged:
         notes.append(f"{METRICS}: {tail.damaged} damaged {'line' if tail.damaged == 1 else 'lines'} left out")
     if tail.torn:
-        notes.append(f"{METRICS}: the last line is half written and left out")
+        notes.append(f"{METRICS}: the last line is incomplete and left out")
     return notes
 
 
 def _config_notes(text: str, config: Mapping[str, Any]) -> list[str]:
     if not text:
-        return ["config.yaml is missing: what was run is not known"]
-    return [] if config else ["config.yaml is damaged: shown as it stands"]
+        return ["config.yaml is missing: the settings are unknown"]
+    return [] if config else ["config.yaml is damaged: shown unchanged"]
 
 
 def _answers(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The first and the last answers to the same prompts: evaluations, or what an SFT run writes of held-out samples."""
+    """Return the first and last responses to the same prompts, of evaluations or SFT samples."""
     for name in ("evaluation", "samples"):
         files = sorted((folder / name).glob("step-*.parquet"))
         if len(files) < 2:
@@ -209,5 +209,5 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def all_names(views: Sequence[RunView]) -> list[str]:
-    """Return the names of all metrics of some runs, each once, in the order they came."""
+    """Return the distinct metric names of some runs in order of appearance."""
     return list(dict.fromkeys(chain.from_iterable(view.series for view in views)))

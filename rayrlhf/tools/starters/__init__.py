@@ -1,4 +1,4 @@
-"""First configuration files: one small commented YAML a task, and the schema of all its keys."""
+"""Starter configurations: one small commented YAML per task, and JSON schemas."""
 
 import json
 from importlib import import_module
@@ -44,8 +44,8 @@ def starter(task: str, model: str = MODEL, *, gpus: int = 0) -> str:
 
     Args:
         task: one of `ROOTS`.
-        model: path of the model to begin with.
-        gpus: of this machine; a step is larger where there are any.
+        model: path of the initial model.
+        gpus: number of GPUs of this machine; steps are larger with any.
 
     Raises:
         UserError: an unknown task.
@@ -56,7 +56,7 @@ def starter(task: str, model: str = MODEL, *, gpus: int = 0) -> str:
 
 
 def visible_gpus() -> int:
-    """GPUs of this machine, without importing torch."""
+    """Return the number of GPUs of this machine, without importing torch."""
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
@@ -64,17 +64,17 @@ def write_starter(task: str, path: Path, model: str = MODEL, *, gpus: int = 0) -
     """Write a first configuration.
 
     Raises:
-        UserError: an unknown task, or a file that is there already.
+        UserError: an unknown task, or the file exists.
     """
     text = starter(task, model, gpus=gpus)
     if path.exists():
-        raise UserError(f"{path}: is there already; name another file")
+        raise UserError(f"{path}: exists already; choose another file name")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)
 
 
 def json_schema(task: str) -> dict[str, Any]:
-    """Return the JSON schema of a task's configuration, for editors: types, defaults, bounds, and what each key means.
+    """Return the JSON schema of a task's configuration: types, defaults, bounds, descriptions.
 
     Raises:
         UserError: an unknown task.

@@ -1,8 +1,8 @@
-"""A run's page on a local address, kept up to date while the run goes.
+"""Local server of a run's report page, updated while the run is active.
 
-Only this machine can reach it, and only who has the address: a random token is part of every path, compared in constant time,
-and a request under another host name is refused, so that a web page elsewhere cannot read the run through the user's browser
-(DNS rebinding). The server reads; there is nothing that it would change.
+Access needs this machine and the full address: a random token is part of every path, compared in constant time. Requests with
+another host name are rejected, so that another web page cannot read the run through the user's browser (DNS rebinding). The
+server is read-only.
 """
 
 import hashlib
@@ -26,10 +26,10 @@ from rayrlhf.tools.report.run_view import check_run
 
 LOOPBACK = "127.0.0.1"
 WATCHED = (METRICS, "config.yaml", TRACE, JOURNAL, "samples", "evaluation", "answers", "result.json", "export")
-"""Files and folders whose change makes a new page."""
+"""Files and folders whose change triggers a new page."""
 MAX_ROLLOUTS = 200
 REFRESH_SECONDS = 30.0
-"""A page gets no older than this, so that a run that was left is seen to be left."""
+"""Maximum age of a page, so that a stopped run is shown as stopped."""
 HEADERS = {
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
@@ -41,7 +41,7 @@ LIBRARY_HEADERS = HEADERS | {"Cache-Control": "private, max-age=86400"}
 
 
 class PageCache:
-    """The page of a run, made anew when its folder changed."""
+    """Cache of a run's page, rebuilt when its folder changes."""
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._folder, self._clock = folder, clock
@@ -51,7 +51,7 @@ class PageCache:
         self._page = ""
 
     def page(self) -> str:
-        """Return the page as of now."""
+        """Return the current page."""
         with self._lock:
             seen, now = fingerprint(self._folder), self._clock()
             if seen != self._seen or now - self._made > REFRESH_SECONDS:
@@ -64,14 +64,14 @@ class RunServer(ThreadingHTTPServer):
     """Serves one run on the loopback address.
 
     Attributes:
-        token: what a path has to begin with.
-        pages: makes the page.
+        token: prefix of every valid path.
+        pages: cache of the page.
     """
 
     daemon_threads = True
 
     def __init__(self, folder: Path, port: int = 0) -> None:
-        """Take the port; 0 takes a free one.
+        """Bind the port; 0 for a free one.
 
         Raises:
             UserError: the folder holds no run, or the port is taken.
@@ -89,29 +89,29 @@ class RunServer(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """Where the page is, token included."""
+        """URL of the page, token included."""
         return f"http://{LOOPBACK}:{self.server_port}/{self.token}/"
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers GET and HEAD for two paths; the base class refuses other methods."""
+    """Handles GET and HEAD for two paths; the base class rejects other methods."""
 
     server: RunServer
     server_version, sys_version = "rayrlhf", ""
     timeout = 30
 
     def do_GET(self) -> None:
-        """Answer with a body."""
-        self._answer(with_body=True)
+        """Respond with a body."""
+        self._respond(with_body=True)
 
     def do_HEAD(self) -> None:
-        """Answer without a body."""
-        self._answer(with_body=False)
+        """Respond without a body."""
+        self._respond(with_body=False)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Log nothing: a path holds the token."""
+        """Log nothing, since paths contain the token."""
 
-    def _answer(self, *, with_body: bool) -> None:
+    def _respond(self, *, with_body: bool) -> None:
         if self.headers.get("Host", "") not in self.server.hosts:
             self._send(HTTPStatus.FORBIDDEN, b"", "text/plain", HEADERS, with_body)
             return
@@ -127,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_page(self, with_body: bool) -> None:
         try:
             content = self.server.pages.page().encode()
-        except UserError:  # the folder was taken away meanwhile
+        except UserError:  # the folder was removed meanwhile
             self._send(HTTPStatus.GONE, b"", "text/plain", HEADERS, with_body)
             return
         tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
@@ -153,8 +153,8 @@ def serve_run(folder: Path, *, port: int = 0, announce: Callable[[str], None]) -
 
     Args:
         folder: the run folder; only read.
-        port: on the loopback address; 0 takes a free one.
-        announce: gets the address, once.
+        port: on the loopback address; 0 for a free one.
+        announce: called once with the address.
 
     Raises:
         UserError: the folder holds no run, or the port is taken.
@@ -168,7 +168,7 @@ def serve_run(folder: Path, *, port: int = 0, announce: Callable[[str], None]) -
 
 
 def fingerprint(folder: Path) -> tuple[object, ...]:
-    """Return what changes when the run's folder does: sizes and times of what is watched, and whether the run is locked."""
+    """Return a fingerprint of the folder: sizes and times of watched files, and the lock."""
     found: list[object] = [is_locked(folder / ".lock")]
     for name in WATCHED:
         try:

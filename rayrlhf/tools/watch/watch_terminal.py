@@ -1,6 +1,6 @@
-"""A run on the terminal of somebody else: the panel that the driver shows, fed from the run folder.
+"""Terminal view of a run from another process, with the driver's panel.
 
-The folder is only read, so it may lie on storage that the run's machine shares with this one.
+The run folder is only read, so it may be on storage shared with the run's machine.
 """
 
 import time
@@ -14,11 +14,11 @@ from rayrlhf.tools.report.run_files import MetricsTail, Row
 from rayrlhf.tools.report.run_view import read_run
 
 STATE_SECONDS = 10.0
-"""Time between looks at whether the run still goes."""
+"""Seconds between checks of the run's state."""
 
 
 class ReplayClock:
-    """Steady seconds, plus what was skipped."""
+    """Monotonic seconds plus skipped time, to replay earlier steps with their durations."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -29,7 +29,7 @@ class ReplayClock:
         return self._clock() + self._skipped
 
     def skip(self, seconds: float) -> None:
-        """Move on by some seconds."""
+        """Advance by some seconds."""
         self._skipped += max(0.0, seconds)
 
 
@@ -41,14 +41,14 @@ def watch_terminal(
     console: Console | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Show a run until it is finished or left, or the user interrupts.
+    """Show a run until it is finished or stopped, or the user interrupts.
 
     Args:
         folder: the run folder.
-        every: seconds between looks.
-        once: show the present state and return.
-        console: where to; standard output when None.
-        sleep: waits so many seconds.
+        every: seconds between updates.
+        once: show the current state and return.
+        console: output console; standard output when None.
+        sleep: function that sleeps for a number of seconds.
 
     Raises:
         UserError: the folder holds no run.
@@ -63,7 +63,7 @@ def watch_terminal(
         while True:
             rows, restarted = tail.read()
             if restarted:
-                view.note("the run went back to an earlier step")
+                view.note("the run was rolled back to an earlier step")
             _show(view, clock, rows, replayed=replayed or restarted)
             if replayed or time.monotonic() - looked >= STATE_SECONDS:
                 run, looked = read_run(folder, max_rollouts=0), time.monotonic()
@@ -79,7 +79,7 @@ def watch_terminal(
 
 
 def _show(view: LiveView, clock: ReplayClock, rows: list[Row], *, replayed: bool) -> None:
-    """Feed the rows of steps; of those from before anybody watched, the clock passes over the time and the last is shown."""
+    """Show the rows of steps; of replayed ones only the last, after skipping their time."""
     steps = [row for row in rows if any(not name.startswith(("evaluation/", "step", "alarm/")) for name in row)]
     for row in steps[:-1] if replayed else []:
         clock.skip(row.get("time/step", 0.0))

@@ -19,11 +19,11 @@ def test_metrics_of_several_lines_of_a_step_are_one_series_and_the_last_taking_c
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400), st.integers(1, 60))
-def test_a_thinned_series_keeps_its_extremes_and_its_mean(values: list[float], stretches: int):
+def test_a_thinned_series_keeps_its_extremes_and_its_mean(values: list[float], segments: int):
     steps = list(range(1, len(values) + 1))
-    drawn = thinned(Series(steps, values), stretches)
+    drawn = thinned(Series(steps, values), segments)
     xs, ys = drawn.points
-    assert len(xs) == len(ys) <= 2 * stretches
+    assert len(xs) == len(ys) <= 2 * segments
     assert xs == sorted(xs)
     assert min(ys) == pytest.approx(min(values), rel=1e-5)
     assert max(ys) == pytest.approx(max(values), rel=1e-5)

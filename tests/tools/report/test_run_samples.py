@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrlhf.observe.samples import SampleSink
-from rayrlhf.tools.report.run_samples import cut, read_rollouts, sample_rollouts, spread
+from rayrlhf.tools.report.run_samples import cut, evenly_spaced, read_rollouts, sample_rollouts
 from tests.tools.report.runs import sample
 
 
 @given(st.integers(0, 5000), st.integers(0, 700))
 def test_places_are_spread_evenly_over_the_whole(count: int, most: int):
-    places = spread(count, most)
+    places = evenly_spaced(count, most)
     assert len(places) == min(count, most)
     assert places == sorted(set(places))
     if count and most > 1:
