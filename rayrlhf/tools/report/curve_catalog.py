@@ -64,18 +64,14 @@ GROUPS = (
         (
             Curve("tokens/responses_len_mean", "Response length", "tokens", "Mean length of the sampled responses."),
             Curve("evaluation/response_length", "Held-out response length", "tokens", "Mean length of held-out responses."),
-            Curve(
-                "val/num_eos_tokens", "Finished responses", "responses", "Responses with a stop token, not cut at the limit."
-            ),
+            Curve("val/num_eos_tokens", "Finished responses", "responses", "Responses that ended with a stop token."),
             Curve("evaluation/distinct", "Distinct answers", "share", "Distinct ones among the held-out answers."),
         ),
     ),
     CurveGroup(
         "Value function",
         (
-            Curve(
-                "ppo/val/var_explained", "Explained variance", "share", "1 is perfect; at 0 or below the critic has no effect."
-            ),
+            Curve("ppo/val/var_explained", "Explained variance", "share", "1 is perfect; at 0 or below the critic is useless."),
             Curve("loss/value_avg", "Value loss", "loss", "Mean over the step's updates."),
             Curve("val/clipfrac_avg", "Clipped values", "share of tokens", "Tokens whose value change was clipped."),
             Curve("ppo/val/mean", "Mean value", "score", "Mean prediction of the critic."),

@@ -60,7 +60,7 @@ def test_a_machine_in_order_is_told_so_by_every_check():
     assert {diagnosis.level for diagnosis in found} == {"ok"}
     assert len(found) == len(CHECKS)
     assert not any(diagnosis.fix for diagnosis in found)
-    assert to_text(found).endswith("everything is in order")
+    assert to_text(found).endswith("all checks passed")
 
 
 @pytest.mark.parametrize(("change", "check", "level", "words"), ILL, ids=[f"{case[1]}-{case[3]}" for case in ILL])

@@ -44,16 +44,16 @@ def test_a_finished_run_is_told_from_reward_to_configuration(run: Path):
         "PPO: first",
         "Finished after 20 steps",
         "Reward and quality",
-        "Where the time goes",
+        "Time by role and phase",
         "Answers before and after",
-        "Where the policy left its reference",
+        "KL from the reference by token",
         "Sampled rollouts",
         "All 80 rollouts in the run folder.",
         "a processor",
         "coefficient: 0.1",
     ):
         assert words in text
-    assert "Not all of this run can be shown" not in text
+    assert "Parts of this run cannot be shown" not in text
     drawn = charts(page)
     for title in ("Score", "KL from the reference", "Entropy", "Response length", "Clipped ratios", "Explained variance"):
         assert title in drawn
@@ -61,11 +61,11 @@ def test_a_finished_run_is_told_from_reward_to_configuration(run: Path):
         "Log-prob gap, mean",
         "Staleness",
         "Peak memory so far",
-        "Cost of a response",
+        "Seconds per response",
         "The last steps, role by role",
     ):
         assert title in drawn
-    assert drawn["Cost of a response"]["data"][0]["y"] == [7 / 40] * 20
+    assert drawn["Seconds per response"]["data"][0]["y"] == [7 / 40] * 20
     assert "reward/sums" in drawn
 
 
@@ -99,8 +99,8 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(run: Path, tmp_path: P
     ("name", "said"),
     [
         ("metrics.jsonl", "metrics.jsonl is missing or empty: no curves"),
-        ("config.yaml", "config.yaml is missing: what was run is not known"),
-        ("environment.json", "environment.json is missing: machine and versions are not known"),
+        ("config.yaml", "config.yaml is missing: the settings are unknown"),
+        ("environment.json", "environment.json is missing: machine and versions are unknown"),
         ("trace.json", "trace.json is missing or empty: no timeline"),
         ("samples", "no sampled responses: no table of rollouts"),
     ],
@@ -128,8 +128,8 @@ def test_damage_in_every_file_leaves_a_page_that_names_it(run: Path, tmp_path: P
     (folder / "recovery.jsonl").write_text('{"event": "lost"')
     text = outline(page_of(folder)).text
     assert "metrics.jsonl: 1 damaged line left out" in text
-    assert "metrics.jsonl: the last line is half written and left out" in text
-    assert "config.yaml is damaged: shown as it stands" in text
+    assert "metrics.jsonl: the last line is incomplete and left out" in text
+    assert "config.yaml is damaged: shown unchanged" in text
     assert "trace.json: 1 damaged line left out" in text
     assert "1 files of samples cannot be read" in text
 
@@ -140,7 +140,7 @@ def test_a_run_that_still_goes_says_how_far_it_is(run: Path, tmp_path: Path):
     shutil.rmtree(folder / "export")
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)[:7]
     (folder / "metrics.jsonl").write_text("".join(lines))
-    assert "Still going, at step 7 of 20" in outline(page_of(folder)).text
+    assert "Running, at step 7 of 20" in outline(page_of(folder)).text
 
 
 def test_hostile_text_adds_no_element_wherever_it_stands(tmp_path: Path):

@@ -33,8 +33,8 @@ def test_a_runs_state_follows_from_what_its_folder_shows(facts: dict[str, object
 
 
 def test_a_state_is_told_in_words():
-    assert RunState("running", 5, 10).words() == "still going, at step 5 of 10"
-    assert RunState("stopped", 5, None).words() == "not finished, left at step 5"
+    assert RunState("running", 5, 10).words() == "running, at step 5 of 10"
+    assert RunState("stopped", 5, None).words() == "not finished, stopped at step 5"
 
 
 def test_a_lock_is_seen_without_being_touched(tmp_path: Path):

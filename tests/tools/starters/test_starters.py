@@ -57,7 +57,7 @@ def test_every_section_and_every_key_says_what_it_means(task):
 def test_a_file_that_is_there_is_never_replaced(tmp_path):
     path = tmp_path / "ppo.yaml"
     path.write_text("mine")
-    with pytest.raises(UserError, match=r"ppo\.yaml: is there already"):
+    with pytest.raises(UserError, match=r"ppo\.yaml: exists already"):
         write_starter("ppo", path)
     assert path.read_text() == "mine"
 

@@ -40,7 +40,7 @@ def test_the_present_state_is_one_step_and_one_line_with_the_time_to_go(tmp_path
     step, state = text(shown).splitlines()
     assert step.startswith("step 6/20  score ")
     assert "1m38s left" in step, "14 steps of 7 seconds"
-    assert state == "still going, at step 6 of 20"
+    assert state == "running, at step 6 of 20"
 
 
 def test_new_steps_are_shown_as_they_come_until_the_run_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -71,7 +71,7 @@ def test_a_run_that_goes_back_says_so_and_goes_on(tmp_path: Path, monkeypatch: p
         sink.write(20 if len(waits) > 1 else 3, {"objective/scores": 0.5})
 
     watch_terminal(folder, console=shown, sleep=rewound)
-    assert "the run went back to an earlier step" in text(shown)
+    assert "the run was rolled back to an earlier step" in text(shown)
     assert "step 3/20" in text(shown)
 
 
