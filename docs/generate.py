@@ -103,10 +103,12 @@ def anchor(dotted: str) -> str:
     return dotted.replace("_", "-") or "keys"
 
 
-def section_text(cls: type[Section], dotted: str, seen: dict[type[Section], str], choice: str = "") -> Iterator[str]:
+def section_text(
+    cls: type[Section], dotted: str, seen: dict[type[Section], str], choice: str = "", suffix: str = ""
+) -> Iterator[str]:
     """Heading, description and keys of a section, and of the sections in it."""
-    anchored = f"{{ #{anchor(dotted)}{'-' + choice if choice else ''} }}"
-    yield f"## `{dotted}`{f' with `name: {choice}`' if choice else ''} {anchored}\n" if dotted else f"## Top level {anchored}\n"
+    chosen = {"": "", "plugin": " with a function of your own"}.get(choice, f" with `name: {choice}`")
+    yield f"## {f'`{dotted}`' if dotted else 'Top level'}{chosen} {{ #{anchor(dotted)}{suffix} }}\n"
     if cls in seen:
         yield f"Keys as in [`{seen[cls]}`](#{anchor(seen[cls])}).\n"
         return
@@ -121,14 +123,15 @@ def section_text(cls: type[Section], dotted: str, seen: dict[type[Section], str]
         yield f"Old spellings that still work: {', '.join(old)}.\n"
     for attribute, field in cls.model_fields.items():
         inner = list(dict.fromkeys(sections_in(field.annotation)))
-        for section in inner:
-            yield from section_text(section, prefix + (field.alias or attribute), seen, choice_of(section) if inner[1:] else "")
+        for number, section in enumerate(inner):
+            choice = choice_of(section) if inner[1:] else ""
+            suffix = f"-{choice}" if number else ""  # links to the section lead to its first form
+            yield from section_text(section, prefix + (field.alias or attribute), seen, choice, suffix)
 
 
 def choice_of(section: type[Section]) -> str:
-    """The `name` that selects one section of a union."""
-    named = section.model_fields.get("name")
-    return str(typing.get_args(named.annotation)[0]) if named and typing.get_args(named.annotation) else section.__name__
+    """Kind that selects one section of a union."""
+    return str(getattr(section, "kind", section.__name__))
 
 
 def configuration_page(task: str) -> str:

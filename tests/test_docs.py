@@ -258,7 +258,11 @@ def merged(under: dict, over: dict) -> dict:
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "yaml"], ids=str)
-def test_every_yaml_block_is_a_valid_configuration_or_a_part_of_one(block, tmp_path):
+def test_every_yaml_block_is_a_valid_configuration_or_a_part_of_one(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in re.findall(r"\bmy_\w+\.py", block.text):  # a plugin: the Python of the same page
+        text = "\n".join(other.text for other in BLOCKS if other.path == block.path and other.language == "python")
+        (tmp_path / name).write_text(text, encoding="utf-8")
     task = next((name for name in (*COMPLETE, *ROOTS) if Path(block.title).stem.startswith(name)), "ppo")
     tree = yaml.safe_load(block.text)
     if task not in COMPLETE:

@@ -7,8 +7,11 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "check_advantage_estimator": "rayrlhf.testing.algorithms",
     "check_callback": "rayrlhf.testing.callbacks",
     "check_environment": "rayrlhf.testing.environments",
+    "check_kl_estimator": "rayrlhf.testing.algorithms",
+    "check_policy_loss": "rayrlhf.testing.algorithms",
     "check_reward_function": "rayrlhf.testing.reward_functions",
     "check_rollout_engine": "rayrlhf.testing.rollout_engines",
 }
