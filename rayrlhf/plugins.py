@@ -116,7 +116,10 @@ def bind_arguments(
     Raises:
         UserError: an argument is unknown or missing.
     """
-    signature = inspect.signature(function)
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a builtin of C code, such as torch.abs, has none
+        return partial(function, **arguments)
     parameters = list(signature.parameters.values())
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         settable = [p.name for p in parameters[positional:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

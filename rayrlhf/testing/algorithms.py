@@ -1,6 +1,7 @@
 """Contract tests of policy losses, advantage estimators and KL kinds."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ def check_policy_loss(loss: PolicyLoss | str, **arguments: Any) -> TokenLoss:
     """Check a policy loss on a small batch.
 
     Loss and statistics must have the shape of the log-probs, be finite, and be 0 outside the mask. The gradient must reach the
-    log-probs of sampled tokens and no others. A response must have the same loss alone as within the batch.
+    log-probs of sampled tokens and no others. A response must have the same loss alone as within the batch. Values
+    outside the mask must not change the loss of a sampled token.
 
     Args:
         loss: the function or its name in a config.
@@ -51,6 +53,10 @@ def check_policy_loss(loss: PolicyLoss | str, **arguments: Any) -> TokenLoss:
         alone = function(_loss_inputs(slice(row, row + 1))).loss
         same = torch.allclose(alone[0], result.loss[row], rtol=1e-5, atol=1e-6)
         expect(same, f"response {row} has another loss alone than within the batch: a loss must not average over the batch")
+    nan = {name: values.masked_fill(~inputs.mask, torch.nan) for name, values in _floats(inputs)}
+    garbage = function(replace(inputs, **nan))
+    same = torch.allclose(garbage.loss[inputs.mask], result.loss[inputs.mask], rtol=1e-5, atol=1e-6)
+    expect(same, "the loss of a sampled token depends on values outside the mask")
     return result
 
 
@@ -58,7 +64,7 @@ def check_advantage_estimator(estimator: AdvantageEstimator | AdvantageMethod | 
     """Check an advantage estimator on a small step of two groups.
 
     Advantages, and returns where there are any, must have the shape of the mask and be finite. Advantages must be 0 outside the
-    action mask. The inputs must stay as they were.
+    action mask. The inputs must stay as they were. Reordering the responses must reorder their advantages.
 
     Args:
         estimator: the function or method, or its name in a config.
@@ -82,6 +88,10 @@ def check_advantage_estimator(estimator: AdvantageEstimator | AdvantageMethod | 
     expect((result.returns is None) is not method.critic, "returns must be given by an estimator with a critic and by no other")
     for name, value in before.items():
         expect(torch.equal(value, getattr(inputs, name)), f"the estimator changed its input {name}")
+    order = torch.tensor([2, 0, 3, 1])
+    reordered = replace(inputs, **{name: value[order] for name, value in before.items()})
+    again = method.estimate(reordered, gamma=0.9, lam=0.95, skip_masked=True, **arguments).advantages
+    expect(torch.allclose(again, result.advantages[order], atol=1e-6), "reordering the responses changes their advantages")
     return result
 
 
@@ -119,6 +129,10 @@ def _resolved(kind: str, resolve: Any, plugin: Any, arguments: Mapping[str, Any]
         raise AssertionError(str(error)) from error
 
 
+def _floats(inputs: LossInputs) -> list[tuple[str, Tensor]]:
+    return [(name, values) for name, values in vars(inputs).items() if values.is_floating_point()]
+
+
 def _check_tokens(what: str, values: Any, mask: Tensor | None, shape: torch.Size | None = None) -> None:
     expect(isinstance(values, Tensor), f"{what}: {type(values).__name__}, expected a tensor")
     wanted = tuple(mask.shape if mask is not None else shape or ())
@@ -133,7 +147,10 @@ def _mask() -> Tensor:
 
 
 def _loss_inputs(rows: slice = slice(None)) -> LossInputs:
-    """Log-probs close to the old ones, so that no clip range removes every gradient; 0 outside the mask."""
+    """Random loss inputs, 0 outside the mask.
+
+    The log-probs are close to the old ones, so that no clip range removes every gradient.
+    """
     random, mask = torch.Generator().manual_seed(0), _mask()
 
     def draw(scale: float) -> Tensor:

@@ -21,6 +21,7 @@ def ask(endpoint, messages, **fields):
         json=body,
         headers={"Authorization": f"Bearer {endpoint.api_key}"},
         timeout=30,
+        verify=False,  # plain HTTP; reading the certificates takes up to a second on a busy machine
     )
     response.raise_for_status()
     return response.json()["choices"][0]["message"]["content"]

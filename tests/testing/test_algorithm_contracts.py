@@ -45,6 +45,11 @@ def noisy(inputs):
     return TokenLoss(-inputs.logprobs * inputs.advantages, {"ratio": torch.where(inputs.mask, inputs.logprobs, 0.0)})
 
 
+def leaking(inputs):
+    lengths = inputs.old_logprobs.shape[1] + inputs.old_logprobs.sum(1, keepdim=True)
+    return TokenLoss(torch.where(inputs.mask, -inputs.logprobs * inputs.advantages / lengths, 0.0), {})
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
@@ -52,6 +57,7 @@ def noisy(inputs):
         (unmasked, "loss: not 0 outside the mask"),
         (detached, "no gradient"),
         (noisy, "ratio has a gradient"),
+        (leaking, "depends on values outside the mask"),
         (lambda inputs: inputs.logprobs, "expected a TokenLoss"),
         ("ppoo", "did you mean 'ppo'"),
     ],
@@ -73,6 +79,14 @@ def test_an_estimator_that_changes_its_inputs_is_named():
 
     with pytest.raises(AssertionError, match="changed its input rewards"):
         check_advantage_estimator(changes)
+
+
+def test_an_estimator_that_depends_on_the_order_of_responses_is_named():
+    def first(inputs, **options):
+        return Advantages(inputs.broadcast(inputs.scores - inputs.scores[0]), None)
+
+    with pytest.raises(AssertionError, match="reordering the responses changes"):
+        check_advantage_estimator(first)
 
 
 def test_an_estimator_of_the_wrong_shape_is_named():
