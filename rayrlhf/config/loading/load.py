@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from rayrlhf.config.loading.override import apply_override
-from rayrlhf.config.loading.presets import PRESETS
+from rayrlhf.config.loading.presets import PRESETS, preset_under
 from rayrlhf.config.loading.problems import problems
 from rayrlhf.config.loading.renamed_keys import with_current_keys
 from rayrlhf.config.loading.yaml_text import dump, parse, problem_of
@@ -66,7 +66,8 @@ def _validated(cls: type[T], tree: dict[str, Any], given: Sequence[str], file: s
     """Validate a merged tree; `given` are the dotted keys that came from `over`, everything else came from `file`."""
     name = tree.pop("preset", None)
     if name is not None:
-        tree = _merged(_preset(name, over if "preset" in given else file), with_current_keys(tree, cls))
+        settings = with_current_keys(tree, cls)
+        tree = _merged(preset_under(_preset(name, over if "preset" in given else file), settings), settings)
     tree = with_current_keys(tree, cls)
     try:
         return cls.model_validate_json(json.dumps(tree, default=str), strict=True)

@@ -1,12 +1,16 @@
-"""Values that reproduce TRL's two PPO trainers, to be laid under a configuration file with a top-level `preset:` key.
+"""Presets: trees of values under a configuration file with a top-level `preset:` key.
+
+The recipes of published algorithms are in `recipes`. This module adds the two that reproduce TRL's PPO trainers.
 
 `trl-classic` is `PPOTrainer` up to TRL 0.11: value head on the policy's trunk, adaptive KL, scores on the last token, Adam.
-`trl-modern` is `PPOv2Trainer`, then `PPOTrainer` of TRL 0.12 to 1.12: a critic of its own, fixed KL, scores one slot after the
-stop token, temperature 0.7. Both take each micro-batch's mean on its own; that quirk, and no other, is switched on, because it
-changes the objective and not just its rounding.
+`trl-modern` is `PPOv2Trainer`, then `PPOTrainer` of TRL 0.12 to 1.12: separate critic, fixed KL, scores one slot after the stop
+token, temperature 0.7. Both take the mean of each micro-batch by itself. This quirk alone is switched on, because it changes the
+objective and not only its rounding.
 """
 
 from typing import Any
+
+from rayrlhf.config.loading.recipes import RECIPES
 
 _CLASSIC: dict[str, Any] = {
     "critic": {"kind": "shared", "head_init": "default"},
@@ -56,5 +60,19 @@ _MODERN: dict[str, Any] = {
     },
 }
 
-PRESETS: dict[str, dict[str, Any]] = {"trl-classic": _CLASSIC, "trl-modern": _MODERN}
+PRESETS: dict[str, dict[str, Any]] = {**RECIPES, "trl-classic": _CLASSIC, "trl-modern": _MODERN}
 """Trees of values by preset name."""
+
+
+def preset_under(preset: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a preset's tree without the keys of its policy loss where the settings choose another loss.
+
+    The keys of one loss would be unknown to another, or be a clip range of the wrong kind.
+    """
+    ours = preset["algorithm"]["policy_loss"]
+    section = settings.get("algorithm")
+    theirs = section.get("policy_loss") if isinstance(section, dict) else None
+    name = theirs.get("name", ours["name"]) if isinstance(theirs, dict) else ours["name"]
+    if name == ours["name"]:
+        return preset
+    return preset | {"algorithm": {key: value for key, value in preset["algorithm"].items() if key != "policy_loss"}}
