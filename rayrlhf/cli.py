@@ -241,12 +241,13 @@ def init(
     ],
     path: Annotated[Path | None, typer.Argument(help="The file to write; TASK.yaml if not given.")] = None,
     model: Annotated[str | None, typer.Option(help="The model to begin with: a folder, a hub name or a built-in.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Algorithm of the task ppo: grpo, dapo, rloo, gspo, ...")] = None,
 ) -> None:
     """Write a small commented configuration that runs as it is."""
     from rayrlhf.tools.starters import MODEL, visible_gpus, write_starter
 
     target = path or Path(f"{task}.yaml")
-    write_starter(task, target, model or MODEL, gpus=visible_gpus())
+    write_starter(task, target, model or MODEL, gpus=visible_gpus(), preset=preset)
     typer.echo(f"{target}: check it with `rayrlhf {task.replace('-', ' ')} {target} --dry-run`, then leave --dry-run out")
 
 

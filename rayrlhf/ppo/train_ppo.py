@@ -10,7 +10,7 @@ from typing import Any
 
 from rayrlhf.actors.connection import connected, running_actor_groups
 from rayrlhf.actors.fault_tolerance import monitored
-from rayrlhf.config.loading.describe import describe
+from rayrlhf.config.loading.describe import describe, warnings
 from rayrlhf.config.loading.load import differences, dump_config, stored_config
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
@@ -33,6 +33,7 @@ from rayrlhf.ppo.run_loop import RunLoop
 from rayrlhf.ppo.run_recorder import Recorder
 from rayrlhf.ppo.sft_warmup import check_warmup
 from rayrlhf.ppo.trainer import PPOTrainer
+from rayrlhf.ppo.update_objectives import check_algorithm
 from rayrlhf.rewards.functions import load_functions
 from rayrlhf.storage.mirror import Mirror
 
@@ -88,6 +89,8 @@ def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResul
     view = LiveView(f"rayrlhf ppo {config.run.name}", live=None if config.observe.live else False)
     with ExitStack() as stack:
         stack.callback(view.stop)
+        for line in warnings(config):
+            view.note(line)
         with view.wait("starting Ray and the actors"):
             stack.enter_context(connected(config.placement.address))
             stop = stack.enter_context(stop_requests())
@@ -168,10 +171,11 @@ def load_prompts(config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def _check_plugins(config: PPOConfig) -> list[Callable[[], Callback]]:
-    """Check backends, reward functions and callbacks; returns the constructors of `observe.callbacks`."""
+    """Check backends, reward functions, losses and callbacks; returns the constructors of `observe.callbacks`."""
     check_trackers(config.observe.trackers)
     check_rollout_backend(config.rollout)
     load_functions(config.reward)
+    check_algorithm(config.algorithm)
     return resolve_callbacks(config.observe.callbacks)
 
 

@@ -5,12 +5,32 @@ from collections.abc import Sequence
 import numpy as np
 
 from rayrlhf.actors.placement import TrainRole
+from rayrlhf.algorithms.advantages import advantage_method
+from rayrlhf.algorithms.kl import KL_REGISTRY
+from rayrlhf.algorithms.policy_losses import POLICY_LOSS_REGISTRY
+from rayrlhf.config.algorithm import AlgorithmSection
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.engines.objectives.base import Objective
 from rayrlhf.engines.objectives.policy import PolicyObjective
 from rayrlhf.engines.objectives.shared import SharedObjective
 from rayrlhf.engines.objectives.value import ValueObjective
 from rayrlhf.engines.train.plan import UpdatePlan
+from rayrlhf.plugins import bind_arguments
+
+
+def check_algorithm(section: AlgorithmSection) -> None:
+    """Check that the policy loss, the KL estimator and the advantage estimator exist and accept their arguments.
+
+    Raises:
+        UserError: no function has that name, its module cannot be imported, or an argument is unknown or missing.
+    """
+    loss, kl, advantage = section.policy_loss, section.kl, section.advantage
+    options = {"gamma": advantage.gamma, "lam": advantage.lam, "skip_masked": advantage.skip_masked}
+    estimate = advantage_method(advantage.estimator).estimate
+    bind_arguments(f"policy loss {loss.name!r}", POLICY_LOSS_REGISTRY.resolve(loss.name), loss.loss_arguments, 1)
+    bind_arguments(f"advantage estimator {advantage.estimator!r}", estimate, options | advantage.arguments, 1)
+    if ":" in kl.estimator:
+        bind_arguments(f"KL estimator {kl.estimator!r}", KL_REGISTRY.resolve(kl.estimator), kl.arguments, 1)
 
 
 def make_objectives(config: PPOConfig) -> dict[TrainRole, Objective]:

@@ -7,7 +7,7 @@ from rayrlhf.config.ppo import PPOConfig
 
 def describe(config: PPOConfig) -> str:
     """Return the plan, one line a fact: folder, models and processes of each role, batch arithmetic, what is skipped."""
-    return "\n".join([*_roles(config), *_arithmetic(config), *_skipped(config)])
+    return "\n".join([*_roles(config), *_arithmetic(config), *_skipped(config), *warnings(config)])
 
 
 def _roles(config: PPOConfig) -> Iterator[str]:
@@ -78,6 +78,12 @@ def _skipped(config: PPOConfig) -> Iterator[str]:
         yield "skipped: evaluation, because data.evaluation is not given"
     elif not config.evaluation.enabled:
         yield "skipped: evaluation, because evaluation.enabled is false"
+
+
+def warnings(config: PPOConfig) -> Iterator[str]:
+    """Yield one line per setting that is valid but almost certainly a mistake."""
+    if config.algorithm.policy_loss.clip_warning is not None:
+        yield f"warning: {config.algorithm.policy_loss.clip_warning}"
 
 
 def _count(count: int, word: str, ending: str = "s") -> str:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from rayrlhf.config.loading.override import apply_override
-from rayrlhf.config.loading.presets import PRESETS, preset_under
+from rayrlhf.config.loading.presets import preset_tree, preset_under
 from rayrlhf.config.loading.problems import problems
 from rayrlhf.config.loading.renamed_keys import with_current_keys
 from rayrlhf.config.loading.yaml_text import dump, parse, problem_of
@@ -67,7 +67,8 @@ def _validated(cls: type[T], tree: dict[str, Any], given: Sequence[str], file: s
     name = tree.pop("preset", None)
     if name is not None:
         settings = with_current_keys(tree, cls)
-        tree = _merged(preset_under(_preset(name, over if "preset" in given else file), settings), settings)
+        preset = preset_tree(name, f"{over if 'preset' in given else file}: preset")
+        tree = _merged(preset_under(preset, settings), settings)
     tree = with_current_keys(tree, cls)
     try:
         return cls.model_validate_json(json.dumps(tree, default=str), strict=True)
@@ -134,14 +135,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections with keys and values, found {type(tree).__name__}")
     return tree
-
-
-def _preset(name: object, source: str) -> dict[str, Any]:
-    if not isinstance(name, str) or name not in PRESETS:
-        near = difflib.get_close_matches(str(name), PRESETS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(PRESETS)}"
-        raise UserError(f"{source}: preset: unknown preset {name}; {hint}")
-    return PRESETS[name]
 
 
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

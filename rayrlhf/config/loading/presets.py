@@ -4,13 +4,15 @@ The recipes of published algorithms are in `recipes`. This module adds the two t
 
 `trl-classic` is `PPOTrainer` up to TRL 0.11: value head on the policy's trunk, adaptive KL, scores on the last token, Adam.
 `trl-modern` is `PPOv2Trainer`, then `PPOTrainer` of TRL 0.12 to 1.12: separate critic, fixed KL, scores one slot after the stop
-token, temperature 0.7. Both take the mean of each micro-batch by itself. This quirk alone is switched on, because it changes the
-objective and not only its rounding.
+token, temperature 0.7. Both take the mean of each micro-batch by itself. This quirk alone is switched on, because it changes
+the objective and not only its rounding.
 """
 
+import difflib
 from typing import Any
 
 from rayrlhf.config.loading.recipes import RECIPES
+from rayrlhf.errors import UserError
 
 _CLASSIC: dict[str, Any] = {
     "critic": {"kind": "shared", "head_init": "default"},
@@ -64,15 +66,31 @@ PRESETS: dict[str, dict[str, Any]] = {**RECIPES, "trl-classic": _CLASSIC, "trl-m
 """Trees of values by preset name."""
 
 
+def preset_tree(name: object, source: str) -> dict[str, Any]:
+    """Return a preset's tree of values.
+
+    Args:
+        name: as configured.
+        source: begins the error message.
+
+    Raises:
+        UserError: no preset has that name; the message gives the nearest one.
+    """
+    if not isinstance(name, str) or name not in PRESETS:
+        near = difflib.get_close_matches(str(name), PRESETS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(PRESETS)}"
+        raise UserError(f"{source}: unknown preset {name}; {hint}")
+    return PRESETS[name]
+
+
 def preset_under(preset: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Return a preset's tree without the keys of its policy loss where the settings choose another loss.
 
     The keys of one loss would be unknown to another, or be a clip range of the wrong kind.
     """
-    ours = preset["algorithm"]["policy_loss"]
     section = settings.get("algorithm")
-    theirs = section.get("policy_loss") if isinstance(section, dict) else None
-    name = theirs.get("name", ours["name"]) if isinstance(theirs, dict) else ours["name"]
-    if name == ours["name"]:
+    chosen = section.get("policy_loss") if isinstance(section, dict) else None
+    name = preset["algorithm"]["policy_loss"]["name"]
+    if not isinstance(chosen, dict) or chosen.get("name", name) == name:
         return preset
     return preset | {"algorithm": {key: value for key, value in preset["algorithm"].items() if key != "policy_loss"}}

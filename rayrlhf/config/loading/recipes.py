@@ -1,8 +1,9 @@
 """Recipes of published algorithms, for a configuration file with a top-level `preset:` key.
 
-A recipe holds the keys that make the algorithm: estimator, KL, loss, aggregation, samples per prompt, passes. Models, data, lengths
-and batch sizes belong to the run; where a paper's clip range needs several updates per step, the comment gives its number.
-Values without a paper come from the named code. `learning_rate` is for full fine-tuning of models of 1B parameters or more.
+A recipe holds the keys that make the algorithm: estimator, KL, loss, aggregation, samples per prompt, passes. Models, data,
+lengths and batch sizes belong to the run; where a paper's clip range needs several updates per step, the comment gives its
+number. Values without a paper come from the named code. `learning_rate` is for full fine-tuning of models of 1B parameters or
+more.
 """
 
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 Tree = dict[str, Any]
 _NO_KL: Tree = {"coefficient": 0.0}
 
-# Schulman et al. 2017 (clip, GAE), Ouyang et al. 2022 (InstructGPT, appendix C.4: KL, discount, passes, temperature), Huang et al.
-# 2022 ("The 37 implementation details of PPO": whitening, value clip). InstructGPT takes 8 updates per step.
+# Schulman et al. 2017 (clip, GAE), Ouyang et al. 2022 (InstructGPT, appendix C.4: KL, discount, passes, temperature), Huang et
+# al. 2022 ("The 37 implementation details of PPO": whitening, value clip). InstructGPT takes 8 updates per step.
 _PPO: Tree = {
     "critic": {"kind": "separate"},  # InstructGPT: a value function of its own, started from the reward model
     "rollout": {"samples_per_prompt": 1, "temperature": 1.0},  # InstructGPT
@@ -34,7 +35,7 @@ _GRPO: Tree = {
     "critic": {"kind": "none"},  # section 4.1.1
     "rollout": {"samples_per_prompt": 64, "temperature": 1.0},  # section 4.2: 64 outputs per question
     "algorithm": {
-        # Equation 4 (k3), equation 3 (in the loss), section 4.2 (0.04). The gradient is that of k2, see `algorithms.kl.kl_loss`.
+        # Equation 4 (k3), equation 3 (in the loss), section 4.2 (0.04). The gradient is that of k2, see `kl_loss`.
         "kl": {"estimator": "k3", "placement": "loss", "coefficient": 0.04, "target": None},
         "advantage": {"estimator": "grpo", "whiten": False},  # section 4.1.2
         # Equation 3: a mean over each response, then over responses. The paper names no clip range: TRL 1.16 `epsilon`.
@@ -43,7 +44,7 @@ _GRPO: Tree = {
     "train": {"learning_rate": 1e-6, "epochs": 1},  # section 4.2: 1e-6, a single update per exploration stage
 }
 
-# Liu et al. 2025 ("Understanding R1-Zero-Like Training"), table of appendix G.
+# Liu et al. 2025 ("Understanding R1-Zero-Like Training"), numbers of its experiments.
 _DR_GRPO: Tree = {
     "critic": {"kind": "none"},
     "rollout": {"samples_per_prompt": 8, "temperature": 1.0},
@@ -86,9 +87,9 @@ _RLOO: Tree = {
     "critic": {"kind": "none"},
     "rollout": {"samples_per_prompt": 2, "temperature": 1.0},  # `num_generations`; the paper takes 2 and 4
     "algorithm": {
-        "kl": {"estimator": "k1", "placement": "reward", "coefficient": 0.05, "target": None},  # equation 3; `beta`
-        "advantage": {"estimator": "rloo", "whiten": False},  # equation 8; `normalize_advantages`
-        # Equation 6: the response is one action, so its token losses are summed and only responses are averaged.
+        "kl": {"estimator": "k1", "placement": "reward", "coefficient": 0.05, "target": None},  # `beta`
+        "advantage": {"estimator": "rloo", "whiten": False},  # `normalize_advantages`
+        # The response is one action, so its token losses are summed and only responses are averaged.
         "policy_loss": {
             "name": "ppo",
             "clip_low": 0.2,  # `epsilon`; without effect in the only update of a step
@@ -100,7 +101,8 @@ _RLOO: Tree = {
     "train": {"learning_rate": 1e-6, "epochs": 1},  # `learning_rate`, `num_iterations`
 }
 
-# Hu et al. 2025 (REINFORCE++); numbers of OpenRLHF's train_reinforce_llama_ray_hybrid_engine.sh, which takes 8 updates per step.
+# Hu et al. 2025 (REINFORCE++); numbers of OpenRLHF's train_reinforce_llama_ray_hybrid_engine.sh, which takes 8 updates per
+# step.
 _REINFORCE_PP: Tree = {
     "critic": {"kind": "none"},
     "rollout": {"samples_per_prompt": 1, "temperature": 1.0},
@@ -170,7 +172,7 @@ _CISPO: Tree = {
         "kl": _NO_KL,  # no KL term
         "shaping": {"overlong_buffer": 0.2, "overlong_penalty": 1.0},  # length penalty, as in DAPO
         "advantage": {"estimator": "grpo", "whiten": False},  # group-relative
-        # Equation 4: a mean over all tokens. A bound of 1 + 4: ScaleRL (Khatri et al. 2025) and TRL 1.16; the paper has no number.
+        # Equation 4: a mean over all tokens. Bound 1 + 4: ScaleRL (Khatri et al. 2025), TRL 1.16; the paper has no number.
         "policy_loss": {"name": "cispo", "clip_high": 4.0, "loss_aggregation": "token"},
     },
     "train": {"learning_rate": 1e-6, "epochs": 1},  # TRL 1.16

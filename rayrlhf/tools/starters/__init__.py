@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from rayrlhf.config.loading.presets import preset_tree
 from rayrlhf.config.section import Section
 from rayrlhf.errors import UserError
 from rayrlhf.storage.atomic import write_atomically
@@ -39,19 +40,29 @@ def config_class(task: str) -> type[Section]:
     return found
 
 
-def starter(task: str, model: str = MODEL, *, gpus: int = 0) -> str:
+def starter(task: str, model: str = MODEL, *, gpus: int = 0, preset: str | None = None) -> str:
     """Return a first configuration of a task as YAML with comments.
 
     Args:
         task: one of `ROOTS`.
         model: path of the initial model.
         gpus: number of GPUs of this machine; steps are larger with any.
+        preset: algorithm of the task `ppo`, written as the `preset:` key.
 
     Raises:
-        UserError: an unknown task.
+        UserError: an unknown task or preset.
     """
     config_class(task)
-    text = (files(__package__) / f"{task}.yaml").read_text(encoding="utf-8")
+    if preset is not None and task != "ppo":
+        raise UserError(f"--preset {preset}: only the task ppo has presets; found the task {task}")
+    text = (files(__package__) / f"{task if preset is None else 'ppo-preset'}.yaml").read_text(encoding="utf-8")
+    if preset is not None:
+        samples = preset_tree(preset, "--preset")["rollout"]["samples_per_prompt"]
+        text = (
+            text.replace("my-PRESET", f"my-{preset.replace('+', '-')}")
+            .replace("PRESET", preset)
+            .replace("GROUP", str(samples if gpus else min(samples, 4)))
+        )
     return text.replace("path: MODEL", f"path: {json.dumps(model)}").replace("PROMPTS", str(128 if gpus else 16))
 
 
@@ -60,13 +71,13 @@ def visible_gpus() -> int:
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
-def write_starter(task: str, path: Path, model: str = MODEL, *, gpus: int = 0) -> None:
+def write_starter(task: str, path: Path, model: str = MODEL, *, gpus: int = 0, preset: str | None = None) -> None:
     """Write a first configuration.
 
     Raises:
         UserError: an unknown task, or the file exists.
     """
-    text = starter(task, model, gpus=gpus)
+    text = starter(task, model, gpus=gpus, preset=preset)
     if path.exists():
         raise UserError(f"{path}: exists already; choose another file name")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from rayrlhf.cli import app
 from rayrlhf.config.loading.load import load_config
+from rayrlhf.config.loading.presets import PRESETS
 from rayrlhf.config.loading.yaml_text import parse
 from rayrlhf.errors import UserError
 from rayrlhf.tools.starters import ROOTS, config_class, json_schema, starter, write_starter
@@ -25,6 +26,25 @@ def test_a_starter_is_a_valid_configuration_with_comments(task, gpus, tmp_path):
     config = load_config(config_class(task), path, [])
     model = next(iter(config.models.values())) if task == "icl-evaluate" else config.model
     assert model.path == "some/model: with odd 'name'"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_a_starter_with_a_preset_loads_with_the_values_of_the_preset(preset, gpus, tmp_path):
+    path = tmp_path / "file.yaml"
+    write_starter("ppo", path, gpus=gpus, preset=preset)
+    config = load_config(config_class("ppo"), path)
+    algorithm = PRESETS[preset]["algorithm"]
+    assert config.algorithm.advantage.estimator == algorithm["advantage"]["estimator"]
+    assert config.algorithm.policy_loss.name == algorithm["policy_loss"]["name"]
+    assert config.run.name == "my-" + preset.replace("+", "-")
+
+
+def test_only_ppo_has_presets_and_an_unknown_one_is_named(tmp_path):
+    with pytest.raises(UserError, match="only the task ppo has presets"):
+        starter("sft", preset="grpo")
+    with pytest.raises(UserError, match=r"--preset: unknown preset grop; did you mean grpo\?"):
+        starter("ppo", preset="grop")
 
 
 @pytest.mark.parametrize("task", ROOTS)

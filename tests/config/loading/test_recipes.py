@@ -1,0 +1,150 @@
+"""The recipes hold the values of their papers, key by key, and each makes a valid run."""
+
+import pytest
+
+from rayrlhf.config.loading.describe import describe
+from rayrlhf.config.loading.load import load_config
+from rayrlhf.config.loading.presets import PRESETS
+from rayrlhf.config.loading.recipes import RECIPES
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.errors import UserError
+from tests.config.loading.test_presets import value_at
+
+KEYS = {
+    "critic": "critic.kind",
+    "samples": "rollout.samples_per_prompt",
+    "temperature": "rollout.temperature",
+    "refill": "rollout.refill_rounds",
+    "kl": "algorithm.kl.estimator",
+    "placement": "algorithm.kl.placement",
+    "beta": "algorithm.kl.coefficient",
+    "target": "algorithm.kl.target",
+    "buffer": "algorithm.shaping.overlong_buffer",
+    "overlong": "algorithm.shaping.overlong_penalty",
+    "estimator": "algorithm.advantage.estimator",
+    "gamma": "algorithm.advantage.gamma",
+    "lam": "algorithm.advantage.lam",
+    "whiten": "algorithm.advantage.whiten",
+    "loss": "algorithm.policy_loss.name",
+    "low": "algorithm.policy_loss.clip_low",
+    "high": "algorithm.policy_loss.clip_high",
+    "aggregation": "algorithm.policy_loss.loss_aggregation",
+    "length": "algorithm.policy_loss.loss_aggregation_length",
+    "value_clip": "algorithm.value_loss.clip",
+    "rate": "train.learning_rate",
+    "epochs": "train.epochs",
+    "decay": "train.optimizer.weight_decay",
+    "shape": "train.schedule.shape",
+    "lr_warmup": "train.schedule.warmup_steps",
+}
+CLIP = {"loss": "ppo", "low": 0.2, "high": 0.2}
+GROUP = {"critic": "none", "temperature": 1.0, "epochs": 1}
+TABLE = {
+    "ppo": {
+        "critic": "separate", "samples": 1, "temperature": 1.0, "kl": "k1", "placement": "reward", "beta": 0.02, "target": None,
+        "estimator": "gae", "gamma": 1.0, "lam": 0.95, "whiten": True, **CLIP, "aggregation": "token", "value_clip": 0.2,
+        "epochs": 1,
+    },
+    "grpo": {
+        **GROUP, "samples": 64, "kl": "k3", "placement": "loss", "beta": 0.04, "target": None, "estimator": "grpo",
+        "whiten": False,
+        **CLIP, "aggregation": "sequence", "rate": 1e-6,
+    },
+    "dr-grpo": {
+        **GROUP, "samples": 8, "beta": 0, "estimator": "dr_grpo", "whiten": False, **CLIP, "aggregation": "constant",
+        "rate": 1e-6,
+    },
+    "dapo": {
+        **GROUP, "samples": 16, "refill": 10, "beta": 0, "buffer": 0.2, "overlong": 1.0, "estimator": "grpo", "whiten": False,
+        "loss": "ppo", "low": 0.2, "high": 0.28, "aggregation": "token", "rate": 1e-6,
+    },
+    "rloo": {
+        **GROUP, "samples": 2, "kl": "k1", "placement": "reward", "beta": 0.05, "target": None, "estimator": "rloo",
+        "whiten": False,
+        **CLIP, "aggregation": "constant", "length": 1, "rate": 1e-6,
+    },
+    "reinforce++": {
+        **GROUP, "samples": 1, "kl": "k1", "placement": "reward", "beta": 1e-4, "target": None, "estimator": "reinforce++",
+        "gamma": 1.0, "whiten": True, **CLIP, "aggregation": "token", "rate": 5e-7,
+    },
+    "reinforce++-baseline": {
+        **GROUP, "samples": 8, "kl": "k2", "placement": "loss", "beta": 1e-5, "target": None,
+        "estimator": "reinforce++-baseline",
+        "gamma": 1.0, "whiten": True, **CLIP, "aggregation": "token", "rate": 5e-7,
+    },
+    "remax": {
+        **GROUP, "samples": 1, "kl": "k1", "placement": "reward", "beta": 0.05, "target": None, "estimator": "remax",
+        "gamma": 0.99, "whiten": False, **CLIP, "aggregation": "constant", "length": 1, "rate": 1e-6, "decay": 0.1,
+        "shape": "cosine", "lr_warmup": 0,
+    },
+    "gspo": {
+        **GROUP, "samples": 8, "beta": 0, "estimator": "grpo", "whiten": False, "loss": "gspo", "low": 3e-4, "high": 4e-4,
+        "aggregation": "sequence", "rate": 1e-6,
+    },
+    "cispo": {
+        **GROUP, "samples": 8, "refill": 10, "beta": 0, "buffer": 0.2, "overlong": 1.0, "estimator": "grpo", "whiten": False,
+        "loss": "cispo", "high": 4.0, "aggregation": "token", "rate": 1e-6,
+    },
+}  # fmt: skip
+
+
+def leaves(tree: dict, prefix: str = "") -> dict:
+    found = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_holds_the_values_of_its_source_and_no_others(name):
+    assert leaves(RECIPES[name]) == {KEYS[key]: value for key, value in TABLE[name].items()}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_makes_a_valid_run_with_a_plan_and_no_warning(name, minimal):
+    config = load_config(PPOConfig, minimal, [f"preset={name}"])
+    for key, value in leaves(PRESETS[name]).items():
+        found = value_at(config, key)
+        assert found == (tuple(value) if isinstance(value, list) else value), key
+    plan = describe(config)
+    assert "policy: builtin:tiny" in plan
+    assert "warning" not in plan
+
+
+def test_the_overlong_buffer_of_dapo_is_a_share_of_the_longest_response(minimal):
+    config = load_config(PPOConfig, minimal, ["preset=dapo", "rollout.max_new_tokens=20480"])
+    assert config.overlong_tokens == 4096
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo"])
+def test_another_loss_over_a_preset_has_its_own_defaults(name, loss, minimal):
+    section = load_config(PPOConfig, minimal, [f"preset={name}", f"algorithm.policy_loss.name={loss}"]).algorithm.policy_loss
+    assert section.name == loss
+    if loss == RECIPES[name]["algorithm"]["policy_loss"]["name"]:
+        assert section.loss_aggregation == TABLE[name]["aggregation"]
+    else:
+        assert section == type(section)(name=loss)
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ("{name: gspo, clip_low: 0.2, clip_high: 0.2}", "gspo clips the ratio of a whole response"),
+        ("{name: ppo, clip_low: 0.0003, clip_high: 0.0004}", "ppo clips token ratios"),
+        ("{name: cispo, clip_high: 0.2}", "cispo bounds the weight at 1 + clip_high = 1.2"),
+    ],
+)
+def test_the_clip_range_of_another_loss_is_one_line_of_warning_in_the_plan(loss, words, minimal):
+    found = [
+        line
+        for line in describe(load_config(PPOConfig, minimal, [f"algorithm.policy_loss={loss}"])).splitlines()
+        if "warn" in line
+    ]
+    assert len(found) == 1
+    assert found[0].startswith(f"warning: algorithm.policy_loss: {words}")
+
+
+def test_an_unknown_preset_is_an_error_with_the_nearest_one(minimal):
+    with pytest.raises(UserError, match=r"^command line: preset: unknown preset drgrpo; did you mean dr-grpo\?"):
+        load_config(PPOConfig, minimal, ["preset=drgrpo"])
