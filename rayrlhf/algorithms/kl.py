@@ -7,6 +7,7 @@ gradient.
 The coefficient is fixed, or adapted so that the KL per sequence reaches a target.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, Protocol
 
@@ -164,6 +165,8 @@ class AdaptiveKLController(FixedKLController):
 
     def update(self, kl: float, samples: int) -> None:
         """Raise the coefficient where `kl` (nats per sequence) is above the target, lower it where below."""
+        if not math.isfinite(kl):
+            return
         error = min(max(kl / self.target - 1, -MAX_ERROR), MAX_ERROR)
         self.value *= 1 + error * min(samples / self.horizon, 1.0)
 

@@ -61,6 +61,8 @@ class TrainSection(Section):
     """Stop the epochs of a step once the policy moved further than 1.5 x this from the sampling policy (TRL `target_kl`)."""
     ratio_guard: float | None = Field(None, gt=1)
     """Zero the loss of a mini-batch whose mean ratio exceeds this (TRL `ratio_threshold`)."""
+    max_nonfinite_steps: int = Field(3, ge=0)
+    """Optimizer steps in a row that may be skipped because the gradient has inf or NaN; one more stops the run."""
 
     ema_decay: float | None = Field(None, ge=0, lt=1)
     """Keep a moving average of the policy's weights, of which a step keeps this share, and export it beside the policy, in

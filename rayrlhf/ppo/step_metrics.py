@@ -38,6 +38,7 @@ def step_metrics(
             f"{role}/padding_share": report.padding_share,
             f"{role}/stopped_early": float(report.stopped_early),
             f"{role}/guarded_steps": float(report.guarded_steps),
+            f"{role}/skipped_steps": float(report.skipped_steps),
         }
         metrics |= {f"time/{role}/{part}": seconds for part, seconds in report.seconds.items()}
     if "ppo/val/error" in metrics and "ppo/returns/var" in metrics:

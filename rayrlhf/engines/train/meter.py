@@ -19,7 +19,7 @@ class UpdateMeter:
     def __init__(self, device: torch.device) -> None:
         self.epochs = 0
         self.stopped_early = False
-        self.guarded_steps = 0
+        self.guarded_steps = self.skipped_steps = 0
         self.grad_norms: list[float] = []
         self.learning_rates: list[float] = []
         self.step_means: dict[str, float] = {}
@@ -86,6 +86,7 @@ class UpdateMeter:
             epochs=self.epochs,
             stopped_early=self.stopped_early,
             guarded_steps=self.guarded_steps,
+            skipped_steps=self.skipped_steps,
             tokens=self._tokens,
             padding_share=1.0 - self._tokens / self._computed if self._computed else 0.0,
             seconds=self._seconds,

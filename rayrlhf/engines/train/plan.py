@@ -52,6 +52,7 @@ class UpdateReport:
         epochs: epochs begun; fewer than planned after an early stop.
         stopped_early: the KL limit `train.early_stop_kl` ended the update.
         guarded_steps: steps whose gradient the ratio guard set to zero.
+        skipped_steps: steps without effect because their loss or gradient had inf or NaN.
         tokens: real tokens in forward and backward passes on this rank.
         padding_share: share of padding in this rank's computation, in [0, 1).
         seconds: time in `forward`, `backward` and `optimizer` on this rank.
@@ -65,6 +66,7 @@ class UpdateReport:
     epochs: int
     stopped_early: bool
     guarded_steps: int
+    skipped_steps: int
     tokens: int
     padding_share: float
     seconds: dict[str, float]

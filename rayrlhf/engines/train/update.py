@@ -4,10 +4,13 @@ All ranks make the same decisions (shares, denominators, early stop, ratio guard
 equal on every rank: the batch, the plan, and statistics summed over all ranks.
 """
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rayrlhf.algorithms.importance import moved_too_far, ratio_exploded
@@ -21,6 +24,7 @@ from rayrlhf.engines.train.meter import UpdateMeter
 from rayrlhf.engines.train.optimizers import learning_rate_factor
 from rayrlhf.engines.train.plan import MicroBatch, UpdatePlan, UpdateReport, split_mini_batch
 from rayrlhf.engines.train.spec import TrainEngineSpec
+from rayrlhf.errors import AlarmError
 
 
 class Updater:
@@ -36,6 +40,8 @@ class Updater:
     ) -> None:
         self.optimizer_steps = 0
         self.average = average
+        self._skipped_in_a_row = 0
+        self._nonfinite = ""
         self._backend = backend
         self._spec = spec
         self._device = device
@@ -71,13 +77,14 @@ class Updater:
         for mask in objective.masks:
             if whole_step[mask] == 0:
                 raise ValueError(f"no token under {mask!r} in the {len(rows)} samples of an optimizer step")
+        real = sum(bool(micro_batch.weight) for share in shares for micro_batch in share)
         meter.begin_step()
         for index, micro_batch in enumerate(micro_batches):
             last = parity.no_accumulation or index == len(micro_batches) - 1
             denominators = whole_step
             if parity.mini_batch_means:
                 own = _counts(batch, micro_batch.rows, objective)
-                denominators = {mask: max(count, 1.0) * len(micro_batches) * self._ranks for mask, count in own.items()}
+                denominators = {mask: max(count, 1.0) * real for mask, count in own.items()}
             self._micro_batch(batch.select(micro_batch.rows), micro_batch, objective, denominators, meter, last=last)
             if last:
                 self._step(meter)
@@ -98,10 +105,13 @@ class Updater:
             components = self._forward(batch, objective)
             loss = weighted_loss(components, denominators) * micro_batch.weight
         if micro_batch.weight:
+            if not loss.isfinite():
+                self._nonfinite = self._nonfinite or _first_nonfinite(components, batch, micro_batch.rows)
             counts = _counts(batch, range(len(batch)), objective)
             meter.add(components, counts)
             if self._spec.parity.mini_batch_means and self._exploded(_means(components, counts)):
                 loss = loss * 0.0
+                meter.guarded_steps += 1
         meter.add_tokens(batch.lengths, real=bool(micro_batch.weight), packed=self._spec.packing)
         with meter.clock("backward"):
             self._backend.backward(loss, last=last)
@@ -128,6 +138,8 @@ class Updater:
         if not parity.mini_batch_means and self._exploded(meter.step_means):
             self._backend.zero_grad()
             meter.guarded_steps += 1
+        # A loss of NaN need not have a gradient of NaN: a maximum passes the gradient of its other branch.
+        finite = all(math.isfinite(mean) for name, mean in meter.step_means.items() if name.startswith("loss/"))
         clip = train.max_grad_norm
         if parity.clip_first_step_only and self.optimizer_steps > 0:
             clip = None
@@ -135,12 +147,35 @@ class Updater:
             train.schedule, self.optimizer_steps, self._spec.total_optimizer_steps
         )
         with meter.clock("optimizer"):
-            norm = self._backend.step(learning_rate, clip)
+            norm = self._backend.step(learning_rate, clip) if finite else self._backend.discard()
         self.optimizer_steps += 1
+        self._check_skipped(norm, meter)
         if self.average is not None:
             self.average.step()
         meter.grad_norms.append(norm)
         meter.learning_rates.append(learning_rate)
+
+    def _check_skipped(self, norm: float, meter: UpdateMeter) -> None:
+        """Count steps that the backend discarded.
+
+        Raises:
+            AlarmError: more than `train.max_nonfinite_steps` in a row.
+        """
+        if math.isfinite(norm):
+            self._skipped_in_a_row, self._nonfinite = 0, ""
+            return
+        meter.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row > self._spec.train.max_nonfinite_steps:
+            role = "policy" if "lm" in self._spec.heads else "critic or reward model"
+            found = [""] * self._ranks
+            torch.distributed.all_gather_object(found, self._nonfinite)
+            first = next(filter(None, found), "in the backward pass")
+            raise AlarmError(
+                f"{role}: gradient with inf or NaN in {self._skipped_in_a_row} optimizer steps in a row, the last one is step "
+                f"{self.optimizer_steps}; first non-finite value: {first}. "
+                "No weight was changed by them"
+            )
 
     def _exploded(self, means: dict[str, float]) -> bool:
         guard = self._spec.train.ratio_guard
@@ -155,6 +190,22 @@ def _counts(batch: TrainingBatch, rows: Sequence[int], objective: Objective) -> 
         counts[mask] = float(positions.sum())
         counts[responses_under(mask)] = float(positions.any(1).sum())
     return counts
+
+
+def _first_nonfinite(components: Sequence[LossComponent], batch: TrainingBatch, rows: Sequence[int]) -> str:
+    """Name the sample and token of the first non-finite loss, and the arrays that are non-finite there."""
+    for component in components:
+        found = (~component.token_loss.loss.detach().isfinite()).nonzero()
+        if not len(found):
+            continue
+        row, token = (int(index) for index in found[0])
+        inputs = [name for name, array in batch.arrays.items() if _nonfinite_at(array, row, token)]
+        return f"sample {rows[row]}, token {token}, {', '.join(inputs) or 'computed by the network'}"
+    return ""
+
+
+def _nonfinite_at(array: NDArray[Any], row: int, token: int) -> bool:
+    return array.ndim == 2 and token < array.shape[1] and not np.isfinite(array[row, token])
 
 
 def _means(components: Sequence[LossComponent], counts: dict[str, float]) -> dict[str, float]:

@@ -209,7 +209,7 @@ def _actor_groups(replicas: int, stopwatch: _Stopwatch) -> ActorGroups:
         methods = ("submit", "poll", "begin_weights", "receive_weights", "finish_weights")
         return handle(**{name: getattr(replica, name) for name in methods})
 
-    report = UpdateReport({}, [1.0], [1e-6], 1, 1, False, 0, 1, 0.0, {}, [])
+    report = UpdateReport({}, [1.0], [1e-6], 1, 1, False, 0, 0, 1, 0.0, {}, [])
     policy = handle(score=_read, update=lambda *_: report)
     policy.weights = SimpleNamespace(remote=lambda *_: _no_weights.remote())
     handles: dict[Role, tuple[Handle[Worker], ...]] = {

@@ -65,13 +65,19 @@ class TrainBackend(Protocol):
     def step(self, learning_rate: float, max_norm: float | None) -> float:
         """Clip the gradient, step the optimizer, discard the gradient. Call after `backward(..., last=True)`.
 
+        A gradient with inf or NaN is discarded on all ranks, and no weight changes.
+
         Args:
             learning_rate: of this step.
             max_norm: clip the norm of the whole gradient to this; None clips nothing.
 
         Returns:
-            Norm of the whole gradient before clipping.
+            Norm of the whole gradient before clipping; NaN if the step was discarded.
         """
+        ...
+
+    def discard(self) -> float:
+        """Finish a step without changing any weight, in place of `step`; returns NaN."""
         ...
 
     def zero_grad(self) -> None:

@@ -5,6 +5,7 @@ aggregated by the engine, gradient accumulation boundaries are set by hand, and 
 """
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,12 +62,24 @@ class DeepSpeedBackend:
             group["lr"] = learning_rate
         if self._stage == 0:
             parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
-            norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm))
+            if not math.isfinite(norm):
+                return self.discard()
             engine.step()
-            return float(norm)
+            return norm
+        if engine.optimizer.has_overflow():
+            return self.discard()
         engine.optimizer.clip_grad = max_norm or 0.0
         engine.step()
         return float(engine.get_global_grad_norm())
+
+    def discard(self) -> float:
+        """Finish a step without changing weights, by a zero gradient at learning rate 0 (see `TrainBackend.discard`)."""
+        self.zero_grad()
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = 0.0
+        self._engine.step()
+        return math.nan
 
     def zero_grad(self) -> None:
         """Set the accumulated gradient to zero, in the place where the ZeRO stage keeps it."""

@@ -56,9 +56,15 @@ class PlainTorchBackend:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         norm = nn.utils.clip_grad_norm_(self._network.parameters(), max_norm or float("inf"))
+        if not norm.isfinite():
+            return self.discard()
         self._optimizer.step()
         self._optimizer.zero_grad()
         return float(norm)
+
+    def discard(self) -> float:
+        self._optimizer.zero_grad()
+        return float("nan")
 
     def zero_grad(self) -> None:
         for parameter in self._network.parameters():
@@ -127,7 +133,7 @@ def test_a_state_of_another_backend_continues_bit_for_bit(tmp_path):
 
 def test_both_backends_have_all_members_of_the_protocol():
     members = [name for name in vars(TrainBackend) if not name.startswith("_")]
-    assert len(members) == 9
+    assert len(members) == 10
     for backend in TRAIN_BACKENDS.values():
         assert [name for name in members if not callable(getattr(backend, name, None))] == []
 
