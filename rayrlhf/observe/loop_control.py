@@ -33,7 +33,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Record stop signals inside the block, for a loop that stops at the end of a step.
+    """Record stop signals inside the block, for loops that stop after a step.
 
     The handler only sets a flag, because a checkpoint cannot be written inside a signal handler. A second signal ends the
     process at once, as it would without this context.
@@ -71,7 +71,7 @@ def is_due(step: int, every: int) -> bool:
 
 @contextmanager
 def _handlers(handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]) -> Iterator[dict[signal.Signals, Any]]:
-    """Install handlers inside the block, and restore those of all stop signals afterwards; yields the former ones."""
+    """Install handlers inside the block and restore the former ones, which it yields."""
     before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in SIGNALS}
     _install(handlers)
     try:

@@ -193,7 +193,7 @@ def _counts(batch: TrainingBatch, rows: Sequence[int], objective: Objective) -> 
 
 
 def _first_nonfinite(components: Sequence[LossComponent], batch: TrainingBatch, rows: Sequence[int]) -> str:
-    """Name the sample and token of the first non-finite loss, and the arrays that are non-finite there."""
+    """Name sample, token and arrays of the first non-finite loss."""
     for component in components:
         found = (~component.token_loss.loss.detach().isfinite()).nonzero()
         if not len(found):

@@ -74,7 +74,7 @@ class DeepSpeedBackend:
         return float(engine.get_global_grad_norm())
 
     def discard(self) -> float:
-        """Finish a step without changing weights, by a zero gradient at learning rate 0 (see `TrainBackend.discard`)."""
+        """Finish a step by a zero gradient at learning rate 0 (see `TrainBackend.discard`)."""
         self.zero_grad()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = 0.0
