@@ -3,6 +3,7 @@
 Configuration pages come from the pydantic sections, the command line page from typer, the findings from the diagnostics.
 """
 
+import inspect
 import json
 import re
 import sys
@@ -14,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import typer
+import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from typer.cli import get_docs_for_click
 
 from rayrlhf.cli import app
+from rayrlhf.config.loading import recipes
+from rayrlhf.config.loading.presets import PRESETS
 from rayrlhf.config.section import Section
 from rayrlhf.observe.diagnostics import CHECKS
 from rayrlhf.tools.starters import ROOTS
@@ -170,10 +174,58 @@ def findings_page() -> str:
     )
 
 
+def preset_source(name: str) -> str:
+    """The comment with the sources of a recipe."""
+    variable = next((key for key, value in vars(recipes).items() if value is PRESETS[name]), "")
+    found = re.search(rf"((?:^#.*\n)+){variable}: Tree = ", inspect.getsource(recipes), re.MULTILINE) if variable else None
+    return re.sub(r"\n?# ", " ", found[1]).strip() if found else "Values of TRL, see [From TRL](../from-trl.md)."
+
+
+def preset_row(name: str) -> str:
+    """The row of a preset in the table of all."""
+    tree = PRESETS[name]
+    algorithm = tree["algorithm"]
+    loss, kl = algorithm["policy_loss"], algorithm["kl"]
+    clip = ", ".join(f"{loss[key]:g}" for key in ("clip_low", "clip_high") if key in loss)
+    penalty = f"{kl['estimator']} in the {kl['placement']}, {kl['coefficient']:g}" if kl["coefficient"] else "none"
+    cells = [
+        f"[`{name}`](#{anchor_of(name)})",
+        f"`{algorithm['advantage']['estimator']}`",
+        tree["critic"]["kind"],
+        str(tree["rollout"].get("samples_per_prompt", 1)),
+        f"`{loss['name']}`",
+        clip,
+        loss.get("loss_aggregation", "token"),
+        penalty,
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def anchor_of(preset: str) -> str:
+    """Anchor of a preset's heading."""
+    return f"preset-{preset.replace('+', 'p')}"
+
+
+def presets_page() -> str:
+    """The reference page of all presets."""
+    head = (
+        "# Presets\n\nA preset sets the keys that make an algorithm, with the values of its paper or of a named implementation. It\n"
+        "lies under your file: your own keys win. Models, data, lengths and batch sizes belong to the run. Generated from the code;\n"
+        "[`recipes.py`](https://github.com/rayrlhf/rayrlhf/blob/main/rayrlhf/config/loading/recipes.py) gives the source of each "
+        "value.\n\n| preset | estimator | critic | samples per prompt | loss | clip | aggregation | KL |\n|---|---|---|---|---|---|---|---|\n"
+    )
+    text = head + "".join(preset_row(name) for name in PRESETS)
+    for name, tree in PRESETS.items():
+        shown = yaml.safe_dump(tree, sort_keys=False, default_flow_style=False)
+        text += f"\n## `{name}` {{ #{anchor_of(name)} }}\n\n{preset_source(name)}\n\n```yaml\n{shown}```\n"
+    return text
+
+
 def pages() -> dict[Path, str]:
     """All generated pages by path."""
     found = {DOCS / f"reference/configuration/{task}.md": configuration_page(task) for task in PAGES}
-    return {**found, DOCS / "reference/cli.md": cli_page(), DOCS / "reference/findings.md": findings_page()}
+    others = {"cli": cli_page(), "findings": findings_page(), "presets": presets_page()}
+    return {**found, **{DOCS / f"reference/{name}.md": text for name, text in others.items()}}
 
 
 def stale_pages() -> list[Path]:

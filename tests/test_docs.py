@@ -24,6 +24,7 @@ from rayrlhf.cli import app
 from rayrlhf.config.chain import ChainConfig
 from rayrlhf.config.launch import ClusterConfig
 from rayrlhf.config.loading.load import load_config
+from rayrlhf.config.loading.presets import PRESETS
 from rayrlhf.config.loading.problems import sections_in
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.tools.starters import ROOTS, config_class, starter
@@ -319,6 +320,18 @@ def generator() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_every_preset_of_the_readme_and_of_the_choice_is_one():
+    named = re.findall(r"`preset: ([\w+-]+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(named) > 8
+    assert set(named) <= set(PRESETS)
+    choice = {name for row in rows(ROOT / "docs/choosing.md", 3) for name in re.findall(r"`([\w+-]+)`", row[1])}
+    assert choice == set(PRESETS)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
 
 
 def test_the_generated_pages_are_current():
