@@ -209,10 +209,11 @@ def anchor_of(preset: str) -> str:
 def presets_page() -> str:
     """The reference page of all presets."""
     head = (
-        "# Presets\n\nA preset sets the keys that make an algorithm, with the values of its paper or of a named implementation. It\n"
-        "lies under your file: your own keys win. Models, data, lengths and batch sizes belong to the run. Generated from the code;\n"
-        "[`recipes.py`](https://github.com/rayrlhf/rayrlhf/blob/main/rayrlhf/config/loading/recipes.py) gives the source of each "
-        "value.\n\n| preset | estimator | critic | samples per prompt | loss | clip | aggregation | KL |\n|---|---|---|---|---|---|---|---|\n"
+        "# Presets\n\nA preset sets the keys that make an algorithm, with the values of its paper or of a named implementation.\n"
+        "It lies under your file: your own keys win. Models, data, lengths and batch sizes belong to the run. Generated from\n"
+        "the code; [`recipes.py`](https://github.com/rayrlhf/rayrlhf/blob/main/rayrlhf/config/loading/recipes.py) has the\n"
+        "source of each value.\n\n| preset | estimator | critic | samples per prompt | loss | clip | aggregation | KL |\n"
+        "|---|---|---|---|---|---|---|---|\n"
     )
     text = head + "".join(preset_row(name) for name in PRESETS)
     for name, tree in PRESETS.items():
