@@ -1,7 +1,7 @@
 #!/bin/bash
-# Runs before a pod goes (preStop), within its grace period. The token comes from the environment, as for every Ray process.
-#   before-stop.sh head    asks every running job to stop and waits until it wrote its checkpoint
-#   before-stop.sh worker  stays as long as the head is there, because the checkpoint needs the actors on this node
+# Runs before a pod terminates (preStop), within its grace period. The token comes from the environment, as for all Ray processes.
+#   before-stop.sh head    signals every running job to stop and waits until it has written its checkpoint
+#   before-stop.sh worker  waits until the head is gone, because the checkpoint needs the actors on this node
 set -u
 case "${1:-}" in
   head)
@@ -13,7 +13,7 @@ case "${1:-}" in
     done
     ;;
   worker)
-    # KubeRay gives every worker the head's name.
+    # KubeRay sets the head's name in every worker.
     while timeout 5 bash -c "exec 3<> /dev/tcp/${FQ_RAY_IP:?}/6379" 2> /dev/null; do
       sleep 5
     done

@@ -1,4 +1,4 @@
-"""Write the manifests of this folder again: `python cluster/generate.py`, from the repository's root."""
+"""Regenerate the manifests of this folder: `python cluster/generate.py`, from the repository root."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 
 def manifests() -> Iterator[tuple[Path, str]]:
-    """Path and text of every manifest in `manifests.yaml`."""
+    """Yield path and text of every manifest in `manifests.yaml`."""
     root = HERE.parent
     for entry in yaml.safe_load((HERE / "manifests.yaml").read_text(encoding="utf-8")):
         overrides = entry.get("overrides", [])

@@ -8,8 +8,9 @@ inside the commands, so that help is instant.
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -18,6 +19,11 @@ from rayrlhf.pipelines.icl.icl_commands import app as icl_app
 from rayrlhf.pipelines.presft.presft_commands import app as presft_app
 from rayrlhf.tools.bench.bench_commands import bench
 from rayrlhf.tools.launch.launch_commands import plan, submit
+
+if TYPE_CHECKING:
+    from rayrlhf.config.section import Section
+
+ConfigType = TypeVar("ConfigType", bound="Section")
 
 app = typer.Typer(
     name="rayrlhf",
@@ -28,7 +34,7 @@ app = typer.Typer(
 )
 
 EXIT_STOPPED = 75
-"""Exit code of a run that was asked to stop and can be resumed by the same command (`EX_TEMPFAIL` of sysexits.h)."""
+"""Exit code of a stopped run that the same command resumes (`EX_TEMPFAIL` of sysexits.h)."""
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that replace those of the file: section.key=value ...")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")]
@@ -40,16 +46,14 @@ def ppo(
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train a policy with PPO; the same command resumes a run that was interrupted."""
-    from rayrlhf.config.loading.load import load_config
+    """Train a policy with PPO; rerun the command to resume."""
     from rayrlhf.config.ppo import PPOConfig
     from rayrlhf.ppo.train_ppo import check_ppo, train_ppo
 
-    loaded = load_config(PPOConfig, config, overrides or [])
-    if dry_run:
-        typer.echo(check_ppo(loaded))
-    else:
-        train_ppo(loaded)
+    _check_or_train(PPOConfig, check_ppo, train_ppo, config, overrides, dry_run)
+
+
+app.command(name="rl", help="Alias of `rayrlhf ppo`, for any algorithm of its configuration.")(ppo)
 
 
 @app.command()
@@ -58,16 +62,11 @@ def sft(
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Fine-tune a model on given texts; the same command resumes a run that was interrupted."""
-    from rayrlhf.config.loading.load import load_config
+    """Fine-tune a model on given texts; rerun the command to resume."""
     from rayrlhf.config.tuning.configs import SFTConfig
     from rayrlhf.tuning.train_model import check_sft, train_sft
 
-    loaded = load_config(SFTConfig, config, overrides or [])
-    if dry_run:
-        typer.echo(check_sft(loaded))
-    else:
-        train_sft(loaded)
+    _check_or_train(SFTConfig, check_sft, train_sft, config, overrides, dry_run)
 
 
 @app.command()
@@ -76,16 +75,11 @@ def reward(
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train a reward model on preference pairs; the same command resumes a run that was interrupted."""
-    from rayrlhf.config.loading.load import load_config
+    """Train a reward model on preference pairs; rerun the command to resume."""
     from rayrlhf.config.tuning.configs import RewardTrainingConfig
     from rayrlhf.tuning.train_model import check_reward, train_reward
 
-    loaded = load_config(RewardTrainingConfig, config, overrides or [])
-    if dry_run:
-        typer.echo(check_reward(loaded))
-    else:
-        train_reward(loaded)
+    _check_or_train(RewardTrainingConfig, check_reward, train_reward, config, overrides, dry_run)
 
 
 @app.command()
@@ -94,27 +88,38 @@ def dpo(
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train a policy on preference pairs without a reward model; the same command resumes a run that was interrupted."""
-    from rayrlhf.config.loading.load import load_config
+    """Train a policy on preference pairs with DPO; rerun the command to resume."""
     from rayrlhf.config.tuning.configs import DPOConfig
     from rayrlhf.tuning.train_model import check_dpo, train_dpo
 
-    loaded = load_config(DPOConfig, config, overrides or [])
+    _check_or_train(DPOConfig, check_dpo, train_dpo, config, overrides, dry_run)
+
+
+def _check_or_train(
+    kind: type[ConfigType],
+    check: Callable[[ConfigType], str],
+    train: Callable[[ConfigType], object],
+    path: Path,
+    overrides: list[str] | None,
+    dry_run: bool,
+) -> None:
+    """Load a configuration, then print its plan or train."""
+    from rayrlhf.config.loading.load import load_config
+
+    config = load_config(kind, path, overrides or [])
     if dry_run:
-        typer.echo(check_dpo(loaded))
+        typer.echo(check(config))
     else:
-        train_dpo(loaded)
+        train(config)
 
 
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
     merge: Annotated[bool, typer.Option("--merge", help="Fold adapters into their base model.")] = False,
-    to: Annotated[
-        Path | None, typer.Option(help="Where the model goes; `export-merged` in the run folder if not given.")
-    ] = None,
+    to: Annotated[Path | None, typer.Option(help="Target folder; `export-merged` in the run folder if not given.")] = None,
 ) -> None:
-    """Say where a run's model lies, or merge its adapters into a model that loads without them."""
+    """Show the path of a run's model, or merge its adapters."""
     from rayrlhf.tuning.merge import exported_model
 
     typer.echo(exported_model(run, merge=merge, target=to))
@@ -122,7 +127,7 @@ def export(
 
 @app.command()
 def quickstart(overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """PPO of a real chat model on built-in word problems: two CPU cores, minutes, no network."""
+    """Train a chat model with PPO on built-in word problems: minutes, two CPU cores."""
     from rayrlhf.ppo.quickstart import run_quickstart
 
     run_quickstart(overrides or [], dry_run=dry_run)
@@ -130,11 +135,11 @@ def quickstart(overrides: Overrides = None, dry_run: DryRun = False) -> None:
 
 @app.command(name="run")
 def run_command(
-    chain: Annotated[Path, typer.Argument(help="A YAML file with the stages of a chain.")],
+    chain: Annotated[Path, typer.Argument(help="A YAML file with the stages of the chain.")],
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Run a chain of stages (SFT, reward model, DPO, PPO, evaluation); finished stages are skipped on a rerun."""
+    """Run a chain of stages (SFT, reward model, PPO, ...); reruns skip finished ones."""
     from rayrlhf.pipelines.chain.run_chain import load_chain, plan_chain, run_chain, summary
 
     config = load_chain(chain, overrides or [])
@@ -152,7 +157,7 @@ def evaluate(
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Answer a dataset with one model and judge the answers, with intervals."""
+    """Generate responses to a dataset with one model and score them, with intervals."""
     from rayrlhf.config.evaluate import EvaluateConfig
     from rayrlhf.config.loading.load import load_config
     from rayrlhf.pipelines.evaluation.evaluate_model import check_evaluation, evaluate_model
@@ -165,11 +170,11 @@ def evaluate(
 @app.command()
 def chat(
     run: Annotated[Path, typer.Argument(help="A run folder, or any Hugging Face model folder.")],
-    prompt: Annotated[str | None, typer.Option(help="Answer this one prompt and end.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    prompt: Annotated[str | None, typer.Option(help="Respond to this one prompt and exit.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum response length in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
 ) -> None:
-    """Talk to the model that a run made."""
+    """Chat with the model of a run."""
     from rayrlhf.ppo.chat import chat_with
 
     chat_with(run, prompt, max_new_tokens=max_new_tokens, temperature=temperature)
@@ -178,24 +183,27 @@ def chat(
 @app.command()
 def scale(
     run: Annotated[Path, typer.Argument(help="The folder of a running PPO job.")],
-    rollout: Annotated[int, typer.Option(min=1, help="Rollout replicas it shall have from its next step on.")],
+    rollout: Annotated[int, typer.Option(min=1, help="Number of rollout replicas from the next step on.")],
 ) -> None:
-    """Let rollout replicas join or leave a running job; those that find no room wait for a node that has some."""
+    """Set the number of rollout replicas of a running job.
+
+    New replicas that do not fit wait for a node with free resources.
+    """
     from rayrlhf.ppo.replica_scaling import want_replicas
 
     want_replicas(run, rollout)
-    typer.echo(f"{run}: {rollout} rollout replicas are wanted from the next step on")
+    typer.echo(f"{run}: {rollout} rollout replicas from the next step on")
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="The folder of a run: finished, going, or broken off.")],
-    compare: Annotated[Path | None, typer.Option(help="Another run's folder, to draw beside this one.")] = None,
+    run: Annotated[Path, typer.Argument(help="The folder of a run: finished, running, or stopped.")],
+    compare: Annotated[Path | None, typer.Option(help="Another run's folder, for comparison.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="The file to write; `report.html` in the run folder if not given.")
     ] = None,
 ) -> None:
-    """Write what a run did as one HTML file that opens offline."""
+    """Write a report of a run as one HTML file that opens offline."""
     from rayrlhf.tools.report.run_page import write_run_report
     from rayrlhf.tools.report.run_view import folder_kind
 
@@ -205,24 +213,28 @@ def report(
     from rayrlhf.pipelines.presft.presft_report import write_presft_report
 
     if compare is not None:
-        raise UserError("--compare draws curves over steps, which a Pre-SFT run has none of: leave it out")
+        raise UserError("--compare draws curves over steps, which a Pre-SFT run does not have: leave it out")
     typer.echo(f"report: {write_presft_report(run, output)}")
 
 
 @app.command()
 def watch(
-    run: Annotated[Path, typer.Argument(help="The folder of a run, also one that another machine writes.")],
-    serve: Annotated[bool, typer.Option("--serve", help="Show it as a page on this machine, for a browser.")] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 takes a free one.")] = 0,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks at the folder.")] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="Show the present state and end.")] = False,
+    run: Annotated[Path, typer.Argument(help="The folder of a run, also of another machine.")],
+    serve: Annotated[bool, typer.Option("--serve", help="Serve a page for a browser on this machine.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 for a free one.")] = 0,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between updates.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Show the current state and exit.")] = False,
 ) -> None:
-    """Follow a run from its folder, on the terminal or as a local page; the run is not touched."""
+    """Follow a run on the terminal or as a local page, reading its folder only."""
     from rayrlhf.tools.watch.watch_server import serve_run
     from rayrlhf.tools.watch.watch_terminal import watch_terminal
 
     if serve:
-        serve_run(run, port=port, announce=lambda address: typer.echo(f"{address}\n(only from this machine; Ctrl-C ends it)"))
+        serve_run(
+            run,
+            port=port,
+            announce=lambda address: typer.echo(f"{address}\n(this machine only; Ctrl-C ends it)"),
+        )
     else:
         watch_terminal(run, every=every, once=once)
 
@@ -240,10 +252,10 @@ def init(
         str, typer.Argument(help="ppo, sft, reward, dpo, presft, evaluate, icl-build, icl-pack, icl-evaluate or icl-distill.")
     ],
     path: Annotated[Path | None, typer.Argument(help="The file to write; TASK.yaml if not given.")] = None,
-    model: Annotated[str | None, typer.Option(help="The model to begin with: a folder, a hub name or a built-in.")] = None,
+    model: Annotated[str | None, typer.Option(help="The initial model: a folder, a hub name or a built-in.")] = None,
     preset: Annotated[str | None, typer.Option(help="Algorithm of the task ppo: grpo, dapo, rloo, gspo, ...")] = None,
 ) -> None:
-    """Write a small commented configuration that runs as it is."""
+    """Write a small commented configuration that runs unchanged."""
     from rayrlhf.tools.starters import MODEL, visible_gpus, write_starter
 
     target = path or Path(f"{task}.yaml")
@@ -257,7 +269,7 @@ def schema(
         str, typer.Argument(help="ppo, sft, reward, dpo, presft, evaluate, icl-build, icl-pack, icl-evaluate or icl-distill.")
     ],
 ) -> None:
-    """Print the JSON schema of a configuration, for editors: every key with its meaning, default and bounds."""
+    """Print the JSON schema of a configuration: keys, descriptions, defaults, bounds."""
     from rayrlhf.tools.starters import json_schema
 
     typer.echo(json.dumps(json_schema(task), indent=1))
@@ -267,7 +279,7 @@ def schema(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="A list of findings for programs.")] = False,
 ) -> None:
-    """Check whether this machine can run what is installed on it, and say how to mend what cannot."""
+    """Check this machine and installation, with a fix for each problem."""
     from rayrlhf.tools.doctor.machine_checks import run_doctor
 
     if not run_doctor(as_json=as_json, echo=typer.echo):
@@ -276,7 +288,7 @@ def doctor(
 
 def main() -> None:
     """Entry point of the console script."""
-    # Progress bars of model files would tear the live view apart.
+    # Progress bars of model files would break the live view.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -124,7 +124,7 @@ def test_a_run_is_submitted_stopped_and_resumed_over_two_nodes_and_nobody_withou
 
     code, output = bench.call(*submit, RAY_AUTH_MODE="disabled")
     assert (code, output.count("\n")) == (2, 1), output
-    assert "401: the cluster wants a token" in output
+    assert "401: the cluster needs a token" in output
     stranger = bench.folder / "stranger"
     stranger.write_text(secrets.token_hex(32))
     code, output = bench.call(*submit, RAY_AUTH_TOKEN_PATH=str(stranger))

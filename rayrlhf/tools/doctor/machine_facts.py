@@ -103,7 +103,7 @@ def _version(name: str) -> str | None:
 
 
 def _import_error(name: str) -> str | None:
-    """Return the error of an import, or None; runs in a new process, as it may crash."""
+    """Return the error of an import, or None; it runs in a new process."""
     if importlib.util.find_spec(name) is None:
         return None
     command = [sys.executable, "-c", f"import {name}"]

@@ -1,1 +1,1 @@
-"""Before and around a run: what fits where, manifests for a cluster, and submission to one."""
+"""Launching a run: placement and memory plans, cluster manifests, job submission."""

@@ -1,4 +1,4 @@
-"""Manifests that fit a configuration: one renderer a way to start a cluster, by name."""
+"""Cluster manifests for a configuration, with one renderer per kind of cluster."""
 
 import difflib
 from collections.abc import Callable, Sequence
@@ -31,9 +31,9 @@ def emit_manifest(
         kind: `kuberay`, `ray-up` or `slurm`.
         config: the run.
         cluster: the machines.
-        path: the run's configuration file, as the job will find it.
+        path: the run's configuration file, relative to the job's folder.
         overrides: settings of the command line.
-        source: name of the cluster's file, for the comment at the top.
+        source: name of the cluster file, for the comment at the top.
 
     Raises:
         UserError: an unknown kind, an absolute path, the run does not fit, or the cluster lacks what this kind needs.
@@ -43,7 +43,7 @@ def emit_manifest(
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(RENDERERS)}"
         raise UserError(f"--emit {kind}: {hint}")
     if path.is_absolute():
-        raise UserError(f"{path}: a manifest needs the path from the folder that the job runs in, not an absolute one")
+        raise UserError(f"{path}: a manifest needs a path relative to the job's folder, not an absolute one")
     problems = plan_run(config, cluster.nodes).problems
     if problems:
         raise UserError(f"the run does not fit: {'; '.join(problems)}\n{advice(config, cluster.nodes)}")

@@ -1,4 +1,4 @@
-"""What is sent to a cluster for one run: entrypoint, working folder, environment, metadata. Pure, and none of it is secret."""
+"""Ray job of a run: entrypoint, working folder, environment, metadata; without secrets."""
 
 import re
 import shlex
@@ -29,7 +29,7 @@ EXCLUDES = (
     "*token*.txt",
     "auth_token",
 )
-"""Left out of the upload (Ray takes 100 MiB at most): caches, run folders, weights, and what looks like a secret."""
+"""Files left out of the upload (Ray's limit is 100 MiB): caches, run folders, weights, possible secrets."""
 SECRET = re.compile(r"(token|secret|password|api_?key|credential)", re.IGNORECASE)
 
 
@@ -38,11 +38,11 @@ class JobRequest:
     """One run as a job.
 
     Attributes:
-        run_name: the run's name, also the first part of the job's.
+        run_name: the run's name, part of the job's name.
         entrypoint: the command line on the cluster.
         runtime_env: Ray's runtime environment.
-        metadata: what lists of jobs show.
-        entrypoint_cpus: CPUs that the driver asks for; with 0 it runs on the head.
+        metadata: shown in lists of jobs.
+        entrypoint_cpus: CPUs that the driver requests; with 0 it runs on the head.
     """
 
     run_name: str
@@ -61,18 +61,18 @@ class JobRequest:
         entrypoint_cpus: float = 0.0,
         stop_seconds: int = 600,
     ) -> Self:
-        """Describe a run.
+        """Describe a run as a job.
 
         Args:
-            config: the run, loaded here so that mistakes are found before anything is uploaded.
+            config: the run, loaded here so that errors are found before the upload.
             path: its file, inside `working_dir`.
-            overrides: settings of the command line; part of the entrypoint, which everybody on the cluster can read.
-            working_dir: folder that is uploaded and that the job runs in.
-            entrypoint_cpus: CPUs that the driver asks for.
-            stop_seconds: how long Ray waits between asking the run to stop and ending it.
+            overrides: settings of the command line; part of the entrypoint, which all users of the cluster can read.
+            working_dir: folder that is uploaded and in which the job runs.
+            entrypoint_cpus: CPUs that the driver requests.
+            stop_seconds: seconds between Ray's stop signal and killing the run.
 
         Raises:
-            UserError: the file lies outside of the folder, or an override looks like a secret.
+            UserError: the file is outside of the folder, or an override looks like a secret.
         """
         folder = working_dir.resolve()
         if not folder.is_dir():
@@ -80,18 +80,18 @@ class JobRequest:
         try:
             inside = path.resolve().relative_to(folder)
         except ValueError as error:
-            raise UserError(f"{path}: lies outside of --working-dir {working_dir}, which is all that is uploaded") from error
+            raise UserError(f"{path}: is outside of --working-dir {working_dir}; only that folder is uploaded") from error
         for override in overrides:
             key, _, value = override.partition("=")
             if SECRET.search(key.rpartition(".")[2]) and not value.isdigit():
-                raise UserError(f"{key}: the cluster shows a job's command to everybody; pass secrets through its environment")
+                raise UserError(f"{key}: a job's command is visible to all users; pass secrets through the environment")
         return cls(
             run_name=config.run.name,
             entrypoint=shlex.join(["rayrlhf", "ppo", inside.as_posix(), *overrides]),
             runtime_env={
                 "working_dir": str(folder),
                 "excludes": list(EXCLUDES),
-                # Ray kills a stopped job after 3 seconds otherwise, in the middle of its checkpoint.
+                # Otherwise Ray kills a stopped job after 3 seconds, in the middle of its checkpoint.
                 "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(stop_seconds), "PYTHONUNBUFFERED": "1"},
             },
             metadata={"run": config.run.name, "steps": str(config.run.steps), "seed": str(config.run.seed)},

@@ -1,8 +1,8 @@
-"""A run on Kubernetes: a KubeRay RayJob (or a RayCluster that stays), with the network policy beside it.
+"""Kubernetes manifests: a KubeRay RayJob (or an interactive RayCluster) and its network policy.
 
-Secure by default: token authentication from a Secret, no privileges, no service account token, only the cluster's own pods
-reach Ray. Requests equal limits, so that a pod is never evicted for memory it was promised. When a pod must go, the head asks
-the run to stop and waits; the run writes a checkpoint, and the next cluster resumes it from the shared volume.
+Secure by default: token authentication from a Secret, no privileges, no service account token; only the cluster's own pods
+reach Ray. Requests equal limits, so that a pod is never evicted for using its requested memory. Before a pod terminates, the
+head signals the run to stop and waits; the run writes a checkpoint, and the next cluster resumes it from the shared volume.
 """
 
 import shlex
@@ -21,10 +21,10 @@ SHARED_MEMORY_SHARE = 0.3
 """Share of a node's memory that Ray's object store may take."""
 DASHBOARD, METRICS = 8265, 8080
 CODE = "/home/ray/rayrlhf"
-"""Where the image has the examples and the code; jobs begin elsewhere."""
+"""Folder of examples and code in the image; jobs start in another folder."""
 SUBMITTER_LABELS = {"rayrlhf/part": "submitter"}
 STOP_SCRIPT = "/opt/rayrlhf/before-stop.sh"
-"""Part of the image: the head asks the running job to stop and waits for it, a worker stays as long as the head is there."""
+"""Script in the image: the head signals the running job to stop and waits for it; a worker waits for the head."""
 
 
 def kuberay_manifest(launch: Launch, source: str) -> str:
@@ -74,7 +74,7 @@ def _cluster_spec(launch: Launch) -> dict[str, Any]:
         "enableInTreeAutoscaling": False,
         "headGroupSpec": {
             "serviceType": "ClusterIP",
-            # Actors stay off the head: it must outlive whatever a model does to a node.
+            # No actors on the head: it must survive failures of nodes with models.
             "rayStartParams": {"num-cpus": "0"},
             "template": {"spec": _pod(launch, _resources(HEAD_CPUS, HEAD_GIB, 0), head=True)},
         },
@@ -83,7 +83,7 @@ def _cluster_spec(launch: Launch) -> dict[str, Any]:
 
 
 def _groups(launch: Launch) -> list[tuple[str, int, dict[str, str]]]:
-    """Name, nodes and labels of each worker group: one, or one for each set of labels that the placement asks for."""
+    """Return name, node count and labels of each worker group, one per set of labels."""
     from rayrlhf.actors.placement import ClusterResources, make_plan
     from rayrlhf.tools.launch.role_layout import lay_out
 
@@ -153,7 +153,7 @@ def _pod(launch: Launch, resources: dict[str, Any], *, head: bool) -> dict[str, 
 
 
 def _submitter(launch: Launch) -> dict[str, Any]:
-    """The pod that submits the job and follows its log. KubeRay fills in command, address and token."""
+    """Return the submitter pod, which follows the log; KubeRay adds command, address and token."""
     return {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
@@ -190,7 +190,10 @@ def _container_security() -> dict[str, Any]:
 
 
 def _network_policy(launch: Launch) -> dict[str, Any]:
-    """Only this namespace's Ray pods and the job's submitter reach Ray; Prometheus reaches the metrics port; nobody else."""
+    """Return the network policy: only Ray pods and the submitter reach Ray.
+
+    Prometheus reaches the metrics port.
+    """
     ray_pods = {"podSelector": {"matchExpressions": [{"key": "ray.io/node-type", "operator": "Exists"}]}}
     submitters = {"podSelector": {"matchLabels": SUBMITTER_LABELS}}
     operator = {

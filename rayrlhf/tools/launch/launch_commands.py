@@ -25,7 +25,7 @@ def plan(
         Path | None, typer.Option(help="Simulate the run's steps instead, with the rates of this YAML file.")
     ] = None,
 ) -> None:
-    """Say where every process of a run sits on a cluster, what memory it takes, and what does not fit; starts nothing."""
+    """Show the placement and memory of a run on a cluster, without starting it."""
     from rayrlhf.config.launch import ClusterConfig
     from rayrlhf.config.loading.load import load_config
     from rayrlhf.config.ppo import PPOConfig
@@ -51,7 +51,7 @@ def plan(
 
 
 def _print_plan(config: Any, nodes: Any) -> None:
-    """Print the plan and what would make it fit.
+    """Print the plan, and a remedy if it does not fit.
 
     Raises:
         UserError: it does not fit.
@@ -70,7 +70,7 @@ def _print_plan(config: Any, nodes: Any) -> None:
 
 
 def _print_simulation(config: Any, rates: Path) -> None:
-    """Print what simulated steps of the run take."""
+    """Print the times of simulated steps."""
     from rayrlhf.config.launch import SimulationConfig
     from rayrlhf.config.loading.load import load_config
     from rayrlhf.tools.launch.simulate import simulate
@@ -97,22 +97,25 @@ def submit(
     ] = None,
     working_dir: Annotated[Path, typer.Option(help="Folder that the job runs in; it is uploaded.")] = Path(),
     submission_id: Annotated[str | None, typer.Option(help="Name of the job; `rayrlhf-RUN-TIME` if not given.")] = None,
-    entrypoint_cpus: Annotated[float, typer.Option(min=0.0, help="CPUs that the driver asks for.")] = 0.0,
-    stop_seconds: Annotated[int, typer.Option(min=3, help="How long a stopped run may take to write its checkpoint.")] = 600,
+    entrypoint_cpus: Annotated[float, typer.Option(min=0.0, help="CPUs that the driver requests.")] = 0.0,
+    stop_seconds: Annotated[int, typer.Option(min=3, help="Time for a stopped run to write its checkpoint.")] = 600,
     resubmit_on_failure: Annotated[
-        int, typer.Option(min=0, help="Submit again, to resume, so many times after a failure.")
+        int, typer.Option(min=0, help="Number of resubmissions after failures, which resume the run.")
     ] = 0,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return once it is submitted, without its log.")] = False,
-    stop: Annotated[bool, typer.Option("--stop", help="Stop the job `--submission-id` instead; it can be resumed.")] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return after submission, without following the log.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="Stop the job `--submission-id`; it can be resumed.")] = False,
 ) -> None:
-    """Run `rayrlhf ppo CONFIG` as a job of a Ray cluster and follow its log; Ctrl-C stops following, not the job."""
+    """Run `rayrlhf ppo CONFIG` as a Ray job and follow its log.
+
+    Ctrl-C stops following, not the job.
+    """
     from rayrlhf.config.loading.load import load_config
     from rayrlhf.config.ppo import PPOConfig
     from rayrlhf.tools.launch.job_client import JobRequest
     from rayrlhf.tools.launch.submit import connect, run_job, stop_job
 
     if resubmit_on_failure and no_wait:
-        raise UserError("--resubmit-on-failure needs somebody to wait for the job: leave --no-wait out")
+        raise UserError("--resubmit-on-failure must wait for the job: leave --no-wait out")
     client = connect(address)
     if stop:
         if submission_id is None:

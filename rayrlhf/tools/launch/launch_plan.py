@@ -1,6 +1,6 @@
-"""What a run will look like on a cluster: where every process sits, what it takes there, and what does not fit.
+"""Placement and memory plan of a run on a cluster, with problems.
 
-Pure from the configuration, the machines and the shapes of the models to a `RunPlan`; only `read_shapes` looks at files.
+A pure function of the configuration, the machines and the shapes of the models; only `read_shape` reads files.
 """
 
 from collections import defaultdict
@@ -20,16 +20,16 @@ from rayrlhf.tools.launch.memory_plan import (
     cache_bytes_per_token,
     frozen_memory,
     in_one_process,
+    offloaded_between_turns,
     rollout_memory,
     sync_bytes,
     train_memory,
-    waiting_between_turns,
 )
 from rayrlhf.tools.launch.model_shape import ModelShape, read_shape
 from rayrlhf.tools.launch.role_layout import Place, lay_out
 
 USABLE = 0.95
-"""Share of a memory that may be planned with: Ray kills processes beyond it on a node, and allocators lose some on a GPU."""
+"""Usable share of a memory: Ray kills processes beyond it on a node, and GPU allocators lose some to fragmentation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,12 @@ class RunPlan:
 
     Attributes:
         nodes: the machines.
-        places: every process.
-        memory: of one process of each role; on the rollout's GPUs per device.
-        problems: what does not fit, one line each; empty where everything does.
+        places: placement of every process.
+        memory: of one process of each role; per device for rollout on GPUs.
+        problems: one line for each part that does not fit; empty if everything fits.
         sync: bytes that a weight sync sends to each node with a replica.
-        cache_tokens: tokens whose keys and values a replica can hold.
-        longest: prompt and response of the longest sample, in tokens.
+        cache_tokens: capacity of a replica's KV cache in tokens.
+        longest: maximum tokens of prompt and response.
     """
 
     nodes: NodeSection
@@ -55,7 +55,7 @@ class RunPlan:
     longest: int
 
     def lines(self) -> Iterator[str]:
-        """The plan in words."""
+        """Yield the plan as text."""
         nodes = self.nodes
         kind = f"{nodes.gpus} GPUs of {nodes.gpu_memory_gib:g} GiB" if nodes.gpus else "no GPUs"
         yield f"cluster: {nodes.count} x ({nodes.cpus} CPUs, {nodes.main_memory_gib:g} GiB, {kind})"
@@ -66,8 +66,7 @@ class RunPlan:
         yield f"KV cache of a replica: {self.cache_tokens} tokens, {sequences} samples of {self.longest}"
         replicas = {place.node for place in self.places if place.role == "rollout"}
         learner = {place.node for place in self.places if place.role == "policy" and place.rank == 0}
-        away = len(replicas - learner)
-        network = away * self.sync / GIB
+        network = len(replicas - learner) * self.sync / GIB
         yield f"weight sync: {self.sync / GIB:.2f} GiB into each of {len(replicas)} nodes, {network:.2f} GiB over the network"
         yield from (f"does not fit: {problem}" for problem in self.problems)
         if not self.problems:
@@ -111,7 +110,7 @@ def _models(config: PPOConfig) -> dict[Role, ModelSection]:
 
 
 def learning_shapes(config: PPOConfig) -> dict[Role, ModelShape]:
-    """Shapes of the models that learn."""
+    """Return the shapes of the trained models."""
     return {role: _shape(model) for role, model in _models(config).items() if role in ("policy", "critic")}
 
 
@@ -129,7 +128,7 @@ def _cached_shape(model: str, lora: str | None) -> ModelShape:
 
 
 def _precision(model: ModelSection, nodes: NodeSection) -> Precision:
-    """`auto` on CPUs is counted as float32: which CPUs the nodes have is not known here, and it is the larger one."""
+    """Return the compute precision; `auto` on CPUs counts as float32, the larger one."""
     if model.dtype == "auto":
         return Precision(2 if nodes.gpus else FLOAT)
     return Precision(2 if model.dtype == "bfloat16" else FLOAT)
@@ -143,7 +142,7 @@ def _longest(config: PPOConfig, shape: ModelShape) -> int:
 
 
 def _cache_bytes(config: PPOConfig, nodes: NodeSection, shape: ModelShape, precision: Precision, longest: int) -> int:
-    """Bytes of keys and values of a replica over all of its devices; negative where its weights alone are too large."""
+    """Return a replica's KV cache in bytes over all devices; negative if nothing fits."""
     rollout = config.rollout
     if nodes.gpus:
         devices = rollout.tensor_parallel_size
@@ -156,10 +155,10 @@ def _cache_bytes(config: PPOConfig, nodes: NodeSection, shape: ModelShape, preci
 def _memory(
     config: PPOConfig, role: Role, ranks: int, shape: ModelShape | None, nodes: NodeSection, longest: int, cache: int
 ) -> Memory:
-    """Memory of one process of a role."""
+    """Return the memory of one process of a role."""
     train, model = config.train, _models(config).get(role)
     if shape is None or model is None:
-        return Memory(overhead=GIB // 2)  # Python, Ray and the user's reward functions; never on a GPU
+        return Memory(overhead=GIB // 2)  # Python, Ray and reward functions; never on a GPU
     precision = _precision(model, nodes)
     if role == "reward" and config.reward.model is not None:
         members = [
@@ -169,14 +168,14 @@ def _memory(
             for one in config.reward.model.models
         ]
         if nodes.gpus and config.reward.model.offload:
-            largest = max(members, key=lambda member: member.total)  # each has a turn of its own, and all wait on the host
-            return waiting_between_turns(replace(largest, host=sum(member.host for member in members)))
+            largest = max(members, key=lambda member: member.total)  # members run one after the other, and wait on the host
+            return offloaded_between_turns(replace(largest, host=sum(member.host for member in members)))
         return in_one_process(members)
     if role == "rollout":
         return rollout_memory(shape, precision, devices=config.rollout.tensor_parallel_size, cache=max(cache, 0))
     if role == "reference":
         memory = frozen_memory(shape, precision, tokens=max(train.score_batch_tokens, longest), gpu=bool(nodes.gpus))
-        return waiting_between_turns(memory) if nodes.gpus and config.reference.offload else memory
+        return offloaded_between_turns(memory) if nodes.gpus and config.reference.offload else memory
     samples = -(-config.mini_batch_size // ranks)
     if train.micro_batch_size is not None:
         tokens = min(train.micro_batch_size, samples) * longest
@@ -201,30 +200,30 @@ def _device_problems(places: tuple[Place, ...], memory: Mapping[Role, Memory], n
         for device in place.devices:
             load[place.node, device].append(place.role)
     limit = USABLE * nodes.gpu_memory_gib
-    told: set[tuple[Role, ...]] = set()
+    reported: set[tuple[Role, ...]] = set()
     for (node, device), roles in load.items():
-        # Roles on one device score one after the other, so of those that wait elsewhere only the largest is there at once.
+        # Roles on one device score one after the other, so only the largest offloaded one is on it at a time.
         always = sum(memory[role].total - memory[role].by_turns for role in roles)
         total = (always + max(memory[role].by_turns for role in roles)) / GIB
-        if total > limit and tuple(roles) not in told:
-            told.add(tuple(roles))  # the other devices with the same roles have the same problem
+        if total > limit and tuple(roles) not in reported:
+            reported.add(tuple(roles))  # other devices with the same roles have the same problem
             parts = ", ".join(f"{role} {memory[role].total / GIB:.1f}" for role in roles)
             yield f"node {node} GPU {device}: {total:.1f} of {limit:.1f} GiB ({parts})"
 
 
 def _node_problems(places: tuple[Place, ...], memory: Mapping[Role, Memory], nodes: NodeSection) -> Iterator[str]:
-    """Main memory: all of a process that has no GPU, and what the others take on the host while they load."""
+    """Yield problems of main memory: CPU processes, and host memory of others during loading."""
     limit = USABLE * nodes.main_memory_gib
     for node in range(nodes.count):
         mine = [place for place in places if place.node == node]
         total = sum(memory[place.role].host if place.devices else memory[place.role].total for place in mine) / GIB
         if total > limit:
             yield f"node {node}: {total:.1f} of {limit:.1f} GiB of main memory while {len(mine)} processes load"
-            return  # the others are alike
+            return  # the other nodes are equal
 
 
 def _where(places: list[Place]) -> str:
-    """For example `node 0 GPUs 0-7, node 1 GPUs 0-3`."""
+    """Return nodes and GPUs as text, such as `node 0 GPUs 0-7`."""
     by_node: dict[int, set[int]] = defaultdict(set)
     for place in places:
         by_node[place.node] |= set(place.devices)

@@ -10,12 +10,12 @@ from rayrlhf.config.ppo import PPOConfig
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What a manifest is made from.
+    """Inputs of a manifest.
 
     Attributes:
         config: the run.
         cluster: the machines.
-        path: where the run's configuration file lies, relative to the folder that the job runs in.
+        path: the run's configuration file, relative to the job's folder.
         overrides: settings of the command line.
     """
 
@@ -26,13 +26,13 @@ class Launch:
 
     @property
     def command(self) -> list[str]:
-        """The run's command, with run folders on the storage that all nodes see."""
-        given = [override for override in self.overrides if not override.startswith("run.root=")]
-        return ["rayrlhf", "ppo", self.path.as_posix(), *given, f"run.root={self.cluster.storage.runs.as_posix()}"]
+        """The run's command, with run folders on shared storage."""
+        kept = [override for override in self.overrides if not override.startswith("run.root=")]
+        return ["rayrlhf", "ppo", self.path.as_posix(), *kept, f"run.root={self.cluster.storage.runs.as_posix()}"]
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables of every node. None of them is a secret."""
+        """Environment variables of every node, without secrets."""
         return {
             "HF_HOME": self.cluster.storage.models.as_posix(),
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -41,6 +41,6 @@ class Launch:
 
 
 def header(what: str, launch: Launch, emit: str, cluster: str) -> str:
-    """The comment that a generated file begins with: what it is and how it is made again."""
+    """Return the comment at the top of a generated file: its purpose and its command."""
     command = ["rayrlhf", "plan", launch.path.as_posix(), *launch.overrides, "--cluster", cluster, "--emit", emit]
     return f"# {what}\n# Generated: {shlex.join(command)}\n"

@@ -1,10 +1,9 @@
-"""How much memory a process of each role takes, from the numbers of its model alone.
+"""Memory of a process of each role, computed from the shape of its model.
 
-Everything is counted as this project holds it, which is not how every trainer does: master weights, gradients and moments are
-float32, and bfloat16 comes from autocast, which keeps a rounded copy of the linear weights during forward and backward. What is
-sharded by which stage follows Rajbhandari et al. 2020 ("ZeRO"); DeepSpeed's stages 1 to 3 keep a float32 copy of a rank's own
-part beside the weights. Activations are those that autograd saves for a decoder layer of Llama's kind; a test holds them to
-what it really saves.
+The layout is this package's, which differs from other trainers: master weights, gradients and moments are float32, and bfloat16
+comes from autocast, which keeps a rounded copy of the linear weights during forward and backward. Sharding by stage follows
+Rajbhandari et al. 2020 ("ZeRO"); DeepSpeed's stages 1 to 3 keep a float32 copy of a rank's own shard next to the weights.
+Activations are those that autograd saves for a decoder layer like Llama's; a test compares them with the saved tensors.
 """
 
 from collections.abc import Sequence
@@ -17,28 +16,28 @@ from rayrlhf.tools.launch.model_shape import ModelShape
 FLOAT = 4
 """Bytes of a float32."""
 LOGIT_BYTES = 24 * 2**20
-"""`rayrlhf.models.logprobs.CHUNK_BYTES`, repeated here because that module brings torch; a test compares them."""
+"""`rayrlhf.models.logprobs.CHUNK_BYTES`, repeated here because that module imports torch; a test compares them."""
 LOGIT_BUFFERS = 3
-"""Buffers of that size, or of all logits where they are fewer, alive at once in the backward pass: logits, probabilities, their
-gradient in compute precision."""
+"""Buffers of at most that size that are alive at once in the backward pass: logits, probabilities, their gradient in compute
+precision."""
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default size of a reduction bucket, in elements; no more than the model has."""
 LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's default of parameters that ZeRO-3 keeps gathered."""
 PROCESS_BYTES = int(0.9 * GIB)
-"""What a process takes before it has a model: CUDA context, libraries, NCCL buffers. Published figures lie at 0.5 to 1 GiB."""
+"""Memory of a process without a model: CUDA context, libraries, NCCL buffers. Published figures are 0.5 to 1 GiB."""
 CPU_PROCESS_BYTES = int(0.4 * GIB)
 """The same without a GPU: Python, torch, transformers, DeepSpeed, and a process group; measured."""
 BASE_UTILIZATION_BYTES = GIB
-"""What vLLM's own profiling run takes out of its share before the KV cache: activations of one prefill and its workspace."""
+"""Part of vLLM's share that is not KV cache: activations of one prefill and its workspace, as in vLLM's profiling run."""
 
 NOT_SUMMED = ("host", "by_turns")
-"""Fields of `Memory` that lie elsewhere, or are told by other fields."""
+"""Fields of `Memory` that are on another device or part of other fields."""
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of one process on its device, by what they are for."""
+    """Bytes of one process on its device, by purpose."""
 
     weights: int = 0
     gradients: int = 0
@@ -47,11 +46,11 @@ class Memory:
     cache: int = 0
     overhead: int = 0
     loading: int = 0
-    """What loading takes beyond all of the above: a rank moves the whole float32 model to its device before it is sharded."""
+    """Additional bytes during loading: a rank moves the whole float32 model to its device before it is sharded."""
     host: int = 0
-    """Main memory beside the device; on a CPU, where both are the same, nothing."""
+    """Main memory in addition to the device; 0 on a CPU, where both are the same."""
     by_turns: int = 0
-    """Of `total`, what the process holds only while it is its turn: `offload`."""
+    """Part of `total` that is on the device only while the model runs: `offload`."""
 
     @property
     def total(self) -> int:
@@ -59,7 +58,7 @@ class Memory:
         return sum(getattr(self, part.name) for part in fields(self) if part.name not in NOT_SUMMED)
 
     def describe(self) -> str:
-        """The parts in GiB, largest first, those of nothing left out."""
+        """Return the parts in GiB, largest first, without empty ones."""
         parts = sorted(
             ((getattr(self, part.name), part.name) for part in fields(self) if part.name not in NOT_SUMMED), reverse=True
         )
@@ -68,23 +67,23 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Compute precision: bytes of one number, 4 for float32 and 2 for bfloat16."""
+    """Compute precision in bytes per number: 4 for float32, 2 for bfloat16."""
 
     size: int
 
     @property
     def reduced(self) -> bool:
-        """Whether autocast rounds anything."""
+        """True if autocast rounds to fewer bytes than float32."""
         return self.size < FLOAT
 
 
 def activation_bytes(shape: ModelShape, tokens: int, precision: Precision, *, checkpointing: bool) -> int:
-    """Bytes that autograd saves for one forward of `tokens` tokens, padding included.
+    """Return the bytes that autograd saves for a forward pass, padding included.
 
     With H hidden, Q the queries' width, K the keys' width, I the feed-forward width, a layer saves per token, in float32:
     24 H (two norms keep input and aggregated input; the inputs of both blocks), 8 Q + 8 K (queries, keys, values and the
     attention's output) and 16 I (gate, its activation, up, their product). Under bfloat16 the norms stay float32 (16 H), each
-    of the five products of a block's input keeps a rounded copy of its own (10 H), and the rest halves.
+    of the five products of a block's input keeps its own rounded copy (10 H), and the rest halves.
 
     With checkpointing a layer keeps its float32 input only, and one layer at a time is recomputed in full.
     """
@@ -99,10 +98,10 @@ def activation_bytes(shape: ModelShape, tokens: int, precision: Precision, *, ch
 
 
 def backward_bytes(shape: ModelShape, tokens: int, precision: Precision) -> int:
-    """Bytes of gradients in flight when the backward pass is in the last layer, where all activations are still there.
+    """Return the bytes of temporary gradients in the last layer, while all activations exist.
 
-    In the feed-forward block they are largest: those of the product and of its two factors (3 I, in compute precision), beside
-    that of the residual stream and its copy after the norm (2 H in float32).
+    They are largest in the feed-forward block: those of the product and of its two factors (3 I, in compute precision), and
+    those of the residual stream and its copy after the norm (2 H in float32).
     """
     return tokens * (3 * precision.size * shape.intermediate + 2 * FLOAT * shape.hidden)
 
@@ -119,7 +118,7 @@ def train_memory(
     states: int = 2,
     gpu: bool = True,
 ) -> Memory:
-    """Memory of one rank of a model that learns, at its peak.
+    """Return the peak memory of one rank of a trained model.
 
     Args:
         shape: the model.
@@ -127,10 +126,10 @@ def train_memory(
         precision: compute precision.
         ranks: data-parallel ranks.
         tokens: of one micro-batch, padding included.
-        checkpointing: whether activations are recomputed.
-        language: whether it has the output layer (a separate critic has none).
-        states: float32 numbers the optimizer keeps per parameter: 2 for Adam, 0 for SGD.
-        gpu: whether the rank has one.
+        checkpointing: activations are recomputed.
+        language: the model has the output layer (a separate critic has none).
+        states: float32 optimizer states per parameter: 2 for Adam, 0 for SGD.
+        gpu: the rank has a GPU.
     """
     stage = train.zero_stage
     frozen_head = 0 if language else _head_parameters(shape)
@@ -162,7 +161,10 @@ def train_memory(
 
 
 def frozen_memory(shape: ModelShape, precision: Precision, *, tokens: int, gpu: bool = True) -> Memory:
-    """Memory of a model that is only read: linear weights in compute precision, the rest float32, one layer's activations."""
+    """Return the memory of a frozen model with one layer's activations.
+
+    Linear weights are in compute precision, the rest in float32.
+    """
     weights = precision.size * shape.linear + FLOAT * (shape.parameters - shape.linear)
     layer = FLOAT * (4 * shape.hidden + 2 * shape.query + 2 * shape.intermediate)
     return Memory(
@@ -174,23 +176,23 @@ def frozen_memory(shape: ModelShape, precision: Precision, *, tokens: int, gpu: 
 
 
 def in_one_process(models: Sequence[Memory]) -> Memory:
-    """Memory of models that one process loads and reads one after the other: all weights, the largest of the rest."""
+    """Return the memory of models that run sequentially in one process: weights add up."""
     largest = {part.name: max(getattr(model, part.name) for model in models) for part in fields(Memory)}
     return Memory(**{**largest, "weights": sum(model.weights for model in models)})
 
 
-def waiting_between_turns(memory: Memory) -> Memory:
-    """The same where weights wait in main memory between turns: only what a process always takes is always on the device."""
+def offloaded_between_turns(memory: Memory) -> Memory:
+    """Mark weights and activations as on the device only while the model runs."""
     return replace(memory, by_turns=memory.weights + memory.activations)
 
 
 def cache_bytes_per_token(shape: ModelShape, precision: Precision) -> int:
-    """Keys and values of one token over all layers."""
+    """Return the bytes of keys and values of one token over all layers."""
     return 2 * shape.layers * shape.key_value * precision.size
 
 
 def rollout_memory(shape: ModelShape, precision: Precision, *, devices: int, cache: int) -> Memory:
-    """Memory of one device of a replica that spans `devices`, with `cache` bytes of keys and values over all of them."""
+    """Return the memory per device of a replica over `devices`, with `cache` bytes in total."""
     return Memory(
         weights=-(-precision.size * shape.parameters // devices),
         cache=-(-cache // devices),
@@ -199,17 +201,17 @@ def rollout_memory(shape: ModelShape, precision: Precision, *, devices: int, cac
 
 
 def sync_bytes(shape: ModelShape, precision: Precision) -> int:
-    """Bytes of the merged checkpoint that a weight sync sends, once to every node with a replica."""
+    """Return the bytes of a weight sync to each node with a replica."""
     return shape.parameters * precision.size
 
 
 def _logit_bytes(shape: ModelShape, tokens: int) -> int:
-    """One buffer of float32 logits: a chunk, or all that there are."""
+    """Return the bytes of a buffer of float32 logits: a chunk, or all if fewer."""
     return min(LOGIT_BYTES, FLOAT * tokens * shape.vocabulary)
 
 
 def _head_parameters(shape: ModelShape) -> int:
-    """Parameters that go with the output layer: none where it is the embedding, which stays."""
+    """Return the parameters of a separate output layer; 0 if tied to the embedding."""
     embedding = shape.vocabulary * shape.hidden
     rest = shape.parameters - shape.linear - embedding
     return shape.output if rest >= shape.output else 0

@@ -1,7 +1,7 @@
-"""What of a model matters for planning: counts and widths, read from its architecture on the `meta` device, without weights.
+"""Parameter counts and widths of a model, from its architecture on the `meta` device.
 
-Counting the parameters of a network that was really built, only without memory, is exact for every architecture, where a
-formula would be right for the one it was written for.
+Counting the parameters of a network that is built without memory is exact for every architecture, while a formula is exact for
+one.
 """
 
 import re
@@ -15,21 +15,21 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.|\.h\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The numbers of one model.
+    """Parameter counts and widths of one model.
 
     Attributes:
         parameters: of the whole checkpoint, tied tensors once.
-        linear: of these, those of linear layers other than the output layer.
-        output: those of the output layer, tied or not.
-        trainable: what learns: all, or the adapters.
+        linear: of linear layers except the output layer.
+        output: of the output layer, tied or not.
+        trainable: all parameters, or those of the adapters.
         layers: decoder layers.
         hidden: width of the residual stream.
         query: width of all query heads together.
         key_value: width of all key heads together (the values have the same).
         intermediate: width of the feed-forward layer.
-        vocabulary: tokens.
-        context: longest sequence the model was made for, in tokens.
-        learned_layers: decoder layers through which the backward pass runs.
+        vocabulary: number of tokens.
+        context: maximum sequence length in tokens.
+        learned_layers: decoder layers that the backward pass reaches.
     """
 
     parameters: int
@@ -47,15 +47,15 @@ class ModelShape:
 
     @property
     def adapters(self) -> bool:
-        """Whether only adapters learn."""
+        """True if only adapters are trained."""
         return self.trainable < self.parameters
 
 
 def read_shape(model: ModelSection) -> ModelShape:
-    """Read a model's numbers from its configuration alone.
+    """Read a model's shape from its configuration alone.
 
     Raises:
-        UserError: nothing can be loaded from the path.
+        UserError: no model can be loaded from the path.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -69,11 +69,11 @@ def read_shape(model: ModelSection) -> ModelShape:
 
 
 def shape_of(network: PreTrainedModel, lora: LoraSection | None = None) -> ModelShape:
-    """Count a causal language model of transformers; its tensors may lie on the `meta` device.
+    """Return the shape of a causal language model, possibly on the `meta` device.
 
     Args:
         network: the model with its output layer.
-        lora: the adapters it will get; None trains everything.
+        lora: adapters; None trains all parameters.
     """
     from torch import nn
 

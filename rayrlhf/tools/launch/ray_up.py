@@ -1,7 +1,7 @@
-"""A run on machines that `ray up` starts in a cloud, or on machines that are there: its cluster file.
+"""Cluster file for `ray up`, in a cloud or on existing machines.
 
-No port of Ray is open to the network outside of the cluster: people reach the dashboard through `ray dashboard`, an ssh tunnel.
-The token is a file that the user makes once; `ray up` copies it over ssh, and it appears in no file here and no command line.
+No port of Ray is open outside the cluster: users reach the dashboard through `ray dashboard`, an ssh tunnel. The token is a
+file that the user creates once; `ray up` copies it over ssh, and it is in no generated file and no command line.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ def ray_up_manifest(launch: Launch, source: str) -> str:
     """Return the file for `ray up`.
 
     Raises:
-        UserError: the provider needs a setting that the cluster's file does not have.
+        UserError: the cluster file lacks a setting of the provider.
     """
     cloud, nodes = launch.cluster.cloud, launch.cluster.nodes
     ray = f"{launch.cluster.slurm.environment}/bin/ray" if cloud.provider == "local" else "ray"
@@ -41,7 +41,7 @@ def ray_up_manifest(launch: Launch, source: str) -> str:
     }
     if cloud.provider == "local":
         environment = launch.cluster.slurm.environment
-        tree["setup_commands"].append(f"test -x {environment}/bin/rayrlhf")  # fails where it was not installed
+        tree["setup_commands"].append(f"test -x {environment}/bin/rayrlhf")  # fails if it is not installed
     else:
         tree["docker"] = {
             "image": launch.cluster.image,
@@ -92,7 +92,7 @@ def _machine(launch: Launch, *, head: bool) -> dict[str, Any]:
     if cloud.provider == "gcp":
         disk = {"boot": True, "autoDelete": True, "initializeParams": {"diskSizeGb": 200}}
         return {"machineType": kind, "disks": [disk]}
-    # The instance metadata service gives out credentials; version 2 does not answer what a process was tricked into asking.
+    # The instance metadata service issues credentials; version 2 rejects forged requests through a process (SSRF).
     return {
         "InstanceType": kind,
         "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1},

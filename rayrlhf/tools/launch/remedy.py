@@ -1,7 +1,7 @@
-"""The smallest change that makes a run fit: fewest settings first, and among as many the one that costs the least.
+"""Smallest change that makes a run fit: the fewest settings, then the lowest cost.
 
-Settings are tried in the order in which an engineer would: what costs nothing but time first, what changes the training last,
-more machines only when no settings help.
+Settings are tried in an engineer's order: first those that cost only time, last those that change the training. More machines
+are suggested only if no settings help.
 """
 
 from collections.abc import Iterator
@@ -18,18 +18,18 @@ from rayrlhf.tools.launch.launch_plan import USABLE, learning_shapes, plan_run
 from rayrlhf.tools.launch.memory_plan import FLOAT
 
 MAX_SETTINGS = 3
-"""Most settings of one suggestion."""
+"""Maximum settings of a suggestion."""
 MAX_NODES = 64
-"""Most nodes that are suggested."""
+"""Maximum nodes of a suggestion."""
 
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """A change after which everything fits.
+    """A change with which everything fits.
 
     Attributes:
-        overrides: settings as the command line takes them.
-        nodes: nodes that it needs; as many as there are, unless no settings help.
+        overrides: settings in command-line syntax.
+        nodes: number of nodes; the current one unless no settings help.
     """
 
     overrides: tuple[str, ...]
@@ -37,7 +37,7 @@ class Remedy:
 
 
 def find_remedy(config: PPOConfig, nodes: NodeSection) -> Remedy | None:
-    """Search the changes; None where none of them helps, or nothing is needed."""
+    """Search for the smallest change; None if there is none or none is needed."""
     if unloadable(config, nodes) is not None:
         return None
     count = nodes.count
@@ -56,7 +56,10 @@ def find_remedy(config: PPOConfig, nodes: NodeSection) -> Remedy | None:
 
 
 def unloadable(config: PPOConfig, nodes: NodeSection) -> str | None:
-    """Why no setting can help: a rank loads its whole model in float32 before it is sharded. None where that fits."""
+    """Return why no setting helps, or None.
+
+    A rank loads its whole model in float32 before it is sharded.
+    """
     limit = USABLE * nodes.gpu_memory_gib if nodes.gpus else USABLE * nodes.main_memory_gib
     for role, shape in learning_shapes(config).items():
         whole = FLOAT * shape.parameters / GIB
@@ -68,18 +71,18 @@ def unloadable(config: PPOConfig, nodes: NodeSection) -> str | None:
 
 
 def fits(config: PPOConfig, nodes: NodeSection, overrides: tuple[str, ...] = ()) -> bool:
-    """Whether a run fits after some settings were changed."""
+    """Return True if a run fits with these settings."""
     tree = config.model_dump(mode="json")
     try:
         for override in overrides:
             apply_override(tree, override)
         return not plan_run(load_tree(PPOConfig, tree, None, "plan"), nodes).problems
     except UserError:
-        return False  # settings that contradict each other, or a placement that the machines cannot seat
+        return False  # contradictory settings, or a placement that does not fit the machines
 
 
 def _options(config: PPOConfig, nodes: NodeSection) -> Iterator[tuple[str, ...]]:
-    """Settings that belong together, cheapest first."""
+    """Yield groups of settings, cheapest first."""
     ranks = [role for role in ("policy", "critic") if role == "policy" or config.critic.kind == "separate"]
     for setting in _single(config, nodes):
         yield (setting,)
@@ -89,7 +92,7 @@ def _options(config: PPOConfig, nodes: NodeSection) -> Iterator[tuple[str, ...]]
 
 
 def _adapted(config: PPOConfig, nodes: NodeSection) -> Iterator[tuple[str, ...]]:
-    """The same with adapters, which train another model: a last resort before more machines."""
+    """Yield groups of settings with adapters, the last resort before more machines."""
     if config.model.lora is None:
         yield ("model.lora={rank: 16}",)
         yield from _options(config, nodes)
@@ -123,7 +126,7 @@ def _single(config: PPOConfig, nodes: NodeSection) -> Iterator[str]:
 
 
 def advice(config: PPOConfig, nodes: NodeSection) -> str:
-    """What to do about a run that does not fit, in one line."""
+    """Return advice for a run that does not fit, in one line."""
     reason = unloadable(config, nodes)
     if reason is not None:
         return f"no setting helps: {reason}; use GPUs with more memory, or a smaller model"

@@ -1,7 +1,7 @@
-"""Which process lands on which node and devices: Ray's packing, played through on paper.
+"""Predicted placement of processes on nodes and GPUs, as Ray's scheduler packs them.
 
-Placement groups are granted in the order in which a run asks for them. Ray fills one node before it opens the next (PACK) and
-keeps a STRICT_PACK group on one; first fit over nodes in order is what that comes to on a cluster that nobody else uses.
+Placement groups are created in the order in which a run requests them. Ray fills one node before the next (PACK), and keeps a
+STRICT_PACK group on one node; on an otherwise idle cluster this equals first fit over the nodes in order.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,13 @@ _LITTLE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one process sits.
+    """Placement of one process.
 
     Attributes:
         role: its role.
-        rank: its number in the role.
-        node: index of the node that holds it.
-        devices: indices of the node's GPUs that it uses; empty on a CPU.
+        rank: its rank in the role.
+        node: index of its node.
+        devices: indices of its GPUs on the node; empty on a CPU.
     """
 
     role: Role
@@ -31,7 +31,7 @@ class Place:
 
 
 class _Node:
-    """What is left of one node."""
+    """Free resources of one node."""
 
     def __init__(self, cpus: float, gpus: float) -> None:
         self.cpus = cpus
@@ -39,7 +39,7 @@ class _Node:
         self.labels: Mapping[str, str] | None = None
 
     def take(self, bundle_cpus: float, bundle_gpus: float) -> tuple[int, ...] | None:
-        """Take one bundle; returns its devices, or None where it does not fit."""
+        """Reserve a bundle; returns its devices, or None if it does not fit."""
         if bundle_cpus > self.cpus + _LITTLE:
             return None
         if bundle_gpus >= 1:
@@ -58,11 +58,11 @@ class _Node:
         return tuple(found)
 
     def may_hold(self, labels: Mapping[str, str]) -> bool:
-        """Whether a group that asks for labels may sit here: a node gets those of the first that does."""
+        """Return True if the labels match; the first labeled group defines a node's labels."""
         return not labels or self.labels in (None, labels)
 
     def copy(self) -> "_Node":
-        """A node as much used as this one, with the same labels."""
+        """Return a copy with the same free resources and labels."""
         twin = _Node(self.cpus, 0)
         twin.devices = list(self.devices)
         twin.labels = self.labels
@@ -70,10 +70,10 @@ class _Node:
 
 
 def lay_out(plan: ResourcePlan, machine: ClusterResources) -> tuple[Place, ...]:
-    """WorkerPlacement all processes of a run on the nodes of a cluster that nobody else uses.
+    """Place all processes of a run on the nodes of an otherwise idle cluster.
 
     Raises:
-        UserError: a placement group finds no room; says what it asked for and what the nodes have left.
+        UserError: a placement group does not fit; names the request and the free resources.
     """
     nodes = [_Node(cpus, gpus) for cpus, gpus in zip(machine.node_cpus, machine.node_gpus, strict=True)]
     granted = {name: _grant(name, group, nodes) for name, group in plan.groups.items()}
@@ -90,7 +90,7 @@ def lay_out(plan: ResourcePlan, machine: ClusterResources) -> tuple[Place, ...]:
 
 
 def _grant(name: str, group: GroupPlan, nodes: list[_Node]) -> list[tuple[int, tuple[int, ...]]]:
-    """Node and devices of every bundle of a group."""
+    """Reserve all bundles of a group; returns node and devices of each."""
     wanted = [(bundle.get("CPU", 0.0), bundle.get("GPU", 0.0)) for bundle in group.bundles]
     for index, node in enumerate(nodes):
         if not node.may_hold(group.labels):
@@ -102,15 +102,15 @@ def _grant(name: str, group: GroupPlan, nodes: list[_Node]) -> list[tuple[int, t
             nodes[index] = trial
             return [(index, devices) for devices in taken if devices is not None]
     if group.strategy == "PACK":
-        spread = [_first(nodes, bundle, group.labels) for bundle in wanted]
-        if all(place is not None for place in spread):
-            return [place for place in spread if place is not None]
+        found = [_first(nodes, bundle, group.labels) for bundle in wanted]
+        if all(place is not None for place in found):
+            return [place for place in found if place is not None]
     largest = max(wanted, key=lambda bundle: (bundle[1], bundle[0]))
     together = " on one node" if group.strategy == "STRICT_PACK" else ""
     left = "; ".join(f"node {index}: {node.cpus:g} CPUs, {sum(node.devices):g} GPUs" for index, node in enumerate(nodes))
     raise UserError(
-        f"placement group {name!r}: asked for {len(wanted)} bundles of up to {largest[0]:g} CPUs and {largest[1]:g} GPUs"
-        f"{together}, but what is left is {left}"
+        f"placement group {name!r}: requested {len(wanted)} bundles of up to {largest[0]:g} CPUs and {largest[1]:g} GPUs"
+        f"{together}, available: {left}"
     )
 
 
@@ -126,7 +126,7 @@ def _first(
 
 
 def _devices(gpus: float, node: int, offered: Sequence[int], used: dict[tuple[int, int], float]) -> list[int]:
-    """Of a bundle's devices, those that one process gets: whole ones, or a share of the first that has it left."""
+    """Return a process's devices of a bundle, whole ones or a share of one."""
     if gpus <= 0:
         return []
     chosen: list[int] = []

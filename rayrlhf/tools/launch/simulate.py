@@ -1,13 +1,13 @@
-"""A PPO run as a queue of events: what more replicas, staleness or failures would do to the time of a step.
+"""Discrete-event simulation of a PPO run, to estimate step times.
 
-Replicas hold so many responses at a time; each takes its length times the time of a token. Step b's responses may start once
-weight version b - max_staleness is out, which bounds how old they can be when step b trains on them: the very rule by which
-`async.max_staleness` runs (`rayrlhf.ppo.staleness`). The trainer takes the steps in order: it waits for the last response,
-scores, updates, and syncs, which keeps all replicas from sampling. A replica that dies loses what it holds; those responses
-start again, and it is back later.
+It predicts the effect of more replicas, staleness or failures. A replica generates a limited number of responses at a time;
+each takes its length times the time per token. Responses of step b may start once weight version b - max_staleness exists,
+which bounds their staleness when step b trains on them: the same rule as `async.max_staleness` (`rayrlhf.ppo.staleness`). The
+trainer takes the steps in order: it waits for the last response, scores, updates, and syncs, which pauses all replicas. A
+replica that dies loses its responses in progress; they start again, and the replica returns later.
 
-Pure: from a configuration to a report, the same for the same seed. Only the order of things is modeled; that sampling slows
-down when it shares a device with training, for example, has to be in the rates.
+The report is a pure function of configuration and seed. Only the order of events is modeled; other effects, such as slower
+sampling on a device shared with training, must be part of the rates.
 """
 
 import heapq
@@ -25,16 +25,16 @@ from rayrlhf.ppo.staleness import capacity
 
 @dataclass(frozen=True, slots=True)
 class SimulationReport:
-    """What a simulated run did, over the steps after the first.
+    """Results of a simulated run, over the steps after the first.
 
     Attributes:
-        step_seconds: mean time from one step's end to the next one's.
+        step_seconds: mean time between the ends of steps.
         trainer_idle: share of the time in which the trainer waited for responses, in [0, 1].
-        replica_idle: share of the replicas' places that held nothing.
+        replica_idle: idle share of the replicas' slots.
         samples_per_hour: responses trained on.
-        staleness: mean age of a response when it was trained on, in weight versions.
-        oldest: largest age.
-        lost: responses that had to be started again.
+        staleness: mean staleness of a response when trained on, in weight versions.
+        oldest: maximum staleness.
+        lost: responses that were restarted.
         failures: replicas that died.
     """
 
@@ -48,10 +48,10 @@ class SimulationReport:
     failures: int
 
     def lines(self) -> list[str]:
-        """The report in words."""
+        """Return the report as text."""
         return [
-            f"step: {self.step_seconds:.1f} s, {self.samples_per_hour:,.0f} responses an hour",
-            f"idle: trainer {self.trainer_idle:.0%}, places on replicas {self.replica_idle:.0%}",
+            f"step: {self.step_seconds:.1f} s, {self.samples_per_hour:,.0f} responses per hour",
+            f"idle: trainer {self.trainer_idle:.0%}, slots on replicas {self.replica_idle:.0%}",
             f"staleness: {self.staleness:.2f} versions on average, {self.oldest} at most",
             f"failures: {self.failures} replicas, {self.lost} responses sampled again",
         ]
@@ -64,8 +64,8 @@ def simulate(config: SimulationConfig, *, samples: int, replicas: int, places: i
         config: rates, lengths, failures.
         samples: responses of a step.
         replicas: rollout replicas.
-        places: responses that a replica holds at a time.
-        longest: most tokens of a response.
+        places: slots of a replica, for responses generated at the same time.
+        longest: maximum tokens of a response.
     """
     return _Simulation(config, samples, replicas, places, longest).run()
 
@@ -78,7 +78,7 @@ class _Response:
 
 
 class _Event(NamedTuple):
-    """What happens when; `birth` settles the order of two at the same time."""
+    """An event; `birth` orders events of the same time."""
 
     time: float
     birth: int
@@ -94,7 +94,7 @@ class _Replica:
 
 
 class _Simulation:
-    """The state of the world, moved on by events in the order of their times."""
+    """State of the simulation, advanced by events in time order."""
 
     def __init__(self, config: SimulationConfig, samples: int, replicas: int, places: int, longest: int) -> None:
         self._config, self._samples, self._places, self._longest = config, samples, places, longest
@@ -117,7 +117,7 @@ class _Simulation:
         self._lost = self._failures = 0
 
     def run(self) -> SimulationReport:
-        """Handle events until the last step is done."""
+        """Handle events until the last step is complete."""
         for rank in range(len(self._replicas)):
             self._schedule_failure(rank)
         self._admit()
@@ -130,7 +130,7 @@ class _Simulation:
 
     def _on_finished(self, rank: int, key: int) -> None:
         response = self._replicas[rank].held.pop(key, None)
-        if response is None:  # it was on a replica that died
+        if response is None:  # its replica died
             return
         self._held -= 1
         step = response.step
@@ -142,7 +142,7 @@ class _Simulation:
         self._train()
 
     def _on_trained(self, _rank: int, _key: int) -> None:
-        """The update is done: the sync keeps everybody from sampling."""
+        """Complete the update; the sync pauses all replicas."""
         pause = self._config.rates.sync_seconds
         self._paused_until = self._now + pause
         sampling = self._on_finished
@@ -178,9 +178,9 @@ class _Simulation:
         self._fill()
 
     def _admit(self) -> None:
-        """Let responses of further steps start, as far as the staleness bound allows."""
+        """Admit responses of further steps within the staleness bound."""
         size, steps, staleness = self._samples, self._config.steps, self._config.max_staleness or 0
-        done = min(self._version, steps - 1)  # after the last step nothing more is issued
+        done = min(self._version, steps - 1)  # no new responses after the last step
         for _ in range(capacity(done, self._issued * size, size, staleness, steps) // size):
             step, lengths = self._issued, self._draw()
             self._waiting.extend(_Response(step, int(length)) for length in lengths)
@@ -196,7 +196,7 @@ class _Simulation:
         return cut
 
     def _fill(self) -> None:
-        """Put waiting responses on the replicas with most room."""
+        """Assign waiting responses to the least loaded replicas."""
         if not self._waiting or self._now < self._paused_until:
             return
         room = [(len(replica.held), rank) for rank, replica in enumerate(self._replicas) if replica.alive]
@@ -210,12 +210,12 @@ class _Simulation:
         response = self._waiting.popleft()
         response.version = self._version
         self._held += 1
-        key = self._born  # a response that starts again gets another one, so that its old end is not its new one
+        key = self._born  # a restarted response gets a new key, so that its old end event is ignored
         self._replicas[rank].held[key] = response
         self._put(response.length * self._config.rates.token_seconds, self._on_finished, rank, key)
 
     def _train(self) -> None:
-        """Start the next step's scoring and update if all its responses are there."""
+        """Start the next step's scoring and update once all its responses are complete."""
         step = len(self._ends)
         if self._training or step >= self._config.steps or self._open.get(step, 1):
             return

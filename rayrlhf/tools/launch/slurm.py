@@ -1,7 +1,7 @@
-"""A run under Slurm: an sbatch script in which one `ray symmetric-run` a node starts Ray, runs the command, and ends all of it.
+"""Batch script for Slurm: `ray symmetric-run` on each node starts Ray and runs the command.
 
-Nodes are exclusive, because the end of `ray symmetric-run` stops every Ray process it finds on its node. The token is a file of
-mode 0600 in the user's home that all nodes see; before its time is over Slurm signals the run, which writes a checkpoint.
+Nodes are exclusive, because `ray symmetric-run` finally stops every Ray process on its node. The token is a file of mode 0600
+in the user's home, visible on all nodes. Before the time limit Slurm signals the run, which writes a checkpoint.
 """
 
 import shlex
@@ -9,7 +9,7 @@ import shlex
 from rayrlhf.tools.launch.launch_spec import Launch, header
 
 SIGNAL_SECONDS = 600
-"""How long before the end of its time the run is asked to stop."""
+"""Seconds before the time limit at which the run is signaled to stop."""
 
 
 def slurm_script(launch: Launch, source: str) -> str:
@@ -52,14 +52,14 @@ def slurm_script(launch: Launch, source: str) -> str:
 _BODY_START = [
     "set -euo pipefail",
     "umask 077",
-    "# Everybody on the network of the nodes could use a Ray without a token.",
+    "# Without a token, every user of the nodes' network could use this Ray.",
     "export RAY_AUTH_MODE=token",
     'export RAY_AUTH_TOKEN_PATH="$HOME/.ray/auth_token"',
     'if [[ ! -s "$RAY_AUTH_TOKEN_PATH" ]]; then',
     '  echo "no token in $RAY_AUTH_TOKEN_PATH: run  ray get-auth-token --generate > /dev/null  once" >&2',
     "  exit 2",
     "fi",
-    "# Nodes start cold: 30 seconds are too short for the last of them.",
+    "# Nodes start cold: the default of 30 seconds is too short for the last one.",
     "export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600",
 ]
 _BODY_ADDRESS = [
@@ -68,14 +68,14 @@ _BODY_ADDRESS = [
 ]
 _BODY_END = [
     "run=$!",
-    "# Only the driver is signaled: it writes a checkpoint with the help of all actors, which must not end before it.",
+    "# Signal the driver only: its checkpoint needs all actors, which must not end before it.",
     "# shellcheck disable=SC2329",
     "ask_to_stop() {",
     "  interrupted=1",
     '  srun --overlap --nodes=1 --ntasks=1 --nodelist="$head_node" pkill -TERM -u "$USER" -f "bin/rayrlhf ppo" || true',
     "}",
     "trap ask_to_stop TERM",
-    "# A signal ends `wait` early; then the run's own status is still to come.",
+    "# A signal ends `wait` early; wait again for the run's own status.",
     "interrupted=1",
     'while [[ "$interrupted" == 1 ]]; do',
     "  interrupted=0",

@@ -1,6 +1,6 @@
-"""Submitting a run to a Ray cluster, following its log, stopping it, and submitting it again when it failed.
+"""Ray job submission: submit a run, follow its log, stop it, resubmit it after failures.
 
-Jobs run once on Ray; trying again is the submitter's part. It is safe to, because a run resumes from its last checkpoint.
+Ray runs a job once; retries are the submitter's part. They are safe, because a run resumes from its last checkpoint.
 """
 
 import os
@@ -24,7 +24,7 @@ def connect(address: str | None) -> Any:
     With RAY_AUTH_MODE=token the token comes from RAY_AUTH_TOKEN(_PATH) or ~/.ray/auth_token, never from arguments.
 
     Raises:
-        UserError: no address, nobody answers there, or the cluster wants another token.
+        UserError: no address, no response, or the token is wrong.
     """
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
@@ -37,7 +37,7 @@ def connect(address: str | None) -> Any:
     try:
         return JobSubmissionClient(address)
     except ConnectionError as error:
-        raise UserError(f"{address}: no answer from a Ray dashboard; is the tunnel or port-forward open?") from error
+        raise UserError(f"{address}: no response from a Ray dashboard; is the tunnel or port-forward open?") from error
     except AuthenticationError as error:
         raise UserError(f"{address}: {_refusal(error.message)}") from error
     except RuntimeError as error:
@@ -58,15 +58,15 @@ def run_job(
     Args:
         client: of `connect`.
         request: the run.
-        submission_id: the job's name; made from the run's name and the time when None. Later tries get `-retry-N`.
+        submission_id: the job's name; None for the run's name with the time. Retries get `-retry-N`.
         say: called with lines for the user.
         wait: follow the log until the end.
-        retries: further tries after a failure.
+        retries: retries after failures.
 
     Raises:
         UserError: the name is taken, or the folder is too large to upload.
-        ActorLostError: all tries failed.
-        StoppedError: somebody stopped the job.
+        ActorLostError: all attempts failed.
+        StoppedError: the job was stopped.
     """
     first = submission_id or f"rayrlhf-{request.run_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for attempt in range(retries + 1):
@@ -85,7 +85,7 @@ def run_job(
 
 
 def follow(client: "JobSubmissionClient", name: str, say: Callable[[str], None]) -> str:
-    """Hand on a job's log as it grows, until the job ends; returns its last status."""
+    """Follow a job's log until the job ends; returns its last status."""
     shown = 0
     while True:
         status = str(client.get_job_status(name).value)
@@ -100,11 +100,11 @@ def follow(client: "JobSubmissionClient", name: str, say: Callable[[str], None])
 
 
 def stop_job(client: "JobSubmissionClient", name: str, say: Callable[[str], None], seconds: float) -> None:
-    """Ask a job to stop and wait until it has written its state.
+    """Stop a job and wait until it has written its checkpoint.
 
     Raises:
         UserError: no such job.
-        ActorLostError: it did not end within `seconds`.
+        ActorLostError: the job did not end within `seconds`.
     """
     try:
         client.stop_job(name)
@@ -117,7 +117,7 @@ def stop_job(client: "JobSubmissionClient", name: str, say: Callable[[str], None
             say(f"job {name}: {status.lower()}; submit the same run again to resume it")
             return
         time.sleep(POLL_SECONDS)
-    raise ActorLostError(f"job {name} did not end within {seconds:g} s of being asked", name)
+    raise ActorLostError(f"job {name} did not end within {seconds:g} s after the stop request", name)
 
 
 def _submit(client: "JobSubmissionClient", request: JobRequest, name: str, attempt: int) -> None:
@@ -130,7 +130,7 @@ def _submit(client: "JobSubmissionClient", request: JobRequest, name: str, attem
             entrypoint_num_cpus=request.entrypoint_cpus or None,
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"job {name} was not accepted: {_first_line(error)}") from error
+        raise UserError(f"job {name} was rejected: {_first_line(error)}") from error
 
 
 def _reason(client: "JobSubmissionClient", name: str) -> str:
@@ -139,10 +139,10 @@ def _reason(client: "JobSubmissionClient", name: str) -> str:
 
 
 def _refusal(text: str) -> str:
-    """What a cluster's refusal means, and what to do."""
+    """Return the meaning of an authentication error, with a remedy."""
     wrong = text.startswith("Authentication failed")
-    code = "403: the token is not the cluster's" if wrong else "401: the cluster wants a token"
-    return f"refused with {code}; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file that holds the cluster's token"
+    code = "403: the token is not the cluster's" if wrong else "401: the cluster needs a token"
+    return f"rejected with {code}; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
 
 
 def _first_line(error: Exception) -> str:

@@ -111,5 +111,5 @@ def test_plan_prints_the_simulation_of_a_run_with_the_staleness_it_has(tmp_path,
     command = ["plan", str(tmp_path / "run.yaml"), *overrides, "--simulate", str(tmp_path / "rates.yaml")]
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert result.exit_code == 0
-    assert "responses an hour" in result.output
+    assert "responses per hour" in result.output
     assert f"{oldest} at most" in result.output

@@ -159,7 +159,7 @@ def answering():
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(401, "401: the cluster wants a token"), (403, "403: the token is not the cluster's"), (404, "404")],
+    [(401, "401: the cluster needs a token"), (403, "403: the token is not the cluster's"), (404, "404")],
 )
 def test_a_refusal_is_one_line_that_says_what_to_do(answering, status, words):
     with pytest.raises(UserError, match=words) as error:
@@ -168,7 +168,7 @@ def test_a_refusal_is_one_line_that_says_what_to_do(answering, status, words):
 
 
 @pytest.mark.parametrize(
-    ("address", "words"), [("http://127.0.0.1:1", "no answer"), ("cluster:8265", "expected the dashboard")]
+    ("address", "words"), [("http://127.0.0.1:1", "no response"), ("cluster:8265", "expected the dashboard")]
 )
 def test_an_address_where_nobody_answers_is_told(address, words):
     with pytest.raises(UserError, match=words):
