@@ -10,11 +10,11 @@ from rayrlhf.tuning.task import Task
 TRAIN_NAME = "train"
 """Name of the Ray Train run below `checkpoints/` of the run folder."""
 STATE_FILE = "progress.json"
-"""In a checkpoint, written by rank 0: steps and tokens so far, and the number of workers."""
+"""File in a checkpoint, written by rank 0, with steps, tokens and number of workers."""
 
 
 def batch_plan(task: Task, table: Table) -> BatchPlan:
-    """The batches of a run, the same on the driver and on every worker."""
+    """Return the batches of a run, the same on the driver and on every worker."""
     config = task.config
     train = config.train
     size = BatchSize(train.samples_per_step, train.batch_tokens, config.workers.most)
@@ -24,7 +24,7 @@ def batch_plan(task: Task, table: Table) -> BatchPlan:
 
 
 def checkpoint_name(step: int) -> str:
-    """Folder of a checkpoint below `checkpoints/train/`."""
+    """Return the folder name of a checkpoint below `checkpoints/train/`."""
     return f"step-{step:06d}"
 
 

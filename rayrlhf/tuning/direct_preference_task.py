@@ -24,13 +24,13 @@ from rayrlhf.tuning.task import Datasets
 
 @dataclass(frozen=True)
 class DirectPreferenceTask:
-    """The loss of `rayrlhf.algorithms.losses` against the model that training begins with."""
+    """DPO with the initial model as reference."""
 
     config: DPOConfig
 
     @property
     def objective(self) -> DirectPreferenceObjective:
-        """Direct preference."""
+        """DPO objective."""
         train = self.config.train
         return DirectPreferenceObjective(train.loss, train.beta, train.label_smoothing)
 
@@ -55,7 +55,7 @@ class DirectPreferenceTask:
         )
 
     def prepare(self, engine: TrainEngine, table: Table, folder: Path) -> Table:
-        """Ask the first weights about all pairs (see `Task.prepare`)."""
+        """Compute the reference log-probs of all pairs with the initial weights (see `Task.prepare`)."""
         if self.config.train.reference == "none" or not isinstance(table, PairTable):
             return table
         return with_references(engine, table, folder, adapters=self.config.model.lora is not None)

@@ -38,11 +38,11 @@ class DistillationTask:
 
     @property
     def objective(self) -> DistillationObjective:
-        """Distillation."""
+        """Distillation objective."""
         return DistillationObjective()
 
     def load(self, tokenizer: Tokenizer, map_slices: SliceMapper = map_in_order) -> Datasets:
-        """Read student's and teacher's samples and keep the rows that both have; see `Task.load`."""
+        """Read the student's and the teacher's samples, and keep the rows of both; see `Task.load`."""
         data = self.config.data
         field = {"prompt_field": data.context_field}
         evaluation = data.evaluation.model_copy(update=field) if data.evaluation is not None else None
@@ -60,7 +60,7 @@ class DistillationTask:
         return SupervisedTask(self.config).spec(total_steps)
 
     def prepare(self, engine: TrainEngine, table: Table, folder: Path) -> Table:
-        """Ask the first weights about all responses (see `Task.prepare`)."""
+        """Compute the teacher's outputs at all responses with the initial weights (see `Task.prepare`)."""
         if not isinstance(table, DistillationTable):
             raise TypeError(f"expected a table with what the teacher read, found {type(table).__name__}")
         return with_teacher(
@@ -80,7 +80,7 @@ class DistillationTask:
         return metrics["loss/distillation"]
 
     def evaluate(self, engine: TrainEngine, held_out: Table) -> tuple[dict[str, float], PreferenceScores | None]:
-        """The same mean on held-out responses."""
+        """Return the same mean on held-out responses."""
         samples = held_out.take(range(len(held_out))) if isinstance(held_out, DistillationTable) else []
         sequences = [supervised_sequence(sample) for sample in samples]
         states = shared_scores(engine, sequences, "hidden")

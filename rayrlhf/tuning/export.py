@@ -26,11 +26,11 @@ def export_model(
     A policy with adapters writes the adapters (`rayrlhf export --merge` merges them); everything else is a whole model.
 
     Args:
-        config: of the run.
-        engine: every worker's own.
-        scores: of a reward model, on held-out pairs.
-        answer_format: of a reward model: how it was trained to read.
-        folder: where it goes; an older one is replaced.
+        config: configuration of the run.
+        engine: engine of this worker.
+        scores: rewards of held-out pairs, for a reward model.
+        answer_format: format of the training texts, for a reward model.
+        folder: path to write; an older folder is replaced.
 
     Raises:
         AlarmError: a reward model that is not better than chance, unless `export_anyway`.
@@ -54,7 +54,9 @@ def export_model(
 
 
 def check_better_than_chance(scores: PreferenceScores, *, anyway: bool) -> None:
-    """Refuse a reward model that fair coins could replace (one-sided binomial test at `CHANCE_LEVEL`).
+    """Refuse a reward model that is no better than chance.
+
+    The test is a one-sided binomial test at `CHANCE_LEVEL`.
 
     Raises:
         AlarmError: with accuracy, pairs and probability.

@@ -24,7 +24,7 @@ class Follower:
         self._offset = 0
 
     def rows(self) -> list[dict[str, Any]]:
-        """Whole lines that are new."""
+        """Return new complete lines."""
         if not self._path.exists():
             return []
         with self._path.open("rb") as file:
@@ -38,11 +38,11 @@ class Follower:
 
 @contextmanager
 def following(folder: Path, view: LiveView, total: int) -> Iterator[None]:
-    """Show a run's steps and evaluations while the block runs.
+    """Show a run's steps and evaluations inside the block.
 
     Args:
         folder: the run folder.
-        view: where to show them.
+        view: live view to write to.
         total: optimizer steps of the run.
     """
     earlier = [int(row["step"]) for row in read_metrics(folder) if "loss" in row]
@@ -73,7 +73,7 @@ def following(folder: Path, view: LiveView, total: int) -> Iterator[None]:
 
 
 def evaluation_text(row: Mapping[str, Any]) -> str:
-    """Return the held-out numbers of a line for people."""
+    """Return the held-out metrics of a row as text."""
     shown = ("loss", "accuracy", "calibration_error")
     found = [(name, row.get(f"evaluation/{name}")) for name in shown]
     return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found if value is not None)

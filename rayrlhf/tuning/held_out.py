@@ -1,4 +1,4 @@
-"""Measuring a model on held-out samples and pairs, the work shared by all workers."""
+"""Evaluation on held-out samples and pairs, divided among the workers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from rayrlhf.engines.train.supervised_batches import answer_sequence, supervised
 from rayrlhf.models.network import OutputName
 
 CHANCE_LEVEL = 0.05
-"""A model counts as better than chance where fair coins would be as good in fewer than this share of trials."""
+"""Significance level at which a reward model counts as better than chance."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class PreferenceScores:
     Attributes:
         chosen: float32 [N].
         rejected: float32 [N].
-        margins: float32 [N], as given with the data, 0 where none is.
+        margins: float32 [N], from the data, 0 for pairs without one.
     """
 
     chosen: Float32
@@ -42,22 +42,22 @@ class PreferenceScores:
 
     @property
     def differences(self) -> torch.Tensor:
-        """float32 [N], chosen - rejected."""
+        """Differences chosen - rejected, float32 [N]."""
         return torch.from_numpy(self.chosen - self.rejected)
 
     @property
     def chance(self) -> float:
-        """Probability that fair coins get as many pairs right."""
+        """Probability that random guesses rank as many pairs correctly."""
         return chance_probability(int((self.differences > 0).sum()), len(self.chosen))
 
     @property
     def mean(self) -> float:
-        """Mean reward over all answers."""
+        """Mean reward over all responses."""
         return float(np.concatenate([self.chosen, self.rejected]).mean(dtype=np.float64))
 
     @property
     def spread(self) -> float:
-        """Standard deviation of the reward over all answers."""
+        """Standard deviation of the reward over all responses."""
         return float(np.concatenate([self.chosen, self.rejected]).std(dtype=np.float64))
 
     def metrics(self) -> dict[str, float]:
@@ -84,23 +84,25 @@ class PreferenceScores:
 
 
 def held_out_loss(engine: TrainEngine, samples: Sequence[SupervisedSample]) -> float:
-    """Mean of -log p over the tokens to learn, in nats.
+    """Return the mean of -log p over the target tokens, in nats.
+
+    Every worker takes part and scores a share, or everything if `engine.all_ranks_must_forward`.
 
     Args:
-        engine: every worker's own.
+        engine: engine of this worker.
         samples: the same on every worker.
     """
     scores = shared_scores(engine, [supervised_sequence(sample) for sample in samples], "logprobs")
     total = count = 0.0
     for sample, score in zip(samples, scores, strict=True):
-        learnt = sample.loss_mask[-len(score) :]
-        total -= float(score[learnt].sum(dtype=np.float64))
-        count += int(learnt.sum())
+        targets = sample.loss_mask[-len(score) :]
+        total -= float(score[targets].sum(dtype=np.float64))
+        count += int(targets.sum())
     return total / count
 
 
 def held_out_rewards(engine: TrainEngine, pairs: Sequence[PreferencePair]) -> PreferenceScores:
-    """Rewards of both answers of each pair; arguments as `held_out_loss`."""
+    """Return the rewards of both responses of each pair; arguments as `held_out_loss`."""
     sequences = [answer_sequence(answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
     rewards = np.array([score[-1] for score in shared_scores(engine, sequences, "values")], dtype=np.float32)
     margins = np.array([pair.margin or 0.0 for pair in pairs], dtype=np.float32)
@@ -108,9 +110,9 @@ def held_out_rewards(engine: TrainEngine, pairs: Sequence[PreferencePair]) -> Pr
 
 
 def answer_logprobs(engine: TrainEngine, answers: Sequence[SupervisedSample], *, reference: bool = False) -> Float32:
-    """Log-probs summed over the target tokens, float32 [N], in nats.
+    """Return log-probs summed over the target tokens, float32 [N], in nats.
 
-    `reference` switches adapters off. See `held_out_loss` for the other arguments.
+    `reference` disables the adapters. See `held_out_loss` for the other arguments.
     """
     sequences = [supervised_sequence(answer) for answer in answers]
     scores = shared_scores(engine, sequences, "logprobs", reference=reference)

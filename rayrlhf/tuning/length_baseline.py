@@ -12,12 +12,12 @@ METRIC = "evaluation/length_accuracy"
 
 @dataclass(frozen=True, slots=True)
 class LengthBaseline:
-    """The rule as the training pairs chose it, measured on the held-out ones.
+    """Length rule fitted on the training pairs and measured on the held-out pairs.
 
     Attributes:
-        prefers: `shorter` or `longer`, whichever is right on more of the training pairs.
-        accuracy: share of held-out pairs it gets right; equal lengths count as half.
-        pairs: how many pairs are held out.
+        prefers: `shorter` or `longer`, the one that is right on more training pairs.
+        accuracy: share of held-out pairs it ranks correctly; equal lengths count as half.
+        pairs: number of held-out pairs.
     """
 
     prefers: str
@@ -25,18 +25,18 @@ class LengthBaseline:
     pairs: int
 
     def line(self) -> str:
-        """Return it for people."""
+        """Return a description in one line."""
         return f"to beat: preferring the {self.prefers} answer gets {self.accuracy:.1%} of {self.pairs} held-out pairs right"
 
 
 def length_baseline(train: PairTable, held_out: PairTable) -> LengthBaseline:
-    """Return the rule's accuracy; lengths are in tokens."""
+    """Fit and measure the length rule; lengths are in tokens."""
     longer = _longer_wins(train) >= 0.5
     accuracy = _longer_wins(held_out)
     return LengthBaseline("longer" if longer else "shorter", accuracy if longer else 1 - accuracy, len(held_out))
 
 
 def _longer_wins(table: PairTable) -> float:
-    """Share of pairs whose better answer is the longer one, equals as half."""
+    """Return the share of pairs whose chosen response is longer; equal lengths count as half."""
     lengths = np.diff(table.answers.offsets)
     return float(np.mean(0.5 * (1 + np.sign(lengths[::2] - lengths[1::2]))))

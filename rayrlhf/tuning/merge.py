@@ -6,7 +6,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.models.adapter_folder import is_adapter_folder, merge_adapters
 
 MERGED = "export-merged"
-"""Folder of a run for its model with adapters merged in."""
+"""Folder of a run's model with merged adapters."""
 
 
 def exported_model(run: Path, *, merge: bool, target: Path | None = None) -> Path:
@@ -14,11 +14,11 @@ def exported_model(run: Path, *, merge: bool, target: Path | None = None) -> Pat
 
     Args:
         run: the run folder.
-        merge: fold adapters into their base model, in a folder of its own.
-        target: that folder; `export-merged` of the run folder when not given. An older one is replaced.
+        merge: merge adapters into their base model, in a separate folder.
+        target: that folder; default `export-merged` in the run folder. An older one is replaced.
 
     Raises:
-        UserError: the run has no model yet, or `merge` (or a target) is asked of one without adapters.
+        UserError: the run has no model yet, or `merge` or `target` is set for a model without adapters.
     """
     export = run / "export"
     if not export.is_dir():

@@ -1,9 +1,7 @@
 """Reference log-probs of all pairs, computed once by the initial model.
 
-No second model is held in memory during training.
-
-The training engine computes them before its first step and before a checkpoint is loaded; adapters are off.
-They are stored in `reference/` of the run folder, where a resumed run reads them.
+The training engine computes them before its first step and before a checkpoint is loaded, with adapters off, so no second model
+is in memory. They are stored in `reference/` of the run folder, where a resumed run reads them.
 """
 
 import io
@@ -29,13 +27,13 @@ def with_references(engine: TrainEngine, table: PairTable, folder: Path, *, adap
     Every worker takes part.
 
     Args:
-        engine: with the weights that training begins with.
+        engine: engine with the initial weights.
         table: the pairs, the same on every worker.
-        folder: the run folder, seen by all workers.
-        adapters: the model has adapters, which are switched off.
+        folder: the run folder, visible to all workers.
+        adapters: the model has adapters, which are disabled.
 
     Raises:
-        UserError: the disk refuses.
+        UserError: the disk is full or not writable.
     """
     path = folder / FOLDER / f"{zlib.crc32(table.answers.token_ids.tobytes()):08x}-{len(table)}.npy"
     found: list[Float32 | None] = [np.load(path) if torch.distributed.get_rank() == 0 and path.is_file() else None]

@@ -42,11 +42,11 @@ def through_ray_data(data: SupervisedDataSection | PreferenceDataSection) -> boo
 def over_cluster(work: Callable[[RowSlice], SampleDataset[T]], slices: Sequence[RowSlice]) -> Iterable[SampleDataset[T]]:
     """Encode slices on all CPUs of the connected cluster; a `SliceMapper`.
 
-    Nodes must see the files under the same paths.
+    Nodes must have the files under the same paths.
 
     Raises:
-        UserError: as `work`; or a node does not see a file.
-        ActorLostError: Ray lost a process more often than it tries again.
+        UserError: an error of `work`, or a node lacks a file.
+        ActorLostError: Ray lost a process more often than it retries.
     """
     import ray
     import ray.data
@@ -64,7 +64,7 @@ def over_cluster(work: Callable[[RowSlice], SampleDataset[T]], slices: Sequence[
 
 
 def _encode(row: dict[str, Any], work: Callable[[RowSlice], SampleDataset[T]]) -> dict[str, Any]:
-    """One slice, in a process of Ray Data."""
+    """Encode one slice in a Ray Data process."""
     one: RowSlice = pickle.loads(row[SLICE])  # noqa: S301 - made by the driver
     try:
         return {INDEX: row[INDEX], RESULT: _pack(work(one))}
@@ -75,7 +75,7 @@ def _encode(row: dict[str, Any], work: Callable[[RowSlice], SampleDataset[T]]) -
 
 
 def _in_order(parts: Iterable[tuple[int, bytes]]) -> Iterator[bytes]:
-    """Hand out parts by their number, each as soon as those before it are there."""
+    """Yield parts in order, each as soon as all earlier ones have arrived."""
     waiting: dict[int, bytes] = {}
     due = 0
     for index, part in parts:
@@ -86,7 +86,7 @@ def _in_order(parts: Iterable[tuple[int, bytes]]) -> Iterator[bytes]:
 
 
 def _pack(dataset: SampleDataset[T]) -> bytes:
-    """Samples as flat arrays, with their report and groups."""
+    """Return samples as flat arrays, with their report and groups."""
     table: ArrowTable = None
     if dataset.samples:
         pairs = isinstance(dataset.samples[0], PreferencePair)

@@ -23,14 +23,14 @@ class WorkerResources:
 
 
 def worker_resources(workers: WorkersSection, machine: ClusterResources | None = None) -> WorkerResources:
-    """Fill in what the configuration leaves open.
+    """Resolve the resources that the configuration does not set.
 
     Args:
-        workers: the section.
-        machine: what there is; the connected cluster when not given.
+        workers: configuration section.
+        machine: available resources; None means the connected cluster.
 
     Raises:
-        UserError: the cluster cannot hold the fewest workers.
+        UserError: the cluster cannot hold the minimum number of workers.
     """
     machine = machine or read_cluster_resources()
     gpus = workers.gpus if workers.gpus is not None else float(machine.gpus >= workers.fewest)
@@ -48,13 +48,13 @@ def worker_resources(workers: WorkersSection, machine: ClusterResources | None =
 
 
 def make_trainer(job: TuningJob, resources: WorkerResources) -> TorchTrainer:
-    """Return the trainer; its checkpoints lie in the run folder, and the same folder resumes."""
+    """Return the trainer; its checkpoints are in the run folder, and the same folder resumes."""
     config = job.task.config
     workers = config.workers
     elastic = workers.fewest != workers.most
     environment = {"OMP_NUM_THREADS": str(resources.threads)}
     if workers.most > 1 and not resources.gpus:
-        environment["OMP_WAIT_POLICY"] = "PASSIVE"  # workers that spin would take the cores from each other
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning workers would take cores from each other
     return TorchTrainer(
         train_loop,
         train_loop_config={"job": job},

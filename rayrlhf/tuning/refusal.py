@@ -11,7 +11,7 @@ _KINDS: dict[str, type[Exception]] = {"UserError": UserError, "AlarmError": Alar
 
 
 def write_refusal(folder: Path, error: UserError | AlarmError) -> None:
-    """Write it down; the first of several workers is as good as the last."""
+    """Write the error; if several workers do, one of them remains."""
     write_atomically(folder / _FILE, json.dumps({"kind": type(error).__name__, "message": str(error)}))
 
 
@@ -21,12 +21,12 @@ def has_refusal(folder: Path) -> bool:
 
 
 def clear_refusal(folder: Path) -> None:
-    """Begin a new attempt."""
+    """Remove the error of an earlier attempt."""
     (folder / _FILE).unlink(missing_ok=True)
 
 
 def raise_refusal(folder: Path) -> None:
-    """Raise what a worker wrote down, if any did, as the error it was."""
+    """Raise the error that a worker wrote, if any."""
     if has_refusal(folder):
         found = json.loads((folder / _FILE).read_text(encoding="utf-8"))
         clear_refusal(folder)

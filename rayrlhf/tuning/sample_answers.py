@@ -17,12 +17,12 @@ from rayrlhf.tuning.sample_table import SampleTable, Table
 
 
 class AnswerSampler:
-    """Samples on the first worker with a copy of the gathered weights."""
+    """Generates responses on the first worker with a copy of the gathered weights."""
 
     def __init__(self, config: TuningConfig, held_out: Table, folder: Path) -> None:
         """Choose the prompts: the first held-out samples up to their first target token.
 
-        Only SFT has any.
+        Only SFT generates responses.
         """
         self._requests: list[RolloutRequest] = []
         if not isinstance(config, SFTConfig) or not isinstance(held_out, SampleTable) or not config.evaluation.generations:
@@ -35,7 +35,10 @@ class AnswerSampler:
         self._engine: TransformersRolloutEngine | None = None
 
     def write(self, step: int, engine: TrainEngine) -> None:
-        """Answer all prompts with the engine's present weights. Every worker takes part."""
+        """Generate and store responses to all prompts with the current weights.
+
+        Every worker takes part.
+        """
         if not self._requests:
             return
         first = torch.distributed.get_rank() == 0

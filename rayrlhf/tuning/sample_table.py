@@ -22,7 +22,7 @@ class SampleTable:
     Attributes:
         token_ids: int32 [sum of lengths].
         loss_mask: bool [sum of lengths].
-        offsets: int64 [N + 1]; sample i lies at offsets[i]:offsets[i + 1].
+        offsets: int64 [N + 1]; sample i is offsets[i]:offsets[i + 1].
         rows: int64 [N], row of each in its dataset.
     """
 
@@ -52,23 +52,22 @@ class SampleTable:
 
     @property
     def longest(self) -> int:
-        """Most tokens that a model reads at once."""
+        """Maximum tokens of one sequence."""
         return max(self.lengths)
 
     def take(self, indices: Iterable[int]) -> Sequence[SupervisedSample]:
-        """Return samples by number, as views."""
+        """Return samples by index, as views."""
         places = [(index, slice(self.offsets[index], self.offsets[index + 1])) for index in indices]
         return [SupervisedSample(self.token_ids[at], self.loss_mask[at], int(self.rows[index])) for index, at in places]
 
 
 @dataclass(frozen=True)
 class DistillationTable(SampleTable):
-    """A student's samples with what its teacher read and said.
+    """Samples of a student with the inputs and outputs of its teacher.
 
     Attributes:
-        teacher: the same responses behind what the teacher read, sample by sample.
-        signal: see `DistillationSample.signal`, of the tokens to learn of all samples end to end; None before the teacher was
-            asked.
+        teacher: the same responses after the teacher's context, sample by sample.
+        signal: see `DistillationSample.signal`, at the target tokens of all samples end to end; None before it is computed.
     """
 
     teacher: SampleTable
@@ -76,22 +75,22 @@ class DistillationTable(SampleTable):
 
     @classmethod
     def pair(cls, student: SampleTable, teacher: SampleTable) -> Self:
-        """Return the table of two tables that agree in rows and tokens to learn."""
+        """Return the table of two tables with equal rows and target tokens."""
         return cls(student.token_ids, student.loss_mask, student.offsets, student.rows, teacher)
 
     @property
     def longest(self) -> int:
-        """Most tokens that a model reads at once, the teacher's among them."""
+        """Maximum tokens of one sequence, including the teacher's."""
         return max(*self.lengths, *self.teacher.lengths)
 
     @cached_property
     def bounds(self) -> NDArray[np.int64]:
-        """int64 [N + 1]; the teacher's rows of sample i are bounds[i]:bounds[i + 1]."""
+        """Offsets int64 [N + 1]; the teacher's rows of sample i are bounds[i]:bounds[i + 1]."""
         learnt = np.concatenate([[0], np.cumsum(self.loss_mask, dtype=np.int64)])
         return learnt[self.offsets]
 
     def take(self, indices: Iterable[int]) -> Sequence[DistillationSample]:
-        """Return samples by number, as views."""
+        """Return samples by index, as views."""
         numbers = list(indices)
         signal = self.signal or {}
         parts = [{name: rows[self.bounds[n] : self.bounds[n + 1]] for name, rows in signal.items()} for n in numbers]
@@ -107,8 +106,8 @@ class PairTable:
 
     Attributes:
         answers: 2N samples.
-        margins: float32 [N]; NaN where a pair has none.
-        format: what stands around a prompt and its answer.
+        margins: float32 [N]; NaN for pairs without one.
+        format: text around a prompt and its response.
         references: float32 [2N], see `PreferencePair.reference`; None before they are computed.
     """
 
@@ -129,17 +128,17 @@ class PairTable:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each pair, both answers."""
+        """Tokens of each pair, both responses together."""
         lengths = self.answers.lengths
         return [chosen + rejected for chosen, rejected in zip(lengths[::2], lengths[1::2], strict=True)]
 
     @property
     def longest(self) -> int:
-        """Most tokens that a model reads at once."""
+        """Maximum tokens of one sequence."""
         return self.answers.longest
 
     def take(self, indices: Iterable[int]) -> list[PreferencePair]:
-        """Return pairs by number, as views."""
+        """Return pairs by index, as views."""
         numbers = list(indices)
         answers = self.answers.take(chain.from_iterable((2 * index, 2 * index + 1) for index in numbers))
         return [

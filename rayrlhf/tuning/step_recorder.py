@@ -12,7 +12,7 @@ from rayrlhf.storage.atomic import write_atomically, writing
 from rayrlhf.tuning.held_out import PreferenceScores
 
 EVALUATIONS = "evaluation"
-"""Folder of a run with the calibration and the margins of each evaluation of a reward model."""
+"""Folder of a run for calibration and margins of each reward-model evaluation."""
 
 
 class StepRecorder:
@@ -25,7 +25,7 @@ class StepRecorder:
         """Continue after `done` steps.
 
         Raises:
-            UserError: the disk refuses.
+            UserError: the disk is full or not writable.
         """
         self._folder = folder
         self._metrics = MetricsSink(folder)
@@ -40,7 +40,7 @@ class StepRecorder:
         self._since = time.monotonic()
 
     def evaluation(self, step: int, metrics: Mapping[str, float], scores: PreferenceScores | None) -> None:
-        """Write an evaluation under the step it belongs to."""
+        """Write an evaluation under its step."""
         self._write(step, metrics)
         if scores is not None:
             path = self._folder / EVALUATIONS / f"step-{step:06d}.json"

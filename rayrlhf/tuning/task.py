@@ -28,7 +28,7 @@ from rayrlhf.tuning.held_out import PreferenceScores, held_out_loss, held_out_re
 from rayrlhf.tuning.sample_table import PairTable, SampleTable, Table
 
 Datasets = tuple[Table, Table | None, DatasetReport]
-"""What to train on, what is held out, and what became of the rows."""
+"""Training table, held-out table and report of kept and dropped rows."""
 
 
 class Task(Protocol):
@@ -63,7 +63,7 @@ class Task(Protocol):
         ...
 
     def batch(self, samples: Sequence[Any]) -> TrainingBatch:
-        """Samples as the engine takes them."""
+        """Return samples as a training batch."""
         ...
 
     def loss(self, metrics: Mapping[str, float]) -> float:
@@ -71,19 +71,19 @@ class Task(Protocol):
         ...
 
     def evaluate(self, engine: TrainEngine, held_out: Table) -> "tuple[dict[str, float], PreferenceScores | None]":
-        """Measure on held-out samples; every worker takes part and gets the same answer."""
+        """Evaluate on held-out samples; every worker takes part and gets the same result."""
         ...
 
 
 @dataclass(frozen=True)
 class SupervisedTask:
-    """Cross-entropy of given tokens."""
+    """Cross-entropy of the target tokens."""
 
     config: SFTConfig
 
     @property
     def objective(self) -> Objective:
-        """Imitation."""
+        """Cross-entropy objective."""
         return CrossEntropyObjective()
 
     def load(self, tokenizer: Tokenizer, map_slices: SliceMapper = map_in_order) -> Datasets:
@@ -108,7 +108,7 @@ class SupervisedTask:
         )
 
     def prepare(self, engine: TrainEngine, table: Table, folder: Path) -> Table:
-        """Nothing to add."""
+        """Return the table unchanged."""
         return table
 
     def batch(self, samples: Sequence[Any]) -> TrainingBatch:
@@ -116,24 +116,24 @@ class SupervisedTask:
         return supervised_batch(samples)
 
     def loss(self, metrics: Mapping[str, float]) -> float:
-        """Mean over the tokens to learn, in nats."""
+        """Mean over the target tokens, in nats."""
         return metrics[CROSS_ENTROPY]
 
     def evaluate(self, engine: TrainEngine, held_out: Table) -> tuple[dict[str, float], PreferenceScores | None]:
-        """The same mean on held-out samples."""
+        """Return the same mean on held-out samples."""
         samples = held_out.take(range(len(held_out))) if isinstance(held_out, SampleTable) else []
         return {"evaluation/loss": held_out_loss(engine, samples)}, None
 
 
 @dataclass(frozen=True)
 class PreferenceTask:
-    """Bradley-Terry loss of pairs, with a scalar head without bias."""
+    """Bradley-Terry loss of pairs, with a bias-free scalar head."""
 
     config: RewardTrainingConfig
 
     @property
     def objective(self) -> Objective:
-        """Preference."""
+        """Bradley-Terry objective."""
         return PreferenceObjective(self.config.train.center_coefficient)
 
     def load(self, tokenizer: Tokenizer, map_slices: SliceMapper = map_in_order) -> Datasets:
@@ -160,7 +160,7 @@ class PreferenceTask:
         )
 
     def prepare(self, engine: TrainEngine, table: Table, folder: Path) -> Table:
-        """Nothing to add."""
+        """Return the table unchanged."""
         return table
 
     def batch(self, samples: Sequence[Any]) -> TrainingBatch:
@@ -168,11 +168,11 @@ class PreferenceTask:
         return preference_batch(samples)
 
     def loss(self, metrics: Mapping[str, float]) -> float:
-        """Mean over pairs, centering included."""
+        """Mean over pairs, including centering."""
         return metrics["loss/bradley_terry"] + self.config.train.center_coefficient * metrics["loss/centering"]
 
     def evaluate(self, engine: TrainEngine, held_out: Table) -> tuple[dict[str, float], PreferenceScores | None]:
-        """Accuracy, calibration and loss on held-out pairs."""
+        """Return accuracy, calibration and loss on held-out pairs."""
         pairs = held_out.take(range(len(held_out))) if isinstance(held_out, PairTable) else []
         scores = held_out_rewards(engine, pairs)
         return scores.metrics(), scores

@@ -25,7 +25,7 @@ from rayrlhf.tuning.held_out import shared_scores
 from rayrlhf.tuning.sample_table import DistillationTable
 
 FOLDER = "teacher"
-ASKED_AT_ONCE = 64
+SAMPLES_AT_ONCE = 64
 """Samples whose hidden states are in memory at a time."""
 
 Layer = tuple[Tensor, Tensor | None]
@@ -44,39 +44,39 @@ def with_teacher(
     Every worker takes part.
 
     Args:
-        engine: with the weights that training begins with.
+        engine: engine with the initial weights.
         table: the samples, the same on every worker.
-        folder: the run folder, seen by all workers.
-        vocabulary: hidden states for "full", else so many of the most likely tokens.
-        adapters: the model has adapters, which are switched off.
+        folder: the run folder, visible to all workers.
+        vocabulary: "full" stores hidden states; a number stores that many most likely tokens.
+        adapters: the model has adapters, which are disabled.
 
     Raises:
-        UserError: the disk refuses.
+        UserError: the disk is full or not writable.
     """
     layer = engine.keep_teacher_layer()
     digest = zlib.crc32(table.teacher.token_ids.tobytes(), zlib.crc32(table.teacher.loss_mask.tobytes()))
     path = folder / FOLDER / f"{digest:08x}-{len(table)}-{vocabulary}"
     first = torch.distributed.get_rank() == 0
-    there = [path.is_dir()]
-    torch.distributed.broadcast_object_list(there)
-    if not there[0]:
+    found = [path.is_dir()]
+    torch.distributed.broadcast_object_list(found)
+    if not found[0]:
         with ExitStack() as stack:
             written = None
             if first:
                 stack.enter_context(writing(path))
                 written = _Arrays(stack.enter_context(folder_atomically(path, if_exists="keep")), int(table.bounds[-1]))
-            for start in range(0, len(table), ASKED_AT_ONCE):
-                samples = table.teacher.take(range(start, min(start + ASKED_AT_ONCE, len(table))))
+            for start in range(0, len(table), SAMPLES_AT_ONCE):
+                samples = table.teacher.take(range(start, min(start + SAMPLES_AT_ONCE, len(table))))
                 sequences = [supervised_sequence(sample) for sample in samples]
                 states = shared_scores(engine, sequences, "hidden", reference=adapters)
                 if written is not None:
-                    learnt = [state[one.loss_mask[-len(state) :]] for one, state in zip(samples, states, strict=True)]
-                    written.append(said(np.concatenate(learnt), layer, vocabulary))
+                    targets = [state[one.loss_mask[-len(state) :]] for one, state in zip(samples, states, strict=True)]
+                    written.append(stored_signal(np.concatenate(targets), layer, vocabulary))
         torch.distributed.barrier()
     return replace(table, signal={file.stem: np.load(file, mmap_mode="r") for file in sorted(path.glob("*.npy"))})
 
 
-def said(hidden: Float32, layer: Layer, vocabulary: int | Literal["full"]) -> dict[str, np.ndarray]:
+def stored_signal(hidden: Float32, layer: Layer, vocabulary: int | Literal["full"]) -> dict[str, np.ndarray]:
     """Return the stored form of hidden states [N, H]; see `DistillationSample`."""
     if vocabulary == "full":
         return {HIDDEN: hidden}
@@ -85,7 +85,7 @@ def said(hidden: Float32, layer: Layer, vocabulary: int | Literal["full"]) -> di
 
 
 class _Arrays:
-    """Files that grow by rows, in place of arrays in memory."""
+    """Files that grow by rows, instead of arrays in memory."""
 
     def __init__(self, folder: Path, rows: int) -> None:
         self._folder, self._rows, self._done = folder, rows, 0

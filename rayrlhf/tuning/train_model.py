@@ -47,14 +47,14 @@ _KINDS: Mapping[type[TuningConfig], str] = {
     DistillationConfig: "icl distill",
 }
 _FREE_KEYS = ("export_anyway", "observe.", "workers.", "run.resume", "checkpoint.keep", "data.reader")
-"""Beginnings of keys that may change between a run and its resumption: they change no number of the training."""
+"""Prefixes of keys that may change when a run resumes, because they do not affect training numerics."""
 
 
 def check_sft(config: SFTConfig) -> str:
-    """Check a configuration and its data without starting anything; returns the plan in words.
+    """Check a configuration and its data without starting anything; returns the plan as text.
 
     Raises:
-        UserError: a mistake in the configuration or the data, with file, row and field.
+        UserError: an invalid configuration or dataset, with file, row and field.
     """
     return _check(SupervisedTask(config))
 
@@ -70,12 +70,12 @@ def check_dpo(config: DPOConfig) -> str:
 
 
 def train_sft(config: SFTConfig) -> TuningResult:
-    """Fine-tune on given texts, resuming from the last committed checkpoint.
+    """Fine-tune on texts, resuming from the last committed checkpoint.
 
     A finished run returns its result.
 
     Raises:
-        UserError: a mistake in the configuration, the data or the resources asked for.
+        UserError: invalid configuration or data, or too few resources.
         ActorLostError: workers were lost more often than `workers.max_failures`.
         StoppedError: SIGTERM or Ctrl-C; the same call resumes.
     """
@@ -148,7 +148,7 @@ def _check(task: Task) -> str:
 
 
 def _load(task: Task, map_slices: SliceMapper = map_in_order) -> _Data:
-    """Read everything that can be wrong before a model is loaded."""
+    """Read and validate all inputs before a model is loaded."""
     config = task.config
     tokenizer = load_tokenizer(config.model)
     positions = getattr(load_architecture(config.model), "max_position_embeddings", None)
@@ -170,7 +170,7 @@ def _train(task: Task) -> TuningResult:
         stack.callback(view.stop)
         data = _read(task, view, stack)
         differ = partial(_differences, type(config))
-        # Only a run that can start leaves a folder behind.
+        # A run that cannot start creates no folder.
         folder = stack.enter_context(open_run(config.run.folder, dump_config(config), differ, resume=config.run.resume))
         finished = read_result(folder.path)
         if finished is not None and finished.export.is_dir():
@@ -235,7 +235,7 @@ def _lost(error: object, allowed: int) -> Exception:
 
 
 def _differences(root: type[TuningConfig], stored: str, wanted: str) -> list[str]:
-    """Lines that tell a run folder's configuration from the wanted one, where it matters."""
+    """Return differences between a run folder's configuration and the current one that matter."""
     return stored_differences(root, stored, wanted, may_change=lambda key: key.startswith(_FREE_KEYS))
 
 
@@ -248,7 +248,7 @@ def _baseline_metric(data: _Data) -> dict[str, float]:
 
 
 def _final_metrics(config: TuningConfig, folder: Path) -> dict[str, float]:
-    """The last loss, and the evaluation of the weights that were exported."""
+    """Return the last loss, and the evaluation of the exported weights."""
     rows: Sequence[dict[str, Any]] = read_metrics(folder)
     last = [row["loss"] for row in rows if "loss" in row]
     best = best_step(config.checkpoint.best_metric, folder)

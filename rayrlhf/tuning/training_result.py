@@ -18,8 +18,8 @@ class TuningResult:
         folder: the run folder.
         export: the trained model in Hugging Face format.
         steps: optimizer steps of the run.
-        metrics: the last training loss, and held-out measurements of the exported weights.
-        seconds: wall time of the call that finished it, start-up and export included.
+        metrics: last training loss, and held-out metrics of the exported weights.
+        seconds: wall time of the call that finished it, including start-up and export.
     """
 
     folder: Path
@@ -29,16 +29,16 @@ class TuningResult:
     seconds: float
 
     def write(self) -> None:
-        """Put `result.json` into the run folder; errors as `write_atomically`."""
+        """Write `result.json` to the run folder; errors as `write_atomically`."""
         values = asdict(self) | {"folder": str(self.folder), "export": str(self.export), "metrics": dict(self.metrics)}
         write_atomically(self.folder / FILE_NAME, json.dumps(values, indent=1))
 
 
 def read_result(folder: Path) -> TuningResult | None:
-    """Return what a finished run left in a folder, or None."""
+    """Return the result of a finished run in a folder, or None."""
     path = folder / FILE_NAME
     if not path.is_file():
         return None
     values = json.loads(path.read_text(encoding="utf-8"))
-    # The folder may have been moved since.
+    # the folder may have been moved
     return TuningResult(folder, folder / "export", values["steps"], values["metrics"], values["seconds"])

@@ -1,7 +1,7 @@
 """Training loop of a Ray Train worker: steps, evaluations, checkpoints and export.
 
-Which samples a step sees depends on the seed and the step alone, and the loss is aggregated over the whole step, so a run that
-was killed and resumed, or has another number of workers, takes the same steps.
+The samples of a step depend only on the seed and the step, and the loss is aggregated over the whole step, so a resumed run, or
+one with another number of workers, takes the same steps.
 """
 
 import json
@@ -103,7 +103,7 @@ class _Worker:
             self._recorder.close()
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        """Measure on what is held out, let the model write, and return the numbers."""
+        """Evaluate on held-out data, generate responses, and return the metrics."""
         if self._held_out is None:
             return {}
         metrics, self._scores = self._task.evaluate(self._engine, self._held_out)
@@ -115,7 +115,7 @@ class _Worker:
         return metrics
 
     def _save(self, step: int, metrics: dict[str, float]) -> None:
-        """Report a checkpoint; every worker brings its part, and Ray Train commits the whole."""
+        """Report a checkpoint; every worker adds its part, and Ray Train commits the whole."""
         with tempfile.TemporaryDirectory(prefix="rayrlhf-checkpoint-") as folder:
             self._engine.save_state(Path(folder))
             if self._rank == 0:
@@ -136,7 +136,7 @@ class _Worker:
         self._engine.load_state(folder, resized=state["workers"] != self._ranks)
 
     def _export(self) -> None:
-        """Write the best checkpoint's model where a metric was named, else the last one's."""
+        """Export the best checkpoint's model if a metric is configured, else the last one's."""
         best = best_step(self._config.checkpoint.best_metric, self._job.folder)
         if best is not None and best != self._engine.optimizer_steps:
             self._load(self._job.folder / "checkpoints" / TRAIN_NAME / checkpoint_name(best))
