@@ -49,7 +49,7 @@ def export_model(
     if answer_format is not None:
         answer_format.write(folder)
     if scores is not None:
-        statistics = {"mean": scores.mean, "spread": scores.spread} | scores.metrics() | scores.details()
+        statistics = {"mean": scores.mean, "spread": scores.std} | scores.metrics() | scores.details()
         write_atomically(folder / STATISTICS_FILE, json.dumps(statistics, indent=1))
 
 

@@ -56,7 +56,7 @@ class PreferenceScores:
         return float(np.concatenate([self.chosen, self.rejected]).mean(dtype=np.float64))
 
     @property
-    def spread(self) -> float:
+    def std(self) -> float:
         """Standard deviation of the reward over all responses."""
         return float(np.concatenate([self.chosen, self.rejected]).std(dtype=np.float64))
 
@@ -69,7 +69,7 @@ class PreferenceScores:
             "evaluation/calibration_error": expected_calibration_error(self.differences),
             "evaluation/margin": float(self.differences.mean()),
             "evaluation/reward_mean": self.mean,
-            "evaluation/reward_spread": self.spread,
+            "evaluation/reward_spread": self.std,
             "evaluation/chance_probability": self.chance,
         }
 

@@ -40,7 +40,7 @@ def worker_resources(workers: WorkersSection, machine: ClusterResources | None =
         room = sum(int(amount / wanted + 1e-9) for amount in there) if wanted else workers.fewest
         if room < workers.fewest:
             raise UserError(
-                f"workers: {workers.fewest} x {wanted:g} {name} asked for, but the cluster's nodes have "
+                f"workers: {workers.fewest} x {wanted:g} {name} requested, but the cluster's nodes have "
                 f"{', '.join(f'{amount:g}' for amount in there)}"
             )
     threads = workers.threads or max(1, int(cpus))

@@ -27,8 +27,8 @@ class AnswerSampler:
         self._requests: list[RolloutRequest] = []
         if not isinstance(config, SFTConfig) or not isinstance(held_out, SampleTable) or not config.evaluation.generations:
             return
-        self._config, self._sampler = config, config.evaluation
-        for sample in held_out.take(range(min(len(held_out), self._sampler.generations))):
+        self._config, self._settings = config, config.evaluation
+        for sample in held_out.take(range(min(len(held_out), self._settings.generations))):
             prompt = sample.token_ids[: supervised_sequence(sample).prompt_length]
             self._requests.append(RolloutRequest(SampleKey(0, sample.row, 0), prompt, config.run.seed))
         self._sink = SampleSink(folder / "samples")
@@ -57,8 +57,8 @@ class AnswerSampler:
             self._sink.write(step, [self._sample(rollout) for rollout in self._answers(self._engine)])
 
     def _answers(self, engine: TransformersRolloutEngine) -> list[Rollout]:
-        sampler = self._sampler
-        engine.submit(self._requests, temperature=sampler.temperature, max_new_tokens=sampler.max_new_tokens)
+        settings = self._settings
+        engine.submit(self._requests, temperature=settings.temperature, max_new_tokens=settings.max_new_tokens)
         return sorted(engine.poll(len(self._requests)), key=lambda rollout: rollout.key)
 
     def _sample(self, rollout: Rollout) -> Sample:

@@ -124,7 +124,7 @@ def test_a_result_is_found_again_where_its_folder_was_moved_to(tmp_path):
 
 def test_statistics_of_held_out_rewards_are_those_of_all_answers():
     scores = PreferenceScores(*(np.array(part, dtype=np.float32) for part in ([1.0, 3.0], [0.0, 4.0], [0.0, 0.0])))
-    assert (scores.mean, scores.spread) == pytest.approx((2.0, np.std([0, 1, 3, 4])))
+    assert (scores.mean, scores.std) == pytest.approx((2.0, np.std([0, 1, 3, 4])))
     assert scores.metrics()["evaluation/accuracy"] == 0.5
 
 
