@@ -82,7 +82,7 @@ def test_what_a_worker_asks_for_follows_from_the_machine(settings, machine, expe
 
 
 def test_more_workers_than_fit_are_refused_before_anything_waits_for_them():
-    with pytest.raises(UserError, match=r"2 x 2 cpus asked for, but the cluster's nodes have 3, 1"):
+    with pytest.raises(UserError, match=r"2 x 2 cpus requested, but the cluster's nodes have 3, 1"):
         worker_resources(WorkersSection(count=2, cpus=2.0), ClusterResources((3.0, 1.0), (0.0, 0.0)))
 
 
