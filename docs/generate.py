@@ -209,7 +209,7 @@ def anchor_of(preset: str) -> str:
 def presets_page() -> str:
     """The reference page of all presets."""
     head = (
-        "# Presets\n\nA preset sets the keys that make an algorithm, with the values of its paper or of a named implementation.\n"
+        "# Presets\n\nA preset sets the keys that make an algorithm, with values of its paper or of named code.\n"
         "It lies under your file: your own keys win. Models, data, lengths and batch sizes belong to the run. Generated from\n"
         "the code; [`recipes.py`](https://github.com/rayrlhf/rayrlhf/blob/main/rayrlhf/config/loading/recipes.py) has the\n"
         "source of each value.\n\n| preset | estimator | critic | samples per prompt | loss | clip | aggregation | KL |\n"
