@@ -94,10 +94,11 @@ EPSILON = 1e-4
 
 
 def grpo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_masked: bool) -> Advantages:
-    """Return (R - mean) / (std + 1e-4) over the group, std unbiased, for all tokens of a response.
+    """Return (R - mean) / (std + 1e-4) over the group, std unbiased.
 
-    R is `sequence_rewards`. The paper and TRL put the KL into the loss (`algorithm.kl.placement: loss`); with the KL in the
-    reward it is part of R, and equal scores then get advantages from KL noise alone. `gamma` and `lam` have no effect.
+    All tokens of a response have the same advantage. R is `sequence_rewards`. The paper and TRL put the KL into the loss
+    (`algorithm.kl.placement: loss`); with the KL in the reward it is part of R, and equal scores then get advantages from KL
+    noise alone. `gamma` and `lam` have no effect.
     """
     rewards = inputs.sequence_rewards
     moments = group_moments(rewards, inputs.groups)
@@ -105,7 +106,10 @@ def grpo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_ma
 
 
 def dr_grpo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_masked: bool) -> Advantages:
-    """Return R - mean over the group for all tokens of a response. `gamma` and `lam` have no effect."""
+    """Return R - mean over the group, the same for all tokens.
+
+    `gamma` and `lam` have no effect.
+    """
     rewards = inputs.sequence_rewards
     advantages = rewards - group_moments(rewards, inputs.groups).mean
     # A group with one known response is compared with itself, which gives 0, as required.
@@ -113,7 +117,7 @@ def dr_grpo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip
 
 
 def rloo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_masked: bool) -> Advantages:
-    """Return R - mean of the others in the group, for all tokens of a response.
+    """Return R - mean of the others in the group, the same for all tokens.
 
     `gamma` and `lam` have no effect. R is `sequence_rewards`, with the summed KL where it is in the reward, as in TRL 1.16.0's
     `RLOOTrainer`.
@@ -193,7 +197,9 @@ NO_ARGUMENTS: Mapping[str, Any] = {}
 
 
 def advantage_method(name: str) -> AdvantageMethod:
-    """Return an estimator with its requirements; a plugin that is a plain function needs neither critic nor group.
+    """Return an estimator with its requirements.
+
+    A plugin that is a plain function needs neither critic nor group.
 
     Raises:
         UserError: no estimator has that name, or its module cannot be imported.

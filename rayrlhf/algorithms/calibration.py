@@ -1,7 +1,7 @@
-"""Whether a reward model's differences mean what they say: accuracy, calibration and margins on held-out pairs.
+"""Accuracy, calibration and margins of a reward model on held-out pairs.
 
 A model trained with the Bradley-Terry loss claims that the answer it prefers wins with probability sigmoid(|difference|), which
-is between one half and one. It is calibrated where, among pairs of like claims, that share of them is right.
+is between one half and one. It is calibrated if, among pairs with equal claims, that share is correct.
 """
 
 import math
@@ -13,12 +13,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Reliability:
-    """Claims against outcomes, in bins of equal width over [1/2, 1]; a bin without pairs has 0 everywhere.
+    """Claimed against actual accuracy, in bins of equal width over [1/2, 1].
+
+    A bin without pairs is 0 in all lists.
 
     Attributes:
         counts: pairs in each bin.
         confidence: mean claimed probability in each.
-        accuracy: share that was right in each; equal rewards count as half right.
+        accuracy: share of correct pairs in each; equal rewards count as half correct.
     """
 
     counts: list[int]
@@ -27,7 +29,10 @@ class Reliability:
 
     @property
     def expected_error(self) -> float:
-        """ECE (Naeini et al. 2015; Guo et al. 2017): the mean of |accuracy - confidence| over pairs; 0 is best, 1 worst."""
+        """Return the ECE: the mean of |accuracy - confidence| over pairs.
+
+        0 is best, 1 worst (Naeini et al. 2015; Guo et al. 2017).
+        """
         total = sum(self.counts)
         parts = zip(self.counts, self.confidence, self.accuracy, strict=True)
         return sum(count * abs(right - claimed) for count, claimed, right in parts) / total
@@ -35,11 +40,11 @@ class Reliability:
 
 @dataclass(frozen=True, slots=True)
 class MarginHistogram:
-    """How many held-out pairs have which difference of rewards.
+    """Histogram of the reward differences of held-out pairs.
 
     Attributes:
-        edges: n + 1 rising edges, symmetric around 0; a bin holds its lower edge, and the last one its upper too.
-        counts: n numbers of pairs.
+        edges: n + 1 ascending edges, symmetric around 0; a bin includes its lower edge, and the last one its upper edge too.
+        counts: number of pairs in each of the n bins.
     """
 
     edges: list[float]
@@ -47,7 +52,9 @@ class MarginHistogram:
 
 
 def pair_accuracy(differences: Tensor) -> float:
-    """Share of pairs whose better answer has the higher reward; equal rewards count as wrong, as in TRL's `accuracy`.
+    """Return the share of pairs whose better answer has the higher reward.
+
+    Equal rewards count as wrong, as in TRL's `accuracy`.
 
     Args:
         differences: float [N], chosen - rejected, N >= 1.
@@ -59,7 +66,7 @@ def pair_accuracy(differences: Tensor) -> float:
 
 
 def reliability(differences: Tensor, bins: int = 10) -> Reliability:
-    """Sort pairs by how sure the model is, and count how often it is right.
+    """Bin pairs by the claimed probability and count the correct ones.
 
     Args:
         differences: float [N], chosen - rejected, N >= 1.
@@ -80,16 +87,16 @@ def reliability(differences: Tensor, bins: int = 10) -> Reliability:
 
 
 def expected_calibration_error(differences: Tensor, bins: int = 10) -> float:
-    """ECE of sigmoid(difference), in [0, 1]; see `reliability` for arguments and errors."""
+    """Return the ECE of sigmoid(difference), in [0, 1]; see `reliability` for arguments and errors."""
     return reliability(differences, bins).expected_error
 
 
 def margin_histogram(differences: Tensor, bins: int = 20) -> MarginHistogram:
-    """Count differences in bins of equal width that reach as far as the largest of them.
+    """Count differences in bins of equal width up to the largest of them.
 
     Args:
         differences: float [N], chosen - rejected, N >= 1.
-        bins: number of bins, even, so that 0 is an edge and no bin mixes right and wrong pairs.
+        bins: number of bins, even, so that 0 is an edge and no bin mixes correct and wrong pairs.
 
     Raises:
         ValueError: no pairs, a difference that is not finite, or an odd number of bins.
@@ -100,18 +107,18 @@ def margin_histogram(differences: Tensor, bins: int = 20) -> MarginHistogram:
     reach = differences.abs().max().item() or 1.0
     half = bins // 2
     index = ((differences / reach) * half).floor().long().clamp(-half, half - 1) + half
-    # A negative difference so small that the division made it 0 is still one of a wrong pair.
+    # A negative difference that the division rounds to 0 still belongs to a wrong pair.
     index = torch.where(differences < 0, index.clamp(max=half - 1), index)
     edges = [reach * ((number - half) / half) for number in range(bins + 1)]
     return MarginHistogram(edges, torch.bincount(index, minlength=bins).tolist())
 
 
 def chance_probability(correct: int, pairs: int) -> float:
-    """Probability that fair coins get at least so many pairs right: the one-sided exact binomial test against one half.
+    """Return the p-value of the one-sided exact binomial test against one half.
 
     Args:
-        correct: pairs that the model got right.
-        pairs: all of them.
+        correct: number of pairs that the model ranked correctly.
+        pairs: number of all pairs.
 
     Returns:
         In [0, 1]. Small means better than chance; 1 where there are no pairs.
@@ -129,7 +136,7 @@ def chance_probability(correct: int, pairs: int) -> float:
 def _checked(differences: Tensor) -> Tensor:
     differences = differences.detach().double().flatten()
     if not len(differences):
-        raise ValueError("there are no pairs to judge")
+        raise ValueError("no pairs, expected at least one")
     if not differences.isfinite().all():
         raise ValueError(f"{int((~differences.isfinite()).sum())} of {len(differences)} differences of rewards are not finite")
     return differences

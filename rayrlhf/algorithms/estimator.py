@@ -37,11 +37,14 @@ class AdvantageInputs:
 
     @property
     def sequence_rewards(self) -> Tensor:
-        """Total reward of each response, float [B]: its shaped score plus any KL penalty in the reward."""
+        """Total reward of each response, float [B]: shaped score plus any KL penalty."""
         return zero_masked(self.rewards, self.value_mask).sum(1)
 
     def broadcast(self, sequence_advantages: Tensor) -> Tensor:
-        """Copy each response's advantage to its tokens: float [B] to [B, T], 0 outside the action mask."""
+        """Copy each response's advantage to its tokens.
+
+        Float [B] to [B, T], 0 outside the action mask.
+        """
         wide = sequence_advantages[:, None].expand(self.mask.shape)
         return zero_masked(wide.to(self.rewards.dtype), self.mask)
 

@@ -1,8 +1,8 @@
-"""Generalised advantage estimation (Schulman et al. 2016, equation 16).
+"""Generalized advantage estimation (Schulman et al. 2016, equation 16).
 
 delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lambda A_{t+1}, where t+1 is the policy's next action. Tokens of a
-tool or an environment are no actions, so by default they are skipped; treating them as steps of value 0, as TRL classic does,
-charges the policy for a drop of the value that no action caused.
+tool or an environment are no actions and are skipped by default. TRL up to 0.11 treats them as steps of value 0, which charges
+the policy for a drop of the value that no action caused.
 """
 
 import torch
@@ -15,7 +15,7 @@ from rayrlhf.algorithms.masking import zero_masked
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float, skip_masked: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns of a batch of responses.
+    """Return advantages and returns of a batch of responses.
 
     Args:
         rewards: float [B, T].
@@ -23,8 +23,8 @@ def gae(
         mask: bool [B, T], the value mask.
         gamma: discount per action.
         lam: 0 is one-step TD, 1 is Monte Carlo.
-        skip_masked: bootstrap across masked tokens; False makes them steps of reward and value 0 (TRL 0.11.4). The two agree
-            on masks without holes.
+        skip_masked: bootstrap across masked tokens; False makes them steps of reward and value 0 (TRL 0.11.4). Both agree on
+            masks without gaps.
 
     Returns:
         Advantages A and returns A + V, float [B, T], both 0 where the mask is False. After the last token the value is 0.
@@ -48,7 +48,7 @@ def gae(
 
 
 def gae_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_masked: bool) -> Advantages:
-    """`gae` as an `AdvantageEstimator`.
+    """Run `gae` as an `AdvantageEstimator`.
 
     Raises:
         ValueError: there are no values.

@@ -1,9 +1,9 @@
-"""The gap between trainer and sampler: two programs compute the same policy's log-probs, and they differ.
+"""Log-prob mismatch between rollout engine and trainer, and its importance weights.
 
-After a weight sync the gap proves that the weights arrived. What remains of it makes the samples slightly off-policy, which a
+A small gap after a weight sync proves that the weights arrived. The rest of the gap makes samples slightly off-policy, which a
 bounded importance weight corrects (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
 
-When to leave a step: the policy moved too far from the one that sampled. Decide on global means, so that all ranks agree.
+The guards that stop an update take global means, so that all ranks decide the same.
 """
 
 from typing import Literal
@@ -18,7 +18,7 @@ from rayrlhf.algorithms.policy_losses import MAX_LOG_RATIO
 
 def importance_weights(
     trainer_logprobs: Tensor,
-    sampler_logprobs: Tensor,
+    rollout_logprobs: Tensor,
     mask: Tensor,
     *,
     mode: Literal["truncate", "mask"] = "truncate",
@@ -26,25 +26,25 @@ def importance_weights(
     low: float = 0.0,
     high: float = 3.0,
 ) -> Tensor:
-    """Weights w = p_trainer / p_sampler, bounded, to multiply the policy loss by.
+    """Return bounded weights w = p_trainer / p_rollout that multiply the policy loss.
 
     Modes and levels are TRL 1.16.0's `token_truncate`, `token_mask`, `sequence_truncate` and `sequence_mask`. Token weights
-    have a small bias and little variance; a sequence's weight is the product over its tokens, without bias until it is bounded,
-    and for long responses nearly always out of bounds.
+    have a small bias and little variance. A sequence weight is the product over its tokens: unbiased until it is bounded, and
+    out of bounds for nearly all long responses.
 
     Args:
-        trainer_logprobs: float [B, T], of the policy that sampled, by the trainer.
-        sampler_logprobs: float [B, T], the sampler's own.
+        trainer_logprobs: float [B, T], by the trainer with the weights that sampled.
+        rollout_logprobs: float [B, T], reported by the rollout engine.
         mask: bool [B, T], the action mask.
         mode: `truncate` clamps w to [low, high]; `mask` gives a token or sequence outside it the weight 0.
-        level: whose w: each token's own, or the whole response's for all of its tokens.
+        level: `token` gives each token its own w, `sequence` all tokens of a response their product.
         low: lower bound.
         high: upper bound.
 
     Returns:
-        Float [B, T], detached. 1 behind the mask, and 1 (no correction) where a log-prob is NaN.
+        Float [B, T], detached. 1 where masked, and 1 (no correction) where a log-prob is NaN.
     """
-    log_ratio = zero_masked(trainer_logprobs - sampler_logprobs, mask).detach().nan_to_num(nan=0.0)
+    log_ratio = zero_masked(trainer_logprobs - rollout_logprobs, mask).detach().nan_to_num(nan=0.0)
     if level == "sequence":
         log_ratio = log_ratio.sum(1, keepdim=True).expand(log_ratio.shape)
     weights = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -55,7 +55,7 @@ def importance_weights(
 
 
 def weight_statistics(weights: Tensor, unbounded: Tensor, mask: Tensor) -> dict[str, float]:
-    """What the correction does to a step.
+    """Return metrics of the off-policy correction of a step.
 
     Args:
         weights: float [B, T], of `importance_weights`.
@@ -64,7 +64,7 @@ def weight_statistics(weights: Tensor, unbounded: Tensor, mask: Tensor) -> dict[
 
     Returns:
         `sampling/importance_sampling_ratio/min`, `/mean` and `/max` of the weights over tokens (TRL 1.16.0's names), and
-        `sampling/importance_bounded`, the share of tokens that a bound took hold of.
+        `sampling/importance_bounded`, the share of tokens whose weight was bounded.
 
     Raises:
         ValueError: the mask is False everywhere.
@@ -77,31 +77,31 @@ def weight_statistics(weights: Tensor, unbounded: Tensor, mask: Tensor) -> dict[
     }
 
 
-def mismatch(trainer_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> dict[str, float]:
-    """How far the sampler's log-probs are from the trainer's, in nats.
+def mismatch(trainer_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> dict[str, float]:
+    """Return the log-prob gap between rollout engine and trainer, in nats.
 
     Args:
         trainer_logprobs: float [B, T].
-        sampler_logprobs: float [B, T].
-        mask: bool [B, T], the tokens to compare: those sampled with the weights the trainer holds.
+        rollout_logprobs: float [B, T].
+        mask: bool [B, T], the tokens to compare: those sampled with the trainer's weights.
 
     Returns:
         `sampling/sampling_logp_difference/mean` and `/max` of the absolute gap (first two as TRL 1.16.0 defines them), and
-        `sampling/kl`, the k3 estimate of KL(sampler || trainer). NaN inside the mask shows as NaN.
+        `sampling/kl`, the k3 estimate of KL(rollout || trainer). NaN inside the mask gives NaN.
 
     Raises:
         ValueError: the mask is False everywhere.
     """
-    gap = zero_masked(trainer_logprobs - sampler_logprobs, mask).detach().abs()
+    gap = zero_masked(trainer_logprobs - rollout_logprobs, mask).detach().abs()
     return {
         "sampling/sampling_logp_difference/mean": masked_mean(gap, mask).item(),
         "sampling/sampling_logp_difference/max": gap.max().item(),
-        "sampling/kl": masked_mean(kl_penalty(sampler_logprobs, trainer_logprobs, "k3"), mask).item(),
+        "sampling/kl": masked_mean(kl_penalty(rollout_logprobs, trainer_logprobs, "k3"), mask).item(),
     }
 
 
 def moved_too_far(policy_kl: float, target: float) -> bool:
-    """Whether to stop the epochs of a step (TRL 0.11.4 `early_stopping`).
+    """Return True where the epochs of a step should stop (TRL 0.11.4 `early_stopping`).
 
     Args:
         policy_kl: `ppo/policy/policykl` of a mini-batch, nats per token; signed, a negative one never stops.
@@ -111,5 +111,8 @@ def moved_too_far(policy_kl: float, target: float) -> bool:
 
 
 def ratio_exploded(mean_ratio: float, threshold: float) -> bool:
-    """Whether to leave a mini-batch out since its mean ratio (`val/ratio`) exceeds TRL 0.11.4's `ratio_threshold`."""
+    """Return True where a mini-batch's mean ratio (`val/ratio`) exceeds the threshold.
+
+    This is TRL 0.11.4's `ratio_threshold`.
+    """
     return mean_ratio > threshold

@@ -1,4 +1,4 @@
-"""KL divergence of the policy from the reference, per token, and the KL coefficient over a run.
+"""KL of the policy from the reference, per token, and its coefficient over a run.
 
 The estimators k1, k2, k3 (Schulman, "Approximating KL divergence", 2020) read only the log-ratio d = log p - log p_ref of the
 token that was sampled from p; `full_kl` sums over the vocabulary. k1 and k3 are unbiased, k2 is biased but has the right
@@ -121,7 +121,7 @@ class KLController(Protocol):
     value: float
 
     def update(self, kl: float, samples: int) -> None:
-        """Adapt the coefficient to the mean KL per sequence (nats) of a step of `samples` sequences."""
+        """Adapt the coefficient to a step's mean KL per sequence (nats) over `samples` sequences."""
         ...
 
     def state_dict(self) -> dict[str, float]:
@@ -164,7 +164,7 @@ class AdaptiveKLController(FixedKLController):
         self.horizon = horizon
 
     def update(self, kl: float, samples: int) -> None:
-        """Raise the coefficient where `kl` (nats per sequence) is above the target, lower it where below."""
+        """Raise the coefficient if `kl` (nats per sequence) exceeds the target, else lower it."""
         if not math.isfinite(kl):
             return
         error = min(max(kl / self.target - 1, -MAX_ERROR), MAX_ERROR)

@@ -1,21 +1,20 @@
-"""Learning a policy from pairs without a reward model: the log-ratio to a reference is the reward, pairs are classified by it.
+"""Token loss container, and the losses of critic, reward model and DPO.
+
+`TokenLoss` holds losses per token, never a mean. The caller divides the sum by the token count of the whole optimizer step. A
+mean taken here would weight tokens by the micro-batch that they share, so splitting a batch would change the gradient.
+
+The critic's loss is the clipped squared error (OpenAI Baselines' PPO2; TRL 0.11.4 and 1.12.0), per token.
+
+A reward model minimizes the negative log-likelihood of Bradley and Terry (1952), in which the better answer wins with
+probability sigmoid(difference of rewards). The margin is that of Llama 2 (Touvron et al. 2023, section 3.2.2). The centering
+term, which gives single rewards a meaning and not only their differences, is that of Eisenstein et al. (2023). Both are TRL
+1.16 `RewardTrainer`'s.
+
+DPO classifies pairs with the log-ratio to a reference as the reward.
 
 `sigmoid` is DPO (Rafailov et al. 2023, eq. 7); with label smoothing it is conservative DPO (Mitchell 2023: a share of the
-labels is taken to be wrong), and `robust` is its unbiased form (Chowdhury et al. 2024, eq. 11). `ipo` is the squared loss of
+labels is assumed wrong), and `robust` is its unbiased form (Chowdhury et al. 2024, eq. 11). `ipo` is the squared loss of
 Azar et al. (2024, eq. 17) on means per token. All are TRL 1.16 `DPOTrainer`'s.
-
-What a loss function returns: terms per token, never a mean.
-
-The caller divides the sum by the token count of the whole optimizer step. A mean taken here would weight tokens by the
-micro-batch they happen to share, so that splitting a batch would change the gradient.
-
-The clipped squared error of the critic (OpenAI Baselines' PPO2; TRL 0.11.4 and 1.12.0), per token.
-
-How a reward model learns from pairs: the Bradley-Terry likelihood of the better answer winning, and a pull towards zero.
-
-Bradley and Terry (1952) give the chance that one of two wins as the logistic function of the difference of their strengths.
-As a loss with a margin it is that of Llama 2 (Touvron et al. 2023, section 3.2.2); the centering term, without which only
-differences of rewards have a meaning, is that of Eisenstein et al. (2023). Both are TRL 1.16 `RewardTrainer`'s.
 """
 
 from dataclasses import dataclass
@@ -30,11 +29,11 @@ from rayrlhf.algorithms.masking import zero_masked
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """A loss before reduction.
+    """Loss and statistics per token, before reduction.
 
     Attributes:
-        loss: float [B, T] with gradient; 0, and without gradient, behind the mask.
-        statistics: metric name -> float [B, T], detached, 0 behind the mask. The metric is the sum over the optimizer step's
+        loss: float [B, T] with gradient; 0, without gradient, where masked.
+        statistics: metric name -> float [B, T], detached, 0 where masked. The metric is the sum over the optimizer step's
             tokens divided by their number.
     """
 
@@ -42,29 +41,32 @@ class TokenLoss:
     statistics: dict[str, Tensor]
 
     def sums(self) -> dict[str, Tensor]:
-        """Every statistic summed to a scalar: add these over micro-batches and ranks, then divide by the token count."""
+        """Return the scalar sum of every statistic.
+
+        Add the sums over micro-batches and ranks, then divide by the token count.
+        """
         return {name: values.sum() for name, values in self.statistics.items()}
 
 
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None = 0.2
 ) -> TokenLoss:
-    """1/2 max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2).
+    """Return 1/2 max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2).
 
     Args:
         values: float [B, T], with gradient.
         old_values: float [B, T], at the time of the rollout.
         returns: float [B, T].
         mask: bool [B, T], the value mask.
-        clip: c, how far a value may move before its gradient stops; None takes the plain squared error.
+        clip: c, distance from the old value beyond which the gradient stops; None takes the plain squared error.
 
     Returns:
-        Terms, before any coefficient, with the statistics `loss/value_avg`, `val/clipfrac_avg` (1 where the clipped branch is
-        the larger), `ppo/val/error` (the squared error without the half) and `ppo/val/vpred` (V).
+        The token loss, before any coefficient, with the statistics `loss/value_avg`, `val/clipfrac_avg` (1 where the clipped
+        branch is the larger), `ppo/val/error` (the squared error without the half) and `ppo/val/vpred` (V).
     """
     values, old_values, returns = (zero_masked(tensor, mask) for tensor in (values, old_values, returns))
     free = (values - returns).square()
-    # The value is clipped and not its difference: V_old + (V - V_old) would not give V back to the last bit.
+    # The value is clipped, not its difference: V_old + (V - V_old) is not V to the last bit.
     clipped = free if clip is None else (values.clamp(old_values - clip, old_values + clip) - returns).square()
     loss = 0.5 * torch.maximum(free, clipped)
     statistics = {
@@ -77,12 +79,12 @@ def clipped_value_loss(
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> Tensor:
-    """-log sigmoid(chosen - rejected - margin), per pair.
+    """Return -log sigmoid(chosen - rejected - margin), per pair.
 
     Args:
         chosen: float [B], reward of the better answer.
         rejected: float [B], reward of the worse one.
-        margin: float [B], by how much the better one should win; 0 when not given.
+        margin: float [B], required difference of the rewards; 0 if None.
 
     Returns:
         Float [B], nats; finite for any finite rewards.
@@ -92,25 +94,28 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None =
 
 
 def centering_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """(chosen + rejected)^2, per pair: float [B] each, before any coefficient (TRL `center_rewards_coefficient`)."""
+    """Return (chosen + rejected)^2, per pair: float [B], before any coefficient.
+
+    TRL's `center_rewards_coefficient` multiplies it.
+    """
     return (chosen + rejected).square()
 
 
 def preference_loss(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, *, center_coefficient: float = 0.0
 ) -> TokenLoss:
-    """Bradley-Terry loss plus `center_coefficient` times the centering term.
+    """Return the Bradley-Terry loss plus `center_coefficient` times the centering term.
 
     Args:
         chosen: float [B], with gradient.
         rejected: float [B], with gradient.
-        margin: float [B]; 0 when not given.
+        margin: float [B]; 0 if None.
         center_coefficient: weight of the centering term; TRL suggests 0.01.
 
     Returns:
-        Terms per pair, [B]: a mean over them is a mean over pairs. Statistics under TRL's names: `accuracy` (1 where the better
-        answer has the higher reward; equal rewards count as wrong), `margin` (chosen - rejected) and `mean_reward`; and beside
-        them `loss/bradley_terry`, and `loss/centering` before its coefficient.
+        The loss per pair, [B]. Statistics under TRL's names: `accuracy` (1 where the better answer has the higher reward; equal
+        rewards count as wrong), `margin` (chosen - rejected) and `mean_reward`; also `loss/bradley_terry`, and `loss/centering`
+        before its coefficient.
     """
     likelihood = bradley_terry_loss(chosen, rejected, margin)
     centering = centering_loss(chosen, rejected)
@@ -131,18 +136,18 @@ DirectLoss = Literal["sigmoid", "robust", "ipo"]
 def direct_preference_loss(
     log_ratios: Tensor, lengths: Tensor, *, loss: DirectLoss = "sigmoid", beta: float = 0.1, label_smoothing: float = 0.0
 ) -> TokenLoss:
-    """Return the loss of pairs from what policy and reference say about both answers.
+    """Return the loss of pairs from the log-ratios of both answers.
 
     Args:
-        log_ratios: float [B, 2], log policy - log reference, summed over an answer's tokens; the better one first.
-        lengths: [B, 2], tokens of the answers; `ipo` alone reads them.
+        log_ratios: float [B, 2], log policy - log reference, summed over an answer's tokens; the better answer first.
+        lengths: [B, 2], tokens of the answers; only `ipo` reads them.
         loss: see the module.
-        beta: strength of the pull towards the reference; tau of `ipo`.
-        label_smoothing: share of the labels that are taken to be wrong, in [0, 0.5); of no effect on `ipo`.
+        beta: strength of the KL constraint to the reference; tau of `ipo`.
+        label_smoothing: share of the labels assumed wrong, in [0, 0.5); no effect on `ipo`.
 
     Returns:
-        Terms per pair, [B]. Statistics: `loss/direct_preference`, `accuracy` (1 where the better answer has the higher reward),
-        `margin` (of the rewards), `reward_chosen` and `reward_rejected`, where a reward is beta times the log-ratio.
+        The loss per pair, [B]. Statistics: `loss/direct_preference`, `accuracy` (1 where the better answer has the higher
+        reward), `margin` (of the rewards), `reward_chosen` and `reward_rejected`, where a reward is beta times the log-ratio.
     """
     if loss == "ipo":
         per_token = log_ratios / lengths.clamp(min=1)

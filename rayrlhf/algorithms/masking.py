@@ -1,9 +1,7 @@
-"""Sums and moments over the True places of a mask.
+"""Sums, moments and whitening over the True positions of a mask.
 
-A multiplication by the mask would let NaN through (NaN * 0 is NaN), so values behind the mask are replaced before any
-arithmetic.
-
-Whitening: mean 0 and variance 1 over the tokens that count. Call it on the whole step, so that all ranks share one scale.
+Multiplying by the mask would keep NaN (NaN * 0 is NaN), so masked values are replaced before any arithmetic. Whitening takes
+the whole step, so that all ranks share one scale.
 """
 
 from typing import NamedTuple
@@ -21,17 +19,20 @@ class MaskedMoments(NamedTuple):
 
 
 def zero_masked(values: Tensor, mask: Tensor) -> Tensor:
-    """Put 0 where `mask` (bool, same shape) is False. The gradient there is 0 as well."""
+    """Replace values by 0 where `mask` (bool, same shape) is False.
+
+    The gradient there is 0 as well.
+    """
     return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Scalar sum of `values` where `mask` (bool, same shape) is True; 0 when it is nowhere."""
+    """Return the scalar sum of `values` where `mask` (bool, same shape) is True."""
     return zero_masked(values, mask).sum()
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Scalar mean of `values` where `mask` (bool, same shape) is True.
+    """Return the scalar mean of `values` where `mask` (bool, same shape) is True.
 
     Raises:
         ValueError: the mask is False everywhere.
@@ -40,7 +41,9 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_moments(values: Tensor, mask: Tensor) -> MaskedMoments:
-    """Count, mean and unbiased variance of `values` where `mask` (bool, same shape) is True. The variance of one value is 0.
+    """Return count, mean and unbiased variance of `values` where `mask` (bool) is True.
+
+    Shapes are the same. The variance of one value is 0.
 
     Raises:
         ValueError: the mask is False everywhere.
@@ -65,12 +68,12 @@ EPSILON = 1e-8
 
 
 def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
-    """Whiten `values` [B, T] over `mask` [B, T] (bool): (x - mean) / sqrt(var + 1e-8), var unbiased.
+    """Return (x - mean) / sqrt(var + 1e-8) over `mask`, var unbiased.
 
     Args:
         values: float [B, T].
-        mask: bool [B, T]; moments are taken where it is True, the result is 0 elsewhere.
-        shift_mean: False adds the mean back, which rewards need to keep their level.
+        mask: bool [B, T]; moments are over its True positions, the result is 0 elsewhere.
+        shift_mean: False adds the mean back, so that rewards keep their level.
 
     Returns:
         Float [B, T]. A single value has variance 0 and so becomes 0 (or stays itself with `shift_mean=False`).

@@ -40,7 +40,7 @@ LossAggregation = Literal["token", "sequence", "constant"]
 class LossInputs:
     """Inputs of a policy loss for one micro-batch: B responses, T response tokens, right-padded.
 
-    The trainer passes 0 wherever `mask` is False. All floats are float32.
+    The trainer passes 0 at positions where `mask` is False. All floats are float32.
 
     Attributes:
         logprobs: float [B, T], log-probs of the sampled tokens under the current policy, with gradient, in nats.
@@ -69,7 +69,9 @@ The arguments are the keys of a built-in loss's section, or `algorithm.policy_lo
 
 
 def ppo_loss(inputs: LossInputs, *, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None) -> TokenLoss:
-    """Return max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)) with rho = p / p_old.
+    """Return max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)).
+
+    rho = p / p_old is the ratio of a token.
 
     Args:
         inputs: log-probs, advantages and mask; the optional tensors are not read.
@@ -92,7 +94,7 @@ def ppo_loss(inputs: LossInputs, *, clip_low: float = 0.2, clip_high: float = 0.
 def gspo_loss(
     inputs: LossInputs, *, clip_low: float = 3e-4, clip_high: float = 4e-4, dual_clip: float | None = None
 ) -> TokenLoss:
-    """Return max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high)) with s the response's ratio.
+    """Return max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high)), s the response's ratio.
 
     With the loss aggregation `sequence`, its default, this is equation 5 of the paper, and TRL 1.16.0's
     `importance_sampling_level="sequence"` with `loss_type="grpo"`.
@@ -144,7 +146,7 @@ def bounded_ratio(log_ratio: Tensor) -> Tensor:
 def clipped_surrogate(
     ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the negated clipped objective and the positions where the clip applies (bool), both [B, T].
+    """Return the negated clipped objective and the clipped positions (bool), both [B, T].
 
     Args:
         ratio: float [B, T], with gradient.
@@ -186,7 +188,7 @@ def policy_statistics(
 
 
 def token_policy_loss(name: str, inputs: LossInputs, arguments: Mapping[str, Any]) -> TokenLoss:
-    """Evaluate a policy loss by name; a plugin is imported in this process and its result is checked and completed.
+    """Evaluate a policy loss by name; a plugin's result is checked and completed.
 
     Statistics that a plugin does not return come from the token ratios, so the ratio guard and early stopping work with it.
 
@@ -214,7 +216,9 @@ def token_policy_loss(name: str, inputs: LossInputs, arguments: Mapping[str, Any
 
 
 def aggregated(loss: Tensor, mask: Tensor, loss_aggregation: LossAggregation, longest: int) -> Tensor:
-    """Divide each row by its part of the divisor; the caller divides by the step's tokens or responses.
+    """Divide each row by its part of the divisor.
+
+    The caller divides by the step's tokens or responses.
 
     Args:
         loss: float [B, T], 0 where masked.

@@ -1,11 +1,10 @@
-"""Mean and standard deviation of all scores of a run so far, and the shaping of scores by them.
+"""Score shaping, and token rewards from one score per response.
 
-From one score per response to one reward per token.
+Scores are scaled and centered by the running moments of all scores of the run. A response that nears the length limit gets the
+overlong penalty (DAPO, Yu et al. 2025, equation 13).
 
-Every sampled token pays for leaving the reference, and one slot receives the score: the last sampled token (TRL classic), or
-the slot after it (TRL modern), whose value the critic then learns as well.
-
-What a response pays for nearing the length limit, before the limit cuts it off (DAPO, Yu et al. 2025, equation 13).
+Every sampled token carries a KL penalty, and one slot receives the score: the last sampled token (TRL up to 0.11), or the slot
+after it (TRL 0.12 to 1.12), whose value the critic then learns too.
 """
 
 from dataclasses import dataclass
@@ -21,12 +20,12 @@ ScorePosition = Literal["last", "after_last"]
 
 @dataclass(frozen=True)
 class TokenRewards:
-    """What each token earned.
+    """Reward of each token.
 
     Attributes:
         rewards: float [B, T], KL penalty plus scores; 0 outside `value_mask`.
         non_score: float [B, T], the KL penalty alone, -beta * KL; 0 outside the action mask.
-        value_mask: bool [B, T], the action mask plus the slot of the score: where rewards, values and returns live.
+        value_mask: bool [B, T], the action mask plus the slot of the score; rewards, values and returns are defined there.
     """
 
     rewards: Tensor
@@ -43,15 +42,15 @@ def token_rewards(
     position: ScorePosition = "last",
     token_scores: Tensor | None = None,
 ) -> TokenRewards:
-    """Spread KL penalty and score over the tokens: r_t = -beta * KL_t, plus the score at one slot (TRL 0.11.4, 1.12.0).
+    """Return r_t = -beta * KL_t, plus the score at one slot (TRL 0.11.4, 1.12.0).
 
     Args:
-        kl: float [B, T], nats per token; None when the reward carries no KL.
+        kl: float [B, T], nats per token; None if the reward has no KL.
         scores: float [B], one per response.
         mask: bool [B, T], the action mask.
         coefficient: beta.
-        position: which slot receives the score, see `score_slots`.
-        token_scores: float [B, T], rewards per token that a reward function gave beside the score; read on the action mask.
+        position: slot that receives the score, see `score_slots`.
+        token_scores: float [B, T], rewards per token in addition to the score; read on the action mask.
 
     Raises:
         ValueError: a row without any action.
@@ -67,48 +66,52 @@ def token_rewards(
 
 
 def score_slots(mask: Tensor, position: ScorePosition = "last") -> Tensor:
-    """Find the column that receives each response's score, int64 [B].
+    """Return the column that receives each response's score, int64 [B].
 
     Args:
         mask: bool [B, T], the action mask. For `after_last`, T must be `slot_count(...)`, so that only responses of the full
-            length lack a slot of their own.
+            length have no slot of their own.
         position: `last` is the last True column s (TRL 0.11.4); `after_last` is s + 1, or s at the right edge (TRL 1.12.0).
 
     Raises:
         ValueError: a row without any action.
     """
     if not mask.any(1).all():
-        raise ValueError(f"rows {(~mask.any(1)).nonzero().flatten().tolist()} of the action mask have no action to reward")
+        raise ValueError(f"rows {(~mask.any(1)).nonzero().flatten().tolist()} of the action mask have no action")
     width = mask.shape[1]
     last = width - 1 - mask.flip(1).int().argmax(1)
     return last if position == "last" else (last + 1).clamp(max=width - 1)
 
 
 def slot_count(longest: int, limit: int, position: ScorePosition = "last") -> int:
-    """Count the columns T that a step's tensors need.
+    """Return the number of columns T of a step's tensors.
 
-    Room for the `longest` response, and with `after_last` for the slot after it unless it has the full `limit` of tokens.
+    It is the `longest` response, plus one with `after_last` unless that response has the full `limit` of tokens.
     """
     return longest if position == "last" else min(longest + 1, limit)
 
 
 def overlong_penalty(lengths: Tensor, limit: int, buffer: int) -> Tensor:
-    """0 up to `limit - buffer` tokens, then falling linearly to -1 at the limit and beyond: float32 [B].
+    """Return the overlong penalty, float32 [B].
+
+    It is 0 up to `limit - buffer` tokens, falls linearly to -1 at the limit, and stays -1 beyond.
 
     Args:
         lengths: int64 [B], tokens of each response.
-        limit: the longest response, in tokens.
-        buffer: tokens before the limit in which length costs, >= 1.
+        limit: largest number of response tokens.
+        buffer: length of the penalized zone before the limit, in tokens, >= 1.
     """
     return -((lengths - (limit - buffer)).float() / buffer).clamp(0, 1)
 
 
-SMALLEST_SPREAD = torch.finfo(torch.float32).eps
-"""Added to the standard deviation (TRL 0.11.4), and the spread below which scores count as all equal."""
+SMALLEST_STD = torch.finfo(torch.float32).eps
+"""Added to the standard deviation (TRL 0.11.4); scores with a smaller one count as all equal."""
 
 
 class RunningMoments:
-    """Moments of a stream of batches by the parallel form of Welford's update (Chan et al. 1979; TRL 0.11.4).
+    """Running moments of scores, by the parallel form of Welford's update.
+
+    See Chan et al. (1979); the same as in TRL 0.11.4.
 
     Attributes:
         count: scores seen; 1e-24 before the first, as in TRL, so that the update needs no special case.
@@ -124,10 +127,10 @@ class RunningMoments:
         self.std = 1.0
 
     def update(self, scores: Tensor) -> None:
-        """Take in a batch of scores, float [B].
+        """Add a batch of scores, float [B].
 
         Raises:
-            ValueError: the batch is empty, or a score is not finite: it would spoil every later mean.
+            ValueError: the batch is empty, or a score is not finite, which would invalidate every later mean.
         """
         if not scores.numel() or not scores.isfinite().all():
             raise ValueError(f"running moments need finite scores, got {scores.tolist()}")
@@ -142,11 +145,11 @@ class RunningMoments:
         self.std = (squares / (total - 1)) ** 0.5 if total > 1 else 1.0
 
     def state_dict(self) -> dict[str, float]:
-        """Return everything that a resumed run needs."""
+        """Return the state that a resumed run needs."""
         return {"count": self.count, "mean": self.mean, "variance": self.variance, "std": self.std}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take up a saved state."""
+        """Restore a saved state."""
         self.count, self.mean = state["count"], state["mean"]
         self.variance, self.std = state["variance"], state["std"]
 
@@ -154,17 +157,17 @@ class RunningMoments:
 def shape_scores(
     scores: Tensor, moments: RunningMoments, *, scale: bool = False, center: bool = False, clip: float | None = None
 ) -> Tensor:
-    """Centre, scale and clip the scores of one step, in this order.
+    """Center, scale and clip the scores of one step, in this order.
 
-    TRL 0.11.4 calls the three `use_score_norm`, `use_score_scaling` and `score_clip`, and centres only what it scales.
-    `moments` takes the batch in first, and only when `scale` or `center` reads it: call once a step.
+    TRL 0.11.4 calls these `use_score_norm`, `use_score_scaling` and `score_clip`, and centers only if it scales. With `scale`
+    or `center` the batch is first added to `moments`: call once per step.
 
     Args:
         scores: float [B].
         moments: of the run so far.
-        scale: divide by the running standard deviation. While all scores are equal it counts as 1 (TRL divides by 1e-7 then).
+        scale: divide by the running standard deviation, or by 1 while all scores are equal (TRL divides by 1e-7 then).
         center: subtract the running mean.
-        clip: bound of the absolute value; None leaves it open.
+        clip: bound of the absolute value; None sets no bound.
 
     Returns:
         Float [B].
@@ -175,13 +178,15 @@ def shape_scores(
     if scale or center:
         moments.update(scores)
     shaped = scores - moments.mean if center else scores
-    if scale and moments.std > SMALLEST_SPREAD:
-        shaped = shaped / (moments.std + SMALLEST_SPREAD)
+    if scale and moments.std > SMALLEST_STD:
+        shaped = shaped / (moments.std + SMALLEST_STD)
     return shaped if clip is None else shaped.clamp(-clip, clip)
 
 
 def penalize_missing_stop(scores: Tensor, stopped: Tensor, penalty: float) -> Tensor:
-    """Subtract `penalty` from the scores [B] of responses that did not stop by themselves (TRL 1.12.0 `missing_eos_penalty`).
+    """Subtract `penalty` from the scores [B] of responses without a stop token.
+
+    This is TRL 1.12.0's `missing_eos_penalty`.
 
     Args:
         scores: float [B].

@@ -1,6 +1,7 @@
-"""A step's metrics from its tensors, under TRL's names: TRL modern's (1.12.0) where it has one, else TRL classic's (0.11.4).
+"""Metrics of a step from its tensors, under TRL's names.
 
-Metrics of the update itself are sums of `TokenLoss.statistics`; here is what the driver knows before and after it.
+The names are those of TRL 1.12.0 where it has one, else of TRL 0.11.4. Metrics of the update itself are sums of
+`TokenLoss.statistics`; those here are computed by the driver.
 """
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from rayrlhf.algorithms.masking import masked_mean, masked_moments, zero_masked
 def objective_statistics(
     logprobs: Tensor, kl: Tensor | None, non_score: Tensor, scores: Tensor, mask: Tensor
 ) -> dict[str, float]:
-    """Sum up what the step's responses scored and paid.
+    """Return scores, KL and entropy of the step's responses.
 
     Args:
         logprobs: float [B, T], of the policy that sampled.
@@ -32,13 +33,16 @@ def objective_statistics(
         "objective/non_score_reward": non_score_sum,
         "objective/scores": scores.mean().item(),
         "objective/rlhf_reward": non_score_sum + scores.mean().item(),
-        "ppo/std_scores": _spread(scores),
+        "ppo/std_scores": _std(scores),
         "ppo/mean_non_score_reward": masked_mean(non_score, mask).item(),
     }
 
 
 def value_statistics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, float]:
-    """Mean and unbiased variance of the values at the rollout and of the returns, over the value mask (all [B, T])."""
+    """Return mean and unbiased variance of values and returns over the value mask.
+
+    All are [B, T]; the values are those before the update.
+    """
     _, value_mean, value_variance = masked_moments(values, mask)
     _, return_mean, return_variance = masked_moments(returns, mask)
     return {
@@ -50,22 +54,27 @@ def value_statistics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str,
 
 
 def length_statistics(query_lengths: Tensor, response_lengths: Tensor, stopped: Tensor) -> dict[str, float]:
-    """Mean and unbiased standard deviation of the lengths in tokens (int64 [B]), and how many responses stopped (bool [B])."""
+    """Return mean and unbiased standard deviation of lengths, and the number of stopped responses.
+
+    Lengths are tokens, int64 [B]; `stopped` is bool [B].
+    """
     return {
         "tokens/queries_len_mean": query_lengths.double().mean().item(),
-        "tokens/queries_len_std": _spread(query_lengths.double()),
+        "tokens/queries_len_std": _std(query_lengths.double()),
         "tokens/responses_len_mean": response_lengths.double().mean().item(),
-        "tokens/responses_len_std": _spread(response_lengths.double()),
+        "tokens/responses_len_std": _std(response_lengths.double()),
         "val/num_eos_tokens": float(stopped.sum().item()),
     }
 
 
 def explained_variance(squared_error: float, return_variance: float) -> float:
-    """Share of the returns' variance that the critic explains: 1 - error / variance (TRL 0.11.4 `ppo/val/var_explained`).
+    """Return 1 - error / variance, the share of the returns' variance explained.
+
+    This is TRL 0.11.4's `ppo/val/var_explained`.
 
     Args:
         squared_error: mean of (V - R)^2.
-        return_variance: variance of R over the same tokens. Where it is 0 there is nothing to explain, and the result is 0.
+        return_variance: variance of R over the same tokens. If it is 0, the result is 0.
     """
     return 1 - squared_error / return_variance if return_variance > 0 else 0.0
 
@@ -74,5 +83,5 @@ def _sequence_mean(values: Tensor, mask: Tensor) -> float:
     return zero_masked(values, mask).sum(1).mean().item()
 
 
-def _spread(values: Tensor) -> float:
+def _std(values: Tensor) -> float:
     return values.std().item() if values.numel() > 1 else 0.0
