@@ -1,10 +1,21 @@
 """RLHF as a distributed actor system on Ray.
 
-The names below are what a user's own script needs. They are imported when first asked for, so that `import rayrlhf` is instant.
+The names below are those that a user's script needs. They are imported on first use, so that `import rayrlhf` is instant.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rayrlhf.config.loading.load import load_config
+    from rayrlhf.config.ppo import PPOConfig
+    from rayrlhf.config.tuning.configs import DPOConfig, RewardTrainingConfig, SFTConfig
+    from rayrlhf.ppo.callbacks import Callback
+    from rayrlhf.ppo.open_trainer import open_trainer
+    from rayrlhf.ppo.train_ppo import train_ppo
+    from rayrlhf.ppo.trainer import PPOTrainer
+    from rayrlhf.rewards.registry import register as register_reward
+    from rayrlhf.tuning.train_model import train_dpo, train_reward, train_sft
 
 __version__ = "0.2.0"
 
@@ -16,6 +27,7 @@ _PUBLIC = {
     "RewardTrainingConfig": "rayrlhf.config.tuning.configs",
     "SFTConfig": "rayrlhf.config.tuning.configs",
     "load_config": "rayrlhf.config.loading.load",
+    "open_trainer": "rayrlhf.ppo.open_trainer",
     "register_reward": "rayrlhf.rewards.registry",
     "train_dpo": "rayrlhf.tuning.train_model",
     "train_ppo": "rayrlhf.ppo.train_ppo",
@@ -24,7 +36,21 @@ _PUBLIC = {
 }
 _NAMES = {"register_reward": "register"}
 
-__all__ = [*_PUBLIC]
+__all__ = [
+    "Callback",
+    "DPOConfig",
+    "PPOConfig",
+    "PPOTrainer",
+    "RewardTrainingConfig",
+    "SFTConfig",
+    "load_config",
+    "open_trainer",
+    "register_reward",
+    "train_dpo",
+    "train_ppo",
+    "train_reward",
+    "train_sft",
+]
 
 
 def __getattr__(name: str) -> Any:

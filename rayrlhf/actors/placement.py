@@ -99,7 +99,7 @@ def demands(config: PPOConfig) -> list[Demand]:
         ("policy", True),
         ("critic", config.critic.kind == "separate"),
         ("reference", config.needs_reference and not config.reference_in_policy),
-        ("reward", True),
+        ("reward", config.reward.configured),
     ]
     requested = []
     for role, needed in roles:

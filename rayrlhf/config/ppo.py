@@ -8,7 +8,7 @@ from rayrlhf.config.algorithm import AlgorithmSection
 from rayrlhf.config.data import DataSection
 from rayrlhf.config.model import CriticSection, ModelSection, ReferenceSection
 from rayrlhf.config.policy_loss import check_name
-from rayrlhf.config.reward import RewardSection
+from rayrlhf.config.reward import PPORewardSection
 from rayrlhf.config.rollout import EnvironmentSection, RolloutSection
 from rayrlhf.config.runtime import (
     AsyncSection,
@@ -37,7 +37,7 @@ class PPOConfig(Section):
     model: ModelSection
     reference: ReferenceSection = ReferenceSection()
     critic: CriticSection = CriticSection()
-    reward: RewardSection
+    reward: PPORewardSection
     environment: EnvironmentSection | None = None
     """What answers the policy's turns; responses have one turn when not given. Its rewards are the reward function
     `environment`."""

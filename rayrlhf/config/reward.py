@@ -88,8 +88,21 @@ class RewardSection(Section):
     files: list[Path] = Field(default_factory=list)
     """Python files to import first, so that they can register functions of their own."""
 
+    @property
+    def configured(self) -> bool:
+        """True with a function or a model, so that responses can be scored."""
+        return bool(self.functions) or self.model is not None
+
     @model_validator(mode="after")
     def _check_sources(self) -> Self:
-        if not self.functions and self.model is None:
+        if not self.configured and not getattr(self, "given_by_loop", False):
             raise ValueError("give at least one of reward.functions and reward.model")
         return self
+
+
+class PPORewardSection(RewardSection):
+    """The reward of a PPO run; a loop of your own may give it instead."""
+
+    given_by_loop: bool = False
+    """True: the loop passes its own rewards to `PPOTrainer.step`, and functions and model may be left out. Not for `rayrlhf
+    ppo`, whose built-in loop has none to pass."""

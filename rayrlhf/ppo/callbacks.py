@@ -1,4 +1,7 @@
-"""Callbacks of the training loop. A callback sees plain values and may raise to end the run."""
+"""Callbacks of the training loop.
+
+A callback receives plain values and may raise to end the run.
+"""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -15,22 +18,22 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Override what is of interest; every method does nothing by itself."""
+    """Base class of callbacks; every method does nothing by default."""
 
     def on_start(self, trainer: "PPOTrainer") -> None:
-        """Actors are up, nothing is sampled yet."""
+        """Run when the actors are up and the run has resumed, before the first step."""
 
     def on_step_end(self, step: int, metrics: Mapping[str, float], scored: "ScoredRollouts") -> None:
-        """A step is complete: its update is done and every replica serves the new weights."""
+        """Run after a step: its update is done and every replica serves the new weights."""
 
     def on_evaluation(self, step: int, evaluation: "Evaluation") -> None:
-        """The held-out prompts were answered with the policy after `step` steps."""
+        """Run after an evaluation of the policy after `step` steps."""
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
-        """A complete checkpoint lies in `folder`."""
+        """Run when the checkpoint in `folder` is complete."""
 
     def on_end(self, trainer: "PPOTrainer") -> None:
-        """The last step is done and the actors are still up."""
+        """Run when the loop has ended without an error; the actors are still up."""
 
 
 CALLBACKS: Registry[type[Callback]] = Registry(

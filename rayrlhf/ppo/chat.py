@@ -1,4 +1,4 @@
-"""Talking to the model that a run made, in the terminal."""
+"""Terminal chat with the exported model of a run."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from rayrlhf.errors import UserError
 
 
 def chat_with(run: Path, prompt: str | None, *, max_new_tokens: int, temperature: float) -> None:
-    """Answer one prompt, or every line that is typed until an empty one.
+    """Answer one prompt, or each typed line until an empty one.
 
     Args:
         run: a run folder (its `export/` and system prompt are used), or a Hugging Face model folder.
-        prompt: the one prompt; None asks for lines.
+        prompt: the prompt; None reads lines from the terminal.
         max_new_tokens: longest answer.
         temperature: 0 is greedy.
 
@@ -40,15 +40,15 @@ def chat_with(run: Path, prompt: str | None, *, max_new_tokens: int, temperature
     if prompt is not None:
         answer(prompt)
         return
-    while text := _ask():
+    while text := _read_line():
         answer(text)
 
 
 def find_model(run: Path) -> Path:
-    """The exported model of a run folder, or the folder itself where it is a model.
+    """Return the exported model of a run folder, or the folder itself.
 
     Raises:
-        UserError: neither is there.
+        UserError: neither holds a model.
     """
     for folder in (run / "export", run):
         if (folder / "model.safetensors").is_file() or any(folder.glob("model-*.safetensors")):
@@ -57,7 +57,7 @@ def find_model(run: Path) -> Path:
 
 
 def system_prompt(run: Path) -> str | None:
-    """The system prompt that the run trained with."""
+    """Return the system prompt that the run trained with."""
     config = run / "config.yaml"
     if not config.is_file():
         return None
@@ -65,8 +65,8 @@ def system_prompt(run: Path) -> str | None:
     return None if prompt is None else str(prompt)
 
 
-def _ask() -> str:
-    """One typed line; the end of the input counts as an empty one."""
+def _read_line() -> str:
+    """Read one line; the end of the input counts as an empty one."""
     try:
         return input("> ").strip()
     except EOFError:

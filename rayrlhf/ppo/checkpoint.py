@@ -1,9 +1,9 @@
-"""Durable state of a run, whole or not at all.
+"""Durable checkpoints of a run, each complete or absent.
 
 A checkpoint is one folder, `checkpoints/step-000010`: `state.json` (step, weight version, data cursor, KL coefficient,
-running moments), one sub-folder a learning role, written by its ranks, and last a manifest with the checksum of every file.
-Ranks copy their state in memory and write it while training goes on; the folder gets its name when all of it is on the
-disk. Whatever has the final name and agrees with its manifest can be resumed from. On several nodes the run folder must be
+running moments), one subfolder per learning role, written by its ranks, and last a manifest with the checksum of every file.
+Ranks copy their state in memory and write it while training continues. The folder gets its final name when all of it is on
+disk; a folder with the final name that matches its manifest can be resumed from. On several nodes the run folder must be on
 shared storage.
 """
 
@@ -49,7 +49,7 @@ class Checkpoint(NamedTuple):
 
 
 class _Writing(NamedTuple):
-    """A checkpoint on its way: the folder to be, who is writing what, and what the driver has written itself."""
+    """A checkpoint that is being written: its folder, pending calls, and the driver's own files."""
 
     step: int
     folder: PendingFolder
@@ -60,7 +60,7 @@ class _Writing(NamedTuple):
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """Checkpoints of a run folder's `checkpoints/`, oldest first. Temporary folders do not match the name."""
+    """Return the checkpoints in `checkpoints/`, oldest first, without temporary folders."""
     found = []
     for child in folder.glob("step-*"):
         match = _NAME.fullmatch(child.name)
@@ -70,10 +70,10 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def newest_usable(folder: Path, fingerprint: Mapping[str, str]) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that agrees with its manifest, and a line about each newer one that does not.
+    """Return the newest undamaged checkpoint, and a line about each newer damaged one.
 
     Raises:
-        UserError: it is of another model or another set-up, or there are checkpoints and all of them are damaged.
+        UserError: it is of another model or setup, or all checkpoints are damaged.
     """
     lines: list[str] = []
     found = list_checkpoints(folder)
@@ -91,7 +91,7 @@ def newest_usable(folder: Path, fingerprint: Mapping[str, str]) -> tuple[Checkpo
             )
         return checkpoint, lines
     if found:
-        raise UserError(f"{'; '.join(lines)}: remove {folder} to begin anew")
+        raise UserError(f"{'; '.join(lines)}: remove {folder} to start over")
     return None, lines
 
 
@@ -99,12 +99,12 @@ class Checkpointer:
     """Writes the checkpoints of one run, one at a time.
 
     Args:
-        folder: `checkpoints/` of the run folder, which this process alone writes to.
+        folder: `checkpoints/` of the run folder; no other process writes to it.
         actor_groups: the running actors.
-        section: how many to keep, and how to write.
-        fingerprint: what a run must agree on to load them.
+        section: how many to keep, and how to write them.
+        fingerprint: settings on which a run must agree to load them.
         seconds: deadline of each wait.
-        mirror: where every checkpoint is copied to.
+        mirror: storage that every checkpoint is copied to.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Checkpointer:
         remove_leftovers(folder)
 
     def start(self, step: int, state: Mapping[str, Any], metric: float | None = None) -> list[Checkpoint]:
-        """Copy the state of all ranks and let them write it; returns what `finish` made of the checkpoint before.
+        """Copy the state of all ranks and start writing; returns the previous checkpoint, now complete.
 
         Args:
             step: PPO steps done.
@@ -143,8 +143,8 @@ class Checkpointer:
         captured = [(group, group.capture_state()) for group in groups]
         for group, pending in captured:
             group.wait(pending, "checkpoint: copying the state", self._seconds)
-        with _disk(self._target(step)):
-            folder = PendingFolder(self._target(step), if_exists="replace")
+        with _disk(self.folder_of(step)):
+            folder = PendingFolder(self.folder_of(step), if_exists="replace")
         calls: PendingCalls[dict[str, FileRecord]] = {}
         roles: list[str] = []
         own: dict[str, FileRecord] = {}
@@ -159,7 +159,7 @@ class Checkpointer:
         return done if self._section.asynchronous else done + self.finish()
 
     def poll(self) -> list[Checkpoint]:
-        """Commit the checkpoint that is being written if all ranks are done; what became complete, at most one."""
+        """Commit the current checkpoint if all ranks have written it; returns it then."""
         if self._writing is None:
             return []
         calls = list(self._writing.calls.values())
@@ -167,7 +167,7 @@ class Checkpointer:
         return self.finish() if len(ready) == len(calls) else []
 
     def finish(self) -> list[Checkpoint]:
-        """Wait for the checkpoint that is being written and commit it; errors as in `start`."""
+        """Wait for the current checkpoint and commit it; errors as in `start`."""
         if self._writing is None:
             return []
         writing = self._writing
@@ -190,37 +190,38 @@ class Checkpointer:
         return [Checkpoint(writing.step, writing.folder.path)]
 
     def mirror_failures(self) -> list[str]:
-        """Why copies to the mirror failed since the last call, a line each; never waits."""
+        """Return a line per failed copy to the mirror since the last call."""
         return self._mirror.failures() if self._mirror else []
 
     def copied(self) -> str | None:
-        """Wait for the copy of the newest checkpoint; why there is none, in a line, or None."""
+        """Wait for the copy of the newest checkpoint; returns the reason if it failed."""
         return self._mirror.wait() if self._mirror else None
 
     def fetch(self) -> str | None:
-        """Bring the mirror's newest checkpoint here if it is newer than all that are; a line about it, or None.
+        """Fetch the mirror's newest checkpoint if it is newer; returns a line about it.
 
         Raises:
-            UserError: the mirror does not answer, or the disk cannot take it.
+            UserError: the mirror is unreachable, or the disk is full.
         """
         names = self._mirror.names() if self._mirror else []
         here = [checkpoint.folder.name for checkpoint in list_checkpoints(self._folder)]
         if not self._mirror or not names or names[-1] in here or (here and names[-1] < here[-1]):
             return None
         self._mirror.fetch(names[-1], self._folder / names[-1])
-        return f"checkpoint {names[-1]} brought from {self._mirror.uri}"
+        return f"checkpoint {names[-1]} fetched from {self._mirror.uri}"
 
     def find(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint that this run can go back to, see `newest_usable`."""
+        """Return the newest usable checkpoint, see `newest_usable`."""
         return newest_usable(self._folder, self._fingerprint)
 
     def abandon(self) -> None:
-        """Forget the checkpoint that is being written, because a rank that writes it is lost."""
+        """Discard the current checkpoint, because a rank that writes it is lost."""
         if self._writing is not None:
             self._writing.folder.discard()
             self._writing = None
 
-    def _target(self, step: int) -> Path:
+    def folder_of(self, step: int) -> Path:
+        """Folder of a step's checkpoint."""
         return self._folder / f"step-{step:06d}"
 
     def _to_keep(self) -> list[Checkpoint]:
@@ -244,9 +245,9 @@ class Checkpointer:
 
 
 def load_checkpoint(checkpoint: Checkpoint, actor_groups: ActorGroups, seconds: float) -> dict[str, Any]:
-    """Bring every learning role back to a checkpoint; returns the driver's state.
+    """Load a checkpoint into every learning role; returns the driver's state.
 
-    A role may have another number of ranks than it had.
+    A role may have another number of ranks than at the time of the checkpoint.
     """
     state: dict[str, Any] = json.loads((checkpoint.folder / STATE_FILE).read_text(encoding="utf-8"))
     groups = [actor_groups[role] for role in LEARNING_ROLES if role in actor_groups]
@@ -261,7 +262,7 @@ def load_checkpoint(checkpoint: Checkpoint, actor_groups: ActorGroups, seconds: 
 
 @contextmanager
 def _disk(path: Path) -> Iterator[None]:
-    """Turn the disk's refusal into the user's one line."""
+    """Turn an error of the disk into a one-line `UserError`."""
     try:
         yield
     except OSError as error:

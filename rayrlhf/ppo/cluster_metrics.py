@@ -1,7 +1,7 @@
-"""A run's numbers where the cluster's own are: gauges that Ray exports to Prometheus beside those of its nodes and actors.
+"""Prometheus gauges of a run, exported by Ray with those of its nodes and actors.
 
-The driver sets them once a step, so they cost nothing that could be measured; `metrics.jsonl` stays the full record. Prometheus
-sees each under `ray_` and its name here, with the run's name as a label.
+The driver sets them once per step, so their cost is not measurable; `metrics.jsonl` stays the full record. Prometheus prefixes
+each name with `ray_` and labels it with the run's name.
 """
 
 import time
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 STEP_GAUGES: Mapping[str, tuple[str, str]] = {
     "rayrlhf_score": ("objective/scores", "Mean score of the step's responses."),
     "rayrlhf_kl_nats": ("objective/kl", "Mean KL from the reference, nats per response."),
-    "rayrlhf_entropy_nats": ("objective/entropy", "Mean surprise of the responses' tokens, nats per response."),
+    "rayrlhf_entropy_nats": ("objective/entropy", "Mean negative log-prob of the responses, nats per response."),
     "rayrlhf_response_tokens": ("tokens/responses_len_mean", "Mean length of a response."),
     "rayrlhf_sampler_gap_nats": (
         "sampling/sampling_logp_difference/mean",
-        "Mean distance between trainer's and sampler's log-probs: proof that the weights arrived.",
+        "Mean log-prob difference between trainer and rollout engine: shows that the weights arrived.",
     ),
     "rayrlhf_policy_grad_norm": ("policy/grad_norm", "Mean norm of the policy's gradient before clipping."),
-    "rayrlhf_policy_approx_kl_nats": ("policy/approxkl_avg", "How far the step moved the policy."),
+    "rayrlhf_policy_approx_kl_nats": ("policy/approxkl_avg", "Approximate KL between the policy before and after the step."),
     "rayrlhf_clip_fraction": ("policy/clipfrac_avg", "Share of tokens whose ratio was clipped."),
     "rayrlhf_weight_version": ("sync/version", "Weight version that all replicas serve."),
     "rayrlhf_sync_seconds": ("sync/seconds", "Time of the weight sync."),
@@ -35,17 +35,17 @@ STEP_GAUGES: Mapping[str, tuple[str, str]] = {
     "rayrlhf_update_seconds": ("time/update_policy", "Time of the policy's update in a step."),
     "rayrlhf_tokens_per_second": ("speed/tokens_per_second", "Response tokens through the whole step, per second."),
 }
-"""Name of a gauge -> the step's metric it shows, and its description."""
+"""Name of a gauge -> metric of the step, and description."""
 STEP, LAST_STEP, HELD_OUT = "rayrlhf_step", "rayrlhf_last_step_timestamp_seconds", "rayrlhf_held_out_score"
 OTHER_GAUGES: Mapping[str, str] = {
     STEP: "Steps done.",
-    LAST_STEP: "When the last step ended, seconds since 1970: a run that hangs lets it grow old.",
+    LAST_STEP: "Time at which the last step ended, seconds since 1970; it grows old when a run hangs.",
     HELD_OUT: "Mean score of the last evaluation on held-out prompts.",
 }
 
 
 class ClusterMetrics(Callback):
-    """Sets the gauges of one run. Make it after `ray.init`."""
+    """Sets the gauges of one run. Create it after `ray.init`."""
 
     def __init__(self, run: str) -> None:
         """Register the gauges under the run's name."""
@@ -54,7 +54,7 @@ class ClusterMetrics(Callback):
         self._tags = {"run": run}
 
     def on_step_end(self, step: int, metrics: Mapping[str, float], scored: "ScoredRollouts") -> None:
-        """Show the step's numbers; what it did not measure keeps its last value."""
+        """Set the gauges of a step; a metric that it lacks keeps its last value."""
         for name, (key, _) in STEP_GAUGES.items():
             if key in metrics:
                 self._set(name, metrics[key])
@@ -62,7 +62,7 @@ class ClusterMetrics(Callback):
         self._set(LAST_STEP, time.time())
 
     def on_evaluation(self, step: int, evaluation: "Evaluation") -> None:
-        """Show the held-out score."""
+        """Set the held-out score."""
         self._set(HELD_OUT, evaluation.mean_score)
 
     def _set(self, name: str, value: float) -> None:

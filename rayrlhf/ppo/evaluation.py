@@ -1,6 +1,6 @@
-"""Answers to a fixed held-out prompt set, before, during and after training."""
+"""Responses to a fixed held-out prompt set, before, during and after training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,15 +8,18 @@ import numpy as np
 from rayrlhf.data.records import Prompt, Rollout
 from rayrlhf.rewards.score import RewardBatch
 
+OwnReward = Callable[[Sequence[Prompt], Sequence[Rollout]], Sequence[float]]
+"""A loop's own reward for an evaluation: (prompts [B], rollouts [B]) -> scores [B]."""
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """One evaluation.
 
     Attributes:
-        step: policy updates done before it.
+        step: PPO steps done before it.
         prompts: the held-out prompts [B].
-        rollouts: one answer a prompt [B].
+        rollouts: one response a prompt [B].
         rewards: scores and parts [B].
     """
 
@@ -31,7 +34,7 @@ class Evaluation:
         return float(np.mean(self.rewards.scores))
 
     def metrics(self) -> dict[str, float]:
-        """What goes to the metrics sink."""
+        """Return the metrics of the evaluation."""
         texts = [rollout.text.strip() for rollout in self.rollouts]
         lengths = [len(rollout.response_ids) for rollout in self.rollouts]
         parts = {f"evaluation/{name}": _mean(values) for name, values in self.rewards.parts.items()}
@@ -44,6 +47,6 @@ class Evaluation:
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:
-    """Mean over the samples that a part applies to; NaN where it applies to none."""
+    """Return the mean over the samples that a part applies to, else NaN."""
     present = np.asarray(values)[~np.isnan(values)]
     return float(present.mean()) if len(present) else float("nan")

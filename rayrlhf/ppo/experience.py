@@ -1,7 +1,7 @@
-"""From scored rollouts to what the models learn from: token rewards, advantages, returns.
+"""Turns scored rollouts into training data: token rewards, advantages, returns.
 
-Everything here is per-token scalars on the driver, so whitening and running moments see the whole step and do not depend on
-how many ranks train. The maths is in `rayrlhf.algorithms`; this is the order in which it is applied.
+All of it is per-token scalars on the driver, so whitening and running moments cover the whole step and do not depend on the
+number of ranks. The formulas are in `rayrlhf.algorithms`; this module applies them in order.
 """
 
 import math
@@ -35,9 +35,9 @@ from rayrlhf.environments.episodes import turn_weight
 from rayrlhf.ppo.scoring import ScoredRollouts
 
 LOGPROB_GAP = "sampling/sampling_logp_difference/mean"
-"""Metric that proves that a sync arrived: mean |trainer - sampler| log-prob on fresh rollouts, in nats."""
+"""Mean |trainer - rollout engine| log-prob difference on fresh rollouts, in nats; shows that a sync arrived."""
 CONTEXT = "context/"
-"""Beginning of the same metrics' names where the sampler read demonstrations that the trainer does not."""
+"""Prefix of the same metrics where the rollout engine reads demonstrations that the trainer does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Experience:
     Attributes:
         batch: sequences and the arrays that the objectives read.
         kl: float [B], nats per sequence; zeros without a reference.
-        metrics: statistics of the step before its update, under TRL's names.
+        metrics: statistics of the step before its update, with TRL's names.
     """
 
     batch: TrainingBatch
@@ -59,12 +59,12 @@ class Experience:
 
     @property
     def learnable(self) -> list[int]:
-        """Rows of the batch that something is learned from."""
+        """Rows of the batch with tokens to train on."""
         return [int(row) for row in np.flatnonzero(self.batch.arrays["action_mask"].any(1))]
 
 
 class ExperienceMaker:
-    """Turns scored rollouts into experience; owns what carries over between steps (KL coefficient, running moments)."""
+    """Makes experience; keeps the KL coefficient and running moments between steps."""
 
     def __init__(self, config: PPOConfig) -> None:
         self._config = config
@@ -74,11 +74,11 @@ class ExperienceMaker:
 
     @property
     def kl_coefficient(self) -> float:
-        """The coefficient that the next step will use."""
+        """KL coefficient of the next step."""
         return self._controller.value
 
     def make(self, scored: ScoredRollouts) -> Experience:
-        """Assemble one step's experience and let the KL controller learn from it."""
+        """Make one step's experience and update the KL controller."""
         algorithm = self._config.algorithm
         rollouts = scored.rollouts
         position = algorithm.shaping.score_position
@@ -137,46 +137,49 @@ class ExperienceMaker:
         return Experience(batch, sequence_kl, metrics | {"objective/kl_coef": coefficient})
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """Return the state for a checkpoint."""
         return {"controller": self._controller.state_dict(), "moments": self._moments.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state."""
+        """Load a saved state."""
         self._controller.load_state_dict(state["controller"])
         self._moments.load_state_dict(state["moments"])
 
     def _shape(self, scored: ScoredRollouts) -> Tensor:
         shaping = self._config.algorithm.shaping
-        charged = self._charged(scored)
-        return shape_scores(charged, self._moments, scale=shaping.scale, center=shaping.center, clip=shaping.clip)
+        penalized = self._penalized(scored)
+        return shape_scores(penalized, self._moments, scale=shaping.scale, center=shaping.center, clip=shaping.clip)
 
     def _credited(self, scores: Tensor, scored: ScoredRollouts, width: int) -> tuple[Tensor, Tensor | None]:
-        """Scores [B] split into what is paid at the end, and what single tokens [B, T] earned (None: nothing)."""
-        earned: list[Tensor] = []
+        """Split scores [B] into rewards at the end and per token [B, T], if any."""
+        parts: list[Tensor] = []
         weight = turn_weight(self._config)
         paid = [rollout.rewards for rollout in scored.rollouts if rollout.rewards is not None]
         if weight and paid:
-            earned.append(weight * _padded(paid, width))
+            parts.append(weight * _padded(paid, width))
         if scored.rewards.tokens is not None:
             rows = zip(scored.rewards.tokens, scored.rollouts, strict=True)
-            nothing = [np.zeros(len(rollout.response_ids), np.float32) if row is None else row for row, rollout in rows]
-            earned.append(_padded(nothing, width))
-        if not earned:
+            filled = [np.zeros(len(rollout.response_ids), np.float32) if row is None else row for row, rollout in rows]
+            parts.append(_padded(filled, width))
+        if not parts:
             return scores, None
-        by_token = torch.stack(earned).sum(0)
+        by_token = torch.stack(parts).sum(0)
         return scores - by_token.sum(1), by_token
 
     def _baselines(self, scored: ScoredRollouts) -> Tensor | None:
-        """The shaped score of the greedy response to each rollout's prompt, float [B]; the config has no scaling beside it."""
+        """Return the shaped score of the greedy response to each rollout's prompt, float [B].
+
+        The configuration allows no scaling of scores with it.
+        """
         if scored.greedy is None:
             return None
         clip = self._config.algorithm.shaping.clip
-        shaped = shape_scores(self._charged(scored.greedy), self._moments, clip=clip)
+        shaped = shape_scores(self._penalized(scored.greedy), self._moments, clip=clip)
         by_prompt = {rollout.key.prompt: score for rollout, score in zip(scored.greedy.rollouts, shaped, strict=True)}
         return torch.stack([by_prompt[rollout.key.prompt] for rollout in scored.rollouts])
 
-    def _charged(self, scored: ScoredRollouts) -> Tensor:
-        """Scores minus what each response pays for its own length, float [B]."""
+    def _penalized(self, scored: ScoredRollouts) -> Tensor:
+        """Return the scores with the penalties for length and a missing stop token, float [B]."""
         scores, rollouts = torch.from_numpy(scored.rewards.scores), scored.rollouts
         shaping, limit = self._config.algorithm.shaping, self._config.rollout.max_new_tokens
         buffer = self._config.overlong_tokens
@@ -189,7 +192,7 @@ class ExperienceMaker:
         return scores
 
     def _kept(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """Which responses are learned from, bool [B]."""
+        """Mask the responses to train on, bool [B]."""
         if self._config.algorithm.shaping.truncated == "keep":
             return torch.ones(len(rollouts), dtype=torch.bool)
         return torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
@@ -197,12 +200,12 @@ class ExperienceMaker:
     def _corrected(
         self, logprobs: Tensor, rollouts: Sequence[Rollout], mask: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Importance weights as an array of the batch, and their metrics; nothing where they are switched off."""
+        """Return the importance weights of the off-policy correction, if any, and their metrics."""
         section = self._config.algorithm.off_policy_correction
         if section.level == "none":
             return {}, {}
-        sampler = _padded([rollout.logprobs for rollout in rollouts], mask.shape[1])
-        weigh = partial(importance_weights, logprobs, sampler, mask, level=section.level)
+        engine = _padded([rollout.logprobs for rollout in rollouts], mask.shape[1])
+        weigh = partial(importance_weights, logprobs, engine, mask, level=section.level)
         weights = weigh(mode=section.mode, low=section.low, high=section.high)
         return {"importance_weights": weights}, weight_statistics(weights, weigh(low=0.0, high=math.inf), mask)
 
@@ -221,24 +224,21 @@ class ExperienceMaker:
         scores: Tensor,
         mask: Tensor,
     ) -> dict[str, float]:
-        sampler = _padded([rollout.logprobs for rollout in rollouts], mask.shape[1])
+        engine = _padded([rollout.logprobs for rollout in rollouts], mask.shape[1])
         queries = torch.tensor([len(rollout.prompt_ids) for rollout in rollouts])
         responses = torch.tensor([int(rollout.action_mask.sum()) for rollout in rollouts])
         stopped = torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
-        apart = mismatch(logprobs, sampler, mask)
-        if (
-            self._config.trains_without_demonstrations
-        ):  # what the demonstrations are worth to the sampler, which proves nothing of a sync
-            apart = {
-                name.replace("sampling/sampling_", CONTEXT).replace("sampling/", CONTEXT): gap for name, gap in apart.items()
-            }
-        return (
-            objective_statistics(logprobs, kl, non_score, scores, mask) | length_statistics(queries, responses, stopped) | apart
-        )
+        gap = mismatch(logprobs, engine, mask)
+        if self._config.trains_without_demonstrations:
+            # The gap is then the effect of the demonstrations on the rollout engine, and says nothing about a sync.
+            names = {name: name.replace("sampling/sampling_", CONTEXT).replace("sampling/", CONTEXT) for name in gap}
+            gap = {names[name]: value for name, value in gap.items()}
+        objective = objective_statistics(logprobs, kl, non_score, scores, mask)
+        return objective | length_statistics(queries, responses, stopped) | gap
 
 
 def _padded(rows: Sequence[np.ndarray], width: int) -> Tensor:
-    """Rows of different lengths as float32 or bool [B, width], zeros behind; longer rows lose what is beyond `width`."""
+    """Pad or cut rows to float32 or bool [B, width]."""
     padded = np.zeros((len(rows), width), dtype=rows[0].dtype)
     kept = [row[:width] for row in rows]
     lengths = np.array([len(row) for row in kept])

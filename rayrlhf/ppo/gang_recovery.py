@@ -1,9 +1,9 @@
-"""Going back to the last committed state when a rank of the policy or the critic is lost.
+"""Restores the last committed state when a policy or critic rank is lost.
 
-A process group cannot lose a member, and weights without their optimizer are of no use: so the whole role is started anew,
-every learning role is brought to the same committed state, and the step is replayed. Prompts that were out are handed out
-again, with the same seeds. Committed is, in this order: the copy in the object store (`recovery.snapshot: step`), the newest
-durable checkpoint, or the start of the run.
+A process group cannot lose a member, and weights are useless without their optimizer state. So the whole role is restarted,
+every learning role loads the same committed state, and the step is replayed. Outstanding prompts are drawn again, with the same
+seeds. The committed state is the copy in the object store (`recovery.snapshot: step`), else the newest checkpoint, else the
+start of the run.
 """
 
 import json
@@ -23,59 +23,59 @@ from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS, overrun
 from rayrlhf.engines.train.backends.base import StateFiles
 from rayrlhf.errors import ActorLostError
 from rayrlhf.ppo.checkpoint import LEARNING_ROLES, Checkpointer, load_checkpoint
-from rayrlhf.ppo.trainer import PPOTrainer
+from rayrlhf.ppo.step_driver import StepDriver
 
 
 class _Snapshot(NamedTuple):
-    """State of all learning roles after a step. The references are return values, so they outlive the ranks."""
+    """State of all learning roles after a step, as references that outlive the ranks."""
 
     state: dict[str, Any]
     parts: dict[TrainRole, list[Ref[StateFiles]]]
 
 
 def lost_role(error: ActorLostError) -> str:
-    """Role of the actor that an error names; empty where it names none."""
+    """Return the role of the actor that an error names, or an empty string."""
     return error.actor.split("/")[-2] if error.actor.count("/") >= 2 else ""
 
 
 class Recovery:
-    """Knows the last committed state of a run and how to get back to it.
+    """Keeps the last committed state of a run and restores it.
 
     Args:
-        trainer: the run; its state now is the start of the run.
-        checkpointer: knows the durable checkpoints.
+        driver: the run; its state now is the start of the run.
+        checkpointer: finds the durable checkpoints.
         note: receives losses and recoveries.
     """
 
-    def __init__(self, trainer: PPOTrainer, checkpointer: Checkpointer, note: RecoveryListener) -> None:
-        self._trainer = trainer
+    def __init__(self, driver: StepDriver, checkpointer: Checkpointer, note: RecoveryListener) -> None:
+        self._driver = driver
         self._checkpointer = checkpointer
         self._note = note
-        self._section = trainer.config.recovery
-        self._start = trainer.state()
-        self._roles: tuple[TrainRole, ...] = tuple(role for role in LEARNING_ROLES if role in trainer.actor_groups)
+        self._section = driver.config.recovery
+        self._start = driver.state()
+        self._roles: tuple[TrainRole, ...] = tuple(role for role in LEARNING_ROLES if role in driver.actor_groups)
         self._snapshot: _Snapshot | None = None
-        self._rebuilder = Rebuilder(trainer.fault_tolerance.retry)
+        self._rebuilder = Rebuilder(driver.fault_tolerance.retry)
 
     def commit(self) -> None:
-        """Take note of a step's end; with `recovery.snapshot: step` keep a copy of the training state."""
+        """Record a completed step; `recovery.snapshot: step` copies the training state."""
         self._rebuilder.step_completed()
         if self._section.snapshot != "step":
             return
-        state = json.loads(json.dumps(self._trainer.state()))
-        seconds = self._trainer.config.deadlines.update
+        state = json.loads(json.dumps(self._driver.state()))
+        seconds = self._driver.config.deadlines.update
         parts: dict[TrainRole, list[Ref[StateFiles]]] = {}
         for role in self._roles:
-            parts[role] = list(self._trainer.actor_groups[role].snapshot().values())
+            parts[role] = list(self._driver.actor_groups[role].snapshot().values())
         for role, pending in parts.items():
-            _await_values(self._trainer.actor_groups[role], pending, seconds)
+            _await_values(self._driver.actor_groups[role], pending, seconds)
         self._snapshot = _Snapshot(state, parts)
 
     def restore(self, error: ActorLostError) -> int:
-        """Rebuild the role whose rank was lost and go back to the committed state; returns the step it was taken at.
+        """Rebuild the lost role and restore the committed state; returns its step.
 
         Raises:
-            ActorLostError: recovery is switched off, the actor is none that learns, or rebuilding failed too often in a row.
+            ActorLostError: recovery is off, the actor has no learning role, or rebuilding failed too often in a row.
         """
         role = lost_role(error)
         if not self._section.enabled or role not in self._roles:
@@ -90,16 +90,16 @@ class Recovery:
             self._rebuild([known for known in self._roles if known in lost])
 
         self._rebuilder.rebuild_with_backoff(error, rebuild)
-        step = self._trainer.steps_done
+        step = self._driver.steps_done
         self._note("replayed", error.actor, f"back at step {step}", time.monotonic() - began)
         return step
 
     def _rebuild(self, lost: list[TrainRole]) -> None:
-        """Start the lost roles anew and load the committed state into all of them."""
-        actor_groups, seconds = self._trainer.actor_groups, self._trainer.config.deadlines.start
+        """Restart the lost roles and load the committed state into all learning roles."""
+        actor_groups, seconds = self._driver.actor_groups, self._driver.config.deadlines.start
         checkpoint, _ = self._checkpointer.find()
         snapshot = self._usable_snapshot()
-        # Without any committed state everybody begins anew.
+        # Without a committed state all roles restart.
         for role in lost if snapshot or checkpoint else self._roles:
             self._unmonitor(role)
             actor_groups.restart_gang(role, seconds)
@@ -108,43 +108,43 @@ class Recovery:
             for role, parts in snapshot.parts.items():
                 group = actor_groups[role]
                 group.wait(group.load_snapshot(*parts), "restoring the snapshot", seconds)
-            self._trainer.load_state(snapshot.state)
+            self._driver.load_state(snapshot.state)
         elif checkpoint:
-            self._trainer.load_state(load_checkpoint(checkpoint, actor_groups, seconds))
+            self._driver.load_state(load_checkpoint(checkpoint, actor_groups, seconds))
         else:
-            self._trainer.load_state(self._start)
+            self._driver.load_state(self._start)
 
     def _usable_snapshot(self) -> _Snapshot | None:
-        """The snapshot, unless some of it lay on a node that is gone."""
+        """Return the snapshot, unless part of it was on a lost node."""
         if self._snapshot is None:
             return None
         try:
             for parts in self._snapshot.parts.values():
                 for part in parts:
-                    ray.get(part, timeout=self._trainer.config.deadlines.sync)
+                    ray.get(part, timeout=self._driver.config.deadlines.sync)
         except (*INFRASTRUCTURE_ERRORS, RayTaskError, TimeoutError):
             self._snapshot = None
         return self._snapshot
 
     def _monitor(self, role: TrainRole) -> None:
-        monitor, group = self._trainer.fault_tolerance.monitor, self._trainer.actor_groups[role]
+        monitor, group = self._driver.fault_tolerance.monitor, self._driver.actor_groups[role]
         for name, handle in zip(group.names, group.handles, strict=True):
             if monitor:
                 monitor.add(name, handle)
 
     def _unmonitor(self, role: TrainRole) -> None:
-        monitor = self._trainer.fault_tolerance.monitor
-        for name in self._trainer.actor_groups[role].names:
+        monitor = self._driver.fault_tolerance.monitor
+        for name in self._driver.actor_groups[role].names:
             if monitor:
                 monitor.remove(name)
 
 
 def _await_values(group: TrainGroup, pending: list[Ref[StateFiles]], seconds: float) -> None:
-    """Wait until values are there, without bringing them into this process."""
+    """Wait until values exist, without fetching them into this process."""
     with track_calls("snapshot", dict.fromkeys(group.names, time.monotonic())):
         _, late = ray.wait(pending, num_returns=len(pending), timeout=seconds, fetch_local=False)
     if late:
         raise overrun("snapshot", [group.names[pending.index(ref)] for ref in late], seconds)
-    name = group.find_lost()  # a lost rank's value counts as ready, and tells so only when it is read
+    name = group.find_lost()  # the value of a lost rank counts as ready and fails only when read
     if name is not None:
         raise ActorLostError(f"{name} was lost during snapshot", name)

@@ -1,8 +1,8 @@
-"""Which prompts make up a step when those that teach nothing are left out (DAPO, Yu et al. 2025, section 3.2). Pure.
+"""Replaces zero-variance groups of a step (DAPO, Yu et al. 2025, section 3.2). Pure.
 
-Responses to one prompt that all score the same have advantage 0 in every group estimator: the prompt is too easy or too hard
-at present. Such prompts are replaced by the next ones of the stream until the step is full or the rounds are used up; then the
-step is filled up with them, so that its size never changes. Prompts that were left out count as used, like those trained on.
+Responses to one prompt with equal scores have advantage 0 in every group estimator: the prompt is too easy or too hard at
+present. The next prompts of the stream replace such prompts until the step is full or the rounds are used up. Zero-variance
+groups then fill the step, so that its size never changes. Prompts left out count as used, like those trained on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,19 +10,18 @@ from collections.abc import Mapping, Sequence
 from rayrlhf.data.records import SEGMENT_STRIDE, Rollout, SampleKey
 
 SAMPLED_TOKENS = "sampling/tokens"
-"""Response tokens that a step sampled, those it left out included."""
+"""Response tokens that a step sampled, those of groups left out included."""
 
 
 class GroupFilter:
-    """Collects the responses of a step, round after round.
+    """Collects the groups of a step, round after round.
 
-    What is kept or left out is a draw: the responses that one handing-out of a prompt led to. A prompt that the stream handed
-    out twice has two.
+    A group is the responses to one prompt from one draw of the stream; a prompt that was drawn twice has two groups.
 
     Args:
-        prompts: draws that the step needs.
-        samples_per_prompt: responses of a draw.
-        rounds: rounds after the first in which prompts may be replaced.
+        prompts: groups that the step needs.
+        samples_per_prompt: responses of a group.
+        rounds: rounds after the first in which groups may be replaced.
     """
 
     def __init__(self, prompts: int, samples_per_prompt: int, rounds: int) -> None:
@@ -39,7 +38,7 @@ class GroupFilter:
         return self._prompts - len(self._with_signal) if self._rounds_left else 0
 
     def add(self, rollouts: Sequence[Rollout], scores: Mapping[SampleKey, float]) -> None:
-        """Take in a round: all responses to the prompts that were missing, and what each of them scored."""
+        """Add a round: all responses to the prompts that were missing, and their scores."""
         self._rounds_left -= 1
         self._tokens += sum(len(rollout.response_ids) for rollout in rollouts)
         groups: dict[tuple[int, int], list[Rollout]] = {}
@@ -50,12 +49,12 @@ class GroupFilter:
             (self._with_signal if has_signal else self._zero_variance).append(group)
 
     def rollouts(self) -> list[Rollout]:
-        """The responses of the step: those of the draws that tell good from bad, then as many others as it takes."""
+        """Return the responses of the step: groups with signal, filled up with zero-variance groups."""
         fill = self._zero_variance[: self._prompts - len(self._with_signal)]
         return [rollout for group in [*self._with_signal, *fill] for rollout in group]
 
     def metrics(self) -> dict[str, float]:
-        """Draws sampled in the step, how many of them were left out, and the response tokens of all."""
+        """Return the number of groups sampled and left out, and the response tokens of all."""
         sampled = len(self._with_signal) + len(self._zero_variance)
         return {
             "sampling/prompts": float(sampled),

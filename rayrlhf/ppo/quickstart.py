@@ -1,4 +1,4 @@
-"""The first five minutes: PPO of a real chat model on built-in word problems, with a report that a reader can check."""
+"""`rayrlhf quickstart`: PPO of a chat model on built-in word problems, with a summary."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ EXACT = f"{PART_PREFIX}word_problems_exact"
 
 
 def run_quickstart(overrides: Sequence[str], *, dry_run: bool = False) -> None:
-    """Train, then print how the answers changed and where everything is."""
+    """Train, then print how the responses changed and where the files are."""
     config = load_config(PPOConfig, CONFIG, overrides)
     console = Console()
     if dry_run:
@@ -35,7 +35,7 @@ def run_quickstart(overrides: Sequence[str], *, dry_run: bool = False) -> None:
 
 
 def summary(result: PPOResult, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The run in a few lines: reward with intervals, exact accuracy, distinct answers, KL, cost, and paths."""
+    """Return the run in a few lines: reward, accuracy, distinct responses, KL, cost, paths."""
     scores = [[row["score"] for row in rows] for rows in (before, after)]
     exact = [bootstrap_mean([row[EXACT] for row in rows]).mean for rows in (before, after)]
     steps = [row for row in read_metrics(result.folder) if "objective/kl" in row]

@@ -1,6 +1,6 @@
-"""How many rollout replicas a running job is wanted to have: a small file in its folder, written by anyone, read at every step.
+"""Requested number of rollout replicas of a running job, a file in its folder.
 
-The wish stays until there is another one, also over a resume.
+Any process may write it; the driver reads it at every step. A request stays until the next one, also over a resume.
 """
 
 import fcntl
@@ -14,10 +14,10 @@ FILE_NAME = "wanted.json"
 
 
 def want_replicas(folder: Path, count: int) -> None:
-    """Ask the driver of a run for `count` rollout replicas.
+    """Request `count` rollout replicas of a run.
 
     Raises:
-        UserError: no run is there, nobody drives it, it is an exact one, or it needs more.
+        UserError: no run folder, no running driver, an exact run, or fewer than `recovery.min_replicas`.
     """
     import yaml
 
@@ -29,23 +29,23 @@ def want_replicas(folder: Path, count: int) -> None:
         raise UserError(f"{folder}: not a PPO run, so it has no rollout replicas")
     if stored["run"]["determinism"] == "exact":
         raise UserError(f"{folder}: run.determinism is 'exact', which fixes the number of replicas")
-    least = stored["recovery"]["min_replicas"]
-    if count < least:
-        raise UserError(f"--rollout {count}: the run needs at least {least} (recovery.min_replicas)")
+    smallest = stored["recovery"]["min_replicas"]
+    if count < smallest:
+        raise UserError(f"--rollout {count}: the run needs at least {smallest} (recovery.min_replicas)")
     if not _is_driven(folder):
-        raise UserError(f"{folder}: no driver runs in it; start it with rollout.replicas={count}")
+        raise UserError(f"{folder}: no running driver; start it with rollout.replicas={count}")
     with writing(folder / FILE_NAME):
         write_atomically(folder / FILE_NAME, json.dumps({"rollout": count}))
 
 
 def wanted_replicas(folder: Path) -> int | None:
-    """What was asked for last, or None."""
+    """Return the last requested number, or None."""
     path = folder / FILE_NAME
     return int(json.loads(path.read_text(encoding="utf-8"))["rollout"]) if path.is_file() else None
 
 
 def _is_driven(folder: Path) -> bool:
-    """Whether a process holds the folder's lock; on a file system without locks, whether one ever did."""
+    """True if a process holds the folder's lock; without file locks, if one ever did."""
     path = folder / ".lock"
     if not path.is_file():
         return False

@@ -1,7 +1,7 @@
-"""Who has which requests: the books by which no sample is lost and none is taken twice. Pure, without Ray.
+"""Tracks in-flight requests, so that no sample is lost or counted twice. Pure, without Ray.
 
-Work is keyed by (step, prompt, sample). A rollout whose key is not open is a late duplicate and is dropped. When a replica
-is lost, its open requests go to the others; with `sticky` they wait for the same rank instead and its whole share is sampled
+Requests are keyed by (step, prompt, sample). A rollout whose key is not open is a late duplicate and is dropped. When a replica
+is lost, its open requests go to the others. With `sticky` they wait for the same rank instead, and its whole share is sampled
 again, so that every batch keeps its composition and with it its bits.
 """
 
@@ -13,7 +13,7 @@ from rayrlhf.data.records import Rollout, RolloutRequest, SampleKey
 
 
 def assign(requests: Sequence[RolloutRequest], replicas: int) -> list[list[RolloutRequest]]:
-    """Split requests over replicas by prompt, evenly in number; the same requests always split the same way."""
+    """Split requests over replicas by prompt, evenly in number; the result is deterministic."""
     groups: dict[int, list[RolloutRequest]] = {}
     for request in requests:
         groups.setdefault(request.key.prompt, []).append(request)
@@ -27,12 +27,12 @@ def assign(requests: Sequence[RolloutRequest], replicas: int) -> list[list[Rollo
 
 
 class RequestQueue:
-    """The requests that are being sampled.
+    """The open requests: waiting for a replica, or in flight on one.
 
     Args:
-        requests: to begin with, keys distinct.
-        ranks: replicas of the run, whether they serve or not.
-        sticky: a share belongs to its rank, come what may.
+        requests: the first ones, with distinct keys.
+        ranks: replicas of the run, serving or not.
+        sticky: a share stays with its rank, even when the replica is lost.
     """
 
     def __init__(self, requests: Sequence[RolloutRequest], ranks: int, *, sticky: bool) -> None:
@@ -45,49 +45,49 @@ class RequestQueue:
         self._in_flight: Counter[int] = Counter()
 
     def add(self, requests: Sequence[RolloutRequest]) -> None:
-        """Take in further requests, whose keys are new.
+        """Add further requests, whose keys are new.
 
         Raises:
-            ValueError: a share that belongs to its rank cannot grow.
+            ValueError: the queue is sticky, and the share of a rank cannot grow.
         """
         if self._sticky:
-            raise ValueError("requests cannot be added to shares that belong to their ranks")
+            raise ValueError("requests cannot be added to a sticky queue")
         self._open |= {request.key: request for request in requests}
         self._waiting += requests
 
     @property
     def ranks(self) -> list[int]:
-        """Ranks that owe something."""
-        return [rank for rank, owed in self._in_flight.items() if owed]
+        """Ranks with requests in flight."""
+        return [rank for rank, count in self._in_flight.items() if count]
 
     @property
     def done(self) -> bool:
-        """Whether every request has its rollout."""
+        """True when every request has its rollout."""
         return not self._open
 
     def dispatch(self, serving: Sequence[int]) -> dict[int, list[RolloutRequest]]:
-        """What to send to the ranks that serve now; what is sent is theirs until `finished` or `lost`."""
-        given = {rank: list(self._shares[rank]) for rank in serving if rank in self._due}
-        self._due -= set(given)
+        """Put the waiting requests in flight on the serving ranks; returns each rank's new share."""
+        shares = {rank: list(self._shares[rank]) for rank in serving if rank in self._due}
+        self._due -= set(shares)
         if serving and self._waiting:
-            # What was taken back from a rank may be of an earlier step than what has been added since.
+            # Requests that a lost rank returned may be of an earlier step than those added since.
             self._waiting.sort(key=lambda request: request.key.step)
             for rank, part in zip(serving, assign(self._waiting, len(serving)), strict=True):
                 if part:
-                    given.setdefault(rank, []).extend(part)
+                    shares.setdefault(rank, []).extend(part)
             self._waiting = []
-        for rank, share in given.items():
+        for rank, share in shares.items():
             held = {request.key: rank for request in share if request.key in self._open}
             self._in_flight[rank] += len(held)
             self._holder |= held
-        return given
+        return shares
 
-    def holds(self, rank: int) -> bool:
-        """Whether a rank still owes something."""
+    def in_flight(self, rank: int) -> bool:
+        """True while a rank has requests in flight."""
         return self._in_flight[rank] > 0
 
     def finished(self, rollouts: Iterable[Rollout]) -> list[Rollout]:
-        """Close the requests of these rollouts; returns those that were open, so late duplicates are not among them."""
+        """Close the requests of these rollouts; returns the rollouts without late duplicates."""
         fresh = []
         for rollout in rollouts:
             if self._open.pop(rollout.key, None) is not None:
@@ -98,19 +98,19 @@ class RequestQueue:
         return fresh
 
     def release(self, rank: int) -> None:
-        """Let the others have the share of a rank that will not come back."""
+        """Give the share of an abandoned rank to the others."""
         if rank in self._due:
             self._due.discard(rank)
             self._waiting += [request for request in self._shares[rank] if request.key in self._open]
 
     def lost(self, rank: int) -> int:
-        """Take back what a rank owes; returns how many requests."""
-        owed = [key for key, holder in self._holder.items() if holder == rank]
-        for key in owed:
+        """Take back the requests in flight on a rank; returns their number."""
+        keys = [key for key, holder in self._holder.items() if holder == rank]
+        for key in keys:
             del self._holder[key]
         self._in_flight[rank] = 0
-        if self._sticky and owed:
+        if self._sticky and keys:
             self._due.add(rank)
         else:
-            self._waiting += [self._open[key] for key in owed]
-        return len(owed)
+            self._waiting += [self._open[key] for key in keys]
+        return len(keys)

@@ -1,121 +1,70 @@
-"""The loop around the steps of a run: what is due at a step's end, stopping when asked, and going back after a loss.
+"""The work between the steps of a run: evaluation, checkpoints, alarms, stop requests, and recovery.
 
-What is due at a step is decided from what is there already (an evaluation's file, a checkpoint), so that the same loop
+The work that is due at a step is derived from what exists already (the file of an evaluation, a checkpoint). So the same loop
 begins a run, resumes one, and repeats steps after a loss.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from rayrlhf.data.records import Prompt
 from rayrlhf.errors import ActorLostError, AlarmError, StoppedError, UserError
 from rayrlhf.models.load import load_tokenizer
 from rayrlhf.observe.journal import MIRROR
 from rayrlhf.observe.loop_control import StopRequest, is_due
+from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.checkpoint import Checkpoint, Checkpointer, load_checkpoint
+from rayrlhf.ppo.evaluation import Evaluation
 from rayrlhf.ppo.gang_recovery import Recovery
 from rayrlhf.ppo.replica_scaling import wanted_replicas
 from rayrlhf.ppo.run_recorder import Recorder
+from rayrlhf.ppo.scoring import ScoredRollouts
 from rayrlhf.ppo.sft_warmup import sft_warmup_batch
-from rayrlhf.ppo.trainer import PPOTrainer
+from rayrlhf.ppo.step_driver import StepDriver
 
 
-class RunLoop:
-    """Takes a run from where it is to its last step.
+class RunLoop(Callback):
+    """Takes a run from its current state to its last step.
+
+    The caller runs the steps; the loop does the work between them.
 
     Args:
-        trainer: takes the steps.
+        driver: runs the steps. This loop is its last callback.
         recorder: writes the run folder.
         checkpointer: writes checkpoints.
-        train_prompts: prompts with responses to imitate, for a warm-up.
-        stop: whether the run was asked to stop.
+        train_prompts: prompts with given responses, for an SFT warm-up.
+        stop: true once a signal requested the end of the run.
     """
 
     def __init__(
         self,
-        trainer: PPOTrainer,
+        driver: StepDriver,
         recorder: Recorder,
         checkpointer: Checkpointer,
         train_prompts: Sequence[Prompt],
         stop: StopRequest,
     ) -> None:
-        self._trainer = trainer
-        self._config = trainer.config
+        self._driver = driver
+        self._config = driver.config
         self._recorder = recorder
         self._checkpointer = checkpointer
         self._prompts = train_prompts
         self._stop = stop
-        self._recovery = Recovery(trainer, checkpointer, recorder.recovery)
+        self._recovery = Recovery(driver, checkpointer, recorder.recovery)
         self._saved_step: int | None = None
         self._metrics: dict[str, float] = {}
+        driver.callbacks.append(self)
 
-    def run(self) -> None:
-        """Resume if there is something to resume, train, and leave the model.
+    @property
+    def stop_requested(self) -> bool:
+        """True once SIGTERM or Ctrl-C requested the end of the run."""
+        return bool(self._stop)
 
-        Raises:
-            StoppedError: the run was asked to stop; a checkpoint is there.
-            AlarmError: a diagnostic sounded an alarm and `observe.on_alarm` is `stop`; a checkpoint is there.
-            ActorLostError: recovering failed too often, or too few replicas are left; a checkpoint is there where possible.
-        """
-        self._resume()
-        for callback in self._trainer.callbacks:
-            callback.on_start(self._trainer)
-        ended = False
-        while not ended:
-            try:
-                ended = self._turn()
-            except ActorLostError as error:
-                self._recover(error)
-        for callback in self._trainer.callbacks:
-            callback.on_end(self._trainer)
-
-    def _turn(self) -> bool:
-        """Do what is due after the steps so far, and take one more; True when there is nothing left to do."""
-        trainer, step = self._trainer, self._trainer.steps_done
-        last = step == self._config.run.steps
-        if step == 0 or last or is_due(step, self._config.evaluation.every):
-            self._evaluate()
-        if not trainer.warmed_up:
-            self._warm_up()
-        self._recovery.commit()
-        due = step > 0 and (last or is_due(step, self._config.checkpoint.every))
-        if due and step != self._saved_step:
-            self._checkpoint(step)
-        if last:
-            self._finish_checkpoint()
-            with self._recorder.waiting("exporting the model"):
-                trainer.export(self._recorder.folder.export)
-            return True
-        if self._stop:
-            self._end_as_asked()
-        wanted = wanted_replicas(self._recorder.folder.path)
-        if wanted is not None:
-            trainer.fault_tolerance.pool.scale(wanted)
-        self._metrics |= trainer.train_step()
-        self._heed_alarms()
-        self._announce(self._checkpointer.poll())
-        self._tell_mirror_failures()
-        return False
-
-    def _heed_alarms(self) -> None:
-        """Do what `observe.on_alarm` says about the alarms that the last step or evaluation was the first to show.
-
-        Raises:
-            AlarmError: the run is to end; a checkpoint is there.
-        """
-        alarms = [finding for finding in self._recorder.diagnosis.fresh if finding.severity == "alarm"]
-        wanted, step = self._config.observe.on_alarm, self._trainer.steps_done
-        if not alarms or wanted == "warn":
-            return
-        if step != self._saved_step:
-            self._checkpoint(step)
-        if wanted == "stop":
-            self._finish_checkpoint()
-            raise AlarmError(f"stopped after step {step}, as observe.on_alarm says; the same command resumes. {alarms[0]}")
-
-    def _resume(self) -> None:
-        """Continue from the newest usable checkpoint, if there is one and resuming is not switched off."""
-        trainer, recorder = self._trainer, self._recorder
+    def resume(self) -> None:
+        """Continue from the newest usable checkpoint, unless there is none or `run.resume` is `never`."""
+        driver, recorder = self._driver, self._recorder
         if self._config.run.resume == "auto":
             with recorder.waiting("looking for a checkpoint"):
                 fetched = self._checkpointer.fetch()
@@ -124,12 +73,116 @@ class RunLoop:
                 recorder.note(line)
             if checkpoint:
                 with recorder.waiting(f"resuming from step {checkpoint.step}"):
-                    trainer.load_state(load_checkpoint(checkpoint, trainer.actor_groups, self._config.deadlines.update))
+                    driver.load_state(load_checkpoint(checkpoint, driver.actor_groups, self._config.deadlines.update))
                 self._saved_step = checkpoint.step
-        recorder.resume(trainer.steps_done)
+        recorder.resume(driver.steps_done)
+
+    def steps(self) -> Iterator[int]:
+        """Yield the steps done before each step; see `PPOTrainer.steps`."""
+        while not self._is_over():
+            yield self._driver.steps_done
+
+    @contextmanager
+    def recovering(self) -> Iterator[None]:
+        """Restore the committed state after a loss in the block; see `PPOTrainer.recovering`."""
+        try:
+            yield
+        except ActorLostError as error:
+            self._recover(error)
+
+    def on_step_end(self, step: int, metrics: Mapping[str, float], scored: ScoredRollouts) -> None:
+        """Act on alarms, and report checkpoints and mirror copies that ended meanwhile."""
+        self._metrics |= metrics
+        self._handle_alarms()
+        self._announce(self._checkpointer.poll())
+        self._report_mirror_failures()
+
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Act on alarms."""
+        self._metrics |= evaluation.metrics()
+        self._handle_alarms()
+
+    def save(self) -> Path:
+        """Write a checkpoint of the current step, and wait until it is complete.
+
+        Raises:
+            UserError: the step was interrupted halfway.
+        """
+        step = self._driver.steps_done
+        if not self._driver.consistent:
+            raise UserError(f"save: step {step + 1} was interrupted halfway; reopen the trainer to resume from a checkpoint")
+        if step != self._saved_step:
+            self._checkpoint(step)
+        self.finish_checkpoint()
+        return self._checkpointer.folder_of(step)
+
+    def export(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face folder; restore it first if it is lost.
+
+        Raises:
+            ActorLostError: the policy was restored at an earlier step, so that it is not the one to export.
+        """
+        step = self._driver.steps_done
+        while self._driver.steps_done == step:
+            with self._recorder.waiting("exporting the model"), self.recovering():
+                self._driver.export(folder)
+                return
+        raise ActorLostError(f"export: the policy was lost and restored at step {self._driver.steps_done}, not {step}")
+
+    def finish_checkpoint(self) -> None:
+        """Wait until the newest checkpoint is complete, and its copy to the mirror has ended."""
+        self._announce(self._checkpointer.finish())
+        if self._config.checkpoint.mirror is not None:
+            with self._recorder.waiting("copying the checkpoint to its mirror"):
+                self._checkpointer.copied()
+        self._report_mirror_failures()
+
+    def _is_over(self) -> bool:
+        """Do the work due before the next step; True when all are done."""
+        while True:
+            with self.recovering():
+                return self._prepare()
+
+    def _prepare(self) -> bool:
+        driver, step = self._driver, self._driver.steps_done
+        last = step >= self._config.run.steps
+        if step == 0 or last or is_due(step, self._config.evaluation.every):
+            self._evaluate()
+        if not driver.warmed_up:
+            self._warm_up()
+        self._recovery.commit()
+        due = step > 0 and (last or is_due(step, self._config.checkpoint.every))
+        if due and step != self._saved_step:
+            self._checkpoint(step)
+        if last:
+            self.finish_checkpoint()
+            return True
+        if self._stop:
+            self.save()
+            raise StoppedError(f"stopped after step {step} on {self._stop.signal_name}; the same command resumes")
+        replicas = wanted_replicas(self._recorder.folder.path)
+        if replicas is not None:
+            driver.fault_tolerance.pool.scale(replicas)
+        return False
+
+    def _handle_alarms(self) -> None:
+        """Do as `observe.on_alarm` says about alarms that are new since the last step or evaluation.
+
+        Raises:
+            AlarmError: the run is to end; its checkpoint is complete.
+        """
+        alarms = [finding for finding in self._recorder.diagnosis.fresh if finding.severity == "alarm"]
+        action, step = self._config.observe.on_alarm, self._driver.steps_done
+        if not alarms or action == "warn":
+            return
+        if step != self._saved_step:
+            self._checkpoint(step)
+        if action == "stop":
+            self.finish_checkpoint()
+            raise AlarmError(f"stopped after step {step}, as observe.on_alarm says; the same command resumes. {alarms[0]}")
 
     def _recover(self, error: ActorLostError) -> None:
-        """Go back after the loss of a learning role; another loss that arrives here ends the run, with a checkpoint."""
+        """Restore the committed state, or end the run with a checkpoint."""
         try:
             step = self._recovery.restore(error)
         except ActorLostError as final:
@@ -139,63 +192,49 @@ class RunLoop:
         self._saved_step = step if self._saved_step == step else None
 
     def _evaluate(self) -> None:
-        """Answer the held-out prompts, unless a run that this one resumes has done so at this step."""
-        trainer = self._trainer
-        if trainer.evaluation_prompts and not self._recorder.has_evaluation(trainer.steps_done):
-            with self._recorder.waiting(f"answering {len(trainer.evaluation_prompts)} held-out prompts"):
-                self._metrics |= trainer.evaluate().metrics()
-            self._heed_alarms()
+        """Answer the held-out prompts, unless the run folder has the evaluation of this step."""
+        driver = self._driver
+        if not self._config.reward.configured or not driver.evaluation_prompts:
+            return
+        if not self._recorder.has_evaluation(driver.steps_done):
+            with self._recorder.waiting(f"answering {len(driver.evaluation_prompts)} held-out prompts"):
+                driver.evaluate()
 
     def _warm_up(self) -> None:
-        """Imitate the given responses, where the configuration asks for it."""
         batch = sft_warmup_batch(self._config, self._prompts, load_tokenizer(self._config.model))
-        with self._recorder.waiting(f"warming up on {len(batch)} given responses"):
-            report = self._trainer.warm_up(batch)
+        with self._recorder.waiting(f"SFT warm-up on {len(batch)} given responses"):
+            report = self._driver.warm_up(batch)
         first, last = (report.step_metrics[index]["loss/cross_entropy"] for index in (0, -1))
-        self._recorder.note(f"warm-up: cross-entropy {first:.2f} -> {last:.2f} nats per token over {len(batch)} responses")
+        self._recorder.note(f"SFT warm-up: cross-entropy {first:.2f} -> {last:.2f} nats per token over {len(batch)} responses")
 
     def _checkpoint(self, step: int) -> None:
         with self._recorder.waiting("copying the state for a checkpoint"):
             metric = best_metric(self._metrics, self._config.checkpoint.best_metric)
-            self._announce(self._checkpointer.start(step, self._trainer.state(), metric))
+            self._announce(self._checkpointer.start(step, self._driver.state(), metric))
         self._saved_step = step
 
-    def _finish_checkpoint(self) -> None:
-        """Wait until the newest checkpoint is in the run folder and, as far as the storage lets it, in its mirror."""
-        self._announce(self._checkpointer.finish())
-        with self._recorder.waiting("copying the checkpoint to its mirror"):
-            self._checkpointer.copied()
-        self._tell_mirror_failures()
-
-    def _tell_mirror_failures(self) -> None:
-        """Write down copies that failed as soon as that is known: who relies on the mirror must hear of it during the run."""
+    def _report_mirror_failures(self) -> None:
+        """Record failed copies at once, because a user may rely on the mirror."""
         for line in self._checkpointer.mirror_failures():
             self._recorder.recovery(MIRROR, self._config.run.name, f"{line}; the checkpoints in the run folder are whole", 0.0)
 
     def _announce(self, complete: Sequence[Checkpoint]) -> None:
         for checkpoint in complete:
-            for callback in self._trainer.callbacks:
+            for callback in self._driver.callbacks:
                 callback.on_checkpoint(checkpoint.step, checkpoint.folder)
-
-    def _end_as_asked(self) -> None:
-        step = self._trainer.steps_done
-        if step != self._saved_step:
-            self._checkpoint(step)
-        self._finish_checkpoint()
-        raise StoppedError(f"stopped after step {step}, as {self._stop.signal_name} asked; the same command resumes")
 
     def _save_before_the_end(self, error: ActorLostError) -> None:
         """Keep the work since the last checkpoint if all of it is still there."""
-        actor_groups = self._trainer.actor_groups
+        actor_groups = self._driver.actor_groups
         gangs_alive = all(actor_groups[role].find_lost() is None for role in ("policy", "critic") if role in actor_groups)
-        if self._trainer.consistent and gangs_alive and self._trainer.steps_done != self._saved_step:
+        if self._driver.consistent and gangs_alive and self._driver.steps_done != self._saved_step:
             self._recorder.note(f"{error}; writing a checkpoint before the end")
-            self._checkpoint(self._trainer.steps_done)
-            self._finish_checkpoint()
+            self._checkpoint(self._driver.steps_done)
+            self.finish_checkpoint()
 
 
 def best_metric(metrics: Mapping[str, float], name: str | None) -> float | None:
-    """The value by which checkpoints compete.
+    """Return the metric by which the best checkpoint is chosen.
 
     Raises:
         UserError: there is no such metric.

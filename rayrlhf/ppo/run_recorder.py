@@ -1,4 +1,4 @@
-"""The built-in callback that writes the run folder and shows the run: metrics, TensorBoard, samples, trace, live view."""
+"""Built-in callback that writes the run folder and updates the live view."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
     from rayrlhf.ppo.trainer import PPOTrainer
 
 EVALUATIONS = "evaluation"
-"""Folder of a run with every answer to the held-out prompts, one Parquet file an evaluation."""
+"""Folder with all responses to the held-out prompts, one Parquet file per evaluation."""
 
 
 class Recorder(Callback):
-    """Holds a run's folder for as long as the run goes.
+    """Holds the lock of a run folder and writes metrics, TensorBoard, samples, and trace.
 
     Attributes:
-        folder: where everything lies.
-        timer: phases of the current step; the trainer fills it, the recorder writes it to the trace.
-        diagnosis: what the newest step shows.
+        folder: paths of the run folder.
+        timer: phases of the current step; the trainer records them, the recorder writes them to the trace.
+        diagnosis: findings up to the newest step.
         memory: peak memory over all processes of the run, sampled in the background.
     """
 
@@ -53,7 +53,7 @@ class Recorder(Callback):
         """Open or create the run folder.
 
         Raises:
-            UserError: the folder holds another configuration, is in use, or cannot be written.
+            UserError: the folder holds another configuration, is locked, or cannot be written.
         """
         self._config = config
         self.folder = open_run(config.run.folder, config_text, differences, resume=config.run.resume)
@@ -70,7 +70,7 @@ class Recorder(Callback):
         self._tensorboard: TensorBoardSink | None = None
         self._trackers: list[Tracker] = []
         self._failed_copies = 0
-        self._watch: HeartbeatMonitor | None = None
+        self._monitor: HeartbeatMonitor | None = None
 
     def __enter__(self) -> Self:
         self.memory.__enter__()
@@ -90,20 +90,20 @@ class Recorder(Callback):
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Show what is waited for, and put it into the trace."""
+        """Show a wait in the live view."""
         with self._view.wait(what):
             yield
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether the held-out prompts were answered after `step` steps already."""
+        """True if the folder has the evaluation after `step` steps."""
         return (self._evaluations.folder / f"step-{step:06d}.parquet").is_file()
 
     def note(self, text: str) -> None:
-        """Show a line that stays."""
+        """Show a permanent line."""
         self._view.note(text)
 
     def resume(self, step: int) -> None:
-        """Continue after `step`: what an interrupted run wrote beyond it is dropped, because it will be written again."""
+        """Continue after `step`; rows that an interrupted run wrote beyond it are dropped."""
         self._metrics.rewind(step)
         self._samples.rewind(step)
         self._evaluations.rewind(step)
@@ -115,7 +115,7 @@ class Recorder(Callback):
         self._view.start(self._config.run.steps, step)
 
     def rewind(self, step: int) -> None:
-        """Go back within a run: what was written of later steps is dropped, because they will be taken again."""
+        """Go back to `step` within a run; rows of later steps are dropped."""
         self._metrics.rewind(step)
         self.diagnosis.load(read_metrics(self.folder.path))
         self._samples.rewind(step)
@@ -125,21 +125,21 @@ class Recorder(Callback):
             self._tensorboard = TensorBoardSink(self.folder.tensorboard, resumed_after=step if step else None)
 
     def recovery(self, event: str, actor: str, reason: str, seconds: float) -> None:
-        """Write down a loss or a recovery, and show it."""
+        """Record and show a loss or a recovery."""
         self._journal.write(event, actor, reason, seconds)
         self._failed_copies += event == MIRROR
         took = f" after {seconds:.1f} s" if seconds else ""
         self._view.note(f"{actor}: {event}{took}{f' ({reason})' if reason else ''}")
 
     def on_start(self, trainer: "PPOTrainer") -> None:
-        """Take note of who hears from the processes."""
-        self._watch = trainer.fault_tolerance.monitor
+        """Keep the heartbeat monitor, whose replies carry memory figures."""
+        self._monitor = trainer.fault_tolerance.monitor
 
     def on_step_end(self, step: int, metrics: Mapping[str, float], scored: ScoredRollouts) -> None:
-        """Write the step everywhere."""
+        """Write metrics, samples and trace of the step."""
         row = dict(metrics) | {PEAK: self.memory.peak_bytes / GIB, LIMIT: memory_limit_bytes() / GIB}
-        if self._watch:
-            row |= role_peaks(self._watch.footprints())
+        if self._monitor:
+            row |= role_peaks(self._monitor.footprints())
         if self._config.checkpoint.mirror is not None:
             row["checkpoint/failed_copies"] = float(self._failed_copies)
         self.diagnosis.add(step, row)
@@ -150,10 +150,10 @@ class Recorder(Callback):
                 self._trace.span(span.name, "driver", span.start, span.end - span.start, arguments={"step": step})
             self._trace.flush()
         self._view.step(step, row)
-        self._tell_findings()
+        self._show_findings()
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Write every answer of an evaluation, and its numbers under the step it belongs to."""
+        """Write the responses of an evaluation, and its metrics under its step."""
         samples = [
             _sample(prompt, rollout, evaluation.rewards, index)
             for index, (prompt, rollout) in enumerate(zip(evaluation.prompts, evaluation.rollouts, strict=True))
@@ -162,13 +162,13 @@ class Recorder(Callback):
         self.diagnosis.add(step, evaluation.metrics())
         self._write(step, evaluation.metrics())
         self._view.note(f"step {step}: held-out score {evaluation.mean_score:.3f} over {len(evaluation.prompts)} prompts")
-        self._tell_findings()
+        self._show_findings()
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
-        """Say where it is."""
+        """Show the folder of the checkpoint."""
         self._view.note(f"step {step}: checkpoint {folder}")
 
-    def _tell_findings(self) -> None:
+    def _show_findings(self) -> None:
         for finding in self.diagnosis.fresh:
             self._view.note(str(finding))
 
@@ -180,12 +180,12 @@ class Recorder(Callback):
             tracker.write(step, metrics)
 
     def _step_samples(self, scored: ScoredRollouts) -> list[Sample]:
-        """The first rollouts of the step, with what each was worth."""
+        """Return the first rollouts of the step with their scores."""
         shown = scored.rollouts[: self._config.observe.samples_per_step]
         return [self._trained_sample(scored, index) for index in range(len(shown))]
 
     def _trained_sample(self, scored: ScoredRollouts, index: int) -> Sample:
-        """A rollout of the step, with its tokens and their KL where a reference read it."""
+        """Return a rollout of the step, with its tokens' KL if known."""
         rollout, kl = scored.rollouts[index], token_kl(scored, index)
         sample = _sample(scored.prompts[rollout.key.prompt], rollout, scored.rewards, index)
         if kl is None:
@@ -195,7 +195,7 @@ class Recorder(Callback):
 
 
 def read_evaluation(folder: Path, step: int) -> list[dict[str, Any]]:
-    """Every answer of the evaluation after `step` steps, one row a held-out prompt; empty if there was none."""
+    """Return the evaluation after `step` steps, a row per held-out prompt; may be empty."""
     return [row for row in read_samples(folder / EVALUATIONS) if row["step"] == step]
 
 

@@ -1,13 +1,13 @@
-"""Reading finished rollouts with every model that has an opinion: reward, reference, critic, and the policy itself.
+"""Scores finished rollouts with the reward, the reference, the critic and the policy itself.
 
-`Scorer.add` takes rollouts as they finish. Where roles have devices of their own their calls start at once, while other
-rollouts are still being generated; where roles share cores they take turns at the end, each with all cores.
+`Scorer.add` takes rollouts as they finish. Where roles have devices of their own, their calls start at once, while other
+rollouts are still being generated. Where roles share cores, they take turns at the end, each with all cores.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -18,26 +18,32 @@ from rayrlhf.actors.remote import Handle, Ref
 from rayrlhf.actors.worker import Worker
 from rayrlhf.data.batching import balance
 from rayrlhf.data.records import Float32, Prompt, Records, Rollout, SampleKey, TokenScores, TokenSequence
-from rayrlhf.errors import ActorLostError, DeadlineError
+from rayrlhf.errors import ActorLostError, DeadlineError, UserError
 from rayrlhf.models.network import OutputName
 from rayrlhf.observe.phases import PhaseTimer
+from rayrlhf.rewards.returned_values import checked_values, length_of, token_rewards
 from rayrlhf.rewards.score import RewardBatch
 
-REWARD = "reward"
+REWARD: Literal["reward"] = "reward"
+OWN_REWARD = "loop"
+"""Name of the reward part that a loop passes to `PPOTrainer.step`."""
+_OWN = "rewards of the loop"
+OwnRewards = Sequence[float] | Sequence[Sequence[float]] | Sequence[Float32] | Float32
+"""Rewards of B rollouts: a number each [B], or one per response token of each, B rows of [R]."""
 ScoringRole = Literal[ForwardRole, "reward"]
 Result = TypeVar("Result")
 
 
 class ForwardPass(NamedTuple):
-    """One model's reading of a step.
+    """One model's forward pass over the rollouts of a step.
 
     Attributes:
         name: key of the result.
-        role: whose actors read.
-        want: what they compute.
+        role: the actors that run it.
+        outputs: what they compute.
         temperature: of the distribution log-probs are taken from.
         reference: adapters off.
-        replicate: every rank reads everything (ZeRO-3 ranks must make equally many forwards), else they share out.
+        replicate: every rank reads all rollouts (ZeRO-3 ranks must run equally many forwards); else they split them.
     """
 
     name: str
@@ -49,7 +55,7 @@ class ForwardPass(NamedTuple):
 
 
 class RewardRow(NamedTuple):
-    """A response's score, its parts, and what of it belongs to single tokens (see `RewardBatch`)."""
+    """A response's score, its parts, and the share of single tokens (see `RewardBatch`)."""
 
     score: float
     parts: dict[str, float]
@@ -58,12 +64,12 @@ class RewardRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ScoredRollouts:
-    """Rollouts of a step in the order of their keys, with everything the models said of them.
+    """Rollouts of a step, ordered by key, with rewards and the models' outputs.
 
     Attributes:
         rollouts: [B].
-        rewards: scores and their parts, [B].
-        readings: reading name -> TokenScores of each rollout.
+        rewards: scores and their parts, [B]; NaN where the configuration has no reward.
+        forward_passes: name (`policy`, `reference`, `critic`) -> TokenScores of each rollout.
         prompts: prompt id -> prompt, for all prompts of the step.
         greedy: one greedy response to each prompt, with rewards alone; None where no estimator compares with it.
     """
@@ -74,18 +80,40 @@ class ScoredRollouts:
     prompts: Mapping[int, Prompt]
     greedy: "ScoredRollouts | None" = None
 
+    def with_rewards(self, rewards: OwnRewards) -> "ScoredRollouts":
+        """Replace the rewards, also those that an environment paid per turn.
+
+        The parts of the configured reward stay as metrics.
+
+        Args:
+            rewards: for the rollouts in their order. Rewards per token are counted at their tokens, and their sum is the score.
+
+        Raises:
+            UserError: a wrong number of values, one that is not finite, or a reward on a token that the policy did not sample.
+        """
+        values: Any = rewards
+        tokens = None
+        if length_of(values) == len(self.rollouts) and any(length_of(row) is not None for row in values):
+            tokens = token_rewards(_OWN, values, self.rollouts, "token")
+            values = [None if row is None else row.sum(dtype=np.float64) for row in tokens]
+        scores = checked_values(_OWN, values, len(self.rollouts))
+        if np.isnan(scores).any():
+            raise UserError(f"rewards: none for rollout {int(np.flatnonzero(np.isnan(scores))[0])}; expected a number")
+        own = RewardBatch(scores, {**self.rewards.parts, OWN_REWARD: scores}, tokens)
+        return replace(self, rollouts=tuple(replace(rollout, rewards=None) for rollout in self.rollouts), rewards=own)
+
     def reward_rows(self) -> dict[SampleKey, RewardRow]:
-        """What each response scored, by its key."""
+        """Return the reward of each response by its key."""
         return dict(zip((rollout.key for rollout in self.rollouts), _rows(self.rewards), strict=True))
 
 
 class _Call(NamedTuple, Generic[Result]):
-    """A pending call of one rank, `send` to repeat it, and the keys of its rollouts."""
+    """A pending call to one rank, `send` to repeat it, and the keys of its rollouts."""
 
     role: ScoringRole
     rank: int
     handle: Handle[Worker]
-    answer: Ref[Result]
+    result: Ref[Result]
     send: Callable[[], Ref[Result]]
     keys: list[SampleKey]
 
@@ -95,15 +123,15 @@ class Scorer:
     """Collects rollouts and scores them, concurrently or in turns.
 
     Attributes:
-        actor_groups: the actors.
+        actor_groups: the actors; without a reward role the scores are NaN.
         restarter: replaces lost reward and reference actors, whose calls are then repeated.
-        readings: the models that read.
+        forward_passes: the models that read the rollouts.
         prompts: prompt id -> prompt, for the reward functions' columns.
         overlap: start calls as rollouts arrive.
         seconds: deadline of each wait.
-        timer: counts each reading as a phase.
-        known: rewards that are known already; the reward actors are not asked then.
-        meanwhile: called with calls that are waited for, and how long at most.
+        timer: counts each forward pass and the reward as a phase.
+        known_rewards: rewards that are known already; the reward actors are not called then.
+        meanwhile: called with pending calls and the longest wait for them.
     """
 
     actor_groups: ActorGroups
@@ -113,7 +141,7 @@ class Scorer:
     overlap: bool
     seconds: float
     timer: PhaseTimer
-    known: Mapping[SampleKey, RewardRow] | None = None
+    known_rewards: Mapping[SampleKey, RewardRow] | None = None
     meanwhile: Callable[[Mapping[str, Ref[object]], float], None] = lambda *_: None
     _rollouts: list[Rollout] = field(default_factory=list)
     _reward_calls: list[_Call[RewardBatch]] = field(default_factory=list)
@@ -124,15 +152,15 @@ class Scorer:
         finished = [as_trained(rollout, self.prompts[rollout.key.prompt]) for rollout in finished]
         self._rollouts.extend(finished)
         if self.overlap:
-            if self.known is None:
+            if self.known_rewards is None:
                 self._start_reward(finished)
             for forward_pass in self.forward_passes:
                 self._start_forward_pass(forward_pass, finished)
 
     def finish(self) -> ScoredRollouts:
-        """Wait for every score; the result does not depend on the order in which rollouts finished."""
+        """Wait for all scores; their order does not depend on the rollouts' timing."""
         ordered = sorted(self._rollouts, key=lambda rollout: rollout.key)
-        rewards = self.known or self._rewards(ordered)
+        rewards = self.known_rewards or self._rewards(ordered)
         forward_passes = {}
         for forward_pass in self.forward_passes:
             with self.timer.phase(forward_pass.name):
@@ -144,23 +172,27 @@ class Scorer:
         return ScoredRollouts(tuple(ordered), merged, forward_passes, self.prompts)
 
     def _rewards(self, ordered: Sequence[Rollout]) -> Mapping[SampleKey, RewardRow]:
+        if REWARD not in self.actor_groups:
+            return {rollout.key: RewardRow(float("nan"), {}) for rollout in ordered}
         with self.timer.phase(REWARD):
             if not self.overlap:
                 self._start_reward(ordered)
             return {
                 key: row
                 for call in self._reward_calls
-                for key, row in zip(call.keys, _rows(self._answer(call, REWARD)), strict=True)
+                for key, row in zip(call.keys, _rows(self._result(call, REWARD)), strict=True)
             }
 
     def _start_reward(self, rollouts: Sequence[Rollout]) -> None:
-        for rank, share in enumerate(_shares(rollouts, len(self.actor_groups["reward"]))):
+        if REWARD not in self.actor_groups:
+            return
+        for rank, share in enumerate(_shares(rollouts, len(self.actor_groups[REWARD]))):
             prompts = Records(self.prompts[rollout.key.prompt] for rollout in share)
             send = partial(self._send_reward, rank, prompts, Records(share))
-            self._reward_calls.append(self._call("reward", rank, send, share))
+            self._reward_calls.append(self._call(REWARD, rank, send, share))
 
     def _send_reward(self, rank: int, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Ref[RewardBatch]:
-        return self.actor_groups["reward"].score(rank, prompts, rollouts)
+        return self.actor_groups[REWARD].score(rank, prompts, rollouts)
 
     def _start_forward_pass(self, forward_pass: ForwardPass, rollouts: Sequence[Rollout]) -> None:
         ranks = len(self.actor_groups[forward_pass.role])
@@ -184,28 +216,28 @@ class Scorer:
         """Wait for all calls of a forward pass; returns the scores of each rollout."""
         found: dict[SampleKey, TokenScores] = {}
         for call in self._forward_calls.get(name, []):
-            scores = self._answer(call, name)
+            scores = self._result(call, name)
             found |= zip(call.keys, scores, strict=True)
         return found
 
-    def _answer(self, call: _Call[Result], what: str) -> Result:
-        """Wait for one call; a lost process without training state is replaced and the call repeated."""
+    def _result(self, call: _Call[Result], what: str) -> Result:
+        """Wait for one call; replace a lost process without training state and repeat the call."""
         group = self.actor_groups[call.role]
         try:
-            pending = {group.names[call.rank]: call.answer}
+            pending = {group.names[call.rank]: call.result}
             self.meanwhile(pending, self.seconds)
             return group.wait(pending, what, self.seconds)[0]
         except (ActorLostError, DeadlineError) as error:
             if call.role == "policy" or call.role == "critic":
                 raise
-            # A process that answers pings but not this call (a reward function that hangs) is no better than a lost one.
+            # A process that answers pings but not this call (a reward function that hangs) counts as lost.
             lost = error if isinstance(error, ActorLostError) else ActorLostError(str(error), group.names[call.rank])
             handle = self.restarter.restart_lost(call.role, call.rank, call.handle, lost)
-        return self._answer(call._replace(handle=handle, answer=call.send()), what)
+        return self._result(call._replace(handle=handle, result=call.send()), what)
 
 
 def as_trained(rollout: Rollout, prompt: Prompt) -> Rollout:
-    """Return a rollout behind the prompt that is trained on, where the sampler read another context."""
+    """Return a rollout with the prompt that is trained on, without demonstrations."""
     return rollout if prompt.context_ids is None else replace(rollout, prompt_ids=prompt.token_ids)
 
 

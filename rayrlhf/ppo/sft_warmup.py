@@ -1,4 +1,4 @@
-"""The supervised start before PPO: given responses as a training batch, and the order in which they are seen."""
+"""SFT warm-up before PPO: the given responses as a training batch, and its plan."""
 
 from collections.abc import Sequence
 
@@ -14,10 +14,10 @@ from rayrlhf.errors import UserError
 
 
 def check_warmup(config: PPOConfig, prompts: Sequence[Prompt]) -> None:
-    """Check that every prompt that may be imitated has a response.
+    """Check that every training prompt has a given response.
 
     Raises:
-        UserError: naming the row and the columns there are.
+        UserError: one has none; the message has the row and its columns.
     """
     if config.sft_warmup is None:
         return
@@ -32,10 +32,10 @@ def check_warmup(config: PPOConfig, prompts: Sequence[Prompt]) -> None:
 
 
 def sft_warmup_batch(config: PPOConfig, prompts: Sequence[Prompt], tokenizer: Tokenizer) -> TrainingBatch:
-    """The first `sft_warmup.samples` shuffled prompts with their given responses, each closed by the model's own stop token."""
+    """Return the first `sft_warmup.samples` shuffled prompts with their responses and a stop token."""
     warmup = config.sft_warmup
     if warmup is None:
-        raise ValueError("the configuration has no warm-up")
+        raise ValueError("the configuration has no sft_warmup")
     order = np.random.default_rng(config.run.seed).permutation(len(prompts))[: warmup.samples]
     stop = _stop_token(config, tokenizer)
     sequences = []
@@ -49,12 +49,12 @@ def sft_warmup_batch(config: PPOConfig, prompts: Sequence[Prompt], tokenizer: To
 
 
 def sft_warmup_plan(config: PPOConfig, samples: int) -> UpdatePlan:
-    """One pass in order, in optimizer steps of `sft_warmup.mini_batch_size`."""
+    """Return one pass in order, in optimizer steps of `sft_warmup.mini_batch_size`."""
     size = config.sft_warmup.mini_batch_size if config.sft_warmup else samples
     return UpdatePlan([[list(range(start, min(start + size, samples))) for start in range(0, samples, size)]])
 
 
 def _stop_token(config: PPOConfig, tokenizer: Tokenizer) -> int:
-    """The token that ends a response: the tokenizer's own, which is among those the sampler stops at."""
+    """Return the token that ends a response: the tokenizer's own if generation stops at it."""
     stops = stop_token_ids(config.model, tokenizer)
     return int(tokenizer.eos_token_id) if tokenizer.eos_token_id in stops else stops[0]

@@ -1,4 +1,4 @@
-"""One flat dictionary of a step's metrics, by TRL's names where it has one."""
+"""Metrics of a step as one flat dictionary, with TRL's names where they exist."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,18 +15,18 @@ from rayrlhf.ppo.scoring import ScoredRollouts
 from rayrlhf.weight_sync.driver import SyncReport
 
 MEAN_STALENESS = "sampling/staleness/mean"
-"""Metric of how many weight versions old the tokens of a step are on average."""
+"""Mean age of a step's tokens, in weight versions."""
 
 
 def step_metrics(
     experience: Experience, reports: Mapping[TrainRole, UpdateReport], sync: SyncReport, episodes: int
 ) -> dict[str, float]:
-    """Metrics of experience, update and weight sync.
+    """Return the metrics of experience, update and weight sync.
 
     Args:
         experience: the step's experience, with its own statistics.
-        reports: what each learning role did.
-        sync: what the weight sync took.
+        reports: update report of each learning role.
+        sync: report of the weight sync.
         episodes: responses sampled in the run so far.
     """
     metrics = dict(experience.metrics)
@@ -53,29 +53,29 @@ def step_metrics(
 
 
 def staleness_metrics(rollouts: Sequence[Rollout], version: int, limit: int = 0) -> dict[str, float]:
-    """How many weight versions ago the tokens of a step were sampled.
+    """Return mean and maximum age of a step's tokens, in weight versions.
 
     Args:
         rollouts: of the step.
-        version: of the policy that learns from them. What was sampled before the first sync counts as version 0.
-        limit: oldest age that is allowed, `async.max_staleness`.
+        version: of the policy that trains on them. Tokens sampled before the first sync count as version 0.
+        limit: maximum age, `async.max_staleness`.
     """
     ages = version - np.maximum(np.concatenate([rollout.versions for rollout in rollouts]), 0)
     return {MEAN_STALENESS: float(ages.mean()), STALENESS: float(ages.max()), ALLOWED: float(limit)}
 
 
 def fresh_gap(trainer_logprobs: np.ndarray, rollouts: Sequence[Rollout], version: int) -> float | None:
-    """How far trainer and sampler are apart where they hold the same weights.
+    """Return the log-prob gap between trainer and rollout engine under the same weights.
 
-    What older weights sampled differs also by what was learned since, however much that is, and proves nothing.
+    Tokens sampled with older weights also differ by the updates since, and show nothing.
 
     Args:
-        trainer_logprobs: float [B, T], a row a rollout.
+        trainer_logprobs: float [B, T], a row per rollout.
         rollouts: of the step.
-        version: of the policy that learns from them. What was sampled before the first sync counts as version 0.
+        version: of the policy that trains on them. Tokens sampled before the first sync count as version 0.
 
     Returns:
-        Mean absolute difference in nats over the tokens that this version sampled; None where it sampled none.
+        Mean absolute difference in nats over the tokens of this version; None without any.
     """
     gaps = [
         np.abs(row[: len(rollout.logprobs)] - rollout.logprobs)[
@@ -88,10 +88,10 @@ def fresh_gap(trainer_logprobs: np.ndarray, rollouts: Sequence[Rollout], version
 
 
 def reward_metrics(scored: ScoredRollouts) -> dict[str, float]:
-    """Mean of each reward part over the samples that it applies to."""
+    """Return the mean of each reward part over the samples that it applies to."""
     metrics = {}
     for name, values in scored.rewards.parts.items():
-        present = values[~(values != values)]
+        present = values[~np.isnan(values)]
         if len(present):
             metrics[f"reward/{name}"] = float(present.mean())
     return metrics

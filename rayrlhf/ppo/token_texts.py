@@ -1,4 +1,4 @@
-"""The tokens of the responses that are written down, and what each adds to the KL: the report colours them by it."""
+"""Texts and KL of single response tokens, by which the report colors recorded samples."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -13,13 +13,13 @@ from rayrlhf.ppo.scoring import ScoredRollouts
 
 
 class SampleTokens:
-    """Decodes single tokens with the policy's tokenizer, which is loaded when the first is wanted."""
+    """Decodes single tokens with the policy's tokenizer, loaded on first use."""
 
     def __init__(self, model: ModelSection) -> None:
         self._model = model
 
     def texts(self, token_ids: Sequence[int]) -> list[str]:
-        """Return each token's own text; part of a character shows as the replacement character."""
+        """Return the text of each token; part of a character becomes the replacement character."""
         return [str(self._tokenizer.decode([int(token)])) for token in token_ids]
 
     @cached_property
@@ -31,13 +31,13 @@ def token_kl(scored: ScoredRollouts, index: int) -> Float32 | None:
     """Return the policy's log-prob less the reference's at each response token of a rollout.
 
     Args:
-        scored: a step's rollouts with the models' readings.
-        index: place of the rollout.
+        scored: a step's rollouts with the models' outputs.
+        index: of the rollout.
 
     Returns:
         float32 [R] in nats, 0 on tokens that the policy did not sample (their sum is the estimate k1 of the response's KL;
-        Schulman 2020, "Approximating KL Divergence"); None where no reference read the step. Where the policy did not read it
-        again, its own log-probs from sampling stand in.
+        Schulman 2020, "Approximating KL Divergence"); None without a reference. Without a forward pass of the policy, the
+        log-probs of the rollout engine are used.
     """
     rows = scored.forward_passes.get("reference")
     reference = rows[index].logprobs if rows is not None else None

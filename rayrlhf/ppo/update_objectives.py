@@ -1,4 +1,4 @@
-"""What each learning role minimises, from the config; and which samples each optimizer step sees."""
+"""Objectives of the learning roles, and the samples of each optimizer step."""
 
 from collections.abc import Sequence
 
@@ -34,7 +34,7 @@ def check_algorithm(section: AlgorithmSection) -> None:
 
 
 def make_objectives(config: PPOConfig) -> dict[TrainRole, Objective]:
-    """One objective per learning role: policy and critic apart, or both on the policy's trunk."""
+    """Return one objective per learning role; a shared critic has none of its own."""
     algorithm = config.algorithm
     temperature = config.rollout.temperature
     corrected = algorithm.off_policy_correction.level != "none"
@@ -50,14 +50,14 @@ def make_objectives(config: PPOConfig) -> dict[TrainRole, Objective]:
 
 
 def learning_roles(objectives: dict[TrainRole, Objective], config: PPOConfig, step: int) -> dict[TrainRole, Objective]:
-    """The objectives of those that learn in a step, counted from 0: the critic alone during its warm-up."""
+    """Return the objectives of a step, counted from 0: the critic alone during `critic.warmup_steps`."""
     if step < config.critic.warmup_steps:
         return {role: objective for role, objective in objectives.items() if role == "critic"}
     return objectives
 
 
 def plan_update(rows: Sequence[int], epochs: int, mini_batch_size: int, run_seed: int, step: int) -> UpdatePlan:
-    """Shuffle rows of the step's batch anew for each epoch and cut them into optimizer steps.
+    """Shuffle the rows of a step for each epoch and cut them into optimizer steps.
 
     The order depends on (rows, run seed, step) only. Without rows there is no optimizer step.
     """

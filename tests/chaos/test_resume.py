@@ -75,7 +75,7 @@ def test_every_sample_of_the_undisturbed_run_is_there_once_with_the_same_tokens_
 @pytest.mark.slow
 def test_sigterm_ends_with_code_75_a_line_that_says_how_to_go_on_and_a_checkpoint(resumed):
     assert resumed.stop_code == 75
-    assert "as SIGTERM asked; the same command resumes" in resumed.stop_log
+    assert "on SIGTERM; the same command resumes" in resumed.stop_log
     assert "Traceback" not in resumed.log
 
 

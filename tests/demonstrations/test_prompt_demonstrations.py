@@ -9,8 +9,8 @@ from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.demonstrations.example import normalized
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_tokenizer
-from rayrlhf.ppo.generation import make_requests
-from rayrlhf.ppo.train_ppo import load_prompts
+from rayrlhf.ppo.rollout_requests import make_requests
+from rayrlhf.ppo.run_prompts import load_prompts
 from tests.tuning.runs import write_rows
 
 ROWS = [{"prompt": f"what is {number} plus one", "completion": f"<{number + 1}>"} for number in range(12)]

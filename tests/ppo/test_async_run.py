@@ -58,7 +58,7 @@ def run(folder, *overrides, books=None):
     books = books or Books()
     with pytest.MonkeyPatch.context() as patch:
         # A tiny model answers a whole step within a usual poll: polls of a few tokens let updates come in between.
-        patch.setattr("rayrlhf.ppo.trainer.POLL_SECONDS", 0.02)
+        patch.setattr("rayrlhf.ppo.step_driver.POLL_SECONDS", 0.02)
         train_ppo(config, [books])
     rows = [row for row in read_metrics(config.run.folder) if "sampling/staleness/max" in row]
     return config, books, rows

@@ -6,8 +6,8 @@ from rayrlhf.config.loading.load import dump_config
 from rayrlhf.engines.train.training_state import write
 from rayrlhf.errors import UserError
 from rayrlhf.ppo.checkpoint import Checkpoint, list_checkpoints, newest_usable
+from rayrlhf.ppo.run_identity import fingerprint, stored_differences
 from rayrlhf.ppo.run_loop import best_metric
-from rayrlhf.ppo.train_ppo import fingerprint, stored_differences
 from rayrlhf.storage.atomic import PendingFolder, remove_leftovers
 from rayrlhf.storage.manifest import Manifest, write_hashed, write_manifest
 from tests.ppo.runs import run_config
@@ -41,7 +41,7 @@ def test_a_damaged_checkpoint_is_named_in_a_line_and_the_one_before_is_used(tmp_
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_by_itself(tmp_path):
     (make(tmp_path, 5).folder / "state.json").write_bytes(b"")
-    with pytest.raises(UserError, match=r"state\.json: 0 bytes, expected 2: remove .* to begin anew"):
+    with pytest.raises(UserError, match=r"state\.json: 0 bytes, expected 2: remove .* to start over"):
         newest_usable(tmp_path, FITS)
 
 

@@ -12,7 +12,8 @@ import torch
 
 from rayrlhf.models.load import load_causal_model, load_tokenizer
 from rayrlhf.ppo.callbacks import Callback
-from rayrlhf.ppo.train_ppo import load_prompts, train_ppo
+from rayrlhf.ppo.run_prompts import load_prompts
+from rayrlhf.ppo.train_ppo import train_ppo
 from tests.ppo.runs import run_config
 
 SHOWN = [

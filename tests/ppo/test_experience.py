@@ -223,3 +223,21 @@ def test_a_greedy_response_pays_for_its_length_as_the_others_do_and_is_the_basel
     greedy = ScoredRollouts(tuple(taken), RewardBatch(np.asarray([4.0, 2.0], np.float32), {}), {}, rows.prompts)
     experience = ExperienceMaker(load(*GROUPED, *settings)).make(replace(rows, greedy=greedy))
     assert experience.batch.arrays["advantages"][:, 0].tolist() == pytest.approx([-1.0, 1.0, 2.0, 1.0])
+
+
+def test_own_rewards_replace_the_configured_ones_and_change_the_advantages_as_the_estimator_says():
+    maker, given = ExperienceMaker(load(*GROUPED)), two_prompts([9.0, 9.0, 9.0, 9.0])
+    own = maker.make(given.with_rewards([1.0, 0.0, 0.0, 1.0]))
+    configured = ExperienceMaker(load(*GROUPED)).make(two_prompts([1.0, 0.0, 0.0, 1.0]))
+    assert own.batch.arrays["advantages"].tolist() == configured.batch.arrays["advantages"].tolist()
+    assert own.batch.arrays["advantages"].any()
+    assert not maker.make(given).batch.arrays["advantages"].any()
+
+
+def test_own_rewards_per_token_are_credited_at_their_tokens():
+    given = two_prompts([0.0, 0.0, 0.0, 0.0])
+    rows = [[float(index == 0) for index in range(len(rollout.response_ids))] for rollout in given.rollouts]
+    replaced = given.with_rewards(rows)
+    assert replaced.rewards.scores.tolist() == [1.0] * 4
+    assert [row.tolist() for row in replaced.rewards.tokens] == rows
+    assert replaced.rewards.parts["loop"].tolist() == [1.0] * 4

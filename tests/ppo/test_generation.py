@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrlhf.data.records import Prompt
-from rayrlhf.ppo.generation import Generation, make_requests
+from rayrlhf.ppo.generation import Generation
 from rayrlhf.ppo.request_queue import assign
+from rayrlhf.ppo.rollout_requests import make_requests
 
 
 def prompts(*ids):
@@ -45,5 +46,5 @@ def test_a_request_that_is_on_its_way_cannot_be_asked_for_twice():
     generation = Generation(pool, lambda _: None, max_new_tokens=4, seconds=1.0)
     generation.add(make_requests(prompts(1, 2), 1, step=3, run_seed=0), temperature=1.0)
     generation.add(make_requests(prompts(1, 2), 1, step=4, run_seed=0), temperature=1.0)
-    with pytest.raises(ValueError, match="on its way already"):
+    with pytest.raises(ValueError, match="in flight already"):
         generation.add(make_requests(prompts(2), 1, step=3, run_seed=0), temperature=0.0)

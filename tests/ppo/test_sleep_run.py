@@ -17,17 +17,18 @@ class AtUpdates(Callback):
         self.answers = []
 
     def on_start(self, trainer):
-        update, replica = trainer._update, trainer.actor_groups["rollout"].handles[0]
+        updater, replica = trainer._driver._updater, trainer.actor_groups["rollout"].handles[0]
+        update = updater.update
 
-        def asking(experience):
+        def asking(experience, step):
             try:
                 ray.get(replica.submit.remote([], 1.0, 1))
                 self.answers.append("awake")
             except RuntimeError as error:
                 self.answers.append("asleep" if "sleeps" in str(error) else str(error))
-            return update(experience)
+            return update(experience, step)
 
-        trainer._update = asking
+        updater.update = asking
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def _roles(config: PPOConfig) -> Iterator[str]:
         names = " & ".join(model.path for model in section.models)
         doubt = f" less {section.uncertainty:g} deviations" if section.uncertainty else ""
         parts.append(f"model {names}{doubt} x {section.weight:g}")
-    yield f"reward: {' + '.join(parts)}, {_count(placement.reward.ranks, 'process')}"
+    yield f"reward: {' + '.join(parts)}, {_count(placement.reward.ranks, 'process')}" if parts else "reward: given by the loop"
 
 
 def _arithmetic(config: PPOConfig) -> Iterator[str]:

@@ -10,7 +10,7 @@ from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.prompt_sampler import PromptSampler
 from rayrlhf.data.records import Prompt
-from rayrlhf.ppo.trainer import PPOTrainer
+from rayrlhf.ppo.step_driver import StepDriver
 
 
 def bench_config(overrides: Sequence[str]) -> PPOConfig:
@@ -25,8 +25,8 @@ def bench_config(overrides: Sequence[str]) -> PPOConfig:
 
 
 @contextmanager
-def running_trainer(config: PPOConfig) -> Iterator[PPOTrainer]:
+def running_trainer(config: PPOConfig) -> Iterator[StepDriver]:
     """Start Ray and the actors with their models for the duration of the block."""
     with connected(config.placement.address), running_actor_groups(config) as actor_groups:
         actor_groups.build(config.deadlines.start)
-        yield PPOTrainer(config, actor_groups, PromptSampler([Prompt(0, "", np.zeros(1, np.int32))], seed=0))
+        yield StepDriver(config, actor_groups, PromptSampler([Prompt(0, "", np.zeros(1, np.int32))], seed=0))

@@ -34,7 +34,7 @@ from rayrlhf.data.records import Prompt, Records, Rollout, RolloutRequest, Token
 from rayrlhf.engines.train.plan import UpdateReport
 from rayrlhf.observe.live import LiveView
 from rayrlhf.ppo.run_recorder import Recorder
-from rayrlhf.ppo.trainer import PPOTrainer
+from rayrlhf.ppo.step_driver import StepDriver
 from rayrlhf.rewards.score import RewardBatch
 
 LONGEST = 64
@@ -105,7 +105,7 @@ def _step(samples: int, replicas: int) -> DriverCost:
         config = _config(samples, replicas, Path(folder))
         view = LiveView("bench", live=False)
         with Recorder(config, dump_config(config), lambda *_: [], view) as recorder:
-            trainer = PPOTrainer(
+            trainer = StepDriver(
                 config,
                 _actor_groups(replicas, stopwatch),
                 PromptSampler(prompts, seed=0),

@@ -12,7 +12,7 @@ import numpy as np
 import ray
 
 from rayrlhf.actors.remote import Ref
-from rayrlhf.ppo.trainer import PPOTrainer
+from rayrlhf.ppo.step_driver import StepDriver
 from rayrlhf.tools.bench.bench_trainer import bench_config, running_trainer
 from rayrlhf.tools.bench.paired import Comparison, compare
 from rayrlhf.weight_sync.buckets import SharedTensor
@@ -74,7 +74,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class _Measured:
-    trainer: PPOTrainer
+    trainer: StepDriver
     readers: list[ray.actor.ActorHandle]
 
     def sync(self) -> float:

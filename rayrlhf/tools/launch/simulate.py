@@ -2,7 +2,7 @@
 
 It predicts the effect of more replicas, staleness or failures. A replica generates a limited number of responses at a time;
 each takes its length times the time per token. Responses of step b may start once weight version b - max_staleness exists,
-which bounds their staleness when step b trains on them: the same rule as `async.max_staleness` (`rayrlhf.ppo.staleness`). The
+which bounds their staleness when step b trains on them: the same rule as `async.max_staleness` (`rayrlhf.ppo.step_pipeline`). The
 trainer takes the steps in order: it waits for the last response, scores, updates, and syncs, which pauses all replicas. A
 replica that dies loses its responses in progress; they start again, and the replica returns later.
 
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayrlhf.config.launch import SimulationConfig
-from rayrlhf.ppo.staleness import capacity
+from rayrlhf.ppo.step_pipeline import capacity
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.ppo.staleness import capacity
+from rayrlhf.ppo.step_pipeline import capacity
 
 
 @pytest.mark.parametrize(

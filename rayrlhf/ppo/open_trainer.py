@@ -1,0 +1,120 @@
+"""Opens a trainer: Ray, actors, prompts, models, run folder, resume."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rayrlhf.actors.connection import connected, running_actor_groups
+from rayrlhf.actors.fault_tolerance import monitored
+from rayrlhf.config.loading.describe import warnings
+from rayrlhf.config.loading.load import dump_config, load_config, load_tree
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.data.prompt_sampler import PromptSampler
+from rayrlhf.engines.rollout.factory import check_rollout_backend
+from rayrlhf.observe.live import LiveView
+from rayrlhf.observe.loop_control import stop_requests
+from rayrlhf.observe.trackers import check_trackers
+from rayrlhf.ppo.callbacks import Callback, resolve_callbacks
+from rayrlhf.ppo.checkpoint import Checkpointer
+from rayrlhf.ppo.cluster_metrics import ClusterMetrics
+from rayrlhf.ppo.run_identity import fingerprint, stored_differences
+from rayrlhf.ppo.run_loop import RunLoop
+from rayrlhf.ppo.run_prompts import load_prompts
+from rayrlhf.ppo.run_recorder import Recorder
+from rayrlhf.ppo.sft_warmup import check_warmup
+from rayrlhf.ppo.step_driver import StepDriver
+from rayrlhf.ppo.trainer import PPOTrainer
+from rayrlhf.rewards.functions import load_functions
+from rayrlhf.storage.mirror import Mirror
+
+
+@contextmanager
+def open_trainer(
+    config: PPOConfig | Path | str | Mapping[str, Any], callbacks: Iterable[Callback] = ()
+) -> Iterator[PPOTrainer]:
+    """Open the trainer of a run for a loop of your own.
+
+    The actors end with the block. The run folder is created, or continued from its newest checkpoint. One process at a time may
+    hold it.
+
+    Args:
+        config: a configuration, the path of a YAML file, or the same tree as a dict.
+        callbacks: called in addition to the built-in recorder, which writes metrics, samples and the trace.
+
+    Yields:
+        The trainer, with all models loaded; `steps_done` is above 0 where it resumed.
+
+    Raises:
+        UserError: a mistake in the configuration, the data, the reward functions or the placement.
+        DeadlineError: a process did not start in time.
+    """
+    config = _resolved(config)
+    configured_callbacks = check_plugins(config)
+    view = LiveView(f"rayrlhf ppo {config.run.name}", live=None if config.observe.live else False)
+    with ExitStack() as stack:
+        stack.callback(view.stop)
+        for line in warnings(config):
+            view.note(line)
+        with view.wait("starting Ray and the actors"):
+            stack.enter_context(connected(config.placement.address))
+            stop = stack.enter_context(stop_requests())
+            actor_groups = stack.enter_context(running_actor_groups(config))
+        with view.wait("reading the prompts"):
+            train_prompts, evaluation_prompts = load_prompts(config)
+            check_warmup(config, train_prompts)
+        mirror = _open_mirror(config)
+        # Only a run that can start leaves a folder.
+        recorder = stack.enter_context(Recorder(config, dump_config(config), stored_differences, view))
+        with view.wait("loading the models"):
+            actor_groups.build(config.deadlines.start)
+        driver = StepDriver(
+            config,
+            actor_groups,
+            PromptSampler(train_prompts, seed=config.run.seed, shuffle=config.data.shuffle),
+            evaluation_prompts,
+            recorder.timer,
+            callbacks=[recorder, ClusterMetrics(config.run.name), *callbacks, *(make() for make in configured_callbacks)],
+            fault_tolerance=stack.enter_context(monitored(config, actor_groups, recorder.recovery)),
+        )
+        checkpointer = Checkpointer(
+            recorder.folder.checkpoints, actor_groups, config.checkpoint, fingerprint(config), config.deadlines.update, mirror
+        )
+        loop = RunLoop(driver, recorder, checkpointer, train_prompts, stop)
+        loop.resume()
+        trainer = PPOTrainer(driver, loop, recorder)
+        for callback in driver.callbacks:
+            callback.on_start(trainer)
+        yield trainer
+        loop.finish_checkpoint()
+        for callback in driver.callbacks:
+            callback.on_end(trainer)
+
+
+def check_plugins(config: PPOConfig) -> list[Callable[[], Callback]]:
+    """Check backend, trackers, rewards and callbacks; returns the constructors of `observe.callbacks`.
+
+    Raises:
+        UserError: one is not installed, cannot be resolved, or does not accept its arguments.
+    """
+    check_trackers(config.observe.trackers)
+    check_rollout_backend(config.rollout)
+    load_functions(config.reward)
+    return resolve_callbacks(config.observe.callbacks)
+
+
+def _resolved(config: PPOConfig | Path | str | Mapping[str, Any]) -> PPOConfig:
+    if isinstance(config, PPOConfig):
+        return config
+    if isinstance(config, Mapping):
+        return load_tree(PPOConfig, dict(config), None, "config")
+    return load_config(PPOConfig, config)
+
+
+def _open_mirror(config: PPOConfig) -> Mirror | None:
+    """Open the storage that checkpoints are copied to; it holds this run or none."""
+    if config.checkpoint.mirror is None:
+        return None
+    mirror = Mirror(config.checkpoint.mirror, config.run.name)
+    mirror.claim(dump_config(config), stored_differences, resume=config.run.resume == "auto")
+    return mirror

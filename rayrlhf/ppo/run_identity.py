@@ -1,0 +1,45 @@
+"""Rules by which a run folder and its checkpoints belong to a configuration."""
+
+import json
+from typing import Any
+
+from rayrlhf.config.loading.load import differences, stored_config
+from rayrlhf.config.model import ModelSection
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.models.load import load_architecture
+
+MAY_CHANGE = ("run.root:", "placement.", "rollout.replicas:", "deadlines.", "recovery.", "observe.", "checkpoint.mirror:")
+"""Settings of where and how a run is carried out. A resumed run may have other ones."""
+
+
+def stored_differences(stored: str, current: str) -> list[str]:
+    """Return the lines that make a run folder's configuration another run than the current one.
+
+    A run may continue elsewhere and on more or fewer processes. One that is `exact` may not, because its bits depend on them.
+    """
+    before, after = (stored_config(PPOConfig, text) for text in (stored, current))
+    found = differences(before, after)
+    if "exact" in (before.run.determinism, after.run.determinism):
+        return found
+    return [line for line in found if not line.startswith(MAY_CHANGE)]
+
+
+def fingerprint(config: PPOConfig) -> dict[str, str]:
+    """Return the settings on which two runs must agree to load each other's training state.
+
+    Networks, heads, adapters, optimizer and ZeRO stage.
+    """
+    parts: dict[str, Any] = {"model": _shape(config.model), "critic.kind": config.critic.kind}
+    if config.critic.kind == "separate":
+        parts["critic.model"] = _shape(config.critic.model or config.model)
+    parts |= {
+        "model.lora": config.model.lora.model_dump(mode="json") if config.model.lora else None,
+        "train.optimizer.name": config.train.optimizer.name,
+    } | config.train.sharding_fingerprint()
+    return {key: json.dumps(value, sort_keys=True) for key, value in parts.items()}
+
+
+def _shape(model: ModelSection) -> dict[str, Any]:
+    architecture = load_architecture(model)
+    names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return {name: getattr(architecture, name, None) for name in (*names, "num_key_value_heads", "tie_word_embeddings")}
