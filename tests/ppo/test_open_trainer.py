@@ -136,7 +136,7 @@ def test_wrong_rewards_are_refused_in_one_line_and_the_block_goes_on(session, tm
         assert scored.forward_passes.keys() == {"policy", "reference"}
         for rewards, message in [
             (None, "the configuration has no reward"),
-            ([1.0], "was asked for 4 values and returned 1"),
+            ([1.0], "returned 1 values, expected 4"),
             ([1.0, 2.0, float("nan"), 3.0], "returned float nan for sample 2"),
             ([[1.0]] * 4, "expected a list of"),
         ]:
@@ -144,17 +144,11 @@ def test_wrong_rewards_are_refused_in_one_line_and_the_block_goes_on(session, tm
                 trainer.step(scored, rewards)
         with pytest.raises(UserError, match=r"evaluate\(reward=...\)"):
             trainer.evaluate()
-        with pytest.raises(UserError, match="has 99"):
+        with pytest.raises(UserError, match="the prompt has 118 tokens, expected 1 to 56"):
             trainer.chat("x" * 99)
         assert trainer.step(scored, [[0.5] * len(rollout.response_ids) for rollout in scored.rollouts])["objective/scores"] > 0
     with pytest.raises(UserError, match=r"reward\.given_by_loop: the built-in loop has no rewards"):
         rayrlhf.train_ppo(trainer.config)
-
-
-def test_a_second_process_cannot_hold_the_run_folder_and_a_closed_one_is_free(session, tmp_path):
-    config = run_config(tmp_path, *OWN, "run.steps=1")
-    with rayrlhf.open_trainer(config), pytest.raises(UserError), rayrlhf.open_trainer(config):
-        pass
 
 
 @pytest.mark.slow
