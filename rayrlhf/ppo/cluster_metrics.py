@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ray.util.metrics import Gauge
 
+from rayrlhf.observe.metric_names import LOGPROB_GAP
 from rayrlhf.ppo.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ STEP_GAUGES: Mapping[str, tuple[str, str]] = {
     "rayrlhf_entropy_nats": ("objective/entropy", "Mean negative log-prob of the responses, nats per response."),
     "rayrlhf_response_tokens": ("tokens/responses_len_mean", "Mean length of a response."),
     "rayrlhf_sampler_gap_nats": (
-        "sampling/sampling_logp_difference/mean",
+        LOGPROB_GAP,
         "Mean log-prob difference between trainer and rollout engine: shows that the weights arrived.",
     ),
     "rayrlhf_policy_grad_norm": ("policy/grad_norm", "Mean norm of the policy's gradient before clipping."),

@@ -34,8 +34,6 @@ from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.environments.episodes import turn_weight
 from rayrlhf.ppo.scoring import ScoredRollouts
 
-LOGPROB_GAP = "sampling/sampling_logp_difference/mean"
-"""Mean |trainer - rollout engine| log-prob difference on fresh rollouts, in nats; shows that a sync arrived."""
 CONTEXT = "context/"
 """Prefix of the same metrics where the rollout engine reads demonstrations that the trainer does not."""
 

@@ -8,9 +8,7 @@ groups then fill the step, so that its size never changes. Prompts left out coun
 from collections.abc import Mapping, Sequence
 
 from rayrlhf.data.records import SEGMENT_STRIDE, Rollout, SampleKey
-
-SAMPLED_TOKENS = "sampling/tokens"
-"""Response tokens that a step sampled, those of groups left out included."""
+from rayrlhf.observe.metric_names import SAMPLED_TOKENS
 
 
 class GroupFilter:

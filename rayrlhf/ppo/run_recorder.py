@@ -13,10 +13,10 @@ from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.units import GIB
 from rayrlhf.data.records import Prompt, Rollout
 from rayrlhf.observe.diagnostics import Diagnosis
-from rayrlhf.observe.diagnostics.system_checks import LIMIT, PEAK
 from rayrlhf.observe.journal import MIRROR, RecoveryJournal
 from rayrlhf.observe.live import LiveView
 from rayrlhf.observe.memory import PeakMemory, memory_limit_bytes
+from rayrlhf.observe.metric_names import MEMORY_LIMIT, PEAK_MEMORY
 from rayrlhf.observe.metrics import MetricsSink, read_metrics
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.observe.run_folder import open_run
@@ -137,7 +137,7 @@ class Recorder(Callback):
 
     def on_step_end(self, step: int, metrics: Mapping[str, float], scored: ScoredRollouts) -> None:
         """Write metrics, samples and trace of the step."""
-        row = dict(metrics) | {PEAK: self.memory.peak_bytes / GIB, LIMIT: memory_limit_bytes() / GIB}
+        row = dict(metrics) | {PEAK_MEMORY: self.memory.peak_bytes / GIB, MEMORY_LIMIT: memory_limit_bytes() / GIB}
         if self._monitor:
             row |= role_peaks(self._monitor.footprints())
         if self._config.checkpoint.mirror is not None:

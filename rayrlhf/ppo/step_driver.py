@@ -24,12 +24,12 @@ from rayrlhf.engines.train.plan import UpdateReport
 from rayrlhf.environments.episodes import episode_metrics, with_extra_segments
 from rayrlhf.errors import AlarmError, UserError
 from rayrlhf.models.load import resolve_dtype
+from rayrlhf.observe.metric_names import SAMPLED_TOKENS
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.evaluation import Evaluation, OwnReward
 from rayrlhf.ppo.experience import Experience, ExperienceMaker
 from rayrlhf.ppo.generation import POLL_SECONDS, Generation
-from rayrlhf.ppo.group_filter import SAMPLED_TOKENS
 from rayrlhf.ppo.model_updater import ModelUpdater
 from rayrlhf.ppo.rollout_collector import RolloutCollector
 from rayrlhf.ppo.rollout_requests import RequestBuilder
@@ -184,7 +184,7 @@ class StepDriver:
         metrics |= self._open.metrics or self._episode_metrics(scored)
         self.sampler.consumed(self._open.drawn)
         self.consistent = True
-        self._end()
+        self.close_step()
         self.fault_tolerance.step_completed()
         tokens = metrics.get(SAMPLED_TOKENS, sum(len(rollout.response_ids) for rollout in scored.rollouts))
         metrics |= self.timer.metrics(generated_tokens=int(tokens))
@@ -245,7 +245,7 @@ class StepDriver:
 
         Responses in flight are dropped. Their prompts are outstanding in the sampler, and are drawn again first.
         """
-        self._end()
+        self.close_step()
         self._pipeline.reset()
         self.steps_done = state["step"]
         self.warmed_up = state["warmed_up"]
@@ -277,7 +277,7 @@ class StepDriver:
             self._open.timing = ExitStack()
             self._open.timing.enter_context(self.timer.step())
 
-    def _end(self) -> None:
+    def close_step(self) -> None:
         """Close the step in progress, completed or abandoned."""
         if self._open.timing is not None:
             self._open.timing.close()

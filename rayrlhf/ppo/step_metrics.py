@@ -8,14 +8,10 @@ from rayrlhf.actors.placement import TrainRole
 from rayrlhf.algorithms.statistics import explained_variance
 from rayrlhf.data.records import Rollout
 from rayrlhf.engines.train.plan import UpdateReport
-from rayrlhf.observe.diagnostics.policy_checks import FIRST_RATIO
-from rayrlhf.observe.diagnostics.system_checks import ALLOWED, STALENESS
+from rayrlhf.observe.metric_names import FIRST_RATIO, MAX_STALENESS, MEAN_STALENESS, STALENESS_LIMIT
 from rayrlhf.ppo.experience import Experience
 from rayrlhf.ppo.scoring import ScoredRollouts
 from rayrlhf.weight_sync.driver import SyncReport
-
-MEAN_STALENESS = "sampling/staleness/mean"
-"""Mean age of a step's tokens, in weight versions."""
 
 
 def step_metrics(
@@ -61,7 +57,7 @@ def staleness_metrics(rollouts: Sequence[Rollout], version: int, limit: int = 0)
         limit: maximum age, `async.max_staleness`.
     """
     ages = version - np.maximum(np.concatenate([rollout.versions for rollout in rollouts]), 0)
-    return {MEAN_STALENESS: float(ages.mean()), STALENESS: float(ages.max()), ALLOWED: float(limit)}
+    return {MEAN_STALENESS: float(ages.mean()), MAX_STALENESS: float(ages.max()), STALENESS_LIMIT: float(limit)}
 
 
 def fresh_gap(trainer_logprobs: np.ndarray, rollouts: Sequence[Rollout], version: int) -> float | None:

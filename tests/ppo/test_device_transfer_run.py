@@ -9,9 +9,9 @@ import torch
 from rayrlhf.actors import actor_groups as actor_groups
 from rayrlhf.actors.rollout_actor import RolloutActor
 from rayrlhf.actors.train_actor import PolicyActor
+from rayrlhf.observe.metric_names import LOGPROB_GAP
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.ppo.callbacks import Callback
-from rayrlhf.ppo.experience import LOGPROB_GAP
 from rayrlhf.ppo.train_ppo import train_ppo
 from tests.ppo.runs import run_config
 

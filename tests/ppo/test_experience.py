@@ -9,7 +9,8 @@ import torch
 from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Prompt, Rollout, SampleKey, TokenScores
-from rayrlhf.ppo.experience import LOGPROB_GAP, ExperienceMaker
+from rayrlhf.observe.metric_names import LOGPROB_GAP
+from rayrlhf.ppo.experience import ExperienceMaker
 from rayrlhf.ppo.scoring import ScoredRollouts
 from rayrlhf.ppo.update_objectives import make_objectives, plan_update
 from rayrlhf.rewards.score import RewardBatch

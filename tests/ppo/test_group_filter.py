@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrlhf.data.records import Rollout, SampleKey
-from rayrlhf.ppo.group_filter import SAMPLED_TOKENS, GroupFilter
+from rayrlhf.observe.metric_names import SAMPLED_TOKENS
+from rayrlhf.ppo.group_filter import GroupFilter
 
 
 def rollout(prompt, sample, tokens=2):

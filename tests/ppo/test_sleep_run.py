@@ -3,9 +3,9 @@
 import pytest
 import ray
 
+from rayrlhf.observe.metric_names import LOGPROB_GAP
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.ppo.callbacks import Callback
-from rayrlhf.ppo.experience import LOGPROB_GAP
 from rayrlhf.ppo.train_ppo import train_ppo
 from tests.ppo.runs import run_config
 

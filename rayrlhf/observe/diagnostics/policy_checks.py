@@ -2,8 +2,9 @@
 
 from rayrlhf.observe.diagnostics.finding import Check, Sign
 from rayrlhf.observe.diagnostics.history import History, mean
+from rayrlhf.observe.metric_names import FIRST_RATIO
 
-KL, ENTROPY, EXPLAINED, FIRST_RATIO = "objective/kl", "policy/entropy_avg", "ppo/val/var_explained", "val/ratio_first"
+KL, ENTROPY, EXPLAINED = "objective/kl", "policy/entropy_avg", "ppo/val/var_explained"
 
 
 def kl_blow_up(history: History) -> Sign | None:

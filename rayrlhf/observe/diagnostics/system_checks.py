@@ -2,9 +2,9 @@
 
 from rayrlhf.observe.diagnostics.finding import Check, Sign
 from rayrlhf.observe.diagnostics.history import History, mean
+from rayrlhf.observe.metric_names import LOGPROB_GAP, MAX_STALENESS, MEMORY_LIMIT, PEAK_MEMORY, STALENESS_LIMIT
 
-GAP, STALENESS, ALLOWED = "sampling/sampling_logp_difference/mean", "sampling/staleness/max", "sampling/staleness/limit"
-OTHER, PEAK, LIMIT = "time_share/other", "memory/peak_gib", "memory/limit_gib"
+OTHER = "time_share/other"
 
 
 def sampler_mismatch(history: History) -> Sign | None:
@@ -12,10 +12,10 @@ def sampler_mismatch(history: History) -> Sign | None:
 
     bfloat16 alone gives about 0.03 nats.
     """
-    limit = history.recent(ALLOWED, 1)
+    limit = history.recent(STALENESS_LIMIT, 1)
     if limit and limit[0].value > 0:  # for older responses the gap includes the policy's change since
         return None
-    points = history.all_recent(GAP, low=0.1)
+    points = history.all_recent(LOGPROB_GAP, low=0.1)
     if not points:
         return None
     return Sign(points[0].step, f"trainer and rollout engine differ by {mean(points):.3f} nats per token on fresh responses")
@@ -23,9 +23,9 @@ def sampler_mismatch(history: History) -> Sign | None:
 
 def stale_rollouts(history: History) -> Sign | None:
     """Detect responses from weights older than the configuration allows."""
-    limit = history.recent(ALLOWED, 1)
+    limit = history.recent(STALENESS_LIMIT, 1)
     allowed = limit[0].value if limit else 0.0
-    points = history.all_recent(STALENESS, low=allowed, count=1)
+    points = history.all_recent(MAX_STALENESS, low=allowed, count=1)
     if not points:
         return None
     return Sign(points[0].step, f"tokens were sampled {points[0].value:.0f} weight versions ago, {allowed:.0f} are allowed")
@@ -41,7 +41,7 @@ def idle_actors(history: History) -> Sign | None:
 
 def memory_limit(history: History) -> Sign | None:
     """Detect a peak above 90 % of the machine's memory."""
-    peak, limit = history.recent(PEAK, 1), history.recent(LIMIT, 1)
+    peak, limit = history.recent(PEAK_MEMORY, 1), history.recent(MEMORY_LIMIT, 1)
     if not peak or not limit or peak[0].value <= 0.9 * limit[0].value:
         return None
     return Sign(peak[0].step, f"the run's processes used {peak[0].value:.1f} of {limit[0].value:.1f} GiB")

@@ -55,6 +55,7 @@ def bench_rollout(
         plain = ray.remote(PlainEngines).options(num_cpus=0, runtime_env={"env_vars": environment}).remote(config)
 
         def ours() -> float:
+            trainer.close_step()  # the same seeds in every round
             started = time.perf_counter()
             rollouts = trainer.generate(prompts)
             return sum(len(rollout.response_ids) for rollout in rollouts) / (time.perf_counter() - started)
