@@ -25,6 +25,7 @@ from rayrlhf.ppo.run_recorder import Recorder
 from rayrlhf.ppo.sft_warmup import check_warmup
 from rayrlhf.ppo.step_driver import StepDriver
 from rayrlhf.ppo.trainer import PPOTrainer
+from rayrlhf.ppo.update_objectives import check_algorithm
 from rayrlhf.rewards.functions import load_functions
 from rayrlhf.storage.mirror import Mirror
 
@@ -92,7 +93,7 @@ def open_trainer(
 
 
 def check_plugins(config: PPOConfig) -> list[Callable[[], Callback]]:
-    """Check backend, trackers, rewards and callbacks; returns the constructors of `observe.callbacks`.
+    """Check backend, trackers, rewards, losses and callbacks; returns the constructors of `observe.callbacks`.
 
     Raises:
         UserError: one is not installed, cannot be resolved, or does not accept its arguments.
@@ -100,6 +101,7 @@ def check_plugins(config: PPOConfig) -> list[Callable[[], Callback]]:
     check_trackers(config.observe.trackers)
     check_rollout_backend(config.rollout)
     load_functions(config.reward)
+    check_algorithm(config.algorithm)
     return resolve_callbacks(config.observe.callbacks)
 
 

@@ -108,7 +108,7 @@ class ScoredRollouts:
 
 
 class _Call(NamedTuple, Generic[Result]):
-    """A pending call to one rank, `send` to repeat it, and the keys of its rollouts."""
+    """A pending call to one rank; `send` repeats it for the same rollouts."""
 
     role: ScoringRole
     rank: int

@@ -19,7 +19,7 @@ from rayrlhf.plugins import bind_arguments
 
 
 def check_algorithm(section: AlgorithmSection) -> None:
-    """Check that the policy loss, the KL estimator and the advantage estimator exist and accept their arguments.
+    """Check the names and arguments of policy loss, KL and advantage estimator.
 
     Raises:
         UserError: no function has that name, its module cannot be imported, or an argument is unknown or missing.
