@@ -2,8 +2,8 @@
 
 It predicts the effect of more replicas, staleness or failures. A replica generates a limited number of responses at a time;
 each takes its length times the time per token. Responses of step b may start once weight version b - max_staleness exists,
-which bounds their staleness when step b trains on them: the same rule as `async.max_staleness` (`rayrlhf.ppo.step_pipeline`). The
-trainer takes the steps in order: it waits for the last response, scores, updates, and syncs, which pauses all replicas. A
+which bounds their staleness when step b trains on them: the same rule as `async.max_staleness` (`rayrlhf.ppo.step_pipeline`).
+The trainer takes the steps in order: it waits for the last response, scores, updates, and syncs, which pauses all replicas. A
 replica that dies loses its responses in progress; they start again, and the replica returns later.
 
 The report is a pure function of configuration and seed. Only the order of events is modeled; other effects, such as slower
