@@ -210,7 +210,7 @@ def presets_page() -> str:
     """The reference page of all presets."""
     head = (
         "# Presets\n\nA preset sets the keys that make an algorithm, with values of its paper or of named code.\n"
-        "It lies under your file: your own keys win. Models, data, lengths and batch sizes belong to the run. Generated from\n"
+        "Your own keys override it. Models, data, lengths and batch sizes belong to the run. Generated from\n"
         "the code; [`recipes.py`](https://github.com/rayrlhf/rayrlhf/blob/main/rayrlhf/config/loading/recipes.py) has the\n"
         "source of each value.\n\n| preset | estimator | critic | samples per prompt | loss | clip | aggregation | KL |\n"
         "|---|---|---|---|---|---|---|---|\n"
