@@ -93,7 +93,7 @@ def open_trainer(
 
 
 def check_plugins(config: PPOConfig) -> list[Callable[[], Callback]]:
-    """Check backend, trackers, rewards, losses and callbacks; returns the constructors of `observe.callbacks`.
+    """Check all configured plugins; returns the constructors of `observe.callbacks`.
 
     Raises:
         UserError: one is not installed, cannot be resolved, or does not accept its arguments.
