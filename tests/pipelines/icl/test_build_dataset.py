@@ -153,7 +153,7 @@ def test_sft_reads_the_samples_counts_the_same_tokens_and_learns_the_chosen_answ
 
 def test_an_encoder_that_does_not_say_how_it_pools_is_found_before_the_data_is_read() -> None:
     nearest = ("demonstrations.selection=nearest", f"demonstrations.encoder={TINY}")
-    with pytest.raises(UserError, match="says how its vectors are pooled; set pooling to mean or cls"):
+    with pytest.raises(UserError, match="states its pooling; set pooling to mean or cls"):
         check_build(config(*nearest))
     assert "nearest" in check_build(config(*nearest, "demonstrations.pooling=mean"))
     with pytest.raises(UserError, match="belong together"):

@@ -120,7 +120,7 @@ def test_relatedness_is_the_mean_over_documents_next_to_each_other() -> None:
 
 
 def test_a_mistake_is_found_before_the_data_is_read() -> None:
-    with pytest.raises(UserError, match="says how its vectors are pooled; set pooling to mean or cls"):
+    with pytest.raises(UserError, match="states its pooling; set pooling to mean or cls"):
         check_packing(config(*NEAREST))
     with pytest.raises(UserError, match="belong together"):
         config("neighbors.by=nearest")

@@ -132,7 +132,7 @@ class Dying:
         (Refuser, UserError, "row 0: not like this"),
         (Broken, KeyError, "no such column"),
         (Stuck, DeadlineError, "no part was finished within 6 s"),
-        (Dying, ActorLostError, "lost its process too often"),
+        (Dying, ActorLostError, "exceeded its restarts"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
