@@ -1,4 +1,7 @@
-"""Sections of the update's maths: KL, reward shaping, advantages, losses. Formulas are in `rayrlhf.algorithms`."""
+"""Sections of the objective: KL, reward shaping, advantages, losses.
+
+The formulas are in `rayrlhf.algorithms`.
+"""
 
 from typing import Any, ClassVar, Literal, Self
 
@@ -107,9 +110,10 @@ class AdvantageSection(Section):
 
 
 class OffPolicyCorrectionSection(Section):
-    """Importance weights for the log-prob gap between rollout engine and trainer (`rayrlhf.algorithms.importance`).
+    """Importance weights for the log-prob gap between rollout engine and trainer.
 
-    In float32 the gap is about 5e-6 nats, so the correction is off by default. In bfloat16 it is about 0.03: use `token`.
+    The formulas are in `rayrlhf.algorithms.importance`.     In float32 the gap is about 5e-6 nats, so the correction is off by
+    default. In bfloat16 it is about 0.03: use `token`.
     """
 
     level: Literal["none", "token", "sequence"] = "none"
@@ -133,7 +137,7 @@ class ValueLossSection(Section):
 
 
 class ParitySection(Section):
-    """Quirks of TRL's trainers, off by default. Switch one on only to compare numbers with TRL."""
+    """Quirks of TRL's trainers, only for comparing numbers with TRL."""
 
     mini_batch_means: bool = False
     """Divide the loss of each micro-batch by its own tokens instead of the optimizer step's (TRL's PPO trainers)."""

@@ -17,7 +17,7 @@ class GenerateSection(Section):
     stop: list[str] = Field(default_factory=list)
     """Strings that end a response."""
     max_model_length: int | None = Field(None, ge=2)
-    """Maximum tokens of prompt and response, for the dataset and for generation; the model's context when not given."""
+    """Maximum tokens of prompt and response, for the dataset and for generation. Default: the model's context."""
     max_concurrent: int = Field(256, ge=1)
     """Maximum requests that a generator decodes at a time."""
     memory_gib: float = Field(2.0, gt=0)
@@ -37,19 +37,19 @@ class PipelineSection(Section):
     generators: int = Field(1, ge=1)
     """Generator processes."""
     generator_cpus: float | None = Field(None, gt=0)
-    """CPUs per generator; an equal share of the CPUs that other stages leave, when not given."""
+    """CPUs per generator. Default: an equal share of the CPUs that other stages leave."""
     generator_gpus: float | None = Field(None, ge=0)
-    """GPUs per generator; those of its tensor-parallel group, or 0 without GPUs, when not given."""
+    """GPUs per generator. Default: those of its tensor-parallel group, or 0 without GPUs."""
     generator_threads: int | None = Field(None, ge=1)
-    """OpenMP threads per generator; its share of the CPUs when not given."""
+    """OpenMP threads per generator. Default: its share of the CPUs."""
     scorers: int | None = Field(None, ge=1)
-    """Processes that score; when not given, half of the CPUs that generators leave, or all CPUs when nothing is generated."""
+    """Processes that score. Default: half of the CPUs that generators leave, or all CPUs if nothing is generated."""
     max_restarts: int = Field(5, ge=0)
     """Restarts of a generator or scorer before the run fails."""
     stall_seconds: float = Field(1800.0, gt=0)
     """Seconds without progress after which the run fails."""
     address: str | None = None
-    """Ray address; the job's cluster, or a new local one, when not given."""
+    """Ray address. Default: the cluster of the job, or a new local one."""
 
 
 class PairsSection(Section):

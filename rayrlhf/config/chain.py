@@ -1,4 +1,4 @@
-"""The root of a chain's configuration file: stages that feed each other."""
+"""Root of a chain's configuration file: stages that use each other's outputs."""
 
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -11,41 +11,50 @@ StageKind = Literal["sft", "reward", "dpo", "ppo", "evaluate", "icl-build", "icl
 
 
 class ChainRunSection(Section):
-    """Identity of a chain. Its folder is `root/name`, with a run folder in it for each stage."""
+    """Name and folder of a chain.
+
+    The folder is `root/name`, with one run folder per stage.
+    """
 
     name: str = Field("chain", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     root: Path = Path("runs")
 
     @property
     def folder(self) -> Path:
-        """The chain's folder."""
+        """Folder of the chain."""
         return self.root / self.name
 
 
 class StageSection(Section):
-    """One stage: a command and its configuration, as a file, as settings, or as settings laid over a file."""
+    """One stage: a command with a configuration file, settings, or both.
+
+    Settings replace those of the file.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
-    """Its run folder, and what later stages call it."""
+    """Name of the stage's run folder; later stages refer to it by this name."""
     kind: StageKind
+    """Command of the stage."""
     config: Path | None = None
-    """A configuration file, relative to the chain's."""
+    """Configuration file, relative to the folder of the chain's file."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Sections and keys of the command. `${STAGE.OUTPUT}` in a text is an output of an earlier stage: `${sft.export}`."""
+    """Sections and keys of the command. `${STAGE.OUTPUT}` in a text is an output of an earlier stage, such as
+    `${sft.export}`."""
 
 
 class ChainConfig(Section):
-    """Everything `rayrlhf run` needs."""
+    """Configuration of `rayrlhf run`."""
 
     run: ChainRunSection = ChainRunSection()
     stages: list[StageSection] = Field(min_length=1)
+    """Stages in the order of their runs."""
     address: str | None = None
-    """Ray address for all stages; a job's own cluster, or a new local one, when not given."""
+    """Ray address of all stages. Default: the cluster of the job, or a new local one."""
 
     @model_validator(mode="after")
     def _check_stage_names(self) -> Self:
         names = [stage.name for stage in self.stages]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"stages: the name {name!r} is given twice")
+                raise ValueError(f"stages: duplicate name {name!r}")
         return self

@@ -1,4 +1,4 @@
-"""Where prompts come from and how they become tokens."""
+"""Prompt datasets, and their conversion to tokens."""
 
 from typing import Literal, Self
 
@@ -11,22 +11,22 @@ class DatasetSection(Section):
     """One prompt dataset: JSONL, Parquet, a built-in (`builtin:word-problems`), or a hub name."""
 
     path: str
-    """Also a folder in the hub's layout, or one that `save_to_disk` of the `datasets` package wrote."""
+    """File, built-in or hub name; also a folder in the hub's layout, or of `save_to_disk` of the `datasets` package."""
     split: str = "train"
     """Split of a hub dataset, or of a built-in."""
     subset: str | None = None
     """Configuration name of a hub dataset (`main` for `openai/gsm8k`)."""
     prompt_field: str = "prompt"
-    """Text, or a list of {role, content} messages."""
+    """Column with the prompt: text, or a list of {role, content} messages."""
     template: str | None = None
-    """Text around a standard prompt, with `{prompt}` where it goes; before the chat template."""
+    """Text around a standard prompt, with `{prompt}` as its place; applied before the chat template. Default: none."""
     limit: int | None = Field(None, ge=1)
-    """Use only the first n rows."""
+    """Maximum number of rows; the first ones are used. Default: all."""
 
     @model_validator(mode="after")
     def _check_template(self) -> Self:
         if self.template is not None and "{prompt}" not in self.template:
-            raise ValueError("template has no {prompt} in it, where the prompt goes")
+            raise ValueError("template has no {prompt}, the place of the prompt")
         return self
 
 
@@ -35,13 +35,15 @@ class DataSection(Section):
 
     train: DatasetSection
     evaluation: DatasetSection | None = None
+    """Held-out prompts, for `evaluation`. Default: none."""
     chat: bool = True
-    """Put a standard prompt into the chat template as one user turn; a conversational prompt always goes through it."""
+    """Wrap a standard prompt in the chat template as one user turn. A conversational prompt always uses the template."""
     system_prompt: str | None = None
-    """First message of every conversation that does not bring a system message of its own."""
+    """First message of every conversation without a system message. Default: none."""
     max_prompt_tokens: int | None = Field(None, ge=1)
-    """Longer prompts are handled by `overlong`; the model's context less `rollout.max_new_tokens` when not given."""
+    """Maximum tokens of a prompt; longer ones are handled by `overlong`. Default: the model's context minus
+    `rollout.max_new_tokens`."""
     overlong: Literal["error", "truncate", "drop"] = "error"
-    """`truncate` keeps the last tokens (the left side is cut), `drop` leaves the row out and counts it."""
+    """Handling of longer prompts. `error` stops, `truncate` keeps the last tokens, `drop` omits and counts the row."""
     shuffle: bool = True
-    """A new order every epoch, from `run.seed`; false keeps the order of the dataset."""
+    """Shuffle the prompts each epoch, from `run.seed`. false keeps the order of the dataset."""

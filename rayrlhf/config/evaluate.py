@@ -1,4 +1,4 @@
-"""The root of an evaluation's configuration file: one model, one dataset, and what its answers are judged by."""
+"""Root of an evaluation's configuration file: one model, one dataset, one reward."""
 
 from pathlib import Path
 from typing import Self
@@ -13,67 +13,67 @@ from rayrlhf.config.section import Section
 
 
 class EvaluateRunSection(Section):
-    """Identity of an evaluation. Its folder is `root/name`."""
+    """Name, folder and seed of an evaluation. Its folder is `root/name`."""
 
     name: str = Field("evaluation", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder."""
     root: Path = Path("runs")
-    """Folder that run folders lie in."""
+    """Parent folder of run folders."""
     seed: int = Field(0, ge=0)
-    """Everything random follows from it."""
+    """Seed of everything random in the run."""
 
     @property
     def folder(self) -> Path:
-        """The run folder."""
+        """Run folder."""
         return self.root / self.name
 
 
 class EvaluateDataSection(DatasetSection):
-    """The prompts to answer, and how they become tokens."""
+    """Prompts of the evaluation, and their conversion to tokens."""
 
     chat: bool = True
-    """Put a standard prompt into the chat template as one user turn."""
+    """Wrap a standard prompt in the chat template as one user turn."""
     system_prompt: str | None = None
-    """First message of every conversation that does not bring a system message of its own."""
+    """First message of every conversation without a system message. Default: none."""
     max_prompt_tokens: int | None = Field(None, ge=1)
-    """Longer prompts are an error; the model's context less `rollout.max_new_tokens` when not given."""
+    """Maximum tokens of a prompt; a longer one is an error. Default: the model's context minus `rollout.max_new_tokens`."""
 
 
 class KeepSection(Section):
-    """Which answers are kept for fine-tuning: rejection sampling."""
+    """Rejection sampling: the responses kept for fine-tuning."""
 
     at_least: float = 1.0
-    """Lowest score that is kept. Answers that were cut off are not."""
+    """Minimum score of a kept response. Truncated responses are never kept."""
     per_prompt: int = Field(1, ge=1)
-    """Most answers to a prompt, the best; the same text counts once."""
+    """Maximum kept responses per prompt, the best first; equal texts count once."""
 
 
 class EvaluateConfig(Section):
-    """Everything `rayrlhf evaluate` needs."""
+    """Configuration of `rayrlhf evaluate`."""
 
     run: EvaluateRunSection = EvaluateRunSection()
     model: ModelSection
     data: EvaluateDataSection
     reward: RewardSection
     environment: EnvironmentSection | None = None
-    """What answers the model's turns, as in training; an answer has one turn when not given. Its rewards are the reward
-    function `environment`."""
+    """Environment of multi-turn responses, as in training. Its rewards are the reward function `environment`. Default:
+    responses of one turn."""
     rollout: RolloutSection = RolloutSection()
     temperature: float = Field(0.0, ge=0)
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     samples: int = Field(1, ge=1)
-    """Answers to each prompt; from two on, best-of-k and pass@k are told for k = 1, 2, 4, ... and all."""
+    """Responses per prompt. From 2 on, best-of-k and pass@k are reported for k = 1, 2, 4, ... and all."""
     right_from: float = 1.0
-    """An answer with at least this score is right, for pass@k."""
+    """Minimum score of a correct response, for pass@k."""
     best_by: str | None = None
-    """Part of the reward that best-of-k chooses by, a function's name or `reward_model`; the whole score when not given."""
+    """Part of the reward that best-of-k selects by: a function's name or `reward_model`. Default: the whole score."""
     keep: KeepSection | None = None
-    """Write the best answers to `kept.jsonl`, for `rayrlhf sft`; a chain's later stages name it `${this.dataset}`."""
+    """Write the best responses to `kept.jsonl`, for `rayrlhf sft`. Later stages of a chain refer to it by `${this.dataset}`."""
 
     @model_validator(mode="after")
     def _check_samples(self) -> Self:
         if self.samples > 1 and self.temperature == 0:
-            raise ValueError(f"samples {self.samples} with temperature 0: greedy answers to a prompt are all the same")
+            raise ValueError(f"samples {self.samples} with temperature 0: greedy responses to a prompt are all equal")
         names = [function.name for function in self.reward.functions] + ["reward_model"] * (self.reward.model is not None)
         if self.best_by is not None and self.best_by not in names:
             raise ValueError(f"best_by {self.best_by!r}: expected a part of the reward, one of {', '.join(names)}")
@@ -83,9 +83,9 @@ class EvaluateConfig(Section):
     def _check_environment(self) -> Self:
         paid = any(function.name == "environment" for function in self.reward.functions)
         if paid and self.environment is None:
-            raise ValueError("reward.functions: 'environment' pays what an environment said: give the section environment")
+            raise ValueError("reward.functions: 'environment' needs the section environment")
         if self.keep is not None and self.environment is not None:
             raise ValueError(
-                "keep: SFT would learn an environment's words as if they were answers; leave keep or environment out"
+                "keep: SFT would train on the environment's text as if it were the model's; remove keep or environment"
             )
         return self

@@ -1,11 +1,4 @@
-"""The root of context distillation's configuration file: what the teacher reads beyond the student, and on which responses.
-
-The root of an in-context dataset's configuration file: which examples are shown beside which, and what is learnt of them.
-
-The root of a packing's configuration file: which documents are near each other, and how long a context is.
-
-The root of a k-curve's configuration file: which models answer which questions beside how many demonstrations.
-"""
+"""Root configurations of in-context learning: build, pack, evaluate, distill."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -22,36 +15,35 @@ from rayrlhf.config.tuning.train import DistillationTrainSection
 
 
 class BuildRunSection(Section):
-    """Identity of a build. Its folder is `root/name`."""
+    """Name, folder and seed of a build. Its folder is `root/name`."""
 
     name: str = Field("in-context", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder."""
     root: Path = Path("runs")
-    """Folder that run folders lie in."""
+    """Parent folder of run folders."""
     seed: int = Field(0, ge=0)
-    """Everything random follows from it."""
+    """Seed of everything random in the run."""
 
     @property
     def folder(self) -> Path:
-        """The run folder."""
+        """Run folder."""
         return self.root / self.name
 
 
 class ExamplesSection(PairsSection):
-    """The examples, each a target and a demonstration of others: JSONL, Parquet, a built-in, or a hub name."""
+    """Examples, each of them a target and a demonstration for others."""
 
     task_field: str | None = None
-    """A column whose value is equal for rows of one task; an example is shown only beside those of its own. One task when not
-    given."""
+    """Column with the task of a row; demonstrations have the task of their target. Default: one task."""
 
 
 class DemonstrationsSection(SelectionSection):
-    """Which examples are shown beside a target, and how many."""
+    """Selection and number of the demonstrations of a target."""
 
     least: int = Field(0, ge=0)
-    """Fewest; how many a target gets is drawn evenly from `least` to `most`, so that 0 keeps some samples without any."""
+    """Minimum demonstrations of a target. The number is uniform from `least` to `most`; 0 leaves some samples without any."""
     most: int = Field(8, ge=1)
-    """Most."""
+    """Maximum demonstrations of a target."""
 
     @model_validator(mode="after")
     def _check_fit(self) -> Self:
@@ -61,49 +53,50 @@ class DemonstrationsSection(SelectionSection):
 
 
 class SampleSection(Section):
-    """How target and demonstrations are written down, and what is learnt."""
+    """Layout of target and demonstrations, and the trained tokens."""
 
     layout: Literal["turns", "system", "text"] = "turns"
-    """A user and an assistant turn each, all in the system turn, or plain text for models without a chat template."""
+    """`turns`: a user and an assistant turn per example. `system`: all examples in the system turn. `text`: plain text, for
+    models without a chat template."""
     loss_on: Literal["target", "every"] = "target"
-    """The target's answer, or every answer, which needs `turns`."""
+    """Trained tokens: those of the `target`'s answer, or of `every` answer, which needs `layout: turns`."""
     question: str = "{prompt}\n"
-    """How `system` and `text` write a question; it ends where the answer begins."""
+    """Format of a question under `system` and `text`, up to the start of the answer."""
     separator: str = "\n\n"
-    """What `system` and `text` put between examples."""
+    """Text between examples under `system` and `text`."""
     max_tokens: int = Field(1024, ge=2)
-    """Most tokens of a sample with its answer; where more were drawn, the farthest demonstrations go first."""
+    """Maximum tokens of a sample with its answer. Above it the farthest demonstrations are dropped first."""
 
     @model_validator(mode="after")
     def _check_fit(self) -> Self:
         if self.loss_on == "every" and self.layout != "turns":
-            raise ValueError(f"loss_on every needs layout turns, found {self.layout}, which marks no answers apart")
+            raise ValueError(f"loss_on every needs layout turns, found {self.layout}, which does not separate answers")
         if "{prompt}" not in self.question:
-            raise ValueError("question has no {prompt} in it, where the prompt goes")
+            raise ValueError("question has no {prompt}, the place of the prompt")
         return self
 
 
 class BuildPipelineSection(Section):
-    """Processes, and how work is cut."""
+    """Processes of a build, and size of its parts."""
 
     rows_per_part: int = Field(1024, ge=1)
-    """Rows of one part file: what a process makes at once, and the most that a crash makes it do again."""
+    """Rows per part file: the batch of a process, and the maximum work that a crash repeats."""
     builders: int | None = Field(None, ge=1)
-    """Processes that retrieve and write samples; one a CPU when not given. They share one memory-mapped index."""
+    """Processes that retrieve and write samples; they share one memory-mapped index. Default: one per CPU."""
     max_restarts: int = Field(5, ge=0)
-    """How often a process that died is started again before the run gives up."""
+    """Restarts of a process before the run fails."""
     stall_seconds: float = Field(1800.0, gt=0)
-    """Give up when nothing makes progress for so long."""
+    """Seconds without progress after which the run fails."""
     address: str | None = None
-    """Ray address; a job's own cluster, or a new local one, when not given."""
+    """Ray address. Default: the cluster of the job, or a new local one."""
 
 
 class ICLBuildConfig(Section):
-    """Everything `rayrlhf icl build` needs."""
+    """Configuration of `rayrlhf icl build`."""
 
     run: BuildRunSection = BuildRunSection()
     model: ModelSection
-    """Whose tokenizer and chat template count tokens; no weights are loaded."""
+    """Model whose tokenizer and chat template count tokens; no weights are loaded."""
     data: ExamplesSection
     demonstrations: DemonstrationsSection = DemonstrationsSection()
     sample: SampleSection = SampleSection()
@@ -111,36 +104,36 @@ class ICLBuildConfig(Section):
 
 
 class PackRunSection(Section):
-    """Identity of a packing. Its folder is `root/name`."""
+    """Name, folder and seed of a packing. Its folder is `root/name`."""
 
     name: str = Field("packed", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder."""
     root: Path = Path("runs")
-    """Folder that run folders lie in."""
+    """Parent folder of run folders."""
     seed: int = Field(0, ge=0)
-    """Of the order by lot, the baseline."""
+    """Seed of the random order, the baseline."""
 
     @property
     def folder(self) -> Path:
-        """The run folder."""
+        """Run folder."""
         return self.root / self.name
 
 
 class DocumentsSection(Section):
-    """The documents: JSONL, Parquet, a built-in, or a hub name."""
+    """Documents: JSONL, Parquet, a built-in, or a hub name."""
 
     path: str
-    """Also a folder in the hub's layout, or one that `save_to_disk` of the `datasets` package wrote."""
+    """File, built-in or hub name; also a folder in the hub's layout, or of `save_to_disk` of the `datasets` package."""
     split: str = "train"
-    """Of a hub or built-in dataset."""
+    """Split of a hub or built-in dataset."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
     text_field: str = "text"
-    """A document's text."""
+    """Column with the text of a document."""
     limit: int | None = Field(None, ge=1)
-    """Use only the first n rows."""
+    """Maximum number of rows; the first ones are used. Default: all."""
     max_rejected_share: float = Field(0.01, ge=0, le=1)
-    """Stop when more than this share of the rows is unusable, for example empty; fewer are left out and counted."""
+    """Maximum share of unusable rows, such as empty ones; above it the run fails. Fewer are dropped and counted."""
 
     def examples(self) -> ExamplesSection:
         """Return the same dataset as examples without an answer."""
@@ -149,67 +142,67 @@ class DocumentsSection(Section):
             split=self.split,
             subset=self.subset,
             prompt_field=self.text_field,
-            response_field="",  # Whatever a document's other columns hold is no answer.
+            response_field="",  # The other columns of a document are no answers.
             limit=self.limit,
             max_rejected_share=self.max_rejected_share,
         )
 
 
 class NeighborsSection(Section):
-    """Which documents are near each other."""
+    """Neighbors of a document."""
 
     by: Literal["bm25", "nearest"] = "bm25"
-    """The words that documents share, or the cosine of `encoder`'s vectors."""
+    """Similarity: `bm25` by shared words, `nearest` by the cosine of `encoder`'s vectors."""
     count: int = Field(10, ge=1)
-    """Neighbours a document is joined to; each joins both."""
+    """Neighbors that a document is linked to; links are symmetric."""
     query_words: int = Field(32, ge=1)
-    """Of `bm25`: a document asks with this many of its words, the rarest, since common ones cost most and say least."""
+    """Query words of `bm25`: the rarest ones of the document, because common ones cost the most and discriminate the least."""
     encoder: str | None = None
-    """Of `nearest`: a folder, hub name or built-in. It reads the first 256 tokens."""
+    """Encoder of `by: nearest`: a folder, hub name or built-in. It reads the first 256 tokens."""
     pooling: Literal["mean", "cls"] | None = None
-    """How the encoder's states become a vector; the encoder's folder says it when not given."""
+    """Pooling of the encoder's states. Default: that of the encoder's folder."""
     resemblance: float = Field(0.8, gt=0, le=1)
-    """From this resemblance on (Jaccard index of three-word shingles) the later of two documents is left out, as a copy."""
+    """Minimum Jaccard index of three-word shingles of copies; the later of two copies is dropped."""
     resembling_words: int = Field(8, ge=1)
-    """Documents with fewer words are left out only if all their words are equal."""
+    """Minimum words of a document that is compared by resemblance; shorter copies need equal words."""
 
     @model_validator(mode="after")
     def _check_encoder(self) -> Self:
         if (self.encoder is not None) != (self.by == "nearest"):
-            raise ValueError("encoder and by nearest belong together: give both or neither")
+            raise ValueError("encoder and by nearest belong together: set both or neither")
         return self
 
 
 class ICLPackConfig(Section):
-    """Everything `rayrlhf icl pack` needs."""
+    """Configuration of `rayrlhf icl pack`."""
 
     run: PackRunSection = PackRunSection()
     model: ModelSection
-    """Whose tokenizer makes the tokens; no weights are loaded."""
+    """Model whose tokenizer encodes documents; no weights are loaded."""
     data: DocumentsSection
     neighbors: NeighborsSection = NeighborsSection()
     context: int = Field(2048, ge=2)
-    """Tokens of a context, as long as `data.max_length` of the training that reads it. Every document ends with the
-    end-of-sequence token."""
+    """Tokens per context, equal to `data.max_length` of the training on it. Every document ends with the end-of-sequence
+    token."""
     pipeline: BuildPipelineSection = BuildPipelineSection()
 
 
 class CurveRunSection(BuildRunSection):
-    """Identity of an evaluation. Its folder is `root/name`."""
+    """Name, folder and seed of an evaluation. Its folder is `root/name`."""
 
     name: str = Field("k-curve", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder."""
 
 
 class ShotsSection(SelectionSection):
-    """Which demonstrations are shown, how many of them, and how they are spoiled to see what they teach."""
+    """Numbers and ablations of demonstrations."""
 
     counts: list[int] = Field([0, 1, 2, 4, 8], min_length=1)
-    """Numbers of demonstrations, each a point of the curve; those of a smaller one are among those of a larger one."""
+    """Numbers of demonstrations, one point of the curve each. A larger number includes the demonstrations of a smaller one."""
     ablations: list[Literal["none", "flip", "format"]] = Field(["none"], min_length=1)
-    """`none` shows them as they are, `flip` exchanges answers by a fixed rule, `format` draws them at random."""
+    """Changes to the demonstrations. `none`: unchanged. `flip`: answers exchanged by a fixed rule. `format`: random answers."""
     seeds: int = Field(3, ge=1)
-    """How often everything is asked with other draws; once where nothing is drawn."""
+    """Repetitions with different random draws; 1 if nothing is random."""
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
@@ -221,83 +214,83 @@ class ShotsSection(SelectionSection):
 
     @property
     def draws(self) -> int:
-        """Seeds that make a difference."""
+        """Number of different random draws."""
         return self.seeds if self.selection == "random" or "format" in self.ablations else 1
 
 
 class ICLEvaluateConfig(Section):
-    """Everything `rayrlhf icl evaluate` needs."""
+    """Configuration of `rayrlhf icl evaluate`."""
 
     run: CurveRunSection = CurveRunSection()
     models: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], ModelSection] = Field(min_length=1)
-    """Name on the curve, and of folders -> model."""
+    """Models by name; the name is used on the curve and for folders."""
     data: ExamplesSection
-    """The questions."""
+    """Questions."""
     pool: ExamplesSection | None = None
-    """Where demonstrations come from; the questions' own dataset when not given."""
+    """Dataset of the demonstrations. Default: that of the questions."""
     demonstrations: ShotsSection = ShotsSection()
     context: ContextSection = ContextSection()
     generate: GenerateSection = GenerateSection()
     metric: Literal["accuracy", "bleu", "reward"] = "accuracy"
-    """Of an answer: whether it is the example's (white space, case and compatible characters aside), its sentence BLEU, or
-    `reward`."""
+    """Score of an answer: `accuracy`, equality with the example's up to white space, case and compatible characters; `bleu`,
+    its sentence BLEU; or `reward`."""
     reward: RewardSection | None = None
-    """Functions that score an answer, of `metric: reward`; they get the row's other fields as columns."""
+    """Reward functions of `metric: reward`; they get the other fields of the row as columns."""
     pipeline: PipelineSection = PipelineSection()
 
     @model_validator(mode="after")
     def _check_metric(self) -> Self:
         if (self.reward is not None) != (self.metric == "reward"):
-            raise ValueError("reward and metric reward belong together: give both or neither")
+            raise ValueError("reward and metric reward belong together: set both or neither")
         if self.reward is not None and self.reward.model is not None:
-            raise ValueError("reward.model is not read: an answer is scored by functions")
+            raise ValueError("reward.model has no effect: answers are scored by functions; remove it")
         return self
 
 
 class DistillRunSection(BuildRunSection):
-    """Identity of a distillation. Its folder is `root/name`."""
+    """Name, folder and seed of a distillation. Its folder is `root/name`."""
 
     name: str = Field("distilled", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder."""
 
 
 class TeacherSection(SelectionSection):
-    """What the teacher reads and the student does not: demonstrations, an instruction, or both."""
+    """Context of the teacher: demonstrations, an instruction, or both."""
 
     demonstrations: int = Field(8, ge=0)
-    """Examples before the question; 0 for an instruction alone."""
+    """Examples before the question; 0 with an instruction alone."""
     instruction: str | None = None
-    """First words of the system turn, or of the text."""
+    """Start of the system turn, or of the text. Default: none."""
     responses: Literal["given", "sampled"] = "given"
-    """What both are compared on: the examples' own answers, or answers that the teacher samples beside its context."""
+    """Compared responses: the examples' own answers (`given`), or samples of the teacher with its context (`sampled`)."""
     temperature: float = Field(1.0, ge=0)
-    """Of sampled responses; 0 is greedy."""
+    """Temperature of sampled responses; 0 is greedy."""
     max_context_tokens: int = Field(1024, ge=2)
-    """Most tokens of what the teacher reads before its answer; the farthest demonstrations go first."""
+    """Maximum tokens of the teacher's context. Above it the farthest demonstrations are dropped first."""
 
     @model_validator(mode="after")
     def _check_context(self) -> Self:
         if not self.demonstrations and self.instruction is None:
-            raise ValueError("the teacher reads no more than the student: give demonstrations above 0, an instruction, or both")
+            raise ValueError("the teacher has no further context: set demonstrations above 0, an instruction, or both")
         return self
 
 
 class ICLDistillConfig(Section):
-    """Everything `rayrlhf icl distill` needs."""
+    """Configuration of `rayrlhf icl distill`."""
 
     run: DistillRunSection = DistillRunSection()
     model: ModelSection
-    """Teacher and student both begin with it; the teacher stays as it is."""
+    """Initial model of teacher and student; the teacher is not trained."""
     data: ExamplesSection
-    """The prompts; with answers where `teacher.responses` is `given`, or demonstrations come from here."""
+    """Prompts; with answers if `teacher.responses` is `given` or demonstrations come from this dataset."""
     pool: ExamplesSection | None = None
-    """Where demonstrations come from; the prompts' own dataset when not given."""
+    """Dataset of the demonstrations. Default: that of the prompts."""
     teacher: TeacherSection = TeacherSection()
     context: ContextSection = ContextSection()
     generate: GenerateSection = GenerateSection()
-    """Of sampled responses; `max_new_tokens` bounds given ones too, and longer ones are left out and counted."""
+    """Generation of sampled responses. `max_new_tokens` also bounds given ones; longer ones are dropped and counted."""
     evaluation_share: float | None = Field(None, gt=0, lt=1)
-    """Share of the prompts held out to measure the KL on; none when not given."""
+    """Share of the prompts held out to measure the KL. Default: none."""
     train: DistillationTrainSection = DistillationTrainSection()
     evaluation: SupervisedEvaluationSection = SupervisedEvaluationSection()
     checkpoint: SupervisedCheckpointSection = SupervisedCheckpointSection()

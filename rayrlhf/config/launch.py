@@ -1,6 +1,6 @@
-"""The cluster a run is planned for: machines, image, storage. No part of a run's own configuration.
+"""Cluster of a launch plan, and rates of a simulated run.
 
-What a simulated run is made of: rates that were measured somewhere, a cluster's size, lengths, failures.
+Neither is part of a run's own configuration.
 """
 
 from pathlib import Path
@@ -14,90 +14,94 @@ Name = r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$"
 
 
 class NodeSection(Section):
-    """The machines that do the work; all are alike."""
+    """Worker nodes; all are equal."""
 
     count: int = Field(1, ge=1)
+    """Number of nodes."""
     gpus: int = Field(0, ge=0)
-    """GPUs of one node."""
+    """GPUs per node."""
     gpu_memory_gib: float = Field(80.0, gt=0)
-    """Memory of one GPU."""
+    """Memory of a GPU, in GiB."""
     cpus: int = Field(4, ge=1)
-    """CPU cores of one node that Ray may use."""
+    """CPU cores per node that Ray may use."""
     memory_gib: float | None = Field(None, gt=0)
-    """Main memory of one node; 16 GiB and 128 more for every GPU when not given."""
+    """Main memory per node, in GiB. Default: 16, plus 128 per GPU."""
 
     @property
     def main_memory_gib(self) -> float:
-        """Main memory of one node, assumed where it was not given."""
+        """Main memory per node, in GiB."""
         return self.memory_gib or 16.0 + 128.0 * self.gpus
 
 
 class StorageSection(Section):
-    """Folders that all nodes see."""
+    """Folders shared by all nodes."""
 
     runs: Path = Path("/runs")
-    """Where run folders are written; a shared file system, so that a run resumes on another node."""
+    """Parent of run folders, on a shared file system, so that a run resumes on another node."""
     models: Path = Path("/models")
     """Cache of downloaded models."""
     runs_claim: str = Field("rayrlhf-runs", pattern=Name)
-    """Kubernetes: the ReadWriteMany claim behind `runs`."""
+    """Kubernetes: ReadWriteMany claim of `runs`."""
     models_claim: str = Field("rayrlhf-models", pattern=Name)
-    """Kubernetes: the claim behind `models`."""
+    """Kubernetes: claim of `models`."""
 
 
 class KubernetesSection(Section):
-    """What only KubeRay needs."""
+    """Settings of KubeRay."""
 
     namespace: str = Field("rayrlhf", pattern=Name)
+    """Kubernetes namespace."""
     queue: str | None = Field(None, pattern=Name)
-    """A Kueue LocalQueue: the job waits until all of its pods fit at once."""
+    """Kueue LocalQueue, in which the job waits until all of its pods fit at once. Default: none."""
     token_secret: str = Field("rayrlhf-ray-token", pattern=Name)
     """Secret with the key `auth_token`."""
     grace_seconds: int = Field(600, ge=30)
-    """How long a pod may take to end: a step and a checkpoint."""
+    """Maximum seconds for a pod to end: a step and a checkpoint."""
     retries: int = Field(3, ge=0)
-    """New clusters after a failure; each resumes the run."""
+    """Maximum new clusters after failures; each resumes the run."""
     interactive: bool = False
-    """A RayCluster that stays, instead of a RayJob that ends."""
+    """Create a persistent RayCluster instead of a RayJob."""
 
 
 class CloudSection(Section):
-    """What only `ray up` needs."""
+    """Settings of `ray up`."""
 
     provider: Literal["aws", "gcp", "local"] = "aws"
+    """Cloud provider; `local` takes existing machines."""
     region: str = Field("us-west-2", min_length=1)
-    """AWS region or GCP region."""
+    """Region of AWS or GCP."""
     zone: str = Field("us-west-2a", min_length=1)
     """Availability zone."""
     project: str | None = None
-    """GCP project; needed there."""
+    """GCP project; required for `gcp`."""
     head_type: str = Field("m6i.2xlarge", min_length=1)
-    """Machine type of the head, which trains nothing."""
+    """Machine type of the head node, which does not train."""
     worker_type: str = Field("m6i.4xlarge", min_length=1)
-    """Machine type of the nodes."""
+    """Machine type of the worker nodes."""
     hosts: list[str] = Field(default_factory=list)
-    """`local`: addresses, the head first, then one for each node."""
+    """Addresses of `provider: local`: the head, then one per node."""
     user: str = Field("ubuntu", min_length=1)
-    """Who `ray up` logs in as."""
+    """Login user of `ray up`."""
 
 
 class SlurmSection(Section):
-    """What only Slurm needs."""
+    """Settings of Slurm."""
 
     partition: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$")
+    """Slurm partition. Default: the cluster's own."""
     time: str = Field("24:00:00", pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")
     """Wall time of the job, [days-]hours:minutes:seconds."""
     environment: str = Field(".venv", pattern=r"^[A-Za-z0-9_./-]+$")
-    """Folder of the virtual environment, seen by all nodes; also where `ray up` looks for it on machines that are there."""
+    """Folder of the virtual environment, shared by all nodes; also used by `ray up` with `provider: local`."""
 
 
 class ClusterConfig(Section):
-    """Everything `rayrlhf plan --cluster` reads."""
+    """Configuration of `rayrlhf plan --cluster`."""
 
     name: str = Field("rayrlhf", pattern=Name)
-    """First part of the names of what is made."""
+    """Prefix of the names of created resources."""
     image: str = Field("ghcr.io/example/rayrlhf:0.2.0-cpu", pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$")
-    """Container image for head and nodes, made from `cluster/Dockerfile`; replace it by your own."""
+    """Container image of head and nodes, built from `cluster/Dockerfile`; replace it by your own."""
     nodes: NodeSection = NodeSection()
     storage: StorageSection = StorageSection()
     kubernetes: KubernetesSection = KubernetesSection()
@@ -106,48 +110,49 @@ class ClusterConfig(Section):
 
 
 class LengthSection(Section):
-    """Response lengths: log-normal, cut at `rollout.max_new_tokens` of the simulated run. A spread of 0 makes all equal."""
+    """Log-normal response lengths, truncated at `rollout.max_new_tokens`."""
 
     median: float = Field(256.0, gt=0)
-    """In tokens."""
+    """Median length, in tokens."""
     spread: float = Field(0.8, ge=0)
-    """Standard deviation of the logarithm; long-tailed reasoning has 1 and more."""
+    """Standard deviation of the logarithm. 0 makes all lengths equal; long-tailed reasoning has 1 and more."""
 
 
 class RateSection(Section):
-    """How fast the parts are. A run's metrics have them: `time/*` and `speed/*`."""
+    """Measured rates, from the metrics `time/*` and `speed/*` of a run."""
 
     token_seconds: float = Field(0.02, gt=0)
-    """Time of one token of one response, on a replica with all its places taken."""
+    """Seconds per token of a response, on a fully occupied replica."""
     score_tokens: float = Field(100_000.0, gt=0)
-    """Tokens a second through reward, reference, critic and old log-probs together."""
+    """Tokens per second of scoring: reward, reference, critic and old log-probs together."""
     update_tokens: float = Field(20_000.0, gt=0)
-    """Tokens a second through an update, all epochs included, all ranks together."""
+    """Tokens per second of an update, including all epochs, over all ranks."""
     sync_seconds: float = Field(1.0, ge=0)
-    """Time in which a weight sync keeps all replicas from sampling."""
+    """Seconds of a weight sync, during which no replica samples."""
     prompt_tokens: float = Field(128.0, ge=0)
-    """Tokens of a prompt; scored and trained with the response, free to sample."""
+    """Tokens per prompt; they are scored and trained with the response, and cost nothing to sample."""
 
 
 class FailureSection(Section):
-    """Replicas that die now and then."""
+    """Failures of rollout replicas."""
 
     hours_between: float | None = Field(None, gt=0)
-    """Mean time between failures of one replica, in hours; none when not given."""
+    """Mean time between failures of one replica, in hours. Default: no failures."""
     rebuild_seconds: float = Field(120.0, ge=0)
-    """Time until another process serves in its place."""
+    """Seconds until the replica is restarted."""
 
 
 class SimulationConfig(Section):
-    """Everything `rayrlhf plan --simulate` needs beside the run's own configuration."""
+    """Configuration of `rayrlhf plan --simulate`, in addition to the run's."""
 
     steps: int = Field(20, ge=2)
-    """PPO steps to simulate; the first only fills the pipeline and is not in the averages."""
+    """Steps to simulate. The first one fills the pipeline and is not averaged."""
     replicas: int | None = Field(None, ge=1)
-    """Rollout replicas; `rollout.replicas` when not given."""
+    """Rollout replicas. Default: `rollout.replicas`."""
     max_staleness: int | None = Field(None, ge=0)
-    """Weight versions that a response may be behind when it is trained on; `async.max_staleness` of the run when not given."""
+    """Maximum staleness in weight versions. Default: `async.max_staleness` of the run."""
     lengths: LengthSection = LengthSection()
     rates: RateSection = RateSection()
     failures: FailureSection = FailureSection()
     seed: int = 0
+    """Seed of lengths and failures."""

@@ -36,7 +36,7 @@ def check_name(key: str, name: str, known: Iterable[str], noun: str = "function"
 
 
 class PolicyLossSection(Section):
-    """The loss that the policy minimizes. `name` selects the loss and thereby the other keys and their defaults."""
+    """Policy loss. `name` selects the loss, its other keys and their defaults."""
 
     renamed_keys: ClassVar = {"normalisation": "loss_aggregation", "normalisation_length": "loss_aggregation_length"}
     kind: ClassVar[str] = "ppo"
@@ -55,7 +55,7 @@ class PolicyLossSection(Section):
 
     @classmethod
     def matches(cls, value: Any) -> bool:
-        """Return True where a tree of settings belongs to this section and not to that of another loss."""
+        """Return True where settings belong to the section of this loss."""
         return cls is PolicyLossSection or loss_kind(value) == cls.kind
 
     @property
@@ -197,7 +197,7 @@ class PluginLossSection(PolicyLossSection):
 
 
 def loss_kind(value: Any) -> str:
-    """Return the tag of the section that a tree of settings or a section belongs to."""
+    """Return the section's tag of a tree of settings or of a section."""
     if isinstance(value, PolicyLossSection):
         return value.kind
     name = value.get("name", "ppo") if isinstance(value, dict) else "ppo"

@@ -1,4 +1,4 @@
-"""The root of a PPO configuration file, and the checks that span sections."""
+"""Root of a PPO configuration file, and checks across its sections."""
 
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class PPOConfig(Section):
-    """Everything `rayrlhf ppo` needs."""
+    """Configuration of `rayrlhf ppo`."""
 
     renamed_keys: ClassVar = {"warmup": "sft_warmup"}
 
@@ -39,16 +39,16 @@ class PPOConfig(Section):
     critic: CriticSection = CriticSection()
     reward: PPORewardSection
     environment: EnvironmentSection | None = None
-    """What answers the policy's turns; responses have one turn when not given. Its rewards are the reward function
-    `environment`."""
+    """Environment of multi-turn responses. Its rewards are the reward function `environment`. Default: responses of one
+    turn."""
     data: DataSection
     rollout: RolloutSection = RolloutSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     asynchronous: AsyncSection = Field(AsyncSection(), alias="async")
-    """How far sampling runs ahead of training."""
+    """Asynchronous sampling ahead of training."""
     train: TrainSection = TrainSection()
     sft_warmup: SFTWarmupSection | None = None
-    """A short supervised start; none when not given."""
+    """SFT warm-up before the first step. Default: none."""
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     recovery: RecoverySection = RecoverySection()
@@ -58,17 +58,17 @@ class PPOConfig(Section):
 
     @property
     def samples_per_step(self) -> int:
-        """Responses sampled in one step."""
+        """Responses per step."""
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
 
     @property
     def mini_batch_size(self) -> int:
-        """Samples in one optimizer step, over all ranks."""
+        """Samples per optimizer step, over all ranks."""
         return self.train.mini_batch_size or self.samples_per_step
 
     @property
     def updates_per_step(self) -> int:
-        """Optimizer steps of one model in one step, unless the epochs stop early."""
+        """Optimizer steps of one model per step, unless early stopping ends the epochs."""
         return self.train.epochs * (self.samples_per_step // self.mini_batch_size)
 
     @property
@@ -81,17 +81,17 @@ class PPOConfig(Section):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether any part of the objective reads reference log-probs."""
+        """True if the objective reads reference log-probs."""
         return self.algorithm.kl.coefficient > 0
 
     @property
     def needs_greedy(self) -> bool:
-        """Whether the advantage estimator reads the score of a greedy response to each prompt."""
+        """True if the advantage estimator reads the score of a greedy response."""
         return _advantage_method(self).greedy
 
     @property
     def reference_in_policy(self) -> bool:
-        """Whether the policy without its adapters serves as the reference."""
+        """True if the policy without its adapters serves as the reference."""
         return self.needs_reference and self.model.lora is not None and self.reference.model is None
 
     @model_validator(mode="after")
@@ -138,7 +138,7 @@ class PPOConfig(Section):
             )
         if method.greedy and (shaping.scale or shaping.center):
             raise ValueError(
-                f"algorithm.shaping.scale and center move the scores away from the greedy response's, which is the baseline of "
+                f"algorithm.shaping.scale and center shift scores relative to the greedy response, which is the baseline of "
                 f"algorithm.advantage.estimator '{name}': switch them off"
             )
         return self
@@ -154,7 +154,7 @@ class PPOConfig(Section):
 
     @property
     def trains_without_demonstrations(self) -> bool:
-        """Whether what is trained reads prompts without the demonstrations that the sampler reads."""
+        """True if trained models read prompts without the rollout engine's demonstrations."""
         shown = self.rollout.demonstrations
         return shown is not None and shown.train_with == "without_demonstrations"
 
@@ -164,7 +164,7 @@ class PPOConfig(Section):
         if shown is None:
             return self
         if self.environment is not None:
-            raise ValueError("rollout.demonstrations: an environment opens its own conversation; leave one of them out")
+            raise ValueError("rollout.demonstrations: an environment starts its own conversation; remove one of them")
         if (shown.context.layout == "text") == self.data.chat:
             wanted = "turns or system" if self.data.chat else "text"
             raise ValueError(
@@ -174,7 +174,7 @@ class PPOConfig(Section):
         if self.trains_without_demonstrations and self.algorithm.off_policy_correction.level != "none":
             raise ValueError(
                 f"algorithm.off_policy_correction.level '{self.algorithm.off_policy_correction.level}' compares with the "
-                "engine, which reads another context with rollout.demonstrations.train_with 'without_demonstrations': "
+                "rollout engine, which reads another context with rollout.demonstrations.train_with 'without_demonstrations': "
                 "expected 'none'"
             )
         return self
@@ -188,8 +188,8 @@ class PPOConfig(Section):
             raise ValueError(f"async.max_staleness {staleness} cannot repeat bit for bit: set run.determinism to 'fast'")
         if self.rollout.refill_rounds:
             raise ValueError(
-                f"async.max_staleness {staleness} issues whole steps ahead, before it is known what rollout.refill_rounds "
-                f"{self.rollout.refill_rounds} would replace: set one of them to 0"
+                f"async.max_staleness {staleness} samples whole steps ahead, before rollout.refill_rounds "
+                f"{self.rollout.refill_rounds} can replace prompts: set one of them to 0"
             )
         if "level" not in self.algorithm.off_policy_correction.model_fields_set and not self.trains_without_demonstrations:
             # As with the critic: a default that follows another section.
@@ -209,7 +209,9 @@ class PPOConfig(Section):
                 "policy trains cannot sleep; switch one of them off"
             )
         if self.placement.mode == "disaggregated":
-            raise ValueError("rollout.sleep: nobody shares the devices of the replicas with placement.mode 'disaggregated'")
+            raise ValueError(
+                "rollout.sleep has no effect with placement.mode 'disaggregated', where replicas share no devices: remove it"
+            )
         return self
 
     @model_validator(mode="after")
@@ -257,12 +259,12 @@ class PPOConfig(Section):
         paid = any(function.name == "environment" for function in self.reward.functions)
         if self.environment is None:
             if paid:
-                raise ValueError("reward.functions: 'environment' pays what an environment said: give the section environment")
+                raise ValueError("reward.functions: 'environment' needs the section environment")
             return self
         if self.needs_greedy:
             name = self.algorithm.advantage.estimator
             raise ValueError(
-                f"algorithm.advantage.estimator '{name}' compares with a greedy sample, which an environment may fail to play: "
+                f"algorithm.advantage.estimator '{name}' needs a greedy sample, which may fail in an environment: "
                 "choose another"
             )
         shaping = self.algorithm.shaping

@@ -1,4 +1,4 @@
-"""What a response is worth."""
+"""Reward functions and reward models."""
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -10,83 +10,82 @@ from rayrlhf.config.section import Section
 
 
 class RewardFunctionSection(Section):
-    """One reward function: a registered name, or `module:function`, or `path/to/file.py:function`."""
+    """One reward function and its weight."""
 
     name: str
-    """Registered name, `module:function` or `path/to/file.py:function`."""
+    """Registered name, `module:function` or `path/to/file.py:function` (relative to the working directory)."""
     weight: float = 1.0
-    """Of its part in the sum."""
+    """Weight of this part in the score."""
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments bound to the function."""
+    """Keyword arguments of the function."""
     cache: bool = False
-    """Remember values by content. Only for a function whose value for a sample depends on that sample's prompt, response and
-    columns alone: no chance, no clock, no other sample of the batch."""
+    """Cache scores by content. Valid only for a function whose score depends on the sample's prompt, response and columns
+    alone: no randomness, no clock, no other sample of the batch."""
     per: Literal["response", "token", "turn"] = "response"
-    """What the function returns a number for: each `response`, or a list of numbers per response, one for each `token`, or for
-    each `turn` (a stretch of sampled tokens). The score counts their sum; an estimator that reads token rewards, as `gae` does,
-    sees each at its token or at the last token of its turn."""
+    """Granularity of the rewards: one number per `response`, or per response a list with one number per `token` or per `turn`
+    (a segment of sampled tokens). The score has their sum. An estimator that reads token rewards, such as `gae`, gets each at
+    its token or at the last token of its turn."""
 
     @model_validator(mode="after")
     def _check_cache(self) -> Self:
         if self.cache and self.per != "response":
-            raise ValueError(f"cache: true remembers one number a response, and the function pays per {self.per}")
+            raise ValueError(f"cache: true stores one score per response, but the function scores per {self.per}")
         return self
 
 
 class RewardModelSection(Section):
-    """A scalar-head model that scores text, with its own tokenizer and template; or several of them as one."""
+    """Reward model: a scalar-head model with its own tokenizer, or an ensemble of them."""
 
     renamed_keys: ClassVar = {"normalise": "normalize"}
 
     model: ModelSection
     members: list[ModelSection] = Field(default_factory=list)
-    """More models of the same kind, each with its own tokenizer; the reward is the mean over `model` and these."""
+    """Further models of an ensemble, each with its own tokenizer. The reward is the mean over `model` and these."""
     uncertainty: float = Field(0.0, ge=0)
-    """Standard deviations over the members that are taken off their mean."""
+    """Penalty for disagreement: multiples of the standard deviation over the members, subtracted from their mean."""
     weight: float = 1.0
-    """Of its part in the sum."""
+    """Weight of this part in the score."""
     template: str | None = None
-    """Text given to the model, with `{prompt}` and `{response}`. When not given: the format that `rayrlhf reward` stored with
-    the model (system prompt, end of sequence), or the chat template of its tokenizer."""
+    """Text that the model scores, with `{prompt}` and `{response}`. Default: the format that `rayrlhf reward` stored with the
+    model (system prompt, end of sequence), or the chat template of its tokenizer."""
     max_length: int = Field(1024, ge=1)
-    """Longest text in tokens."""
+    """Maximum tokens of the scored text."""
     normalize: bool = False
-    """Shift and scale rewards to mean 0 and spread 1 by the statistics that `rayrlhf reward` stored with the model; each
-    member by its own."""
+    """Shift and scale rewards to mean 0 and standard deviation 1 by the statistics that `rayrlhf reward` stored with each
+    model."""
     offload: bool = False
-    """Keep the weights in main memory and copy them to the GPU only while responses are scored; on a CPU nothing changes."""
+    """Keep the weights in main memory and copy them to the GPU for scoring only. No effect on a CPU."""
 
     @property
     def models(self) -> list[ModelSection]:
-        """All members."""
+        """All models of the ensemble."""
         return [self.model, *self.members]
 
     @model_validator(mode="after")
     def _check_ensemble(self) -> Self:
         if self.uncertainty and not self.members:
-            raise ValueError("uncertainty needs members: one model alone does not disagree with itself")
+            raise ValueError("uncertainty has no effect without members: one model has no disagreement")
         return self
 
     @model_validator(mode="after")
     def _check_template(self) -> Self:
         if self.template is not None and "{response}" not in self.template:
-            raise ValueError("template has no {response} in it, where the response goes")
+            raise ValueError("template has no {response}, the place of the response")
         return self
 
 
 class RewardSection(Section):
-    """A response's score is the weighted sum of all functions and the reward model."""
+    """Score of a response: the weighted sum of all functions and the reward model."""
 
     functions: list[RewardFunctionSection] = Field(default_factory=list)
-    """Functions whose values are added up."""
+    """Reward functions; their weighted values are added."""
     model: RewardModelSection | None = None
     timeout_seconds: float = Field(120.0, gt=0)
-    """Longest time an asynchronous function may take; one that is not is bounded by `deadlines.score`."""
+    """Maximum seconds of an asynchronous function. Synchronous ones are bounded by `deadlines.score`."""
     memory_gib: float | None = Field(None, gt=0)
-    """Most memory, in GiB, that the functions may take while they score, beyond what their process holds; no bound when not
-    given."""
+    """Maximum memory, in GiB, that functions may allocate while scoring, beyond that of their process. Default: no bound."""
     files: list[Path] = Field(default_factory=list)
-    """Python files to import first, so that they can register functions of their own."""
+    """Python files to import first; they may register functions."""
 
     @property
     def configured(self) -> bool:
@@ -96,13 +95,13 @@ class RewardSection(Section):
     @model_validator(mode="after")
     def _check_sources(self) -> Self:
         if not self.configured and not getattr(self, "given_by_loop", False):
-            raise ValueError("give at least one of reward.functions and reward.model")
+            raise ValueError("expected at least one of reward.functions and reward.model")
         return self
 
 
 class PPORewardSection(RewardSection):
-    """The reward of a PPO run; a loop of your own may give it instead."""
+    """Reward of a PPO run, or of a loop of your own."""
 
     given_by_loop: bool = False
-    """True: the loop passes its own rewards to `PPOTrainer.step`, and functions and model may be left out. Not for `rayrlhf
-    ppo`, whose built-in loop has none to pass."""
+    """true: a loop of your own passes rewards to `PPOTrainer.step`, and functions and model may be missing. Not for `rayrlhf
+    ppo`, whose built-in loop needs them."""

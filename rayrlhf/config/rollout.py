@@ -1,7 +1,4 @@
-"""How responses are sampled.
-
-What the policy talks to between its turns.
-"""
+"""Rollouts: sampling, and the environment of multi-turn responses."""
 
 from typing import Any, Literal, Self
 
@@ -13,39 +10,37 @@ from rayrlhf.plugins import did_you_mean
 
 
 class EnvironmentSection(Section):
-    """An environment that answers the policy's turns.
+    """Environment or agent of multi-turn responses.
 
-    All turns of a sample, with what the environment says between them, are one response of at most `rollout.max_new_tokens`
-    tokens.
+    All turns of a sample, with the observations between them, are one response of at most `rollout.max_new_tokens` tokens.
     """
 
     name: str
-    """`calculator`, `guessing`, `module:Class` or `path/to/file.py:Class`; or an agent that asks the policy by HTTP: `program`,
-    `module:function` or `path/to/file.py:function`."""
+    """Environment: `calculator`, `guessing`, `module:Class` or `path/to/file.py:Class`. Or an agent that calls the policy by
+    HTTP: `program`, `module:function` or `path/to/file.py:function`."""
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the class, which is made anew for each sample, or of the agent's function."""
+    """Keyword arguments of the class, which is constructed for each sample, or of the agent's function."""
     max_turns: int = Field(8, ge=1)
-    """Turns of the policy; a sample that is not done by then counts as cut off. An agent is refused further ones."""
+    """Maximum turns of the policy. A sample that is not done by then counts as truncated; further requests of an agent are
+    refused."""
     max_turn_tokens: int | None = Field(None, ge=1)
-    """Longest turn in tokens; the environment sees a turn that was cut here. As much as the response has room for when not
-    given."""
+    """Maximum tokens of a turn; the environment receives the truncated turn. Default: the remaining tokens of the response."""
     timeout_seconds: float = Field(30.0, gt=0)
-    """Longest time that one answer of the environment may take, or an agent until its next request."""
+    """Maximum seconds of one environment step, or between two requests of an agent."""
     retries: int = Field(1, ge=0)
-    """How often a sample whose environment failed or overran is played again from its start, with the same seeds."""
+    """Retries of a sample whose environment failed or timed out. Each restarts the sample with the same seeds."""
     max_failed_share: float = Field(0.1, ge=0, lt=1)
-    """Samples that still failed are left out of the step; the run stops when they are more than this share of it."""
+    """Maximum share of failed samples in a step, after retries. They are left out; above this share the run stops."""
     credit: Literal["turn", "episode"] = "turn"
-    """Where the part `environment` of the score is paid: `turn` pays each reward at the last token of the turn that earned it,
-    `episode` pays the sum at the end."""
+    """Position of the environment's rewards. `turn`: each at the last token of its turn. `episode`: their sum at the end."""
     template: str = "{observation}"
-    """Text that carries an observation into the response, for chat models the end of the old turn and the head of the next. Not
-    for agents, whose messages go through the chat template."""
+    """Text around an observation in the response; for chat models the end of one turn and the start of the next. No effect on
+    agents, whose messages use the chat template."""
 
     @model_validator(mode="after")
     def _check_template(self) -> Self:
         if self.template.count("{observation}") != 1:
-            raise ValueError("template must have {observation} in it once, where the environment's words go")
+            raise ValueError("template: expected {observation} exactly once, the place of the observation")
         return self
 
 
@@ -54,49 +49,52 @@ BACKENDS = ("vllm", "transformers")
 
 
 class RolloutSection(Section):
-    """Sampling on the rollout replicas. A step samples `prompts_per_step` x `samples_per_prompt` responses."""
+    """Sampling on the rollout replicas.
+
+    A step samples `prompts_per_step` x `samples_per_prompt` responses.
+    """
 
     backend: str = "vllm"
     """Rollout engine: `vllm`, `transformers` (needs no vLLM and is slow), `module:Class` or `path/to/file.py:Class`."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the engine's class."""
     replicas: int = Field(1, ge=1)
-    """Copies of the policy that sample."""
+    """Rollout replicas: copies of the policy that sample."""
     tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs that share one replica."""
+    """GPUs per replica."""
     prompts_per_step: int = Field(64, ge=1)
-    """Prompts of a step."""
+    """Prompts per step."""
     samples_per_prompt: int = Field(1, ge=1)
-    """Responses to each of them: a group."""
+    """Responses per prompt: the size of a group."""
     refill_rounds: int = Field(0, ge=0)
-    """Rounds in which other prompts replace those whose responses all scored the same (DAPO's dynamic sampling). When they are
-    used up, the step is filled with such prompts."""
+    """Maximum rounds of dynamic sampling per step (DAPO): prompts whose responses all have the same score are replaced by
+    others. After the last round the rest of the step is filled with such prompts. 0 keeps every prompt."""
     demonstrations: RolloutDemonstrationsSection | None = None
-    """Examples that stand before every prompt; none when not given."""
+    """Examples before every prompt. Default: none."""
     max_new_tokens: int = Field(256, ge=1)
-    """Longest response in tokens."""
+    """Maximum tokens of a response."""
     temperature: float = Field(1.0, gt=0)
-    """Of sampling, and of all log-probs. There is no top-p and no top-k: they would make sampler and trainer disagree."""
+    """Temperature of sampling and of all log-probs. There is no top-p or top-k: rollout engine and trainer would disagree."""
     stop: list[str] = Field(default_factory=list)
-    """Strings that end a response; the text up to and including the token that completed one is kept."""
+    """Strings that end a response. The text is kept up to and including the token that completes one."""
     max_model_length: int | None = Field(None, ge=2)
-    """Longest prompt + response in tokens; the model's context when not given."""
+    """Maximum tokens of prompt and response together. Default: the model's context."""
     max_concurrent: int = Field(256, ge=1)
-    """Most requests one replica decodes at a time."""
+    """Maximum requests that a replica decodes at a time."""
     memory_gib: float = Field(2.0, gt=0)
-    """Most KV cache of a replica on a CPU, in GiB; no more is taken than `max_concurrent` full responses can fill."""
+    """Maximum KV cache of a replica on a CPU, in GiB. Bounded also by what `max_concurrent` full responses fill."""
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
-    """Share of the device a replica may use on a GPU."""
+    """Share of GPU memory that a replica may use."""
     sleep: bool = False
-    """Give the GPU memory of weights and KV cache back while models train on the same devices; the next weight sync wakes a
-    replica, first its weights, then its cache. With `backend: vllm`; on a CPU nothing is freed."""
+    """Release the GPU memory of weights and KV cache while models train on the same devices. The next weight sync restores
+    first the weights, then the cache. Needs `backend: vllm`. On a CPU nothing is freed."""
     weight_transfer: Literal["shared_memory", "nccl", "ipc"] = "shared_memory"
-    """How new weights reach the replicas: through the nodes' shared memory, which works everywhere; or from GPU to GPU by
-    vLLM's own transfers, `nccl` to replicas on other GPUs (`placement.mode: disaggregated`), `ipc` to replicas on those of the
-    policy (`colocated`). With `backend: vllm`. Neither has been run on a GPU yet."""
+    """Transport of a weight sync. `shared_memory` works everywhere. `nccl` and `ipc` are vLLM's transfers from GPU to GPU and
+    need `backend: vllm`: `nccl` to other GPUs (`placement.mode: disaggregated`), `ipc` on the policy's GPUs (`colocated`).
+    Neither has been run on a GPU yet."""
     mismatch_alarm: float = Field(0.5, gt=0)
-    """Stop when the mean |trainer log-prob - sampler log-prob| of a step exceeds this many nats, over the tokens that the
-    newest weights sampled: what older ones did (`async.max_staleness`) differs also by what was learned since."""
+    """Maximum mean |trainer log-prob - rollout log-prob| of a step, in nats per token; above it the run stops. Only tokens
+    sampled with the newest weights count, because older ones (`async.max_staleness`) differ by the updates since."""
 
     @field_validator("backend")
     @classmethod

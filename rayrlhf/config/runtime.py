@@ -1,11 +1,4 @@
-"""A short supervised start before PPO.
-
-The run itself: its folder, seed, evaluation, checkpoints, placement and deadlines.
-
-What a run does about processes, nodes and waits that fail.
-
-Sampling ahead: rollouts of later steps while the policy still trains.
-"""
+"""Sections of a run: folder, evaluation, checkpoints, placement, recovery, SFT warm-up."""
 
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,96 +9,97 @@ from rayrlhf.config.section import Section
 
 
 class RunSection(Section):
-    """Identity and length of a run. Its folder is `root/name`."""
+    """Name, folder, seed and length of a run. Its folder is `root/name`."""
 
     name: str = Field("ppo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder."""
     root: Path = Path("runs")
-    """Folder that run folders lie in."""
+    """Parent folder of run folders."""
     seed: int = Field(0, ge=0)
-    """Everything random follows from it."""
+    """Seed of everything random in the run."""
     steps: int = Field(100, ge=1)
-    """Steps until the run is done; one that resumes counts those before."""
+    """Steps of the run, including those before a resume."""
     resume: Literal["auto", "never"] = "auto"
-    """`auto` goes on from the newest checkpoint of the run folder; `never` refuses a folder that has a run in it."""
+    """`auto` resumes from the newest checkpoint of the run folder; `never` refuses a folder with a run."""
     determinism: Literal["fast", "exact"] = "fast"
-    """`exact` makes every batch depend on (step, sample) only, so that a resumed run repeats bit for bit on a CPU: roles take
-    turns, every replica gets the same batch again, and each step's metrics hold a checksum of the policy's weights."""
+    """`exact` makes a resumed run repeat bit for bit on a CPU: every batch depends on (step, sample) only, roles run in turn,
+    each replica gets the same batch again, and each step's metrics hold a checksum of the policy's weights. Slower than
+    `fast`."""
 
     @property
     def folder(self) -> Path:
-        """The run folder."""
+        """Run folder."""
         return self.root / self.name
 
 
 class EvaluationSection(Section):
-    """Sampling and scoring of a fixed held-out prompt set before, during and after training."""
+    """Evaluation on fixed held-out prompts before, during and after training."""
 
     every: int = Field(0, ge=0)
-    """Steps between evaluations; 0 evaluates before and after only."""
+    """Steps between evaluations. 0 evaluates before and after training only."""
     prompts: int = Field(128, ge=1)
-    """The first n prompts of `data.evaluation`."""
+    """Number of prompts: the first ones of `data.evaluation`."""
     temperature: float = Field(0.0, ge=0)
-    """0 answers greedily."""
+    """Sampling temperature of evaluations; 0 is greedy."""
     enabled: bool = True
-    """False answers no held-out prompts at all."""
+    """false switches all evaluations off."""
 
 
 class CheckpointSection(Section):
-    """Durable state for resuming."""
+    """Checkpoints: durable state for resuming."""
 
     every: int = Field(50, ge=0)
-    """Steps between checkpoints; 0 writes one at the end only."""
+    """Steps between checkpoints. 0 writes one at the end only."""
     keep: int = Field(2, ge=1)
-    """Newest checkpoints that stay."""
+    """Number of newest checkpoints to keep."""
     best_metric: str | None = None
-    """A metric (`objective/scores`, `evaluation/score`, ...) whose best checkpoint stays as well."""
+    """Metric whose best checkpoint is kept too, such as `objective/scores` or `evaluation/score`. Default: none."""
     best_mode: Literal["max", "min"] = "max"
-    """Whether a higher or a lower `best_metric` is better."""
+    """Direction of `best_metric`: `max` if higher is better."""
     asynchronous: bool = True
-    """Copy the state in memory and write it while training goes on; False waits for the disk."""
+    """Copy the state in memory and write it while training continues. false waits for the disk."""
     mirror: str | None = Field(None, pattern=r"^[a-z0-9+.-]+://[^@]*$")
-    """A folder on other storage (`s3://bucket/runs`, `gs://...`, `file:///...`, or another that fsspec knows): every checkpoint
-    is copied to `mirror/run.name` as well, and a run folder that has none as new, on whichever machine, begins with it.
-    Credentials come from the environment, never from the URI."""
+    """Second storage (`s3://bucket/runs`, `gs://...`, `file:///...`, or another URI of fsspec): every checkpoint is copied to
+    `mirror/run.name`, and a run folder on any machine without as new a checkpoint starts from the copy. Credentials come from
+    the environment, never from the URI. Default: none."""
 
 
 class RolePlacement(Section):
-    """Processes of one role and what each of them asks Ray for."""
+    """Processes of one role, and the resources that each requests from Ray."""
 
     ranks: int = Field(1, ge=1)
-    """Processes that share the role's work."""
+    """Number of processes (ranks) of the role."""
     cpus: float | None = Field(None, gt=0)
-    """Per process; an equal share of the machine when not given."""
+    """CPUs per process. Default: an equal share of the machine."""
     gpus: float | None = Field(None, ge=0)
-    """Per process; 0 on a machine without GPUs, and a fair fraction under `colocated`, when not given."""
+    """GPUs per process. Default: 0 without GPUs, an equal fraction under `colocated`, else 1."""
     threads: int | None = Field(None, ge=1)
-    """OpenMP threads per process; when not given, all CPUs of the node if phases take turns, else the share of CPUs."""
+    """OpenMP threads per process. Default: all CPUs of the node if phases run in turn, else the process's CPUs."""
     labels: dict[str, str] = Field(default_factory=dict)
-    """Labels that a node must have (`ray start --labels`), with `placement.mode: disaggregated`; any node when empty."""
+    """Required labels of the node (`ray start --labels`), with `placement.mode: disaggregated`. Default: any node."""
 
 
 class PlacementSection(Section):
-    """Where roles run."""
+    """Placement of the roles on the cluster."""
 
     mode: Literal["colocated", "disaggregated"] = "colocated"
-    """`colocated` shares each bundle among the roles; `disaggregated` gives every role a placement group of its own."""
+    """`colocated`: all roles share each bundle. `disaggregated`: every role has a placement group of its own."""
     overlap: Literal["auto", "on", "off"] = "auto"
-    """Score finished rollouts while others are generated. `auto`: on where roles do not share devices."""
+    """Score finished rollouts while others are generated. `auto`: on if roles do not share devices."""
     policy: RolePlacement = RolePlacement()
     critic: RolePlacement = RolePlacement()
     reference: RolePlacement = RolePlacement()
     reward: RolePlacement = RolePlacement()
     rollout_cpus: float | None = Field(None, gt=0)
-    """CPUs of one replica; a fair share when not given."""
+    """CPUs per rollout replica. Default: an equal share."""
     rollout_gpus: float | None = Field(None, ge=0)
-    """GPUs of one replica; as `gpus` of the other roles when not given."""
+    """GPUs per rollout replica. Default: as `gpus` of the other roles."""
     rollout_threads: int | None = Field(None, ge=1)
-    """OpenMP threads of one replica; as `threads` of the other roles when not given."""
+    """OpenMP threads per rollout replica. Default: as `threads` of the other roles."""
     rollout_labels: dict[str, str] = Field(default_factory=dict)
-    """As `labels` of the other roles."""
+    """Required labels of the replicas' nodes, as `labels` of the other roles."""
     address: str | None = None
-    """Ray address; a job's own cluster, or a new local one, when not given."""
+    """Ray address. Default: the cluster of the job, or a new local one."""
 
     @model_validator(mode="after")
     def _check_labels(self) -> Self:
@@ -120,16 +114,16 @@ class PlacementSection(Section):
 
 
 class DeadlineSection(Section):
-    """Longest waits, in seconds. An overrun names what was waited for, on whom, and since when."""
+    """Maximum waits, in seconds. A timeout names the call, the actor and the start."""
 
     placement: float = Field(120.0, gt=0)
-    """Until the cluster has room for all actors."""
+    """Until the cluster schedules all actors."""
     start: float = Field(600.0, gt=0)
     """Until all models are loaded."""
     generate: float = Field(1800.0, gt=0)
-    """Until some replica finishes something."""
+    """Until any replica finishes a response."""
     score: float = Field(1800.0, gt=0)
-    """One reading of a step by one role."""
+    """One forward pass over a step by one role."""
     update: float = Field(3600.0, gt=0)
     """All optimizer steps of a PPO step, or a checkpoint."""
     sync: float = Field(600.0, gt=0)
@@ -146,66 +140,72 @@ class CallbackSection(Section):
 
 
 class ObserveSection(Section):
-    """What a run writes and shows."""
+    """Outputs of a run: event files, trackers, samples, alarms, live view."""
 
     tensorboard: bool = True
     """Write event files to `tensorboard/`."""
     trackers: list[Literal["wandb", "mlflow", "trackio"]] = Field(default_factory=list)
-    """Experiment trackers that get the same numbers. Where they keep them is set by their own environment variables."""
+    """Experiment trackers that receive the same metrics. Configured by their own environment variables."""
     samples_per_step: int = Field(8, ge=0)
-    """Rollouts written to `samples/` each step."""
+    """Rollouts written to `samples/` per step."""
     on_alarm: Literal["warn", "checkpoint", "stop"] = "warn"
-    """What happens when a diagnostic first sounds an alarm: it is told; and a checkpoint is written; and the run ends,
-    resumable. Warnings are only told."""
+    """Reaction to the first alarm of a diagnostic. `warn` reports it, `checkpoint` also writes a checkpoint, `stop` also ends
+    the run, which can be resumed. Warnings are only reported."""
     live: bool = True
-    """The terminal view; plain lines where there is no terminal."""
+    """Show the live view on a terminal; without one, plain lines are printed."""
     trace: bool = True
-    """Write `trace.json` for Perfetto: who did what when."""
+    """Write `trace.json` for Perfetto: the phases of every role over time."""
     callbacks: list[CallbackSection] = Field(default_factory=list)
-    """The user's own callbacks, called in this order after the built-in ones."""
+    """Callbacks of your own, called in this order after the built-in ones."""
 
 
 class RecoverySection(Section):
-    """Failures of the infrastructure are repaired a bounded number of times; a user's mistake or a bug never is."""
+    """Restarts after infrastructure failures.
+
+    They are bounded. Configuration errors and bugs always end the run.
+    """
 
     enabled: bool = True
-    """False ends the run at the first lost process, with its name."""
+    """false ends the run at the first lost process, with its name."""
     attempts: int = Field(3, ge=1)
-    """Most rebuilds of one process in a row, without a finished step in between."""
+    """Maximum consecutive restarts of one process without a finished step in between."""
     backoff: float = Field(1.0, ge=0)
-    """Seconds before the second rebuild in a row; doubled for each further one, up to a minute."""
+    """Seconds before the second consecutive restart; doubled for each further one, up to a minute."""
     ping_every: float = Field(5.0, gt=0)
-    """Seconds between pings of every process, answered beside its work."""
+    """Seconds between heartbeats of every process, which run concurrently with its work."""
     ping_deadline: float = Field(30.0, gt=0)
-    """Seconds without an answer to a ping after which a process counts as hung, is ended, and rebuilt."""
+    """Seconds without a heartbeat after which a process counts as hung and is restarted."""
     min_replicas: int = Field(1, ge=1)
-    """Rollout replicas a run needs to go on; below that it waits for a rebuilt one."""
+    """Minimum rollout replicas; below it the run waits for a restarted one."""
     replica_wait: float = Field(600.0, gt=0)
-    """Longest wait, in seconds, for enough replicas; then the run writes a checkpoint and ends with the reason."""
+    """Maximum seconds to wait for enough replicas; then the run writes a checkpoint and ends with the reason."""
     snapshot: Literal["step", "checkpoint"] = "checkpoint"
-    """Where a lost policy or critic rank goes back to: `step` copies the training state to the object store after every
-    step, so that one step is repeated; `checkpoint` costs nothing and repeats all steps since the newest checkpoint."""
+    """Training state that a lost policy or critic rank is restored from. `step` copies it to the object store after every step,
+    so one step is repeated. `checkpoint` costs nothing and repeats all steps since the newest checkpoint."""
 
 
 class AsyncSection(Section):
-    """How far sampling may run ahead of training.
+    """Asynchronous sampling: rollouts of later steps while the policy trains.
 
     With `max_staleness` above 0, the default of `algorithm.off_policy_correction.level` becomes `token`.
     """
 
     max_staleness: int = Field(0, ge=0)
-    """Most weight versions that a token may be old when it is learned from. 0: every step waits for its own responses, sampled
-    with the newest weights."""
+    """Maximum number of weight versions a token may lag behind the policy when trained on. 0: every step waits for its own
+    responses, sampled with the newest weights."""
     on_update: Literal["continue", "cut"] = "continue"
-    """What becomes of unfinished responses when new weights come: they go on with them, or begin anew."""
+    """Unfinished responses at a weight sync: `continue` finishes them with the new weights, `cut` restarts them."""
 
 
 class SFTWarmupSection(Section):
-    """Imitate given responses for a moment, so that rewards which ask for a form have something to reinforce."""
+    """SFT warm-up: a short supervised start before PPO.
+
+    It helps rewards that require a format, which an untuned model never produces.
+    """
 
     response_field: str
-    """Column of `data.train` that holds the response to imitate."""
+    """Column of `data.train` with the target response."""
     samples: int = Field(256, ge=1)
-    """Rows to imitate, the first of the shuffled training prompts; each is seen once."""
+    """Number of rows, the first of the shuffled training prompts; one pass."""
     mini_batch_size: int = Field(16, ge=1)
-    """Samples of one optimizer step, at the policy's own learning rate."""
+    """Samples per optimizer step, at the policy's learning rate."""

@@ -25,5 +25,5 @@ class Section(BaseModel):
 
     @classmethod
     def matches(cls, value: Any) -> bool:
-        """Return True where a tree of settings belongs to this section and not to another member of its union."""
+        """Return True where settings belong to this section, not to another of its union."""
         return True

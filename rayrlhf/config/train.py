@@ -1,4 +1,4 @@
-"""How a train engine updates a model: batches, optimizer, schedule, sharding."""
+"""Updates of a train engine: batches, optimizer, schedule, sharding."""
 
 from typing import Annotated, Literal, Self
 
@@ -7,66 +7,67 @@ from pydantic import Field, model_validator
 from rayrlhf.config.section import Section
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
-"""The decay rate of a moving average."""
+"""Decay rate of a moving average."""
 
 
 class OptimizerSection(Section):
     """The optimizer of one model."""
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
-    """`adamw` decays weights apart from the gradient, `adam` through it."""
+    """Optimizer. `adamw` decouples weight decay from the gradient; `adam` adds it to the gradient."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
-    """Decay rates of the gradient's mean and of its square's."""
+    """Decay rates of the first and second moments of the gradient. No effect on `sgd`."""
     epsilon: float = Field(1e-8, gt=0)
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     weight_decay: float = Field(0.0, ge=0)
-    """Share of a weight that a step takes off, times the learning rate."""
+    """Weight decay per step, multiplied by the learning rate."""
 
 
 class ScheduleSection(Section):
-    """The learning rate over optimizer steps: linear warm-up, then the shape, down to `floor` x the peak."""
+    """Learning rate over optimizer steps: linear warm-up, then `shape`, down to `floor`."""
 
     shape: Literal["constant", "linear", "cosine"] = "constant"
-    """What the learning rate does after the warm-up."""
+    """Shape after the learning-rate warm-up."""
     warmup_steps: int = Field(0, ge=0)
-    """Optimizer steps in which it rises from 0."""
+    """Learning-rate warm-up: optimizer steps in which the rate rises linearly from 0."""
     floor: float = Field(0.0, ge=0, le=1)
-    """Share of the peak that is left at the end."""
+    """Final learning rate, as a share of the peak."""
 
 
 class TrainSection(Section):
-    """One PPO step makes `epochs` passes over the experience, in optimizer steps of `mini_batch_size` samples."""
+    """Update of one step: `epochs` passes over its experience, in mini-batches."""
 
     learning_rate: float = Field(1e-6, gt=0)
-    """Peak of the schedule."""
+    """Peak learning rate of the schedule."""
     epochs: int = Field(1, ge=1)
     """Passes over the experience of a step."""
     mini_batch_size: int | None = Field(None, ge=1)
-    """Samples per optimizer step over all ranks; the whole step's samples when not given."""
+    """Samples per optimizer step, over all ranks; must divide the samples of a step. Default: all of them."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """Samples per forward and backward on one rank; `micro_batch_tokens` decides when not given."""
+    """Samples per forward and backward pass on one rank. Default: set by `micro_batch_tokens`."""
     micro_batch_tokens: int = Field(4096, ge=1)
-    """Token budget, padding included, of one forward and backward on one rank."""
+    """Maximum tokens of one forward and backward pass on one rank, padding included."""
     score_batch_tokens: int = Field(8192, ge=1)
-    """Token budget of one forward without gradient."""
+    """Maximum tokens of one forward pass without gradient, padding included."""
     max_grad_norm: float | None = Field(1.0, gt=0)
-    """Clip the norm of the whole gradient to this; null clips nothing."""
+    """Maximum norm of the whole gradient; larger ones are scaled down. null does not clip."""
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too."""
+    """DeepSpeed ZeRO stage, sharding over the ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also parameters."""
     offload_optimizer: bool = False
-    """Keep optimizer states in main memory."""
+    """Keep optimizer states in main memory. Needs `zero_stage` 1, 2 or 3."""
     early_stop_kl: float | None = Field(None, gt=0)
-    """Stop the epochs of a step once the policy moved further than 1.5 x this from the sampling policy (TRL `target_kl`)."""
+    """End the passes of a step once the KL from the policy that sampled exceeds 1.5 times this, in nats per token (TRL
+    `target_kl`). Default: never."""
     ratio_guard: float | None = Field(None, gt=1)
-    """Zero the loss of a mini-batch whose mean ratio exceeds this (TRL `ratio_threshold`)."""
+    """Zero the loss of a mini-batch whose mean ratio exceeds this (TRL `ratio_threshold`). Default: never."""
     max_nonfinite_steps: int = Field(3, ge=0)
     """Optimizer steps in a row that may be skipped because the gradient has inf or NaN; one more stops the run."""
 
     ema_decay: float | None = Field(None, ge=0, lt=1)
-    """Keep a moving average of the policy's weights, of which a step keeps this share, and export it beside the policy, in
-    `export-average`; no average when not given."""
+    """Decay per step of a moving average of the policy's weights, exported to `export-average` in addition to the policy.
+    Default: no average."""
 
     @property
     def all_ranks_must_forward(self) -> bool:

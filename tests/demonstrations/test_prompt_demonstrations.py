@@ -85,11 +85,11 @@ def test_plain_text_is_written_as_its_form_says(tmp_path):
         (["rollout.demonstrations.answer_field=solution"], ROWS, r"solution: expected text, found nothing; the row has prompt"),
         ([], [*ROWS, {"prompt": "x", "completion": " "}], r"rows.jsonl.*14.*completion: expected text, found an empty text"),
         (["data.chat=false"], ROWS, r"layout 'turns' with data.chat false: expected text"),
-        (["environment={name: guessing}"], ROWS, "an environment opens its own conversation"),
+        (["environment={name: guessing}"], ROWS, "an environment starts its own conversation"),
         (
             ["rollout.demonstrations.train_with=without_demonstrations", "algorithm.off_policy_correction.level=token"],
             ROWS,
-            "compares with the engine, which reads another context",
+            "compares with the rollout engine, which reads another context",
         ),
         (["rollout.demonstrations.selection=nearest"], ROWS, "encoder and selection nearest belong together"),
         (["rollout.demonstrations.count=0"], ROWS, r"rollout\.demonstrations\.count"),

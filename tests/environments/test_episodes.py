@@ -198,7 +198,7 @@ def test_the_reward_function_sums_what_was_paid_and_needs_an_environment():
     ("overrides", "message"),
     [
         (["environment=null"], "give the section environment"),
-        (["algorithm.advantage.estimator=remax"], "an environment may fail to play"),
+        (["algorithm.advantage.estimator=remax"], "which may fail in an environment"),
         (["algorithm.shaping.clip=5"], "environment.credit to 'episode'"),
         (["environment.template=said"], "must have {observation} in it once"),
         (["environment.max_turn=3"], "max_turns"),

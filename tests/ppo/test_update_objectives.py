@@ -31,7 +31,7 @@ def test_only_the_critic_learns_during_its_warm_up():
 
 
 def test_a_critic_on_the_policys_trunk_has_no_warm_up_of_its_own():
-    with pytest.raises(UserError, match="warmup_steps is of no use with kind 'shared'"):
+    with pytest.raises(UserError, match="warmup_steps has no effect with kind 'shared'"):
         objectives("critic.kind=shared", "critic.warmup_steps=2")
 
 

@@ -86,5 +86,5 @@ def test_what_does_not_fit_the_tokens_is_one_clear_line(values, per, message):
 def test_where_nothing_was_sampled_and_beside_a_cache_it_is_refused():
     with pytest.raises(UserError, match="'f' has per: turn, which needs sampled tokens"):
         score_batch([pays([[1.0]], "turn")], ScoringBatch(["p"], ["r"]))
-    with pytest.raises(ValueError, match="cache: true remembers one number a response"):
+    with pytest.raises(ValueError, match="cache: true stores one score per response"):
         RewardFunctionSection(name="f", per="token", cache=True)

@@ -1,4 +1,4 @@
-"""The plan of a run in words, for `--dry-run`: which roles start, what a step does, and what is left out and why."""
+"""Plan of a run in words, for `--dry-run`: roles, steps, skipped parts and warnings."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,10 @@ from rayrlhf.config.ppo import PPOConfig
 
 
 def describe(config: PPOConfig) -> str:
-    """Return the plan, one line a fact: folder, models and processes of each role, batch arithmetic, what is skipped."""
+    """Return the plan, one fact per line.
+
+    The lines are folder, models and processes of each role, batch arithmetic, skipped parts and warnings.
+    """
     return "\n".join([*_roles(config), *_arithmetic(config), *_skipped(config), *warnings(config)])
 
 
@@ -45,13 +48,13 @@ def _arithmetic(config: PPOConfig) -> Iterator[str]:
     )
     ahead = config.asynchronous
     if ahead.max_staleness:
-        fate = "go on with" if ahead.on_update == "continue" else "begin anew with"
+        fate = "continue with" if ahead.on_update == "continue" else "restart with"
         yield (
             f"sampling: up to {_count(ahead.max_staleness, 'step')} ahead of training; unfinished responses {fate} new "
             f"weights, importance weights: {config.algorithm.off_policy_correction.level}"
         )
     if rollout.sleep:
-        yield "sampling: replicas give their GPU memory back while models train"
+        yield "sampling: replicas release their GPU memory while models train"
     mini_batches = config.samples_per_step // config.mini_batch_size
     yield (
         f"its updates: {_count(train.epochs, 'epoch')} x {_count(mini_batches, 'mini-batch', 'es')} "

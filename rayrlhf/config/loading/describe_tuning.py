@@ -1,4 +1,4 @@
-"""The plan of an SFT, reward-model or DPO run in words, for `--dry-run`: data, steps, workers, and what is left out and why."""
+"""Plan of an SFT, reward-model or DPO run in words, for `--dry-run`."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,10 @@ from rayrlhf.config.tuning.configs import DistillationConfig, DPOConfig, RewardT
 
 
 def describe_tuning(config: TuningConfig) -> str:
-    """Return the plan, one line a fact: folder, model, data, batch arithmetic, workers, what is kept and what is skipped."""
+    """Return the plan, one fact per line.
+
+    The lines are folder, model, data, batch arithmetic, workers, kept checkpoints and skipped parts.
+    """
     return "\n".join([*_subject(config), *_data(config), *_steps(config), *_kept(config), *_skipped(config)])
 
 

@@ -1,7 +1,7 @@
-"""A configuration from its layers: preset < YAML file < overrides of the command line; and back to text.
+"""Load a configuration from its layers: preset < YAML file < command line.
 
-The layers are merged as plain trees and validated once, strictly (no text where a number belongs), so an error can always name
-the key, and whether the file or the command line gave it. Every mistake is one line of a `UserError`.
+The layers are merged as plain trees and validated once, strictly (no text in place of a number), so an error always names the
+key and its source, the file or the command line. Every mistake is one line of a `UserError`.
 """
 
 import difflib
@@ -23,7 +23,7 @@ from rayrlhf.errors import UserError
 
 T = TypeVar("T", bound=Section)
 _COMMAND_LINE = "command line"
-_MOST_LINES = 5
+_MAX_LINES = 5
 _ABSENT = "(absent)"
 
 
@@ -33,8 +33,8 @@ def load_config(cls: type[T], path: Path | str | None, overrides: Sequence[str] 
     Args:
         cls: the root section, for example `PPOConfig`.
         path: a YAML file; None for overrides alone. Relative paths in it stay as they are written.
-        overrides: `section.key=value` each, the value in YAML; `section.list.0.key=value` reaches into a list. A top-level
-            `preset: trl-classic` (see `PRESETS`) in file or overrides is laid under both.
+        overrides: `section.key=value` each, the value in YAML; `section.list.0.key=value` sets an item of a list. A top-level
+            `preset: NAME` (see `PRESETS`) in file or overrides is the lowest layer.
 
     Raises:
         UserError: no such file, not YAML, a key given twice, an unknown key, a missing or wrong value. At most five lines, each
@@ -47,13 +47,15 @@ def load_config(cls: type[T], path: Path | str | None, overrides: Sequence[str] 
 
 
 def load_tree(cls: type[T], settings: dict[str, Any], path: Path | None, place: str) -> T:
-    """Validate settings that stand inside another file, such as a chain's, laid over a configuration file if one is given.
+    """Validate settings from another file, such as a chain's.
+
+    They replace those of a configuration file, if one is given.
 
     Args:
         cls: the root section.
         settings: a tree of sections and keys.
-        path: a YAML file below them; None for the settings alone.
-        place: what to call the settings in messages.
+        path: a YAML file with lower priority; None for the settings alone.
+        place: name of the settings in messages.
 
     Raises:
         UserError: as `load_config`.
@@ -63,7 +65,7 @@ def load_tree(cls: type[T], settings: dict[str, Any], path: Path | None, place: 
 
 
 def _validated(cls: type[T], tree: dict[str, Any], given: Sequence[str], file: str, over: str) -> T:
-    """Validate a merged tree; `given` are the dotted keys that came from `over`, everything else came from `file`."""
+    """Validate a merged tree; the keys `given` are from `over`, others from `file`."""
     name = tree.pop("preset", None)
     if name is not None:
         settings = with_current_keys(tree, cls)
@@ -77,23 +79,23 @@ def _validated(cls: type[T], tree: dict[str, Any], given: Sequence[str], file: s
             f"{_source(dotted, given, file, over)}: {dotted and dotted + ': '}{message}"
             for dotted, message in problems(error, tree, cls).items()
         ]
-        if len(lines) > _MOST_LINES:
-            lines[_MOST_LINES - 1 :] = [f"{file}: and {len(lines) - _MOST_LINES + 1} more"]
+        if len(lines) > _MAX_LINES:
+            lines[_MAX_LINES - 1 :] = [f"{file}: and {len(lines) - _MAX_LINES + 1} more"]
         raise UserError("\n".join(lines)) from error
 
 
 def stored_config(cls: type[T], text: str) -> T:
-    """Return the configuration that a run folder holds as YAML text, which `dump_config` wrote then or an older version did."""
+    """Return the configuration stored in a run folder, possibly by an older version."""
     return cls.model_validate(with_current_keys(yaml.safe_load(text), cls))
 
 
 def dump_config(config: Section) -> str:
-    """Return a configuration as YAML with every value written out; loading the text gives the same configuration."""
+    """Return a configuration as YAML with all values; loading it gives the same configuration."""
     return dump(config.model_dump(mode="json"))
 
 
 def differences(old: Section, new: Section) -> list[str]:
-    """Return what differs between two configurations, one `dotted.key: old -> new` each, in the order of the sections."""
+    """Return the differences of two configurations as `dotted.key: old -> new`."""
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     return [
         f"{key}: {before.get(key, _ABSENT)} -> {after.get(key, _ABSENT)}"
@@ -138,7 +140,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Lay one tree over another: sections are merged key by key, anything else is replaced."""
+    """Merge two trees: sections key by key; other values of `over` replace those of `under`."""
     result = dict(under)
     for key, value in over.items():
         below = result.get(key)
@@ -147,7 +149,10 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _source(dotted: str, given: Sequence[str], file: str, over: str) -> str:
-    """Return who gave a key: what lies over the file where that set it, its section, or something in it."""
+    """Return the source of a key.
+
+    It is `over` if that set the key, its section, or a key in it.
+    """
     for key in given:
         if dotted and (f"{dotted}.".startswith(f"{key}.") or f"{key}.".startswith(f"{dotted}.")):
             return over
@@ -155,7 +160,10 @@ def _source(dotted: str, given: Sequence[str], file: str, over: str) -> str:
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, str]:
-    """Return the leaves of a tree as text by dotted key; a list of plain values, and whatever is empty, is a leaf."""
+    """Return the leaves of a tree as text by dotted key.
+
+    A list of plain values and an empty value are leaves.
+    """
     items: list[tuple[str, Any]] = []
     if isinstance(value, dict):
         items = list(value.items())

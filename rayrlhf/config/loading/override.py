@@ -1,4 +1,4 @@
-"""`section.key=value` on the command line: where it points in the tree, and what it puts there."""
+"""Overrides `section.key=value` of the command line."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ from rayrlhf.errors import UserError
 
 
 def apply_override(tree: dict[str, Any], override: str) -> str:
-    """Set one value in a configuration tree, in place; missing sections on the way are made.
+    """Set one value in a configuration tree, in place, creating missing sections.
 
     Args:
         tree: nested mappings and lists.
-        override: dotted key, `=`, and a YAML value; a number in the key is an index into a list, and one past its end appends.
+        override: dotted key, `=`, and a YAML value; a number in the key is an index into a list, and its length appends.
 
     Returns:
         The dotted key.
 
     Raises:
-        UserError: not of that form, the value is not YAML, or the key goes through something that has no keys.
+        UserError: not of that form, the value is not YAML, or the key leads through a value without keys.
     """
     dotted, equals, text = override.partition("=")
     dotted = dotted.strip()
@@ -37,7 +37,7 @@ def _put(tree: dict[str, Any], parts: list[str], value: object, dotted: str) -> 
     here: Any = tree
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
-        # A number that follows means that what is made here is a list.
+        # A following number means that the new value here is a list.
         made: Any = value if last else [] if parts[depth + 1].isdecimal() else {}
         if isinstance(here, list):
             here = _put_item(here, part, made, last, dotted)
@@ -51,7 +51,7 @@ def _put(tree: dict[str, Any], parts: list[str], value: object, dotted: str) -> 
 
 def _put_item(items: list[Any], part: str, made: Any, last: bool, dotted: str) -> Any:
     if not part.isdecimal() or int(part) > len(items):
-        raise UserError(f"command line: {dotted}: {part} is no place in a list of {len(items)}, expected 0 to {len(items)}")
+        raise UserError(f"command line: {dotted}: {part} is no index in a list of {len(items)}, expected 0 to {len(items)}")
     index = int(part)
     if index == len(items):
         items.append(made)

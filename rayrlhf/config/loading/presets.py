@@ -84,7 +84,7 @@ def preset_tree(name: object, source: str) -> dict[str, Any]:
 
 
 def preset_under(preset: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return a preset's tree without the keys of its policy loss where the settings choose another loss.
+    """Return a preset, without its policy loss if the settings choose another.
 
     The keys of one loss would be unknown to another, or be a clip range of the wrong kind.
     """

@@ -1,4 +1,4 @@
-"""From pydantic's report to lines for the user: which key, what was expected, what was found, and the nearest valid key."""
+"""Convert pydantic's report to lines: key, expectation, value, nearest valid key."""
 
 import difflib
 import json
@@ -38,7 +38,7 @@ _EXPECTED_WITH_BOUND: dict[str, str] = {
 
 
 def problems(error: ValidationError, tree: dict[str, Any], root: type[Section]) -> dict[str, str]:
-    """Return one message a wrong key, in the order of the file.
+    """Return one message per wrong key, in the order of the file.
 
     Args:
         error: of validating `tree` as `root`.
@@ -46,7 +46,7 @@ def problems(error: ValidationError, tree: dict[str, Any], root: type[Section]) 
         root: the section that the tree should be.
 
     Returns:
-        Messages by dotted key; "" stands for the file as a whole.
+        Messages by dotted key; "" is the file as a whole.
     """
     found: dict[str, list[Any]] = {}
     for detail in error.errors():
@@ -55,7 +55,9 @@ def problems(error: ValidationError, tree: dict[str, Any], root: type[Section]) 
 
 
 def known_keys(root: type[Section], prefix: str = "", tree: Any = None) -> Iterator[str]:
-    """Yield every dotted key of a section tree, sections before their keys; items of a list have the key `0`.
+    """Yield every dotted key of a section tree, sections before their keys.
+
+    Items of a list have the key `0`.
 
     Where a key has several sections to choose from, `tree` selects the one that its settings belong to; without it all are
     yielded.
@@ -77,17 +79,17 @@ def _message(dotted: str, details: list[Any], root: type[Section], tree: Any) ->
         return "required, but not given"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
-    wanted = list(dict.fromkeys(_wanted(detail) for detail in details))
-    if None in wanted:
+    expected = list(dict.fromkeys(_expected(detail) for detail in details))
+    if None in expected:
         return "; ".join(dict.fromkeys(detail["msg"] for detail in details))
     value = first["input"]
-    choices = re.findall(r"'([^']*)'", " ".join(map(str, wanted)))
+    choices = re.findall(r"'([^']*)'", " ".join(map(str, expected)))
     near = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"expected {' or '.join(map(str, wanted))}, found {_short(value)}{hint}"
+    return f"expected {' or '.join(map(str, expected))}, found {_short(value)}{hint}"
 
 
-def _wanted(detail: Any) -> str | None:
+def _expected(detail: Any) -> str | None:
     kind = detail["type"]
     if kind in _EXPECTED_WITH_BOUND:
         return _EXPECTED_WITH_BOUND[kind].format(**detail["ctx"])
@@ -95,7 +97,7 @@ def _wanted(detail: Any) -> str | None:
 
 
 def _dotted(detail: Any, tree: Any) -> str:
-    """Return where a complaint points, without the names that pydantic adds for the branches of a union."""
+    """Return the dotted key of an error, without pydantic's tags of union members."""
     here: Any = tree
     parts: list[str] = []
     location = detail["loc"]
@@ -110,32 +112,35 @@ def _dotted(detail: Any, tree: Any) -> str:
 
 
 def _nearest_key(dotted: str, root: type[Section], tree: Any) -> str:
-    """Return the hint for an unknown key: the same name elsewhere, a similar one beside it, or what may stand there."""
+    """Return the hint for an unknown key.
+
+    In this order: the same name elsewhere, a similar name in the section, a similar name elsewhere, the valid keys.
+    """
     generic = re.sub(r"\.\d+(?=\.|$)", ".0", dotted)
     section, _, leaf = generic.rpartition(".")
     keys = list(known_keys(root, tree=tree))
-    beside = [key for key in keys if key.rpartition(".")[0] == section]
+    siblings = [key for key in keys if key.rpartition(".")[0] == section]
     searches: tuple[Callable[[], list[str]], ...] = (
         lambda: difflib.get_close_matches(generic, [key for key in keys if key.rpartition(".")[2] == leaf], n=1, cutoff=0),
-        lambda: _similar_leaf(leaf, beside),
+        lambda: _similar_leaf(leaf, siblings),
         lambda: _similar_leaf(leaf, keys),
     )
     for search in searches:
         if match := search():
             return f"did you mean {match[0]}?"
-    return f"expected one of {', '.join(key.rpartition('.')[2] for key in beside)}"
+    return f"expected one of {', '.join(key.rpartition('.')[2] for key in siblings)}"
 
 
 def _similar_leaf(leaf: str, keys: list[str]) -> list[str]:
     by_leaf = {key.rpartition(".")[2]: key for key in reversed(keys)}
     near = difflib.get_close_matches(leaf, by_leaf, n=3, cutoff=0.7)
-    # Of equally near ones (rollout_cpus and rollout_gpus for rollout_pcus) it is the one with the same letters.
+    # Of equally near names (rollout_cpus and rollout_gpus for rollout_pcus) take the one with the same letters.
     near.sort(key=lambda match: sorted(match) != sorted(leaf))
     return [by_leaf[match] for match in near[:1]]
 
 
 def sections_in(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[Section], bool]]:
-    """Yield the section classes of a field annotation, each with True where it is an item of a list."""
+    """Yield the section classes of a field annotation, with True for items of a list."""
     origin = typing.get_origin(annotation)
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation, in_list

@@ -10,9 +10,9 @@ _noticed: set[str] = set()
 
 
 def with_current_keys(tree: Any, cls: type[Section], prefix: str = "") -> Any:
-    """Return a tree of settings with the old spellings in `Section.renamed_keys` and `renamed_values` replaced.
+    """Replace the old spellings in `Section.renamed_keys` and `renamed_values`.
 
-    A section given under both names is merged; where both set a key, the old spelling wins, because presets use new ones only.
+    A section under both names is merged. If both set a key, the old spelling wins, because presets use new ones only.
     """
     if not isinstance(tree, dict):
         return tree

@@ -1,8 +1,8 @@
-"""YAML as a configuration wants it: the scalars of YAML 1.2, and no key twice.
+"""YAML with the scalars of YAML 1.2 and without duplicate keys.
 
 PyYAML reads YAML 1.1, where `on` is true, `1e-6` is text, `010` is eight and `12:30` is 750. Here only `true` and `false` are
-booleans, every number means what it says, and everything else is text. What `dump` writes, `parse` and readers of either YAML
-read back unchanged.
+booleans, numbers are decimal, and all else is text. `parse` and readers of either YAML version read the output of `dump`
+unchanged.
 """
 
 import re
@@ -37,7 +37,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that either YAML would read as something else, so that other tools read the same."""
+    """Quotes text that either YAML version would not read as text."""
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
         # Line breaks of YAML 1.1 that are not a newline: between single quotes they would be folded to a space.
@@ -55,7 +55,9 @@ _Loader.add_constructor("tag:yaml.org,2002:float", lambda _, node: float(re.sub(
 
 
 def parse(text: str) -> Any:
-    """Return the value of a YAML text: mappings with distinct keys, lists, text, numbers, booleans, None.
+    """Return the value of a YAML text.
+
+    Values are mappings with distinct keys, lists, text, numbers, booleans and None.
 
     Raises:
         yaml.YAMLError: the text is not YAML, or gives a key twice.
@@ -69,7 +71,7 @@ def dump(value: object) -> str:
 
 
 def problem_of(error: yaml.YAMLError) -> str:
-    """Return a parser's complaint as one line: what, and at which line and column where it is known."""
+    """Return a parser's error as one line, with line and column if known."""
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error)
     context = getattr(error, "context", None)

@@ -1,4 +1,4 @@
-"""The roots of SFT's, reward modelling's and DPO's configuration files, and the checks that span sections."""
+"""Root configurations of SFT, reward models and DPO, and checks across their sections."""
 
 from typing import Self
 
@@ -28,7 +28,7 @@ from rayrlhf.config.tuning.train import (
 
 
 class SFTConfig(Section):
-    """Everything `rayrlhf sft` needs."""
+    """Configuration of `rayrlhf sft`."""
 
     run: TuningRunSection = TuningRunSection()
     model: ModelSection
@@ -41,7 +41,7 @@ class SFTConfig(Section):
 
     @property
     def has_evaluation(self) -> bool:
-        """Whether there are held-out samples."""
+        """True with held-out samples."""
         return self.data.evaluation is not None or self.data.held_out_share > 0
 
     @model_validator(mode="after")
@@ -52,14 +52,14 @@ class SFTConfig(Section):
 
 
 class DistillationConfig(SFTConfig):
-    """The training of `rayrlhf icl distill`, which makes its data first."""
+    """Training part of `rayrlhf icl distill`, after its data is built."""
 
     data: DistillationDataSection
     train: DistillationTrainSection = DistillationTrainSection()
 
 
 class RewardTrainingConfig(Section):
-    """Everything `rayrlhf reward` needs."""
+    """Configuration of `rayrlhf reward`."""
 
     run: RewardRunSection = RewardRunSection()
     model: ModelSection
@@ -70,11 +70,11 @@ class RewardTrainingConfig(Section):
     workers: WorkersSection = WorkersSection()
     observe: TuningObserveSection = TuningObserveSection()
     export_anyway: bool = False
-    """Export a model also where its held-out accuracy is not better than chance."""
+    """Export the model even if its held-out accuracy is not better than chance."""
 
     @property
     def has_evaluation(self) -> bool:
-        """Whether there are held-out pairs; always, unless the share is too small to hold one."""
+        """True with held-out pairs: always, unless the share rounds to none."""
         return self.data.evaluation is not None or self.data.held_out_share > 0
 
     @model_validator(mode="after")
@@ -85,7 +85,7 @@ class RewardTrainingConfig(Section):
 
 
 class DPOConfig(Section):
-    """Everything `rayrlhf dpo` needs."""
+    """Configuration of `rayrlhf dpo`."""
 
     run: DirectPreferenceRunSection = DirectPreferenceRunSection()
     model: ModelSection
@@ -98,7 +98,7 @@ class DPOConfig(Section):
 
     @property
     def has_evaluation(self) -> bool:
-        """Whether there are held-out pairs."""
+        """True with held-out pairs."""
         return self.data.evaluation is not None or self.data.held_out_share > 0
 
     @model_validator(mode="after")
@@ -113,11 +113,11 @@ class DPOConfig(Section):
 
 
 TuningConfig = SFTConfig | RewardTrainingConfig | DPOConfig
-"""What the tuning loop can run."""
+"""Configurations that the tuning loop runs."""
 
 
 def _check_evaluation(has_evaluation: bool, section: TuningEvaluationSection, checkpoint: TuningCheckpointSection) -> None:
-    """Refuse settings that need held-out rows where there are none."""
+    """Refuse settings that need held-out rows if there are none."""
     if has_evaluation:
         return
     for key, value in (("evaluation.every", section.every), ("checkpoint.best_metric", checkpoint.best_metric)):
@@ -126,7 +126,7 @@ def _check_evaluation(has_evaluation: bool, section: TuningEvaluationSection, ch
 
 
 def _check_batch(train: TuningTrainSection, workers: WorkersSection, max_length: int, sequences: int) -> None:
-    """Refuse an optimizer step with less than a sample for each worker, or than the longest sample takes."""
+    """Refuse an optimizer step smaller than one sample per worker or the longest sample."""
     if train.samples_per_step is not None and train.samples_per_step < workers.most:
         raise ValueError(f"train.batch_size {train.samples_per_step} is smaller than workers.count {workers.most}")
     if train.batch_tokens is not None and train.batch_tokens < sequences * max_length:

@@ -1,4 +1,4 @@
-"""The run of SFT or a reward model: its folder, evaluation, checkpoints and workers."""
+"""Run of SFT, a reward model or DPO: folder, evaluation, checkpoints, workers."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -11,99 +11,102 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class TuningRunSection(Section):
-    """Identity of a run. Its folder is `root/name`; the same name and configuration resume it."""
+    """Name, folder and seed of a run.
+
+    Its folder is `root/name`; the same name and configuration resume it.
+    """
 
     name: str = Field("sft", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder."""
     root: Path = Path("runs")
-    """Folder that run folders lie in."""
+    """Parent folder of run folders."""
     seed: int = Field(0, ge=0)
-    """Of the order of samples, of new heads and adapters, and of noise."""
+    """Seed of the sample order, of new heads and adapters, and of noise."""
     resume: Literal["auto", "never"] = "auto"
-    """`auto` goes on from the newest checkpoint of the run folder; `never` refuses a folder that has a run in it."""
+    """`auto` resumes from the newest checkpoint of the run folder; `never` refuses a folder with a run."""
 
     @property
     def folder(self) -> Path:
-        """The run folder."""
+        """Run folder."""
         return self.root / self.name
 
 
 class RewardRunSection(TuningRunSection):
-    """Identity of a reward model's run."""
+    """Name, folder and seed of a reward model's run."""
 
     name: str = Field("reward", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder."""
 
 
 class DirectPreferenceRunSection(TuningRunSection):
-    """Identity of a DPO run."""
+    """Name, folder and seed of a DPO run."""
 
     name: str = Field("dpo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder."""
 
 
 class TuningEvaluationSection(Section):
-    """Measuring on held-out rows during and after training."""
+    """Evaluation on held-out rows before, during and after training."""
 
     every: int = Field(0, ge=0)
-    """Optimizer steps between evaluations; 0 evaluates before and after only."""
+    """Optimizer steps between evaluations. 0 evaluates before and after training only."""
     rows: int | None = Field(None, ge=1)
-    """Use only the first n held-out samples or pairs."""
+    """Maximum number of held-out samples or pairs; the first ones are used. Default: all."""
 
 
 class SupervisedEvaluationSection(TuningEvaluationSection):
-    """The loss on held-out samples, and what the model writes."""
+    """Loss on held-out samples, and sampled responses."""
 
     generations: int = Field(4, ge=0)
-    """Prompts of held-out samples to answer at each evaluation."""
+    """Number of held-out prompts to respond to at each evaluation."""
     max_new_tokens: int = Field(128, ge=1)
-    """Longest sampled answer in tokens."""
+    """Maximum tokens of a sampled response."""
     temperature: float = Field(0.0, ge=0)
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
 
 
 class TuningCheckpointSection(Section):
-    """Durable state for resuming."""
+    """Checkpoints: durable state for resuming."""
 
     every: int = Field(50, ge=0)
-    """Optimizer steps between checkpoints; 0 writes one at the end only."""
+    """Optimizer steps between checkpoints. 0 writes one at the end only."""
     keep: int = Field(2, ge=1)
-    """Newest checkpoints that stay."""
+    """Number of newest checkpoints to keep."""
     best_metric: Literal["loss", "accuracy"] | None = None
-    """Also keep, and export, the checkpoint that is best by this held-out metric; the last one when not given."""
+    """Held-out metric whose best checkpoint is kept and exported. Default: the last checkpoint is exported."""
 
 
 class SupervisedCheckpointSection(TuningCheckpointSection):
-    """Durable state of SFT, which has a loss on held-out samples and no accuracy."""
+    """Checkpoints of SFT, which has a held-out loss and no accuracy."""
 
     best_metric: Literal["loss"] | None = None
-    """Also keep, and export, the checkpoint that is best by the held-out loss; the last one when not given."""
+    """Held-out metric whose best checkpoint is kept and exported. Default: the last checkpoint is exported."""
 
 
 class WorkersSection(Section):
-    """Processes that train together, and what each asks Ray for."""
+    """Training processes, and the resources that each requests from Ray."""
 
     count: Count | tuple[Count, Count] = 1
-    """A number, or [fewest, most] to go on with as many as the cluster has."""
+    """Number of workers, or [minimum, maximum] to train with as many as the cluster has."""
     cpus: float | None = Field(None, gt=0)
-    """Per worker; an equal share of the machine when not given."""
+    """CPUs per worker. Default: an equal share of the machine."""
     gpus: float | None = Field(None, ge=0)
-    """Per worker; one where the cluster has GPUs, when not given."""
+    """GPUs per worker. Default: 1 if the cluster has GPUs."""
     threads: int | None = Field(None, ge=1)
-    """OpenMP threads per worker; its CPUs when not given."""
+    """OpenMP threads per worker. Default: its CPUs."""
     max_failures: int = Field(3, ge=0)
-    """Lost workers, nodes or groups to recover from before the run fails."""
+    """Maximum number of lost workers, nodes or groups to recover from before the run fails."""
     address: str | None = None
-    """Ray address; a job's own cluster, or a new local one, when not given."""
+    """Ray address. Default: the cluster of the job, or a new local one."""
 
     @property
     def fewest(self) -> int:
-        """Workers it can do with."""
+        """Minimum number of workers."""
         return self.count if isinstance(self.count, int) else self.count[0]
 
     @property
     def most(self) -> int:
-        """Workers it asks for."""
+        """Maximum number of workers."""
         return self.count if isinstance(self.count, int) else self.count[1]
 
     @model_validator(mode="after")
@@ -114,9 +117,9 @@ class WorkersSection(Section):
 
 
 class TuningObserveSection(Section):
-    """What a run writes and shows."""
+    """Outputs of a run: event files and live view."""
 
     tensorboard: bool = True
     """Write event files to `tensorboard/`."""
     live: bool = True
-    """The terminal view; plain lines where there is no terminal."""
+    """Show the live view on a terminal; without one, plain lines are printed."""

@@ -48,8 +48,10 @@ def test_roles_and_reasons(minimal, overrides, expected, absent):
 
 def test_sampling_ahead_and_sleep_are_told_where_they_are_on(minimal):
     assert not [line for line in plan(minimal) if line.startswith("sampling:")]
-    ahead = "sampling: up to 2 steps ahead of training; unfinished responses go on with new weights, importance weights: token"
+    ahead = (
+        "sampling: up to 2 steps ahead of training; unfinished responses continue with new weights, importance weights: token"
+    )
     assert ahead in plan(minimal, "async.max_staleness=2")
-    cut = "sampling: up to 1 step ahead of training; unfinished responses begin anew with new weights, importance weights: none"
+    cut = "sampling: up to 1 step ahead of training; unfinished responses restart with new weights, importance weights: none"
     assert cut in plan(minimal, "async={max_staleness: 1, on_update: cut}", "algorithm.off_policy_correction.level=none")
-    assert "sampling: replicas give their GPU memory back while models train" in plan(minimal, "rollout.sleep=true")
+    assert "sampling: replicas release their GPU memory while models train" in plan(minimal, "rollout.sleep=true")

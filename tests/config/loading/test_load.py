@@ -121,7 +121,7 @@ def test_differences_show_old_and_new(minimal):
         ("model={dtype: auto}", "model.path: required, but not given"),
         ("model.lora.target_modules=5", "model.lora.target_modules: expected a list or 'all-linear', found 5"),
         ("train.optimizer.betas=[1.0, 0.5]", "train.optimizer.betas.0: expected < 1"),
-        ("data.train.template=hello", "data.train: template has no {prompt} in it"),
+        ("data.train.template=hello", "data.train: template has no {prompt}, the place"),
         ("algorithm.kl={coefficient: 0, target: 6}", "algorithm.kl: target adapts the coefficient by factors"),
         ("algorithm.kl={placement: loss, target: 6}", "algorithm.kl: target adapts the coefficient of the reward"),
         (
@@ -153,7 +153,7 @@ def test_differences_show_old_and_new(minimal):
         ("algorithm.kl.arguments={a: 1}", "algorithm.kl: arguments have no effect with estimator 'k1'"),
         ("algorithm.advantage.arguments={a: 1}", "algorithm.advantage: arguments have no effect with estimator 'gae'"),
         ("algorithm.shaping.overlong_buffer=1.5", "overlong_buffer: expected a whole number of tokens, or a share below 1"),
-        ("critic={kind: shared, learning_rate: 1}", "critic: learning_rate is of no use with kind 'shared'"),
+        ("critic={kind: shared, learning_rate: 1}", "critic: learning_rate has no effect with kind 'shared'"),
         ("train.offload_optimizer=true", "offload_optimizer needs zero_stage 1, 2 or 3"),
         ("preset=trl-clasic", "preset: unknown preset trl-clasic; did you mean trl-classic?"),
     ],

@@ -34,8 +34,8 @@ def test_an_override_sets_one_place(override, expected):
         ("a..b=1", "expected section.key=value"),
         ("a.b=[1", "command line: a.b: the value is not YAML"),
         ("a.b.c=1", "command line: a.b.c: a.b is a value, expected a section or a list"),
-        ("a.c.5=1", "command line: a.c.5: 5 is no place in a list of 2, expected 0 to 2"),
-        ("a.c.x=1", "command line: a.c.x: x is no place in a list of 2"),
+        ("a.c.5=1", "command line: a.c.5: 5 is no index in a list of 2, expected 0 to 2"),
+        ("a.c.x=1", "command line: a.c.x: x is no index in a list of 2"),
     ],
 )
 def test_an_override_that_reaches_nothing_is_one_line(override, message):

@@ -88,7 +88,7 @@ def test_the_engine_gets_what_was_set_and_takes_one_step_a_batch():
         (SFTConfig, ["data.evaluation_share=1"], "data.evaluation_share: expected < 1"),
         (SFTConfig, ["data.evaluation_share=0.1", "data.evaluation.path=e"], "evaluation and evaluation_share are both given"),
         (SFTConfig, ["train.batch_size=1", "train.batch_tokens=9"], "batch_size and batch_tokens are both given"),
-        (SFTConfig, ["train.packing=true", "train.micro_batch_size=2"], "micro_batch_size is of no use with packing"),
+        (SFTConfig, ["train.packing=true", "train.micro_batch_size=2"], "micro_batch_size has no effect with packing"),
         (SFTConfig, ["train.offload_optimizer=true"], "offload_optimizer needs zero_stage 1, 2 or 3"),
         (SFTConfig, ["workers.count=0"], "workers.count: expected >= 1"),
         (SFTConfig, ["workers.count=[3, 2]"], "count: expected [fewest, most], found [3, 2]"),

@@ -86,7 +86,7 @@ def test_the_plan_settles_every_stage_before_the_first_one_runs(chain, tmp_path)
         ("stages.0.settings.model.path=${second.export}", r"\$\{second.export\}: no stage 'second' before this one"),
         ("stages.2.settings.train.stepz=3", "stage second: .*train.stepz"),
         ("stages.2.config=tunign.yaml", r"tunign\.yaml"),
-        ("stages.1.name=first", "the name 'first' is given twice"),
+        ("stages.1.name=first", "duplicate name 'first'"),
     ],
 )
 def test_a_mistake_in_any_stage_is_found_before_the_first_one_runs(override, message, chain, started, tmp_path):

@@ -79,7 +79,7 @@ def test_several_answers_a_prompt_give_pass_at_k_and_best_of_k_from_the_answers_
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
-    [(["samples=2"], "greedy answers to a prompt are all the same"), (["best_by=reward_model"], "one of gsm8k, length")],
+    [(["samples=2"], "greedy responses to a prompt are all equal"), (["best_by=reward_model"], "one of gsm8k, length")],
 )
 def test_tries_that_cannot_differ_and_judges_that_do_not_exist_are_refused(tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):

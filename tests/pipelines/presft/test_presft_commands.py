@@ -45,7 +45,7 @@ def test_a_step_without_the_one_before_says_which_to_run(tmp_path, monkeypatch):
         (["relabel.method=verifier"], "needs relabel.verifier"),
         (["relabel.method=reward_model"], "needs relabel.reward_model"),
         (["probe.response_field=answer", "run.rounds=2"], "set run.rounds to 1"),
-        (["probe.response_field=answer", "relabel.method=mbr", "relabel.samples=4"], "give the model in probe.model"),
+        (["probe.response_field=answer", "relabel.method=mbr", "relabel.samples=4"], "set probe.model"),
         (["probe.response_field=answer", "probe.likelihood=true"], "needs no model"),
         (["probe.tokenize=14a"], "probe.tokenize"),
         (["relabel.verifier={functions: [{name: gsm8k}], model: {model: {path: m}}}"], "made of functions"),
