@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 PPO_FILES = [
     "examples/from_trl/classic.yaml",
     "examples/from_trl/modern.yaml",
+    "examples/grpo/grpo.yaml",
     "examples/gsm8k/cpu.yaml",
     "examples/gsm8k/ppo.yaml",
     "rayrlhf/ppo/quickstart.yaml",

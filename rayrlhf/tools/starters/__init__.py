@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.config.loading.presets import preset_tree
+from rayrlhf.config.loading.presets import PRESETS, preset_tree
 from rayrlhf.config.section import Section
 from rayrlhf.errors import UserError
 from rayrlhf.storage.atomic import write_atomically
@@ -91,4 +91,7 @@ def json_schema(task: str) -> dict[str, Any]:
         UserError: an unknown task.
     """
     schema = config_class(task).model_json_schema()
+    if task == "ppo":
+        preset = {"enum": list(PRESETS), "description": "Recipe of an algorithm, under all keys of the file."}
+        schema["properties"]["preset"] = preset
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": f"rayrlhf {task}"}
