@@ -286,7 +286,7 @@ PYTHON = list(dict.fromkeys(block.path for block in BLOCKS if block.language == 
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(path, marks=[pytest.mark.slow] if path in STARTS_RAY else [], id=path.name) for path in PYTHON]
+    "path", [pytest.param(path, marks=[pytest.mark.nightly] if path in STARTS_RAY else [], id=path.name) for path in PYTHON]
 )
 def test_the_python_of_a_page_runs_as_printed(path, clone):
     text = "\n".join(block.text for block in BLOCKS if block.path == path and block.language == "python")
@@ -301,7 +301,7 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_tutorial_runs_as_printed(tmp_path):
     for block in blocks(TUTORIAL):
         if block.title:

@@ -87,7 +87,7 @@ def test_the_requirements_of_an_estimator_from_a_file_are_checked(plugins):
         load_config(PPOConfig, None, [*required, f"algorithm.advantage.estimator={plugins}:pairs"])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_loss_from_a_file_trains_in_the_actor_processes(plugins, tmp_path):
     config = run_config(
         tmp_path,

@@ -151,7 +151,7 @@ def test_wrong_rewards_are_refused_in_one_line_and_the_block_goes_on(session, tm
         rayrlhf.train_ppo(trainer.config)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_policy_that_dies_in_a_loop_of_ones_own_takes_it_back_to_the_committed_state(session, tmp_path):
     config = run_config(tmp_path, *OWN, "recovery.snapshot=step", "recovery.backoff=0")
     begun, killed = [], False
