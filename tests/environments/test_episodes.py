@@ -197,10 +197,10 @@ def test_the_reward_function_sums_what_was_paid_and_needs_an_environment():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["environment=null"], "give the section environment"),
+        (["environment=null"], "needs the section environment"),
         (["algorithm.advantage.estimator=remax"], "which may fail in an environment"),
         (["algorithm.shaping.clip=5"], "environment.credit to 'episode'"),
-        (["environment.template=said"], "must have {observation} in it once"),
+        (["environment.template=said"], "expected {observation} exactly once"),
         (["environment.max_turn=3"], "max_turns"),
     ],
 )

@@ -37,7 +37,7 @@ def test_what_cannot_be_is_refused_in_one_line(run, tmp_path):
         want_replicas(tmp_path, 2)
     with run("recovery.min_replicas=2", "rollout.replicas=2") as folder, pytest.raises(UserError, match="at least 2"):
         want_replicas(folder.path, 1)
-    with pytest.raises(UserError, match=r"no driver runs in it; start it with rollout\.replicas=4"):
+    with pytest.raises(UserError, match=r"no running driver; start it with rollout\.replicas=4"):
         want_replicas(folder.path, 4)
     with run("run.determinism=exact", "run.name=other") as folder, pytest.raises(UserError, match="fixes the number"):
         want_replicas(folder.path, 2)

@@ -75,7 +75,7 @@ def test_one_model_alone_is_what_it_was(members):
 
 
 def test_mistakes_are_one_clear_line(members, tmp_path):
-    with pytest.raises(ValueError, match="uncertainty needs members"):
+    with pytest.raises(ValueError, match="uncertainty has no effect without members"):
         section(members[:1], uncertainty=1.0)
     with pytest.raises(UserError, match="missing"):
         RewardEnsemble(section([members[0], ModelSection(path=str(tmp_path / "missing"))]))

@@ -87,8 +87,8 @@ def test_too_many_failures_stop_the_evaluation(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "give the section environment"),
-        ([GAME, "keep.at_least=1"], "leave keep or environment out"),
+        ([], "needs the section environment"),
+        ([GAME, "keep.at_least=1"], "remove keep or environment"),
         (["environment.name=guesing"], "did you mean 'guessing'"),
     ],
 )

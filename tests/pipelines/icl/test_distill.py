@@ -80,7 +80,7 @@ def test_plain_text_shows_the_instruction_to_the_teacher_alone(tmp_path):
         (["teacher.demonstrations=0", "teacher.instruction=null"], "the teacher has no further context"),
         (["teacher.selection=nearest"], "encoder and selection nearest"),
         (["train.vocabulary=0"], r"train\.vocabulary"),
-        (["context.question=x"], r"no \{prompt\} in it"),
+        (["context.question=x"], r"question has no \{prompt\}"),
     ],
 )
 def test_a_mistake_in_the_configuration_is_one_line(tmp_path, overrides, words):

@@ -64,7 +64,7 @@ def test_fewer_examples_than_demonstrations_are_refused_in_one_line(tmp_path):
         ("demonstrations.ablations=[flip, flip]", "expected each once"),
         ("demonstrations.selection=nearest", "encoder and selection nearest"),
         ("metric=reward", "reward and metric reward belong together"),
-        ("context.question=x", "no {prompt} in it"),
+        ("context.question=x", "question has no {prompt}"),
     ],
 )
 def test_a_mistake_in_the_configuration_is_one_line(tmp_path, override, words):

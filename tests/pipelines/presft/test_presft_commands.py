@@ -48,7 +48,7 @@ def test_a_step_without_the_one_before_says_which_to_run(tmp_path, monkeypatch):
         (["probe.response_field=answer", "relabel.method=mbr", "relabel.samples=4"], "set probe.model"),
         (["probe.response_field=answer", "probe.likelihood=true"], "needs no model"),
         (["probe.tokenize=14a"], "probe.tokenize"),
-        (["relabel.verifier={functions: [{name: gsm8k}], model: {model: {path: m}}}"], "made of functions"),
+        (["relabel.verifier={functions: [{name: gsm8k}], model: {model: {path: m}}}"], "consists of functions"),
     ],
 )
 def test_a_wrong_setting_is_named(overrides, message):
