@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ray
@@ -15,8 +15,6 @@ from rayrlhf.config.ppo import PPOConfig
 
 NAMESPACE = "rayrlhf"
 """Ray namespace of every actor, which sets them apart in `ray list actors`."""
-CURRENT_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # noqa: S108 - Ray's own file
-"""File with the address of the cluster that was started last on this machine."""
 ANSWER_SECONDS = 3.0
 
 
@@ -32,20 +30,34 @@ def connected(address: str | None) -> Iterator[None]:
         return
     found = address or os.environ.get("RAY_ADDRESS") or ambient_address()
     ray.init(address=found, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
+    if found == "local":
+        _hide_cluster(ray.get_runtime_context().gcs_address)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def ambient_address(file: Path = CURRENT_CLUSTER) -> str:
+def cluster_file() -> Path:
+    """Return Ray's file with the address of the cluster that was started last on this machine."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray", "ray_current_cluster")  # noqa: S108
+
+
+def _hide_cluster(address: str) -> None:
+    """Remove the note of a cluster that ends with this run, so that no other run joins it and ends with it."""
+    with suppress(OSError):
+        if cluster_file().read_text().strip() == address:
+            cluster_file().unlink()
+
+
+def ambient_address(file: Path | None = None) -> str:
     """Return the address of this machine's running cluster, or `local` for a new one.
 
     Such a cluster comes from `ray start` or `ray symmetric-run`. A cluster that was killed leaves the file behind, and Ray
     itself would try that address for minutes and then fail.
     """
     try:
-        host, _, port = file.read_text().strip().rpartition(":")
+        host, _, port = (file or cluster_file()).read_text().strip().rpartition(":")
         with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS):
             return f"{host}:{port}"
     except (OSError, ValueError):

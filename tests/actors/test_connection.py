@@ -8,8 +8,9 @@ from socket import create_server
 
 import pytest
 import ray
+from ray._common.utils import get_ray_address_file
 
-from rayrlhf.actors.connection import ambient_address, connected
+from rayrlhf.actors.connection import ambient_address, cluster_file, connected
 
 
 @pytest.fixture
@@ -45,6 +46,23 @@ def test_the_note_of_a_killed_cluster_costs_no_minutes(tmp_path, port, monkeypat
     with connected(None):
         assert len(ray.nodes()) == 1
     assert not ray.is_initialized()
+
+
+def test_a_run_does_not_join_the_cluster_of_another_run(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with connected(None):
+        assert not cluster_file().exists()
+        assert ambient_address() == "local"
+
+
+def test_rays_folder_is_found_as_ray_finds_it(monkeypatch):
+    for name in ("RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    assert str(cluster_file()) == get_ray_address_file(None)
+    monkeypatch.setenv("TMPDIR", "/somewhere")
+    assert str(cluster_file()) == get_ray_address_file(None)
+    monkeypatch.setenv("RAY_TMPDIR", "/elsewhere")
+    assert str(cluster_file()) == get_ray_address_file(None)
 
 
 def test_a_cluster_of_this_machine_is_joined_and_outlives_the_run():
