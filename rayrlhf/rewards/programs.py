@@ -1,10 +1,9 @@
 """`code`: tests of the Python program in a response, run in the sandbox.
 
 The dataset's columns select the kind of task. `expected_output`: the program reads `stdin` and its output is compared outside
-of the sandbox. `tests`: Python statements that run after the program in its namespace, one by one; a statement that raises has
-failed. The harness prints its verdict after a secret word, so a program that exits early or prints a fake verdict passes no
-test. Tests share a process with the program: a program that searches memory for the harness, or returns objects that equal
-everything, could cheat them. Compare outputs where that matters.
+of the sandbox. `tests`: Python statements that run after the program with its names, one by one; a statement that raises has
+failed. They run in another process than the program (`rayrlhf.rewards.verdict`), which passes their calls on to the program, so
+it can neither change nor forge the verdict.
 
 A program that is wrong, too slow or over a limit has reward 0. A failure of the sandbox itself is an error and never a reward.
 """
@@ -14,29 +13,15 @@ import os
 import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rayrlhf.errors import UserError
 from rayrlhf.rewards.formats import Where, check_where, last_block
 from rayrlhf.rewards.sandbox import Limits, SandboxError, Unsafe, run_program
 
-HARNESS = """\
-import json, os
-with open("harness.json") as file:
-    task = json.load(file)
-os.remove("harness.json")
-names = {"__name__": "__main__"}
-exec(compile(task.pop("program"), "program", "exec"), names)
-passed = []
-for test in task["tests"]:
-    try:
-        exec(compile(test, "test", "exec"), names)
-        passed.append(True)
-    except Exception:
-        passed.append(False)
-print("\\n" + task["word"] + json.dumps(passed), flush=True)
-"""
-"""`main.py` of a task with tests."""
+_JUDGE = {"main.py": "verdict.py", "remote_objects.py": "remote_objects.py"}
+"""File in the sandbox -> module here: the judge of a task with tests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +122,13 @@ def judge(
 
 def _share_passed(program: str, stdin: str, tests: Sequence[str], limits: Limits, unsafe: Unsafe) -> float:
     word = secrets.token_hex(16)
-    task = json.dumps({"program": program, "tests": list(tests), "word": word})
-    outcome = run_program({"main.py": HARNESS, "harness.json": task}, stdin=stdin, limits=limits, unsafe=unsafe)
-    verdicts = [line.removeprefix(word) for line in outcome.stdout.splitlines() if line.startswith(word)]
-    return sum(json.loads(verdicts[0])) / len(tests) if verdicts else 0.0
+    files = {"task.json": json.dumps({"program": program, "tests": list(tests), "word": word})}
+    files |= {name: Path(__file__).with_name(source).read_text() for name, source in _JUDGE.items()}
+    outcome = run_program(files, stdin=stdin, limits=replace(limits, processes=limits.processes + 1), unsafe=unsafe)
+    verdict = outcome.stdout.removeprefix(word)
+    # Without the word, of another length or with other characters: the judge was stopped.
+    whole = outcome.stdout.startswith(word) and len(verdict) == len(tests) and set(verdict) <= set("01")
+    return verdict.count("1") / len(tests) if whole else 0.0
 
 
 def _tests(index: int, column: list[str] | str) -> list[str]:

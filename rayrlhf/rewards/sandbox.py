@@ -2,9 +2,9 @@
 
 `run_program` isolates a program: no network, no files except the system's libraries and Python (read-only) and a small folder
 in memory, no environment, no other processes, and limits on CPU time, wall time, memory, processes and files.
-`rayrlhf.rewards.warden` implements it. It needs Linux 5.12 or newer and permission to create namespaces, which containers often
-forbid. `missing()` tries once and returns the reason in one line. `run_program` then refuses, unless `unsafe` is `warn`: the
-program then runs with resource limits alone.
+`rayrlhf.rewards.warden` implements it. It needs Linux 5.12 or newer on x86_64 or aarch64, and permission to create namespaces,
+which containers often forbid. `missing()` tries once and returns the reason in one line. `run_program` then refuses, unless
+`unsafe` is `warn`: the program then runs with resource limits alone.
 
 Memory is limited per process, and so is the number of processes; their product is the limit of the whole program.
 """
@@ -12,6 +12,7 @@ Memory is limited per process, and so is the number of processes; their product 
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,11 @@ from rayrlhf.errors import UserError
 Unsafe = Literal["refuse", "warn"]
 """Behavior where programs cannot be contained."""
 
-SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/ld.so.cache", "/etc/alternatives")
+_SYSTEM_PARTS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
+SYSTEM = (
+    *(f"{root}/{part}" for root in ("/usr", "/usr/local", "") for part in _SYSTEM_PARTS),
+    *("/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/alternatives"),
+)
 """Paths of the machine that a program sees, if they exist."""
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 WORK = "/tmp/work"  # noqa: S108 - in the sandbox's own file system
@@ -81,6 +86,10 @@ class SandboxError(Exception):
     """The sandbox itself failed; the program is not to blame."""
 
 
+class _StoppedError(SandboxError):
+    """The warden ended after the program had started."""
+
+
 def run_program(
     files: Mapping[str, str],
     *,
@@ -109,6 +118,9 @@ def run_program(
     for attempt in range(ATTEMPTS):
         try:
             return _run(files, stdin, limits or Limits(), contained=not lacking)
+        except _StoppedError:
+            if attempt == ATTEMPTS - 1:
+                return Outcome(-signal.SIGKILL, "", "")  # three times: it is the program that stops its warden
         except SandboxError:
             if attempt == ATTEMPTS - 1:
                 raise
@@ -144,13 +156,15 @@ def _run(files: Mapping[str, str], stdin: str, limits: Limits, *, contained: boo
                 failure = _run_warden(spec, out.name, error.name, limits.wall_seconds)
             finally:
                 os.close(write)
-            result = report.read() or failure
+            result = report.read() + failure
         texts = [_text(file, limits) for file in (out, error)]
     if not result:
         raise SandboxError(f"the warden ended without a report: {texts[1].strip()[-300:]}")
-    how = json.loads(result.splitlines()[0])
-    if "refused" in how:
+    *before, how = map(json.loads, result.splitlines())
+    if "refused" in how and not before:
         raise SandboxError(how["refused"])
+    if "started" in how or "refused" in how:
+        raise _StoppedError("the warden ended while the program ran")
     status = None if how.get("timed_out") else os.waitstatus_to_exitcode(how["status"])
     return Outcome(status, *texts)
 
@@ -204,14 +218,23 @@ def _specification(
 
 @functools.cache
 def _visible() -> list[str]:
-    """Return visible paths: the system's and this Python's; none within another."""
+    """Return visible paths: the system's and this Python's; none within another.
+
+    Of a Python only its own parts are visible, because it may lie in a project's folder.
+    """
     python = Path(sys.executable)
     homes = {python.resolve().parent.parent, Path(sys.base_prefix), Path(sys.prefix)}
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     paths = [Path(path) for path in (*SYSTEM, *DEVICES)]
-    paths += sorted(home for home in homes if home.is_absolute() and home != Path("/"))
+    for home in sorted(home for home in homes if home.is_absolute()):
+        paths += [home / part for part in ("bin", "lib64", "pyvenv.cfg", f"lib/{version}")]
+        if home == Path(sys.base_prefix):
+            paths += sorted((home / "lib").glob("lib*.so*"))
     kept: list[Path] = []
     for path in paths:
-        if path.exists() and not any(path.is_relative_to(other) and not other.is_symlink() for other in kept):
+        if path.exists() and not any(
+            path == other or (path.is_relative_to(other) and not other.is_symlink()) for other in kept
+        ):
             kept.append(path)
     return [str(path) for path in kept]
 
