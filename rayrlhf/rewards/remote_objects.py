@@ -3,7 +3,7 @@
 Standard library alone, because it runs in the sandbox. Values of built-in types cross as copies, and lists, dicts and sets
 given as arguments receive the changes that a call made. Objects of other classes remain with their process, which has a proxy:
 
-- It equals only other proxies, whatever the object's `__eq__` returns. An operator between a proxy and a value may return a
+- It equals only other proxies, for any `__eq__` of the object. An operator between a proxy and a value may return a
   proxy but no plain value, because the value may show the expected result.
 - With `open_names` false, the other process calls functions and uses objects of this one that it was given, but no names that
   start with an underscore, and no modules and frames.
@@ -320,7 +320,7 @@ class Link:
         return self.ask("op", "await", coroutine)
 
     def _chain(self, kind: type[BaseException]) -> list[Any]:
-        """Return own exception classes as [number, name], from the class down to one of the library."""
+        """Return an exception class as [number, name] for each own base, and its library class."""
         chain: list[Any] = []
         while not _place(kind):
             number = self._numbers.setdefault(id(kind), len(self._own))
@@ -347,7 +347,7 @@ def _plain(base: type, value: Any) -> Any:
 
 
 def _place(value: Any) -> list[str]:
-    """Return module and name of an object of `LIBRARY`, or of a module; empty for anything else."""
+    """Return module and name of a shared library object; empty for anything else."""
     if isinstance(value, types.ModuleType):
         return [value.__name__, ""]
     if not isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):

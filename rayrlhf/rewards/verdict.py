@@ -1,9 +1,9 @@
-"""Judge of a program by its tests; run as a script in the sandbox with the standard library alone.
+"""Judge of a program by its tests, run as a script in the sandbox.
 
-Two processes: this one runs the tests and writes the verdict, and the program runs in a process of its own. The program holds
-neither the tests, nor the word that marks the verdict, nor the file that receives it, and cannot trace this process. Names of
-the program are proxies in the tests (`rayrlhf.rewards.remote_objects`). Built-in names are the tests' own: the program's
-definition of such a name counts only if the tests use no other name of it.
+It needs the standard library alone. Two processes: this one runs the tests and writes the verdict, and the program runs in a
+process of its own. The program holds neither the tests, nor the word that marks the verdict, nor the file that receives it, and
+cannot trace this process. Names of the program are proxies in the tests (`rayrlhf.rewards.remote_objects`). Built-in names are
+the tests' own: the program's definition of such a name counts only if the tests use no other name of it.
 """
 
 import ast
@@ -105,7 +105,7 @@ def _passes(test: str, names: Names, link: Link) -> bool:
         exec(compile(test, "test", "exec"), names)  # noqa: S102
     except Closed:
         raise
-    except BaseException:  # noqa: BLE001 - whatever a test raises, it has failed
+    except BaseException:  # noqa: BLE001 - a test that raises has failed
         return False
     return True
 

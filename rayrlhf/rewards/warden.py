@@ -112,7 +112,7 @@ def _leave_keyring() -> None:
 
 
 def _machine() -> tuple[int, int, dict[str, int]]:
-    """Return audit code, column of `_CALLS`, and the numbers of the forbidden system calls of this machine."""
+    """Return audit code, column of `_CALLS`, and forbidden call numbers of this machine."""
     kinds = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
     if os.uname().machine not in kinds:
         raise OSError(errno.ENOSYS, f"no system call filter for {os.uname().machine}: expected {' or '.join(kinds)}")
@@ -121,7 +121,7 @@ def _machine() -> tuple[int, int, dict[str, int]]:
 
 
 def _filter_calls() -> None:
-    """Make the calls of `_CALLS` fail with EPERM, for this process and all that it starts.
+    """Make the calls of `_CALLS` fail with EPERM, here and in child processes.
 
     Calls of the machine's other instruction sets end the process: their numbers differ.
     """
