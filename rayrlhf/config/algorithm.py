@@ -155,6 +155,10 @@ class AlgorithmSection(Section):
     kl: KlSection = KlSection()
     shaping: ShapingSection = ShapingSection()
     advantage: AdvantageSection = AdvantageSection()
+    old_logprobs: Literal["auto", "recomputed", "rollout"] = "auto"
+    """Log-probs of the denominator of the probability ratio. `recomputed`: a forward pass of the policy before the update.
+    `rollout`: those of the rollout engine, which saves that pass and makes the ratio correct for the engine's rounding.
+    `auto`: recomputed, but skipped where a step has one optimizer step, whose ratio is 1, and nothing else reads them."""
     policy_loss: AnyPolicyLoss = PPOLossSection()
     """Loss of the policy. Its key `name` selects the loss, and with it the other keys and their defaults."""
     off_policy_correction: OffPolicyCorrectionSection = OffPolicyCorrectionSection()

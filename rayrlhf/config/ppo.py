@@ -1,6 +1,6 @@
 """Root of a PPO configuration file, and checks across its sections."""
 
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -85,6 +85,24 @@ class PPOConfig(Section):
         return self.algorithm.kl.coefficient > 0
 
     @property
+    def old_logprobs(self) -> Literal["recomputed", "rollout", "skipped"]:
+        """Source of the old log-probs, resolved from `algorithm.old_logprobs`."""
+        algorithm = self.algorithm
+        if algorithm.old_logprobs != "auto":
+            return algorithm.old_logprobs
+        needed = (
+            self.updates_per_step > 1
+            or algorithm.parity.no_accumulation
+            or self.critic.kind == "shared"  # its values come from the same forward pass
+            or (self.needs_reference and algorithm.kl.placement == "reward")
+            or algorithm.off_policy_correction.level != "none"
+            or algorithm.policy_loss.kind == "plugin"
+            or self.asynchronous.max_staleness > 0
+            or self.trains_without_demonstrations
+        )
+        return "recomputed" if needed else "skipped"
+
+    @property
     def needs_greedy(self) -> bool:
         """True if the advantage estimator reads the score of a greedy response."""
         return _advantage_method(self).greedy
@@ -125,6 +143,25 @@ class PPOConfig(Section):
             object.__setattr__(self, "critic", CriticSection(kind="none"))
         if not needed and self.critic.kind != "none":
             raise ValueError(f"algorithm.advantage.estimator '{name}' does not use a critic: set critic.kind to 'none'")
+        return self
+
+    @model_validator(mode="after")
+    def _check_old_logprobs(self) -> Self:
+        if self.algorithm.old_logprobs == "rollout":
+            if self.algorithm.off_policy_correction.level != "none":
+                raise ValueError(
+                    "algorithm.off_policy_correction has no effect with old_logprobs 'rollout', whose ratio contains it: set "
+                    "its level to 'none', or old_logprobs to 'recomputed'"
+                )
+            if self.asynchronous.max_staleness:
+                raise ValueError(
+                    "algorithm.old_logprobs 'rollout' would hide a lost weight sync where tokens are stale: set it to "
+                    "'recomputed', or async.max_staleness to 0"
+                )
+            if self.trains_without_demonstrations:
+                raise ValueError(
+                    "algorithm.old_logprobs 'rollout' would be those of prompts with demonstrations: set it to 'recomputed'"
+                )
         return self
 
     @model_validator(mode="after")

@@ -83,7 +83,9 @@ class ExperienceMaker:
         longest = max(len(rollout.response_ids) for rollout in rollouts)
         width = slot_count(longest, self._config.rollout.max_new_tokens, position)
         mask = _padded([rollout.action_mask for rollout in rollouts], width).bool()
-        logprobs = _forward_passes(scored, "policy", "logprobs", width)
+        engine = _padded([rollout.logprobs for rollout in rollouts], width)
+        recomputed = self._config.old_logprobs == "recomputed"
+        logprobs = _forward_passes(scored, "policy", "logprobs", width) if recomputed else engine
         scores = self._shape(scored)
         kl = None
         if "reference" in scored.forward_passes:
@@ -114,18 +116,22 @@ class ExperienceMaker:
             arguments=section.arguments,
         )
         kept = self._kept(rollouts)[:, None]
-        arrays = {"old_logprobs": logprobs, "advantages": result.advantages, "action_mask": mask & kept}
+        arrays = {"advantages": result.advantages, "action_mask": mask & kept}
+        if self._config.old_logprobs != "skipped":
+            arrays["old_logprobs"] = logprobs
         if values is not None and result.returns is not None:
             arrays |= {"old_values": values, "returns": result.returns, "value_mask": earned.value_mask & kept}
-        if algorithm.policy_loss.kind == "plugin":
-            arrays["rollout_logprobs"] = _padded([rollout.logprobs for rollout in rollouts], width)
+        if algorithm.policy_loss.kind == "plugin" or not recomputed:
+            arrays["rollout_logprobs"] = engine
         if "reference" in scored.forward_passes:
             arrays["ref_logprobs"] = _forward_passes(scored, "reference", "logprobs", width)
-        weights, weight_metrics = self._corrected(logprobs, rollouts, mask)
+        weights, weight_metrics = self._corrected(logprobs, engine, mask)
         batch = TrainingBatch(
             Records(rollout.sequence() for rollout in rollouts), {k: v.numpy() for k, v in (arrays | weights).items()}
         )
         metrics = self._metrics(rollouts, logprobs, kl, earned.non_score, scores, mask) | weight_metrics
+        if recomputed:
+            metrics |= self._gap(logprobs, engine, mask)
         if self._config.rollout.samples_per_prompt > 1:
             metrics["frac_reward_zero_std"] = 1 - has_contrast(scores, groups).float().mean().item()
         if values is not None and result.returns is not None:
@@ -195,14 +201,11 @@ class ExperienceMaker:
             return torch.ones(len(rollouts), dtype=torch.bool)
         return torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
 
-    def _corrected(
-        self, logprobs: Tensor, rollouts: Sequence[Rollout], mask: Tensor
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def _corrected(self, logprobs: Tensor, engine: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return the importance weights of the off-policy correction, if any, and their metrics."""
         section = self._config.algorithm.off_policy_correction
         if section.level == "none":
             return {}, {}
-        engine = _padded([rollout.logprobs for rollout in rollouts], mask.shape[1])
         weigh = partial(importance_weights, logprobs, engine, mask, level=section.level)
         weights = weigh(mode=section.mode, low=section.low, high=section.high)
         return {"importance_weights": weights}, weight_statistics(weights, weigh(low=0.0, high=math.inf), mask)
@@ -222,17 +225,20 @@ class ExperienceMaker:
         scores: Tensor,
         mask: Tensor,
     ) -> dict[str, float]:
-        engine = _padded([rollout.logprobs for rollout in rollouts], mask.shape[1])
         queries = torch.tensor([len(rollout.prompt_ids) for rollout in rollouts])
         responses = torch.tensor([int(rollout.action_mask.sum()) for rollout in rollouts])
         stopped = torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
-        gap = mismatch(logprobs, engine, mask)
-        if self._config.trains_without_demonstrations:
-            # The gap is then the effect of the demonstrations on the rollout engine, and says nothing about a sync.
-            names = {name: name.replace("sampling/sampling_", CONTEXT).replace("sampling/", CONTEXT) for name in gap}
-            gap = {names[name]: value for name, value in gap.items()}
         objective = objective_statistics(logprobs, kl, non_score, scores, mask)
-        return objective | length_statistics(queries, responses, stopped) | gap
+        return objective | length_statistics(queries, responses, stopped)
+
+    def _gap(self, logprobs: Tensor, engine: Tensor, mask: Tensor) -> dict[str, float]:
+        """Return the log-prob gap between trainer and rollout engine."""
+        gap = mismatch(logprobs, engine, mask)
+        if not self._config.trains_without_demonstrations:
+            return gap
+        # The gap is then the effect of the demonstrations on the rollout engine, and says nothing about a sync.
+        names = {name: name.replace("sampling/sampling_", CONTEXT).replace("sampling/", CONTEXT) for name in gap}
+        return {names[name]: value for name, value in gap.items()}
 
 
 def _padded(rows: Sequence[np.ndarray], width: int) -> Tensor:

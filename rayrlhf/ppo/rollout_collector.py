@@ -128,6 +128,9 @@ def forward_passes(config: PPOConfig, *, has_critic: bool) -> list[ForwardPass]:
         passes.append(ForwardPass("reference", owner, logprobs, temperature, True, config.reference_in_policy and replicate))
     if has_critic:
         passes.append(ForwardPass("critic", "critic", values, replicate=replicate))
-    own = logprobs | values if config.critic.kind == "shared" else logprobs
-    passes.append(ForwardPass("policy", "policy", own, temperature, replicate=replicate))
+    own = logprobs if config.old_logprobs == "recomputed" else frozenset()
+    if config.critic.kind == "shared":
+        own |= values
+    if own:
+        passes.append(ForwardPass("policy", "policy", own, temperature, replicate=replicate))
     return passes

@@ -24,11 +24,11 @@ from rayrlhf.engines.train.plan import UpdateReport
 from rayrlhf.environments.episodes import episode_metrics, with_extra_segments
 from rayrlhf.errors import AlarmError, UserError
 from rayrlhf.models.load import resolve_dtype
-from rayrlhf.observe.metric_names import SAMPLED_TOKENS
+from rayrlhf.observe.metric_names import LOGPROB_GAP, SAMPLED_TOKENS
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.evaluation import Evaluation, OwnReward
-from rayrlhf.ppo.experience import Experience, ExperienceMaker
+from rayrlhf.ppo.experience import ExperienceMaker
 from rayrlhf.ppo.generation import POLL_SECONDS, Generation
 from rayrlhf.ppo.model_updater import ModelUpdater
 from rayrlhf.ppo.rollout_collector import RolloutCollector
@@ -171,11 +171,14 @@ class StepDriver:
         with self.timer.phase("assemble"):
             experience = self._experience.make(scored)
         staleness = staleness_metrics(scored.rollouts, self.weight_version, self.config.asynchronous.max_staleness)
-        self._check_gap(experience, scored)
+        if self.config.old_logprobs == "recomputed" and not self.config.trains_without_demonstrations:
+            self._check_gap(fresh_gap(experience.batch.arrays["old_logprobs"], scored.rollouts, self.weight_version))
         if self.config.rollout.sleep:
             with self.timer.phase("sleep"):
                 put_to_sleep(self.fault_tolerance.pool, self.config.deadlines.sync)
         reports = self._updater.update(experience, self.steps_done)
+        if self.config.old_logprobs != "recomputed" and "policy" in reports:
+            self._check_gap(next((first.get(LOGPROB_GAP) for first in reports["policy"].step_metrics), None))
         with self.timer.phase("weight_sync"):
             sync = self.sync(self.weight_version + 1)
         self.steps_done += 1
@@ -309,11 +312,10 @@ class StepDriver:
             raise UserError("step: algorithm.shaping.scale, center and clip change whole scores; expected one reward a rollout")
         return scored
 
-    def _check_gap(self, experience: Experience, scored: ScoredRollouts) -> None:
-        """Compare the log-probs of trainer and rollout engine where both hold the same weights."""
-        gap = fresh_gap(experience.batch.arrays["old_logprobs"], scored.rollouts, self.weight_version)
+    def _check_gap(self, gap: float | None) -> None:
+        """Compare the log-prob gap of trainer and rollout engine under the same weights with its limit."""
         allowed = self.config.rollout.mismatch_alarm
-        if gap is not None and not gap <= allowed and not self.config.trains_without_demonstrations:
+        if gap is not None and not gap <= allowed:
             raise AlarmError(
                 f"step {self.steps_done}: log-probs of trainer and rollout engine differ by {gap:.3g} nats on average, above "
                 f"rollout.mismatch_alarm {allowed:.3g}: the rollout engine does not serve the policy's weights"

@@ -8,7 +8,7 @@ from rayrlhf.actors.placement import TrainRole
 from rayrlhf.algorithms.statistics import explained_variance
 from rayrlhf.data.records import Rollout
 from rayrlhf.engines.train.plan import UpdateReport
-from rayrlhf.observe.metric_names import FIRST_RATIO, MAX_STALENESS, MEAN_STALENESS, STALENESS_LIMIT
+from rayrlhf.observe.metric_names import FIRST_RATIO, LOGPROB_GAP, MAX_STALENESS, MEAN_STALENESS, STALENESS_LIMIT
 from rayrlhf.ppo.experience import Experience
 from rayrlhf.ppo.scoring import ScoredRollouts
 from rayrlhf.weight_sync.driver import SyncReport
@@ -42,6 +42,8 @@ def step_metrics(
     first = reports["policy"].step_metrics[:1] if "policy" in reports else []
     if first and "val/ratio" in first[0]:
         metrics[FIRST_RATIO] = first[0]["val/ratio"]
+    if first and LOGPROB_GAP in first[0]:
+        metrics[LOGPROB_GAP] = first[0][LOGPROB_GAP]  # later optimizer steps also differ by the update
     if "policy" in reports and reports["policy"].learning_rates:
         metrics["lr"] = reports["policy"].learning_rates[-1]
     metrics |= {"episode": float(episodes), "sync/seconds": sync.seconds, "sync/version": float(sync.version)}

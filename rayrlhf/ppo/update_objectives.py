@@ -39,7 +39,12 @@ def make_objectives(config: PPOConfig) -> dict[TrainRole, Objective]:
     temperature = config.rollout.temperature
     corrected = algorithm.off_policy_correction.level != "none"
     policy = PolicyObjective(
-        algorithm.policy_loss, algorithm.kl, temperature, importance=corrected, longest=config.rollout.max_new_tokens
+        algorithm.policy_loss,
+        algorithm.kl,
+        temperature,
+        importance=corrected,
+        longest=config.rollout.max_new_tokens,
+        gap=config.old_logprobs != "recomputed",
     )
     value = ValueObjective(algorithm.value_loss, temperature)
     if config.critic.kind == "shared":

@@ -9,8 +9,10 @@ import torch
 from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Prompt, Rollout, SampleKey, TokenScores
+from rayrlhf.errors import UserError
 from rayrlhf.observe.metric_names import LOGPROB_GAP
 from rayrlhf.ppo.experience import ExperienceMaker
+from rayrlhf.ppo.rollout_collector import forward_passes
 from rayrlhf.ppo.scoring import ScoredRollouts
 from rayrlhf.ppo.update_objectives import make_objectives, plan_update
 from rayrlhf.rewards.score import RewardBatch
@@ -176,7 +178,7 @@ def test_responses_are_compared_with_those_to_the_same_prompt_and_no_critic_is_f
     experience = ExperienceMaker(load(*GROUPED)).make(two_prompts([1.0, 3.0, 5.0, 5.0]))
     half = 1 / (np.sqrt(2) + 1e-4)
     assert experience.batch.arrays["advantages"][:, 0].tolist() == pytest.approx([-half, half, 0.0, 0.0])
-    assert set(experience.batch.arrays) == {"old_logprobs", "advantages", "action_mask"}
+    assert set(experience.batch.arrays) == {"rollout_logprobs", "advantages", "action_mask"}
     assert experience.metrics["frac_reward_zero_std"] == 0.5
     assert experience.learnable == [0, 1, 2, 3]
 
@@ -242,3 +244,50 @@ def test_own_rewards_per_token_are_credited_at_their_tokens():
     assert replaced.rewards.scores.tolist() == [1.0] * 4
     assert [row.tolist() for row in replaced.rewards.tokens] == rows
     assert replaced.rewards.parts["loop"].tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "source"),
+    [
+        ([], "skipped"),
+        (["train.mini_batch_size=2"], "recomputed"),
+        (["train.epochs=2"], "recomputed"),
+        (["algorithm.kl.coefficient=0.1"], "recomputed"),
+        (["algorithm.kl={coefficient: 0.1, placement: loss}"], "skipped"),
+        (["algorithm.off_policy_correction.level=token"], "recomputed"),
+        (["async.max_staleness=1"], "recomputed"),
+        (["algorithm.advantage.estimator=gae", "critic.kind=shared"], "recomputed"),
+        (["algorithm.advantage.estimator=gae", "critic.kind=separate"], "skipped"),
+        (["algorithm.old_logprobs=recomputed"], "recomputed"),
+        (["algorithm.old_logprobs=rollout", "train.epochs=2"], "rollout"),
+    ],
+)
+def test_the_policy_reads_rollouts_before_its_update_only_where_something_needs_it(settings, source):
+    config = load(*GROUPED, *settings)
+    passes = {part.name: part.outputs for part in forward_passes(config, has_critic=config.critic.kind == "separate")}
+    assert config.old_logprobs == source
+    assert ("logprobs" in passes.get("policy", ())) == (source == "recomputed")
+    assert make_objectives(config)["policy"].outputs >= {"logprobs"}
+
+
+def test_the_engines_logprobs_stand_in_for_recomputed_ones():
+    config = load(*GROUPED, "algorithm.old_logprobs=rollout", "train.epochs=2", "algorithm.kl.coefficient=0.5")
+    given = two_prompts([1.0, 3.0, 5.0, 5.0])
+    reference = [TokenScores(logprobs=rollout.logprobs - 1) for rollout in given.rollouts]
+    experience = ExperienceMaker(config).make(replace(given, forward_passes={"reference": reference}))
+    arrays = experience.batch.arrays
+    np.testing.assert_array_equal(arrays["old_logprobs"], arrays["rollout_logprobs"])
+    assert experience.metrics["objective/kl"] == pytest.approx((2 + 3 + 2 + 4) / 4)
+    assert LOGPROB_GAP not in experience.metrics  # measured in the update
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["algorithm.off_policy_correction.level=token"], "off_policy_correction has no effect"),
+        (["async.max_staleness=1"], "would hide a lost weight sync"),
+    ],
+)
+def test_logprobs_of_the_engine_are_refused_where_they_mislead(settings, message):
+    with pytest.raises(UserError, match=message):
+        load(*GROUPED, "algorithm.old_logprobs=rollout", *settings)

@@ -149,8 +149,20 @@ def test_two_policy_ranks_with_a_shared_critic_and_adapters_run_without_vllm(tmp
     assert row["sampling/sampling_logp_difference/mean"] < 1e-3
 
 
-def test_a_sampler_that_does_not_serve_the_policy_stops_the_run(tmp_path):
-    config = run_config(tmp_path, "rollout.backend=transformers", "critic.kind=shared", "algorithm.kl.coefficient=0")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["critic.kind=shared"],
+        # Nothing is recomputed before the update, which then measures the gap.
+        pytest.param(
+            ["algorithm.advantage.estimator=grpo", "rollout.samples_per_prompt=2", "train.mini_batch_size=null"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_sampler_that_does_not_serve_the_policy_stops_the_run(tmp_path, settings):
+    config = run_config(tmp_path, "rollout.backend=transformers", "algorithm.kl.coefficient=0", *settings)
+    assert config.old_logprobs == ("recomputed" if config.critic.kind == "shared" else "skipped")
 
     class Sabotage(Callback):
         def on_start(self, trainer):

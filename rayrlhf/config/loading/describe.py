@@ -77,6 +77,10 @@ def _skipped(config: PPOConfig) -> Iterator[str]:
         yield "skipped: a reference model of its own, because the policy has LoRA adapters that can be switched off"
     if config.critic.kind == "none":
         yield "skipped: the critic, because critic.kind is none"
+    if config.old_logprobs == "skipped":
+        yield "skipped: the policy's old log-probs, because one optimizer step per step makes their ratio 1"
+    elif config.old_logprobs == "rollout":
+        yield "skipped: the policy's old log-probs, because algorithm.old_logprobs is rollout"
     if config.data.evaluation is None:
         yield "skipped: evaluation, because data.evaluation is not given"
     elif not config.evaluation.enabled:

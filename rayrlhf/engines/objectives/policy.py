@@ -14,6 +14,7 @@ from rayrlhf.config.algorithm import KlSection
 from rayrlhf.config.policy_loss import PolicyLossSection, PPOLossSection
 from rayrlhf.engines.objectives.base import LossComponent
 from rayrlhf.models.network import OutputName
+from rayrlhf.observe.metric_names import LOGPROB_GAP
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class PolicyObjective:
         importance: multiply the surrogate by the array `importance_weights` (off-policy correction, TRL 1.16 vLLM correction).
         entropy: report the policy's entropy; always computed if there is a bonus.
         longest: tokens that the loss aggregation `constant` divides a response by, unless `loss` sets a number.
+        gap: report the distance to the array `rollout_logprobs`, for steps that do not recompute the old log-probs.
     """
 
     loss: PolicyLossSection = field(default_factory=PPOLossSection)
@@ -35,6 +37,7 @@ class PolicyObjective:
     importance: bool = False
     entropy: bool = True
     longest: int = 1
+    gap: bool = False
 
     @property
     def outputs(self) -> frozenset[OutputName]:
@@ -52,8 +55,12 @@ class PolicyObjective:
     def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
         """Evaluate on a micro-batch (see `Objective.compute`)."""
         logprobs, mask = outputs["logprobs"], arrays["action_mask"]
+        # Without old log-probs the step's only update starts from the policy that sampled: the ratio is 1.
+        arrays = {"old_logprobs": logprobs.detach(), **arrays}
         surrogate = token_policy_loss(self.loss.name, _loss_inputs(logprobs, arrays), self.loss.loss_arguments)
         loss, statistics = surrogate.loss, dict(surrogate.statistics)
+        if self.gap:
+            statistics[LOGPROB_GAP] = zero_masked(logprobs.detach() - arrays["rollout_logprobs"], mask).abs()
         if self.importance:
             loss = loss * zero_masked(arrays["importance_weights"], mask)
         if self.kl is not None and self.kl.placement == "loss" and self.kl.coefficient:

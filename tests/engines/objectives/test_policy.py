@@ -10,6 +10,7 @@ from rayrlhf.config.algorithm import KlSection
 from rayrlhf.config.policy_loss import policy_loss_section
 from rayrlhf.engines.objectives.base import responses_under, weighted_loss
 from rayrlhf.engines.objectives.policy import PolicyObjective
+from rayrlhf.observe.metric_names import LOGPROB_GAP
 from tests.algorithms.batches import Batch, batches
 
 LONGEST = 16
@@ -162,3 +163,21 @@ def test_one_response_of_a_group_is_clipped_as_a_whole_by_gspo_and_token_by_toke
     assert moved["ppo"] == pytest.approx([0.0, -0.5 / 1.5])
     assert moved["gspo"] == pytest.approx([-0.5, -0.5])
     assert moved["cispo"] == pytest.approx([-0.5 * 1.2, -0.5 / 1.5])
+
+
+@pytest.mark.parametrize("case", CASES)
+@reproducible
+@given(batch=batches())
+def test_without_old_logprobs_the_ratio_is_one_and_the_gap_to_the_engine_is_reported(case: str, batch: Batch) -> None:
+    objective = PolicyObjective(policy_loss_section(**CASES[case][0]), longest=LONGEST, gap=True)
+    start, entropy = batch.logprobs(), batch.logprobs().abs()
+    known = arrays_of(batch, start, batch.scores(), rollout_logprobs=start - 0.25)
+    gradients = []
+    for arrays in (known, {name: array for name, array in known.items() if name != "old_logprobs"}):
+        leaf = batch.behind_nan(start).requires_grad_()
+        components = objective.compute({"logprobs": leaf, "entropy": entropy}, arrays)
+        gap = components[0].token_loss.statistics[LOGPROB_GAP]
+        torch.testing.assert_close(gap, 0.25 * batch.mask.double())
+        loss_of(objective, {"logprobs": leaf, "entropy": entropy}, arrays).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
