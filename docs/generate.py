@@ -21,7 +21,7 @@ from pydantic_core import PydanticUndefined
 from typer.cli import get_docs_for_click
 
 from rayrlhf.cli import app
-from rayrlhf.config.loading import recipes
+from rayrlhf.config.loading import presets
 from rayrlhf.config.loading.presets import PRESETS
 from rayrlhf.config.section import Section
 from rayrlhf.observe.diagnostics import CHECKS
@@ -30,7 +30,7 @@ from rayrlhf.tools.starters import ROOTS
 DOCS = Path(__file__).parent
 PAGES = {
     **ROOTS,
-    "chain": "rayrlhf.config.chain:ChainConfig",
+    "chain": "rayrlhf.config.pipelines:ChainConfig",
     "cluster": "rayrlhf.config.launch:ClusterConfig",
     "simulation": "rayrlhf.config.launch:SimulationConfig",
 }
@@ -176,8 +176,8 @@ def findings_page() -> str:
 
 def preset_source(name: str) -> str:
     """The comment with the sources of a recipe."""
-    variable = next((key for key, value in vars(recipes).items() if value is PRESETS[name]), "")
-    found = re.search(rf"((?:^#.*\n)+){variable}: Tree = ", inspect.getsource(recipes), re.MULTILINE) if variable else None
+    variable = next((key for key, value in vars(presets).items() if value is PRESETS[name]), "")
+    found = re.search(rf"((?:^#.*\n)+){variable}: Tree = ", inspect.getsource(presets), re.MULTILINE) if variable else None
     return re.sub(r"\n?# ", " ", found[1]).strip() if found else "Values of TRL, see [From TRL](../from-trl.md)."
 
 
@@ -211,7 +211,7 @@ def presets_page() -> str:
     head = (
         "# Presets\n\nA preset sets the keys that make an algorithm, with values of its paper or of named code.\n"
         "Your own keys override it. Models, data, lengths and batch sizes belong to the run. Generated from\n"
-        "the code; [`recipes.py`](https://github.com/rayrlhf/rayrlhf/blob/main/rayrlhf/config/loading/recipes.py) has the\n"
+        "the code; [`presets.py`](https://github.com/rayrlhf/rayrlhf/blob/main/rayrlhf/config/loading/presets.py) has the\n"
         "source of each value.\n\n| preset | estimator | critic | samples per prompt | loss | clip | aggregation | KL |\n"
         "|---|---|---|---|---|---|---|---|\n"
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rayrlhf.config.loading.load import load_config
     from rayrlhf.config.ppo import PPOConfig
-    from rayrlhf.config.tuning.configs import DPOConfig, RewardTrainingConfig, SFTConfig
+    from rayrlhf.config.tuning import DPOConfig, RewardTrainingConfig, SFTConfig
     from rayrlhf.ppo.callbacks import Callback
     from rayrlhf.ppo.open_trainer import open_trainer
     from rayrlhf.ppo.train_ppo import train_ppo
@@ -21,11 +21,11 @@ __version__ = "0.2.0"
 
 _PUBLIC = {
     "Callback": "rayrlhf.ppo.callbacks",
-    "DPOConfig": "rayrlhf.config.tuning.configs",
+    "DPOConfig": "rayrlhf.config.tuning",
     "PPOConfig": "rayrlhf.config.ppo",
     "PPOTrainer": "rayrlhf.ppo.trainer",
-    "RewardTrainingConfig": "rayrlhf.config.tuning.configs",
-    "SFTConfig": "rayrlhf.config.tuning.configs",
+    "RewardTrainingConfig": "rayrlhf.config.tuning",
+    "SFTConfig": "rayrlhf.config.tuning",
     "load_config": "rayrlhf.config.loading.load",
     "open_trainer": "rayrlhf.ppo.open_trainer",
     "register_reward": "rayrlhf.rewards.registry",

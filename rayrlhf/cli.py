@@ -63,7 +63,7 @@ def sft(
     dry_run: DryRun = False,
 ) -> None:
     """Fine-tune a model on given texts; rerun the command to resume."""
-    from rayrlhf.config.tuning.configs import SFTConfig
+    from rayrlhf.config.tuning import SFTConfig
     from rayrlhf.tuning.train_model import check_sft, train_sft
 
     _check_or_train(SFTConfig, check_sft, train_sft, config, overrides, dry_run)
@@ -76,7 +76,7 @@ def reward(
     dry_run: DryRun = False,
 ) -> None:
     """Train a reward model on preference pairs; rerun the command to resume."""
-    from rayrlhf.config.tuning.configs import RewardTrainingConfig
+    from rayrlhf.config.tuning import RewardTrainingConfig
     from rayrlhf.tuning.train_model import check_reward, train_reward
 
     _check_or_train(RewardTrainingConfig, check_reward, train_reward, config, overrides, dry_run)
@@ -89,7 +89,7 @@ def dpo(
     dry_run: DryRun = False,
 ) -> None:
     """Train a policy on preference pairs with DPO; rerun the command to resume."""
-    from rayrlhf.config.tuning.configs import DPOConfig
+    from rayrlhf.config.tuning import DPOConfig
     from rayrlhf.tuning.train_model import check_dpo, train_dpo
 
     _check_or_train(DPOConfig, check_dpo, train_dpo, config, overrides, dry_run)
@@ -158,8 +158,8 @@ def evaluate(
     dry_run: DryRun = False,
 ) -> None:
     """Generate responses to a dataset with one model and score them, with intervals."""
-    from rayrlhf.config.evaluate import EvaluateConfig
     from rayrlhf.config.loading.load import load_config
+    from rayrlhf.config.pipelines import EvaluateConfig
     from rayrlhf.pipelines.evaluation.evaluate_model import check_evaluation, evaluate_model
 
     loaded = load_config(EvaluateConfig, config, overrides or [])

@@ -21,11 +21,11 @@ from typer.testing import CliRunner
 
 from rayrlhf import errors
 from rayrlhf.cli import app
-from rayrlhf.config.chain import ChainConfig
 from rayrlhf.config.launch import ClusterConfig
 from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.loading.presets import PRESETS
 from rayrlhf.config.loading.problems import sections_in
+from rayrlhf.config.pipelines import ChainConfig
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.tools.starters import ROOTS, config_class, starter
 

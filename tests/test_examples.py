@@ -6,9 +6,9 @@ import pytest
 
 from rayrlhf.config.icl import ICLBuildConfig, ICLEvaluateConfig
 from rayrlhf.config.loading.load import load_config
+from rayrlhf.config.pipelines import PreSFTConfig
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.config.presft import PreSFTConfig
-from rayrlhf.config.tuning.configs import RewardTrainingConfig, SFTConfig
+from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
 from rayrlhf.pipelines.chain.run_chain import load_chain, plan_chain
 
 ROOT = Path(__file__).parent.parent

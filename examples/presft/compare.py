@@ -20,7 +20,7 @@ from make_data import make
 
 from rayrlhf.actors.connection import connected
 from rayrlhf.config.loading.load import load_config
-from rayrlhf.config.presft import PreSFTConfig, RelabelSection
+from rayrlhf.config.pipelines import PreSFTConfig, RelabelSection
 from rayrlhf.pipelines.presft.dataset import repair, write_dataset
 from rayrlhf.pipelines.presft.presft_folder import Layout, RoundFolder
 from rayrlhf.pipelines.presft.presft_steps import Sampled, relabel_pairs

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import psutil
 
-from rayrlhf.config.units import GIB
+from rayrlhf.config.section import GIB
 
 
 class Footprint(NamedTuple):

@@ -13,7 +13,6 @@ from rayrlhf.batch_inference.source import replace_surrogates
 from rayrlhf.batch_inference.stage_resources import StageResources
 from rayrlhf.batch_inference.stored_prompts import encode_prompts
 from rayrlhf.config.batch_inference import GenerateSection, PairsSection
-from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.rollout import RolloutSection
 from rayrlhf.data.records import Int32, Rollout, RolloutRequest, SampleKey
@@ -21,6 +20,7 @@ from rayrlhf.data.seeds import sample_seed
 from rayrlhf.engines.rollout.base import RolloutEngine
 from rayrlhf.engines.rollout.common import RolloutSpec, rollout_environment
 from rayrlhf.engines.rollout.factory import build_rollout_engine
+from rayrlhf.library_types import Tokenizer
 from rayrlhf.models.load import load_tokenizer
 
 

@@ -15,9 +15,9 @@ from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.batch_inference.source import SourceRow, rejected_schema, replace_surrogates, row_schema, stream_rows
 from rayrlhf.batch_inference.stored_prompts import encode_prompts
 from rayrlhf.config.batch_inference import PairsSection
-from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.data.templates import check_messages
 from rayrlhf.errors import UserError
+from rayrlhf.library_types import Tokenizer
 
 GIVEN = "given_response"
 """Key in a row's `columns` of a response that the dataset provides."""

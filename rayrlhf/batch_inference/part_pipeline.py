@@ -14,8 +14,8 @@ from rayrlhf.actors.ray_data import data_context, raise_cause
 from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS
 from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.batch_inference.stage_resources import TASK_CPUS, TASKS
-from rayrlhf.config.library_types import ArrowTable
 from rayrlhf.errors import ActorLostError, DeadlineError, UserError
+from rayrlhf.library_types import ArrowTable
 
 BUFFER_BYTES = 512 * 2**20
 """Maximum memory of parts between stages. Reading is faster than scoring and would fill the machine otherwise."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.config.library_types import ArrowTable
+from rayrlhf.library_types import ArrowTable
 from rayrlhf.storage.atomic import TEMPORARY_SUFFIX, file_atomically, write_atomically
 
 SEAL = "done.json"

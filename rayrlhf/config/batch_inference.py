@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from rayrlhf.config.data import SourceSection
 from rayrlhf.config.section import Section
 
 
@@ -28,12 +29,23 @@ class GenerateSection(Section):
     """GPUs per generator, which share one copy of the model."""
 
 
-class PipelineSection(Section):
-    """Processes of the streaming stages, and size of their parts."""
+class PartsSection(Section):
+    """Size of the parts of a dataset, and failures of the processes that compute them."""
 
     rows_per_part: int = Field(1024, ge=1)
-    """Rows per part file: the batch of a generator, and the maximum work that a crash repeats. 1 makes every row a checkpoint,
-    at the price of generating one row at a time."""
+    """Rows per part file: the batch of a process, and the maximum work that a crash repeats. 1 makes every row a checkpoint,
+    at the price of processing one row at a time."""
+    max_restarts: int = Field(5, ge=0)
+    """Restarts of a process before the run fails."""
+    stall_seconds: float = Field(1800.0, gt=0)
+    """Seconds without progress after which the run fails."""
+    address: str | None = None
+    """Ray address. Default: the cluster of the job, or a new local one."""
+
+
+class PipelineSection(PartsSection):
+    """Processes of the streaming stages, and size of their parts."""
+
     generators: int = Field(1, ge=1)
     """Generator processes."""
     generator_cpus: float | None = Field(None, gt=0)
@@ -44,23 +56,11 @@ class PipelineSection(Section):
     """OpenMP threads per generator. Default: its share of the CPUs."""
     scorers: int | None = Field(None, ge=1)
     """Processes that score. Default: half of the CPUs that generators leave, or all CPUs if nothing is generated."""
-    max_restarts: int = Field(5, ge=0)
-    """Restarts of a generator or scorer before the run fails."""
-    stall_seconds: float = Field(1800.0, gt=0)
-    """Seconds without progress after which the run fails."""
-    address: str | None = None
-    """Ray address. Default: the cluster of the job, or a new local one."""
 
 
-class PairsSection(Section):
+class PairsSection(SourceSection):
     """Pairs of prompt and response: JSONL, Parquet, a built-in (`builtin:word-problems`), or a hub name."""
 
-    path: str
-    """File, built-in or hub name; also a folder in the hub's layout, or of `save_to_disk` of the `datasets` package."""
-    split: str = "train"
-    """Split of a hub or built-in dataset."""
-    subset: str | None = None
-    """Configuration name of a hub dataset (`main` for `openai/gsm8k`)."""
     prompt_field: str = "prompt"
     """Text, or a list of {role, content} messages."""
     response_field: str = "completion"
@@ -69,7 +69,5 @@ class PairsSection(Section):
     """Put a text prompt into the chat template as one user turn; a conversational prompt always goes through it."""
     system_prompt: str | None = None
     """First message of every conversation without a system message."""
-    limit: int | None = Field(None, ge=1)
-    """Maximum rows; the first ones are used."""
     max_rejected_share: float = Field(0.01, ge=0, le=1)
     """Maximum share of unusable rows; above it the run fails before generation."""

@@ -1,14 +1,14 @@
-"""Prompt datasets, and their conversion to tokens."""
+"""Datasets of prompts, samples and preference pairs, and their conversion to tokens."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from rayrlhf.config.section import Section
 
 
-class DatasetSection(Section):
-    """One prompt dataset: JSONL, Parquet, a built-in (`builtin:word-problems`), or a hub name."""
+class SourceSection(Section):
+    """Source of rows: JSONL, Parquet, a built-in (`builtin:word-problems`), or a hub name."""
 
     path: str
     """File, built-in or hub name; also a folder in the hub's layout, or of `save_to_disk` of the `datasets` package."""
@@ -16,12 +16,17 @@ class DatasetSection(Section):
     """Split of a hub dataset, or of a built-in."""
     subset: str | None = None
     """Configuration name of a hub dataset (`main` for `openai/gsm8k`)."""
+    limit: int | None = Field(None, ge=1)
+    """Maximum number of rows; the first ones are used. Default: all."""
+
+
+class DatasetSection(SourceSection):
+    """One prompt dataset: JSONL, Parquet, a built-in (`builtin:word-problems`), or a hub name."""
+
     prompt_field: str = "prompt"
     """Column with the prompt: text, or a list of {role, content} messages."""
     template: str | None = None
     """Text around a standard prompt, with `{prompt}` as its place; applied before the chat template. Default: none."""
-    limit: int | None = Field(None, ge=1)
-    """Maximum number of rows; the first ones are used. Default: all."""
 
     @model_validator(mode="after")
     def _check_template(self) -> Self:
@@ -47,3 +52,109 @@ class DataSection(Section):
     """Handling of longer prompts. `error` stops, `truncate` keeps the last tokens, `drop` omits and counts the row."""
     shuffle: bool = True
     """Shuffle the prompts each epoch, from `run.seed`. false keeps the order of the dataset."""
+
+
+class SupervisedDatasetSection(DatasetSection):
+    """One dataset of texts, conversations, prompts with completions, or tokens."""
+
+    format: Literal["auto", "text", "messages", "prompt-completion", "tokens"] = "auto"
+    """Row format. `auto` detects it from the columns of the first row; `tokens` only if there are no others."""
+    text_field: str = "text"
+    """Column with plain text, all of which is a target."""
+    messages_field: str = "messages"
+    """Column with a conversation: a list of {role, content}."""
+    completion_field: str = "completion"
+    """Column with the response to `prompt_field`: text, or a list of messages if the prompt is one."""
+    tokens_field: str = "input_ids"
+    """Column with token ids of the model's tokenizer, as written by `rayrlhf icl pack`; all are targets, and none is
+    appended."""
+    group_field: str | None = None
+    """Column that groups rows: a group is held out or trained on as a whole. Default: every row is a group."""
+
+
+class PreferenceDatasetSection(DatasetSection):
+    """One dataset of preference pairs.
+
+    Without `prompt_field` the prompt is the common start of chosen and rejected.
+    """
+
+    chosen_field: str = "chosen"
+    """Column with the better answer: text, or a list of messages."""
+    rejected_field: str = "rejected"
+    """Column with the worse answer, in the same format."""
+    margin_field: str = "margin"
+    """Column with the required difference of the rewards; used if the rows have it."""
+    group_field: str | None = None
+    """Column that groups pairs: a group is held out or trained on as a whole. Default: every pair is a group."""
+
+
+class TuningDataSection(Section):
+    """Conversion of rows to tokens, for SFT, reward models and DPO."""
+
+    default_share: ClassVar[float] = 0.0
+    """Default share of `train` held out for evaluation."""
+
+    train: DatasetSection
+    evaluation: DatasetSection | None = None
+    evaluation_share: float | None = Field(None, gt=0, lt=1)
+    """Share of `data.train` held out for evaluation. It depends on a row's group only, so all stages hold out the same rows."""
+    chat: bool = True
+    """Wrap a text prompt in the chat template as one user turn, and its answer as the assistant's, as PPO does."""
+    system_prompt: str | None = None
+    """First message of every conversation without a system message. Default: none."""
+    max_length: int = Field(1024, ge=2)
+    """Maximum tokens of a sample; longer ones are handled by `overlong`."""
+    overlong: Literal["error", "truncate", "drop"] = "error"
+    """Handling of longer samples. `error` stops, `truncate` cuts them, `drop` omits them; both are counted and reported."""
+    invalid: Literal["error", "drop"] = "error"
+    """Handling of rows with an empty answer, no target, or equal answers. `error` stops, `drop` omits and counts them by
+    reason."""
+    reader: Literal["auto", "driver", "ray"] = "auto"
+    """Process that reads and encodes rows: the `driver`, or all CPUs of the cluster through Ray Data (`ray`), which need the
+    files under the same paths. Both take the same time on one machine. `auto` is `ray` for files of 64 MiB or more."""
+    shuffle: bool = True
+    """Shuffle each epoch, from `run.seed`. false keeps the order of the dataset."""
+
+    @property
+    def held_out_share(self) -> float:
+        """Share of `train` that is held out; 0 with `evaluation`."""
+        if self.evaluation is not None:
+            return 0.0
+        return self.default_share if self.evaluation_share is None else self.evaluation_share
+
+    @model_validator(mode="after")
+    def _check_evaluation_source(self) -> Self:
+        if self.evaluation is not None and self.evaluation_share is not None:
+            raise ValueError("evaluation and evaluation_share are both given: expected one of them")
+        return self
+
+
+class SupervisedDataSection(TuningDataSection):
+    """Samples of SFT.
+
+    `overlong: truncate` keeps the first tokens, and drops samples without a target left.
+    """
+
+    train: SupervisedDatasetSection
+    evaluation: SupervisedDatasetSection | None = None
+    loss_on: Literal["auto", "all", "completion", "assistant"] = "auto"
+    """Target tokens. `auto`: the completion of a prompt, the assistant's turns of a conversation, all of a text."""
+
+
+class DistillationDataSection(SupervisedDataSection):
+    """Samples of a student, each with the prompt of its teacher."""
+
+    context_field: str = "context"
+    """Column with the teacher's prompt, in place of `prompt_field`."""
+
+
+class PreferenceDataSection(TuningDataSection):
+    """Preference pairs.
+
+    `overlong: truncate` keeps the last tokens, because the score is read from the last one.
+    """
+
+    default_share = 0.1
+
+    train: PreferenceDatasetSection
+    evaluation: PreferenceDatasetSection | None = None

@@ -1,33 +1,23 @@
 """Root configurations of in-context learning: build, pack, evaluate, distill."""
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rayrlhf.config.batch_inference import GenerateSection, PairsSection, PipelineSection
-from rayrlhf.config.demonstrations import ContextSection, SelectionSection
+from rayrlhf.config.batch_inference import GenerateSection, PairsSection, PartsSection, PipelineSection
+from rayrlhf.config.data import SourceSection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.reward import RewardSection
-from rayrlhf.config.section import Section
-from rayrlhf.config.tuning.run import SupervisedCheckpointSection, SupervisedEvaluationSection, WorkersSection
-from rayrlhf.config.tuning.train import DistillationTrainSection
+from rayrlhf.config.rollout import ContextSection, SelectionSection
+from rayrlhf.config.section import RunFolderSection, RunName, Section
+from rayrlhf.config.train import DistillationTrainSection
+from rayrlhf.config.tuning import SupervisedCheckpointSection, SupervisedEvaluationSection, WorkersSection
 
 
-class BuildRunSection(Section):
+class BuildRunSection(RunFolderSection):
     """Name, folder and seed of a build. Its folder is `root/name`."""
 
-    name: str = Field("in-context", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run and of its folder."""
-    root: Path = Path("runs")
-    """Parent folder of run folders."""
-    seed: int = Field(0, ge=0)
-    """Seed of everything random in the run."""
-
-    @property
-    def folder(self) -> Path:
-        """Run folder."""
-        return self.root / self.name
+    name: RunName = "in-context"
 
 
 class ExamplesSection(PairsSection):
@@ -52,18 +42,11 @@ class DemonstrationsSection(SelectionSection):
         return self
 
 
-class SampleSection(Section):
+class SampleSection(ContextSection):
     """Layout of target and demonstrations, and the trained tokens."""
 
-    layout: Literal["turns", "system", "text"] = "turns"
-    """`turns`: a user and an assistant turn per example. `system`: all examples in the system turn. `text`: plain text, for
-    models without a chat template."""
     loss_on: Literal["target", "every"] = "target"
     """Trained tokens: those of the `target`'s answer, or of `every` answer, which needs `layout: turns`."""
-    question: str = "{prompt}\n"
-    """Format of a question under `system` and `text`, up to the start of the answer."""
-    separator: str = "\n\n"
-    """Text between examples under `system` and `text`."""
     max_tokens: int = Field(1024, ge=2)
     """Maximum tokens of a sample with its answer. Above it the farthest demonstrations are dropped first."""
 
@@ -71,24 +54,14 @@ class SampleSection(Section):
     def _check_fit(self) -> Self:
         if self.loss_on == "every" and self.layout != "turns":
             raise ValueError(f"loss_on every needs layout turns, found {self.layout}, which does not separate answers")
-        if "{prompt}" not in self.question:
-            raise ValueError("question has no {prompt}, the place of the prompt")
         return self
 
 
-class BuildPipelineSection(Section):
+class BuildPipelineSection(PartsSection):
     """Processes of a build, and size of its parts."""
 
-    rows_per_part: int = Field(1024, ge=1)
-    """Rows per part file: the batch of a process, and the maximum work that a crash repeats."""
     builders: int | None = Field(None, ge=1)
     """Processes that retrieve and write samples; they share one memory-mapped index. Default: one per CPU."""
-    max_restarts: int = Field(5, ge=0)
-    """Restarts of a process before the run fails."""
-    stall_seconds: float = Field(1800.0, gt=0)
-    """Seconds without progress after which the run fails."""
-    address: str | None = None
-    """Ray address. Default: the cluster of the job, or a new local one."""
 
 
 class ICLBuildConfig(Section):
@@ -103,35 +76,17 @@ class ICLBuildConfig(Section):
     pipeline: BuildPipelineSection = BuildPipelineSection()
 
 
-class PackRunSection(Section):
+class PackRunSection(RunFolderSection):
     """Name, folder and seed of a packing. Its folder is `root/name`."""
 
-    name: str = Field("packed", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run and of its folder."""
-    root: Path = Path("runs")
-    """Parent folder of run folders."""
-    seed: int = Field(0, ge=0)
-    """Seed of the random order, the baseline."""
-
-    @property
-    def folder(self) -> Path:
-        """Run folder."""
-        return self.root / self.name
+    name: RunName = "packed"
 
 
-class DocumentsSection(Section):
+class DocumentsSection(SourceSection):
     """Documents: JSONL, Parquet, a built-in, or a hub name."""
 
-    path: str
-    """File, built-in or hub name; also a folder in the hub's layout, or of `save_to_disk` of the `datasets` package."""
-    split: str = "train"
-    """Split of a hub or built-in dataset."""
-    subset: str | None = None
-    """Configuration name of a hub dataset."""
     text_field: str = "text"
     """Column with the text of a document."""
-    limit: int | None = Field(None, ge=1)
-    """Maximum number of rows; the first ones are used. Default: all."""
     max_rejected_share: float = Field(0.01, ge=0, le=1)
     """Maximum share of unusable rows, such as empty ones; above it the run fails. Fewer are dropped and counted."""
 
@@ -187,11 +142,10 @@ class ICLPackConfig(Section):
     pipeline: BuildPipelineSection = BuildPipelineSection()
 
 
-class CurveRunSection(BuildRunSection):
+class CurveRunSection(RunFolderSection):
     """Name, folder and seed of an evaluation. Its folder is `root/name`."""
 
-    name: str = Field("k-curve", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run and of its folder."""
+    name: RunName = "k-curve"
 
 
 class ShotsSection(SelectionSection):
@@ -247,11 +201,10 @@ class ICLEvaluateConfig(Section):
         return self
 
 
-class DistillRunSection(BuildRunSection):
+class DistillRunSection(RunFolderSection):
     """Name, folder and seed of a distillation. Its folder is `root/name`."""
 
-    name: str = Field("distilled", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run and of its folder."""
+    name: RunName = "distilled"
 
 
 class TeacherSection(SelectionSection):

@@ -1,22 +1,16 @@
 """Sections of a run: folder, evaluation, checkpoints, placement, recovery, SFT warm-up."""
 
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rayrlhf.config.section import Section
+from rayrlhf.config.section import RunFolderSection, RunName, Section
 
 
-class RunSection(Section):
+class RunSection(RunFolderSection):
     """Name, folder, seed and length of a run. Its folder is `root/name`."""
 
-    name: str = Field("ppo", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run and of its folder."""
-    root: Path = Path("runs")
-    """Parent folder of run folders."""
-    seed: int = Field(0, ge=0)
-    """Seed of everything random in the run."""
+    name: RunName = "ppo"
     steps: int = Field(100, ge=1)
     """Steps of the run, including those before a resume."""
     resume: Literal["auto", "never"] = "auto"
@@ -25,11 +19,6 @@ class RunSection(Section):
     """`exact` makes a resumed run repeat bit for bit on a CPU: every batch depends on (step, sample) only, roles run in turn,
     each replica gets the same batch again, and each step's metrics hold a checksum of the policy's weights. Slower than
     `fast`."""
-
-    @property
-    def folder(self) -> Path:
-        """Run folder."""
-        return self.root / self.name
 
 
 class EvaluationSection(Section):

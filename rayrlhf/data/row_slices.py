@@ -12,8 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from rayrlhf.config.library_types import ArrowTable
 from rayrlhf.errors import UserError
+from rayrlhf.library_types import ArrowTable
 
 CHUNK_ROWS = 4096
 """Rows read at once: enough to keep all cores of a tokenizer busy, few enough to keep memory flat."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rayrlhf.config.data import DataSection, DatasetSection
-from rayrlhf.config.demonstrations import RolloutDemonstrationsSection
+from rayrlhf.config.rollout import RolloutDemonstrationsSection
 from rayrlhf.data.dataset_rows import Rows, read_rows
 from rayrlhf.data.records import Int32, Prompt
 from rayrlhf.data.templates import render

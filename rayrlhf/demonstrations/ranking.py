@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rayrlhf.config.demonstrations import SelectionSection
+from rayrlhf.config.rollout import SelectionSection
 from rayrlhf.demonstrations.example import Example, words_of
 from rayrlhf.errors import UserError
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.data.records import Int32
 from rayrlhf.data.templates import Message, render, require_chat_template
+from rayrlhf.library_types import Tokenizer
 
 _MARK = "\u2402answer\u2403"
 """Placeholder of a completion to find the template's end of one; no template contains it."""

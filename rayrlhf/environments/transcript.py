@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.data.records import Float32, Int32, Rollout, RolloutRequest
+from rayrlhf.library_types import Tokenizer
 from rayrlhf.observe.samples import Line
 
 

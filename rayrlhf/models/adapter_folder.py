@@ -6,9 +6,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rayrlhf.config.library_types import PreTrainedModel, Tokenizer
 from rayrlhf.config.model import ModelSection
 from rayrlhf.errors import UserError
+from rayrlhf.library_types import PreTrainedModel, Tokenizer
 from rayrlhf.models.load import load_causal_model, resolve_path, save_model_folder
 from rayrlhf.storage.atomic import folder_atomically
 

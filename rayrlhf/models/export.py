@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.errors import UserError
+from rayrlhf.library_types import Tokenizer
 from rayrlhf.models.load import save_model_folder
 from rayrlhf.models.network import Network
 from rayrlhf.models.value_head import HEAD_FILE

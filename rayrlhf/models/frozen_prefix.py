@@ -8,8 +8,8 @@ from it. Old log-probs, reference and one update then take one pass through the 
 import torch
 from torch import Tensor, nn
 
-from rayrlhf.config.library_types import PreTrainedModel
-from rayrlhf.config.units import GIB
+from rayrlhf.config.section import GIB
+from rayrlhf.library_types import PreTrainedModel
 
 BUDGET_BYTES = GIB
 """Maximum memory of cached hidden states; further sequences are computed in full every time."""

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rayrlhf.config.library_types import PreTrainedModel, Tokenizer
 from rayrlhf.config.model import ModelSection, Precision
 from rayrlhf.errors import UserError
+from rayrlhf.library_types import PreTrainedModel, Tokenizer
 from rayrlhf.storage.atomic import folder_atomically
 
 _UNSUPPORTED_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rayrlhf.config.library_types import PreTrainedModel
 from rayrlhf.config.model import LoraSection
 from rayrlhf.errors import UserError
+from rayrlhf.library_types import PreTrainedModel
 
 _BASE, _ADAPTERS = ".base_layer.", (".lora_A.", ".lora_B.")
 

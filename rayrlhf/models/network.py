@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rayrlhf.config.library_types import PreTrainedModel
 from rayrlhf.config.model import ModelSection
 from rayrlhf.errors import UserError
+from rayrlhf.library_types import PreTrainedModel
 from rayrlhf.models.distillation import FullTeacher, TopTeacher, divergence
 from rayrlhf.models.frozen_prefix import FrozenPrefix
 from rayrlhf.models.load import disable_dropout, load_causal_model, load_trunk, resolve_path

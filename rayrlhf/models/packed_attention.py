@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayrlhf.config.library_types import PreTrainedModel
+from rayrlhf.library_types import PreTrainedModel
 from rayrlhf.models.block_attention import LONGEST, block_attention
 
 NAME = "rayrlhf_segments"

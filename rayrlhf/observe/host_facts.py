@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from rayrlhf.config.units import GIB
+from rayrlhf.config.section import GIB
 from rayrlhf.storage.atomic import write_atomically
 
 FILE_NAME = "environment.json"

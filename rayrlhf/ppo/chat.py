@@ -4,9 +4,9 @@ from pathlib import Path
 
 import yaml
 
-from rayrlhf.config.library_types import PreTrainedModel
 from rayrlhf.config.model import ModelSection
 from rayrlhf.errors import UserError
+from rayrlhf.library_types import PreTrainedModel
 
 
 def chat_with(run: Path, prompt: str | None, *, max_new_tokens: int, temperature: float) -> None:

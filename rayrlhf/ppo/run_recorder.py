@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from rayrlhf.actors.footprint import role_peaks
 from rayrlhf.actors.heartbeat import HeartbeatMonitor
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.config.units import GIB
+from rayrlhf.config.section import GIB
 from rayrlhf.data.records import Prompt, Rollout
 from rayrlhf.observe.diagnostics import Diagnosis
 from rayrlhf.observe.journal import MIRROR, RecoveryJournal

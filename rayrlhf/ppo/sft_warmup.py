@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Prompt, TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.rollout.common import stop_token_ids
 from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.errors import UserError
+from rayrlhf.library_types import Tokenizer
 
 
 def check_warmup(config: PPOConfig, prompts: Sequence[Prompt]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from rayrlhf.actors.actor_groups import ActorGroups
 from rayrlhf.actors.fault_tolerance import FaultTolerance
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.config.units import GIB
+from rayrlhf.config.section import GIB
 from rayrlhf.data.prompt_sampler import PromptSampler
 from rayrlhf.data.records import Prompt, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import sample_seed

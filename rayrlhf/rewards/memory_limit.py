@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import psutil
 
-from rayrlhf.config.units import GIB
+from rayrlhf.config.section import GIB
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from rayrlhf.config.library_types import PreTrainedModel
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.rollout import RolloutSection
 from rayrlhf.data.records import Rollout, RolloutRequest, SampleKey
@@ -15,6 +14,7 @@ from rayrlhf.engines.rollout.base import RolloutEngine
 from rayrlhf.engines.rollout.common import START_VERSION, RolloutSpec
 from rayrlhf.engines.rollout.factory import build_rollout_engine
 from rayrlhf.errors import UserError
+from rayrlhf.library_types import PreTrainedModel
 from rayrlhf.models.load import load_causal_model
 from rayrlhf.testing.expect import expect
 

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rayrlhf.config.library_types import Tokenizer
-from rayrlhf.config.tuning.configs import DistillationConfig
+from rayrlhf.config.tuning import DistillationConfig
 from rayrlhf.data.supervised.datasets import SampleDataset, SliceMapper, SupervisedSample, load_supervised_data, map_in_order
 from rayrlhf.data.supervised.supervised_samples import count_tokens
 from rayrlhf.data.training_batch import TrainingBatch
@@ -19,6 +18,7 @@ from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.engines.train.supervised_batches import supervised_sequence
 from rayrlhf.errors import UserError
+from rayrlhf.library_types import Tokenizer
 from rayrlhf.models.distillation import FullTeacher, Teacher, TopTeacher, divergence
 from rayrlhf.tuning.held_out import PreferenceScores, shared_scores
 from rayrlhf.tuning.sample_table import DistillationTable, SampleTable, Table

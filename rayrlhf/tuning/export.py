@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from rayrlhf.config.tuning.configs import RewardTrainingConfig, TuningConfig
+from rayrlhf.config.tuning import RewardTrainingConfig, TuningConfig
 from rayrlhf.data.answer_format import AnswerFormat
 from rayrlhf.engines.scoring.reward_model import STATISTICS_FILE
 from rayrlhf.engines.train.engine import TrainEngine

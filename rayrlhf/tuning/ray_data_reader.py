@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 from rayrlhf.actors.ray_data import data_context, raise_cause
 from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS
-from rayrlhf.config.library_types import ArrowTable
-from rayrlhf.config.tuning.data import PreferenceDataSection, SupervisedDataSection
+from rayrlhf.config.data import PreferenceDataSection, SupervisedDataSection
 from rayrlhf.data.dataset_rows import is_file
 from rayrlhf.data.row_slices import RowSlice
 from rayrlhf.data.supervised.datasets import PreferencePair, SampleDataset, SupervisedSample
 from rayrlhf.errors import ActorLostError, UserError
+from rayrlhf.library_types import ArrowTable
 from rayrlhf.tuning.sample_table import PairTable, SampleTable
 
 LARGE_BYTES = 64 * 2**20

@@ -7,7 +7,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayrlhf.actors.actor_groups import read_cluster_resources
 from rayrlhf.actors.placement import ClusterResources
-from rayrlhf.config.tuning.run import TuningCheckpointSection, WorkersSection
+from rayrlhf.config.tuning import TuningCheckpointSection, WorkersSection
 from rayrlhf.errors import UserError
 from rayrlhf.tuning.data_plan import TRAIN_NAME
 from rayrlhf.tuning.tuning_loop import TuningJob, train_loop

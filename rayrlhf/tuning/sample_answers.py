@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from rayrlhf.config.rollout import RolloutSection
-from rayrlhf.config.tuning.configs import SFTConfig, TuningConfig
+from rayrlhf.config.tuning import SFTConfig, TuningConfig
 from rayrlhf.data.records import Rollout, RolloutRequest, SampleKey
 from rayrlhf.engines.rollout.common import RolloutSpec
 from rayrlhf.engines.rollout.hf import TransformersRolloutEngine

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from rayrlhf.config.library_types import Tokenizer
-from rayrlhf.config.tuning.configs import RewardTrainingConfig, SFTConfig, TuningConfig
+from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig, TuningConfig
 from rayrlhf.data.supervised.datasets import (
     DatasetReport,
     SliceMapper,
@@ -24,6 +23,7 @@ from rayrlhf.engines.objectives.preference import PreferenceObjective
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.engines.train.supervised_batches import preference_batch, supervised_batch
+from rayrlhf.library_types import Tokenizer
 from rayrlhf.tuning.held_out import PreferenceScores, held_out_loss, held_out_rewards
 from rayrlhf.tuning.sample_table import PairTable, SampleTable, Table
 

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.config.loading.describe_tuning import describe_tuning
+from rayrlhf.config.loading.describe import describe_tuning
 from rayrlhf.config.loading.load import dump_config, stored_differences
-from rayrlhf.config.tuning.configs import DistillationConfig, DPOConfig, RewardTrainingConfig, SFTConfig, TuningConfig
+from rayrlhf.config.tuning import DistillationConfig, DPOConfig, RewardTrainingConfig, SFTConfig, TuningConfig
 from rayrlhf.data.supervised.datasets import DatasetReport, SliceMapper, map_in_order
 from rayrlhf.errors import ActorLostError, UserError
 from rayrlhf.models.load import load_architecture, load_tokenizer

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from rayrlhf.actors.footprint import Footprint, own_footprint, role_peaks
-from rayrlhf.config.units import GIB
+from rayrlhf.config.section import GIB
 
 BIG = 300 * 2**20
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from rayrlhf.config.tuning.data import PreferenceDataSection, SupervisedDataSection
+from rayrlhf.config.data import PreferenceDataSection, SupervisedDataSection
 from rayrlhf.data.supervised.datasets import PreferenceDataset, SupervisedDataset, load_preferences, load_supervised
 from rayrlhf.errors import UserError
 from rayrlhf.models.tiny import CHAT_TEMPLATE

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rayrlhf.config.tuning.data import PreferenceDataSection
+from rayrlhf.config.data import PreferenceDataSection
 from rayrlhf.data.answer_format import FORMAT_FILE, AnswerFormat
 from rayrlhf.data.supervised.datasets import load_preference_data
 from rayrlhf.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 
 from examples.gsm8k.make_pairs import make_pairs
 from rayrlhf.config.loading.load import load_config
-from rayrlhf.config.tuning.configs import RewardTrainingConfig, SFTConfig
+from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
 from rayrlhf.data.holdout import held_out
 from rayrlhf.errors import UserError
 from rayrlhf.tuning.train_model import check_reward, check_sft

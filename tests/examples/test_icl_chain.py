@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rayrlhf.config.chain import ChainConfig
+from rayrlhf.config.pipelines import ChainConfig
 from rayrlhf.pipelines.chain.run_chain import plan_chain, run_chain
 
 ROOT = Path(__file__).parents[2]

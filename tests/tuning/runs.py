@@ -3,7 +3,7 @@
 import json
 
 from rayrlhf.config.loading.load import load_config
-from rayrlhf.config.tuning.configs import DPOConfig, RewardTrainingConfig, SFTConfig
+from rayrlhf.config.tuning import DPOConfig, RewardTrainingConfig, SFTConfig
 
 SETTINGS = [
     "model.path=builtin:tiny?layers=2&hidden=64&context=128",

@@ -8,7 +8,7 @@ import torch
 
 from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.model import ModelSection
-from rayrlhf.config.tuning.configs import DistillationConfig
+from rayrlhf.config.tuning import DistillationConfig
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.errors import UserError

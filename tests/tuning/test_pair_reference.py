@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rayrlhf.config.loading.load import load_config
-from rayrlhf.config.tuning.configs import DPOConfig
+from rayrlhf.config.tuning import DPOConfig
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.models.load import load_causal_model, load_tokenizer

@@ -7,8 +7,7 @@ import pytest
 
 from rayrlhf.actors.placement import ClusterResources
 from rayrlhf.config.loading.load import dump_config, load_config
-from rayrlhf.config.tuning.configs import SFTConfig
-from rayrlhf.config.tuning.run import TuningCheckpointSection, WorkersSection
+from rayrlhf.config.tuning import SFTConfig, TuningCheckpointSection, WorkersSection
 from rayrlhf.data.supervised.datasets import PreferencePair, SupervisedSample
 from rayrlhf.errors import AlarmError, UserError
 from rayrlhf.tuning.data_plan import STATE_FILE, best_step, checkpoint_name

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rayrlhf.config.tuning.data import PreferenceDataSection, SupervisedDataSection
+from rayrlhf.config.data import PreferenceDataSection, SupervisedDataSection
 from rayrlhf.data.row_slices import slice_lines
 from rayrlhf.data.supervised.datasets import load_preference_data, load_supervised_data
 from rayrlhf.errors import UserError

@@ -6,6 +6,7 @@ key and its source, the file or the command line. Every mistake is one line of a
 
 import difflib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,10 +14,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from rayrlhf.config.loading.override import apply_override
 from rayrlhf.config.loading.presets import preset_tree, preset_under
-from rayrlhf.config.loading.problems import problems
-from rayrlhf.config.loading.renamed_keys import with_current_keys
+from rayrlhf.config.loading.problems import problems, sections_in
 from rayrlhf.config.loading.yaml_text import dump, parse, problem_of
 from rayrlhf.config.section import Section
 from rayrlhf.errors import UserError
@@ -25,6 +24,7 @@ T = TypeVar("T", bound=Section)
 _COMMAND_LINE = "command line"
 _MAX_LINES = 5
 _ABSENT = "(absent)"
+_noticed: set[str] = set()
 
 
 def load_config(cls: type[T], path: Path | str | None, overrides: Sequence[str] = ()) -> T:
@@ -173,3 +173,91 @@ def _flat(value: object, prefix: str = "") -> dict[str, str]:
     for key, item in items:
         leaves |= _flat(item, f"{prefix}.{key}" if prefix else key)
     return leaves or {prefix: json.dumps(value, ensure_ascii=False)}
+
+
+def apply_override(tree: dict[str, Any], override: str) -> str:
+    """Set one value in a configuration tree, in place, creating missing sections.
+
+    Args:
+        tree: nested mappings and lists.
+        override: dotted key, `=`, and a YAML value; a number in the key is an index into a list, and its length appends.
+
+    Returns:
+        The dotted key.
+
+    Raises:
+        UserError: not of that form, the value is not YAML, or the key leads through a value without keys.
+    """
+    dotted, equals, text = override.partition("=")
+    dotted = dotted.strip()
+    if not equals or not dotted or not all(dotted.split(".")):
+        raise UserError(f"command line: {override}: expected section.key=value")
+    try:
+        value = parse(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"command line: {dotted}: the value is not YAML: {problem_of(error)}") from error
+    _put(tree, dotted.split("."), value, dotted)
+    return dotted
+
+
+def _put(tree: dict[str, Any], parts: list[str], value: object, dotted: str) -> None:
+    here: Any = tree
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        # A following number means that the new value here is a list.
+        made: Any = value if last else [] if parts[depth + 1].isdecimal() else {}
+        if isinstance(here, list):
+            here = _put_item(here, part, made, last, dotted)
+        elif isinstance(here, dict):
+            if last or here.get(part) is None:
+                here[part] = made
+            here = here[part]
+        else:
+            raise UserError(f"command line: {dotted}: {'.'.join(parts[:depth])} is a value, expected a section or a list")
+
+
+def _put_item(items: list[Any], part: str, made: Any, last: bool, dotted: str) -> Any:
+    if not part.isdecimal() or int(part) > len(items):
+        raise UserError(f"command line: {dotted}: {part} is no index in a list of {len(items)}, expected 0 to {len(items)}")
+    index = int(part)
+    if index == len(items):
+        items.append(made)
+    elif last:
+        items[index] = made
+    return items[index]
+
+
+def with_current_keys(tree: Any, cls: type[Section], prefix: str = "") -> Any:
+    """Replace the old spellings in `Section.renamed_keys` and `renamed_values`.
+
+    A section under both names is merged. If both set a key, the old spelling wins, because presets use new ones only.
+    """
+    if not isinstance(tree, dict):
+        return tree
+    result = dict(tree)
+    for old, new in cls.renamed_keys.items():
+        if old in result:
+            value = result.pop(old)
+            below = result.get(new)
+            result[new] = below | value if isinstance(below, dict) and isinstance(value, dict) else value
+            _notice(prefix + old, prefix + new)
+    for key, values in cls.renamed_values.items():
+        value = result.get(key)
+        if isinstance(value, str) and value in values:
+            result[key] = values[value]
+            _notice(f"{prefix}{key}: {value}", f"{prefix}{key}: {values[value]}")
+    for attribute, field in cls.model_fields.items():
+        key = field.alias or attribute
+        for section, in_list in sections_in(field.annotation):
+            value = result.get(key)
+            if in_list and isinstance(value, list):
+                result[key] = [with_current_keys(item, section, f"{prefix}{key}.{i}.") for i, item in enumerate(value)]
+            elif not in_list and key in result and section.matches(value):
+                result[key] = with_current_keys(value, section, f"{prefix}{key}.")
+    return result
+
+
+def _notice(old: str, new: str) -> None:
+    if old not in _noticed:
+        _noticed.add(old)
+        sys.stderr.write(f"rayrlhf: configuration: {old} is now {new}; the old spelling still works\n")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from rayrlhf.config.tuning.data import (
+from rayrlhf.config.data import (
     PreferenceDataSection,
     PreferenceDatasetSection,
     SupervisedDataSection,

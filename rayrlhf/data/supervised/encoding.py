@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rayrlhf.config.tuning.data import (
+from rayrlhf.config.data import (
     PreferenceDataSection,
     PreferenceDatasetSection,
     SupervisedDataSection,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rayrlhf.config.tuning.data import PreferenceDatasetSection, SupervisedDatasetSection
+from rayrlhf.config.data import PreferenceDatasetSection, SupervisedDatasetSection
 from rayrlhf.data.templates import Message
 from rayrlhf.errors import UserError
 

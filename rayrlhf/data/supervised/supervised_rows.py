@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rayrlhf.config.tuning.data import PreferenceDatasetSection, SupervisedDatasetSection, TuningDataSection
+from rayrlhf.config.data import PreferenceDatasetSection, SupervisedDatasetSection, TuningDataSection
 from rayrlhf.data.supervised.row_formats import Row, RowShape, check_columns, common_messages, used_columns
 from rayrlhf.data.templates import Message, check_messages, check_turns, conversation
 from rayrlhf.errors import UserError

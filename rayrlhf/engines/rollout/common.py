@@ -7,11 +7,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rayrlhf.config.library_types import PretrainedConfig, Tokenizer
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.rollout import EnvironmentSection, RolloutSection
 from rayrlhf.data.records import Rollout, RolloutRequest
 from rayrlhf.errors import UserError
+from rayrlhf.library_types import PretrainedConfig, Tokenizer
 from rayrlhf.models.load import resolve_path
 
 START_VERSION = -1

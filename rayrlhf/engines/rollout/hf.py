@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rayrlhf.config.library_types import PreTrainedModel
 from rayrlhf.data.records import Rollout, RolloutRequest
 from rayrlhf.engines.rollout.common import (
     START_VERSION,
@@ -27,6 +26,7 @@ from rayrlhf.engines.rollout.common import (
     new_token_limits,
     stop_token_ids,
 )
+from rayrlhf.library_types import PreTrainedModel
 from rayrlhf.models.load import load_causal_model, load_tokenizer, resolve_dtype
 from rayrlhf.weight_sync.buckets import WeightBucket
 

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rayrlhf.config.library_types import PretrainedConfig
-from rayrlhf.config.units import GIB
+from rayrlhf.config.section import GIB
 from rayrlhf.data.records import Rollout, RolloutRequest
 from rayrlhf.engines.rollout.common import (
     START_VERSION,
@@ -35,6 +34,7 @@ from rayrlhf.engines.rollout.common import (
 )
 from rayrlhf.engines.rollout.token_counts import bound_kernels
 from rayrlhf.errors import UserError
+from rayrlhf.library_types import PretrainedConfig
 from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
 from rayrlhf.weight_sync.buckets import WeightBucket
 

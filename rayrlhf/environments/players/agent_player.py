@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.config.rollout import EnvironmentSection
 from rayrlhf.data.records import Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import turn_seed
@@ -28,6 +27,7 @@ from rayrlhf.environments.players.agent_session import Segment, Session, complet
 from rayrlhf.environments.players.base import Player
 from rayrlhf.environments.transcript import failed_rollout
 from rayrlhf.errors import UserError
+from rayrlhf.library_types import Tokenizer
 
 SLICE_SECONDS = 0.05
 """Maximum time of decoding before new requests are accepted."""

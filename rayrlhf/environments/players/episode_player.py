@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from rayrlhf.config.library_types import Tokenizer
 from rayrlhf.config.rollout import EnvironmentSection
 from rayrlhf.data.records import Int32, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import turn_seed
@@ -24,6 +23,7 @@ from rayrlhf.environments.protocol import Action, Answer, Environment
 from rayrlhf.environments.registry import environment_maker
 from rayrlhf.environments.transcript import Transcript, failed_rollout
 from rayrlhf.errors import UserError
+from rayrlhf.library_types import Tokenizer
 
 
 class _Limits(NamedTuple):

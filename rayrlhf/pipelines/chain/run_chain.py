@@ -16,8 +16,8 @@ from typing import Any
 from rich.console import Console
 
 from rayrlhf.actors.connection import connected
-from rayrlhf.config.chain import ChainConfig, StageSection
 from rayrlhf.config.loading.load import dump_config, load_config, load_tree, stored_differences
+from rayrlhf.config.pipelines import ChainConfig, StageSection
 from rayrlhf.config.section import Section
 from rayrlhf.errors import UserError
 from rayrlhf.pipelines.chain.references import fill_in

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.config.chain import StageKind
-from rayrlhf.config.evaluate import EvaluateConfig
 from rayrlhf.config.icl import ICLBuildConfig, ICLDistillConfig, ICLEvaluateConfig, ICLPackConfig
+from rayrlhf.config.pipelines import EvaluateConfig, StageKind
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.section import Section
-from rayrlhf.config.tuning.configs import DPOConfig, RewardTrainingConfig, SFTConfig
+from rayrlhf.config.tuning import DPOConfig, RewardTrainingConfig, SFTConfig
 
 
 @dataclass(frozen=True, slots=True)

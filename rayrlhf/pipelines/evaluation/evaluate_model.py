@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from rayrlhf.config.data import DataSection
-from rayrlhf.config.evaluate import EvaluateConfig
 from rayrlhf.config.loading.load import dump_config, stored_differences
+from rayrlhf.config.pipelines import EvaluateConfig
 from rayrlhf.data.prompt_datasets import load_prompt_dataset, read_prompts
 from rayrlhf.data.records import Float32, Prompt, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import sample_seed

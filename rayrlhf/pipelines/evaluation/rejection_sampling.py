@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rayrlhf.config.evaluate import EvaluateDataSection, KeepSection
+from rayrlhf.config.pipelines import EvaluateDataSection, KeepSection
 from rayrlhf.data.records import Float32, Prompt, Rollout
 from rayrlhf.data.templates import Message, conversation
 from rayrlhf.errors import UserError

@@ -9,9 +9,9 @@ from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.batch_inference.scoring import BleuScorer, Verifier
 from rayrlhf.batch_inference.stage_resources import cluster_resources
 from rayrlhf.config.icl import ICLDistillConfig, ICLEvaluateConfig
-from rayrlhf.config.library_types import ArrowTable
 from rayrlhf.config.model import ModelSection
 from rayrlhf.demonstrations.example import normalized
+from rayrlhf.library_types import ArrowTable
 
 
 def answer_plan(

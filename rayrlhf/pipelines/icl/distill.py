@@ -20,12 +20,11 @@ from typing import Any
 from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.batch_inference.source import messages_type
 from rayrlhf.batch_inference.stage_resources import PartProgress
-from rayrlhf.config.demonstrations import SelectionSection
+from rayrlhf.config.data import DistillationDataSection, SupervisedDatasetSection
 from rayrlhf.config.icl import ICLDistillConfig, ShotsSection
 from rayrlhf.config.loading.load import dump_config, stored_differences
-from rayrlhf.config.tuning.configs import DistillationConfig
-from rayrlhf.config.tuning.data import DistillationDataSection, SupervisedDatasetSection
-from rayrlhf.config.tuning.run import TuningRunSection
+from rayrlhf.config.rollout import SelectionSection
+from rayrlhf.config.tuning import DistillationConfig, TuningRunSection
 from rayrlhf.data.templates import Message
 from rayrlhf.demonstrations.choosing import ChoiceCounts, require_pool
 from rayrlhf.demonstrations.context import TextForm, as_messages, as_text

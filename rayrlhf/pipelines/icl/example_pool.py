@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from rayrlhf.batch_inference.ingest import ingest_dataset
 from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.config.icl import ExamplesSection
-from rayrlhf.config.library_types import ArrowTable
 from rayrlhf.demonstrations.example import Example
 from rayrlhf.errors import UserError
+from rayrlhf.library_types import ArrowTable
 from rayrlhf.storage.atomic import file_atomically, write_atomically
 
 EXAMPLES, ORDER, TASKS = "examples.arrow", "order.npy", "tasks.json"

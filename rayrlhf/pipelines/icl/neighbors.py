@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from rayrlhf.config.icl import ICLPackConfig
-from rayrlhf.config.library_types import ArrowTable
 from rayrlhf.demonstrations.example import Example, LeakRules, words_of
 from rayrlhf.demonstrations.ranking import Bm25Ranker, Ranker, VectorRanker
+from rayrlhf.library_types import ArrowTable
 from rayrlhf.pipelines.icl.document_path import are_near_duplicates
 from rayrlhf.pipelines.icl.example_pool import StoredPool
 

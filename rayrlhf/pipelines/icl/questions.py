@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rayrlhf.config.demonstrations import ContextSection
 from rayrlhf.config.icl import ShotsSection
-from rayrlhf.config.library_types import Tokenizer
+from rayrlhf.config.rollout import ContextSection
 from rayrlhf.data.templates import Message, render
 from rayrlhf.demonstrations.choosing import ChoiceCounts, choose
 from rayrlhf.demonstrations.context import TextForm, as_messages, as_text, fit
 from rayrlhf.demonstrations.example import Example, LeakRules
 from rayrlhf.demonstrations.ranking import Ranker
+from rayrlhf.library_types import Tokenizer
 from rayrlhf.pipelines.icl.ablations import Ablation, AnswerCorruptor, copy_control
 
 Row = dict[str, Any]

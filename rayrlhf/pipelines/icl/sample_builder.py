@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from rayrlhf.batch_inference.source import messages_type
 from rayrlhf.config.icl import ICLBuildConfig, SampleSection
-from rayrlhf.config.library_types import ArrowTable
 from rayrlhf.data.templates import Message, render
 from rayrlhf.demonstrations.choosing import ChoiceCounts, Order, choose
 from rayrlhf.demonstrations.context import Fitted, TextForm, as_messages, as_text, fit
 from rayrlhf.demonstrations.example import Example, LeakRules
 from rayrlhf.demonstrations.ranking import Bm25Ranker, RandomRanker, Ranker, VectorRanker
+from rayrlhf.library_types import ArrowTable
 from rayrlhf.pipelines.icl.example_pool import StoredPool
 
 BM25, VECTORS, TOKENIZER = "bm25", "vectors.npy", "tokenizer"

@@ -4,7 +4,7 @@ from functools import cache
 from typing import Any
 
 from rayrlhf.batch_inference.source import row_schema
-from rayrlhf.config.library_types import ArrowTable
+from rayrlhf.library_types import ArrowTable
 
 
 @cache

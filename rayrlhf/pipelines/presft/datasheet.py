@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.config.presft import PreSFTConfig
+from rayrlhf.config.pipelines import PreSFTConfig
 from rayrlhf.pipelines.presft.presft_folder import Layout, RoundFolder
 from rayrlhf.pipelines.presft.quality import read_quality
 from rayrlhf.storage.atomic import write_atomically

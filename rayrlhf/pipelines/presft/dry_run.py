@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from rayrlhf.batch_inference.scoring import BleuScorer
-from rayrlhf.config.presft import PreSFTConfig
+from rayrlhf.config.pipelines import PreSFTConfig
 from rayrlhf.engines.rollout.factory import check_installed
 
 

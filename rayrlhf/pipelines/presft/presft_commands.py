@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
-    from rayrlhf.config.presft import PreSFTConfig
+    from rayrlhf.config.pipelines import PreSFTConfig
     from rayrlhf.pipelines.presft.run_presft import PreSFTResult
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML file with a Pre-SFT configuration.")]
@@ -80,7 +80,7 @@ def report(config: ConfigFile, overrides: Overrides = None) -> None:
 
 def _load(config: Path, overrides: list[str] | None) -> "PreSFTConfig":
     from rayrlhf.config.loading.load import load_config
-    from rayrlhf.config.presft import PreSFTConfig
+    from rayrlhf.config.pipelines import PreSFTConfig
 
     return load_config(PreSFTConfig, config, overrides or [])
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.config.loading.load import dump_config, stored_differences
-from rayrlhf.config.presft import PreSFTConfig
+from rayrlhf.config.pipelines import PreSFTConfig
 from rayrlhf.observe.run_folder import RunFolder, open_run
 
 REPAIRED_DATASET = "dataset.parquet"

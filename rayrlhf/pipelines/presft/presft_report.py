@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rayrlhf.config.loading.load import load_config
-from rayrlhf.config.presft import PreSFTConfig
+from rayrlhf.config.pipelines import PreSFTConfig
 from rayrlhf.errors import UserError
 from rayrlhf.observe.html.charts import bars, histogram, points, shares
 from rayrlhf.observe.html.page import Block, Chart, DataTable, Heading, Paragraph, SideBySide, Tiles, write_page

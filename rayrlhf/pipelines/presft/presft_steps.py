@@ -16,7 +16,7 @@ from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.batch_inference.scoring import BleuScorer
 from rayrlhf.batch_inference.stage_resources import cluster_resources
 from rayrlhf.config.model import ModelSection
-from rayrlhf.config.presft import PreSFTConfig, ProbeSection, RelabelSection
+from rayrlhf.config.pipelines import PreSFTConfig, ProbeSection, RelabelSection
 from rayrlhf.errors import UserError
 from rayrlhf.pipelines.presft.probing import ProbeGenerator, ProbeScorer, correlation, given_probes
 from rayrlhf.pipelines.presft.relabeling import CandidateGenerator, PairDecider, ProbesAsCandidates, with_candidates

@@ -11,9 +11,9 @@ from rayrlhf.batch_inference.ingest import GIVEN
 from rayrlhf.batch_inference.scoring import BleuScorer, aggregate
 from rayrlhf.batch_inference.stored_prompts import encode_prompts, response_sequences
 from rayrlhf.config.batch_inference import PairsSection
-from rayrlhf.config.library_types import ArrowTable, Tokenizer
-from rayrlhf.config.presft import ProbeSection
+from rayrlhf.config.pipelines import ProbeSection
 from rayrlhf.engines.scoring.frozen import FrozenEngine
+from rayrlhf.library_types import ArrowTable, Tokenizer
 from rayrlhf.models.load import load_tokenizer
 from rayrlhf.pipelines.presft.columns import with_columns
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rayrlhf.batch_inference.generation import Response
 from rayrlhf.batch_inference.scoring import Verifier
-from rayrlhf.config.presft import PreSFTConfig, ProbeSection, QualitySection
+from rayrlhf.config.pipelines import PreSFTConfig, ProbeSection, QualitySection
 from rayrlhf.pipelines.presft.presft_folder import Layout
 from rayrlhf.pipelines.presft.presft_steps import Done, LabeledModel, score_pairs
 from rayrlhf.storage.atomic import write_atomically

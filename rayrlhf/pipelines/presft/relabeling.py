@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from rayrlhf.batch_inference.generation import BatchGenerator, GenerationPlan, Response
 from rayrlhf.batch_inference.scoring import BleuScorer, Verifier
 from rayrlhf.config.batch_inference import PairsSection
-from rayrlhf.config.library_types import ArrowTable
-from rayrlhf.config.presft import ProbeSection, RelabelSection
+from rayrlhf.config.pipelines import ProbeSection, RelabelSection
+from rayrlhf.library_types import ArrowTable
 from rayrlhf.pipelines.presft.columns import with_columns
 from rayrlhf.pipelines.presft.probing import sampling_text
 from rayrlhf.pipelines.presft.selection import LEARNED, Candidate, Cut, Decision, agreement, decide, refusal

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from rayrlhf.batch_inference.ingest import ingest_dataset
 from rayrlhf.batch_inference.stage_resources import PartProgress
 from rayrlhf.config.model import ModelSection
-from rayrlhf.config.presft import PreSFTConfig
+from rayrlhf.config.pipelines import PreSFTConfig
 from rayrlhf.errors import UserError
 from rayrlhf.pipelines.presft.dataset import repair, write_dataset
 from rayrlhf.pipelines.presft.datasheet import write_datasheet

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayrlhf.batch_inference.scoring import BleuScorer
-from rayrlhf.config.presft import RelabelSection, SelectSection
+from rayrlhf.config.pipelines import RelabelSection, SelectSection
 
 HISTOGRAM_BINS = 256
 HIGHEST = 100.0

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
+from rayrlhf.config.data import SupervisedDataSection, SupervisedDatasetSection
 from rayrlhf.config.model import ModelSection
-from rayrlhf.config.presft import PreSFTConfig
-from rayrlhf.config.tuning.configs import SFTConfig
-from rayrlhf.config.tuning.data import SupervisedDataSection, SupervisedDatasetSection
-from rayrlhf.config.tuning.run import SupervisedEvaluationSection, TuningRunSection
+from rayrlhf.config.pipelines import PreSFTConfig
+from rayrlhf.config.tuning import SFTConfig, SupervisedEvaluationSection, TuningRunSection
 
 MERGED = "export-merged"
 """Folder of the merged model of an SFT run with adapters."""

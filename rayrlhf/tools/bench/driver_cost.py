@@ -28,7 +28,7 @@ from rayrlhf.actors.role_groups import GROUP_CLASSES
 from rayrlhf.actors.worker import Worker
 from rayrlhf.config.loading.load import dump_config, load_config
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.config.units import GIB
+from rayrlhf.config.section import GIB
 from rayrlhf.data.prompt_sampler import PromptSampler
 from rayrlhf.data.records import Prompt, Records, Rollout, RolloutRequest, TokenScores
 from rayrlhf.engines.train.plan import UpdateReport

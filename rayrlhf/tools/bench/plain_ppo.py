@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayrlhf.config.library_types import PreTrainedModel
+from rayrlhf.library_types import PreTrainedModel
 from rayrlhf.tools.bench.operations import Lengths
 from rayrlhf.tools.bench.work import PPOWork
 

@@ -23,8 +23,8 @@ from rayrlhf.batch_inference.source import row_schema
 from rayrlhf.batch_inference.stage_resources import stage_resources
 from rayrlhf.config.batch_inference import GenerateSection, PairsSection, PipelineSection
 from rayrlhf.config.model import ModelSection
-from rayrlhf.config.presft import ProbeSection
-from rayrlhf.config.units import GIB
+from rayrlhf.config.pipelines import ProbeSection
+from rayrlhf.config.section import GIB
 from rayrlhf.observe.memory import PeakMemory
 from rayrlhf.pipelines.presft.probing import ProbeGenerator, ProbeScorer, given_probes
 from rayrlhf.tools.bench.paired import Comparison, Contender, compare

@@ -12,7 +12,7 @@ import numpy as np
 import ray
 
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.config.units import GIB
+from rayrlhf.config.section import GIB
 from rayrlhf.data.records import Prompt
 from rayrlhf.data.toy.word_problems import generate
 from rayrlhf.engines.rollout.common import rollout_environment

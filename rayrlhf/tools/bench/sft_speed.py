@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from rayrlhf.config.library_types import Tokenizer
+from rayrlhf.config.data import SupervisedDataSection, SupervisedDatasetSection
 from rayrlhf.config.model import ModelSection
-from rayrlhf.config.tuning.configs import SFTConfig
-from rayrlhf.config.tuning.data import SupervisedDataSection, SupervisedDatasetSection
-from rayrlhf.config.tuning.train import SupervisedTrainSection
+from rayrlhf.config.train import SupervisedTrainSection
+from rayrlhf.config.tuning import SFTConfig
 from rayrlhf.data.supervised.datasets import SupervisedSample
 from rayrlhf.data.toy.word_problems import generate
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.process_group import ProcessGroupSpec, join
 from rayrlhf.errors import UserError
+from rayrlhf.library_types import Tokenizer
 from rayrlhf.models.load import load_tokenizer, resolve_path
 from rayrlhf.tools.bench.paired import Comparison, Precision, compare, in_new_process
 from rayrlhf.tuning.data_plan import batch_plan

@@ -7,7 +7,7 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
-from rayrlhf.config.units import GIB
+from rayrlhf.config.section import GIB
 from rayrlhf.tools.doctor.machine_facts import PORTS, SHARED, Facts, gather
 
 Level = Literal["ok", "warning", "broken"]

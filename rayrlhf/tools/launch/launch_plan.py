@@ -12,7 +12,7 @@ from rayrlhf.actors.placement import ClusterResources, Role, make_plan
 from rayrlhf.config.launch import NodeSection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.config.units import GIB
+from rayrlhf.config.section import GIB
 from rayrlhf.tools.launch.memory_plan import (
     FLOAT,
     Memory,

@@ -9,8 +9,8 @@ Activations are those that autograd saves for a decoder layer like Llama's; a te
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+from rayrlhf.config.section import GIB
 from rayrlhf.config.train import TrainSection
-from rayrlhf.config.units import GIB
 from rayrlhf.tools.launch.model_shape import ModelShape
 
 FLOAT = 4

@@ -7,8 +7,8 @@ one.
 import re
 from dataclasses import dataclass
 
-from rayrlhf.config.library_types import PreTrainedModel
 from rayrlhf.config.model import LoraSection, ModelSection
+from rayrlhf.library_types import PreTrainedModel
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.|\.h\.(\d+)\.")
 

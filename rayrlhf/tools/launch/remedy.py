@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from rayrlhf.config.launch import NodeSection
-from rayrlhf.config.loading.load import load_tree
-from rayrlhf.config.loading.override import apply_override
+from rayrlhf.config.loading.load import apply_override, load_tree
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.config.units import GIB
+from rayrlhf.config.section import GIB
 from rayrlhf.errors import UserError
 from rayrlhf.tools.launch.launch_plan import USABLE, learning_shapes, plan_run
 from rayrlhf.tools.launch.memory_plan import FLOAT

@@ -13,11 +13,11 @@ from rayrlhf.storage.atomic import write_atomically
 
 ROOTS = {
     "ppo": "rayrlhf.config.ppo:PPOConfig",
-    "sft": "rayrlhf.config.tuning.configs:SFTConfig",
-    "reward": "rayrlhf.config.tuning.configs:RewardTrainingConfig",
-    "dpo": "rayrlhf.config.tuning.configs:DPOConfig",
-    "presft": "rayrlhf.config.presft:PreSFTConfig",
-    "evaluate": "rayrlhf.config.evaluate:EvaluateConfig",
+    "sft": "rayrlhf.config.tuning:SFTConfig",
+    "reward": "rayrlhf.config.tuning:RewardTrainingConfig",
+    "dpo": "rayrlhf.config.tuning:DPOConfig",
+    "presft": "rayrlhf.config.pipelines:PreSFTConfig",
+    "evaluate": "rayrlhf.config.pipelines:EvaluateConfig",
     "icl-build": "rayrlhf.config.icl:ICLBuildConfig",
     "icl-pack": "rayrlhf.config.icl:ICLPackConfig",
     "icl-evaluate": "rayrlhf.config.icl:ICLEvaluateConfig",

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from rayrlhf.config.chain import ChainConfig
 from rayrlhf.config.icl import ICLBuildConfig, ICLEvaluateConfig
 from rayrlhf.config.launch import ClusterConfig
 from rayrlhf.config.loading.load import dump_config, load_config, stored_config
+from rayrlhf.config.pipelines import ChainConfig, PreSFTConfig
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.config.presft import PreSFTConfig
 from rayrlhf.config.section import Section
-from rayrlhf.config.tuning.configs import RewardTrainingConfig, SFTConfig
+from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
 from rayrlhf.pipelines.chain.run_chain import load_chain, plan_chain
 from rayrlhf.tools.starters import config_class
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayrlhf.config.loading.override import apply_override
+from rayrlhf.config.loading.load import apply_override
 from rayrlhf.errors import UserError
 
 

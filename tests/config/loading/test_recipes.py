@@ -4,8 +4,7 @@ import pytest
 
 from rayrlhf.config.loading.describe import describe
 from rayrlhf.config.loading.load import load_config
-from rayrlhf.config.loading.presets import PRESETS
-from rayrlhf.config.loading.recipes import RECIPES
+from rayrlhf.config.loading.presets import PRESETS, RECIPES
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.errors import UserError
 from tests.config.loading.test_presets import value_at

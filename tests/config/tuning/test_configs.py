@@ -2,10 +2,10 @@
 
 import pytest
 
-from rayrlhf.config.loading.describe_tuning import describe_tuning
+from rayrlhf.config.loading.describe import describe_tuning
 from rayrlhf.config.loading.load import dump_config, load_config
 from rayrlhf.config.train import TrainSection
-from rayrlhf.config.tuning.configs import RewardTrainingConfig, SFTConfig
+from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
 from rayrlhf.errors import UserError
 
 ROOTS = [SFTConfig, RewardTrainingConfig]

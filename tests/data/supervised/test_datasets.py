@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rayrlhf.config.tuning.data import PreferenceDataSection, SupervisedDataSection
+from rayrlhf.config.data import PreferenceDataSection, SupervisedDataSection
 from rayrlhf.data.supervised.datasets import (
     encode_batch,
     encode_preference_batch,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from rayrlhf.config.chain import ChainConfig
-from rayrlhf.config.tuning.configs import DPOConfig
+from rayrlhf.config.pipelines import ChainConfig
+from rayrlhf.config.tuning import DPOConfig
 from rayrlhf.errors import UserError
 from rayrlhf.pipelines.chain.run_chain import plan_chain
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rayrlhf.config.evaluate import EvaluateConfig
-from rayrlhf.config.tuning.configs import SFTConfig
+from rayrlhf.config.pipelines import EvaluateConfig
+from rayrlhf.config.tuning import SFTConfig
 from rayrlhf.errors import UserError
 from rayrlhf.pipelines.chain import run_chain as module
 from rayrlhf.pipelines.chain.run_chain import load_chain, plan_chain, run_chain, summary

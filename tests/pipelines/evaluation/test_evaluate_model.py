@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from rayrlhf.config.evaluate import EvaluateConfig
 from rayrlhf.config.loading.load import load_config
+from rayrlhf.config.pipelines import EvaluateConfig
 from rayrlhf.errors import UserError
 from rayrlhf.observe.samples import read_samples
 from rayrlhf.pipelines.evaluation.evaluate_model import ANSWERS, check_evaluation, evaluate_model, read_result

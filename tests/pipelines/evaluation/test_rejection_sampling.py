@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rayrlhf.config.data import DatasetSection
-from rayrlhf.config.evaluate import EvaluateConfig, EvaluateDataSection, KeepSection
 from rayrlhf.config.loading.load import load_config
+from rayrlhf.config.pipelines import EvaluateConfig, EvaluateDataSection, KeepSection
 from rayrlhf.data.prompt_datasets import read_prompts
 from rayrlhf.errors import UserError
 from rayrlhf.pipelines.evaluation.evaluate_model import evaluate_model, read_result
@@ -78,7 +78,7 @@ def config(folder, *overrides):
 
 
 def test_an_evaluation_writes_what_it_keeps_as_rows_that_sft_reads(tmp_path):
-    from rayrlhf.config.tuning.data import SupervisedDatasetSection
+    from rayrlhf.config.data import SupervisedDatasetSection
     from rayrlhf.data.supervised.row_formats import supervised_shape
 
     result = evaluate_model(config(tmp_path, "keep={at_least: 0, per_prompt: 2}"))

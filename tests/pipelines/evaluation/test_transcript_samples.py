@@ -5,8 +5,8 @@ import asyncio
 import numpy as np
 import pytest
 
-from rayrlhf.config.evaluate import EvaluateConfig
 from rayrlhf.config.loading.load import load_config
+from rayrlhf.config.pipelines import EvaluateConfig
 from rayrlhf.data.records import Prompt
 from rayrlhf.environments.guessing import Guessing
 from rayrlhf.environments.protocol import Action

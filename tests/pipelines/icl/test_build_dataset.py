@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from rayrlhf.cli import app
+from rayrlhf.config.data import SupervisedDataSection, SupervisedDatasetSection
 from rayrlhf.config.icl import ICLBuildConfig
 from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.model import ModelSection
-from rayrlhf.config.tuning.data import SupervisedDataSection, SupervisedDatasetSection
 from rayrlhf.data.supervised.datasets import load_supervised
 from rayrlhf.demonstrations.example import Example
 from rayrlhf.demonstrations.ranking import Bm25Ranker

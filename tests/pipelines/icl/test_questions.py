@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from rayrlhf.config.demonstrations import ContextSection
 from rayrlhf.config.icl import ShotsSection
 from rayrlhf.config.model import ModelSection
+from rayrlhf.config.rollout import ContextSection
 from rayrlhf.demonstrations.choosing import ChoiceCounts
 from rayrlhf.demonstrations.example import Example
 from rayrlhf.demonstrations.ranking import RandomRanker

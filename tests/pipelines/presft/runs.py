@@ -3,7 +3,7 @@
 import json
 
 from rayrlhf.config.loading.load import load_config
-from rayrlhf.config.presft import PreSFTConfig
+from rayrlhf.config.pipelines import PreSFTConfig
 
 MODEL = "builtin:tiny?layers=2&hidden=64&context=128"
 

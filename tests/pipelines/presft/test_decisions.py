@@ -3,7 +3,7 @@
 import pytest
 
 from rayrlhf.batch_inference.scoring import BleuScorer
-from rayrlhf.config.presft import RelabelSection
+from rayrlhf.config.pipelines import RelabelSection
 from rayrlhf.pipelines.presft.selection import Candidate, agreement, best, decide
 
 GOOD, BETTER = Candidate("good", 1.0, None), Candidate("better", 2.0, None)

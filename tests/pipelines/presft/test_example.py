@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rayrlhf.config.loading.load import load_config
-from rayrlhf.config.presft import PreSFTConfig
+from rayrlhf.config.pipelines import PreSFTConfig
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "presft"
 

@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rayrlhf.config.loading.load import load_config
-from rayrlhf.config.presft import PreSFTConfig
+from rayrlhf.config.pipelines import PreSFTConfig
 from rayrlhf.errors import UserError
 from rayrlhf.pipelines.presft.dry_run import describe
 from rayrlhf.pipelines.presft.presft_commands import app

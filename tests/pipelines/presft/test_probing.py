@@ -11,7 +11,7 @@ from rayrlhf.batch_inference.ingest import GIVEN
 from rayrlhf.batch_inference.scoring import BleuScorer
 from rayrlhf.batch_inference.source import row_schema
 from rayrlhf.config.batch_inference import PairsSection
-from rayrlhf.config.presft import ProbeSection
+from rayrlhf.config.pipelines import ProbeSection
 from rayrlhf.errors import UserError
 from rayrlhf.pipelines.presft import run_presft as run
 from rayrlhf.pipelines.presft.columns import schemas

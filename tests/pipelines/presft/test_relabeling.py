@@ -8,7 +8,7 @@ import pytest
 from rayrlhf.batch_inference.generation import BatchGenerator, GenerationPlan, Response
 from rayrlhf.config.batch_inference import GenerateSection, PairsSection
 from rayrlhf.config.model import ModelSection
-from rayrlhf.config.presft import ProbeSection, RelabelSection
+from rayrlhf.config.pipelines import ProbeSection, RelabelSection
 from rayrlhf.config.reward import RewardFunctionSection, RewardSection
 from rayrlhf.pipelines.presft.columns import schemas
 from rayrlhf.pipelines.presft.probing import LikelihoodEngine

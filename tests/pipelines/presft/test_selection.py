@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrlhf.batch_inference.scoring import BleuScorer
-from rayrlhf.config.presft import SelectSection
+from rayrlhf.config.pipelines import SelectSection
 from rayrlhf.pipelines.presft.selection import HISTOGRAM_BINS, Cut, find_cut, otsu_threshold
 
 SCORES = st.lists(st.integers(0, 100).map(float), min_size=1, max_size=60)

@@ -14,10 +14,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from rayrlhf.config.library_types import DeepSpeedEngine
 from rayrlhf.config.train import TrainSection
 from rayrlhf.engines.train.backends import deepspeed_resize, deepspeed_state
 from rayrlhf.engines.train.backends.base import StateFiles
+from rayrlhf.library_types import DeepSpeedEngine
 from rayrlhf.models.network import Network, NetworkOutput
 
 PARTITION_THRESHOLD = 10_000

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayrlhf.config.library_types import DeepSpeedEngine
 from rayrlhf.engines.train.backends.deepspeed_state import load_checkpoint, load_file, state_folder
 from rayrlhf.errors import UserError
+from rayrlhf.library_types import DeepSpeedEngine
 
 _WEIGHTS = "weights"
 _Values = dict[str, list[Tensor]]

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from rayrlhf.config.library_types import DeepSpeedEngine
 from rayrlhf.engines.train.backends.base import StateFiles, serialized
 from rayrlhf.errors import UserError
+from rayrlhf.library_types import DeepSpeedEngine
 
 _TAG = "state"
 

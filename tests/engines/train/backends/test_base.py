@@ -26,7 +26,6 @@ PACKAGE = Path(__file__).parents[4] / "rayrlhf"
 READS_ZERO_STAGE = (
     "engines/train/backends/deepspeed",
     "config/train.py",
-    "config/tuning/train.py",
     "tools/launch/memory_plan.py",
     "tools/launch/remedy.py",
 )
