@@ -16,7 +16,6 @@ def track_calls(what: str, since: Mapping[str, float]) -> Iterator[None]:
     """Register a pending call inside the block.
 
     Args:
-        what: the call in words.
         since: actor name -> time of the call on the monotonic clock; names may come and go.
     """
     entry = (what, since)

@@ -24,7 +24,6 @@ class Rebuilder:
         """Call `rebuild` until it succeeds, with growing delays.
 
         Args:
-            error: the first loss.
             rebuild: one attempt, given the latest loss; blocks until the new process is ready.
 
         Raises:

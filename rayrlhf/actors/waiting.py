@@ -63,8 +63,6 @@ def wait_any(pending: Mapping[str, Ref[object]], what: str, seconds: float, end:
     """Wait for any call; returns the name of one that has finished.
 
     Args:
-        pending: as in `wait_all`.
-        what: as in `wait_all`.
         seconds: deadline of the whole wait, which may have begun earlier.
         end: time of that deadline on the monotonic clock; `seconds` from now if None.
 

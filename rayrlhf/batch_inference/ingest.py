@@ -46,10 +46,6 @@ def ingest_dataset(
     """Read a dataset into part files, unless they are complete.
 
     Args:
-        section: the dataset.
-        rows: folder of usable rows.
-        rejected: folder of unusable rows.
-        rows_per_part: rows read per part.
         tokenizer: of the model; None leaves lengths unchecked.
         longest: maximum tokens of prompt, response and end of sequence; None leaves lengths unchecked.
         given_field: a field with a model's response, stored under `GIVEN`.

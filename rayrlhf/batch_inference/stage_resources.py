@@ -48,10 +48,7 @@ def stage_resources(
     """Divide the cluster among generators and scorers.
 
     Args:
-        pipeline: the user's settings.
         generate: sets the GPUs per generator (`tensor_parallel_size`).
-        cpus: of the cluster.
-        gpus: of the cluster.
         generating: False for a pass that only scores.
 
     Raises:

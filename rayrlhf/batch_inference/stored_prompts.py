@@ -17,9 +17,7 @@ def encode_prompts(
     """Return the token ids of each prompt, with the generation prompt.
 
     Args:
-        tokenizer: of the model.
         section: chat template and system prompt settings.
-        prompts: text of each.
         messages: the conversation as JSON for a conversational prompt, else None.
         numbers: row numbers in the dataset, for error messages.
 

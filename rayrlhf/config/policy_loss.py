@@ -20,8 +20,6 @@ def check_name(key: str, name: str, known: Iterable[str], noun: str = "function"
 
     Args:
         key: begins the error message; empty where the loader adds it.
-        name: as configured.
-        known: built-in names.
         noun: term for a plugin in the message.
 
     Raises:

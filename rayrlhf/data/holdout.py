@@ -18,7 +18,6 @@ def held_out(groups: Sequence[str], share: float) -> list[bool]:
     """Return True for each row that is held out.
 
     Args:
-        groups: the group of each row.
         share: share of the groups, in (0, 1). Groups are drawn independently, so about this many are held out; at least one
             is held out, and at least one is kept.
 

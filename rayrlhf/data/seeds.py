@@ -11,10 +11,7 @@ def sample_seed(run_seed: int, step: int, prompt: int, sample: int) -> int:
     bits, so truncation to fewer bits is safe. Two of a million responses share a seed with probability 5e-8.
 
     Args:
-        run_seed: seed of the run.
         step: PPO step.
-        prompt: row id of the prompt.
-        sample: index within the prompt's group.
 
     Raises:
         struct.error: a number does not fit into 64 bits.

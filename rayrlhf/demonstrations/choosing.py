@@ -54,11 +54,7 @@ def choose(
     """Return up to `demonstrations` examples of the pool per target, nearest first.
 
     Args:
-        targets: the questions.
         pool: the examples that the ranker's positions index.
-        ranker: ranks the pool per target.
-        demonstrations: k.
-        rules: leak thresholds.
         counts: updated in place.
     """
     rankings = ranker.rank(targets, 2 * demonstrations + 4)

@@ -51,7 +51,6 @@ def as_messages(
 
     Args:
         demonstrations: in display order.
-        prompt: the question.
         layout: `turns` gives each demonstration a user and an assistant turn, `system` puts all into the system turn.
         form: format of an example in the system turn.
         system_prompt: beginning of the system turn, if any.
@@ -104,7 +103,6 @@ def fit(
     """Return the context with as many of the nearest demonstrations as fit.
 
     Args:
-        nearest_first: the chosen demonstrations.
         order: display order.
         assemble: builds the context from demonstrations in display order.
         count: returns the tokens of a context.

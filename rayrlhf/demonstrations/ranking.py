@@ -74,7 +74,6 @@ class Bm25Ranker:
         Args:
             index: of `bm25s`.
             size: number of texts in it.
-            tasks: as for `RandomRanker`.
             max_words: a longer query is reduced to this many distinct words, the rarest; None uses all words, with their
                 counts.
         """
@@ -144,7 +143,6 @@ class VectorRanker:
         Args:
             pool: [examples, width], rows of length 1; may be memory-mapped.
             queries: vector of each query by its identity, [width], of length 1.
-            tasks: as for `RandomRanker`.
         """
         self._pool, self._queries, self._tasks = pool, queries, tasks
 
@@ -179,10 +177,7 @@ def make_rankers(
     """Return the ranker per draw 0, 1, ...; deterministic rankers ignore the draw.
 
     Args:
-        section: selection settings.
-        targets: the queries.
         pool: the examples that positions index; may be `targets` itself.
-        seed: of the run.
         by_task: True returns only examples of a target's own task.
 
     Raises:

@@ -91,11 +91,6 @@ async def program(prompt: Prompt, endpoint: Endpoint, command: Sequence[str]) ->
     has one line of JSON: `prompt`, `columns` of the dataset's row, and `seed`. The process and its children are killed at the
     end of the sample.
 
-    Args:
-        prompt: prompt of the sample.
-        endpoint: the policy.
-        command: program and arguments.
-
     Raises:
         RuntimeError: the exit code is not 0, or the last line is not a number.
     """

@@ -44,7 +44,6 @@ class ChatTokens:
         """Return the tokens between a completion and the next one, int32 [N].
 
         Args:
-            messages: the current conversation.
             answered: number of messages up to and including the sampled completion.
             last_token: last token of the completion; if it is the template's end of a completion, it is not repeated.
 

@@ -65,7 +65,6 @@ class EnvironmentLoop(Generic[Key]):
 
         Args:
             block: wait for at least one result.
-            all_calls: wait for all started calls.
             seconds: time limit of the wait.
 
         Raises:

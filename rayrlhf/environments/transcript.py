@@ -105,7 +105,6 @@ def transcript_lines(rollout: Rollout, tokenizer: Tokenizer) -> list[Line]:
 
     Args:
         rollout: rollout of one or several turns.
-        tokenizer: tokenizer of the policy.
     """
     ids, mask = rollout.response_ids, rollout.action_mask
     paid = np.zeros(len(ids), np.float32) if rollout.rewards is None else rollout.rewards

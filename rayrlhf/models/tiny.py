@@ -56,7 +56,6 @@ class TinyOptions:
 
         Args:
             query: `name=value` pairs joined by `&`; may be empty.
-            path: whole model path, for messages.
 
         Raises:
             UserError: an unknown option, a value of the wrong type or out of range.

@@ -24,7 +24,6 @@ class RecoveryJournal:
         Args:
             event: "lost", "recovered", "hung", "replayed", "resumed", "joined" or "left", or `MIRROR`.
             actor: `<run>/<role>/<rank>`; the run for a copy.
-            reason: one line.
             seconds: time since the loss, for a recovery.
 
         Raises:

@@ -40,7 +40,6 @@ class LiveView:
         """Prepare; nothing is shown yet.
 
         Args:
-            title: title of the panel.
             console: output console; standard output when None.
             live: update in place; None for a terminal only.
             clock: monotonic seconds.

@@ -58,11 +58,7 @@ def bootstrap_paired_difference(
     Pairs are resampled together: the difficulty of a prompt is the same before and after training, and cancels.
 
     Args:
-        before: N values.
         after: N values of the same units, in the same order.
-        level: as for `bootstrap_mean`.
-        resamples: as for `bootstrap_mean`.
-        seed: as for `bootstrap_mean`.
 
     Raises:
         ValueError: the numbers of values differ, or one is not finite.

@@ -41,8 +41,6 @@ def open_tracker(name: TrackerName, run_name: str, config: Mapping[str, Any]) ->
     """Start a tracker's run, or continue the one of this name.
 
     Args:
-        name: of the tracker.
-        run_name: of the run.
         config: its configuration, as plain values.
 
     Raises:

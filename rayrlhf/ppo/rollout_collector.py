@@ -86,7 +86,6 @@ class RolloutCollector:
 
         Args:
             draw: takes the next prompts from the stream.
-            step: the current one.
             numbers: see `make_requests`.
 
         Returns:

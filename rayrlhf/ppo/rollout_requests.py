@@ -41,9 +41,6 @@ def make_requests(
 
     Args:
         prompts: in the order of the stream.
-        samples_per_prompt: requests for each of them.
-        step: of the run.
-        run_seed: of the run.
         numbers: prompt id -> its next free sample number. Updated in place, for a step that samples in several calls.
     """
     numbers = {} if numbers is None else numbers

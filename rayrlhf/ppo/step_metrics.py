@@ -22,7 +22,6 @@ def step_metrics(
     Args:
         experience: the step's experience, with its own statistics.
         reports: update report of each learning role.
-        sync: report of the weight sync.
         episodes: responses sampled in the run so far.
     """
     metrics = dict(experience.metrics)
@@ -54,7 +53,6 @@ def staleness_metrics(rollouts: Sequence[Rollout], version: int, limit: int = 0)
     """Return mean and maximum age of a step's tokens, in weight versions.
 
     Args:
-        rollouts: of the step.
         version: of the policy that trains on them. Tokens sampled before the first sync count as version 0.
         limit: maximum age, `async.max_staleness`.
     """
@@ -69,7 +67,6 @@ def fresh_gap(trainer_logprobs: np.ndarray, rollouts: Sequence[Rollout], version
 
     Args:
         trainer_logprobs: float [B, T], a row per rollout.
-        rollouts: of the step.
         version: of the policy that trains on them. Tokens sampled before the first sync count as version 0.
 
     Returns:

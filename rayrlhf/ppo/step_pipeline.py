@@ -26,8 +26,6 @@ def capacity(steps_done: int, issued: int, samples_per_step: int, max_staleness:
     Args:
         steps_done: PPO steps completed.
         issued: samples issued for all steps so far, those of completed steps included.
-        samples_per_step: of each step.
-        max_staleness: n, in weight versions.
         last_step: the run's number of steps. Nothing is sampled for a later step, but a step that begins is always served.
     """
     steps = max(min(steps_done + 1 + max_staleness, last_step), steps_done + 1)

@@ -32,7 +32,6 @@ def token_kl(scored: ScoredRollouts, index: int) -> Float32 | None:
 
     Args:
         scored: a step's rollouts with the models' outputs.
-        index: of the rollout.
 
     Returns:
         float32 [R] in nats, 0 on tokens that the policy did not sample (their sum is the estimate k1 of the response's KL;

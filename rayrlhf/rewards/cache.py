@@ -53,8 +53,6 @@ class ContentCache:
         """Call the function on samples that are not cached; returns the values [B] of all.
 
         Args:
-            function: the reward function.
-            offered: its arguments.
             per_sample: names of the arguments that are lists [B].
 
         Raises:

@@ -73,7 +73,6 @@ def check_where(name: str, where: str) -> None:
 
     Args:
         name: name of the reward function, for the message.
-        where: the argument.
 
     Raises:
         UserError: it is something else.

@@ -63,9 +63,6 @@ async def judge(
         answer: [B], the dataset's column with a reference, for templates with `{answer}`.
         template: prompt of the judge, with `{response}` and optionally `{prompt}` and `{answer}`.
         verdict: regular expression with one group, the grade.
-        low: lowest grade.
-        high: highest grade.
-        temperature: sampling temperature of the judge.
         max_tokens: maximum number of tokens of a completion.
         verdict_attempts: maximum number of completions per sample, until one has a grade.
         concurrency: maximum number of requests in flight.

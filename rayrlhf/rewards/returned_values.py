@@ -22,7 +22,6 @@ def checked_values(name: str, returned: Any, count: int) -> Float32:
     """Convert returned values to float32 [count], NaN for None.
 
     Args:
-        name: name of the function.
         returned: return value of the function, of any type.
         count: expected number of values.
 

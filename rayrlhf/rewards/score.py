@@ -61,8 +61,6 @@ def score_batch(functions: Sequence[BoundFunction], batch: ScoringBatch, *, time
     """Score a batch with all functions.
 
     Args:
-        functions: functions with their weights.
-        batch: B samples.
         timeout_seconds: time limit of a coroutine function. A synchronous function cannot be interrupted here; the driver's own
             deadline on scoring catches it.
 

@@ -86,9 +86,6 @@ def grade(problem: str, response: str, expected: Decimal, *, stopped: bool) -> G
     """Grade one response to one problem.
 
     Args:
-        problem: text of the problem.
-        response: text of the response.
-        expected: correct number.
         stopped: True if the model ended the response itself.
     """
     response = response.strip()

@@ -153,7 +153,6 @@ async def post_all(
     """Send all requests, several at a time; returns the parsed responses in order.
 
     Args:
-        service: the servers.
         requests: JSON bodies.
         parse: converts a response's body and the request's index; a ValueError marks an invalid response.
 

@@ -48,7 +48,6 @@ class Mirror:
         Args:
             config_text: the resolved configuration as YAML.
             differences: (stored, wanted) -> one line per key that differs.
-            resume: allow continuing a stored run.
 
         Raises:
             UserError: the folder holds another run, or any run and `resume` is False.

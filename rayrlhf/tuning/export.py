@@ -26,8 +26,6 @@ def export_model(
     A policy with adapters writes the adapters (`rayrlhf export --merge` merges them); everything else is a whole model.
 
     Args:
-        config: configuration of the run.
-        engine: engine of this worker.
         scores: rewards of held-out pairs, for a reward model.
         answer_format: format of the training texts, for a reward model.
         folder: path to write; an older folder is replaced.

@@ -38,13 +38,7 @@ class Follower:
 
 @contextmanager
 def following(folder: Path, view: LiveView, total: int) -> Iterator[None]:
-    """Show a run's steps and evaluations inside the block.
-
-    Args:
-        folder: the run folder.
-        view: live view to write to.
-        total: optimizer steps of the run.
-    """
+    """Show a run's steps and evaluations inside the block."""
     earlier = [int(row["step"]) for row in read_metrics(folder) if "loss" in row]
     view.start(total, max(earlier, default=0))
     follower, done, shown = Follower(folder / FILE_NAME), threading.Event(), set(earlier)

@@ -89,7 +89,6 @@ def held_out_loss(engine: TrainEngine, samples: Sequence[SupervisedSample]) -> f
     Every worker takes part and scores a share, or everything if `engine.all_ranks_must_forward`.
 
     Args:
-        engine: engine of this worker.
         samples: the same on every worker.
     """
     scores = shared_scores(engine, [supervised_sequence(sample) for sample in samples], "logprobs")

@@ -26,7 +26,6 @@ def worker_resources(workers: WorkersSection, machine: ClusterResources | None =
     """Resolve the resources that the configuration does not set.
 
     Args:
-        workers: configuration section.
         machine: available resources; None means the connected cluster.
 
     Raises:

@@ -255,10 +255,6 @@ PRESETS: dict[str, dict[str, Any]] = {**RECIPES, "trl-classic": _CLASSIC, "trl-m
 def preset_tree(name: object, source: str) -> dict[str, Any]:
     """Return a preset's tree of values.
 
-    Args:
-        name: as configured.
-        source: begins the error message.
-
     Raises:
         UserError: no preset has that name; the message gives the nearest one.
     """

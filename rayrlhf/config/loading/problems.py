@@ -42,7 +42,6 @@ def problems(error: ValidationError, tree: dict[str, Any], root: type[Section]) 
 
     Args:
         error: of validating `tree` as `root`.
-        tree: the configuration as read.
         root: the section that the tree should be.
 
     Returns:

@@ -40,7 +40,6 @@ def epoch_batches(lengths: Sequence[int], size: BatchSize, *, seed: int, epoch: 
     Args:
         lengths: tokens of each sample; of both responses for a pair.
         size: of a step.
-        seed: of the run.
         epoch: 0, 1, ...
         shuffle: a new order each epoch; False keeps the order of the samples.
 
@@ -81,8 +80,6 @@ class BatchPlan:
         Args:
             lengths: tokens of each sample; of both responses for a pair.
             size: of a step.
-            seed: of the run.
-            epochs: passes over the samples.
             steps: length of the run in steps, in place of `epochs`.
             shuffle: a new order each epoch.
 

@@ -69,7 +69,6 @@ def read_builtin(path: str, split: str, subset: str | None, limit: int | None) -
 
     Args:
         path: `builtin:NAME`, with `?seed=1&count=2000` to set seed and size.
-        split: train or evaluation.
         subset: must be None.
         limit: maximum number of rows.
 

@@ -48,9 +48,6 @@ def guesses(seed: int, count: int, split: Split, chat: int = 0, listens: int = 0
     The number of the game is independent of the hidden number.
 
     Args:
-        seed: as for `calculations`.
-        count: likewise.
-        split: likewise.
         chat: with 1 the transcript is a conversation in `messages`, and there is no `completion`.
         listens: percent of the guesses that are among the numbers still possible.
     """

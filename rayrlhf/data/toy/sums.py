@@ -27,7 +27,6 @@ def generate(seed: int, count: int, split: Split, careless: int = 0) -> list[dic
     Args:
         seed: random seed; equal arguments give equal rows, and a smaller count the first of them.
         count: number of rows.
-        split: side of the hash.
         careless: percent of the sums with a carry from ones to tens whose completion drops it.
     """
     rows = []

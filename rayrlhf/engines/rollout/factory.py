@@ -59,7 +59,6 @@ def check_installed(key: str, backend: str) -> None:
 
     Args:
         key: configuration key that names the backend, for the message.
-        backend: its value.
 
     Raises:
         UserError: the package is missing.

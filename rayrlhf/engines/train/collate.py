@@ -50,9 +50,7 @@ def collate(
     """Pad sequences on the right, or pack them end to end.
 
     Args:
-        sequences: B of them.
         width: T, columns of the tables; the value after the last token is computed only if it has a column.
-        device: device of the tensors.
         targets_mask: bool [B, T], response tokens to compute log-probs of; None computes all.
         packed: end to end in one row.
     """

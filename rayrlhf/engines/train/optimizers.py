@@ -36,7 +36,6 @@ def learning_rate_factor(schedule: ScheduleSection, step: int, total_steps: int)
     """Return the share of the peak learning rate at an optimizer step.
 
     Args:
-        schedule: shape, warm-up and floor.
         step: optimizer steps taken before this one, >= 0.
         total_steps: optimizer steps of the whole run; the shape ends there.
 

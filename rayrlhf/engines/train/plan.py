@@ -88,7 +88,6 @@ def split_mini_batch(
     Args:
         rows: rows of the training batch in the optimizer step.
         lengths: tokens of every row of the training batch.
-        ranks: data-parallel processes.
         train: micro-batch size, or token budget.
         parity: with TRL's per-micro-batch means the split matters, so micro-batches are then consecutive rows.
         group_size: number of consecutive rows that stay together; divides `rows`.

@@ -142,7 +142,6 @@ def complete(segment: Segment, turn: Rollout, version: int) -> None:
     """Append a completion to its segment and resolve the waiting request.
 
     Args:
-        segment: segment with a waiting request.
         turn: completion as recorded by the rollout engine.
         version: weight version of the observation tokens before it.
     """

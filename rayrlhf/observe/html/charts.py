@@ -18,9 +18,6 @@ def histogram(
     Args:
         counts: [N].
         edges: [N + 1], increasing.
-        title: of the chart.
-        x: title of the horizontal axis.
-        y: title of the vertical axis.
         mark: position of the line; None for no line.
     """
     intervals = list(pairwise(edges))

@@ -147,9 +147,6 @@ def render(title: str, subtitle: str, blocks: Sequence[Block], *, live: bool = F
     """Return a page as self-contained HTML.
 
     Args:
-        title: of the page.
-        subtitle: a line below it.
-        blocks: the content.
         live: for a served page: it loads the chart library and newer versions of itself from its own server only.
     """
     ids = count(1)

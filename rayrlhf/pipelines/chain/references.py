@@ -19,9 +19,7 @@ def fill_in(settings: object, outputs: Outputs, place: str) -> Any:
     """Return settings with every reference replaced.
 
     Args:
-        settings: mappings, lists and values.
         outputs: of the stages before this one.
-        place: the stage, for error messages.
 
     Raises:
         UserError: a reference to an unknown or later stage, or to an unknown output.

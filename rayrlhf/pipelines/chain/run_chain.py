@@ -62,7 +62,6 @@ def plan_chain(config: ChainConfig, base: Path) -> list[PlannedStage]:
     """Resolve every stage's configuration before the first one runs.
 
     Args:
-        config: the chain.
         base: folder of relative configuration files, which is the chain file's.
 
     Raises:

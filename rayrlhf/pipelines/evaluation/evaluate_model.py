@@ -150,7 +150,6 @@ def complete_prompts(config: EvaluateConfig, prompts: Sequence[Prompt], rollouts
 
     Args:
         config: sets the share of samples that may fail.
-        prompts: P prompts.
         rollouts: P x samples, in any order.
 
     Raises:

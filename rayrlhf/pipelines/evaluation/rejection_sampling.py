@@ -55,8 +55,6 @@ def kept_rows(
     """Return rows {prompt, completion}: texts, or messages for chat prompts.
 
     Args:
-        prompts: the prompt of each rollout.
-        rollouts: B rollouts.
         scores: float32 [B].
         keep: see `choose_answers`.
         written: prompt id -> the prompt in the dataset, with all of its turns.

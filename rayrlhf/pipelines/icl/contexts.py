@@ -78,7 +78,6 @@ def relatedness(order: Sequence[int], pool: Sequence[Example], vectors: NDArray[
 
     Args:
         order: documents in order.
-        pool: their texts.
         vectors: [documents, width], rows of length 1, or None.
 
     Returns:

@@ -51,7 +51,6 @@ def curve(model: str, rows: Iterable[Mapping[str, Any]]) -> list[Point]:
     """Return the points of a model, sorted by ablation and k.
 
     Args:
-        model: its name.
         rows: `ablation`, `k`, `source` (the question), `score`, `copying`, `shown` and `dropped` of every answer.
     """
     groups: defaultdict[tuple[str, int], list[Mapping[str, Any]]] = defaultdict(list)

@@ -23,13 +23,7 @@ class Piece:
 
 
 def are_near_duplicates(first: str, second: str, rules: LeakRules) -> bool:
-    """Return True for near-duplicates; equal words count at any length.
-
-    Args:
-        first: a text.
-        second: another text.
-        rules: thresholds.
-    """
+    """Return True for near-duplicates; equal words count at any length."""
     words, others = words_of(first), words_of(second)
     if words == others:
         return True
@@ -57,7 +51,6 @@ def related_order(neighbors: Sequence[Sequence[int]], without: frozenset[int] = 
     Args:
         neighbors: positions of each document's neighbors, nearest first. Edges are undirected; a document's own list precedes
             the lists that contain it.
-        without: documents to skip.
     """
     edges = _both_ways(neighbors, without)
     remaining = set(edges)

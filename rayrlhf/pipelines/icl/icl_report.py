@@ -18,10 +18,7 @@ def write_curve_report(config: ICLEvaluateConfig, points: Sequence[Point], choic
     """Write the page.
 
     Args:
-        config: of the run.
-        points: of all models and ablations.
         choice: `leaks`, `repeated` and `short` of the questions' seal.
-        path: of the page.
     """
     blocks = [*_curves(config, points), *_table(points, choice), *_answers(config, path.parent)]
     questions = points[0].questions

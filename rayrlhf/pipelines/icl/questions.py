@@ -53,7 +53,6 @@ class QuestionBuilder:
         """Yield a row per (seed, target, ablation, k), without its number `row`.
 
         Args:
-            targets: the questions.
             pool: the examples that the rankers' positions index.
             ranker: returns the ranker of a seed.
             counts: updated in place.

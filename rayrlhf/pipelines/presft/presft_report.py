@@ -71,8 +71,6 @@ def write_report(config: PreSFTConfig, layout: Layout, sheet: dict[str, Any], ou
     """Write the page from the datasheet and the round folders, and return its path.
 
     Args:
-        config: of the run.
-        layout: of its folder.
         sheet: the content of `datasheet.json`.
         output: the file; `report.html` in the run folder when None.
     """
@@ -213,7 +211,6 @@ def write_presft_report(folder: Path, output: Path | None = None) -> Path:
     """Write the page from the stored datasheet, and return its path.
 
     Args:
-        folder: the run folder.
         output: the file; `report.html` in the run folder when None.
 
     Raises:

@@ -47,11 +47,8 @@ def score_pairs(
     """Generate probes for every prompt, and score them against the originals.
 
     Args:
-        config: the run.
-        rows: the pairs.
         scores: folder of pairs with probes and scores.
         model: generates the probes; None where the rows provide them.
-        probe: sampling and scoring settings.
         step: index of this pass over the data, for the seeds.
         done: called with the rows of each part.
     """
@@ -117,11 +114,6 @@ def relabel_pairs(
     """Generate candidates for the struggling pairs, and decide on every pair.
 
     Args:
-        config: the run.
-        relabel: method and decision settings.
-        scores: every pair with its score.
-        relabeled: folder of decisions.
-        cut: selects the struggling pairs.
         model: generates candidates; may be None where nothing is sampled.
         step: index of this pass over the data, for the seeds.
         done: called with the rows of each part.

@@ -42,7 +42,6 @@ def find_cut(section: SelectSection, scores: NDArray[np.float64], rows: NDArray[
     """Return the cut of a rule.
 
     Args:
-        section: the rule and its value.
         scores: float64 [N], BLEU in [0, 100].
         rows: int64 [N], row of each pair.
     """
@@ -94,7 +93,6 @@ def refusal(
     """Return the guard's reason to reject a response, or None.
 
     Args:
-        response: the text.
         finish_reason: "stop" or "length".
         loop_repeats: minimum repeats at the end of a loop.
         verifier_score: the verifier's score; None without a verifier.
@@ -201,8 +199,6 @@ def decide(section: RelabelSection, original: str, candidates: Sequence[Candidat
     """Return the decision on a struggling pair.
 
     Args:
-        section: decision settings.
-        original: the dataset's response.
         candidates: of the prompt; unused for `keep` and `drop`.
 
     Raises:

@@ -33,10 +33,8 @@ def run_bench_sft(
     Args:
         precisions: `float32`, `bfloat16`; both when empty.
         packing: on, off, or both when None.
-        rounds: runs of each trainer.
         steps: timed optimizer steps of a run.
         output: folder for `sft.json` and `sft.md`.
-        echo: called with progress and results.
 
     Raises:
         UserError: an unknown precision, or TRL is not installed.
@@ -73,10 +71,8 @@ def run_bench_ppo(
         model: of the policy; its critic, reference and reward model are of the same size.
         prompts: of a step.
         lora: rank of adapters on the policy; 0 trains it whole.
-        rounds: runs of each contender.
         updates: timed PPO steps of a run.
         output: folder for `ppo.json` and `ppo.md`.
-        echo: called with progress and results.
 
     Raises:
         UserError: an unknown precision, or TRL's release cannot be installed.
@@ -164,8 +160,6 @@ def run_bench_presft(what: str, rows: int, *, rounds: int, output: Path | None, 
         what: `scoring`, `generation` or `memory`.
         rows: of a run; 0 for the default size.
         rounds: runs of each contender; `memory` runs once.
-        output: folder for the results.
-        echo: called with progress and results.
 
     Raises:
         UserError: an unknown benchmark.

@@ -71,8 +71,6 @@ def bench_driver(sizes: Sequence[int], *, replicas: int, progress: Callable[[str
 
     Args:
         sizes: samples of a step.
-        replicas: rollout replicas.
-        progress: called with each result.
     """
     found = []
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")

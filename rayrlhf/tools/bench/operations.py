@@ -29,8 +29,6 @@ def forward_operations(shape: ModelShape, lengths: Lengths, *, outputs: bool) ->
     """Return floating-point operations of one forward pass over prompts and responses.
 
     Args:
-        shape: of the model.
-        lengths: of the sequences.
         outputs: include the output layer on the responses.
     """
     whole = [prompt + response for prompt, response in zip(lengths.prompts, lengths.responses, strict=True)]

@@ -93,11 +93,8 @@ def compare(
     """Run the contenders alternately, in reverse order every other round.
 
     Args:
-        title: subject of the comparison.
         unit: of a speed, for example `tokens/s`.
         contenders: name -> function that runs once; the first is the baseline.
-        rounds: runs of each.
-        progress: called with each measured speed.
     """
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds):

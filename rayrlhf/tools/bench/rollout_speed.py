@@ -31,11 +31,8 @@ def bench_rollout(
     """Compare plain vLLM, our actors and, on request, transformers.
 
     Args:
-        model: path of the model.
         new_tokens: maximum response length in tokens.
-        rounds: runs of each.
         transformers: measure `generate` too, which is slow.
-        progress: called with each speed.
 
     Returns:
         Sampled tokens per second, with plain vLLM as the baseline.

@@ -65,11 +65,8 @@ def bench_sft(
     """Measure both trainers.
 
     Args:
-        precision: compute precision of both.
         packing: pack samples. A step is then about `BATCH` x `MAX_LENGTH` tokens for both, else `BATCH` samples.
-        rounds: runs of each.
         steps: optimizer steps of a run after the first, which is not timed.
-        progress: called with each speed.
 
     Raises:
         UserError: TRL is not installed.

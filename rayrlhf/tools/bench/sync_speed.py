@@ -32,11 +32,6 @@ COPY, ONE, MANY, WHOLE = (
 def bench_sync(model: str, *, rounds: int, progress: Callable[[str], None] = lambda _: None) -> Comparison:
     """Measure the throughput of each method.
 
-    Args:
-        model: path of the model.
-        rounds: runs of each method.
-        progress: called with each speed.
-
     Returns:
         MiB of weights per second, with a plain copy as the baseline. Seconds are in the title.
     """

@@ -31,12 +31,6 @@ MAX_PROBLEMS = 8
 def bench_training(model: str, *, samples: int, rounds: int, progress: Callable[[str], None] = lambda _: None) -> Comparison:
     """Compare a plain torch step with ours.
 
-    Args:
-        model: path of the policy.
-        samples: of one optimizer step.
-        rounds: steps of each.
-        progress: called with each speed.
-
     Returns:
         Prompt and response tokens per second, with the plain step as the baseline.
     """

@@ -66,11 +66,7 @@ class Facts:
 
 
 def gather(runs: Path = Path("runs")) -> Facts:
-    """Gather the facts of this machine; takes as long as importing vLLM.
-
-    Args:
-        runs: parent folder of run folders.
-    """
+    """Gather the facts of this machine; takes as long as importing vLLM."""
     wanted = tuple(requires("rayrlhf") or ())
     names = {Requirement(text).name for text in wanted}
     folders = {"model cache": cache_folder(), "run folders": runs}

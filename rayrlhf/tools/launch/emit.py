@@ -29,10 +29,7 @@ def emit_manifest(
 
     Args:
         kind: `kuberay`, `ray-up` or `slurm`.
-        config: the run.
-        cluster: the machines.
         path: the run's configuration file, relative to the job's folder.
-        overrides: settings of the command line.
         source: name of the cluster file, for the comment at the top.
 
     Raises:

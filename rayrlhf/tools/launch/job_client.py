@@ -68,7 +68,6 @@ class JobRequest:
             path: its file, inside `working_dir`.
             overrides: settings of the command line; part of the entrypoint, which all users of the cluster can read.
             working_dir: folder that is uploaded and in which the job runs.
-            entrypoint_cpus: CPUs that the driver requests.
             stop_seconds: seconds between Ray's stop signal and killing the run.
 
         Raises:

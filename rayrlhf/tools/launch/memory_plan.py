@@ -121,15 +121,9 @@ def train_memory(
     """Return the peak memory of one rank of a trained model.
 
     Args:
-        shape: the model.
-        train: ZeRO stage and offloading.
-        precision: compute precision.
-        ranks: data-parallel ranks.
         tokens: of one micro-batch, padding included.
-        checkpointing: activations are recomputed.
         language: the model has the output layer (a separate critic has none).
         states: float32 optimizer states per parameter: 2 for Adam, 0 for SGD.
-        gpu: the rank has a GPU.
     """
     stage = train.zero_stage
     frozen_head = 0 if language else _head_parameters(shape)

@@ -61,9 +61,7 @@ def simulate(config: SimulationConfig, *, samples: int, replicas: int, places: i
     """Simulate a run.
 
     Args:
-        config: rates, lengths, failures.
         samples: responses of a step.
-        replicas: rollout replicas.
         places: slots of a replica, for responses generated at the same time.
         longest: maximum tokens of a response.
     """

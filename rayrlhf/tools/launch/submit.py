@@ -57,11 +57,9 @@ def run_job(
 
     Args:
         client: of `connect`.
-        request: the run.
         submission_id: the job's name; None for the run's name with the time. Retries get `-retry-N`.
         say: called with lines for the user.
         wait: follow the log until the end.
-        retries: retries after failures.
 
     Raises:
         UserError: the name is taken, or the folder is too large to upload.

@@ -44,7 +44,6 @@ def watch_terminal(
     """Show a run until it is finished or stopped, or the user interrupts.
 
     Args:
-        folder: the run folder.
         every: seconds between updates.
         once: show the current state and return.
         console: output console; standard output when None.

@@ -59,9 +59,7 @@ def recut_row(pieces: Sequence[Tensor], length: int, rank: int, size: int) -> Te
 
     Args:
         pieces: saved piece of each rank [any], in rank order; together at least `length` numbers, then padding.
-        length: numbers in the row.
         rank: index of the piece to return.
-        size: numbers in a piece now.
 
     Returns:
         [size], zero after the end of the row.
@@ -78,7 +76,6 @@ def recut_each(rows: Sequence[Tensor], lengths: Sequence[int], rank: int, ranks:
 
     Args:
         rows: saved row of each rank [any]: its piece of every parameter in turn, each rounded up to the same size.
-        lengths: numbers in each parameter.
         rank: index of the pieces to return.
         ranks: number of pieces per parameter now.
 

@@ -85,7 +85,6 @@ def load_file(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     """Read one of DeepSpeed's files, tensors on the CPU, without running pickled code.
 
     Args:
-        path: file to read.
         mapped: leave tensors on disk until they are read; the file must exist for as long as they do.
 
     Raises:
