@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from rayrlhf.config.loading import renamed_keys
+from rayrlhf.config.loading import load
 from rayrlhf.config.loading.load import dump_config, load_config, stored_config
 from rayrlhf.config.loading.problems import sections_in
 from rayrlhf.config.ppo import PPOConfig
@@ -13,7 +13,7 @@ from rayrlhf.tools.starters import ROOTS, config_class
 
 @pytest.fixture(autouse=True)
 def _nothing_noticed_yet(monkeypatch):
-    monkeypatch.setattr(renamed_keys, "_noticed", set())
+    monkeypatch.setattr(load, "_noticed", set())
 
 
 def sections(root: type[Section]) -> set[type[Section]]:
