@@ -30,7 +30,6 @@ class ActorGroup(Generic[Actor_co]):
     """All processes of one role.
 
     Attributes:
-        role: the role.
         names: `<run>/<role>/<rank>`, as `ray list actors` shows them.
         handles: one actor handle per rank.
     """

@@ -24,8 +24,6 @@ class ActorRestarter:
     """Replaces lost processes, a bounded number of times in a row.
 
     Args:
-        actor_groups: the running actors.
-        retry: bounds of rebuilding.
         build_seconds: maximum time of one rebuild.
         monitor: pings the processes; None for no pings.
         listener: receives losses and recoveries.

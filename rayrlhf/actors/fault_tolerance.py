@@ -17,7 +17,6 @@ class FaultTolerance:
     """Objects that monitor and rebuild the actors of a run.
 
     Attributes:
-        pool: the rollout replicas.
         restarter: restarts reward and reference actors.
         retry: bounds of rebuilding, for policy and critic too.
         monitor: pings all actors; None for no pings.

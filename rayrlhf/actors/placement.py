@@ -63,7 +63,6 @@ class WorkerPlacement:
         bundles: indexes of its bundles; several for a tensor-parallel replica.
         cpus: share of the CPUs.
         gpus: share of the GPUs.
-        threads: of the process.
     """
 
     group: str

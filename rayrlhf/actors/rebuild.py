@@ -11,9 +11,6 @@ class Rebuilder:
     """Health of one process or process group, and its blocking rebuild.
 
     `ReplicaPool` advances the same state machine without blocking.
-
-    Args:
-        retry: bounds of rebuilding.
     """
 
     def __init__(self, retry: RetryPolicy) -> None:

@@ -23,7 +23,6 @@ class DeviceSyncRequest:
         transfer: vLLM's `nccl` or `ipc`.
         replicas: (name, handle) of the receiving replicas.
         workers: GPU processes per replica.
-        version: weight version.
         dtype: data type in which the rollout engines hold the weights.
     """
 

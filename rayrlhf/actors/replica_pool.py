@@ -28,10 +28,7 @@ class RolloutReplica:
     """One rollout replica, with the calls of its actor.
 
     Attributes:
-        rank: its number.
         name: `<run>/rollout/<rank>`.
-        handle: the current process.
-        health: its state.
         building: its pending `build` while it is being rebuilt.
     """
 
@@ -74,8 +71,6 @@ class ReplicaPool:
     """All replicas of a run.
 
     Args:
-        actor_groups: the running actors.
-        retry: bounds of rebuilding.
         monitor: pings the replicas; None for no pings.
         minimum: replicas that must serve.
         patience: maximum time below the minimum, in seconds.

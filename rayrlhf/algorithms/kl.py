@@ -1,8 +1,7 @@
 """KL of the policy from the reference, per token, and its coefficient over a run.
 
 The estimators k1, k2, k3 (Schulman, "Approximating KL divergence", 2020) read only the log-ratio d = log p - log p_ref of the
-token that was sampled from p; `full_kl` sums over the vocabulary. k1 and k3 are unbiased, k2 is biased but has the right
-gradient.
+token that was sampled from p. k1 and k3 are unbiased, k2 is biased but has the right gradient.
 
 The coefficient is fixed, or adapted so that the KL per sequence reaches a target.
 """
@@ -61,7 +60,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, arguments
         Float [B, T]. The built-in estimators are elementwise, so NaN at masked positions stays there.
 
     Raises:
-        UserError: unknown estimator. `full` is one, because it needs the logits (`full_kl`).
+        UserError: unknown estimator. TRL's `full` is one, because it needs the logits.
     """
     return KL_REGISTRY.resolve(estimator)(logprobs - ref_logprobs, **arguments)
 
@@ -93,22 +92,6 @@ def kl_loss(
     surrogate = k2(log_ratio)
     value = zero_masked(KL_REGISTRY.resolve(estimator)(log_ratio.detach(), **arguments), mask)
     return value + (surrogate - surrogate.detach())
-
-
-def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
-    """Exact KL(p || p_ref) in nats over the vocabulary, in float32 (TRL 0.11.4 `full`).
-
-    Args:
-        logits: [..., V] of the policy, already divided by the temperature. Call on chunks of positions to bound memory.
-        ref_logits: [..., V] of the reference, likewise.
-
-    Returns:
-        Float32 [...]. Tokens that the policy excludes (logit -inf) add 0; a token that only the reference excludes makes it
-        inf.
-    """
-    log_p = logits.float().log_softmax(-1)
-    log_ratio = torch.where(log_p.isneginf(), 0.0, log_p - ref_logits.float().log_softmax(-1))
-    return (log_p.exp() * log_ratio).sum(-1)
 
 
 MAX_ERROR = 0.2

@@ -31,9 +31,7 @@ class GenerationPlan:
     Attributes:
         label: the model's name in tables, independent of the run folder's path.
         model: the model that generates.
-        generate: backend and limits.
         data: how prompts become tokens.
-        seed: of the run.
         step: index of the pass over the data; no two passes share seeds.
         samples: responses per row.
         temperature: 0 is greedy.

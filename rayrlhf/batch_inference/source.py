@@ -21,7 +21,6 @@ class SourceRow:
     Attributes:
         number: the line of a JSONL file, else 1, 2, ...
         fields: the row; None where it could not be read.
-        problem: the reason.
         text: the unreadable line, for the rejected table.
     """
 

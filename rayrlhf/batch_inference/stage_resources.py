@@ -30,7 +30,6 @@ class StageResources:
         generator_cpus: CPUs per generator.
         generator_gpus: GPUs per generator.
         generator_threads: OpenMP threads per generator.
-        scorers: scorer processes.
         scorer_cpus: CPUs per scorer.
     """
 

@@ -35,10 +35,7 @@ class PromptDemonstrations:
 
     Args:
         section: selection, number and `train_with`.
-        data: prompt formatting.
-        tokenizer: of the policy.
         budget: maximum tokens of a prompt with its demonstrations.
-        seed: of the run.
 
     Raises:
         UserError: a pool row without question or answer text; fewer examples than demonstrations.

@@ -33,9 +33,7 @@ class Refusal(Exception):
     """Reason why a request gets no completion.
 
     Args:
-        status: HTTP status.
         code: OpenAI's error code, such as `context_length_exceeded`.
-        message: one line.
     """
 
     def __init__(self, status: HTTPStatus, code: str, message: str) -> None:
@@ -58,7 +56,6 @@ class Call:
 
     Attributes:
         token: bearer token of the session.
-        messages: the whole conversation.
         max_tokens: the agent's limit of the completion; None for no limit of its own.
         reply: resolved with a `Completion`, or a `Refusal` as its exception.
     """

@@ -11,7 +11,6 @@ class Guessing:
     """Game with a number hidden per prompt, the same for all samples of a group.
 
     Args:
-        low: smallest number.
         high: largest number.
         right: reward of the right guess, which ends the game.
         wrong: reward of any other turn; slightly below 0 favors short games.

@@ -44,46 +44,6 @@ def logprobs_and_entropy(
     return cast("tuple[Tensor, Tensor]", result)
 
 
-@torch.no_grad()
-def full_kl_from_hidden(
-    hidden: Tensor,
-    weight: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    *,
-    bias: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    temperature: float = 1.0,
-) -> Tensor:
-    """Return KL(policy || reference) over the whole vocabulary, in nats, without gradient.
-
-    Two models with one vocabulary and any hidden sizes are compared without sending logits: send [N, H] and apply the output
-    layers here.
-
-    Args:
-        hidden: [N, H], the policy's hidden states.
-        weight: [V, H], the policy's output layer.
-        ref_hidden: [N, H'], the reference's hidden states at the same positions.
-        ref_weight: [V, H'], the reference's output layer.
-        bias: [V] or None.
-        ref_bias: [V] or None.
-        temperature: both distributions are softmax(logits / temperature).
-
-    Returns:
-        float32 [N], sum over v of p(v) * (log p(v) - log p_ref(v)), each >= 0 up to rounding.
-    """
-    result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    policy_buffer, reference_buffer = chunk_buffer(hidden, weight), chunk_buffer(ref_hidden, ref_weight)
-    for rows in chunks(len(hidden), len(policy_buffer)):
-        policy = logits_into(hidden[rows], weight, bias, temperature, policy_buffer)
-        policy.sub_(policy.logsumexp(-1, keepdim=True))
-        reference = logits_into(ref_hidden[rows], ref_weight, ref_bias, temperature, reference_buffer)
-        reference.sub_(reference.logsumexp(-1, keepdim=True))
-        difference = torch.sub(policy, reference, out=reference)
-        result[rows] = difference.mul_(policy.exp_()).sum(-1)
-    return result
-
-
 class _LogprobsAndEntropy(torch.autograd.Function):
     """Chunked forward that keeps one number per row; chunked backward that recomputes the logits."""
 

@@ -36,7 +36,6 @@ class TinyOptions:
     Attributes:
         seed: of the random weights.
         tie: the output layer is the embedding.
-        layers: decoder layers.
         hidden: width, a multiple of 64; the default of 256 with 4 layers has 3.2 M parameters.
         context: longest sequence in tokens (bytes).
         init: standard deviation of the random weights. With transformers' 0.02 the attention of a narrow model is so flat at

@@ -29,8 +29,6 @@ class Progress:
 
     Attributes:
         total: steps of the run.
-        step: last completed step.
-        metrics: its metrics.
         scores: mean score of each recorded step, oldest first.
     """
 

@@ -100,7 +100,6 @@ class Checkpointer:
 
     Args:
         folder: `checkpoints/` of the run folder; no other process writes to it.
-        actor_groups: the running actors.
         section: how many to keep, and how to write them.
         fingerprint: settings on which a run must agree to load them.
         seconds: deadline of each wait.

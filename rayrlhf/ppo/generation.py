@@ -46,7 +46,6 @@ class GenerationBatch:
     """Requests that were added together.
 
     Attributes:
-        requests: all of them.
         temperature: of sampling.
         missing: number of unfinished requests.
         finished: rollouts that are not collected yet.
@@ -62,7 +61,6 @@ class Generation:
     """Sends requests to the replicas and receives their rollouts.
 
     Args:
-        pool: the replicas.
         refresh: sends the current weights to rebuilt replicas, which then count as serving.
         max_new_tokens: longest response.
         seconds: longest time in which no replica finishes a response.

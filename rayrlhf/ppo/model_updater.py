@@ -18,8 +18,6 @@ class ModelUpdater:
     """Updates policy and critic.
 
     Args:
-        config: of the run.
-        actor_groups: the running actors.
         generation: keeps the replicas busy during an update.
         timer: counts the update of each role as a phase.
     """

@@ -21,11 +21,7 @@ class RolloutCollector:
     """Turns requests into rollouts, and rollouts into scored rollouts.
 
     Args:
-        config: of the run.
-        actor_groups: the running actors.
         fault_tolerance: replaces lost reward and reference actors.
-        generation: samples the responses.
-        requests: builds requests.
         timer: counts generation and each score as a phase.
     """
 

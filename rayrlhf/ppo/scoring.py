@@ -40,7 +40,6 @@ class ForwardPass(NamedTuple):
     Attributes:
         name: key of the result.
         role: the actors that run it.
-        outputs: what they compute.
         temperature: of the distribution log-probs are taken from.
         reference: adapters off.
         replicate: every rank reads all rollouts (ZeRO-3 ranks must run equally many forwards); else they split them.

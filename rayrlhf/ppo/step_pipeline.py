@@ -43,9 +43,6 @@ class StepPipeline:
     """Issues steps in their order.
 
     Args:
-        config: of the run.
-        sampler: the training prompts.
-        generation: samples the responses.
         build_requests: (prompts, samples per prompt, step) -> requests.
     """
 

@@ -24,7 +24,6 @@ class _Lookup(NamedTuple):
     Attributes:
         keys: [B].
         known: key -> cached value.
-        rows: rows to compute.
         arguments: arguments of these rows.
     """
 

@@ -8,7 +8,7 @@ grade is requested again, at most `verdict_attempts` times in all; then the samp
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from rayrlhf.errors import UserError
@@ -86,19 +86,26 @@ async def judge(
     ]
     common = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
     requests = [common | {"messages": [{"role": "user", "content": fill(template, row)}]} for row in rows]
-    grades: list[float | None] = [None] * len(rows)
-    for _ in range(verdict_attempts):
-        open_rows = [row for row, grade in enumerate(grades) if grade is None]
-        if not open_rows:
+    try:
+        return await _grades(service, requests, lambda text: grade_in(text, pattern, low, high), verdict_attempts)
+    except UnusableError as error:
+        if on_failure == "skip":
+            return [None] * len(responses)
+        raise UserError(f"reward function 'judge': {error}") from None
+
+
+async def _grades(
+    service: Service, requests: Sequence[Mapping[str, Any]], grade: Callable[[str], float | None], attempts: int
+) -> list[float | None]:
+    """Request completions until each has a grade, at most `attempts` times."""
+    grades: list[float | None] = [None] * len(requests)
+    for _ in range(attempts):
+        rows = [row for row, found in enumerate(grades) if found is None]
+        if not rows:
             break
-        try:
-            texts = await post_all(service, [requests[row] for row in open_rows], lambda body, _: parse_text(body))
-        except UnusableError as error:
-            if on_failure == "skip":
-                return [None] * len(responses)
-            raise UserError(f"reward function 'judge': {error}") from None
-        for row, text in zip(open_rows, texts, strict=True):
-            grades[row] = grade_in(text, pattern, low, high)
+        texts = await post_all(service, [requests[row] for row in rows], lambda body, _: parse_text(body))
+        for row, text in zip(rows, texts, strict=True):
+            grades[row] = grade(text)
     return grades
 
 

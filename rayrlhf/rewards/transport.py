@@ -34,7 +34,6 @@ class Breaker:
         open_seconds: seconds for which it then admits no request.
         failures: failures in a row so far.
         opened_at: time when it opened, in seconds of the caller's clock; None while closed.
-        in_flight: unfinished requests.
         started: requests started so far.
     """
 

@@ -19,7 +19,7 @@ from rayrlhf.library_types import Tokenizer
 from rayrlhf.tuning.held_out import PreferenceScores, answer_logprobs
 from rayrlhf.tuning.pair_reference import with_references
 from rayrlhf.tuning.sample_table import PairTable, Table
-from rayrlhf.tuning.task import Datasets
+from rayrlhf.tuning.task import Datasets, tuning_spec
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,7 @@ class DirectPreferenceTask:
 
     def spec(self, total_steps: int) -> TrainEngineSpec:
         """See `Task.spec`."""
-        train = self.config.train
-        return TrainEngineSpec(
-            self.config.model,
-            frozenset({"lm"}),
-            train.engine_section(),
-            train.learning_rate,
-            total_optimizer_steps=total_steps,
-            seed=self.config.run.seed,
-            packing=train.packing,
-            targets_only=True,
-        )
+        return tuning_spec(self.config, total_steps)
 
     def prepare(self, engine: TrainEngine, table: Table, folder: Path) -> Table:
         """Compute the reference log-probs of all pairs with the initial weights (see `Task.prepare`)."""

@@ -4,7 +4,7 @@ SFT and reward modelling are here, DPO in `direct_preference_task.py`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,6 +75,21 @@ class Task(Protocol):
         ...
 
 
+def tuning_spec(config: TuningConfig, total_steps: int) -> TrainEngineSpec:
+    """Return the engine spec of a language model under the run's `train` section."""
+    train = config.train
+    return TrainEngineSpec(
+        config.model,
+        frozenset({"lm"}),
+        train.engine_section(),
+        train.learning_rate,
+        total_optimizer_steps=total_steps,
+        seed=config.run.seed,
+        packing=train.packing,
+        targets_only=True,
+    )
+
+
 @dataclass(frozen=True)
 class SupervisedTask:
     """Cross-entropy of the target tokens."""
@@ -94,18 +109,7 @@ class SupervisedTask:
 
     def spec(self, total_steps: int) -> TrainEngineSpec:
         """See `Task.spec`."""
-        train = self.config.train
-        return TrainEngineSpec(
-            self.config.model,
-            frozenset({"lm"}),
-            train.engine_section(),
-            train.learning_rate,
-            total_optimizer_steps=total_steps,
-            seed=self.config.run.seed,
-            packing=train.packing,
-            targets_only=True,
-            noise_alpha=train.neftune_alpha,
-        )
+        return replace(tuning_spec(self.config, total_steps), noise_alpha=self.config.train.neftune_alpha)
 
     def prepare(self, engine: TrainEngine, table: Table, folder: Path) -> Table:
         """Return the table unchanged."""
@@ -145,19 +149,8 @@ class PreferenceTask:
 
     def spec(self, total_steps: int) -> TrainEngineSpec:
         """See `Task.spec`."""
-        train = self.config.train
-        return TrainEngineSpec(
-            self.config.model,
-            frozenset({"value"}),
-            train.engine_section(),
-            train.learning_rate,
-            head_init=train.head_init,
-            head_bias=False,
-            total_optimizer_steps=total_steps,
-            seed=self.config.run.seed,
-            packing=train.packing,
-            targets_only=True,
-        )
+        spec = tuning_spec(self.config, total_steps)
+        return replace(spec, heads=frozenset({"value"}), head_init=self.config.train.head_init, head_bias=False)
 
     def prepare(self, engine: TrainEngine, table: Table, folder: Path) -> Table:
         """Return the table unchanged."""

@@ -15,7 +15,6 @@ class TuningResult:
     """Result of a finished run.
 
     Attributes:
-        folder: the run folder.
         export: the trained model in Hugging Face format.
         steps: optimizer steps of the run.
         metrics: last training loss, and held-out metrics of the exported weights.

@@ -20,7 +20,6 @@ class VLLMDeviceTransfer:
     """Implements `WeightTransfer` for `rollout.weight_transfer: nccl` and `ipc`.
 
     Attributes:
-        transfer: vLLM's transport.
         workers: GPU processes per replica.
         dtype: data type of the weights.
         seconds: deadline of the transfer.

@@ -54,9 +54,7 @@ class DeviceSender:
     """One policy rank's end of a transfer.
 
     Args:
-        transfer: vLLM's transport.
         rank: this process's rank in the policy; rank 0 sends, the others take part in gathering.
-        source: the weights.
     """
 
     def __init__(self, transfer: DeviceTransfer, rank: int, source: EngineSource) -> None:

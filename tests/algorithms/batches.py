@@ -38,3 +38,19 @@ def batches(draw: st.DrawFn, *, holes: bool = True, rows: int = 5, columns: int 
         mask &= torch.rand(mask.shape, generator=generator) < 0.6
         mask[torch.arange(height), lengths - 1] = True
     return Batch(mask, generator)
+
+
+def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """Exact KL(p || p_ref) in nats over the vocabulary, in float32 (TRL 0.11.4 `full`).
+
+    Args:
+        logits: [..., V] of the policy, already divided by the temperature. Call on chunks of positions to bound memory.
+        ref_logits: [..., V] of the reference, likewise.
+
+    Returns:
+        Float32 [...]. Tokens that the policy excludes (logit -inf) add 0; a token that only the reference excludes makes it
+        inf.
+    """
+    log_p = logits.float().log_softmax(-1)
+    log_ratio = torch.where(log_p.isneginf(), 0.0, log_p - ref_logits.float().log_softmax(-1))
+    return (log_p.exp() * log_ratio).sum(-1)

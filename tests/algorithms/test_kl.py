@@ -2,9 +2,9 @@ import pytest
 import torch
 from hypothesis import given
 
-from rayrlhf.algorithms.kl import KL_ESTIMATORS, full_kl, kl_loss, kl_penalty
+from rayrlhf.algorithms.kl import KL_ESTIMATORS, kl_loss, kl_penalty
 from rayrlhf.errors import UserError
-from tests.algorithms.batches import Batch, batches
+from tests.algorithms.batches import Batch, batches, full_kl
 
 every_estimator = pytest.mark.parametrize("estimator", KL_ESTIMATORS)
 

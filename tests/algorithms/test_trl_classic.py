@@ -7,7 +7,7 @@ import torch
 
 from rayrlhf.algorithms.gae import gae
 from rayrlhf.algorithms.importance import moved_too_far
-from rayrlhf.algorithms.kl import full_kl, kl_controller, kl_penalty
+from rayrlhf.algorithms.kl import kl_controller, kl_penalty
 from rayrlhf.algorithms.losses import TokenLoss, clipped_value_loss
 from rayrlhf.algorithms.masking import whiten
 from rayrlhf.algorithms.policy_losses import POLICY_LOSSES, LossInputs
@@ -18,6 +18,7 @@ from rayrlhf.algorithms.statistics import (
     objective_statistics,
     value_statistics,
 )
+from tests.algorithms.batches import full_kl
 from tests.fixtures.oracle_cases import CLASSIC_NAMES, ClassicCase, ClassicStep, classic_case
 
 TOLERANCE = 2e-6

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrlhf.models import logprobs as module
-from rayrlhf.models.logprobs import full_kl_from_hidden, logprobs_and_entropy
+from rayrlhf.models.logprobs import logprobs_and_entropy
 
 Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
 
@@ -132,21 +132,6 @@ def test_a_bfloat16_product_keeps_float32_probabilities() -> None:
 def test_a_temperature_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="temperature must be > 0"):
         logprobs_and_entropy(*problem(2, 3, 0, bias=False), temperature=0.0)
-
-
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("bias", [True, False])
-def test_full_kl_is_the_sum_over_the_vocabulary(bias: bool) -> None:
-    hidden, weight, own_bias, _ = problem(10, 23, 4, bias=bias)
-    generator = torch.Generator().manual_seed(9)
-    ref_hidden, ref_weight = torch.randn(10, 5, generator=generator), torch.randn(23, 5, generator=generator)
-    ref_bias = torch.randn(23, generator=generator) if bias else None
-    log_p = (torch.nn.functional.linear(hidden, weight, own_bias) / 0.8).log_softmax(-1)
-    log_q = (torch.nn.functional.linear(ref_hidden, ref_weight, ref_bias) / 0.8).log_softmax(-1)
-    expected = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-    found = full_kl_from_hidden(hidden, weight, ref_hidden, ref_weight, bias=own_bias, ref_bias=ref_bias, temperature=0.8)
-    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-6)
-    assert float(full_kl_from_hidden(hidden, weight, hidden, weight).abs().max()) == 0.0
 
 
 def allocated() -> int:

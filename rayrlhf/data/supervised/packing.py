@@ -50,8 +50,3 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[Pack]:
             by_space.setdefault(left, deque()).append(pack)
             spaces |= 1 << left
     return packs
-
-
-def packed_share(lengths: Sequence[int], packs: Sequence[Pack], capacity: int) -> float:
-    """Return the filled share of the packs, in [0, 1]; 1 without packs."""
-    return sum(lengths[index] for pack in packs for index in pack) / (capacity * len(packs)) if packs else 1.0

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,17 +19,9 @@ CROSS_ENTROPY, CROSS_ENTROPY_ALIAS = "loss/cross_entropy", "loss/imitation"
 class CrossEntropyObjective:
     """Mean of -log p over all response tokens of the optimizer step."""
 
+    outputs: ClassVar[frozenset[OutputName]] = frozenset({"logprobs"})
+    masks: ClassVar[Sequence[str]] = ("action_mask",)
     temperature: float = 1.0
-
-    @property
-    def outputs(self) -> frozenset[OutputName]:
-        """Log-probs."""
-        return frozenset({"logprobs"})
-
-    @property
-    def masks(self) -> Sequence[str]:
-        """Action mask."""
-        return ("action_mask",)
 
     def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
         """Evaluate on a micro-batch (see `Objective.compute`)."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -22,20 +23,13 @@ REFERENCE = "reference_logprob"
 class DirectPreferenceObjective:
     """DPO loss of `rayrlhf.algorithms.losses`, averaged over the pairs of the optimizer step."""
 
+    outputs: ClassVar[frozenset[OutputName]] = frozenset({"logprobs"})
+    masks: ClassVar[Sequence[str]] = ("action_mask", PAIR_MASK)
+    """Masks of the log-probs, and of the pairs that the loss is averaged over."""
     loss: DirectLoss = "sigmoid"
     beta: float = 0.1
     label_smoothing: float = 0.0
     temperature: float = 1.0
-
-    @property
-    def outputs(self) -> frozenset[OutputName]:
-        """Log-probs."""
-        return frozenset({"logprobs"})
-
-    @property
-    def masks(self) -> Sequence[str]:
-        """Action mask for the log-probs, and pair mask to average the loss over."""
-        return ("action_mask", PAIR_MASK)
 
     def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
         """Evaluate on a micro-batch of whole pairs (see `Objective.compute`); losses are [pairs, 1]."""

@@ -6,6 +6,7 @@ The teacher's outputs are part of the batch: `teacher_hidden` [B, T, H], or `tea
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,17 +27,9 @@ HIDDEN, IDS, LOGPROBS = "teacher_hidden", "teacher_ids", "teacher_logprobs"
 class DistillationObjective:
     """KL(teacher || student), averaged over the response tokens of the optimizer step."""
 
+    outputs: ClassVar[frozenset[OutputName]] = frozenset({"divergence"})
+    masks: ClassVar[Sequence[str]] = ("action_mask",)
     temperature: float = 1.0
-
-    @property
-    def outputs(self) -> frozenset[OutputName]:
-        """Divergence from the teacher."""
-        return frozenset({"divergence"})
-
-    @property
-    def masks(self) -> Sequence[str]:
-        """Action mask."""
-        return ("action_mask",)
 
     def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
         """Evaluate on a micro-batch (see `Objective.compute`)."""

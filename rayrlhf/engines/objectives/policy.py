@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class PolicyObjective:
         gap: report the distance to the array `rollout_logprobs`, for steps that do not recompute the old log-probs.
     """
 
+    masks: ClassVar[Sequence[str]] = ("action_mask",)
     loss: PolicyLossSection = field(default_factory=PPOLossSection)
     kl: KlSection | None = None
     temperature: float = 1.0
@@ -46,11 +48,6 @@ class PolicyObjective:
         if self.entropy or self.loss.entropy_coefficient:
             names.add("entropy")
         return frozenset(names)
-
-    @property
-    def masks(self) -> Sequence[str]:
-        """Action mask."""
-        return ("action_mask",)
 
     def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
         """Evaluate on a micro-batch (see `Objective.compute`)."""

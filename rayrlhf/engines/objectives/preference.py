@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,18 +21,12 @@ class PreferenceObjective:
     `rayrlhf.engines.train.supervised_batches`).
     """
 
+    outputs: ClassVar[frozenset[OutputName]] = frozenset({"values"})
+    """The value after the last token is the reward."""
+    masks: ClassVar[Sequence[str]] = (PAIR_MASK,)
+    """One True position per pair."""
     center_coefficient: float = 0.0
     temperature: float = 1.0
-
-    @property
-    def outputs(self) -> frozenset[OutputName]:
-        """Values; the one after the last token is the reward."""
-        return frozenset({"values"})
-
-    @property
-    def masks(self) -> Sequence[str]:
-        """Pair mask, with one True position per pair."""
-        return (PAIR_MASK,)
 
     def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
         """Evaluate on a micro-batch of whole pairs (see `Objective.compute`); losses are [pairs, 1]."""

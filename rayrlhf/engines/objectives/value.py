@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,18 +16,10 @@ from rayrlhf.models.network import OutputName
 class ValueObjective:
     """Clipped squared error of the critic times its coefficient."""
 
+    outputs: ClassVar[frozenset[OutputName]] = frozenset({"values"})
+    masks: ClassVar[Sequence[str]] = ("value_mask",)
     loss: ValueLossSection = field(default_factory=ValueLossSection)
     temperature: float = 1.0
-
-    @property
-    def outputs(self) -> frozenset[OutputName]:
-        """Values."""
-        return frozenset({"values"})
-
-    @property
-    def masks(self) -> Sequence[str]:
-        """Value mask."""
-        return ("value_mask",)
 
     def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
         """Evaluate on a micro-batch (see `Objective.compute`)."""

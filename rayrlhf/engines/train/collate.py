@@ -24,7 +24,6 @@ class CollatedBatch:
         positions: positions for the network to read.
         logprob_slots: int64 [N], the cell b * T + j of a [B, T] table for each log-prob.
         value_slots: int64 [M], likewise for values.
-        shape: (B, T).
     """
 
     input_ids: Tensor

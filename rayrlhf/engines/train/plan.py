@@ -48,7 +48,6 @@ class UpdateReport:
         metrics: by TRL's names where they exist; equal on every rank.
         grad_norms: norm of the whole gradient before clipping, per optimizer step.
         learning_rates: per optimizer step.
-        optimizer_steps: steps taken.
         epochs: epochs begun; fewer than planned after an early stop.
         stopped_early: the KL limit `train.early_stop_kl` ended the update.
         guarded_steps: steps whose gradient the ratio guard set to zero.

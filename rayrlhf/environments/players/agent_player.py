@@ -47,9 +47,7 @@ class AgentPlayer(Player):
     `max_new_tokens` limits each conversation.
 
     Args:
-        engine: samples single turns.
         agent: see `rayrlhf.environments.agent`.
-        section: limits.
         tokenizer: tokenizer of the policy, with a chat template.
         stop: stop strings of the engine.
         lockstep: see the module's docstring.

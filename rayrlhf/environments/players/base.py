@@ -1,19 +1,19 @@
 """Base class of players: a rollout engine around a single-turn engine that gets the weights."""
 
+from abc import ABC, abstractmethod
 from typing import Any, cast
 
 from rayrlhf.engines.rollout.base import RolloutEngine, TransferEngine
 from rayrlhf.weight_sync.buckets import WeightBucket
 
 
-class Player:
+class Player(ABC):
     """A rollout engine that samples through another one.
 
     Attributes:
         version: weight version in use.
 
     Args:
-        engine: samples single turns.
         continues: weights may change while samples are unfinished.
     """
 
@@ -23,9 +23,9 @@ class Player:
         self._continues = continues
 
     @property
+    @abstractmethod
     def unfinished(self) -> int:
         """Requests submitted and not yet returned."""
-        raise NotImplementedError
 
     def sleep(self) -> None:
         """Put the engine to sleep until new weights arrive."""

@@ -49,7 +49,6 @@ class EpisodePlayer(Player):
     `max_new_tokens` limits whole responses.
 
     Args:
-        engine: samples single turns.
         section: the environment and its limits.
         tokenizer: tokenizer of the policy.
         lockstep: see the module's docstring.

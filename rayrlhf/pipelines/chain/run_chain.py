@@ -44,8 +44,6 @@ class StageReport:
     """Result of a stage.
 
     Attributes:
-        name: the stage.
-        kind: its kind.
         headline: its result in one line.
         seconds: wall time of the run that finished it.
         skipped: True where an earlier run of the chain finished it.

@@ -45,7 +45,6 @@ class EvaluationResult:
     """Result of an evaluation.
 
     Attributes:
-        folder: the run folder.
         prompts: number of prompts.
         score: mean score with its bootstrap interval over prompts, of the mean per prompt.
         parts: the same for each part of the reward that applies to every response.

@@ -20,7 +20,6 @@ class Point:
 
     Attributes:
         model: its name.
-        ablation: of the demonstrations.
         k: requested demonstrations.
         mean: of the questions' scores.
         low: lower end of its 95 % interval.

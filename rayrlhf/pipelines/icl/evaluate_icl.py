@@ -36,7 +36,6 @@ class CurveResult:
 
     Attributes:
         folder: the run folder, with `curve.json`, `report.html` and the answers of each model.
-        points: of all models.
     """
 
     folder: Path

@@ -31,9 +31,7 @@ class QuestionBuilder:
 
     Attributes:
         section: numbers of demonstrations, and ablations.
-        context: layout of demonstrations.
         system_prompt: beginning of a conversation or text, if any.
-        tokenizer: of the model.
         budget: maximum tokens of a context, without the answer.
     """
 

@@ -160,7 +160,6 @@ class Candidate:
     """One response that may replace an original.
 
     Attributes:
-        text: the response.
         score: by the method, higher is better.
         refusal: the guard's reason to reject it, or None.
     """

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -50,8 +50,6 @@ class DriverCost:
     """The driver's cost of one step.
 
     Attributes:
-        samples: of the step.
-        replicas: rollout replicas.
         seconds: of the step, without the time of simulated actors.
         microseconds: the same per sample.
         peak_gib: peak memory of the driver, without the mapped object store.
@@ -86,11 +84,6 @@ def bench_driver(sizes: Sequence[int], *, replicas: int, progress: Callable[[str
     finally:
         ray.shutdown()
     return found
-
-
-def costs_as_json(found: Sequence[DriverCost]) -> str:
-    """Return all results as JSON."""
-    return json.dumps([asdict(cost) for cost in found], indent=1)
 
 
 def _step(samples: int, replicas: int) -> DriverCost:

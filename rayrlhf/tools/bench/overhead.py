@@ -9,12 +9,9 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from rayrlhf.tools.bench.paired import in_new_process
 from rayrlhf.tools.bench.work import Critic, PPOWork
@@ -52,11 +49,6 @@ def bench_overhead(
         progress(f"round {number + 1} of {rounds}: {', '.join(f'{share:.1%}' for share in found)} of each step")
         shares += found
     return shares
-
-
-def shares_as_json(work: PPOWork, shares: Sequence[float]) -> str:
-    """Return the job, all shares and their median as JSON."""
-    return json.dumps({"work": asdict(work), "shares": list(shares), "median": float(np.median(shares))}, indent=1)
 
 
 def _run(work: PPOWork, critic: Critic) -> list[float]:

@@ -4,10 +4,9 @@ A machine's speed drifts by tens of percent over minutes, for all programs equal
 every round, speeds are compared within rounds, and the median over rounds is reported with a bootstrap interval (Efron 1979).
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from multiprocessing import get_context
 from typing import Any, Literal, TypeVar
 
@@ -39,7 +38,6 @@ class Comparison:
 
     Attributes:
         title: subject and conditions of the comparison.
-        unit: of a speed.
         speeds: contender -> its speed in each round; the first is the baseline.
     """
 
@@ -60,18 +58,16 @@ class Comparison:
         """Return a contender's speed ratio to the baseline, paired by round."""
         return paired_ratio(self.speeds[name], self.speeds[self.baseline])
 
-    def as_json(self) -> str:
-        """Return speeds, medians and ratios as JSON."""
+    def numbers(self) -> dict[str, Any]:
+        """Return title, unit, speeds, medians and ratios as plain values."""
         others = [name for name in self.speeds if name != self.baseline]
-        ratios = {name: self.ratio(name) for name in others}
-        values = {
+        return {
             "title": self.title,
             "unit": self.unit,
             "speeds": {name: list(speeds) for name, speeds in self.speeds.items()},
             "medians": {name: self.median(name) for name in self.speeds},
-            "ratios": {name: [ratio.median, ratio.low, ratio.high] for name, ratio in ratios.items()},
+            "ratios": {name: list(astuple(self.ratio(name))) for name in others},
         }
-        return json.dumps(values, indent=1)
 
     def as_markdown(self) -> str:
         """Return a Markdown table of medians and ratios."""

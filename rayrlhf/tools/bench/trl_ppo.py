@@ -16,12 +16,7 @@ def run(job: dict[str, Any]) -> list[float]:
     """Train the job's number of updates; returns the seconds of each after the first."""
     import torch
     from datasets import Dataset, disable_progress_bars
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        TrainerCallback,
-    )
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer  # type: ignore[import-not-found]
 
     disable_progress_bars()
@@ -46,25 +41,8 @@ def run(job: dict[str, Any]) -> list[float]:
             r=job["lora"], lora_alpha=2 * job["lora"], lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
         )
     with tempfile.TemporaryDirectory() as folder:
-        arguments = PPOConfig(
-            output_dir=folder,
-            use_cpu=not torch.cuda.is_available(),
-            bf16=job["precision"] == "bfloat16",
-            gradient_checkpointing=False,
-            per_device_train_batch_size=job["prompts"],
-            num_ppo_epochs=job["epochs"],
-            response_length=job["new_tokens"],
-            temperature=1.0,
-            stop_token="eos",  # noqa: S106
-            total_episodes=job["prompts"] * (job["updates"] + 1),
-            num_sample_generations=0,
-            learning_rate=1e-5,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        )
         trainer = PPOTrainer(
-            args=arguments,
+            args=PPOConfig(output_dir=folder, use_cpu=not torch.cuda.is_available(), **settings(job)),
             processing_class=tokenizer,
             model=AutoModelForCausalLM.from_pretrained(job["policy"], dtype=torch.float32),
             ref_model=None if adapters else AutoModelForCausalLM.from_pretrained(job["policy"], dtype=torch.float32),
@@ -77,6 +55,25 @@ def run(job: dict[str, Any]) -> list[float]:
         )
         trainer.train()
     return [after - before for before, after in pairwise(ends)]
+
+
+def settings(job: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of TRL's `PPOConfig` for a job."""
+    return {
+        "bf16": job["precision"] == "bfloat16",
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": job["prompts"],
+        "num_ppo_epochs": job["epochs"],
+        "response_length": job["new_tokens"],
+        "temperature": 1.0,
+        "stop_token": "eos",
+        "total_episodes": job["prompts"] * (job["updates"] + 1),
+        "num_sample_generations": 0,
+        "learning_rate": 1e-5,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ class Diagnosis:
     Attributes:
         check: its name.
         level: `broken` prevents runs, `warning` makes them slow or fragile.
-        found: observed state.
         fix: what to do; empty if ok.
     """
 

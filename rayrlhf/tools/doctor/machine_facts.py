@@ -29,7 +29,6 @@ class Facts:
     """One machine.
 
     Attributes:
-        python: (major, minor).
         system: `sys.platform`.
         packages: installed version of every required package, None if missing.
         requirements: requirements in the package metadata (`torch==2.13.0 ; extra == 'cpu'`).
@@ -43,7 +42,6 @@ class Facts:
         disk_free: folder -> bytes.
         memory: bytes of main memory.
         writable: folder -> True if files can be created.
-        environment: relevant variables.
         sandbox: why the reward `code` cannot sandbox programs here; empty if it can.
     """
 

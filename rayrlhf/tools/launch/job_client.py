@@ -40,7 +40,6 @@ class JobRequest:
     Attributes:
         run_name: the run's name, part of the job's name.
         entrypoint: the command line on the cluster.
-        runtime_env: Ray's runtime environment.
         metadata: shown in lists of jobs.
         entrypoint_cpus: CPUs that the driver requests; with 0 it runs on the head.
     """

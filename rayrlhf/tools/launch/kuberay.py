@@ -17,8 +17,6 @@ USER = 1000
 """User and group of the image; `cluster/Dockerfile` creates them."""
 HEAD_CPUS, HEAD_GIB = 4, 16
 """The head runs the driver and Ray's own services, no model."""
-SHARED_MEMORY_SHARE = 0.3
-"""Share of a node's memory that Ray's object store may take."""
 DASHBOARD, METRICS = 8265, 8080
 CODE = "/home/ray/rayrlhf"
 """Folder of examples and code in the image; jobs start in another folder."""

@@ -13,8 +13,6 @@ class Launch:
     """Inputs of a manifest.
 
     Attributes:
-        config: the run.
-        cluster: the machines.
         path: the run's configuration file, relative to the job's folder.
         overrides: settings of the command line.
     """

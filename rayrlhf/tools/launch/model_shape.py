@@ -22,7 +22,6 @@ class ModelShape:
         linear: of linear layers except the output layer.
         output: of the output layer, tied or not.
         trainable: all parameters, or those of the adapters.
-        layers: decoder layers.
         hidden: width of the residual stream.
         query: width of all query heads together.
         key_value: width of all key heads together (the values have the same).

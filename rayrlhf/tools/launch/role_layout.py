@@ -18,7 +18,6 @@ class Place:
     """Placement of one process.
 
     Attributes:
-        role: its role.
         rank: its rank in the role.
         node: index of its node.
         devices: indices of its GPUs on the node; empty on a CPU.

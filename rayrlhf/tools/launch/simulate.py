@@ -35,7 +35,6 @@ class SimulationReport:
         staleness: mean staleness of a response when trained on, in weight versions.
         oldest: maximum staleness.
         lost: responses that were restarted.
-        failures: replicas that died.
     """
 
     step_seconds: float

@@ -28,9 +28,7 @@ class RunView:
     """One run.
 
     Attributes:
-        folder: the run folder.
         kind: "PPO", "SFT", "DPO", "reward model", "evaluation", "Pre-SFT" or "run".
-        state: state and progress.
         config_text: text of `config.yaml`; empty if missing.
         config: its content; empty if missing or invalid.
         environment: `environment.json`: machine and versions.

@@ -1,5 +1,3 @@
-import json
-
 import pytest
 
 from rayrlhf.tools.bench.paired import Comparison, compare, paired_ratio
@@ -28,5 +26,5 @@ def test_the_interval_covers_the_ratios_that_were_seen_and_holds_the_median():
 
 def test_a_comparison_is_written_for_machines_and_for_people():
     found = Comparison("tiny", "tokens/s", {"base": [1000.0, 1000.0], "ours": [1900.0, 2100.0]})
-    assert json.loads(found.as_json())["ratios"]["ours"][0] == pytest.approx(2.0)
+    assert found.numbers()["ratios"]["ours"][0] == pytest.approx(2.0)
     assert "| ours | 2,000 | 2.00 (1.90 to 2.10) |" in found.as_markdown()

@@ -6,7 +6,7 @@ import pytest
 from rayrlhf.config.model import CriticSection, ModelSection
 from rayrlhf.errors import UserError
 from rayrlhf.models.builtin import resolve_model
-from rayrlhf.tools.bench.benchmarks import run_bench_ppo
+from rayrlhf.tools.bench.bench_commands import bench_ppo_command
 from rayrlhf.tools.bench.ppo_step import PLAIN, bench_ppo, write_reward_model
 from rayrlhf.tools.bench.work import MAX_CHARACTERS, MIN_CHARACTERS, PPOWork
 
@@ -44,7 +44,7 @@ def test_adapters_are_on_the_policy_alone(tmp_path):
 
 def test_an_unknown_precision_is_one_line():
     with pytest.raises(UserError, match="--precision float8: expected float32 or bfloat16"):
-        run_bench_ppo(["float8"], model="builtin:tiny", rounds=1, updates=1, output=None, echo=print)
+        bench_ppo_command(["float8"], rounds=1, updates=1)
 
 
 @pytest.mark.slow

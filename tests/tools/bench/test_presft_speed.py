@@ -6,7 +6,7 @@ from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.batch_inference.scoring import BleuScorer
 from rayrlhf.errors import UserError
 from rayrlhf.pipelines.presft.probing import given_probes
-from rayrlhf.tools.bench.benchmarks import run_bench_presft
+from rayrlhf.tools.bench.bench_commands import bench_presft_command
 from rayrlhf.tools.bench.presft_speed import SteadySpeed, synthetic_pairs, write_rows
 
 
@@ -31,4 +31,4 @@ def test_a_speed_counts_from_the_first_report(monkeypatch):
 
 def test_an_unknown_benchmark_is_refused():
     with pytest.raises(UserError, match="expected scoring, generation, memory"):
-        run_bench_presft("speed", 0, rounds=1, output=None, echo=print)
+        bench_presft_command("speed", rounds=1)

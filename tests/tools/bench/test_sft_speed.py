@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from rayrlhf.cli import app
 from rayrlhf.data.batching import micro_batches
 from rayrlhf.errors import UserError
-from rayrlhf.tools.bench.benchmarks import run_bench_sft
+from rayrlhf.tools.bench.bench_commands import bench_sft_command
 from rayrlhf.tools.bench.paired import in_new_process
 from rayrlhf.tools.bench.sft_speed import BATCH, MAX_LENGTH, PADDED_TOKENS, _StepClock, texts
 
@@ -57,7 +57,7 @@ def test_a_run_in_a_process_of_its_own_returns_its_speed_and_raises_its_errors()
 
 def test_an_unknown_precision_is_one_line():
     with pytest.raises(UserError, match="--precision float8: expected float32 or bfloat16"):
-        run_bench_sft(["float8"], None, rounds=1, steps=1, output=None, echo=print)
+        bench_sft_command(["float8"], rounds=1, steps=1)
 
 
 @pytest.mark.slow
