@@ -5,7 +5,7 @@ from rayrlhf.actors.placement import TrainRole
 from rayrlhf.actors.remote import PendingCalls, put
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.objectives.cross_entropy import CrossEntropyObjective
+from rayrlhf.engines.objectives.supervised import CrossEntropyObjective
 from rayrlhf.engines.train.plan import UpdateReport
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.ppo.experience import Experience

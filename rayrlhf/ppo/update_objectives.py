@@ -11,9 +11,7 @@ from rayrlhf.algorithms.policy_losses import POLICY_LOSS_REGISTRY
 from rayrlhf.config.algorithm import AlgorithmSection
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.engines.objectives.base import Objective
-from rayrlhf.engines.objectives.policy import PolicyObjective
-from rayrlhf.engines.objectives.shared import SharedObjective
-from rayrlhf.engines.objectives.value import ValueObjective
+from rayrlhf.engines.objectives.policy import PolicyObjective, SharedObjective, ValueObjective
 from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.plugins import bind_arguments
 

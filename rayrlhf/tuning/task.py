@@ -18,8 +18,8 @@ from rayrlhf.data.supervised.datasets import (
 )
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import Objective
-from rayrlhf.engines.objectives.cross_entropy import CROSS_ENTROPY, CrossEntropyObjective
 from rayrlhf.engines.objectives.preference import PreferenceObjective
+from rayrlhf.engines.objectives.supervised import CROSS_ENTROPY, CrossEntropyObjective
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.engines.train.supervised_batches import preference_batch, supervised_batch

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rayrlhf.data.records import Float32
-from rayrlhf.engines.objectives.distillation import HIDDEN, IDS, LOGPROBS
+from rayrlhf.engines.objectives.supervised import HIDDEN, IDS, LOGPROBS
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.supervised_batches import supervised_sequence
 from rayrlhf.models.distillation import most_likely

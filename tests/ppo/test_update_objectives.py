@@ -4,9 +4,7 @@ import pytest
 
 from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.engines.objectives.policy import PolicyObjective
-from rayrlhf.engines.objectives.shared import SharedObjective
-from rayrlhf.engines.objectives.value import ValueObjective
+from rayrlhf.engines.objectives.policy import PolicyObjective, SharedObjective, ValueObjective
 from rayrlhf.errors import UserError
 from rayrlhf.ppo.update_objectives import learning_roles, make_objectives, plan_update
 

@@ -1,4 +1,4 @@
-"""Policy objective: the surrogate with an optional entropy bonus, KL penalty and importance weights."""
+"""Objectives of PPO: policy surrogate, clipped value loss, and their sum on a shared trunk."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from rayrlhf.algorithms.kl import kl_loss
-from rayrlhf.algorithms.losses import TokenLoss
+from rayrlhf.algorithms.losses import TokenLoss, clipped_value_loss
 from rayrlhf.algorithms.masking import zero_masked
 from rayrlhf.algorithms.policy_losses import LossInputs, aggregated, bounded_ratio, token_policy_loss
-from rayrlhf.config.algorithm import KlSection
+from rayrlhf.config.algorithm import KlSection, ValueLossSection
 from rayrlhf.config.policy_loss import PolicyLossSection, PPOLossSection
 from rayrlhf.engines.objectives.base import LossComponent
 from rayrlhf.models.network import OutputName
@@ -95,3 +95,47 @@ def _loss_inputs(logprobs: Tensor, arrays: Mapping[str, Tensor]) -> LossInputs:
         rollout_logprobs=masked("rollout_logprobs"),
         values=masked("old_values"),
     )
+
+
+@dataclass(frozen=True)
+class ValueObjective:
+    """Clipped squared error of the critic times its coefficient."""
+
+    outputs: ClassVar[frozenset[OutputName]] = frozenset({"values"})
+    masks: ClassVar[Sequence[str]] = ("value_mask",)
+    loss: ValueLossSection = field(default_factory=ValueLossSection)
+    temperature: float = 1.0
+
+    def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
+        """Evaluate on a micro-batch (see `Objective.compute`)."""
+        components = clipped_value_loss(
+            outputs["values"], arrays["old_values"], arrays["returns"], arrays["value_mask"], clip=self.loss.clip
+        )
+        return [LossComponent("value_mask", self.loss.coefficient, components)]
+
+
+@dataclass(frozen=True)
+class SharedObjective:
+    """Sum of policy and value objectives; the critic's gradient moves the shared trunk too."""
+
+    policy: PolicyObjective
+    value: ValueObjective
+
+    @property
+    def outputs(self) -> frozenset[OutputName]:
+        """Outputs of both parts."""
+        return self.policy.outputs | self.value.outputs
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the policy objective."""
+        return self.policy.temperature
+
+    @property
+    def masks(self) -> Sequence[str]:
+        """Both masks."""
+        return (*self.policy.masks, *self.value.masks)
+
+    def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
+        """Evaluate both parts on a micro-batch (see `Objective.compute`)."""
+        return self.policy.compute(outputs, arrays) + self.value.compute(outputs, arrays)

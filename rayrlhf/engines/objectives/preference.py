@@ -1,13 +1,18 @@
-"""Reward-model objective: the Bradley-Terry loss of preference pairs."""
+"""Objectives of preference pairs: Bradley-Terry for reward models, DPO with reference log-probs for policies."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 from torch import Tensor
 
-from rayrlhf.algorithms.losses import TokenLoss, preference_loss
+from rayrlhf.algorithms.losses import DirectLoss, TokenLoss, direct_preference_loss, preference_loss
+from rayrlhf.algorithms.masking import zero_masked
+from rayrlhf.data.supervised.supervised_samples import PreferencePair
+from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import LossComponent
+from rayrlhf.engines.train.supervised_batches import supervised_batch
 from rayrlhf.models.network import OutputName
 
 PAIR_MASK, MARGIN = "pair_mask", "margin"
@@ -34,3 +39,49 @@ class PreferenceObjective:
         pairs = preference_loss(chosen, rejected, arrays[MARGIN].view(-1, 2)[:, 0], center_coefficient=self.center_coefficient)
         statistics = {name: values[:, None] for name, values in pairs.statistics.items()}
         return [LossComponent(PAIR_MASK, 1.0, TokenLoss(pairs.loss[:, None], statistics))]
+
+
+REFERENCE = "reference_logprob"
+
+
+@dataclass(frozen=True)
+class DirectPreferenceObjective:
+    """DPO loss of `rayrlhf.algorithms.losses`, averaged over the pairs of the optimizer step."""
+
+    outputs: ClassVar[frozenset[OutputName]] = frozenset({"logprobs"})
+    masks: ClassVar[Sequence[str]] = ("action_mask", PAIR_MASK)
+    """Masks of the log-probs, and of the pairs that the loss is averaged over."""
+    loss: DirectLoss = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    temperature: float = 1.0
+
+    def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
+        """Evaluate on a micro-batch of whole pairs (see `Objective.compute`); losses are [pairs, 1]."""
+        mask = arrays["action_mask"]
+        sums = zero_masked(outputs["logprobs"], mask).sum(1)
+        pairs = direct_preference_loss(
+            (sums - arrays[REFERENCE][:, 0]).view(-1, 2),
+            mask.sum(1).view(-1, 2),
+            loss=self.loss,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+        )
+        statistics = {name: values[:, None] for name, values in pairs.statistics.items()}
+        return [LossComponent(PAIR_MASK, 1.0, TokenLoss(pairs.loss[:, None], statistics))]
+
+
+def direct_preference_batch(pairs: Sequence[PreferencePair]) -> TrainingBatch:
+    """Build a training batch of pairs: two adjacent rows each, reference log-probs in column 0.
+
+    Pairs without reference log-probs get 0, which is DPO without a reference.
+
+    Raises:
+        ValueError: a response has no target token, or its first token is a target.
+    """
+    batch = supervised_batch([answer for pair in pairs for answer in (pair.chosen, pair.rejected)])
+    pair_mask = np.zeros((len(batch), batch.width), dtype=np.bool_)
+    pair_mask[::2, 0] = True
+    reference = np.zeros((len(batch), batch.width), dtype=np.float32)
+    reference[:, 0] = [value for pair in pairs for value in pair.reference or (0.0, 0.0)]
+    return TrainingBatch(batch.sequences, dict(batch.arrays) | {PAIR_MASK: pair_mask, REFERENCE: reference}, group_size=2)

@@ -16,7 +16,7 @@ from torch import Tensor
 from rayrlhf.algorithms.importance import moved_too_far, ratio_exploded
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import POLICY_KL, RATIO, LossComponent, Objective, responses_under, weighted_loss
-from rayrlhf.engines.objectives.distillation import teacher_signal
+from rayrlhf.engines.objectives.supervised import teacher_signal
 from rayrlhf.engines.train.backends.base import TrainBackend
 from rayrlhf.engines.train.collate import collate
 from rayrlhf.engines.train.ema import MovingAverage

@@ -8,7 +8,7 @@ from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.model import LoraSection, ModelSection
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.train import OptimizerSection, TrainSection
-from rayrlhf.engines.objectives.cross_entropy import CrossEntropyObjective
+from rayrlhf.engines.objectives.supervised import CrossEntropyObjective
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.engines.train.spec import TrainEngineSpec

@@ -10,8 +10,7 @@ from rayrlhf.config.algorithm import ParitySection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.train import TrainSection
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.objectives.policy import PolicyObjective
-from rayrlhf.engines.objectives.value import ValueObjective
+from rayrlhf.engines.objectives.policy import PolicyObjective, ValueObjective
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.engines.train.spec import TrainEngineSpec

@@ -13,9 +13,7 @@ from rayrlhf.config.algorithm import ParitySection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.train import OptimizerSection, TrainSection
 from rayrlhf.engines.objectives.base import POLICY_KL
-from rayrlhf.engines.objectives.policy import PolicyObjective
-from rayrlhf.engines.objectives.shared import SharedObjective
-from rayrlhf.engines.objectives.value import ValueObjective
+from rayrlhf.engines.objectives.policy import PolicyObjective, SharedObjective, ValueObjective
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.engines.train.process_group import ProcessGroupSpec, join

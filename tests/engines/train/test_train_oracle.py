@@ -18,9 +18,7 @@ from rayrlhf.config.train import OptimizerSection, TrainSection
 from rayrlhf.data.records import TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import LossComponent, Objective
-from rayrlhf.engines.objectives.policy import PolicyObjective
-from rayrlhf.engines.objectives.shared import SharedObjective
-from rayrlhf.engines.objectives.value import ValueObjective
+from rayrlhf.engines.objectives.policy import PolicyObjective, SharedObjective, ValueObjective
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.engines.train.spec import TrainEngineSpec

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.train import OptimizerSection, TrainSection
 from rayrlhf.data.supervised.supervised_samples import PreferencePair, SupervisedSample
-from rayrlhf.engines.objectives.cross_entropy import CrossEntropyObjective
 from rayrlhf.engines.objectives.preference import PreferenceObjective
+from rayrlhf.engines.objectives.supervised import CrossEntropyObjective
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.engines.train.spec import TrainEngineSpec

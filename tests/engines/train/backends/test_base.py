@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.train import TrainSection
-from rayrlhf.engines.objectives.policy import PolicyObjective
-from rayrlhf.engines.objectives.shared import SharedObjective
-from rayrlhf.engines.objectives.value import ValueObjective
+from rayrlhf.engines.objectives.policy import PolicyObjective, SharedObjective, ValueObjective
 from rayrlhf.engines.train.backends.base import StateFiles, TrainBackend, serialized
 from rayrlhf.engines.train.engine import TRAIN_BACKENDS, TrainEngine
 from rayrlhf.engines.train.plan import UpdatePlan

@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.train import TrainSection
-from rayrlhf.engines.objectives.policy import PolicyObjective
-from rayrlhf.engines.objectives.shared import SharedObjective
-from rayrlhf.engines.objectives.value import ValueObjective
+from rayrlhf.engines.objectives.policy import PolicyObjective, SharedObjective, ValueObjective
 from rayrlhf.engines.train.backends import deepspeed as deepspeed_setup
 from rayrlhf.engines.train.backends.deepspeed_resize import recut_each, recut_row
 from rayrlhf.engines.train.engine import TrainEngine

@@ -1,6 +1,6 @@
-"""Distillation objective: forward KL from a teacher at the response tokens.
+"""Cross-entropy of SFT and of the SFT warm-up, and distillation: forward KL from a teacher at the response tokens.
 
-The teacher's outputs are part of the batch: `teacher_hidden` [B, T, H], or `teacher_ids` [B, T, K] and `teacher_logprobs`
+A teacher's outputs are part of the batch: `teacher_hidden` [B, T, H], or `teacher_ids` [B, T, K] and `teacher_logprobs`
 [B, T, K + 1]. They are computed once before training, so no second model is in memory.
 """
 
@@ -19,6 +19,28 @@ from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import LossComponent
 from rayrlhf.engines.train.supervised_batches import supervised_batch
 from rayrlhf.models.network import OutputName, TeacherSignal
+
+CROSS_ENTROPY, CROSS_ENTROPY_ALIAS = "loss/cross_entropy", "loss/imitation"
+"""Metric name, and the former name that is still emitted."""
+
+
+@dataclass(frozen=True)
+class CrossEntropyObjective:
+    """Mean of -log p over all response tokens of the optimizer step."""
+
+    outputs: ClassVar[frozenset[OutputName]] = frozenset({"logprobs"})
+    masks: ClassVar[Sequence[str]] = ("action_mask",)
+    temperature: float = 1.0
+
+    def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
+        """Evaluate on a micro-batch (see `Objective.compute`)."""
+        loss = zero_masked(-outputs["logprobs"], arrays["action_mask"])
+        return [
+            LossComponent(
+                "action_mask", 1.0, TokenLoss(loss, dict.fromkeys((CROSS_ENTROPY, CROSS_ENTROPY_ALIAS), loss.detach()))
+            )
+        ]
+
 
 HIDDEN, IDS, LOGPROBS = "teacher_hidden", "teacher_ids", "teacher_logprobs"
 
