@@ -12,9 +12,10 @@ from rayrlhf.algorithms.losses import direct_preference_loss
 from rayrlhf.config.tuning import DPOConfig
 from rayrlhf.data.supervised.datasets import SliceMapper, load_preference_data, map_in_order
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.objectives.preference import DirectPreferenceObjective, direct_preference_batch
+from rayrlhf.engines.objectives.preference import DirectPreferenceObjective
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.spec import TrainEngineSpec
+from rayrlhf.engines.train.supervised_batches import direct_preference_batch
 from rayrlhf.library_types import Tokenizer
 from rayrlhf.tuning.held_out import PreferenceScores, answer_logprobs
 from rayrlhf.tuning.pair_reference import with_references

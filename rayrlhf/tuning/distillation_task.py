@@ -13,10 +13,10 @@ from rayrlhf.config.tuning import DistillationConfig
 from rayrlhf.data.supervised.datasets import SampleDataset, SliceMapper, SupervisedSample, load_supervised_data, map_in_order
 from rayrlhf.data.supervised.supervised_samples import count_tokens
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.objectives.supervised import HIDDEN, IDS, LOGPROBS, DistillationObjective, distillation_batch
+from rayrlhf.engines.objectives.supervised import DistillationObjective
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.spec import TrainEngineSpec
-from rayrlhf.engines.train.supervised_batches import supervised_sequence
+from rayrlhf.engines.train.supervised_batches import HIDDEN, IDS, LOGPROBS, distillation_batch, supervised_sequence
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import Tokenizer
 from rayrlhf.models.distillation import FullTeacher, Teacher, TopTeacher, divergence

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from rayrlhf.data.records import Float32
-from rayrlhf.engines.objectives.supervised import HIDDEN, IDS, LOGPROBS
 from rayrlhf.engines.train.engine import TrainEngine
-from rayrlhf.engines.train.supervised_batches import supervised_sequence
+from rayrlhf.engines.train.supervised_batches import HIDDEN, IDS, LOGPROBS, supervised_sequence
 from rayrlhf.models.distillation import most_likely
 from rayrlhf.storage.atomic import folder_atomically, writing
 from rayrlhf.tuning.held_out import shared_scores

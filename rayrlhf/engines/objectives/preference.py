@@ -4,18 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 from torch import Tensor
 
 from rayrlhf.algorithms.losses import DirectLoss, TokenLoss, direct_preference_loss, preference_loss
 from rayrlhf.algorithms.masking import zero_masked
-from rayrlhf.data.supervised.supervised_samples import PreferencePair
-from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import LossComponent
-from rayrlhf.engines.train.supervised_batches import supervised_batch
+from rayrlhf.engines.train.supervised_batches import MARGIN, PAIR_MASK, REFERENCE
 from rayrlhf.models.network import OutputName
-
-PAIR_MASK, MARGIN = "pair_mask", "margin"
 
 
 @dataclass(frozen=True)
@@ -39,9 +34,6 @@ class PreferenceObjective:
         pairs = preference_loss(chosen, rejected, arrays[MARGIN].view(-1, 2)[:, 0], center_coefficient=self.center_coefficient)
         statistics = {name: values[:, None] for name, values in pairs.statistics.items()}
         return [LossComponent(PAIR_MASK, 1.0, TokenLoss(pairs.loss[:, None], statistics))]
-
-
-REFERENCE = "reference_logprob"
 
 
 @dataclass(frozen=True)
@@ -69,19 +61,3 @@ class DirectPreferenceObjective:
         )
         statistics = {name: values[:, None] for name, values in pairs.statistics.items()}
         return [LossComponent(PAIR_MASK, 1.0, TokenLoss(pairs.loss[:, None], statistics))]
-
-
-def direct_preference_batch(pairs: Sequence[PreferencePair]) -> TrainingBatch:
-    """Build a training batch of pairs: two adjacent rows each, reference log-probs in column 0.
-
-    Pairs without reference log-probs get 0, which is DPO without a reference.
-
-    Raises:
-        ValueError: a response has no target token, or its first token is a target.
-    """
-    batch = supervised_batch([answer for pair in pairs for answer in (pair.chosen, pair.rejected)])
-    pair_mask = np.zeros((len(batch), batch.width), dtype=np.bool_)
-    pair_mask[::2, 0] = True
-    reference = np.zeros((len(batch), batch.width), dtype=np.float32)
-    reference[:, 0] = [value for pair in pairs for value in pair.reference or (0.0, 0.0)]
-    return TrainingBatch(batch.sequences, dict(batch.arrays) | {PAIR_MASK: pair_mask, REFERENCE: reference}, group_size=2)

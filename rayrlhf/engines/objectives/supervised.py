@@ -8,16 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from rayrlhf.algorithms.losses import TokenLoss
 from rayrlhf.algorithms.masking import zero_masked
-from rayrlhf.data.supervised.supervised_samples import DistillationSample
-from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import LossComponent
-from rayrlhf.engines.train.supervised_batches import supervised_batch
+from rayrlhf.engines.train.supervised_batches import HIDDEN, IDS, LOGPROBS
 from rayrlhf.models.network import OutputName, TeacherSignal
 
 CROSS_ENTROPY, CROSS_ENTROPY_ALIAS = "loss/cross_entropy", "loss/imitation"
@@ -42,9 +38,6 @@ class CrossEntropyObjective:
         ]
 
 
-HIDDEN, IDS, LOGPROBS = "teacher_hidden", "teacher_ids", "teacher_logprobs"
-
-
 @dataclass(frozen=True)
 class DistillationObjective:
     """KL(teacher || student), averaged over the response tokens of the optimizer step."""
@@ -57,23 +50,6 @@ class DistillationObjective:
         """Evaluate on a micro-batch (see `Objective.compute`)."""
         loss = zero_masked(outputs["divergence"], arrays["action_mask"])
         return [LossComponent("action_mask", 1.0, TokenLoss(loss, {"loss/distillation": loss.detach()}))]
-
-
-def distillation_batch(samples: Sequence[DistillationSample]) -> TrainingBatch:
-    """Build a training batch with the teacher's outputs at the target tokens and 0 elsewhere.
-
-    Raises:
-        ValueError: a sample has no target token, or its first token is a target.
-    """
-    batch = supervised_batch(samples)
-    mask = batch.arrays["action_mask"]
-    arrays: dict[str, NDArray[np.float32] | NDArray[np.bool_] | NDArray[np.int32]] = {"action_mask": mask.astype(np.bool_)}
-    for name in samples[0].signal:
-        parts = np.concatenate([sample.signal[name] for sample in samples])
-        array = np.zeros((*mask.shape, parts.shape[1]), dtype=parts.dtype)
-        array[mask] = parts
-        arrays[name] = array
-    return TrainingBatch(batch.sequences, arrays)
 
 
 def teacher_signal(arrays: Mapping[str, Tensor], slots: Tensor) -> TeacherSignal:

@@ -1,13 +1,17 @@
-"""Training batches of SFT samples and preference pairs."""
+"""Training batches of SFT samples, distillation samples and preference pairs."""
 
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rayrlhf.data.records import TokenSequence
-from rayrlhf.data.supervised.supervised_samples import PreferencePair, SupervisedSample
+from rayrlhf.data.supervised.supervised_samples import DistillationSample, PreferencePair, SupervisedSample
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.objectives.preference import MARGIN, PAIR_MASK
+
+PAIR_MASK, MARGIN, REFERENCE = "pair_mask", "margin", "reference_logprob"
+HIDDEN, IDS, LOGPROBS = "teacher_hidden", "teacher_ids", "teacher_logprobs"
+"""Arrays of preference pairs, and outputs of a distillation's teacher."""
 
 
 def supervised_batch(samples: Sequence[SupervisedSample]) -> TrainingBatch:
@@ -51,3 +55,36 @@ def preference_batch(pairs: Sequence[PreferencePair]) -> TrainingBatch:
 def answer_sequence(answer: SupervisedSample) -> TokenSequence:
     """Return a prompt and response as a sequence with one value, after the last token."""
     return TokenSequence(answer.token_ids, len(answer.token_ids))
+
+
+def direct_preference_batch(pairs: Sequence[PreferencePair]) -> TrainingBatch:
+    """Build a training batch of pairs: two adjacent rows each, reference log-probs in column 0.
+
+    Pairs without reference log-probs get 0, which is DPO without a reference.
+
+    Raises:
+        ValueError: a response has no target token, or its first token is a target.
+    """
+    batch = supervised_batch([answer for pair in pairs for answer in (pair.chosen, pair.rejected)])
+    pair_mask = np.zeros((len(batch), batch.width), dtype=np.bool_)
+    pair_mask[::2, 0] = True
+    reference = np.zeros((len(batch), batch.width), dtype=np.float32)
+    reference[:, 0] = [value for pair in pairs for value in pair.reference or (0.0, 0.0)]
+    return TrainingBatch(batch.sequences, dict(batch.arrays) | {PAIR_MASK: pair_mask, REFERENCE: reference}, group_size=2)
+
+
+def distillation_batch(samples: Sequence[DistillationSample]) -> TrainingBatch:
+    """Build a training batch with the teacher's outputs at the target tokens and 0 elsewhere.
+
+    Raises:
+        ValueError: a sample has no target token, or its first token is a target.
+    """
+    batch = supervised_batch(samples)
+    mask = batch.arrays["action_mask"]
+    arrays: dict[str, NDArray[np.float32] | NDArray[np.bool_] | NDArray[np.int32]] = {"action_mask": mask.astype(np.bool_)}
+    for name in samples[0].signal:
+        parts = np.concatenate([sample.signal[name] for sample in samples])
+        array = np.zeros((*mask.shape, parts.shape[1]), dtype=parts.dtype)
+        array[mask] = parts
+        arrays[name] = array
+    return TrainingBatch(batch.sequences, arrays)

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rayrlhf.data.supervised.supervised_samples import PreferencePair, SupervisedSample
-from rayrlhf.engines.objectives.preference import DirectPreferenceObjective, direct_preference_batch
+from rayrlhf.engines.objectives.preference import DirectPreferenceObjective
+from rayrlhf.engines.train.supervised_batches import direct_preference_batch
 from tests.engines.train.test_tuning_oracle import PAD, TOLERANCE, engine_of, gradient_error, step_of, trl_model_gradients
 from tests.engines.training import join_alone, write_llama
 
