@@ -72,8 +72,8 @@ class Registry(Generic[Plugin]):
 
         return decorate
 
-    def resolve(self, name: str) -> Plugin:
-        """Return the plugin with a name.
+    def resolve(self, name: str, kind: str | None = None) -> Plugin:
+        """Return the plugin with a name; `kind` replaces the registry's own in messages.
 
         Raises:
             UserError: nothing has that name (the message gives the nearest valid one), its module cannot be imported, or the
@@ -81,16 +81,17 @@ class Registry(Generic[Plugin]):
         """
         if name in self._registered:
             return self._registered[name]
+        kind = kind or self.kind
         target = self.built_in.get(name, name)
         if not isinstance(target, str):
             return target
         source, colon, attribute = target.rpartition(":")
         if not colon:
             raise UserError(
-                f"{self.kind} {name!r} is not registered{did_you_mean(name, self.names)}; "
+                f"{kind} {name!r} is not registered{did_you_mean(name, self.names)}; "
                 f"known are {', '.join(self.names) or 'none'}, or give module:attribute or path/to/file.py:attribute"
             )
-        where = f"{self.kind} {name!r}"
+        where = f"{kind} {name!r}"
         module = import_file(Path(source), where) if source.endswith(".py") else _import_module(source, where)
         if not hasattr(module, attribute):
             candidates = [key for key, value in vars(module).items() if self._accepts(value) and not key.startswith("_")]

@@ -19,7 +19,7 @@ from rayrlhf.data.records import Int32, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import sample_seed
 from rayrlhf.engines.rollout.base import RolloutEngine
 from rayrlhf.engines.rollout.common import RolloutSpec, rollout_environment
-from rayrlhf.engines.rollout.factory import build_rollout_engine
+from rayrlhf.engines.rollout.factory import build_rollout_engine, check_rollout_backend
 from rayrlhf.library_types import Tokenizer
 from rayrlhf.models.load import load_tokenizer
 
@@ -48,11 +48,20 @@ class GenerationPlan:
 
     def rollout(self) -> RolloutSection:
         """Return the settings of a rollout engine."""
-        names = (
-            "backend", "max_new_tokens", "stop", "max_model_length", "max_concurrent", "memory_gib", "gpu_memory_utilization",
-            "tensor_parallel_size",
-        )  # fmt: skip
-        return RolloutSection(**{name: getattr(self.generate, name) for name in names})
+        return _rollout_section(self.generate)
+
+
+def check_generator(generate: GenerateSection) -> None:
+    """Check the rollout engine before anything starts.
+
+    Raises:
+        UserError: `generate.backend` is not installed, cannot be resolved or lacks a method, or its arguments do not fit.
+    """
+    check_rollout_backend(_rollout_section(generate), "generate.backend")
+
+
+def _rollout_section(generate: GenerateSection) -> RolloutSection:
+    return RolloutSection(**{name: getattr(generate, name) for name in GenerateSection.model_fields})
 
 
 def generator_pool(

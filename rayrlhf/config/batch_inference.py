@@ -1,18 +1,21 @@
 """Sections of batch inference: the rows, the rollout engine, and the processes of the stages."""
 
-from typing import Literal
+from typing import Any
 
 from pydantic import Field
 
 from rayrlhf.config.data import SourceSection
+from rayrlhf.config.rollout import Backend
 from rayrlhf.config.section import Section
 
 
 class GenerateSection(Section):
     """Rollout engine of batch generation."""
 
-    backend: Literal["vllm", "transformers"] = "vllm"
-    """Rollout backend; `transformers` needs no vLLM."""
+    backend: Backend = "vllm"
+    """Rollout engine: `vllm`, `transformers` (needs no vLLM), `module:Class` or `path/to/file.py:Class`."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further keyword arguments of the engine's class."""
     max_new_tokens: int = Field(256, ge=1)
     """Maximum tokens of a response."""
     stop: list[str] = Field(default_factory=list)

@@ -1,8 +1,8 @@
 """Rollouts: sampling, demonstrations in prompts, and the environment of multi-turn responses."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from rayrlhf.config.data import DatasetSection
 from rayrlhf.config.section import Section
@@ -112,13 +112,26 @@ BACKENDS = ("vllm", "transformers")
 """Built-in rollout engines."""
 
 
+def _check_backend(backend: str) -> str:
+    if backend not in BACKENDS and ":" not in backend:
+        raise ValueError(
+            f"{backend!r} is no rollout engine{did_you_mean(backend, BACKENDS)}; expected {', '.join(BACKENDS)}, "
+            "module:Class or path/to/file.py:Class"
+        )
+    return backend
+
+
+Backend = Annotated[str, AfterValidator(_check_backend)]
+"""Name of a rollout engine, or the path of a class."""
+
+
 class RolloutSection(Section):
     """Sampling on the rollout replicas.
 
     A step samples `prompts_per_step` x `samples_per_prompt` responses.
     """
 
-    backend: str = "vllm"
+    backend: Backend = "vllm"
     """Rollout engine: `vllm`, `transformers` (needs no vLLM and is slow), `module:Class` or `path/to/file.py:Class`."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the engine's class."""
@@ -159,13 +172,3 @@ class RolloutSection(Section):
     mismatch_alarm: float = Field(0.5, gt=0)
     """Maximum mean |trainer log-prob - rollout log-prob| of a step, in nats per token; above it the run stops. Only tokens
     sampled with the newest weights count, because older ones (`async.max_staleness`) differ by the updates since."""
-
-    @field_validator("backend")
-    @classmethod
-    def _check_backend(cls, backend: str) -> str:
-        if backend not in BACKENDS and ":" not in backend:
-            raise ValueError(
-                f"{backend!r} is no rollout engine{did_you_mean(backend, BACKENDS)}; expected {', '.join(BACKENDS)}, "
-                "module:Class or path/to/file.py:Class"
-            )
-        return backend

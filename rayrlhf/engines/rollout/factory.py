@@ -41,29 +41,17 @@ def build_rollout_engine(spec: RolloutSpec) -> RolloutEngine:
     return check_rollout_backend(spec.rollout)(spec)
 
 
-def check_rollout_backend(rollout: RolloutSection) -> Callable[[RolloutSpec], RolloutEngine]:
-    """Return the class of a backend with `rollout.arguments` bound.
+def check_rollout_backend(rollout: RolloutSection, key: str = "rollout.backend") -> Callable[[RolloutSpec], RolloutEngine]:
+    """Return the class of a backend with its arguments bound; `key` names the setting in messages.
 
     Raises:
         UserError: the backend is not installed or cannot be resolved, it lacks a method, or the arguments do not fit it.
     """
-    check_installed("rollout.backend", rollout.backend)
-    where = f"rollout.backend {rollout.backend!r}"
-    engine = ROLLOUT_ENGINES.resolve(rollout.backend)
-    check_methods(where, engine, METHODS)
-    return bind_arguments(where, engine, rollout.arguments, positional=1)
-
-
-def check_installed(key: str, backend: str) -> None:
-    """Check that the package of a backend is installed.
-
-    Args:
-        key: configuration key that names the backend, for the message.
-
-    Raises:
-        UserError: the package is missing.
-    """
-    if backend == "vllm" and importlib.util.find_spec("vllm") is None:
+    if rollout.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UserError(
             f"{key}: vllm is not installed; pip install 'rayrlhf[cpu]' ('rayrlhf[gpu]' on GPUs), or set {key}=transformers"
         )
+    where = f"{key} {rollout.backend!r}"
+    engine = ROLLOUT_ENGINES.resolve(rollout.backend, key)
+    check_methods(where, engine, METHODS)
+    return bind_arguments(where, engine, rollout.arguments, positional=1)

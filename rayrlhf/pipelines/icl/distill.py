@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from rayrlhf.batch_inference.generation import check_generator
 from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.batch_inference.source import messages_type
 from rayrlhf.batch_inference.stage_resources import PartProgress
@@ -80,8 +81,10 @@ def check_distillation(config: ICLDistillConfig) -> str:
 
     Raises:
         UserError: no tokenizer, or no chat template where one is needed; no tokens left for an answer; an encoder's pooling is
-            unknown.
+            unknown; an unusable rollout engine.
     """
+    if config.teacher.responses == "sampled":
+        check_generator(config.generate)
     load_context_tokenizer(config.model, config.context.layout)
     check_encoder(config.teacher)
     teacher = config.teacher

@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from rayrlhf.batch_inference.generation import check_generator
 from rayrlhf.batch_inference.parts import PartFolder, merge
 from rayrlhf.batch_inference.stage_resources import PartProgress
 from rayrlhf.config.icl import ICLEvaluateConfig
@@ -56,8 +57,9 @@ def check_evaluation(config: ICLEvaluateConfig) -> str:
     """Check the configuration without reading data, and return the plan in words.
 
     Raises:
-        UserError: no tokenizer, or no chat template where one is needed.
+        UserError: no tokenizer, or no chat template where one is needed; an unusable rollout engine.
     """
+    check_generator(config.generate)
     for model in config.models.values():
         load_context_tokenizer(model, config.context.layout)
     shots = config.demonstrations

@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator
 
+from rayrlhf.batch_inference.generation import check_generator
 from rayrlhf.batch_inference.scoring import BleuScorer
 from rayrlhf.config.pipelines import PreSFTConfig
-from rayrlhf.engines.rollout.factory import check_installed
 
 
 def check_presft(config: PreSFTConfig) -> None:
     """Load the small parts of later processes, so that errors show before they start.
 
     Raises:
-        UserError: no BLEU tokenizer, an unusable reward function, or no vLLM.
+        UserError: no BLEU tokenizer, or an unusable reward function or rollout engine.
     """
     from rayrlhf.rewards.functions import load_functions
 
@@ -21,7 +21,7 @@ def check_presft(config: PreSFTConfig) -> None:
             load_functions(section)
     samples = config.probe.response_field is None or config.quality is not None
     if samples:
-        check_installed("generate.backend", config.generate.backend)
+        check_generator(config.generate)
 
 
 def describe(config: PreSFTConfig) -> str:
