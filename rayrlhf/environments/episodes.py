@@ -69,6 +69,7 @@ def episode_metrics(rollouts: Sequence[Rollout], requested: int) -> dict[str, fl
     return {
         "environment/turns": float(np.mean([turns(rollout) for rollout in rollouts])),
         "environment/tokens": float(np.mean([(~rollout.action_mask).sum() for rollout in rollouts])),
-        "environment/stretches": len(rollouts) / samples,
+        "environment/segments": len(rollouts) / samples,
+        "environment/stretches": len(rollouts) / samples,  # the former name
         "environment/failed": 1 - samples / requested,
     }

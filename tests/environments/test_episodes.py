@@ -167,19 +167,20 @@ def test_turns_and_the_environments_tokens_are_counted():
     assert episode_metrics(rollouts, 4) == {
         "environment/turns": 5 / 3,
         "environment/tokens": 5 / 3,
+        "environment/segments": 1,
         "environment/stretches": 1,
         "environment/failed": 0.25,
     }
 
 
-def test_further_stretches_are_samples_of_their_group_and_counted_apart():
+def test_further_segments_are_samples_of_their_group_and_counted_apart():
     rollouts, *_ = case()
     other = replace(rollouts[1], key=SampleKey(0, 0, SEGMENT_STRIDE))
     several = [replace(rollouts[0], extra_segments=(other,)), rollouts[2]]
     parts = with_extra_segments(several)
     assert [part.key for part in parts] == [rollouts[0].key, other.key, rollouts[2].key]
     metrics = episode_metrics(parts, 4)
-    assert (metrics["environment/stretches"], metrics["environment/failed"]) == (1.5, 0.5)
+    assert (metrics["environment/segments"], metrics["environment/failed"]) == (1.5, 0.5)
     harvest = GroupFilter(1, 2, 0)
     pair = [replace(rollouts[2], key=SampleKey(0, 0, sample)) for sample in (0, 1)]
     drawn = [*pair, other]

@@ -63,7 +63,7 @@ def test_a_run_over_agents_trains_on_every_stretch_as_it_was_sampled_and_repeats
     first, second = (played(tmp_path / name, *agents) for name in ("one", "two"))
     assert len(first) == 2
     for one, other in zip(first, second, strict=True):
-        assert one["environment/stretches"] == 2  # Two answers in one conversation, and one in another.
+        assert one["environment/segments"] == 2  # Two answers in one conversation, and one in another.
         assert one["environment/turns"] == 1.5
         assert one["environment/failed"] == 0
         assert one["objective/scores"] == pytest.approx(0.5)

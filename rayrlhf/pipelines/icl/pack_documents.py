@@ -59,7 +59,7 @@ class PackResult:
         lines += [f"left out: {count} documents: {reason}" for reason, count in report["rejected"].items()]
         lines.append(f"left out: {report['near_duplicates']} near-duplicates; without any neighbor: {report['alone']}")
         for measure, value in report["relatedness"].items():
-            baseline = report["relatedness_by_lot"][measure]
+            baseline = report["relatedness_at_random"][measure]
             lines.append(f"adjacent documents: {measure} {value:.3f}, at random {baseline:.3f}")
         return [*lines, f"dataset: {self.dataset}", f"at random: {self.baseline}"]
 
@@ -178,5 +178,5 @@ def _write_datasets(config: ICLPackConfig, rows: PartFolder, links: PartFolder, 
         "context": config.context,
         "contexts": -(-int(tokens.lengths[orders[DATASET]].sum()) // config.context),
         "relatedness": relatedness(orders[DATASET], pool, vectors),
-        "relatedness_by_lot": relatedness(orders[BASELINE], pool, vectors),
+        "relatedness_at_random": relatedness(orders[BASELINE], pool, vectors),
     }

@@ -158,7 +158,7 @@ def test_the_command_loses_no_token_puts_related_ones_together_and_sft_reads_it(
         assert all(sample.loss_mask[1:].all() and not sample.loss_mask[0] for sample in samples)
     report = json.loads((tmp_path / "packed" / "report.json").read_text())
     measure = "shared words" if by == ["neighbors.by=bm25"] else "cosine"
-    assert report["relatedness"][measure] > report["relatedness_by_lot"][measure]
+    assert report["relatedness"][measure] > report["relatedness_at_random"][measure]
     before = (tmp_path / "packed" / "dataset.parquet").read_bytes()
     CliRunner().invoke(app, ["icl", "pack", str(file), *by, "pipeline.builders=1"], catch_exceptions=False)
     assert (tmp_path / "packed" / "dataset.parquet").read_bytes() == before
