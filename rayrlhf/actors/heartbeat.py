@@ -15,9 +15,8 @@ from ray.exceptions import RayError
 
 from rayrlhf.actors.footprint import Footprint
 from rayrlhf.actors.health import Health, Pong, RetryPolicy, Silent, advance
-from rayrlhf.actors.node_registry import describe_location, forget, record_location
-from rayrlhf.actors.pending_calls import pending_call
 from rayrlhf.actors.remote import Handle, Ref, remote_call
+from rayrlhf.actors.waiting import describe_location, forget, pending_call, record_location
 from rayrlhf.actors.worker import ProcessLocation, Worker
 
 

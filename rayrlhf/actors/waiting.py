@@ -2,10 +2,15 @@
 
 Every wait of the driver goes through here. A missed deadline names the call, the actors, their nodes and the time of the call.
 A lost actor is named by role and rank. A user's mistake found inside an actor arrives as its one line.
+
+Pending calls are registered for the message about a hanging process. The heartbeat monitor reads them, and writes locations of
+processes, from its own thread. An entry is the waiter's own table and is never copied, so that waiting for a thousand processes
+costs no more than without it.
 """
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
 import ray
@@ -18,9 +23,8 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from rayrlhf.actors.node_registry import describe_location
-from rayrlhf.actors.pending_calls import track_calls
 from rayrlhf.actors.remote import Ref
+from rayrlhf.actors.worker import ProcessLocation
 from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, UserError
 
 Value = TypeVar("Value")
@@ -112,3 +116,53 @@ def _raise_cause(error: RayTaskError) -> NoReturn:
     if isinstance(error.cause, (UserError, AlarmError)):
         raise type(error.cause)(*error.cause.args) from None
     raise error
+
+
+_open: list[tuple[str, Mapping[str, float]]] = []
+
+
+@contextmanager
+def track_calls(what: str, since: Mapping[str, float]) -> Iterator[None]:
+    """Register a pending call inside the block.
+
+    Args:
+        since: actor name -> time of the call on the monotonic clock; names may come and go.
+    """
+    entry = (what, since)
+    _open.append(entry)
+    try:
+        yield
+    finally:
+        # By identity: two waits may be equal for a moment.
+        _open[:] = [other for other in _open if other is not entry]
+
+
+def pending_call(name: str) -> str:
+    """Return an actor's newest pending call, such as `generate called 12 s ago`, or ''."""
+    for what, since in reversed(_open):
+        began = since.get(name)
+        if began is not None:
+            return f"{what} called {time.monotonic() - began:.0f} s ago"
+    return ""
+
+
+_locations: dict[str, ProcessLocation] = {}
+
+
+def record_location(name: str, location: ProcessLocation) -> None:
+    """Record the location that an actor's ping returned."""
+    _locations[name] = location
+
+
+def forget(name: str) -> None:
+    """Remove an actor that is no longer monitored or whose name another process takes over."""
+    _locations.pop(name, None)
+
+
+def describe_location(name: str) -> str:
+    """Return an actor's name and location, such as `ppo/reward/0 (process 4711 on node 10.0.0.7)`.
+
+    Before its first ping it is the name alone.
+    """
+    location = _locations.get(name)
+    return f"{name} (process {location.pid} on node {location.address})" if location else name

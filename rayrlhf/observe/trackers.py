@@ -1,4 +1,4 @@
-"""Experiment trackers in addition to TensorBoard: wandb, MLflow and trackio.
+"""TensorBoard event files, and experiment trackers: wandb, MLflow and trackio.
 
 A tracker gets a run's name, configuration and metrics. Its destination and credentials come from its own environment variables
 (`WANDB_MODE=offline`, `MLFLOW_TRACKING_URI`, ...). A resumed run continues under the same name. The packages are optional:
@@ -8,9 +8,11 @@ pip install 'rayrlhf[trackers]'.
 import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, Protocol, SupportsFloat
 
 from rayrlhf.errors import UserError
+from rayrlhf.storage.atomic import writing
 
 TrackerName = Literal["wandb", "mlflow", "trackio"]
 PROJECT = "rayrlhf"
@@ -105,3 +107,39 @@ def _finite(metrics: Mapping[str, SupportsFloat]) -> dict[str, float]:
 def _plain(name: str) -> str:
     """Replace characters that MLflow does not allow in names."""
     return "".join(letter if letter.isalnum() or letter in "_-./ " else "_" for letter in name)
+
+
+class TensorBoardSink:
+    """Writes scalars; TensorBoard itself is imported when the first sink is made."""
+
+    def __init__(self, folder: Path, *, resumed_after: int | None = None) -> None:
+        """Open an event file in `folder`.
+
+        Args:
+            folder: usually `run_folder/tensorboard`.
+            resumed_after: last valid step of a resumed run; TensorBoard hides events of later steps.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self.folder = folder
+        with writing(folder):
+            self._writer = SummaryWriter(str(folder), purge_step=None if resumed_after is None else resumed_after + 1)
+
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Write one step's finite numbers and flush.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        with writing(self.folder):
+            for name, value in metrics.items():
+                if math.isfinite(number := float(value)):
+                    self._writer.add_scalar(name, number, step)
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()

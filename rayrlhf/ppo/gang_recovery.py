@@ -14,12 +14,11 @@ import ray
 from ray.exceptions import RayTaskError
 
 from rayrlhf.actors.actor_restarter import RecoveryListener
-from rayrlhf.actors.pending_calls import track_calls
 from rayrlhf.actors.placement import TrainRole
 from rayrlhf.actors.rebuild import Rebuilder
 from rayrlhf.actors.remote import Ref
 from rayrlhf.actors.role_groups import TrainGroup
-from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS, overrun
+from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS, overrun, track_calls
 from rayrlhf.engines.train.backends.base import StateFiles
 from rayrlhf.errors import ActorLostError
 from rayrlhf.ppo.checkpoint import LEARNING_ROLES, Checkpointer, load_checkpoint

@@ -15,11 +15,10 @@ from typing import NamedTuple
 
 import ray
 
-from rayrlhf.actors.pending_calls import track_calls
 from rayrlhf.actors.remote import Handle, Ref
 from rayrlhf.actors.replica_pool import ReplicaPool, RolloutReplica
 from rayrlhf.actors.rollout_actor import RolloutActor
-from rayrlhf.actors.waiting import fetch, overrun
+from rayrlhf.actors.waiting import fetch, overrun, track_calls
 from rayrlhf.data.records import Records, Rollout, RolloutRequest, SampleKey
 from rayrlhf.errors import ActorLostError
 from rayrlhf.ppo.request_queue import RequestQueue

@@ -21,9 +21,8 @@ from rayrlhf.observe.metrics import MetricsSink, read_metrics
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.observe.run_folder import open_run
 from rayrlhf.observe.samples import Sample, SampleSink, read_samples
-from rayrlhf.observe.tensorboard import TensorBoardSink
 from rayrlhf.observe.trace import TraceWriter
-from rayrlhf.observe.trackers import Tracker, open_tracker
+from rayrlhf.observe.trackers import TensorBoardSink, Tracker, open_tracker
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.evaluation import Evaluation
 from rayrlhf.ppo.scoring import ScoredRollouts

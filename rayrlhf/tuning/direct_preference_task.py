@@ -1,7 +1,13 @@
-"""DPO as a task of the tuning loop: preference pairs and a policy."""
+"""DPO as a task of the tuning loop: preference pairs and a policy.
 
+The training engine computes the reference log-probs of all pairs before its first step and before a checkpoint is loaded, with
+adapters off, so no second model is in memory. They are stored in `reference/` of the run folder, where a resumed run reads them.
+"""
+
+import io
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +16,7 @@ import torch
 
 from rayrlhf.algorithms.losses import direct_preference_loss
 from rayrlhf.config.tuning import DPOConfig
+from rayrlhf.data.records import Float32
 from rayrlhf.data.supervised.datasets import SliceMapper, load_preference_data, map_in_order
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.preference import DirectPreferenceObjective
@@ -17,8 +24,8 @@ from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.engines.train.supervised_batches import direct_preference_batch
 from rayrlhf.library_types import Tokenizer
+from rayrlhf.storage.atomic import write_atomically, writing
 from rayrlhf.tuning.held_out import PreferenceScores, answer_logprobs
-from rayrlhf.tuning.pair_reference import with_references
 from rayrlhf.tuning.sample_table import PairTable, Table
 from rayrlhf.tuning.task import Datasets, tuning_spec
 
@@ -76,3 +83,35 @@ class DirectPreferenceTask:
         )
         means = {name: float(values.mean()) for name, values in terms.statistics.items()}
         return {f"evaluation/{name.removesuffix('/direct_preference')}": mean for name, mean in means.items()}, None
+
+
+FOLDER = "reference"
+
+
+def with_references(engine: TrainEngine, table: PairTable, folder: Path, *, adapters: bool) -> PairTable:
+    """Return a table with the reference's log-probs, read from the run folder or computed.
+
+    Every worker takes part.
+
+    Args:
+        engine: engine with the initial weights.
+        table: the pairs, the same on every worker.
+        folder: the run folder, visible to all workers.
+        adapters: the model has adapters, which are disabled.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    path = folder / FOLDER / f"{zlib.crc32(table.answers.token_ids.tobytes()):08x}-{len(table)}.npy"
+    found: list[Float32 | None] = [np.load(path) if torch.distributed.get_rank() == 0 and path.is_file() else None]
+    torch.distributed.broadcast_object_list(found)
+    references = found[0]
+    if references is None:
+        references = answer_logprobs(engine, table.answers.take(range(2 * len(table))), reference=adapters)
+        if torch.distributed.get_rank() == 0:
+            content = io.BytesIO()
+            np.save(content, references)
+            with writing(path):
+                path.parent.mkdir(exist_ok=True)
+                write_atomically(path, content.getvalue())
+    return replace(table, references=references)

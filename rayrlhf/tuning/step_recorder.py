@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rayrlhf.observe.metrics import MetricsSink
 from rayrlhf.observe.phases import TOKENS_PER_SECOND
-from rayrlhf.observe.tensorboard import TensorBoardSink
+from rayrlhf.observe.trackers import TensorBoardSink
 from rayrlhf.storage.atomic import write_atomically, writing
 from rayrlhf.tuning.held_out import PreferenceScores
 

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import ray
 
-from rayrlhf.actors.pending_calls import track_calls
 from rayrlhf.actors.remote import Ref
 from rayrlhf.actors.replica_pool import ReplicaPool, RolloutReplica
 from rayrlhf.actors.role_groups import PolicyGroup
-from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS, lost_because, overrun, wait_all
+from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS, lost_because, overrun, track_calls, wait_all
 from rayrlhf.errors import ActorLostError, DeadlineError
 from rayrlhf.weight_sync.buckets import SharedTensor, SyncDtype
 

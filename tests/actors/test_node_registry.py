@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 from rayrlhf.actors import heartbeat as monitor
 from rayrlhf.actors.health import RetryPolicy
-from rayrlhf.actors.node_registry import describe_location
-from rayrlhf.actors.waiting import overrun
+from rayrlhf.actors.waiting import describe_location, overrun
 from rayrlhf.actors.worker import ProcessLocation
 
 NAME = "ppo/reward/0"

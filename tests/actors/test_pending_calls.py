@@ -8,8 +8,7 @@ import pytest
 
 from rayrlhf.actors import heartbeat as monitor
 from rayrlhf.actors.health import RetryPolicy
-from rayrlhf.actors.node_registry import describe_location, record_location
-from rayrlhf.actors.pending_calls import pending_call, track_calls
+from rayrlhf.actors.waiting import describe_location, pending_call, record_location, track_calls
 from rayrlhf.actors.worker import ProcessLocation
 
 

@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rayrlhf.errors import UserError
-from rayrlhf.observe.tensorboard import TensorBoardSink
+from rayrlhf.observe.trackers import TensorBoardSink
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

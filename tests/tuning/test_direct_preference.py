@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rayrlhf.observe.metrics import read_metrics
-from rayrlhf.tuning.pair_reference import FOLDER
+from rayrlhf.tuning.direct_preference_task import FOLDER
 from rayrlhf.tuning.train_model import train_dpo
 from tests.tuning.runs import dpo_config
 

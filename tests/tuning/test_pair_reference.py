@@ -11,8 +11,7 @@ from rayrlhf.config.tuning import DPOConfig
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.models.load import load_causal_model, load_tokenizer
-from rayrlhf.tuning.direct_preference_task import DirectPreferenceTask
-from rayrlhf.tuning.pair_reference import FOLDER
+from rayrlhf.tuning.direct_preference_task import FOLDER, DirectPreferenceTask
 from tests.engines.training import join_alone
 from tests.tuning.runs import SETTINGS, write_rows
 

@@ -3,8 +3,7 @@
 import pytest
 
 from rayrlhf.errors import UserError
-from rayrlhf.pipelines.chain.references import fill_in
-from rayrlhf.pipelines.chain.run_chain import load_chain, plan_chain
+from rayrlhf.pipelines.chain.run_chain import fill_in, load_chain, plan_chain
 
 OUTPUTS = {"sft": {"folder": "/runs/sft", "export": "/runs/sft/export"}}
 

@@ -1,4 +1,4 @@
-"""Actor that scores responses with reward functions and reward models."""
+"""Actors of frozen models: rewards of responses, and log-probs of the reference."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,12 @@ import numpy as np
 
 from rayrlhf.actors.actor_metrics import measured
 from rayrlhf.actors.worker import Worker
+from rayrlhf.config.model import ModelSection
 from rayrlhf.config.reward import RewardSection
-from rayrlhf.data.records import Prompt, Rollout
+from rayrlhf.data.records import Prompt, Records, Rollout, TokenScores, TokenSequence
+from rayrlhf.engines.scoring.frozen import FrozenEngine
 from rayrlhf.engines.scoring.reward_ensemble import RewardEnsemble
+from rayrlhf.models.network import OutputName
 from rayrlhf.rewards.functions import BoundFunction, ScoringBatch, load_functions
 from rayrlhf.rewards.memory_limit import memory_limit
 from rayrlhf.rewards.score import RewardBatch, run_functions, weighted_sum
@@ -45,3 +48,21 @@ class RewardActor(Worker):
             parts |= self._model.parts(batch.prompts, batch.responses)
             weights |= self._model.weights
         return weighted_sum(parts, weights, tokens)
+
+
+class ReferenceActor(Worker):
+    """One copy of the reference; ranks split the sequences between them."""
+
+    _engine: FrozenEngine
+
+    @measured
+    def build(self, model: ModelSection, batch_tokens: int, offload: bool) -> None:
+        """Load the model."""
+        self._engine = FrozenEngine(model, batch_tokens, offload=offload)
+
+    @measured
+    def score(
+        self, sequences: Sequence[TokenSequence], outputs: frozenset[OutputName], temperature: float, reference: bool
+    ) -> list[TokenScores]:
+        """Score this rank's share of the sequences."""
+        return Records(self._engine.score(sequences, outputs, temperature=temperature, reference=reference))
