@@ -1,7 +1,7 @@
 """DPO as a task of the tuning loop: preference pairs and a policy.
 
 The training engine computes the reference log-probs of all pairs before its first step and before a checkpoint is loaded, with
-adapters off, so no second model is in memory. They are stored in `reference/` of the run folder, where a resumed run reads them.
+adapters off, so no second model is in memory. A resumed run reads them from `reference/` of its folder.
 """
 
 import io
