@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from rayrlhf.config.section import Section
 
@@ -212,14 +212,3 @@ AnyPolicyLoss = Annotated[
     Discriminator(loss_kind),
 ]
 """The section of one policy loss, selected by `name`."""
-
-_ADAPTER: TypeAdapter[PolicyLossSection] = TypeAdapter(AnyPolicyLoss)
-
-
-def policy_loss_section(**settings: Any) -> PolicyLossSection:
-    """Return the section of a policy loss from its keys, `ppo` without a `name`.
-
-    Raises:
-        pydantic.ValidationError: an unknown key or a value out of range.
-    """
-    return _ADAPTER.validate_python(settings)

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from rayrlhf.config.algorithm import KlSection
-from rayrlhf.config.policy_loss import policy_loss_section
+from rayrlhf.config.policy_loss import AnyPolicyLoss
 from rayrlhf.engines.objectives.base import responses_under, weighted_loss
 from rayrlhf.engines.objectives.policy import PolicyObjective
 from rayrlhf.observe.metric_names import LOGPROB_GAP
@@ -15,6 +16,7 @@ from tests.algorithms.batches import Batch, batches
 
 LONGEST = 16
 reproducible = settings(deadline=None, derandomize=True)
+policy_loss_section = TypeAdapter(AnyPolicyLoss).validate_python
 
 CASES = {
     "token": ({}, {"loss_type": "dapo"}),
@@ -75,7 +77,7 @@ def test_value_and_gradient_are_those_of_trl(case: str, batch: Batch) -> None:
     for side in ("ours", "theirs"):
         leaves = [start.clone().requires_grad_(), entropy.clone().requires_grad_()]
         if side == "ours":
-            objective = PolicyObjective(policy_loss_section(**ours), longest=LONGEST)
+            objective = PolicyObjective(policy_loss_section(ours), longest=LONGEST)
             outputs = dict(zip(("logprobs", "entropy"), leaves, strict=True))
             loss = loss_of(objective, outputs, arrays_of(batch, old, advantages))
         else:
@@ -96,7 +98,7 @@ def test_the_kl_in_the_loss_has_trls_value_and_the_gradient_of_k2(batch: Batch, 
     reference = start + batch.floats().clamp(-2.0, 2.0)
     leaf = start.clone().requires_grad_()
     objective = PolicyObjective(
-        policy_loss_section(loss_aggregation=loss_aggregation),
+        policy_loss_section({"loss_aggregation": loss_aggregation}),
         KlSection(estimator="k3", placement="loss", coefficient=0.4),
     )
     loss = loss_of(objective, {"logprobs": leaf}, arrays_of(batch, old, nothing, ref_logprobs=reference))
@@ -128,7 +130,7 @@ def test_importance_weights_multiply_the_surrogate_as_trls_do(level: str) -> Non
 @reproducible
 @given(batch=batches(), size=st.integers(1, 4))
 def test_splitting_into_micro_batches_does_not_change_the_gradient(case: str, batch: Batch, size: int) -> None:
-    objective = PolicyObjective(policy_loss_section(**CASES[case][0]), longest=LONGEST)
+    objective = PolicyObjective(policy_loss_section(CASES[case][0]), longest=LONGEST)
     arrays = arrays_of(batch, batch.logprobs(), batch.scores())
     start, entropy = batch.behind_nan(batch.logprobs()), batch.behind_nan(batch.logprobs().abs())
     mask = batch.mask
@@ -156,7 +158,7 @@ def test_one_response_of_a_group_is_clipped_as_a_whole_by_gspo_and_token_by_toke
     clips = {"ppo": {}, "gspo": {"clip_low": 0.2, "clip_high": 0.2}, "cispo": {"clip_high": 0.2}}
     for name, clip in clips.items():
         leaf = torch.stack([step, -step])[None].requires_grad_()
-        objective = PolicyObjective(policy_loss_section(name=name, **clip), entropy=False)
+        objective = PolicyObjective(policy_loss_section({"name": name, **clip}), entropy=False)
         loss_of(objective, {"logprobs": leaf}, arrays).backward()
         assert leaf.grad is not None
         moved[name] = leaf.grad[0].tolist()
