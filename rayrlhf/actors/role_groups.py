@@ -26,9 +26,7 @@ from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.models.network import OutputName
 from rayrlhf.rewards.score import RewardBatch
 from rayrlhf.storage.manifest import FileRecord
-from rayrlhf.weight_sync.buckets import SharedTensor
-
-SyncDtype = Literal["float32", "bfloat16"]
+from rayrlhf.weight_sync.buckets import SharedTensor, SyncDtype
 
 
 class TrainGroup(ActorGroup[TrainActor]):
