@@ -39,6 +39,11 @@ class Check:
     look: Callable[[History], Sign | None]
 
 
+def check(severity: Severity, remedy: str) -> Callable[[Callable[[History], Sign | None]], Check]:
+    """Make a check of a function, which has its name."""
+    return lambda look: Check(look.__name__, severity, remedy, look)
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """Result of a check at the newest step of a history."""

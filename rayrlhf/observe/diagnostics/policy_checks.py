@@ -1,12 +1,13 @@
 """Checks of policy and critic: KL, entropy, ratio, explained variance."""
 
-from rayrlhf.observe.diagnostics.finding import Check, Sign
+from rayrlhf.observe.diagnostics.finding import Sign, check
 from rayrlhf.observe.diagnostics.history import History, mean
 from rayrlhf.observe.metric_names import FIRST_RATIO
 
 KL, ENTROPY, EXPLAINED = "objective/kl", "policy/entropy_avg", "ppo/val/var_explained"
 
 
+@check("alarm", "Lower train.learning_rate or train.epochs, raise algorithm.kl.coefficient, or set train.early_stop_kl.")
 def kl_blow_up(history: History) -> Sign | None:
     """Detect a KL to the reference that is four times its baseline and not small."""
     change = history.change(KL)
@@ -15,6 +16,7 @@ def kl_blow_up(history: History) -> Sign | None:
     return Sign(change.since, f"KL to the reference is {change.now:.1f} nats per response, {change.before:.1f} at the start")
 
 
+@check("warning", "A filter or minimum length truncates the sampling distribution, or the reference is not the initial model.")
 def kl_negative(history: History) -> Sign | None:
     """Detect a clearly negative mean KL, impossible for responses of the policy's own distribution."""
     points = history.all_recent(KL, high=-1.0)
@@ -23,6 +25,10 @@ def kl_negative(history: History) -> Sign | None:
     return Sign(points[0].step, f"KL to the reference is {mean(points):.2f} nats per response; a true KL is never negative")
 
 
+@check(
+    "alarm",
+    "Lower the learning rate, set algorithm.policy_loss.entropy_coefficient or a higher clip_high; look at the samples.",
+)
 def entropy_collapse(history: History) -> Sign | None:
     """Detect a policy without variety."""
     change = history.change(ENTROPY)
@@ -31,6 +37,7 @@ def entropy_collapse(history: History) -> Sign | None:
     return Sign(change.since, f"entropy is {change.now:.3f} nats per token, {change.before:.3f} at the start")
 
 
+@check("warning", "Raise critic.learning_rate or algorithm.value_loss.coefficient, or set critic.warmup_steps.")
 def critic_not_learning(history: History) -> Sign | None:
     """Detect a critic that after ten steps predicts returns worse than their mean."""
     points = history.all_recent(EXPLAINED, high=0.0, count=10)
@@ -39,6 +46,7 @@ def critic_not_learning(history: History) -> Sign | None:
     return Sign(points[0].step, f"values explain {mean(points):.2f} of the variance of returns; their mean would explain 0")
 
 
+@check("alarm", "Old log-probs are of other weights or settings: dropout is on, another precision, or a wrong temperature.")
 def first_ratio(history: History) -> Sign | None:
     """Detect a first ratio other than 1; before any update both log-probs are equal."""
     points = [point for point in history.recent(FIRST_RATIO, 1) if abs(point.value - 1) > 0.02]
@@ -47,35 +55,4 @@ def first_ratio(history: History) -> Sign | None:
     return Sign(points[0].step, f"the first update of the step has a ratio of {points[0].value:.3f} to the old policy, not 1")
 
 
-POLICY_CHECKS = (
-    Check(
-        "kl_blow_up",
-        "alarm",
-        "Lower train.learning_rate or train.epochs, raise algorithm.kl.coefficient, or set train.early_stop_kl.",
-        kl_blow_up,
-    ),
-    Check(
-        "kl_negative",
-        "warning",
-        "A filter or minimum length truncates the sampling distribution, or the reference is not the initial model.",
-        kl_negative,
-    ),
-    Check(
-        "entropy_collapse",
-        "alarm",
-        "Lower the learning rate, set algorithm.policy_loss.entropy_coefficient or a higher clip_high; look at the samples.",
-        entropy_collapse,
-    ),
-    Check(
-        "critic_not_learning",
-        "warning",
-        "Raise critic.learning_rate or algorithm.value_loss.coefficient, or set critic.warmup_steps.",
-        critic_not_learning,
-    ),
-    Check(
-        "first_ratio",
-        "alarm",
-        "Old log-probs are of other weights or settings: dropout is on, another precision, or a wrong temperature.",
-        first_ratio,
-    ),
-)
+POLICY_CHECKS = (kl_blow_up, kl_negative, entropy_collapse, critic_not_learning, first_ratio)

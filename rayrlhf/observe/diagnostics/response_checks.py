@@ -1,12 +1,13 @@
 """Checks of responses: rewards, lengths, truncation."""
 
-from rayrlhf.observe.diagnostics.finding import Check, Sign
+from rayrlhf.observe.diagnostics.finding import Sign, check
 from rayrlhf.observe.diagnostics.history import History, Point, mean
 
 SCORES, DEVIATION, HELD_OUT, LENGTH = "objective/scores", "ppo/std_scores", "evaluation/score", "tokens/responses_len_mean"
 STOPPED, EPISODES, NO_CONTRAST = "val/num_eos_tokens", "episode", "frac_reward_zero_std"
 
 
+@check("alarm", "Read the newest samples for errors that the reward misses; fix the reward or raise algorithm.kl.coefficient.")
 def reward_hacking(history: History) -> Sign | None:
     """Detect training scores that rise while held-out scores fall since the best evaluation."""
     held_out = history.series(HELD_OUT)
@@ -28,6 +29,7 @@ def reward_hacking(history: History) -> Sign | None:
     )
 
 
+@check("warning", "Add a length reward or algorithm.shaping.overlong_buffer, and check that the reward does not favor length.")
 def length_explosion(history: History) -> Sign | None:
     """Detect responses twice as long as at the start."""
     change = history.change(LENGTH)
@@ -36,6 +38,10 @@ def length_explosion(history: History) -> Sign | None:
     return Sign(change.since, f"responses have {change.now:.0f} tokens, {change.before:.0f} at the start")
 
 
+@check(
+    "alarm",
+    "Read the samples: too hard, too easy, or answers the reward cannot parse. rollout.refill_rounds skips such groups.",
+)
 def dead_reward(history: History) -> Sign | None:
     """Detect equal scores of all responses, which give no training signal."""
     if points := history.all_recent(DEVIATION, high=1e-6):
@@ -45,6 +51,9 @@ def dead_reward(history: History) -> Sign | None:
     return None
 
 
+@check(
+    "warning", "Raise rollout.max_new_tokens, set algorithm.shaping.missing_eos_penalty, or start from a model that can stop."
+)
 def truncated_responses(history: History) -> Sign | None:
     """Detect that more than half of the responses are truncated."""
     shares = _truncated(history)[-5:]
@@ -67,29 +76,4 @@ def _truncated(history: History) -> list[Point]:
     return shares
 
 
-RESPONSE_CHECKS = (
-    Check(
-        "reward_hacking",
-        "alarm",
-        "Read the newest samples for errors that the reward misses; fix the reward or raise algorithm.kl.coefficient.",
-        reward_hacking,
-    ),
-    Check(
-        "length_explosion",
-        "warning",
-        "Add a length reward or algorithm.shaping.overlong_buffer, and check that the reward does not favor length.",
-        length_explosion,
-    ),
-    Check(
-        "dead_reward",
-        "alarm",
-        "Read the samples: too hard, too easy, or answers the reward cannot parse. rollout.refill_rounds skips such groups.",
-        dead_reward,
-    ),
-    Check(
-        "truncated_responses",
-        "warning",
-        "Raise rollout.max_new_tokens, set algorithm.shaping.missing_eos_penalty, or start from a model that can stop.",
-        truncated_responses,
-    ),
-)
+RESPONSE_CHECKS = (reward_hacking, length_explosion, dead_reward, truncated_responses)

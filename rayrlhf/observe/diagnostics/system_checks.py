@@ -1,12 +1,15 @@
 """Checks of the system: log-prob mismatch, staleness, idle processes, memory."""
 
-from rayrlhf.observe.diagnostics.finding import Check, Sign
+from rayrlhf.observe.diagnostics.finding import Sign, check
 from rayrlhf.observe.diagnostics.history import History, mean
 from rayrlhf.observe.metric_names import LOGPROB_GAP, MAX_STALENESS, MEMORY_LIMIT, PEAK_MEMORY, STALENESS_LIMIT
 
 OTHER = "time_share/other"
 
 
+@check(
+    "alarm", "Set algorithm.off_policy_correction.level: token, use float32, or check that weight syncs arrive (sync/version)."
+)
 def sampler_mismatch(history: History) -> Sign | None:
     """Detect a gap between log-probs of trainer and rollout engine above 0.1 nats.
 
@@ -21,6 +24,7 @@ def sampler_mismatch(history: History) -> Sign | None:
     return Sign(points[0].step, f"trainer and rollout engine differ by {mean(points):.3f} nats per token on fresh responses")
 
 
+@check("alarm", "A replica serves old weights: look at recoveries.jsonl.")
 def stale_rollouts(history: History) -> Sign | None:
     """Detect responses from weights older than the configuration allows."""
     limit = history.recent(STALENESS_LIMIT, 1)
@@ -31,6 +35,7 @@ def stale_rollouts(history: History) -> Sign | None:
     return Sign(points[0].step, f"tokens were sampled {points[0].value:.0f} weight versions ago, {allowed:.0f} are allowed")
 
 
+@check("warning", "Open trace.json in Perfetto to see the driver's work between the phases.")
 def idle_actors(history: History) -> Sign | None:
     """Detect steps in which no actor works for a quarter of the time."""
     points = history.all_recent(OTHER, low=0.25, count=5)
@@ -39,6 +44,10 @@ def idle_actors(history: History) -> Sign | None:
     return Sign(points[0].step, f"no actor works in {mean(points):.0%} of the step; the driver or a callback delays all")
 
 
+@check(
+    "warning",
+    "Lower rollout.memory_gib, train.micro_batch_tokens or train.score_batch_tokens; `rayrlhf plan` shows memory by role.",
+)
 def memory_limit(history: History) -> Sign | None:
     """Detect a peak above 90 % of the machine's memory."""
     peak, limit = history.recent(PEAK_MEMORY, 1), history.recent(MEMORY_LIMIT, 1)
@@ -47,19 +56,4 @@ def memory_limit(history: History) -> Sign | None:
     return Sign(peak[0].step, f"the run's processes used {peak[0].value:.1f} of {limit[0].value:.1f} GiB")
 
 
-SYSTEM_CHECKS = (
-    Check(
-        "sampler_mismatch",
-        "alarm",
-        "Set algorithm.off_policy_correction.level: token, use float32, or check that weight syncs arrive (sync/version).",
-        sampler_mismatch,
-    ),
-    Check("stale_rollouts", "alarm", "A replica serves old weights: look at recoveries.jsonl.", stale_rollouts),
-    Check("idle_actors", "warning", "Open trace.json in Perfetto to see the driver's work between the phases.", idle_actors),
-    Check(
-        "memory_limit",
-        "warning",
-        "Lower rollout.memory_gib, train.micro_batch_tokens or train.score_batch_tokens; `rayrlhf plan` shows memory by role.",
-        memory_limit,
-    ),
-)
+SYSTEM_CHECKS = (sampler_mismatch, stale_rollouts, idle_actors, memory_limit)
