@@ -1,6 +1,6 @@
 """Task protocol of the tuning loop: data, loss, heads and evaluation.
 
-SFT and reward modelling are here, DPO in `direct_preference_task.py`.
+SFT and reward modeling are here, DPO in `direct_preference_task.py`.
 """
 
 from collections.abc import Mapping, Sequence
