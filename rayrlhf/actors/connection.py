@@ -39,12 +39,12 @@ def connected(address: str | None) -> Iterator[None]:
 
 
 def cluster_file() -> Path:
-    """Return Ray's file with the address of the cluster that was started last on this machine."""
+    """Return Ray's file with the address of this machine's newest cluster."""
     return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray", "ray_current_cluster")  # noqa: S108
 
 
 def _hide_cluster(address: str) -> None:
-    """Remove the note of a cluster that ends with this run, so that no other run joins it and ends with it."""
+    """Remove the note of a cluster that ends with this run, so that no other joins it."""
     with suppress(OSError):
         if cluster_file().read_text().strip() == address:
             cluster_file().unlink()

@@ -1,4 +1,4 @@
-"""Updates of a train engine, and the training of SFT, reward models and DPO: batches, optimizer, schedule, sharding."""
+"""Training sections: batches, optimizer, schedule, sharding."""
 
 from typing import Annotated, Literal, Self
 

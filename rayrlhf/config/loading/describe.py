@@ -1,4 +1,4 @@
-"""Plans of runs in words, for `--dry-run`: models, processes, data, batches, skipped parts and warnings."""
+"""Plans of runs in words, for `--dry-run`: models, processes, batches, warnings."""
 
 from collections.abc import Iterator
 

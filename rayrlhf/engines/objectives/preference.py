@@ -1,4 +1,4 @@
-"""Objectives of preference pairs: Bradley-Terry for reward models, DPO with reference log-probs for policies."""
+"""Objectives of preference pairs: Bradley-Terry for reward models, DPO for policies."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Cross-entropy of SFT and of the SFT warm-up, and distillation: forward KL from a teacher at the response tokens.
+"""Objectives of SFT: cross-entropy, and distillation with the forward KL from a teacher.
 
 A teacher's outputs are part of the batch: `teacher_hidden` [B, T, H], or `teacher_ids` [B, T, K] and `teacher_logprobs`
 [B, T, K + 1]. They are computed once before training, so no second model is in memory.

@@ -42,7 +42,7 @@ def build_rollout_engine(spec: RolloutSpec) -> RolloutEngine:
 
 
 def check_rollout_backend(rollout: RolloutSection, key: str = "rollout.backend") -> Callable[[RolloutSpec], RolloutEngine]:
-    """Return the class of a backend with its arguments bound; `key` names the setting in messages.
+    """Return a backend's class with its arguments bound; messages name the setting `key`.
 
     Raises:
         UserError: the backend is not installed or cannot be resolved, it lacks a method, or the arguments do not fit it.

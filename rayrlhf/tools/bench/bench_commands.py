@@ -1,4 +1,4 @@
-"""`rayrlhf bench ...`: run a benchmark, print its result, and write it as JSON and Markdown.
+"""`rayrlhf bench ...`: run benchmarks, print the results, and write them.
 
 Benchmarks are imported inside the commands, because they import torch, Ray or vLLM.
 """
