@@ -44,7 +44,7 @@ def cluster_file() -> Path:
 
 
 def _hide_cluster(address: str) -> None:
-    """Remove the note of a cluster that ends with this run, so that no other joins it."""
+    """Remove the file of a cluster that ends with this run, before another joins it."""
     with suppress(OSError):
         if cluster_file().read_text().strip() == address:
             cluster_file().unlink()
