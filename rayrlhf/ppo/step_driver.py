@@ -313,7 +313,7 @@ class StepDriver:
         return scored
 
     def _check_gap(self, gap: float | None) -> None:
-        """Compare the log-prob gap of trainer and rollout engine under the same weights with its limit."""
+        """Check the log-prob gap of trainer and rollout engine under the same weights."""
         allowed = self.config.rollout.mismatch_alarm
         if gap is not None and not gap <= allowed:
             raise AlarmError(
