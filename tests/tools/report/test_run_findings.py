@@ -6,7 +6,7 @@ import pytest
 
 from rayrlhf.observe.diagnostics import Finding
 from rayrlhf.observe.html.page import DataTable
-from rayrlhf.tools.report import run_findings
+from rayrlhf.tools.report import run_page
 from rayrlhf.tools.report.metric_series import Series
 from rayrlhf.tools.report.run_blocks import Notice
 from rayrlhf.tools.report.run_state import RunState
@@ -20,15 +20,15 @@ def view(kind: str = "PPO", **series: Series) -> RunView:
 
 def test_a_finding_is_told_with_its_evidence_and_remedy(monkeypatch: pytest.MonkeyPatch):
     found = Finding("kl_blow_up", "alarm", 7, "KL rose from 1 to 90 nats", "Lower the learning rate.")
-    monkeypatch.setattr(run_findings, "findings", lambda rows: [found])
-    notice = list(run_findings.findings_section(view()))[1]
+    monkeypatch.setattr(run_page, "findings", lambda rows: [found])
+    notice = list(run_page.findings_section(view()))[1]
     assert notice == Notice("bad", "Kl blow up, since step 7", ["KL rose from 1 to 90 nats.", "Lower the learning rate."])
 
 
 def test_a_sound_run_says_so_and_findings_that_went_away_are_listed_with_their_steps(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(run_findings, "findings", lambda rows: [])
+    monkeypatch.setattr(run_page, "findings", lambda rows: [])
     blocks = list(
-        run_findings.findings_section(view(alarm__dead_reward=Series([3, 4, 5, 6], [1, 0, 1, 0]), other=Series([1], [1])))
+        run_page.findings_section(view(alarm__dead_reward=Series([3, 4, 5, 6], [1, 0, 1, 0]), other=Series([1], [1])))
     )
     assert isinstance(blocks[1], Notice)
     assert blocks[1].kind == "good"
@@ -37,4 +37,4 @@ def test_a_sound_run_says_so_and_findings_that_went_away_are_listed_with_their_s
 
 
 def test_checks_of_ppo_say_nothing_of_other_runs():
-    assert list(run_findings.findings_section(view("SFT"))) == []
+    assert list(run_page.findings_section(view("SFT"))) == []
