@@ -50,7 +50,9 @@ def end(child: subprocess.Popen) -> None:
     child.stdout.close()
 
 
-def test_a_childs_memory_counts_also_after_it_is_gone():
+def test_a_childs_memory_counts_also_after_it_is_gone(monkeypatch):
+    # A test process of several GiB takes seconds for one reading: the pause after it outlasted the test.
+    monkeypatch.setattr("rayrlhf.observe.memory.MAX_TIME_SHARE", 1.0)
     with PeakMemory(interval_seconds=0.05) as memory:
         before = memory.peak_bytes
         child = start_child(100 * MIB)

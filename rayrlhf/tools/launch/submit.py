@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 POLL_SECONDS = 1.0
+AGENT_SECONDS = 60.0
+"""Longest wait for the first job agent of a cluster that has just started."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -119,6 +121,13 @@ def stop_job(client: "JobSubmissionClient", name: str, say: Callable[[str], None
 
 
 def _submit(client: "JobSubmissionClient", request: JobRequest, name: str, attempt: int) -> None:
+    """Submit one job; a cluster whose agents still start gets `AGENT_SECONDS`."""
+    end = time.monotonic() + AGENT_SECONDS
+    while not _submitted(client, request, name, attempt, last=time.monotonic() >= end):
+        time.sleep(POLL_SECONDS)
+
+
+def _submitted(client: "JobSubmissionClient", request: JobRequest, name: str, attempt: int, *, last: bool) -> bool:
     try:
         client.submit_job(
             entrypoint=request.entrypoint,
@@ -128,7 +137,10 @@ def _submit(client: "JobSubmissionClient", request: JobRequest, name: str, attem
             entrypoint_num_cpus=request.entrypoint_cpus or None,
         )
     except (RuntimeError, ValueError) as error:
+        if "No available agent" in str(error) and not last:
+            return False
         raise UserError(f"job {name} was rejected: {_first_line(error)}") from error
+    return True
 
 
 def _reason(client: "JobSubmissionClient", name: str) -> str:

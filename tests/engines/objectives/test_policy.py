@@ -171,7 +171,7 @@ def test_one_response_of_a_group_is_clipped_as_a_whole_by_gspo_and_token_by_toke
 @reproducible
 @given(batch=batches())
 def test_without_old_logprobs_the_ratio_is_one_and_the_gap_to_the_engine_is_reported(case: str, batch: Batch) -> None:
-    objective = PolicyObjective(policy_loss_section(**CASES[case][0]), longest=LONGEST, gap=True)
+    objective = PolicyObjective(policy_loss_section(CASES[case][0]), longest=LONGEST, gap=True)
     start, entropy = batch.logprobs(), batch.logprobs().abs()
     known = arrays_of(batch, start, batch.scores(), rollout_logprobs=start - 0.25)
     gradients = []

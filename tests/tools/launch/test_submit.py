@@ -19,10 +19,14 @@ from tests.tools.launch.models import ppo
 class Client:
     """A job server that plays back statuses and a growing log."""
 
-    def __init__(self, *endings, log=("a\n", "a\nb\nhalf", "a\nb\nhalf a line")):
+    def __init__(self, *endings, log=("a\n", "a\nb\nhalf", "a\nb\nhalf a line"), without_agent=0):
         self.endings, self.log, self.submitted, self.looks = list(endings), log, [], 0
+        self.without_agent = without_agent
 
     def submit_job(self, **job):
+        if self.without_agent:
+            self.without_agent -= 1
+            raise RuntimeError("Request failed with status code 500: No available agent to submit job, please try again later.")
         if job["submission_id"] in [other["submission_id"] for other in self.submitted]:
             raise RuntimeError("Request failed with status code 500: already exists\nTraceback ...")
         self.submitted.append(job)
@@ -193,3 +197,15 @@ def test_the_command_line_plans_and_says_what_does_not_fit_with_exit_code_2(tmp_
     assert tight.returncode == 2
     assert "does not fit: node 0" in tight.stdout
     assert "Traceback" not in tight.stderr
+
+
+def test_a_cluster_whose_job_agents_still_start_is_waited_for(request_of):
+    client = Client("SUCCEEDED", without_agent=2)
+    assert run(client, request_of)[0] == "job"
+    assert len(client.submitted) == 1
+
+
+def test_a_cluster_without_a_job_agent_is_named_after_a_bounded_wait(request_of, monkeypatch):
+    monkeypatch.setattr(submit, "AGENT_SECONDS", 0.0)
+    with pytest.raises(UserError, match=r"job job was rejected: .*No available agent"):
+        run(Client("SUCCEEDED", without_agent=9), request_of)
