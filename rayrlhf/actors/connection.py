@@ -1,6 +1,7 @@
 """Connection to a Ray cluster, and the actors of a run on it."""
 
 import os
+import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,10 +13,13 @@ from rayrlhf.actors.actor_groups import ActorGroups, read_cluster_resources, sta
 from rayrlhf.actors.placement import make_plan
 from rayrlhf.actors.role_specs import RoleSpecs
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.errors import UserError
 
 NAMESPACE = "rayrlhf"
 """Ray namespace of every actor, which sets them apart in `ray list actors`."""
 ANSWER_SECONDS = 3.0
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
+"""Start of an HTTP/2 connection with empty settings, which Ray's server returns with settings of its own."""
 
 
 @contextmanager
@@ -24,11 +28,22 @@ def connected(address: str | None) -> Iterator[None]:
 
     In this order: `address`, the submitted job's cluster, the one on this machine, a new one. An existing connection is used
     and left open.
+
+    Raises:
+        UserError: no Ray cluster responds at a given address.
     """
     if ray.is_initialized():
         yield
         return
-    found = address or os.environ.get("RAY_ADDRESS") or ambient_address()
+    given = address or os.environ.get("RAY_ADDRESS")
+    if given and ":" in given and "://" not in given and not is_cluster(given):
+        name = "the configured address" if address else "RAY_ADDRESS"
+        raise UserError(
+            f"{name} {given}: no Ray cluster responds there; start it, or leave the address out for one of this machine"
+        )
+    found = given or ambient_address()
+    if found == "local" and os.environ.get("RAY_AUTH_MODE") != "disabled":
+        make_token_private()
     ray.init(address=found, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
     if found == "local":
         _hide_cluster(ray.get_runtime_context().gcs_address)
@@ -53,15 +68,49 @@ def _hide_cluster(address: str) -> None:
 def ambient_address(file: Path | None = None) -> str:
     """Return the address of this machine's running cluster, or `local` for a new one.
 
-    Such a cluster comes from `ray start` or `ray symmetric-run`. A cluster that was killed leaves the file behind, and Ray
-    itself would try that address for minutes and then fail.
+    Such a cluster comes from `ray start` or `ray symmetric-run`. A cluster that was killed leaves the file behind, and another
+    service may have its port by now. Ray itself would try that address for minutes, or without end.
     """
     try:
-        host, _, port = (file or cluster_file()).read_text().strip().rpartition(":")
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS):
-            return f"{host}:{port}"
+        address = (file or cluster_file()).read_text().strip()
     except (OSError, ValueError):
         return "local"
+    return address if is_cluster(address) else "local"
+
+
+def is_cluster(address: str) -> bool:
+    """Return True if a Ray cluster, or another HTTP/2 server, responds at host:port within seconds."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") != "0":
+                return True
+            connection.sendall(_HELLO)
+            head = b""
+            while len(head) < 4 and (received := connection.recv(9)):
+                head += received
+            return head[3:4] == b"\x04"
+    except (OSError, ValueError):
+        return False
+
+
+def make_token_private() -> None:
+    """Make Ray's token file readable by this user alone; create it if missing.
+
+    Ray would create it with the permissions of the umask, and the token is a right to run code as this user.
+    """
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").expanduser()
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with suppress(OSError):  # Ray reports a home folder that cannot be written
+        if path.exists():
+            path.chmod(0o600)
+            return
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with os.fdopen(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        with suppress(FileExistsError):  # another process was first
+            os.link(partial, path)
+        partial.unlink()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 from rayrlhf.library_types import ArrowTable
 from rayrlhf.storage.atomic import TEMPORARY_SUFFIX, file_atomically, write_atomically
+from rayrlhf.storage.notes import read_note
 
 SEAL = "done.json"
 
@@ -45,8 +46,7 @@ class PartFolder:
         Raises:
             FileNotFoundError: the stage is not sealed.
         """
-        facts: dict[str, Any] = json.loads((self.path / SEAL).read_text(encoding="utf-8"))
-        return facts
+        return read_note(self.path / SEAL, "remove it, and the stage completes again")
 
     def seal(self, facts: dict[str, Any]) -> None:
         """Mark the stage as complete, and store facts about it."""

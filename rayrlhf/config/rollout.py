@@ -95,6 +95,8 @@ class EnvironmentSection(Section):
     """Retries of a sample whose environment failed or timed out. Each restarts the sample with the same seeds."""
     max_failed_share: float = Field(0.1, ge=0, lt=1)
     """Maximum share of failed samples in a step, after retries. They are left out; above this share the run stops."""
+    failed_floor: int = Field(2, ge=0)
+    """Number of failed samples in a step that do not stop the run, also above `max_failed_share`, unless all samples failed."""
     credit: Literal["turn", "episode"] = "turn"
     """Position of the environment's rewards. `turn`: each at the last token of its turn. `episode`: their sum at the end."""
     template: str = "{observation}"

@@ -198,6 +198,14 @@ def _parse(line: bytes, place: str) -> dict[str, Any]:
         raise UserError(f"{place}: not UTF-8 ({error.reason} at byte {error.start + 1})") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise UserError(f"{place}: nested too deeply") from error
     if not isinstance(value, dict):
         raise UserError(f"{place}: expected a JSON object, found {type(value).__name__}")
+    for field, content in value.items() if b"\\ud" in line.lower() else ():
+        try:
+            json.dumps([field, content], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            found = error.object[error.start]
+            raise UserError(f"{place}: field {field!r}: a lone surrogate ({found!r}), which is no character") from error
     return value

@@ -196,6 +196,7 @@ def read_call(token: str, body: bytes, stop: Collection[str] = ()) -> Call:
         if not isinstance(fields, dict) or not isinstance(fields.get("messages"), list):
             raise _bad("messages", "expected a list of messages")
         messages = check_turns([_plain(message) for message in fields["messages"]], "messages")
+        json.dumps(messages, ensure_ascii=False).encode()  # a lone surrogate raises a ValueError
     except (ValueError, UserError) as error:
         raise _bad("messages", str(error)) from error
     if messages[-1]["role"] == "assistant":

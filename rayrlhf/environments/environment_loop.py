@@ -23,7 +23,8 @@ def error_line(error: BaseException) -> str:
     """Return exception and location in one line."""
     frames = traceback.extract_tb(error.__traceback__)
     text = " ".join("".join(traceback.format_exception_only(error)).split())
-    return f"{text} ({frames[-1].filename}:{frames[-1].lineno})" if frames else text
+    line = f"{text} ({frames[-1].filename}:{frames[-1].lineno})" if frames else text
+    return line.encode("utf-8", "backslashreplace").decode()  # a lone surrogate has no place in a file
 
 
 Key = TypeVar("Key", bound=Hashable)

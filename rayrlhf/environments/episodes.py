@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.rollout import EnvironmentSection
 from rayrlhf.data.records import SEGMENT_STRIDE, Rollout
 from rayrlhf.errors import AlarmError
 
@@ -17,25 +18,26 @@ PART = "environment"
 """Name of the reward function that returns environment rewards."""
 
 
-def without_failed(batches: Iterable[list[Rollout]], requested: int, max_share: float) -> Iterator[list[Rollout]]:
+def without_failed(batches: Iterable[list[Rollout]], requested: int, section: EnvironmentSection) -> Iterator[list[Rollout]]:
     """Yield finished rollouts without the failed ones.
 
     Args:
         batches: rollouts in the order in which they finish.
         requested: number of requested rollouts.
-        max_share: maximum share of them that may fail.
+        section: sets the share and the number of them that may fail.
 
     Raises:
         AlarmError: more failed.
     """
     failed: list[Rollout] = []
+    allowed = min(max(section.max_failed_share * requested, section.failed_floor), requested - 1)
     for batch in batches:
         failed += [rollout for rollout in batch if rollout.failure]
-        if len(failed) > max_share * requested:
+        if len(failed) > allowed:
             first = failed[0]
             raise AlarmError(
                 f"{len(failed)} of {requested} samples failed in their environment, above environment.max_failed_share "
-                f"{max_share:g}; prompt {first.key.prompt}, sample {first.key.sample}: {first.failure}"
+                f"{section.max_failed_share:g}; prompt {first.key.prompt}, sample {first.key.sample}: {first.failure}"
             )
         played = [rollout for rollout in batch if not rollout.failure]
         if played:

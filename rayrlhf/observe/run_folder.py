@@ -17,6 +17,7 @@ from typing import IO, Literal, Self
 from rayrlhf.errors import UserError
 from rayrlhf.observe.host_facts import write_environment
 from rayrlhf.storage.atomic import folder_atomically, write_atomically, writing
+from rayrlhf.storage.notes import reading
 
 Differences = Callable[[str, str], list[str]]
 """(stored config text, new config text) -> one line per key that differs; empty when both mean the same."""
@@ -115,9 +116,9 @@ def open_run(
 def _check_same(folder: Path, config: Path, config_text: str, differences: Differences, resume: str) -> None:
     if resume == "never":
         raise UserError(f"run folder {folder} holds a run and run.resume is 'never': choose another run.name, or remove it")
-    with writing(config):
+    with reading(config, "restore it, or choose another run.name"):
         stored = config.read_text(encoding="utf-8")
-    found = differences(stored, config_text) if stored != config_text else []
+        found = differences(stored, config_text) if stored != config_text else []
     if found:
         more = len(found) - MAX_DIFFERENCES_SHOWN
         shown = "; ".join(found[:MAX_DIFFERENCES_SHOWN]) + (f"; and {more} more" if more > 0 else "")

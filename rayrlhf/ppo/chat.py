@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import yaml
-
 from rayrlhf.config.model import ModelSection
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PreTrainedModel
+from rayrlhf.storage.notes import read_note
 
 
 def chat_with(run: Path, prompt: str | None, *, max_new_tokens: int, temperature: float) -> None:
@@ -61,7 +60,7 @@ def system_prompt(run: Path) -> str | None:
     config = run / "config.yaml"
     if not config.is_file():
         return None
-    prompt = yaml.safe_load(config.read_text(encoding="utf-8")).get("data", {}).get("system_prompt")
+    prompt = (read_note(config).get("data") or {}).get("system_prompt")
     return None if prompt is None else str(prompt)
 
 

@@ -95,6 +95,14 @@ def newest_usable(folder: Path, fingerprint: Mapping[str, str]) -> tuple[Checkpo
     return None, lines
 
 
+def _is_whole(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except DamagedError:
+        return False
+    return True
+
+
 class Checkpointer:
     """Writes the checkpoints of one run, one at a time.
 
@@ -196,18 +204,24 @@ class Checkpointer:
         """Wait for the copy of the newest checkpoint; returns the reason if it failed."""
         return self._mirror.wait() if self._mirror else None
 
-    def fetch(self) -> str | None:
-        """Fetch the mirror's newest checkpoint if it is newer; returns a line about it.
+    def fetch(self) -> list[str]:
+        """Fetch the mirror's newest whole checkpoint, unless one here is as new; returns lines.
 
         Raises:
             UserError: the mirror is unreachable, or the disk is full.
         """
-        names = self._mirror.names() if self._mirror else []
-        here = [checkpoint.folder.name for checkpoint in list_checkpoints(self._folder)]
-        if not self._mirror or not names or names[-1] in here or (here and names[-1] < here[-1]):
-            return None
-        self._mirror.fetch(names[-1], self._folder / names[-1])
-        return f"checkpoint {names[-1]} fetched from {self._mirror.uri}"
+        lines: list[str] = []
+        if not self._mirror or not (names := self._mirror.names()):
+            return lines
+        here = reversed(list_checkpoints(self._folder))
+        newest = next((checkpoint.folder.name for checkpoint in here if _is_whole(checkpoint.folder)), "")
+        for name in sorted((name for name in names if name > newest), reverse=True):
+            self._mirror.fetch(name, self._folder / name)
+            if _is_whole(self._folder / name):
+                return [*lines, f"checkpoint {name} fetched from {self._mirror.uri}"]
+            shutil.rmtree(self._folder / name)
+            lines.append(f"checkpoint {name} in {self._mirror.uri} is damaged and not used")
+        return lines
 
     def find(self) -> tuple[Checkpoint | None, list[str]]:
         """Return the newest usable checkpoint, see `newest_usable`."""

@@ -5,10 +5,12 @@ Any process may write it; the driver reads it at every step. A request stays unt
 
 import fcntl
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from rayrlhf.errors import UserError
 from rayrlhf.storage.atomic import write_atomically, writing
+from rayrlhf.storage.notes import read_note, reading
 
 FILE_NAME = "wanted.json"
 
@@ -19,17 +21,16 @@ def want_replicas(folder: Path, count: int) -> None:
     Raises:
         UserError: no run folder, no running driver, an exact run, or fewer than `recovery.min_replicas`.
     """
-    import yaml
-
     config = folder / "config.yaml"
     if not config.is_file():
         raise UserError(f"{folder}: no run folder (it has no config.yaml)")
-    stored = yaml.safe_load(config.read_text(encoding="utf-8"))
+    stored = read_note(config)
     if "rollout" not in stored:
         raise UserError(f"{folder}: not a PPO run, so it has no rollout replicas")
-    if stored["run"]["determinism"] == "exact":
+    with reading(config, "restore it, or remove it"):
+        exact, smallest = stored["run"]["determinism"] == "exact", int(stored["recovery"]["min_replicas"])
+    if exact:
         raise UserError(f"{folder}: run.determinism is 'exact', which fixes the number of replicas")
-    smallest = stored["recovery"]["min_replicas"]
     if count < smallest:
         raise UserError(f"--rollout {count}: the run needs at least {smallest} (recovery.min_replicas)")
     if not _is_driven(folder):
@@ -38,10 +39,27 @@ def want_replicas(folder: Path, count: int) -> None:
         write_atomically(folder / FILE_NAME, json.dumps({"rollout": count}))
 
 
-def wanted_replicas(folder: Path) -> int | None:
-    """Return the last requested number, or None."""
+def wanted_replicas(folder: Path, note: Callable[[str], None]) -> int | None:
+    """Return the last requested number, or None.
+
+    Args:
+        folder: the run folder.
+        note: receives a line about a damaged request, which is removed.
+    """
     path = folder / FILE_NAME
-    return int(json.loads(path.read_text(encoding="utf-8"))["rollout"]) if path.is_file() else None
+    try:
+        found = read_note(path, "the number of replicas stays")
+        with reading(path, "the number of replicas stays"):
+            count = int(found["rollout"])
+            if count < 1:
+                raise ValueError(f"rollout: expected at least 1, found {count}")
+            return count
+    except FileNotFoundError:
+        return None
+    except UserError as error:
+        path.unlink(missing_ok=True)
+        note(str(error))
+        return None
 
 
 def _is_driven(folder: Path) -> bool:

@@ -44,7 +44,7 @@ class RolloutCollector:
     def stream(self, batch: GenerationBatch) -> Iterator[list[Rollout]]:
         """Yield the rollouts of a batch as they finish, without those whose environment failed."""
         finished, environment = self._generation.collect(batch), self._config.environment
-        return without_failed(finished, len(batch.requests), environment.max_failed_share) if environment else finished
+        return without_failed(finished, len(batch.requests), environment) if environment else finished
 
     def scorer(self, prompts: Sequence[Prompt], known_rewards: Mapping[SampleKey, RewardRow] | None = None) -> Scorer:
         """Return a scorer of every model that reads the rollouts of these prompts."""

@@ -69,7 +69,7 @@ class RunLoop(Callback):
             with recorder.waiting("looking for a checkpoint"):
                 fetched = self._checkpointer.fetch()
                 checkpoint, lines = self._checkpointer.find()
-            for line in [fetched, *lines] if fetched else lines:
+            for line in [*fetched, *lines]:
                 recorder.note(line)
             if checkpoint:
                 with recorder.waiting(f"resuming from step {checkpoint.step}"):
@@ -160,7 +160,7 @@ class RunLoop(Callback):
         if self._stop:
             self.save()
             raise StoppedError(f"stopped after step {step} on {self._stop.signal_name}; the same command resumes")
-        replicas = wanted_replicas(self._recorder.folder.path)
+        replicas = wanted_replicas(self._recorder.folder.path, self._recorder.note)
         if replicas is not None:
             driver.fault_tolerance.pool.scale(replicas)
         return False

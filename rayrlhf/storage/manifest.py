@@ -61,8 +61,17 @@ def write_hashed(path: Path, content: bytes | memoryview) -> FileRecord:
     return FileRecord(len(content), hashlib.sha256(content).hexdigest())
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`, with a checksum of itself. Call last."""
+def record_file(path: Path) -> FileRecord:
+    """Return the record of a file on the disk.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return FileRecord(*_hash(path))
+
+
+def write_manifest(folder: Path, manifest: Manifest, name: str = FILE_NAME) -> None:
+    """Write the manifest, with a checksum of itself. Call last."""
     body = {
         "format": FORMAT,
         "step": manifest.step,
@@ -70,46 +79,46 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "fingerprint": dict(manifest.fingerprint),
         "files": {name: list(record) for name, record in sorted(manifest.files.items())},
     }
-    write_atomically(folder / FILE_NAME, json.dumps(body | {"sha256": _digest(body)}, indent=1))
+    write_atomically(folder / name, json.dumps(body | {"sha256": _digest(body)}, indent=1))
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read `manifest.json`.
+def read_manifest(folder: Path, name: str = FILE_NAME) -> Manifest:
+    """Read a folder's manifest.
 
     Raises:
         DamagedError: it is missing, was changed, or has an unknown layout.
     """
     try:
-        body = json.loads((folder / FILE_NAME).read_bytes())
+        body = json.loads((folder / name).read_bytes())
         claimed = body.pop("sha256")
         if claimed != _digest(body):
-            raise DamagedError(f"{FILE_NAME}: its own checksum does not match")
+            raise DamagedError(f"{name}: its own checksum does not match")
         if body["format"] != FORMAT:
-            raise DamagedError(f"{FILE_NAME}: format {body['format']}, expected {FORMAT}")
-        files = {name: FileRecord(*record) for name, record in body["files"].items()}
+            raise DamagedError(f"{name}: format {body['format']}, expected {FORMAT}")
+        files = {path: FileRecord(*record) for path, record in body["files"].items()}
         return Manifest(body["step"], body["fingerprint"], files, body["metric"])
     except OSError as error:
-        raise DamagedError(f"{FILE_NAME}: {error.strerror or error}") from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DamagedError(f"{FILE_NAME}: not a manifest") from error
+        raise DamagedError(f"{name}: {error.strerror or error}") from error
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise DamagedError(f"{name}: not a manifest") from error
 
 
-def verify(folder: Path) -> Manifest:
+def verify(folder: Path, name: str = FILE_NAME) -> Manifest:
     """Read the manifest and hash every file it names.
 
     Raises:
         DamagedError: names the first file that is missing, truncated or changed.
     """
-    manifest = read_manifest(folder)
-    for name, record in manifest.files.items():
+    manifest = read_manifest(folder, name)
+    for path, record in manifest.files.items():
         try:
-            size, digest = _hash(folder / name)
+            size, digest = _hash(folder / path)
         except OSError as error:
-            raise DamagedError(f"{name}: {error.strerror or error}") from error
+            raise DamagedError(f"{path}: {error.strerror or error}") from error
         if size != record.size:
-            raise DamagedError(f"{name}: {size} bytes, expected {record.size}")
+            raise DamagedError(f"{path}: {size} bytes, expected {record.size}")
         if digest != record.sha256:
-            raise DamagedError(f"{name}: its SHA-256 differs from the manifest's")
+            raise DamagedError(f"{path}: its SHA-256 differs from the manifest's")
     return manifest
 
 

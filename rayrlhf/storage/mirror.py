@@ -15,6 +15,7 @@ from typing import Any
 from rayrlhf.errors import UserError
 from rayrlhf.storage.atomic import folder_atomically
 from rayrlhf.storage.manifest import FILE_NAME
+from rayrlhf.storage.notes import reading
 
 CONFIG_FILE = "config.yaml"
 """The run's resolved configuration, next to its checkpoints."""
@@ -52,11 +53,13 @@ class Mirror:
         Raises:
             UserError: the folder holds another run, or any run and `resume` is False.
         """
-        with self._refusal("write"):
+        note, remedy = f"{self.uri}/{CONFIG_FILE}", "restore it, or choose another run.name"
+        with self._refusal("write"), reading(note, remedy):
             stored = self._read(CONFIG_FILE)
         if stored is not None and not resume:
             raise UserError(f"checkpoint.mirror {self.uri} holds a run and run.resume is 'never': choose another run.name")
-        found = differences(stored, config_text) if stored is not None else []
+        with reading(note, remedy):
+            found = differences(stored, config_text) if stored is not None else []
         if found:
             raise UserError(
                 f"checkpoint.mirror {self.uri} holds a run with another configuration ({'; '.join(found[:5])}): "

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rayrlhf.errors import AlarmError, UserError
 from rayrlhf.storage.atomic import write_atomically
+from rayrlhf.storage.notes import read_note
 
 _FILE = ".refusal.json"
 _KINDS: dict[str, type[Exception]] = {"UserError": UserError, "AlarmError": AlarmError}
@@ -28,6 +29,6 @@ def clear_refusal(folder: Path) -> None:
 def raise_refusal(folder: Path) -> None:
     """Raise the error that a worker wrote, if any."""
     if has_refusal(folder):
-        found = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        found = read_note(folder / _FILE, "a worker refused its input; start the command again to see why")
         clear_refusal(folder)
-        raise _KINDS[found["kind"]](found["message"])
+        raise _KINDS.get(found.get("kind", ""), UserError)(found.get("message", "a worker refused its input"))

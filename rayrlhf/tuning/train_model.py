@@ -28,6 +28,7 @@ from rayrlhf.tuning.refusal import clear_refusal, raise_refusal
 from rayrlhf.tuning.sample_table import PairTable, Table
 from rayrlhf.tuning.task import PreferenceTask, SupervisedTask, Task
 from rayrlhf.tuning.training_result import TuningResult, read_result
+from rayrlhf.tuning.whole_checkpoints import drop_damaged
 
 __all__ = [
     "TuningResult",
@@ -208,6 +209,8 @@ def _fit(task: Task, data: _Data, folder: RunFolder, view: LiveView, stack: Exit
         reference = ray.put((data.train, data.held_out))
         job = TuningJob(task, folder.path.resolve(), Path.cwd(), reference, resources.threads)
         trainer = make_trainer(job, resources)
+    for line in drop_damaged(job.folder):
+        view.note(line)
     clear_refusal(job.folder)
     total = batch_plan(task, data.train).total_steps
     with following(job.folder, view, total), stop_as_error():

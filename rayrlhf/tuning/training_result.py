@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rayrlhf.storage.atomic import write_atomically
+from rayrlhf.storage.notes import read_note, reading
 
 FILE_NAME = "result.json"
 
@@ -38,6 +39,8 @@ def read_result(folder: Path) -> TuningResult | None:
     path = folder / FILE_NAME
     if not path.is_file():
         return None
-    values = json.loads(path.read_text(encoding="utf-8"))
-    # the folder may have been moved
-    return TuningResult(folder, folder / "export", values["steps"], values["metrics"], values["seconds"])
+    remedy = "remove it, and the same command finishes the run again"
+    values = read_note(path, remedy)
+    with reading(path, remedy):
+        # the folder may have been moved
+        return TuningResult(folder, folder / "export", values["steps"], values["metrics"], values["seconds"])

@@ -28,6 +28,7 @@ from rayrlhf.tuning.sample_table import PairTable
 from rayrlhf.tuning.step_recorder import StepRecorder
 from rayrlhf.tuning.step_trainer import StepTrainer
 from rayrlhf.tuning.task import Task
+from rayrlhf.tuning.whole_checkpoints import seal
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class _Worker:
             if self._rank == 0:
                 state = {"step": step, "tokens": self._trainer.tokens, "workers": self._ranks}
                 Path(folder, STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+            seal(Path(folder), step, self._rank)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report({"step": step, **metrics}, checkpoint=checkpoint, checkpoint_dir_name=checkpoint_name(step))
 

@@ -1,16 +1,19 @@
 """Which cluster a run joins when it is not told one."""
 
 import os
+import stat
 import subprocess
 import sys
-from contextlib import closing
+import threading
+from contextlib import closing, suppress
 from socket import create_server
 
 import pytest
 import ray
 from ray._common.utils import get_ray_address_file
 
-from rayrlhf.actors.connection import ambient_address, cluster_file, connected
+from rayrlhf.actors.connection import ambient_address, cluster_file, connected, make_token_private
+from rayrlhf.errors import UserError
 
 
 @pytest.fixture
@@ -34,8 +37,47 @@ def test_a_cluster_that_answers_is_joined_and_one_that_is_gone_is_not(tmp_path, 
     note = tmp_path / "note"
     note.write_text(f"127.0.0.1:{port}\n")
     assert ambient_address(note) == "local"
-    with closing(create_server(("127.0.0.1", port))):
-        assert ambient_address(note) == f"127.0.0.1:{port}"
+    with connected("local"):
+        note.write_text(ray.get_runtime_context().gcs_address)
+        assert ambient_address(note) == note.read_text()
+
+
+@pytest.mark.parametrize("answer", [b"", b"-ERR unknown command 'PRI'\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_a_note_with_the_port_of_another_service_is_no_cluster(tmp_path, answer, monkeypatch):
+    def serve():
+        with suppress(OSError):
+            while True:
+                others.append(server.accept()[0])
+                others[-1].sendall(answer)
+
+    others = []
+    monkeypatch.setattr("rayrlhf.actors.connection.ANSWER_SECONDS", 0.5)
+    with closing(create_server(("127.0.0.1", 0))) as server:
+        threading.Thread(target=serve, daemon=True).start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        (tmp_path / "note").write_text(address)
+        assert ambient_address(tmp_path / "note") == "local"
+        with pytest.raises(UserError, match=f"{address}: no Ray cluster responds there"), connected(address):
+            pass
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
+def test_rays_token_is_readable_by_its_user_alone(tmp_path, monkeypatch, mask):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    before = os.umask(mask)
+    try:
+        make_token_private()
+    finally:
+        os.umask(before)
+    token = tmp_path / ".ray" / "auth_token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert len(token.read_text()) == 64
+    assert [path.name for path in token.parent.iterdir()] == ["auth_token"]
+    token.chmod(0o644)
+    text = token.read_text()
+    make_token_private()
+    assert (stat.S_IMODE(token.stat().st_mode), token.read_text()) == (0o600, text)
 
 
 def test_the_note_of_a_killed_cluster_costs_no_minutes(tmp_path, port, monkeypatch):

@@ -62,3 +62,11 @@ def test_a_damaged_row_group_names_its_first_row(tmp_path):
     (tmp_path / "rows.parquet").write_bytes(damaged)
     with pytest.raises(UserError, match=r"rows\.parquet: row 5: cannot be read"):
         read(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize("row", [r'{"prompt": "a\ud800b"}', r'{"prompt": [{"content": "\uDFFF"}]}', r'{"a\ud800": 1}'])
+def test_a_lone_surrogate_names_its_row_and_a_pair_is_text(tmp_path, row):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "\\ud83d\\ude00"}\n' + row + "\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl: row 2: field .*: a lone surrogate"):
+        read(path)

@@ -1,6 +1,7 @@
 """Agents for tests: over real HTTP, as an agent that knows nothing of training would ask."""
 
 import asyncio
+import json
 import sys
 import threading
 import time
@@ -18,8 +19,8 @@ def ask(endpoint, messages, **fields):
     body = {"model": endpoint.model, "messages": messages} | fields
     response = httpx.post(
         f"{endpoint.base_url}/chat/completions",
-        json=body,
-        headers={"Authorization": f"Bearer {endpoint.api_key}"},
+        content=json.dumps(body),
+        headers={"Authorization": f"Bearer {endpoint.api_key}", "Content-Type": "application/json"},
         timeout=30,
         verify=False,  # plain HTTP; reading the certificates takes up to a second on a busy machine
     )
@@ -70,6 +71,11 @@ async def waiting(prompt, endpoint):
 
 def raising(prompt, endpoint):
     raise RuntimeError("the browser crashed")
+
+
+def garbled(prompt, endpoint):
+    """Asks with half of a pair of surrogates, as a tool that cuts texts does."""
+    return ask(endpoint, [{"role": "user", "content": "a\ud800"}])
 
 
 async def leaving(prompt, endpoint):

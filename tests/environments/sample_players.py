@@ -40,6 +40,16 @@ class Raising(Echo):
         raise RuntimeError("the tool is broken")
 
 
+class Surrogate(Echo):
+    async def step(self, action):
+        return Answer("\ud800", 1.0)
+
+
+class RaisingSurrogate(Echo):
+    async def step(self, action):
+        raise RuntimeError("\ud800")
+
+
 class Flaky(Echo):
     """Fails the first time that it is made."""
 

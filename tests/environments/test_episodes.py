@@ -9,6 +9,7 @@ import torch
 from rayrlhf.algorithms.gae import gae
 from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.rollout import EnvironmentSection
 from rayrlhf.data.records import SEGMENT_STRIDE, Prompt, Rollout, SampleKey, TokenScores
 from rayrlhf.environments.episodes import episode_metrics, turns, with_extra_segments, without_failed
 from rayrlhf.errors import AlarmError, UserError
@@ -154,11 +155,16 @@ def test_failed_samples_are_left_out_until_they_are_too_many():
     random = np.random.default_rng(0)
     good = [played([True], [1], index, random) for index in range(4)]
     bad = replace(good[1], failure="RuntimeError: broken")
-    assert list(without_failed([[good[0], bad], [bad], [good[2]]], 10, 0.2)) == [[good[0]], [good[2]]]
+    section = EnvironmentSection(name="guessing", max_failed_share=0.3, failed_floor=0)
+    assert list(without_failed([[good[0], bad], [bad], [good[2]]], 10, section)) == [[good[0]], [good[2]]]
     with pytest.raises(
         AlarmError, match=r"2 of 4 samples failed.*max_failed_share 0.3; prompt 1, sample 0: RuntimeError: broken"
     ):
-        list(without_failed([good, [bad], [bad]], 4, 0.3))
+        list(without_failed([good, [bad], [bad]], 4, section))
+    floor = section.model_copy(update={"failed_floor": 2})
+    assert list(without_failed([good, [bad], [bad]], 8, floor)) == [good]
+    with pytest.raises(AlarmError, match="2 of 2 samples failed"):
+        list(without_failed([[bad], [bad]], 2, floor))
 
 
 def test_turns_and_the_environments_tokens_are_counted():

@@ -1,15 +1,19 @@
 """Which checkpoint a run takes up: the newest whole one that fits, and never a torn one."""
 
+import shutil
+
 import pytest
 
 from rayrlhf.config.loading.load import dump_config
+from rayrlhf.config.runtime import CheckpointSection
 from rayrlhf.engines.train.training_state import write
 from rayrlhf.errors import UserError
-from rayrlhf.ppo.checkpoint import Checkpoint, list_checkpoints, newest_usable
+from rayrlhf.ppo.checkpoint import Checkpoint, Checkpointer, list_checkpoints, newest_usable
 from rayrlhf.ppo.run_identity import fingerprint, stored_differences
 from rayrlhf.ppo.run_loop import best_metric
 from rayrlhf.storage.atomic import PendingFolder, remove_leftovers
 from rayrlhf.storage.manifest import Manifest, write_hashed, write_manifest
+from rayrlhf.storage.mirror import Mirror
 from tests.ppo.runs import run_config
 
 FITS = {"train.zero_stage": "0"}
@@ -37,6 +41,25 @@ def test_a_damaged_checkpoint_is_named_in_a_line_and_the_one_before_is_used(tmp_
     assert len(lines) == 2
     assert "step-000015 is damaged and not used: manifest.json: No such file" in lines[0]
     assert "step-000010 is damaged and not used: state.json: its SHA-256 differs" in lines[1]
+
+
+def test_of_a_mirror_the_newest_whole_checkpoint_is_fetched_in_place_of_a_damaged_one(tmp_path):
+    mirror = Mirror(f"file://{tmp_path}/mirror", "run")
+    elsewhere, here = tmp_path / "mirror" / "run", tmp_path / "here"
+    make(here, 5)
+    for step in (5, 10, 15, 20):
+        make(elsewhere, step)
+    shutil.copytree(elsewhere / "step-000010", here / "step-000010")
+    (here / "step-000010" / "state.json").write_bytes(b"")
+    (elsewhere / "step-000015" / "state.json").write_bytes(b"[]")
+    (elsewhere / "step-000020" / "state.json").unlink()
+    checkpointer = Checkpointer(here, None, CheckpointSection(), FITS, 1.0, mirror)
+    damaged, torn, fetched = checkpointer.fetch()
+    assert "step-000020 in file://" in damaged
+    assert "step-000015 in file://" in torn
+    assert "step-000010 fetched from" in fetched
+    assert checkpointer.find() == (Checkpoint(10, here / "step-000010"), [])
+    assert checkpointer.fetch() == [damaged, torn]
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_by_itself(tmp_path):

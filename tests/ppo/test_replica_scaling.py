@@ -11,6 +11,7 @@ from rayrlhf.observe.journal import read_journal
 from rayrlhf.observe.run_folder import open_run
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.replica_scaling import want_replicas, wanted_replicas
+from rayrlhf.ppo.run_identity import stored_differences
 from rayrlhf.ppo.train_ppo import train_ppo
 from tests.ppo.runs import run_config
 
@@ -26,10 +27,31 @@ def run(tmp_path):
 
 def test_a_wish_is_read_back_and_the_last_one_counts(run):
     with run() as folder:
-        assert wanted_replicas(folder.path) is None
+        assert wanted_replicas(folder.path, print) is None
         want_replicas(folder.path, 3)
         want_replicas(folder.path, 2)
-        assert wanted_replicas(folder.path) == 2
+        assert wanted_replicas(folder.path, print) == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"rollout": ', '{"rollout": 0}', '{"rollout": "two"}', "[2]", '{"rolloup": 2}', "\x00" * 9]
+)
+def test_a_damaged_wish_is_dropped_with_one_line(tmp_path, text):
+    (tmp_path / "wanted.json").write_text(text)
+    lines = []
+    assert wanted_replicas(tmp_path, lines.append) is None
+    assert wanted_replicas(tmp_path, lines.append) is None
+    (line,) = lines
+    assert "wanted.json is damaged" in line
+
+
+@pytest.mark.parametrize("text", ["", "run: [", "- 1", "run: {}\nrollout: {}", "\x00" * 9])
+def test_a_damaged_configuration_of_a_run_is_one_line(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml is damaged"):
+        want_replicas(tmp_path, 2)
+    with pytest.raises(UserError, match=r"config\.yaml is damaged .*restore it, or choose another run\.name"):
+        open_run(tmp_path, dump_config(run_config(tmp_path)), stored_differences)
 
 
 def test_what_cannot_be_is_refused_in_one_line(run, tmp_path):
@@ -58,9 +80,9 @@ class Scale(Callback):
         self.served.append(len(pool.serving))
         if step == 1:
             want_replicas(self.folder, 3)
-        elif len(pool.serving) == 3 and wanted_replicas(self.folder) == 3:
+        elif len(pool.serving) == 3 and wanted_replicas(self.folder, print) == 3:
             want_replicas(self.folder, 1)
-        elif len(pool.replicas) > 1 or wanted_replicas(self.folder) == 3:
+        elif len(pool.replicas) > 1 or wanted_replicas(self.folder, print) == 3:
             time.sleep(0.5)
 
 

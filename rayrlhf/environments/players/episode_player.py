@@ -147,6 +147,7 @@ class EpisodePlayer(Player):
     def _handle_answer(self, episode: _Episode, answer: object) -> None:
         """Handle the opening text, an answer to a turn, or a failure."""
         request = episode.transcript.request
+        answer = _encodable(answer)
         if isinstance(answer, Failed):
             if episode.attempt < self._section.retries:
                 self._start(request, episode.limits, episode.attempt + 1)
@@ -212,3 +213,14 @@ class EpisodePlayer(Player):
 
     def _encode(self, text: str) -> Int32:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False) if text else [], np.int32)
+
+
+def _encodable(answer: object) -> object:
+    """Return an answer, or a failure if its text cannot be encoded."""
+    text = answer.observation if isinstance(answer, Answer) else answer
+    try:
+        if isinstance(text, str):
+            text.encode()
+    except UnicodeEncodeError as error:
+        return Failed(f"the observation has a lone surrogate at character {error.start + 1}")
+    return answer

@@ -24,6 +24,7 @@ from rayrlhf.config.section import Section
 from rayrlhf.errors import UserError
 from rayrlhf.pipelines.chain.stages import STAGES
 from rayrlhf.storage.atomic import write_atomically, writing
+from rayrlhf.storage.notes import read_note, reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +116,15 @@ def load_chain(path: Path, overrides: Sequence[str] = ()) -> ChainConfig:
     return load_config(ChainConfig, path, overrides)
 
 
+_AGAIN = "remove it, and the stage runs again"
+
+
 def _run_stage(stage: PlannedStage) -> StageReport:
     section = stage.section
     if stage.done.is_file():
-        stored = json.loads(stage.done.read_text(encoding="utf-8"))
-        return StageReport(section.name, section.kind, stored["headline"], stored["seconds"], True)
+        with reading(stage.done, _AGAIN):
+            stored = read_note(stage.done, _AGAIN)
+            return StageReport(section.name, section.kind, stored["headline"], stored["seconds"], True)
     started = time.monotonic()
     headline = STAGES[section.kind].run(stage.config)
     seconds = time.monotonic() - started
@@ -132,8 +137,9 @@ def _check_done(stage: PlannedStage) -> None:
     """Reject a stage that was finished with another configuration."""
     if not stage.done.is_file():
         return
-    stored: dict[str, Any] = json.loads(stage.done.read_text(encoding="utf-8"))
-    changed = stored_differences(type(stage.config), stored["config"], dump_config(stage.config))
+    with reading(stage.done, _AGAIN):
+        stored = read_note(stage.done, _AGAIN)
+        changed = stored_differences(type(stage.config), stored["config"], dump_config(stage.config))
     if changed:
         raise UserError(
             f"stage {stage.section.name} was finished with another configuration ({'; '.join(changed[:3])}): choose another "

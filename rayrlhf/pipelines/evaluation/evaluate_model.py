@@ -35,6 +35,7 @@ from rayrlhf.pipelines.evaluation.rejection_sampling import KEPT, as_lines, kept
 from rayrlhf.rewards.functions import ScoringBatch, load_functions
 from rayrlhf.rewards.score import RewardBatch, run_functions, weighted_sum
 from rayrlhf.storage.atomic import write_atomically
+from rayrlhf.storage.notes import read_note
 
 RESULT = "evaluation.json"
 ANSWERS = "answers"
@@ -123,7 +124,7 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult:
 
 def read_result(folder: Path) -> EvaluationResult:
     """Read the result of a finished evaluation."""
-    stored = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    stored = read_note(folder / RESULT, "remove it, and the same command writes it again")
     parts = {name: Interval(**values) for name, values in stored["parts"].items()}
     tries = {
         name: {int(k): Interval(**values) for k, values in stored.get(name, {}).items()} for name in ("pass_at", "best_of")
@@ -156,7 +157,7 @@ def complete_prompts(config: EvaluateConfig, prompts: Sequence[Prompt], rollouts
     """
     if config.environment is None:
         return list(prompts)
-    list(without_failed([list(rollouts)], len(rollouts), config.environment.max_failed_share))  # raises above the share
+    list(without_failed([list(rollouts)], len(rollouts), config.environment))  # raises above the share
     reasons = {rollout.key.prompt: rollout.failure for rollout in rollouts if rollout.failure}
     kept = [prompt for prompt in prompts if prompt.id not in reasons]
     if not kept:

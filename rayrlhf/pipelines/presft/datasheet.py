@@ -10,6 +10,7 @@ from rayrlhf.config.pipelines import PreSFTConfig
 from rayrlhf.pipelines.presft.presft_folder import Layout, RoundFolder
 from rayrlhf.pipelines.presft.quality import read_quality
 from rayrlhf.storage.atomic import write_atomically
+from rayrlhf.storage.notes import read_note
 from rayrlhf.tuning.training_result import read_result
 
 RFT_SAMPLES = (4, 8)
@@ -50,7 +51,7 @@ def round_figures(config: PreSFTConfig, folder: RoundFolder, number: int) -> dic
         "tokens": {"probe": facts["probe_tokens"], "relabel": None, "total": facts["probe_tokens"]},
     }
     if folder.selection.is_file():
-        figures["selection"] = json.loads(folder.selection.read_text(encoding="utf-8"))
+        figures["selection"] = read_note(folder.selection)
     if folder.relabeled.sealed:
         figures |= _decisions(folder)
         figures["tokens"] = _tokens(facts["probe_tokens"], figures.pop("new_tokens"))

@@ -4,7 +4,6 @@
 """
 
 import heapq
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from rayrlhf.observe.html.charts import bars, histogram, points, shares
 from rayrlhf.observe.html.page import Block, Chart, DataTable, Heading, Paragraph, SideBySide, Tiles, write_page
 from rayrlhf.pipelines.presft.presft_folder import Layout, RoundFolder
 from rayrlhf.pipelines.presft.selection import HIGHEST
+from rayrlhf.storage.notes import read_note
 
 BINS = 50
 MAX_POINTS = 2000
@@ -219,9 +219,6 @@ def write_presft_report(folder: Path, output: Path | None = None) -> Path:
     sheet = folder / "datasheet.json"
     if not sheet.is_file():
         raise UserError(f"{folder}: no datasheet.json yet; `rayrlhf presft report CONFIG` writes it and the report")
-    try:
-        figures = json.loads(sheet.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{sheet}: not JSON: {error}; `rayrlhf presft report CONFIG` writes it again") from error
+    figures = read_note(sheet, "`rayrlhf presft report CONFIG` writes it again")
     config = load_config(PreSFTConfig, folder / "config.yaml")
     return write_report(config, Layout(folder), figures, output)

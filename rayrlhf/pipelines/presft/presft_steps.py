@@ -22,6 +22,7 @@ from rayrlhf.pipelines.presft.probing import ProbeGenerator, ProbeScorer, correl
 from rayrlhf.pipelines.presft.relabeling import CandidateGenerator, PairDecider, ProbesAsCandidates, with_candidates
 from rayrlhf.pipelines.presft.selection import Cut, find_cut, needs_candidates
 from rayrlhf.storage.atomic import write_atomically
+from rayrlhf.storage.notes import read_note, reading
 
 Done = Callable[[int], None]
 """Called with the rows of each written part."""
@@ -97,8 +98,10 @@ def read_cut(selection: Path) -> Cut:
     """
     if not selection.is_file():
         raise UserError(f"{selection}: there is no selection yet; run `rayrlhf presft select` first")
-    facts = json.loads(selection.read_text(encoding="utf-8"))
-    return Cut(facts["score"], facts["row"])
+    remedy = "`rayrlhf presft select` writes it again"
+    facts = read_note(selection, remedy)
+    with reading(selection, remedy):
+        return Cut(facts["score"], facts["row"])
 
 
 def relabel_pairs(

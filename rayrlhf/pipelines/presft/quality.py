@@ -10,6 +10,7 @@ from rayrlhf.config.pipelines import PreSFTConfig, ProbeSection, QualitySection
 from rayrlhf.pipelines.presft.presft_folder import Layout
 from rayrlhf.pipelines.presft.presft_steps import Done, LabeledModel, score_pairs
 from rayrlhf.storage.atomic import write_atomically
+from rayrlhf.storage.notes import read_note
 
 STEP = 1
 """Seeds of held-out responses: the same for every model, and unused by rounds."""
@@ -36,8 +37,7 @@ def measure_quality(config: PreSFTConfig, layout: Layout, model: LabeledModel, d
 
 def read_quality(summary: Path) -> dict[str, Any]:
     """Return a stored summary."""
-    facts: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
-    return facts
+    return read_note(summary, "remove it, and the stage runs again")
 
 
 def _verified(section: QualitySection, answers: Any) -> dict[str, float]:

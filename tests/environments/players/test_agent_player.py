@@ -142,6 +142,7 @@ def test_an_agent_that_has_no_room_left_is_told_so_and_its_sample_counts_as_cut_
         ("sleeping", {"timeout_seconds": 0.2}, "no request and no end within 0.2 s"),
         ("blocking", {"timeout_seconds": 0.2}, "no request and no end within 0.2 s"),
         ("silent", {}, "requested no completion"),
+        ("garbled", {}, "400 Bad Request"),
     ],
 )
 def test_an_agent_that_fails_is_told_and_is_no_reward(name, keys, reason):

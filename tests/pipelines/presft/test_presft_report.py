@@ -139,5 +139,5 @@ def test_the_report_command_tells_a_presft_run_by_its_own_page(finished, tmp_pat
     refused = CliRunner().invoke(app, ["report", str(layout.path), "--compare", str(layout.path)])
     assert isinstance(refused.exception, UserError)
     (layout.path / "datasheet.json").write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match="is damaged"):
         write_presft_report(layout.path)
