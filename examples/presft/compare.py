@@ -23,7 +23,7 @@ from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.pipelines import PreSFTConfig, RelabelSection
 from rayrlhf.pipelines.presft.dataset import repair, write_dataset
 from rayrlhf.pipelines.presft.presft_folder import Layout, RoundFolder
-from rayrlhf.pipelines.presft.presft_steps import Sampled, relabel_pairs
+from rayrlhf.pipelines.presft.presft_steps import LabeledModel, relabel_pairs
 from rayrlhf.pipelines.presft.quality import measure_quality
 from rayrlhf.pipelines.presft.run_presft import Run, run_presft
 from rayrlhf.pipelines.presft.selection import Cut
@@ -88,7 +88,7 @@ class Comparison:
         """Resample every response, tune on the best of four, and return the tokens sampled."""
         folder = RoundFolder(self.layout.path.parent / "rft")
         relabel = RelabelSection(method="mbr", samples=4)
-        model = Sampled("tuned", tuned_model(self.config, self.layout.tuned(0)))
+        model = LabeledModel("tuned", tuned_model(self.config, self.layout.tuned(0)))
         scores = self.layout.round(1).scores
         relabel_pairs(self.config, relabel, scores, folder.relabeled, EVERYTHING, model, 5, lambda _: None)
         repair(folder.relabeled, folder.repaired)
@@ -109,7 +109,7 @@ class Comparison:
         assert self.config.quality is not None
         quality = self.config.quality.model_copy(update={"temperature": temperature})
         config = self.config.model_copy(update={"quality": quality})
-        model = Sampled(f"{label}-{temperature:g}", tuned_model(self.config, tuned))
+        model = LabeledModel(f"{label}-{temperature:g}", tuned_model(self.config, tuned))
         return float(measure_quality(config, self.layout, model, lambda _: None)["score"])
 
     def selection(self) -> dict[str, float]:

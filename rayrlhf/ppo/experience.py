@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rayrlhf.algorithms.advantages import estimate_advantages, has_contrast
-from rayrlhf.algorithms.estimator import AdvantageInputs
+from rayrlhf.algorithms.estimator import AdvantageInputs, Advantages
 from rayrlhf.algorithms.importance import importance_weights, mismatch, weight_statistics
 from rayrlhf.algorithms.kl import kl_controller, kl_penalty
 from rayrlhf.algorithms.masking import whiten
@@ -105,16 +105,7 @@ class ExperienceMaker:
         values = self._values(scored, width)
         groups = torch.tensor([rollout.key.prompt for rollout in rollouts])
         inputs = AdvantageInputs(rewards, scores, groups, mask, earned.value_mask, values, self._baselines(scored))
-        section = algorithm.advantage
-        result = estimate_advantages(
-            section.estimator,
-            inputs,
-            gamma=section.gamma,
-            lam=section.lam,
-            skip_masked=section.skip_masked,
-            whitened=section.whiten,
-            arguments=section.arguments,
-        )
+        result = self._estimate(inputs)
         kept = self._kept(rollouts)[:, None]
         arrays = {"advantages": result.advantages, "action_mask": mask & kept}
         if self._config.old_logprobs != "skipped":
@@ -148,6 +139,18 @@ class ExperienceMaker:
         """Load a saved state."""
         self._controller.load_state_dict(state["controller"])
         self._moments.load_state_dict(state["moments"])
+
+    def _estimate(self, inputs: AdvantageInputs) -> Advantages:
+        section = self._config.algorithm.advantage
+        return estimate_advantages(
+            section.estimator,
+            inputs,
+            gamma=section.gamma,
+            lam=section.lam,
+            skip_masked=section.skip_masked,
+            whitened=section.whiten,
+            arguments=section.arguments,
+        )
 
     def _shape(self, scored: ScoredRollouts) -> Tensor:
         shaping = self._config.algorithm.shaping
