@@ -22,10 +22,10 @@ from typer.cli import get_docs_for_click
 
 from rayrlhf.cli import app
 from rayrlhf.config.loading import presets
+from rayrlhf.config.loading.kinds import ROOTS
 from rayrlhf.config.loading.presets import PRESETS
 from rayrlhf.config.section import Section
 from rayrlhf.observe.diagnostics import CHECKS
-from rayrlhf.tools.starters import ROOTS
 
 DOCS = Path(__file__).parent
 PAGES = {

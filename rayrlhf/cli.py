@@ -8,13 +8,16 @@ inside the commands, so that help is instant.
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
 import typer
+import typer.core
 
 from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, StoppedError, UserError
+from rayrlhf.observe.loop_control import stop_as_error
 from rayrlhf.pipelines.icl.icl_commands import app as icl_app
 from rayrlhf.pipelines.presft.presft_commands import app as presft_app
 from rayrlhf.tools.bench.bench_commands import bench
@@ -23,10 +26,34 @@ from rayrlhf.tools.launch.launch_commands import plan, submit
 if TYPE_CHECKING:
     from rayrlhf.config.section import Section
 
+
+class Result(Protocol):
+    """Result of a training command."""
+
+    @property
+    def folder(self) -> Path:
+        """Run folder."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of the run."""
+
+
 ConfigType = TypeVar("ConfigType", bound="Section")
+
+
+class _Commands(typer.core.TyperGroup):
+    """Commands that end on a stop signal with one line and exit code 75."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        with stop_as_error():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
     name="rayrlhf",
+    cls=_Commands,
     help="RLHF as a distributed actor system on Ray.",
     no_args_is_help=True,
     add_completion=False,
@@ -37,6 +64,9 @@ EXIT_STOPPED = 75
 """Exit code of a stopped run that the same command resumes (`EX_TEMPFAIL` of sysexits.h)."""
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that replace those of the file: section.key=value ...")]
+From = Annotated[
+    Path | None, typer.Option("--from", help="Begin with the weights of this finished run, under another run.name.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")]
 
 
@@ -44,13 +74,14 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print
 def ppo(
     config: Annotated[Path, typer.Argument(help="A YAML file with a PPO configuration.")],
     overrides: Overrides = None,
+    begin_with: From = None,
     dry_run: DryRun = False,
 ) -> None:
     """Train a policy with PPO; rerun the command to resume."""
     from rayrlhf.config.ppo import PPOConfig
     from rayrlhf.ppo.train_ppo import check_ppo, train_ppo
 
-    _check_or_train(PPOConfig, check_ppo, train_ppo, config, overrides, dry_run)
+    _check_or_train(PPOConfig, check_ppo, train_ppo, config, overrides, begin_with, dry_run, merges_adapters=True)
 
 
 app.command(name="rl", help="Alias of `rayrlhf ppo`, for any algorithm of its configuration.")(ppo)
@@ -60,57 +91,71 @@ app.command(name="rl", help="Alias of `rayrlhf ppo`, for any algorithm of its co
 def sft(
     config: Annotated[Path, typer.Argument(help="A YAML file with an SFT configuration.")],
     overrides: Overrides = None,
+    begin_with: From = None,
     dry_run: DryRun = False,
 ) -> None:
     """Fine-tune a model on given texts; rerun the command to resume."""
     from rayrlhf.config.tuning import SFTConfig
     from rayrlhf.tuning.train_model import check_sft, train_sft
 
-    _check_or_train(SFTConfig, check_sft, train_sft, config, overrides, dry_run)
+    _check_or_train(SFTConfig, check_sft, train_sft, config, overrides, begin_with, dry_run)
 
 
 @app.command()
 def reward(
     config: Annotated[Path, typer.Argument(help="A YAML file with a reward model's configuration.")],
     overrides: Overrides = None,
+    begin_with: From = None,
     dry_run: DryRun = False,
 ) -> None:
     """Train a reward model on preference pairs; rerun the command to resume."""
     from rayrlhf.config.tuning import RewardTrainingConfig
     from rayrlhf.tuning.train_model import check_reward, train_reward
 
-    _check_or_train(RewardTrainingConfig, check_reward, train_reward, config, overrides, dry_run)
+    _check_or_train(RewardTrainingConfig, check_reward, train_reward, config, overrides, begin_with, dry_run, chat=False)
 
 
 @app.command()
 def dpo(
     config: Annotated[Path, typer.Argument(help="A YAML file with a DPO configuration.")],
     overrides: Overrides = None,
+    begin_with: From = None,
     dry_run: DryRun = False,
 ) -> None:
     """Train a policy on preference pairs with DPO; rerun the command to resume."""
     from rayrlhf.config.tuning import DPOConfig
     from rayrlhf.tuning.train_model import check_dpo, train_dpo
 
-    _check_or_train(DPOConfig, check_dpo, train_dpo, config, overrides, dry_run)
+    _check_or_train(DPOConfig, check_dpo, train_dpo, config, overrides, begin_with, dry_run)
 
 
 def _check_or_train(
     kind: type[ConfigType],
     check: Callable[[ConfigType], str],
-    train: Callable[[ConfigType], object],
+    train: Callable[[ConfigType], Result],
     path: Path,
     overrides: list[str] | None,
+    begin_with: Path | None,
     dry_run: bool,
+    *,
+    chat: bool = True,
+    merges_adapters: bool = False,
 ) -> None:
     """Load a configuration, then print its plan or train."""
     from rayrlhf.config.loading.load import load_config
+    from rayrlhf.observe.closing import closing_lines
 
-    config = load_config(kind, path, overrides or [])
+    weights = [] if begin_with is None else [f"model.path={json.dumps(str(begin_with.absolute()))}"]
+    config = load_config(kind, path, [*weights, *(overrides or [])])
+    if begin_with is not None and not (begin_with / "config.yaml").is_file():
+        raise UserError(f"--from {begin_with}: not a run folder; expected one with config.yaml and export/")
     if dry_run:
         typer.echo(check(config))
-    else:
-        train(config)
+        return
+    began = time.monotonic()
+    result = train(config)
+    for line in closing_lines(result.folder, result.steps, time.monotonic() - began, chat=chat, merged=merges_adapters):
+        typer.echo(line)
 
 
 @app.command()
@@ -160,10 +205,11 @@ def evaluate(
     """Generate responses to a dataset with one model and score them, with intervals."""
     from rayrlhf.config.loading.load import load_config
     from rayrlhf.config.pipelines import EvaluateConfig
+    from rayrlhf.observe.closing import folder_line
     from rayrlhf.pipelines.evaluation.evaluate_model import check_evaluation, evaluate_model
 
     loaded = load_config(EvaluateConfig, config, overrides or [])
-    for line in [check_evaluation(loaded)] if dry_run else evaluate_model(loaded).lines():
+    for line in [check_evaluation(loaded)] if dry_run else [*evaluate_model(loaded).lines(), *folder_line(loaded.run.folder)]:
         typer.echo(line)
 
 

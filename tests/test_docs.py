@@ -22,12 +22,13 @@ from typer.testing import CliRunner
 from rayrlhf import errors
 from rayrlhf.cli import app
 from rayrlhf.config.launch import ClusterConfig
+from rayrlhf.config.loading.kinds import ROOTS, config_class
 from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.loading.presets import PRESETS
 from rayrlhf.config.loading.problems import sections_in
 from rayrlhf.config.pipelines import ChainConfig
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.tools.starters import ROOTS, config_class, starter
+from rayrlhf.tools.starters import starter
 
 ROOT = Path(__file__).parents[1]
 MATHS = ROOT / "rayrlhf/algorithms/README.md"

@@ -1,7 +1,7 @@
 """All actors of a run: placed, started in parallel and ended together."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Literal, overload
@@ -48,6 +48,9 @@ ACTOR_CLASSES: Mapping[Role, type[Worker]] = {
     "rollout": RolloutActor,
 }
 CLOSE_SECONDS = 30.0
+SAY_SECONDS = 2.0
+"""Wait for resources after which it is said what is waited for."""
+_KINDS = ("CPU", "GPU")
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +195,9 @@ def read_cluster_resources() -> ClusterResources:
 
 
 @contextmanager
-def started_actor_groups(run_name: str, specs: RoleSpecs, placement_seconds: float) -> Iterator[ActorGroups]:
+def started_actor_groups(
+    run_name: str, specs: RoleSpecs, placement_seconds: float, say: Callable[[str], None]
+) -> Iterator[ActorGroups]:
     """Start a process for every worker, and end all of them with the block.
 
     The processes import their modules in the background; `ActorGroups.build` loads their models.
@@ -206,7 +211,7 @@ def started_actor_groups(run_name: str, specs: RoleSpecs, placement_seconds: flo
     try:
         for name, group in plan.groups.items():
             placement_groups[name] = _create_placement_group(group)
-        _await_placement_groups(placement_groups, plan, placement_seconds)
+        _await_placement_groups(placement_groups, plan, placement_seconds, say)
         for role, workers in plan.workers.items():
             groups[role] = _create_group(role, workers, placement_groups, run_name, specs.environment(role))
             groups[role].call(Worker.preload)
@@ -240,21 +245,38 @@ def _create_placement_group(group: GroupPlan) -> PlacementGroup:
     return placement_group([dict(bundle) for bundle in group.bundles], group.strategy, bundle_label_selector=labels)
 
 
-def _await_placement_groups(placement_groups: Mapping[str, PlacementGroup], plan: ResourcePlan, seconds: float) -> None:
-    end = time.monotonic() + seconds
+def _await_placement_groups(
+    placement_groups: Mapping[str, PlacementGroup], plan: ResourcePlan, seconds: float, say: Callable[[str], None]
+) -> None:
+    began, told = time.monotonic(), False
     for name, group in placement_groups.items():
-        if not group.wait(max(end - time.monotonic(), 0.01)):
-            requested = [dict(bundle) for bundle in plan.groups[name].bundles]
-            available = {key: value for key, value in ray.available_resources().items() if key in ("CPU", "GPU")}
-            raise UserError(
-                f"placement group {name!r}: requested bundles {requested} ({_requirements(plan.groups[name])}), "
-                f"not granted within {seconds:.0f} s; free in the cluster now: {available}"
-            )
+        while not group.wait(max(0.01, min(SAY_SECONDS, began + seconds - time.monotonic()))):
+            if not told:
+                say(f"waiting up to {seconds:.0f} s for {_shortage(plan)}")
+                told = True
+            if time.monotonic() - began >= seconds:
+                wanted = _requested(plan.groups[name])
+                raise UserError(f"{wanted} not granted within {seconds:.0f} s (placement.wait_seconds): {_shortage(plan)}")
 
 
-def _requirements(group: GroupPlan) -> str:
+def _shortage(plan: ResourcePlan) -> str:
+    """Return the request, the free resources, and the runs that hold the others."""
+    free, total = ray.available_resources(), ray.cluster_resources()
+    wanted = {kind: sum(bundle.get(kind, 0) for group in plan.groups.values() for bundle in group.bundles) for kind in _KINDS}
+    parts = [
+        f"{wanted[kind]:g} {kind}s, of {total.get(kind, 0):g} are {free.get(kind, 0):g} free" for kind in _KINDS if wanted[kind]
+    ]
+    named = ray.util.list_named_actors(all_namespaces=True)
+    holders = sorted({actor["name"].partition("/")[0] for actor in named if "/" in actor["name"]})
+    held = f"held by {', '.join(f'run {name}' for name in holders)}" if holders else "held by other jobs: see `ray list actors`"
+    return f"{', '.join(parts)}; {held}"
+
+
+def _requested(group: GroupPlan) -> str:
     labels = ", ".join(f"{key}={value}" for key, value in group.labels.items())
-    return f"{group.strategy}{f', on nodes with {labels}' if labels else ''}"
+    sizes = ", ".join(f"{amount:g} {kind}s" for kind, amount in group.bundles[0].items())
+    together = ", on one node" if group.strategy == "STRICT_PACK" and len(group.bundles) > 1 else ""
+    return f"{len(group.bundles)} x ({sizes}){together}{f', on nodes with {labels}' if labels else ''}"
 
 
 def _close(actor_groups: ActorGroups) -> None:

@@ -2,10 +2,15 @@
 
 import os
 import secrets
+import signal
 import socket
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partialmethod
 from pathlib import Path
+from threading import current_thread, main_thread
+from unittest.mock import patch
 
 import ray
 
@@ -44,7 +49,8 @@ def connected(address: str | None) -> Iterator[None]:
     found = given or ambient_address()
     if found == "local" and os.environ.get("RAY_AUTH_MODE") != "disabled":
         make_token_private()
-    ray.init(address=found, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
+    with _signals_for_driver_only():
+        ray.init(address=found, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
     if found == "local":
         _hide_cluster(ray.get_runtime_context().gcs_address)
     try:
@@ -63,6 +69,20 @@ def _hide_cluster(address: str) -> None:
     with suppress(OSError):
         if cluster_file().read_text().strip() == address:
             cluster_file().unlink()
+
+
+@contextmanager
+def _signals_for_driver_only() -> Iterator[None]:
+    """Start processes in sessions of their own, and keep the signal handlers of this process.
+
+    `timeout`, Slurm and terminals signal the whole process group. Ray's processes would end with the driver, which then could
+    not write a checkpoint. They still end with it: the kernel kills them when their parent is gone.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    with patch.object(subprocess.Popen, "__init__", partialmethod(subprocess.Popen.__init__, start_new_session=True)):
+        yield
+    if current_thread() is main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def ambient_address(file: Path | None = None) -> str:
@@ -114,8 +134,14 @@ def make_token_private() -> None:
 
 
 @contextmanager
-def running_actor_groups(config: PPOConfig) -> Iterator[ActorGroups]:
-    """Start a run's processes without their models; they end with the block."""
+def running_actor_groups(config: PPOConfig, say: Callable[[str], None] = lambda line: None) -> Iterator[ActorGroups]:
+    """Start a run's processes without their models; they end with the block.
+
+    Args:
+        config: of the run.
+        say: called with a line if the run waits for CPUs or GPUs.
+    """
     specs = RoleSpecs(config, make_plan(config, read_cluster_resources()))
-    with started_actor_groups(config.run.name, specs, config.deadlines.placement) as actor_groups:
+    seconds = config.deadlines.placement or config.placement.wait_seconds
+    with started_actor_groups(config.run.name, specs, seconds, say) as actor_groups:
         yield actor_groups

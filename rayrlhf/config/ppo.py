@@ -275,12 +275,10 @@ class PPOConfig(Section):
     @model_validator(mode="after")
     def _check_lengths_fit(self) -> Self:
         longest, new = self.rollout.max_model_length, self.rollout.max_new_tokens
-        prompt = self.data.max_prompt_tokens or 1
-        if longest is not None and prompt + new > longest:
-            raise ValueError(
-                f"rollout.max_model_length {longest} cannot hold a prompt of {prompt} tokens (data.max_prompt_tokens) "
-                f"and rollout.max_new_tokens {new}"
-            )
+        prompt = self.data.max_prompt_tokens
+        if longest is not None and (prompt or 1) + new > longest:
+            wanted = "a prompt" if prompt is None else f"data.max_prompt_tokens {prompt}"
+            raise ValueError(f"rollout.max_model_length {longest} cannot hold {wanted} and rollout.max_new_tokens {new}")
         return self
 
     @model_validator(mode="after")

@@ -86,6 +86,9 @@ class RewardSection(Section):
     """Maximum memory, in GiB, that functions may allocate while scoring, beyond that of their process. Default: no bound."""
     files: list[Path] = Field(default_factory=list)
     """Python files to import first; they may register functions."""
+    probe: bool = True
+    """Call each function once on two made-up responses before the run starts. false for a function that works only where it
+    runs, for example on a GPU that this machine lacks."""
 
     @property
     def configured(self) -> bool:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from rayrlhf.config.data import DatasetSection
 from rayrlhf.config.section import Section
@@ -156,6 +156,18 @@ class RolloutSection(Section):
     """Temperature of sampling and of all log-probs. There is no top-p or top-k: rollout engine and trainer would disagree."""
     stop: list[str] = Field(default_factory=list)
     """Strings that end a response. The text is kept up to and including the token that completes one."""
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, stop: list[str]) -> list[str]:
+        for text in stop:
+            if text.strip("<>|/[]").lower() in ("eos", "eos_token"):
+                raise ValueError(
+                    f"{text!r} names the end-of-sequence token, which always ends a response: remove it; expected strings of "
+                    "the text. The penalty for a response without that token is algorithm.shaping.missing_eos_penalty"
+                )
+        return stop
+
     max_model_length: int | None = Field(None, ge=2)
     """Maximum tokens of prompt and response together. Default: the model's context."""
     max_concurrent: int = Field(256, ge=1)

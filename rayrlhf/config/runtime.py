@@ -89,6 +89,8 @@ class PlacementSection(Section):
     """Required labels of the replicas' nodes, as `labels` of the other roles."""
     address: str | None = None
     """Ray address. Default: the cluster of the job, or a new local one."""
+    wait_seconds: float = Field(3600.0, gt=0)
+    """Maximum seconds to wait for CPUs and GPUs that other jobs on the cluster hold."""
 
     @model_validator(mode="after")
     def _check_labels(self) -> Self:
@@ -105,8 +107,8 @@ class PlacementSection(Section):
 class DeadlineSection(Section):
     """Maximum waits, in seconds. A timeout names the call, the actor and the start."""
 
-    placement: float = Field(120.0, gt=0)
-    """Until the cluster schedules all actors."""
+    placement: float | None = Field(None, gt=0)
+    """Until the cluster schedules all actors. Default: `placement.wait_seconds`."""
     start: float = Field(600.0, gt=0)
     """Until all models are loaded."""
     generate: float = Field(1800.0, gt=0)
@@ -168,6 +170,11 @@ class RecoverySection(Section):
     """Minimum rollout replicas; below it the run waits for a restarted one."""
     replica_wait: float = Field(600.0, gt=0)
     """Maximum seconds to wait for enough replicas; then the run writes a checkpoint and ends with the reason."""
+    stop_seconds: float = Field(300.0, gt=0)
+    """Maximum seconds that the current step may take after a stop signal (SIGTERM, SIGINT, SIGHUP), before the checkpoint is
+    written. Sampling and scoring are abandoned after 10 s, because they change no state. An update that takes longer than
+    `stop_seconds` is abandoned as well, and the run resumes from its newest checkpoint. Set it below the time that a scheduler
+    waits before SIGKILL."""
     snapshot: Literal["step", "checkpoint"] = "checkpoint"
     """Training state that a lost policy or critic rank is restored from. `step` copies it to the object store after every step,
     so one step is repeated. `checkpoint` costs nothing and repeats all steps since the newest checkpoint."""

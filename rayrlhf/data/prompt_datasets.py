@@ -97,7 +97,9 @@ def prepare_prompts(
                 continue
             truncated += 1
         columns = {name: value for name, value in rows.values[index].items() if name != rows.prompt_field}
-        kept.append(Prompt(index, last_user_text(prompts[index]), _last(token_ids, max_prompt_tokens), columns))
+        prompt = prompts[index]
+        messages = None if isinstance(prompt, str) else prompt
+        kept.append(Prompt(index, last_user_text(prompt), _last(token_ids, max_prompt_tokens), columns, messages=messages))
     if not kept:
         raise UserError(f"{section.path}: all {dropped} prompts are longer than {max_prompt_tokens} tokens and were dropped")
     return PromptDataset(kept, truncated, dropped)

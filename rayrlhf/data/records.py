@@ -92,6 +92,7 @@ class Prompt(Record):
         token_ids: int32 [P], chat template applied.
         columns: all other columns of the dataset row, for reward functions.
         context_ids: int32 [C], input of the rollout engine in place of `token_ids`; None where it is the same.
+        messages: the conversation as {role, content}, for a prompt that the dataset has in this form.
     """
 
     id: int
@@ -99,6 +100,7 @@ class Prompt(Record):
     token_ids: Int32
     columns: dict[str, Any] = field(default_factory=dict)
     context_ids: Int32 | None = None
+    messages: list[dict[str, str]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

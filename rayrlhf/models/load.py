@@ -4,10 +4,14 @@ A model is a local folder, a hub name or a built-in. Master weights are always f
 applied by autocast, so that a policy and its reference run the same arithmetic.
 """
 
+import difflib
 import os
+import socket
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import save_file
@@ -18,6 +22,10 @@ from rayrlhf.errors import UserError
 from rayrlhf.library_types import PreTrainedModel, Tokenizer
 from rayrlhf.storage.atomic import folder_atomically
 
+EXPORT, MERGED = "export", "export-merged"
+"""Folders of a run's model in the run folder: as trained, and with merged adapters."""
+HUB_SECONDS = 3.0
+"""Time to reach the hub."""
 _UNSUPPORTED_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16"}
 
@@ -38,8 +46,10 @@ def resolve_dtype(precision: Precision) -> torch.dtype:
 def resolve_path(model: ModelSection) -> str:
     """Return the folder or hub name of `model.path`; builds a built-in that is not cached.
 
+    A run folder is the model that the run exported.
+
     Raises:
-        UserError: a path that is neither a model folder nor a possible hub name, or an unknown built-in.
+        UserError: a path that is neither a model folder nor a possible hub name, a run without a model, or an unknown built-in.
     """
     if model.path.startswith("builtin:"):
         from rayrlhf.models.builtin import resolve_model
@@ -47,12 +57,47 @@ def resolve_path(model: ModelSection) -> str:
         return str(resolve_model(model.path))
     folder = Path(model.path).expanduser()
     if folder.is_dir():
+        if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
+            folder = _model_of_run(folder)
         if not (folder / "config.json").is_file():
             raise UserError(f"model.path {model.path!r}: the folder has no config.json, expected a Hugging Face model folder")
         return str(folder)
-    if model.path.startswith((".", "/", "~")) or model.path.count("/") > 1:
-        raise UserError(f"model.path {model.path!r}: no such folder")
+    parent = folder.parent
+    if model.path.startswith((".", "/", "~")) or model.path.count("/") > 1 or (parent != Path() and parent.is_dir()):
+        near = difflib.get_close_matches(folder.name, [one.name for one in parent.glob("*/")], n=1)
+        raise UserError(f"model.path {model.path!r}: no such folder{f'; did you mean {parent / near[0]}?' if near else ''}")
+    use_hub_cache_if_offline()
     return model.path
+
+
+@cache
+def use_hub_cache_if_offline() -> None:
+    """Use the hub's cache only, if the hub cannot be reached.
+
+    Asking it takes a minute of retries. Behind a proxy it is asked.
+    """
+    if os.environ.get("HF_HUB_OFFLINE") or any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
+        return
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((host.hostname or "", host.port or 443), timeout=HUB_SECONDS).close()
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # also for the processes of the run
+        import huggingface_hub.constants
+
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def _model_of_run(run: Path) -> Path:
+    """Return the folder of a run's model, its adapters merged."""
+    merged, export = run / MERGED, run / EXPORT
+    if merged.is_dir():
+        return merged
+    if not export.is_dir():
+        raise UserError(f"model.path {str(run)!r}: this run has no model in {EXPORT}/ yet; finish it first")
+    if not (export / "config.json").is_file():
+        raise UserError(f"model.path {str(run)!r}: {EXPORT}/ holds adapters; merge them with `rayrlhf export {run} --merge`")
+    return export
 
 
 def load_causal_model(model: ModelSection) -> nn.Module:

@@ -1,7 +1,7 @@
 """Terminal view of a run: a live panel, or one plain line per step.
 
 Both show the same `Progress`. A wait shows its reason and duration: as a spinner on a terminal, else as a line every
-`heartbeat_seconds`, so that a log never falls silent.
+`heartbeat_seconds`, so that a log never falls silent. Lines of a log begin with the time of day.
 """
 
 import threading
@@ -23,6 +23,8 @@ from rayrlhf.observe.text_table import printable
 PHASE_COLORS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 SPARKLINE_WIDTH = 24
 PHASE_BAR_WIDTH = 40
+SILENT_SECONDS = 1.0
+"""Waits up to this time leave no line in a log."""
 
 
 class LiveView:
@@ -140,17 +142,22 @@ class LiveView:
         self._live.refresh()
 
     def _print(self, text: str) -> None:
-        self._console.print(Text(printable(text)), soft_wrap=True)
+        clock = "" if self._console.is_terminal else time.strftime("%H:%M:%S ")
+        self._console.print(Text(clock + printable(text)), soft_wrap=True)
 
     @contextmanager
     def _heartbeats(self, text: str) -> Iterator[None]:
-        since, done = self._clock(), threading.Event()
+        since, done, begun = self._clock(), threading.Event(), False
 
         def beat() -> None:
+            nonlocal begun
+            if done.wait(min(SILENT_SECONDS, self._heartbeat)):
+                return
+            begun = True
+            self._print(f"{text} ...")
             while not done.wait(self._heartbeat):
                 self._print(f"{text}: still waiting after {duration(self._clock() - since)}")
 
-        self._print(f"{text} ...")
         thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
         thread.start()
         ended = "failed"
@@ -160,7 +167,8 @@ class LiveView:
         finally:
             done.set()
             thread.join()
-            self._print(f"{text}: {ended} after {duration(self._clock() - since)}")
+            if begun or ended == "failed":
+                self._print(f"{text}: {ended} after {duration(self._clock() - since)}")
 
 
 def _phase_rows(progress: Progress) -> list[Text]:

@@ -1,12 +1,15 @@
 """Control of training loops: stop signals and periodic actions.
 
-SIGTERM (from a scheduler or `ray job stop`) and Ctrl-C stop a run so that it can be resumed. Enter the contexts after
-`ray.init`, which installs handlers of its own. Only the main thread can have signal handlers; in other threads none are
-installed.
+SIGTERM (from a scheduler or `ray job stop`), SIGHUP (from a terminal that closes) and Ctrl-C stop a run so that it can be
+resumed. `timeout`, Slurm and terminals signal a process and its group, so the same stop arrives several times. Only the main
+thread can have signal handlers; in other threads none are installed.
 """
 
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,7 +17,12 @@ from typing import Any
 
 from rayrlhf.errors import StoppedError
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+REPEAT_SECONDS = 2.0
+"""Further signals within this time belong to the first one."""
+STEP_GRACE_SECONDS = 10.0
+"""Time for the current step to finish, before work that changed no state is abandoned."""
+_POLL_SECONDS = 0.5
 
 
 class StopRequest:
@@ -22,46 +30,104 @@ class StopRequest:
 
     Attributes:
         signal_name: name of the signal, for example `SIGTERM`; None before.
+        may_abandon: returns True while the main thread may be interrupted without a loss of state. None, while there is no
+            state: a signal then interrupts it at once.
+        overdue: True once the main thread is interrupted.
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self.may_abandon: Callable[[], bool] | None = None
+        self.overdue = False
+        self._since = 0.0
+        self._settled = threading.Event()
 
     def __bool__(self) -> bool:
         return self.signal_name is not None
 
+    def settle(self) -> None:
+        """End the watch over the current step, because the run acts on the request now."""
+        self._settled.set()
+
+    def _watch(self, seconds: float) -> None:
+        """Interrupt the main thread when its step takes too long."""
+        main = threading.main_thread().ident
+        while not self._settled.wait(_POLL_SECONDS):
+            passed = time.monotonic() - self._since
+            idle = passed > min(STEP_GRACE_SECONDS, seconds / 2) and (self.may_abandon is None or self.may_abandon())
+            if (idle or passed > seconds) and main is not None:
+                self.overdue = True
+                signal.pthread_kill(main, signal.SIGTERM)
+                return
+
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
+def stop_requests(seconds: float = 300.0) -> Iterator[StopRequest]:
     """Record stop signals inside the block, for loops that stop after a step.
 
     The handler only sets a flag, because a checkpoint cannot be written inside a signal handler. A second signal ends the
     process at once, as it would without this context.
+
+    Args:
+        seconds: maximum time for the step; then `KeyboardInterrupt` is raised in the main thread.
+
+    Raises:
+        StoppedError: the block was interrupted.
     """
     request = StopRequest()
 
     def record(number: int, frame: FrameType | None) -> None:
-        request.signal_name = signal.Signals(number).name
-        _install(before)
+        if request.overdue:
+            request.overdue = False  # raise once
+            raise KeyboardInterrupt
+        if request:
+            if time.monotonic() - request._since > REPEAT_SECONDS:
+                _install(before)
+                signal.raise_signal(number)
+            return
+        request.signal_name, request._since = signal.Signals(number).name, time.monotonic()
+        if number == signal.SIGHUP:
+            _leave_terminal()
+        if request.may_abandon is None:
+            raise KeyboardInterrupt
+        threading.Thread(target=request._watch, args=(seconds,), name="stop-deadline", daemon=True).start()
 
     with _handlers(dict.fromkeys(SIGNALS, record)) as before:
-        yield request
+        try:
+            yield request
+        except KeyboardInterrupt as error:
+            if not request or isinstance(error.__context__, StoppedError):
+                raise
+            raise StoppedError(f"stopped on {request.signal_name}; the same command resumes") from None
+        finally:
+            request.settle()
 
 
 @contextmanager
 def stop_as_error() -> Iterator[None]:
-    """Raise `StoppedError` on a stop signal, for a block that Ray Train runs.
+    """Raise `StoppedError` on a stop signal.
 
-    Ray Train handles Ctrl-C itself: it ends the run, raises `SystemExit`, and leaves its handler installed.
+    For a block whose work is on the disk already.
 
     Raises:
-        StoppedError: a signal arrived; the run resumes from its last committed checkpoint.
+        StoppedError: a signal arrived.
     """
-    with _handlers({signal.SIGTERM: _interrupt}):
+    seen: list[tuple[str, float]] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if seen and time.monotonic() - seen[0][1] < REPEAT_SECONDS:
+            return
+        seen.insert(0, (signal.Signals(number).name, time.monotonic()))
+        if number == signal.SIGHUP:
+            _leave_terminal()
+        raise KeyboardInterrupt
+
+    with _handlers(dict.fromkeys(SIGNALS, interrupt)):
         try:
             yield
-        except (SystemExit, KeyboardInterrupt) as error:
-            raise StoppedError("stopped as asked; the same command goes on from the last checkpoint") from error
+        except KeyboardInterrupt as error:
+            name = seen[0][0] if seen else "SIGINT"
+            raise StoppedError(f"stopped on {name}; the same command resumes") from error
 
 
 def is_due(step: int, every: int) -> bool:
@@ -71,9 +137,12 @@ def is_due(step: int, every: int) -> bool:
 
 @contextmanager
 def _handlers(handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]) -> Iterator[dict[signal.Signals, Any]]:
-    """Install handlers inside the block and restore the former ones, which it yields."""
+    """Install handlers inside the block and restore the former ones, which it yields.
+
+    Under `nohup` SIGHUP stays ignored.
+    """
     before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in SIGNALS}
-    _install(handlers)
+    _install({number: handler for number, handler in handlers.items() if before[number] is not signal.SIG_IGN})
     try:
         yield before
     finally:
@@ -86,5 +155,10 @@ def _install(handlers: dict[signal.Signals, Any]) -> None:
             signal.signal(number, handler)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _leave_terminal() -> None:
+    """Discard output to a closed terminal, where the next line would be an error."""
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if stream is not None and stream.isatty():
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)

@@ -71,7 +71,9 @@ class Progress:
     def line(self, now: float) -> str:
         """Return the step as one plain line."""
         left = self.seconds_left(now)
+        seconds = self.metrics.get("time/step")
         parts = [f"step {self.step}/{self.total}", *(f"{label} {value}" for label, value in self.numbers())]
+        parts += [f"{seconds:.1f} s/step"] if seconds is not None else []
         parts += [f"{name} {share:.0%}" for name, share in self.shares()[:3]]
         return "  ".join(parts + ([f"{duration(left)} left"] if left is not None else []))
 

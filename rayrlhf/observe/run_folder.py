@@ -1,12 +1,15 @@
 """Run folders: layout, configuration check, and exclusive lock.
 
 A folder belongs to one resolved configuration. Starting the same configuration again continues the run; another one is rejected
-with the keys that differ, because mixing two runs in one folder would make both worthless. A running driver holds a lock, which
-the system releases at the end of the process.
+with the keys that differ, because mixing two runs in one folder would make both worthless. A training run that failed before
+its first step holds nothing worth keeping, and another configuration replaces it. A running driver holds a lock, which the
+system releases at the end of the process.
 """
 
+import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,8 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal, Self
 
+from pydantic import ValidationError
+
 from rayrlhf.errors import UserError
 from rayrlhf.observe.host_facts import write_environment
+from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.storage.atomic import folder_atomically, write_atomically, writing
 from rayrlhf.storage.notes import reading
 
@@ -25,6 +31,7 @@ Differences = Callable[[str, str], list[str]]
 MAX_DIFFERENCES_SHOWN = 5
 TRAINING_FOLDERS = ("tensorboard", "samples", "checkpoints")
 """Subfolders of a new training run."""
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,35 +101,87 @@ def open_run(
         folders: subfolders of a new run folder.
 
     Raises:
-        UserError: the folder holds another configuration, or other files and no run; a process is using it; resuming is
-            switched off; the disk is full or read-only.
+        UserError: as `check_run_folder`; also, a process is using the folder, or the disk is full or read-only.
     """
     config = folder / "config.yaml"
-    resumed = config.exists()
-    if resumed:
-        _check_same(folder, config, config_text, differences, resume)
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"run folder {folder} has files in it but no config.yaml: choose another run.name, or empty it")
+    exists = config.exists()
+    begins = not check_run_folder(folder, config_text, differences, resume=resume, folders=folders)
     with writing(folder):
-        if not resumed:
+        if not exists:
             _create(folder, config_text, folders)
         lock = _locked(folder)
-        if resumed and config.read_text(encoding="utf-8") != config_text:
+        if exists and begins:
+            _empty(folder)
+            _fill(folder, config_text, folders)
+        elif config.read_text(encoding="utf-8") != config_text:
             write_atomically(config, config_text)  # update the settings that may differ
         write_environment(folder)
-        return RunFolder(folder, resumed, lock)
+        return RunFolder(folder, not begins, lock)
 
 
-def _check_same(folder: Path, config: Path, config_text: str, differences: Differences, resume: str) -> None:
+def check_run_folder(
+    folder: Path,
+    config_text: str,
+    differences: Differences,
+    *,
+    resume: Literal["auto", "never"] = "auto",
+    folders: Sequence[str] = TRAINING_FOLDERS,
+) -> bool:
+    """Return True if a configuration would continue the run of a folder; arguments as `open_run`.
+
+    Raises:
+        UserError: the folder holds another configuration, or other files and no run; it cannot be written; resuming is
+            switched off.
+    """
+    config = folder / "config.yaml"
+    if not config.exists():
+        _check_can_create(folder)
+        return False
     if resume == "never":
         raise UserError(f"run folder {folder} holds a run and run.resume is 'never': choose another run.name, or remove it")
     with reading(config, "restore it, or choose another run.name"):
         stored = config.read_text(encoding="utf-8")
-        found = differences(stored, config_text) if stored != config_text else []
-    if found:
-        more = len(found) - MAX_DIFFERENCES_SHOWN
-        shown = "; ".join(found[:MAX_DIFFERENCES_SHOWN]) + (f"; and {more} more" if more > 0 else "")
-        raise UserError(f"run folder {folder} holds a run with another configuration ({shown}): choose another run.name")
+        try:
+            found = differences(stored, config_text) if stored != config_text else []
+        except ValidationError as error:
+            raise UserError(f"run folder {folder} holds another kind of run: choose another run.name") from error
+    if not found:
+        return True
+    if folders and _failed_at_start(folder):
+        return False
+    more = len(found) - MAX_DIFFERENCES_SHOWN
+    shown = "; ".join(found[:MAX_DIFFERENCES_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    weights = f", with --from {folder} to begin with its weights" if (folder / "export").is_dir() else ""
+    raise UserError(f"run folder {folder} holds a run with another configuration ({shown}): choose another run.name{weights}")
+
+
+def _check_can_create(folder: Path) -> None:
+    with writing(folder):
+        if folder.is_dir():
+            if any(folder.iterdir()):
+                raise UserError(f"run folder {folder} has files in it but no config.yaml: choose another run.name, or empty it")
+            above = folder
+        else:
+            above = next(parent for parent in folder.absolute().parents if os.path.lexists(parent))
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(above))
+
+
+def _failed_at_start(folder: Path) -> bool:
+    """Return True for a training run without a step, a checkpoint or a model."""
+    begun = any(row["step"] > 0 for row in read_metrics(folder))
+    return not begun and not any(folder.glob("checkpoints/**/step-*")) and not (folder / "export").exists()
+
+
+def _empty(folder: Path) -> None:
+    """Remove everything but the lock and the configuration."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in (_LOCK, "config.yaml"):
+            path.unlink()
 
 
 def _create(folder: Path, config_text: str, folders: Sequence[str]) -> None:
@@ -142,7 +201,7 @@ def _fill(folder: Path, config_text: str, folders: Sequence[str]) -> None:
 
 
 def _locked(folder: Path) -> IO[str]:
-    lock = (folder / ".lock").open("a+", encoding="utf-8")
+    lock = (folder / _LOCK).open("a+", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,6 +1,6 @@
 """Opens a trainer: Ray, actors, prompts, models, run folder, resume."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,17 @@ from rayrlhf.config.loading.describe import warnings
 from rayrlhf.config.loading.load import dump_config, load_config, load_tree
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.prompt_sampler import PromptSampler
-from rayrlhf.engines.rollout.factory import check_rollout_backend
 from rayrlhf.observe.live import LiveView
 from rayrlhf.observe.loop_control import stop_requests
-from rayrlhf.observe.trackers import check_trackers
-from rayrlhf.ppo.callbacks import Callback, resolve_callbacks
+from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.checkpoint import Checkpointer
 from rayrlhf.ppo.cluster_metrics import ClusterMetrics
 from rayrlhf.ppo.run_identity import fingerprint, stored_differences
 from rayrlhf.ppo.run_loop import RunLoop
-from rayrlhf.ppo.run_prompts import load_prompts
 from rayrlhf.ppo.run_recorder import Recorder
-from rayrlhf.ppo.sft_warmup import check_warmup
+from rayrlhf.ppo.start_checks import check_start
 from rayrlhf.ppo.step_driver import StepDriver
 from rayrlhf.ppo.trainer import PPOTrainer
-from rayrlhf.ppo.update_objectives import check_algorithm
-from rayrlhf.rewards.functions import load_functions
 from rayrlhf.storage.mirror import Mirror
 
 
@@ -51,19 +46,19 @@ def open_trainer(
         DeadlineError: a process did not start in time.
     """
     config = _resolved(config)
-    configured_callbacks = check_plugins(config)
     view = LiveView(f"rayrlhf ppo {config.run.name}", live=None if config.observe.live else False)
     with ExitStack() as stack:
         stack.callback(view.stop)
         for line in warnings(config):
             view.note(line)
+        stop = stack.enter_context(stop_requests(config.recovery.stop_seconds))
+        with view.wait("reading the prompts, checking the configuration"):
+            train_prompts, evaluation_prompts, configured_callbacks, notes = check_start(config)
+        for line in notes:
+            view.note(line)
         with view.wait("starting Ray and the actors"):
             stack.enter_context(connected(config.placement.address))
-            stop = stack.enter_context(stop_requests())
-            actor_groups = stack.enter_context(running_actor_groups(config))
-        with view.wait("reading the prompts"):
-            train_prompts, evaluation_prompts = load_prompts(config)
-            check_warmup(config, train_prompts)
+            actor_groups = stack.enter_context(running_actor_groups(config, view.note))
         mirror = _open_mirror(config)
         # Only a run that can start leaves a folder.
         recorder = stack.enter_context(Recorder(config, dump_config(config), stored_differences, view))
@@ -90,19 +85,6 @@ def open_trainer(
         loop.finish_checkpoint()
         for callback in driver.callbacks:
             callback.on_end(trainer)
-
-
-def check_plugins(config: PPOConfig) -> list[Callable[[], Callback]]:
-    """Check all configured plugins; returns the constructors of `observe.callbacks`.
-
-    Raises:
-        UserError: one is not installed, cannot be resolved, or does not accept its arguments.
-    """
-    check_trackers(config.observe.trackers)
-    check_rollout_backend(config.rollout)
-    load_functions(config.reward)
-    check_algorithm(config.algorithm)
-    return resolve_callbacks(config.observe.callbacks)
 
 
 def _resolved(config: PPOConfig | Path | str | Mapping[str, Any]) -> PPOConfig:

@@ -8,20 +8,30 @@ from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.models.load import load_architecture
 
-MAY_CHANGE = ("run.root:", "placement.", "rollout.replicas:", "deadlines.", "recovery.", "observe.", "checkpoint.mirror:")
-"""Settings of where and how a run is carried out. A resumed run may have other ones."""
+_LENGTH = (
+    "run.root:",
+    "run.steps:",
+    "run.resume:",
+    "evaluation.every:",
+    "evaluation.enabled:",
+    "checkpoint.",
+    "deadlines.",
+    "observe.",
+)
+"""Settings of a run's length and outputs, which no step depends on."""
+MAY_CHANGE = (*_LENGTH, "placement.", "rollout.replicas:", "recovery.")
+"""Settings that a resumed run may change: its length and outputs, and where it is carried out."""
 
 
 def stored_differences(stored: str, current: str) -> list[str]:
     """Return the lines that make a run folder's configuration another run than the current one.
 
-    A run may continue elsewhere and on more or fewer processes. One that is `exact` may not, because its bits depend on them.
+    A run may become longer or shorter, and continue elsewhere on more or fewer processes. One that is `exact` keeps its
+    processes, because its bits depend on them.
     """
     before, after = (stored_config(PPOConfig, text) for text in (stored, current))
-    found = differences(before, after)
-    if "exact" in (before.run.determinism, after.run.determinism):
-        return found
-    return [line for line in found if not line.startswith(MAY_CHANGE)]
+    exact = "exact" in (before.run.determinism, after.run.determinism)
+    return [line for line in differences(before, after) if not line.startswith(_LENGTH if exact else MAY_CHANGE)]
 
 
 def fingerprint(config: PPOConfig) -> dict[str, str]:

@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from rayrlhf.data.records import Prompt
 from rayrlhf.errors import ActorLostError, AlarmError, StoppedError, UserError
@@ -76,6 +77,7 @@ class RunLoop(Callback):
                     driver.load_state(load_checkpoint(checkpoint, driver.actor_groups, self._config.deadlines.update))
                 self._saved_step = checkpoint.step
         recorder.resume(driver.steps_done)
+        self._stop.may_abandon = lambda: driver.abandonable
 
     def steps(self) -> Iterator[int]:
         """Yield the steps done before each step; see `PPOTrainer.steps`."""
@@ -89,6 +91,10 @@ class RunLoop(Callback):
             yield
         except ActorLostError as error:
             self._recover(error)
+        except KeyboardInterrupt:
+            if not self._stop:
+                raise
+            self._end_stopped()
 
     def on_step_end(self, step: int, metrics: Mapping[str, float], scored: ScoredRollouts) -> None:
         """Act on alarms, and report checkpoints and mirror copies that ended meanwhile."""
@@ -158,12 +164,28 @@ class RunLoop(Callback):
             self.finish_checkpoint()
             return True
         if self._stop:
-            self.save()
-            raise StoppedError(f"stopped after step {step} on {self._stop.signal_name}; the same command resumes")
+            self._end_stopped()
         replicas = wanted_replicas(self._recorder.folder.path, self._recorder.note)
         if replicas is not None:
             driver.fault_tolerance.pool.scale(replicas)
         return False
+
+    def _end_stopped(self) -> NoReturn:
+        """End with a checkpoint of the last whole step.
+
+        A step that was abandoned after it changed state has none; the newest checkpoint remains.
+
+        Raises:
+            StoppedError: always.
+        """
+        self._stop.settle()
+        step = self._driver.steps_done
+        if self._driver.consistent:
+            self.save()
+        else:
+            self.finish_checkpoint()
+            step = self._saved_step or 0
+        raise StoppedError(f"stopped after step {step} on {self._stop.signal_name}; the same command resumes")
 
     def _handle_alarms(self) -> None:
         """Do as `observe.on_alarm` says about alarms that are new since the last step or evaluation.

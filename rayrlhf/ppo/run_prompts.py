@@ -9,7 +9,7 @@ from rayrlhf.data.prompt_datasets import load_prompt_dataset
 from rayrlhf.data.records import Int32, Prompt
 from rayrlhf.data.templates import Message, check_messages, conversation, render, require_chat_template
 from rayrlhf.demonstrations.prompt_demonstrations import PromptDemonstrations
-from rayrlhf.engines.rollout.common import context_length
+from rayrlhf.engines.rollout.common import check_room, context_length
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_architecture, load_tokenizer
 
@@ -43,11 +43,7 @@ def max_prompt_tokens(config: PPOConfig) -> int:
     """
     context = context_length(config.rollout, load_architecture(config.model))
     longest = config.data.max_prompt_tokens or context - config.rollout.max_new_tokens
-    if longest < 1 or longest + config.rollout.max_new_tokens > context:
-        raise UserError(
-            f"rollout.max_new_tokens {config.rollout.max_new_tokens} and data.max_prompt_tokens {longest} exceed "
-            f"the {context} tokens of the model's context (rollout.max_model_length)"
-        )
+    check_room(context, config.data.max_prompt_tokens, config.rollout.max_new_tokens)
     return longest
 
 

@@ -12,6 +12,7 @@ from rayrlhf.actors.heartbeat import HeartbeatMonitor
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.section import GIB
 from rayrlhf.data.records import Prompt, Rollout
+from rayrlhf.observe.closing import EVALUATIONS
 from rayrlhf.observe.diagnostics import Diagnosis
 from rayrlhf.observe.journal import MIRROR, RecoveryJournal
 from rayrlhf.observe.live import LiveView
@@ -31,9 +32,6 @@ from rayrlhf.rewards.score import RewardBatch
 
 if TYPE_CHECKING:
     from rayrlhf.ppo.trainer import PPOTrainer
-
-EVALUATIONS = "evaluation"
-"""Folder with all responses to the held-out prompts, one Parquet file per evaluation."""
 
 
 class Recorder(Callback):

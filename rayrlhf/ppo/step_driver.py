@@ -100,6 +100,7 @@ class StepDriver:
         self.weight_version = 0
         self.warmed_up = config.sft_warmup is None
         self.consistent = True
+        self._evaluating = False
         self._open = _OpenStep()
         self._experience = ExperienceMaker(config)
         self._requests = RequestBuilder(config)
@@ -116,6 +117,11 @@ class StepDriver:
             config, actor_groups, self.fault_tolerance, self._generation, self._requests, self.timer
         )
         self._updater = ModelUpdater(config, actor_groups, self._generation, self.timer)
+
+    @property
+    def abandonable(self) -> bool:
+        """True while responses are sampled and scored, which changes no state."""
+        return self.consistent and (self._evaluating or self._open.timing is not None)
 
     def prompts(self, count: int | None = None) -> list[Prompt]:
         """Draw the next training prompts; see `PPOTrainer.prompts`."""
@@ -186,8 +192,8 @@ class StepDriver:
         metrics |= staleness | reward_metrics(scored) | (self._updater.checksums() if self._exact else {})
         metrics |= self._open.metrics or self._episode_metrics(scored)
         self.sampler.consumed(self._open.drawn)
-        self.consistent = True
         self.close_step()
+        self.consistent = True
         self.fault_tolerance.step_completed()
         tokens = metrics.get(SAMPLED_TOKENS, sum(len(rollout.response_ids) for rollout in scored.rollouts))
         metrics |= self.timer.metrics(generated_tokens=int(tokens))
@@ -208,7 +214,9 @@ class StepDriver:
         if reward is None and not self.config.reward.configured:
             raise UserError("evaluate: the configuration has no reward; expected evaluate(reward=...)")
         requests = self._requests.build(self.evaluation_prompts, 1, 0)
+        self._evaluating = True
         scored = self._collector.with_rewards_only(self.evaluation_prompts, requests, self.config.evaluation.temperature)
+        self._evaluating = False
         prompts = tuple(scored.prompts[rollout.key.prompt] for rollout in scored.rollouts)
         if reward is not None:
             scored = scored.with_rewards(reward(prompts, scored.rollouts))

@@ -9,9 +9,8 @@ from rayrlhf.config.loading.describe import describe
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.errors import UserError
 from rayrlhf.ppo.callbacks import Callback
-from rayrlhf.ppo.open_trainer import check_plugins, open_trainer
-from rayrlhf.ppo.run_prompts import load_prompts
-from rayrlhf.ppo.sft_warmup import check_warmup
+from rayrlhf.ppo.open_trainer import open_trainer
+from rayrlhf.ppo.start_checks import check_start
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +34,12 @@ def check_ppo(config: PPOConfig) -> str:
     """Check a configuration without starting anything; returns the plan in words.
 
     Raises:
-        UserError: see `load_prompts` and `load_functions`; also a backend that is not installed, or a wrong callback.
+        UserError: see `check_start`.
     """
     _require_reward(config)
-    check_plugins(config)
-    train, evaluation = load_prompts(config)
-    check_warmup(config, train)
-    return f"{describe(config)}\nprompts: {len(train)} to train on, {len(evaluation)} held out"
+    checked = check_start(config)
+    prompts = f"prompts: {len(checked.train)} to train on, {len(checked.held_out)} held out"
+    return "\n".join([describe(config), prompts, *checked.notes])
 
 
 def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResult:

@@ -7,6 +7,9 @@ exactly the parameters that its signature names, out of: `prompts`, `responses`,
 `finish_reasons` ("stop" or "length"), and the columns of the dataset, each a list of the batch's length; `**columns` gets every
 column. The config's `arguments` are bound by name. `None` for a sample means that the function does not apply to it. With
 `per: token` or `per: turn` it returns a list of numbers per response instead (`rayrlhf.rewards.returned_values`).
+
+Reward functions of TRL's trainers run unchanged. One that names `completions`, `completion_ids` or `trainer_state` gets them in
+TRL's form: `completions` as text, or as one assistant message each where the prompts are messages, and `prompts` likewise.
 """
 
 import difflib
@@ -14,10 +17,12 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count
+from types import SimpleNamespace
 from typing import Any
 
 from rayrlhf.config.reward import RewardSection
 from rayrlhf.data.records import Prompt, Rollout
+from rayrlhf.data.templates import Message
 from rayrlhf.errors import UserError
 from rayrlhf.rewards.cache import ContentCache
 from rayrlhf.rewards.registry import RewardFunction, import_files, resolve
@@ -25,6 +30,10 @@ from rayrlhf.rewards.returned_values import Per
 
 BATCH_FIELDS = ("prompts", "responses", "rollouts", "finish_reasons")
 """Fields of every batch; a dataset column of the same name is not passed on."""
+TRL_FIELDS = ("completions", "completion_ids", "trainer_state")
+"""Fields of a batch for functions that name one of them."""
+_UNCACHED = ("rollouts", "completion_ids", "trainer_state")
+"""Fields that a cached function does not get, because they are never equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +62,12 @@ class BoundFunction:
         call = type(self.function).__call__
         return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(call)
 
+    @property
+    def required(self) -> list[str]:
+        """Names of the parameters without a default."""
+        parameters = inspect.signature(self.function).parameters
+        return [name for name, one in parameters.items() if _takes_keyword(one) and one.default is one.empty]
+
     def call(self, batch: "ScoringBatch") -> Any:
         """Call the function on a batch; the returned value is unchecked.
 
@@ -60,13 +75,10 @@ class BoundFunction:
             UserError: the function needs a column that the dataset does not have.
             Exception: any exception of the function.
         """
-        offered = {**batch.columns, **batch.fields(), **self.arguments}
         parameters = inspect.signature(self.function).parameters
-        missing = [
-            name
-            for name, parameter in parameters.items()
-            if _takes_keyword(parameter) and parameter.default is parameter.empty and name not in offered
-        ]
+        fields = batch.fields() | (batch.trl_fields() if any(name in parameters for name in TRL_FIELDS) else {})
+        offered = {**batch.columns, **fields, **self.arguments}
+        missing = [name for name in self.required if name not in offered]
         if missing:
             columns = ", ".join(sorted(batch.columns)) or "none"
             raise UserError(f"reward function {self.name!r} needs column {missing[0]!r}; the dataset's columns are: {columns}")
@@ -75,7 +87,7 @@ class BoundFunction:
                 name: value for name, value in offered.items() if name in parameters and _takes_keyword(parameters[name])
             }
         if self.cache is not None:
-            offered.pop("rollouts", None)  # with **columns; no two rollouts are equal
+            offered = {name: value for name, value in offered.items() if name not in _UNCACHED}
             per_sample = [name for name in offered if name not in self.arguments]
             call = self.cache.call_async if self.is_async else self.cache.call
             return call(self.function, offered, per_sample)
@@ -84,13 +96,17 @@ class BoundFunction:
 
 @dataclass(frozen=True, slots=True)
 class ScoringBatch:
-    """Samples to score: lists of length B, and the dataset's columns, each a list [B]."""
+    """Samples to score: lists of length B, and the dataset's columns, each a list [B].
+
+    `messages` has the whole conversation of each prompt, or None for a prompt of plain text.
+    """
 
     prompts: list[str]
     responses: list[str]
     columns: Mapping[str, list[Any]] = field(default_factory=dict)
     rollouts: list[Rollout] | None = None
     finish_reasons: list[str] | None = None
+    messages: list[list[Message] | None] | None = None
 
     def __len__(self) -> int:
         return len(self.responses)
@@ -98,6 +114,21 @@ class ScoringBatch:
     def fields(self) -> dict[str, list[Any]]:
         """Return the lists that are not dataset columns."""
         return {name: value for name in BATCH_FIELDS if (value := getattr(self, name)) is not None}
+
+    def trl_fields(self) -> dict[str, Any]:
+        """Return the fields of TRL's reward functions."""
+        messages = self.messages or [None] * len(self)
+        fields: dict[str, Any] = {
+            "prompts": [text if turns is None else turns for text, turns in zip(self.prompts, messages, strict=True)],
+            "completions": [
+                text if turns is None else [{"role": "assistant", "content": text}]
+                for text, turns in zip(self.responses, messages, strict=True)
+            ],
+        }
+        if self.rollouts:
+            fields["completion_ids"] = [rollout.response_ids.tolist() for rollout in self.rollouts]
+            fields["trainer_state"] = SimpleNamespace(global_step=self.rollouts[0].key.step)
+        return fields
 
     @classmethod
     def of_rollouts(cls, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> "ScoringBatch":
@@ -111,6 +142,7 @@ class ScoringBatch:
             columns={name: [prompt.columns.get(name) for prompt in prompts] for name in names},
             rollouts=list(rollouts),
             finish_reasons=[rollout.finish_reason for rollout in rollouts],
+            messages=[prompt.messages for prompt in prompts],
         )
 
 
@@ -125,8 +157,9 @@ def load_functions(section: RewardSection) -> list[BoundFunction]:
     for entry in section.functions:
         function = resolve(entry.name)
         _check_arguments(entry.name, function, entry.arguments)
-        if entry.cache and "rollouts" in inspect.signature(function).parameters:
-            raise UserError(f"reward function {entry.name!r} reads rollouts, no two of which are equal: expected cache: false")
+        reads = [name for name in _UNCACHED if name in inspect.signature(function).parameters]
+        if entry.cache and reads:
+            raise UserError(f"reward function {entry.name!r} reads {reads[0]}, which are never equal: expected cache: false")
         short = entry.name.rpartition(":")[2]
         taken = {bound.name for bound in functions}
         name = next(name for name in chain([short], (f"{short}_{n}" for n in count(2))) if name not in taken)

@@ -4,9 +4,7 @@ from pathlib import Path
 
 from rayrlhf.errors import UserError
 from rayrlhf.models.adapter_folder import is_adapter_folder, merge_adapters
-
-MERGED = "export-merged"
-"""Folder of a run's model with merged adapters."""
+from rayrlhf.models.load import EXPORT, MERGED
 
 
 def exported_model(run: Path, *, merge: bool, target: Path | None = None) -> Path:
@@ -20,7 +18,7 @@ def exported_model(run: Path, *, merge: bool, target: Path | None = None) -> Pat
     Raises:
         UserError: the run has no model yet, or `merge` or `target` is set for a model without adapters.
     """
-    export = run / "export"
+    export = run / EXPORT
     if not export.is_dir():
         raise UserError(f"{run}: no model in {export}, expected the folder of a finished run")
     if not merge:

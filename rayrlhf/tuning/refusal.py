@@ -1,4 +1,7 @@
-"""User errors of workers, written to the run folder to prevent retries."""
+"""Messages between driver and workers, as files of the run folder.
+
+They are user errors, which prevent retries, and stop requests.
+"""
 
 import json
 from pathlib import Path
@@ -8,6 +11,7 @@ from rayrlhf.storage.atomic import write_atomically
 from rayrlhf.storage.notes import read_note
 
 _FILE = ".refusal.json"
+_STOP = ".stop"
 _KINDS: dict[str, type[Exception]] = {"UserError": UserError, "AlarmError": AlarmError}
 
 
@@ -21,9 +25,20 @@ def has_refusal(folder: Path) -> bool:
     return (folder / _FILE).exists()
 
 
+def request_stop(folder: Path) -> None:
+    """Ask the workers to write a checkpoint after their current step, and to end."""
+    (folder / _STOP).touch()
+
+
+def has_stop_request(folder: Path) -> bool:
+    """True if the driver of this attempt got a stop signal."""
+    return (folder / _STOP).exists()
+
+
 def clear_refusal(folder: Path) -> None:
-    """Remove the error of an earlier attempt."""
-    (folder / _FILE).unlink(missing_ok=True)
+    """Remove the error and the stop request of an earlier attempt."""
+    for name in (_FILE, _STOP):
+        (folder / name).unlink(missing_ok=True)
 
 
 def raise_refusal(folder: Path) -> None:

@@ -1,30 +1,37 @@
 """Entry points of SFT, reward modeling, DPO and distillation on Ray Train."""
 
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rayrlhf.actors.local_machine import check_local_machine
+from rayrlhf.actors.placement import ClusterResources
 from rayrlhf.config.loading.describe import describe_tuning
 from rayrlhf.config.loading.load import dump_config, stored_differences
+from rayrlhf.config.model import LoraSection
 from rayrlhf.config.tuning import DistillationConfig, DPOConfig, RewardTrainingConfig, SFTConfig, TuningConfig
 from rayrlhf.data.supervised.datasets import DatasetReport, SliceMapper, map_in_order
-from rayrlhf.errors import ActorLostError, UserError
+from rayrlhf.errors import ActorLostError, StoppedError, UserError
 from rayrlhf.models.load import load_architecture, load_tokenizer
+from rayrlhf.models.skeleton import check_adapters, check_memory, least_training_bytes
 from rayrlhf.observe.live import LiveView
-from rayrlhf.observe.loop_control import stop_as_error
+from rayrlhf.observe.loop_control import StopRequest, stop_requests
+from rayrlhf.observe.memory import memory_limit_bytes
 from rayrlhf.observe.metrics import read_metrics
-from rayrlhf.observe.run_folder import RunFolder, open_run
+from rayrlhf.observe.run_folder import RunFolder, check_run_folder, open_run
 from rayrlhf.tuning.data_plan import batch_plan, best_step
 from rayrlhf.tuning.direct_preference_task import DirectPreferenceTask
 from rayrlhf.tuning.distillation_task import DistillationTask
 from rayrlhf.tuning.follow import following
 from rayrlhf.tuning.length_baseline import METRIC as LENGTH_METRIC
 from rayrlhf.tuning.length_baseline import LengthBaseline, length_baseline
-from rayrlhf.tuning.refusal import clear_refusal, raise_refusal
+from rayrlhf.tuning.refusal import clear_refusal, raise_refusal, request_stop
 from rayrlhf.tuning.sample_table import PairTable, Table
 from rayrlhf.tuning.task import PreferenceTask, SupervisedTask, Task
 from rayrlhf.tuning.training_result import TuningResult, read_result
@@ -47,8 +54,20 @@ _KINDS: Mapping[type[TuningConfig], str] = {
     DPOConfig: "dpo",
     DistillationConfig: "icl distill",
 }
-_FREE_KEYS = ("export_anyway", "observe.", "workers.", "run.resume", "checkpoint.keep", "data.reader")
-"""Prefixes of keys that may change when a run resumes, because they do not affect training numerics."""
+_FREE_KEYS = (
+    "export_anyway",
+    "observe.",
+    "workers.",
+    "run.root",
+    "run.resume",
+    "train.epochs",
+    "train.steps",
+    "evaluation.every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "data.reader",
+)
+"""Prefixes of keys that may change when a run resumes: its length and outputs, and where it is carried out."""
 
 
 def check_sft(config: SFTConfig) -> str:
@@ -73,12 +92,12 @@ def check_dpo(config: DPOConfig) -> str:
 def train_sft(config: SFTConfig) -> TuningResult:
     """Fine-tune on texts, resuming from the last committed checkpoint.
 
-    A finished run returns its result.
+    A finished run returns its result, unless `train.steps` or `train.epochs` has been raised.
 
     Raises:
         UserError: invalid configuration or data, or too few resources.
         ActorLostError: workers were lost more often than `workers.max_failures`.
-        StoppedError: SIGTERM or Ctrl-C; the same call resumes.
+        StoppedError: SIGTERM, SIGHUP or Ctrl-C; the same call resumes.
     """
     return _train(SupervisedTask(config))
 
@@ -143,9 +162,33 @@ class _Data:
 
 
 def _check(task: Task) -> str:
+    _check_start(task.config)
     data = _load(task)
     steps = batch_plan(task, data.train).total_steps
     return "\n".join([describe_tuning(task.config), *data.lines(), f"optimizer steps: {steps}"])
+
+
+def _check_start(config: TuningConfig) -> None:
+    """Check run folder, adapters, CPUs, GPUs and memory before the data is read.
+
+    Raises:
+        UserError: the first that is wrong.
+    """
+    differ = partial(_differences, type(config))
+    check_run_folder(config.run.folder, dump_config(config), differ, resume=config.run.resume)
+    check_adapters(config.model)
+    check_local_machine(config.workers.address, partial(_check_fits, config))
+
+
+def _check_fits(config: TuningConfig, machine: ClusterResources) -> None:
+    from rayrlhf.tuning.ray_train import worker_resources
+
+    resources = worker_resources(config.workers, machine)
+    if not resources.gpus:
+        adapted = config.model.model_copy(update={"lora": LoraSection()})
+        workers = config.workers.fewest if config.train.zero_stage == 0 else 1
+        needed, reduced = (workers * least_training_bytes(model) for model in (config.model, adapted))
+        check_memory({"training": needed}, memory_limit_bytes(), {"model.lora={rank: 16}": reduced})
 
 
 def _load(task: Task, map_slices: SliceMapper = map_in_order) -> _Data:
@@ -169,12 +212,13 @@ def _train(task: Task) -> TuningResult:
     view = LiveView(f"rayrlhf {kind} {config.run.name}", live=None if config.observe.live else False)
     with ExitStack() as stack:
         stack.callback(view.stop)
+        _check_start(config)
         data = _read(task, view, stack)
         differ = partial(_differences, type(config))
         # A run that cannot start creates no folder.
         folder = stack.enter_context(open_run(config.run.folder, dump_config(config), differ, resume=config.run.resume))
         finished = read_result(folder.path)
-        if finished is not None and finished.export.is_dir():
+        if finished is not None and finished.export.is_dir() and finished.steps >= batch_plan(task, data.train).total_steps:
             view.note(f"{folder.path} is finished; its model is in {finished.export}")
             return finished
         for line in data.lines():
@@ -213,13 +257,36 @@ def _fit(task: Task, data: _Data, folder: RunFolder, view: LiveView, stack: Exit
         view.note(line)
     clear_refusal(job.folder)
     total = batch_plan(task, data.train).total_steps
-    with following(job.folder, view, total), stop_as_error():
+    with following(job.folder, view, total), stop_requests() as stop:
         try:
-            trainer.fit()
+            _in_thread(trainer.fit, job.folder, stop)
         except TrainingFailedError as error:
             raise_refusal(job.folder)
             raise _lost(error, task.config.workers.max_failures) from error
     raise_refusal(job.folder)
+    if stop and _last_step(folder.path) < total:
+        step = _last_step(folder.path)
+        raise StoppedError(f"stopped after step {step} on {stop.signal_name}, with a checkpoint; the same command resumes")
+
+
+def _in_thread(fit: Callable[[], object], folder: Path, stop: StopRequest) -> None:
+    """Run Ray Train outside of the main thread, where it would handle Ctrl-C itself."""
+    fitting: Future[None] = Future()
+
+    def work() -> None:
+        try:
+            fit()
+            fitting.set_result(None)
+        except BaseException as error:  # noqa: BLE001 - raised in the main thread
+            fitting.set_exception(error)
+
+    before = _last_step(folder)
+    stop.may_abandon = lambda: _last_step(folder) == before  # the workers still load their models
+    threading.Thread(target=work, name="ray-train", daemon=True).start()
+    while not wait([fitting], timeout=0.5).done:
+        if stop:
+            request_stop(folder)
+    fitting.result()
 
 
 def _lost(error: object, allowed: int) -> Exception:
@@ -243,7 +310,7 @@ def _differences(root: type[TuningConfig], stored: str, wanted: str) -> list[str
 
 
 def _last_step(folder: Path) -> int:
-    return max(int(row["step"]) for row in read_metrics(folder))
+    return max((int(row["step"]) for row in read_metrics(folder) if "loss" in row), default=0)
 
 
 def _baseline_metric(data: _Data) -> dict[str, float]:

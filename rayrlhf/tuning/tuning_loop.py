@@ -15,6 +15,7 @@ import ray
 import ray.train
 import torch
 
+from rayrlhf.engines.scoring.frozen import training_device
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.process_group import leave
 from rayrlhf.errors import AlarmError, UserError
@@ -22,7 +23,7 @@ from rayrlhf.observe.loop_control import is_due
 from rayrlhf.tuning.data_plan import STATE_FILE, TRAIN_NAME, batch_plan, best_step, checkpoint_name
 from rayrlhf.tuning.export import export_model
 from rayrlhf.tuning.held_out import PreferenceScores
-from rayrlhf.tuning.refusal import has_refusal, write_refusal
+from rayrlhf.tuning.refusal import has_refusal, has_stop_request, write_refusal
 from rayrlhf.tuning.sample_answers import AnswerSampler
 from rayrlhf.tuning.sample_table import PairTable
 from rayrlhf.tuning.step_recorder import StepRecorder
@@ -84,7 +85,10 @@ class _Worker:
         self._scores: PreferenceScores | None = None
 
     def run(self) -> None:
-        """Train from the last committed checkpoint to the end, and export."""
+        """Train from the last committed checkpoint to the end, and export.
+
+        A stop request ends it after a checkpoint of the current step.
+        """
         self._restore()
         done, total = self._engine.optimizer_steps, self._plan.total_steps
         first = self._rank == 0
@@ -93,15 +97,25 @@ class _Worker:
             self._evaluate(0)
         for step in range(done + 1, total + 1):
             self._trainer.take(step, self._recorder)
-            last = step == total
-            saving = last or is_due(step, self._config.checkpoint.every)
+            last, stopping = step == total, self._stop_requested()
+            saving = last or stopping or is_due(step, self._config.checkpoint.every)
             needed = saving and self._config.checkpoint.best_metric is not None
             found = self._evaluate(step) if last or needed or is_due(step, self._config.evaluation.every) else {}
             if saving:
                 self._save(step, found)
-        self._export()
+            if stopping and not last:
+                break
+        else:
+            self._export()
         if self._recorder is not None:
             self._recorder.close()
+
+    def _stop_requested(self) -> bool:
+        """Return True on all ranks, once one of them sees the request."""
+        seen = torch.tensor(float(has_stop_request(self._job.folder)), device=training_device())
+        if self._ranks > 1:
+            torch.distributed.all_reduce(seen)
+        return bool(seen)
 
     def _evaluate(self, step: int) -> dict[str, float]:
         """Evaluate on held-out data, generate responses, and return the metrics."""

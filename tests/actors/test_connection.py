@@ -8,6 +8,7 @@ import threading
 from contextlib import closing, suppress
 from socket import create_server
 
+import psutil
 import pytest
 import ray
 from ray._common.utils import get_ray_address_file
@@ -87,6 +88,9 @@ def test_the_note_of_a_killed_cluster_costs_no_minutes(tmp_path, port, monkeypat
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with connected(None):
         assert len(ray.nodes()) == 1
+        children = psutil.Process().children(recursive=True)
+        assert children
+        assert all(os.getsid(child.pid) != os.getsid(0) for child in children), "signals to the group end the driver only"
     assert not ray.is_initialized()
 
 

@@ -96,7 +96,7 @@ class Job:
         command = [str(Path(sys.executable).with_name("rayrlhf")), "ppo", str(self._yaml)]
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | (self.cluster.environment if self.cluster else {})
         with self._log.open("ab") as log:
-            self.driver = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
+            self.driver = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True)
         return self
 
     def wait(self, seconds):
@@ -150,9 +150,9 @@ class Job:
         raise AssertionError(f"step {step} was not reached within {seconds} s:\n{self.log[-3000:]}")
 
     def hurt(self, role, kind=signal.SIGKILL, seconds=60):
-        """Send a signal to one process of a role (or to the driver), as soon as there is one; returns its number."""
+        """Send a signal to one process of a role, as soon as there is one, or to the driver's group; returns its number."""
         if role == "driver":
-            self.driver.send_signal(kind)
+            os.killpg(self.driver.pid, kind)
             return self.driver.pid
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.driver.poll() is None:

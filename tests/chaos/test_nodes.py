@@ -69,7 +69,7 @@ def harmed_pair(folder, cluster, harm, steps=6, *overrides):
     jobs = []
     for name, kind in (("twin", "none"), ("victim", harm)):
         arguments = f"{{folder: {folder / name / 'calls'}, harm: {kind}}}"
-        function = f"reward.functions=[{{name: 'tests.chaos.harm:hindered', arguments: {arguments}}}]"
+        function = f"reward={{probe: false, functions: [{{name: 'tests.chaos.harm:hindered', arguments: {arguments}}}]}}"
         job = Job(folder / name, *SETTINGS, *PLACED, f"run.steps={steps}", function, *overrides, cluster=cluster).start()
         assert job.wait(200) == 0, job.log[-3000:]
         jobs.append(job)

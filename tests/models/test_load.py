@@ -24,6 +24,46 @@ def test_auto_is_bfloat16_only_where_the_cpu_multiplies_in_it(monkeypatch: pytes
     assert resolve_dtype("bfloat16") == torch.bfloat16
 
 
+def test_a_run_folder_is_its_exported_model(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "export").mkdir(parents=True)
+    (run / "config.yaml").touch()
+    with pytest.raises(UserError, match=r"export/ holds adapters; merge them with `rayrlhf export .*/run --merge`"):
+        resolve_path(ModelSection(path=str(run)))
+    (run / "export" / "config.json").touch()
+    assert resolve_path(ModelSection(path=str(run))) == str(run / "export")
+    (run / "export-merged").mkdir()
+    (run / "export-merged" / "config.json").touch()
+    assert resolve_path(ModelSection(path=str(run))) == str(run / "export-merged")
+
+
+def test_a_missing_folder_is_no_hub_name_and_a_near_one_is_suggested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "sft-first").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"'runs/sft-frist': no such folder; did you mean runs/sft-first\?"):
+        resolve_path(ModelSection(path="runs/sft-frist"))
+
+
+def test_a_hub_that_cannot_be_reached_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    load.use_hub_cache_if_offline.cache_clear()
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert resolve_path(ModelSection(path="owner/name")) == "owner/name"
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    load.use_hub_cache_if_offline.cache_clear()
+
+
+def test_a_run_without_a_model_is_named_as_one(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match=r"this run has no model in export/ yet; finish it first"):
+        resolve_path(ModelSection(path=str(tmp_path)))
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

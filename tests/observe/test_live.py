@@ -1,6 +1,7 @@
 """The terminal view on real consoles: one that is a terminal and one that is a file."""
 
 import io
+import re
 import threading
 import time
 
@@ -33,6 +34,11 @@ def text_of(console: Console) -> str:
     return console.file.getvalue()
 
 
+def log_of(console: Console) -> list[str]:
+    """The lines of a log without their time of day."""
+    return [re.fullmatch(r"\d\d:\d\d:\d\d (.*)", line)[1] for line in text_of(console).splitlines()]
+
+
 def test_without_a_terminal_each_step_is_one_line_without_escapes():
     console = pipe()
     view = LiveView(console=console)
@@ -41,7 +47,7 @@ def test_without_a_terminal_each_step_is_one_line_without_escapes():
         view.step(step, METRICS)
     view.note("checkpoint written")
     view.stop()
-    lines = text_of(console).splitlines()
+    lines = log_of(console)
     assert len(lines) == 4
     assert lines[0].startswith("step 1/3  score 0.500  KL 0.012  entropy 1.250  length 40  tok/s 123  generate 50%")
     assert lines[-1] == "checkpoint written"
@@ -129,7 +135,7 @@ def test_a_long_wait_without_a_terminal_never_falls_silent():
     view = LiveView(console=console, heartbeat_seconds=0.05)
     with view.wait("loading"):
         time.sleep(0.4)
-    lines = text_of(console).splitlines()
+    lines = log_of(console)
     assert lines[0] == "loading ..."
     assert lines[1].startswith("loading: still waiting after ")
     assert lines[-1].startswith("loading: done after ")
@@ -145,7 +151,14 @@ def test_a_wait_that_fails_says_so_and_lets_the_error_through():
 
     with pytest.raises(KeyError):
         fail()
-    assert text_of(console).splitlines()[-1].startswith("loading: failed after ")
+    assert log_of(console)[-1].startswith("loading: failed after ")
+
+
+def test_a_wait_of_less_than_a_second_leaves_no_line():
+    console = pipe()
+    with LiveView(console=console).wait("looking for a checkpoint"):
+        pass
+    assert log_of(console) == []
 
 
 def test_the_view_survives_a_terminal_that_is_too_narrow():

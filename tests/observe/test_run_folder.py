@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from rayrlhf.config.model import ModelSection
 from rayrlhf.errors import UserError
-from rayrlhf.observe.run_folder import RunFolder, open_run
+from rayrlhf.observe.run_folder import RunFolder, check_run_folder, open_run
 
 
 def line_differences(old: str, new: str) -> list[str]:
@@ -36,15 +37,72 @@ def test_the_same_configuration_resumes_also_when_only_its_spelling_changed(tmp_
     assert open_and_close(tmp_path / "run", "a: 1 \n b: 2\n").resumed
 
 
+def begun(folder: Path, text: str = "a: 1\nb: 2\n") -> Path:
+    """A run with one step."""
+    (open_and_close(folder, text).path / "metrics.jsonl").write_text('{"step": 1}\n')
+    return folder
+
+
 def test_another_configuration_is_refused_with_what_differs(tmp_path: Path):
-    open_and_close(tmp_path / "run")
+    begun(tmp_path / "run")
     with pytest.raises(UserError) as caught:
         open_and_close(tmp_path / "run", "a: 1\nb: 3\n")
     assert "another configuration (b: 2 -> b: 3): choose another run.name" in str(caught.value)
 
 
+def test_the_weights_of_another_configuration_are_offered_for_a_new_run(tmp_path: Path):
+    open_and_close(tmp_path / "run")
+    (tmp_path / "run" / "export").mkdir()
+    with pytest.raises(UserError, match=r"another run\.name, with --from .*/run to begin with its weights$"):
+        open_and_close(tmp_path / "run", "a: 1\nb: 3\n")
+
+
+def test_a_run_that_failed_before_its_first_step_does_not_block_its_name(tmp_path: Path):
+    folder = open_and_close(tmp_path / "run").path
+    (folder / "metrics.jsonl").write_text('{"step": 0, "evaluation/score": 1.0}\n')
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "step-000000.parquet").touch()
+    run = open_and_close(folder, "a: 1\nb: 3\n")
+    assert not run.resumed
+    assert run.config.read_text() == "a: 1\nb: 3\n"
+    assert not (folder / "evaluation").exists(), "an evaluation of another configuration"
+    assert run.checkpoints.is_dir()
+
+
+@pytest.mark.parametrize("kept", ["metrics.jsonl", "checkpoints/train/step-000001/part", "export/config.json"])
+def test_a_run_with_a_step_a_checkpoint_or_a_model_keeps_its_configuration(tmp_path: Path, kept: str):
+    folder = open_and_close(tmp_path / "run").path
+    (folder / kept).parent.mkdir(parents=True, exist_ok=True)
+    (folder / kept).write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match="another configuration"):
+        open_and_close(folder, "a: 1\nb: 3\n")
+    assert (folder / kept).exists()
+
+
+def test_a_folder_of_another_kind_keeps_its_configuration_from_the_start(tmp_path: Path):
+    open_and_close(tmp_path / "run", folders=())
+    with pytest.raises(UserError, match="another configuration"):
+        open_and_close(tmp_path / "run", "a: 1\nb: 3\n", folders=())
+
+
+def test_a_run_of_another_kind_is_one_line(tmp_path: Path):
+    begun(tmp_path / "run")
+    with pytest.raises(UserError, match=r"holds another kind of run: choose another run\.name"):
+        check_run_folder(tmp_path / "run", "a: 1\n", lambda *_: ModelSection.model_validate({"a": 1}))
+
+
+def test_a_check_creates_nothing_and_finds_what_the_run_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert not check_run_folder(tmp_path / "runs" / "new", "a: 1\n", line_differences)
+    assert not list(tmp_path.iterdir())
+    open_and_close(tmp_path / "run", "a: 1\n")
+    assert check_run_folder(tmp_path / "run", "a: 1\n", line_differences)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(UserError, match=r"cannot write .*runs/new: Permission denied"):
+        check_run_folder(tmp_path / "runs" / "new", "a: 1\n", line_differences)
+
+
 def test_a_long_list_of_differences_is_cut(tmp_path: Path):
-    open_and_close(tmp_path / "run", "".join(f"k{n}: 0\n" for n in range(9)))
+    begun(tmp_path / "run", "".join(f"k{n}: 0\n" for n in range(9)))
     with pytest.raises(UserError, match=r"k4: 0 -> k4: 1; and 4 more\)") as caught:
         open_and_close(tmp_path / "run", "".join(f"k{n}: 1\n" for n in range(9)))
     assert "\n" not in str(caught.value)
@@ -68,7 +126,7 @@ def test_an_empty_folder_is_used_and_one_with_other_files_is_not(tmp_path: Path)
 
 def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write .*run: File exists \(.*/file\)"):
+    with pytest.raises(UserError, match=r"cannot write .*run: Not a directory \(.*/file\)"):
         open_and_close(tmp_path / "file" / "run")
 
 

@@ -209,6 +209,7 @@ def test_a_users_file_provides_engine_callback_and_reward_and_a_nan_reward_is_na
         f"rollout.arguments={{mark: '{mark}'}}",
         f"observe.callbacks=[{{name: '{file}:Started', arguments: {{mark: '{mark}'}}}}]",
         f"reward.functions=[{{name: '{file}:bad'}}]",
+        "reward.probe=false",
     ]
     config = run_config(tmp_path, *plugins, "critic.kind=shared", "algorithm.kl.coefficient=0")
     with pytest.raises(UserError, match="reward function 'bad' returned float nan for sample 0"):

@@ -76,15 +76,20 @@ def test_a_run_that_was_asked_to_stop_goes_on_when_it_is_started_again(tmp_path)
     path = tmp_path / "sft.yaml"
     path.write_text(dump_config(config))
     command = [sys.executable, "-m", "rayrlhf.cli", "sft", str(path)]
-    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not (config.run.folder / "metrics.jsonl").exists() or len(losses(config.run.folder)) < KILL_AFTER:
         assert first.poll() is None
         time.sleep(0.01)
-    first.send_signal(signal.SIGTERM)
+    os.killpg(first.pid, signal.SIGTERM)
     _, errors = first.communicate(timeout=120)
     assert first.returncode == 75, errors
-    assert "the same command goes on from the last checkpoint" in errors
-    assert len(losses(config.run.folder)) < STEPS
+    done = len(losses(config.run.folder))
+    assert (
+        errors.strip().splitlines()[-1]
+        == f"rayrlhf: stopped after step {done} on SIGTERM, with a checkpoint; the same command resumes"
+    )
+    assert done < STEPS
+    assert (config.run.folder / "checkpoints" / "train" / f"step-{done:06d}").is_dir()
     subprocess.run(command, check=True, timeout=300)
     undisturbed = train_sft(sft_config(tmp_path, *settings, "run.name=quiet", "train.learning_rate=1e-4"))
     np.testing.assert_allclose(losses(config.run.folder), losses(undisturbed.folder), rtol=0, atol=TOLERANCE)

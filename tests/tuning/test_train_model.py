@@ -72,6 +72,17 @@ def test_a_finished_run_is_not_run_again_and_another_configuration_is_refused(on
         train_sft(config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": 1.0})}))
 
 
+def test_a_finished_run_goes_on_when_its_steps_are_raised(tmp_path):
+    short = sft_config(tmp_path, "train.steps=1", "evaluation.generations=0")
+    assert train_sft(short).steps == 1
+    longer = sft_config(tmp_path, "train.steps=2", "evaluation.generations=0", "checkpoint.every=1")
+    result = train_sft(longer)
+    rows = read_metrics(result.folder)
+    assert result.steps == 2
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+    assert [row["step"] for row in rows if "evaluation/loss" in row] == [0, 1, 2]
+
+
 @pytest.mark.slow
 def test_two_workers_and_packed_rows_have_the_loss_curve_of_one_worker(one_worker, tmp_path):
     _, alone = one_worker

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from rayrlhf.config.loading.kinds import check_kind
+from rayrlhf.config.loading.paths import expand_paths
 from rayrlhf.config.loading.presets import preset_tree, preset_under
 from rayrlhf.config.loading.problems import problems, sections_in
 from rayrlhf.config.loading.yaml_text import dump, parse, problem_of
@@ -71,10 +73,11 @@ def _validated(cls: type[T], tree: dict[str, Any], given: Sequence[str], file: s
         settings = with_current_keys(tree, cls)
         preset = preset_tree(name, f"{over if 'preset' in given else file}: preset")
         tree = _merged(preset_under(preset, settings), settings)
-    tree = with_current_keys(tree, cls)
+    tree = expand_paths(with_current_keys(tree, cls), file)
     try:
         return cls.model_validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
+        check_kind(cls, tree, file)
         lines = [
             f"{_source(dotted, given, file, over)}: {dotted and dotted + ': '}{message}"
             for dotted, message in problems(error, tree, cls).items()

@@ -113,7 +113,7 @@ def _dotted(detail: Any, tree: Any) -> str:
 def _nearest_key(dotted: str, root: type[Section], tree: Any) -> str:
     """Return the hint for an unknown key.
 
-    In this order: the same name elsewhere, a similar name in the section, a similar name elsewhere, the valid keys.
+    In this order: the same name elsewhere, a similar or longer name in the section, a similar name elsewhere, the valid keys.
     """
     generic = re.sub(r"\.\d+(?=\.|$)", ".0", dotted)
     section, _, leaf = generic.rpartition(".")
@@ -122,6 +122,7 @@ def _nearest_key(dotted: str, root: type[Section], tree: Any) -> str:
     searches: tuple[Callable[[], list[str]], ...] = (
         lambda: difflib.get_close_matches(generic, [key for key in keys if key.rpartition(".")[2] == leaf], n=1, cutoff=0),
         lambda: _similar_leaf(leaf, siblings),
+        lambda: [key for key in siblings if len(leaf) > 3 and key.rpartition(".")[2].startswith(f"{leaf.rstrip('s')}_")],
         lambda: _similar_leaf(leaf, keys),
     )
     for search in searches:

@@ -125,6 +125,26 @@ def context_length(rollout: RolloutSection, model_config: PretrainedConfig) -> i
     return rollout.max_model_length
 
 
+def check_room(context: int, prompt: int | None, response: int) -> None:
+    """Check that prompt and response fit into the context.
+
+    Args:
+        context: tokens of prompt and response together.
+        prompt: `data.max_prompt_tokens`.
+        response: `rollout.max_new_tokens`.
+
+    Raises:
+        UserError: they do not fit, or no token is left for a prompt.
+    """
+    if (prompt or 1) + response > context:
+        wanted = f"rollout.max_new_tokens {response}" + ("" if prompt is None else f" and data.max_prompt_tokens {prompt}")
+        left = context - (prompt or 1)
+        raise UserError(
+            f"{wanted}: more than the {context} tokens of the model's context for prompt and response"
+            + (f"; expected rollout.max_new_tokens <= {left}" if left > 0 else "")
+        )
+
+
 def make_rollout(
     request: RolloutRequest,
     response_ids: Sequence[int],

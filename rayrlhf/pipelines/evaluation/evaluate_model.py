@@ -18,26 +18,28 @@ from rayrlhf.config.pipelines import EvaluateConfig
 from rayrlhf.data.prompt_datasets import load_prompt_dataset, read_prompts
 from rayrlhf.data.records import Float32, Prompt, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import sample_seed
-from rayrlhf.engines.rollout.common import RolloutSpec, context_length
+from rayrlhf.engines.rollout.common import RolloutSpec, check_room, context_length
 from rayrlhf.engines.rollout.factory import check_rollout_backend
 from rayrlhf.engines.scoring.reward_ensemble import RewardEnsemble
 from rayrlhf.environments.episodes import without_failed
 from rayrlhf.environments.players.factory import build_player
 from rayrlhf.environments.registry import check_environment
 from rayrlhf.environments.transcript import transcript_lines
-from rayrlhf.errors import AlarmError, UserError
+from rayrlhf.errors import AlarmError
 from rayrlhf.models.load import load_architecture, load_tokenizer
 from rayrlhf.observe.resampling import Interval, bootstrap_mean, distinct_share
-from rayrlhf.observe.run_folder import open_run
+from rayrlhf.observe.run_folder import check_run_folder, open_run
 from rayrlhf.observe.samples import Line, Sample, SampleSink
 from rayrlhf.pipelines.evaluation.best_of import best_of, pass_at, powers_of_two
 from rayrlhf.pipelines.evaluation.rejection_sampling import KEPT, as_lines, kept_rows
-from rayrlhf.rewards.functions import ScoringBatch, load_functions
+from rayrlhf.rewards.functions import BoundFunction, ScoringBatch, load_functions
+from rayrlhf.rewards.probe import probe_functions
 from rayrlhf.rewards.score import RewardBatch, run_functions, weighted_sum
 from rayrlhf.storage.atomic import write_atomically
 from rayrlhf.storage.notes import read_note
 
 RESULT = "evaluation.json"
+_DIFFERENCES = partial(stored_differences, EvaluateConfig)
 ANSWERS = "answers"
 
 
@@ -85,12 +87,15 @@ def check_evaluation(config: EvaluateConfig) -> str:
     Raises:
         UserError: invalid data, reward functions, rollout backend, environment or lengths.
     """
-    load_functions(config.reward)
+    functions = load_functions(config.reward)
     check_rollout_backend(config.rollout)
     if config.environment is not None:
         check_environment(config.environment)
+    check_run_folder(config.run.folder, dump_config(config), _DIFFERENCES, folders=())
     prompts = _load_prompts(config)
-    return f"evaluation: {config.run.folder}\nmodel: {config.model.path}\nprompts: {len(prompts)} of {config.data.path}"
+    slow = _probe(config, functions, prompts)
+    plan = f"evaluation: {config.run.folder}\nmodel: {config.model.path}\nprompts: {len(prompts)} of {config.data.path}"
+    return "\n".join([plan, *slow])
 
 
 def evaluate_model(config: EvaluateConfig) -> EvaluationResult:
@@ -102,9 +107,10 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult:
     """
     functions = load_functions(config.reward)
     prompts = _load_prompts(config)
-    with open_run(config.run.folder, dump_config(config), partial(stored_differences, EvaluateConfig)) as folder:
+    with open_run(config.run.folder, dump_config(config), _DIFFERENCES, folders=()) as folder:
         if (folder.path / RESULT).is_file():
             return read_result(folder.path)
+        _probe(config, functions, prompts)
         answered = _answer(config, prompts)
         complete = complete_prompts(config, prompts, list(answered.values()))
         repeated = [prompt for prompt in complete for _ in range(config.samples)]
@@ -120,6 +126,12 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult:
         SampleSink(folder.path / ANSWERS).write(0, _samples(config, repeated, rollouts, rewards))
         kept = _keep(config, folder.path, repeated, rollouts, rewards.scores)
         return _write_result(config, folder.path, rollouts, rewards, kept, failed=len(prompts) - len(complete))
+
+
+def _probe(config: EvaluateConfig, functions: Sequence[BoundFunction], prompts: Sequence[Prompt]) -> list[str]:
+    if config.environment is not None or not config.reward.probe:
+        return []
+    return probe_functions(functions, prompts, load_tokenizer(config.model))
 
 
 def read_result(folder: Path) -> EvaluationResult:
@@ -176,11 +188,7 @@ def transcripts(config: EvaluateConfig, rollouts: Sequence[Rollout]) -> list[lis
 def _load_prompts(config: EvaluateConfig) -> list[Prompt]:
     context = context_length(config.rollout, load_architecture(config.model))
     longest = config.data.max_prompt_tokens or context - config.rollout.max_new_tokens
-    if longest < 1 or longest + config.rollout.max_new_tokens > context:
-        raise UserError(
-            f"rollout.max_new_tokens {config.rollout.max_new_tokens} and data.max_prompt_tokens {longest} exceed "
-            f"the {context} tokens of the model's context (rollout.max_model_length)"
-        )
+    check_room(context, config.data.max_prompt_tokens, config.rollout.max_new_tokens)
     data = DataSection(train=config.data, chat=config.data.chat, system_prompt=config.data.system_prompt)
     return load_prompt_dataset(config.data, data, load_tokenizer(config.model), longest)
 

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from rayrlhf.observe.closing import folder_line
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that replace those of the file: section.key=value ...")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the configuration, print the plan, start nothing.")]
 
@@ -28,7 +30,7 @@ def build(
     from rayrlhf.pipelines.icl.build_dataset import build_dataset, check_build
 
     loaded = load_config(ICLBuildConfig, config, overrides or [])
-    for line in [check_build(loaded)] if dry_run else build_dataset(loaded).lines():
+    for line in [check_build(loaded)] if dry_run else [*build_dataset(loaded).lines(), *folder_line(loaded.run.folder)]:
         typer.echo(line)
 
 
@@ -44,7 +46,7 @@ def pack(
     from rayrlhf.pipelines.icl.pack_documents import check_packing, pack_documents
 
     loaded = load_config(ICLPackConfig, config, overrides or [])
-    for line in [check_packing(loaded)] if dry_run else pack_documents(loaded).lines():
+    for line in [check_packing(loaded)] if dry_run else [*pack_documents(loaded).lines(), *folder_line(loaded.run.folder)]:
         typer.echo(line)
 
 
@@ -60,7 +62,7 @@ def evaluate(
     from rayrlhf.pipelines.icl.evaluate_icl import check_evaluation, evaluate_curve
 
     loaded = load_config(ICLEvaluateConfig, config, overrides or [])
-    for line in [check_evaluation(loaded)] if dry_run else evaluate_curve(loaded).lines():
+    for line in [check_evaluation(loaded)] if dry_run else [*evaluate_curve(loaded).lines(), *folder_line(loaded.run.folder)]:
         typer.echo(line)
 
 
@@ -76,5 +78,7 @@ def distill(
     from rayrlhf.pipelines.icl.distill import check_distillation, distill_context
 
     loaded = load_config(ICLDistillConfig, config, overrides or [])
-    for line in [check_distillation(loaded)] if dry_run else distill_context(loaded).lines():
+    for line in (
+        [check_distillation(loaded)] if dry_run else [*distill_context(loaded).lines(), *folder_line(loaded.run.folder)]
+    ):
         typer.echo(line)

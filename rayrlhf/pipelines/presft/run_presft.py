@@ -14,6 +14,7 @@ from rayrlhf.batch_inference.stage_resources import PartProgress
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.pipelines import PreSFTConfig
 from rayrlhf.errors import UserError
+from rayrlhf.models.load import MERGED
 from rayrlhf.pipelines.presft.dataset import repair, write_dataset
 from rayrlhf.pipelines.presft.datasheet import write_datasheet
 from rayrlhf.pipelines.presft.dry_run import check_presft
@@ -21,7 +22,7 @@ from rayrlhf.pipelines.presft.presft_folder import Layout, open_presft
 from rayrlhf.pipelines.presft.presft_report import write_report
 from rayrlhf.pipelines.presft.presft_steps import LabeledModel, read_cut, relabel_pairs, score_pairs, select_pairs
 from rayrlhf.pipelines.presft.quality import measure_quality
-from rayrlhf.pipelines.presft.sft_configs import MERGED, sft_config, tuned_model
+from rayrlhf.pipelines.presft.sft_configs import sft_config, tuned_model
 from rayrlhf.tuning.training_result import read_result
 
 Step = Literal["score", "select", "relabel", "tune"]

@@ -6,9 +6,8 @@ from rayrlhf.config.data import SupervisedDataSection, SupervisedDatasetSection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.pipelines import PreSFTConfig
 from rayrlhf.config.tuning import SFTConfig, SupervisedEvaluationSection, TuningRunSection
+from rayrlhf.models.load import EXPORT, MERGED
 
-MERGED = "export-merged"
-"""Folder of the merged model of an SFT run with adapters."""
 TEMPLATE_TOKENS = 16
 """Maximum tokens that a chat template appends to a response."""
 
@@ -44,5 +43,5 @@ def sft_config(config: PreSFTConfig, folder: Path, dataset: Path, held_out: Path
 
 def tuned_model(config: PreSFTConfig, folder: Path) -> ModelSection:
     """Return the exported model of a finished SFT run, with merged adapters."""
-    export = folder / ("export" if config.model.lora is None else MERGED)
+    export = folder / (EXPORT if config.model.lora is None else MERGED)
     return config.model.model_copy(update={"path": str(export), "revision": None, "lora": None})

@@ -1,50 +1,23 @@
 """Starter configurations: one small commented YAML per task, and JSON schemas."""
 
 import json
-from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from rayrlhf.config.loading.kinds import config_class
 from rayrlhf.config.loading.presets import PRESETS, preset_tree
-from rayrlhf.config.section import Section
 from rayrlhf.errors import UserError
 from rayrlhf.storage.atomic import write_atomically
 
-ROOTS = {
-    "ppo": "rayrlhf.config.ppo:PPOConfig",
-    "sft": "rayrlhf.config.tuning:SFTConfig",
-    "reward": "rayrlhf.config.tuning:RewardTrainingConfig",
-    "dpo": "rayrlhf.config.tuning:DPOConfig",
-    "presft": "rayrlhf.config.pipelines:PreSFTConfig",
-    "evaluate": "rayrlhf.config.pipelines:EvaluateConfig",
-    "icl-build": "rayrlhf.config.icl:ICLBuildConfig",
-    "icl-pack": "rayrlhf.config.icl:ICLPackConfig",
-    "icl-evaluate": "rayrlhf.config.icl:ICLEvaluateConfig",
-    "icl-distill": "rayrlhf.config.icl:ICLDistillConfig",
-}
-"""Task -> the class of its configuration."""
 MODEL = "builtin:smollm2-135m-instruct"
-
-
-def config_class(task: str) -> type[Section]:
-    """Return the class of a task's configuration.
-
-    Raises:
-        UserError: an unknown task.
-    """
-    if task not in ROOTS:
-        raise UserError(f"{task}: expected one of {', '.join(ROOTS)}")
-    module, name = ROOTS[task].split(":")
-    found: type[Section] = getattr(import_module(module), name)
-    return found
 
 
 def starter(task: str, model: str = MODEL, *, gpus: int = 0, preset: str | None = None) -> str:
     """Return a first configuration of a task as YAML with comments.
 
     Args:
-        task: one of `ROOTS`.
+        task: one of `rayrlhf.config.loading.kinds.ROOTS`.
         model: path of the initial model.
         gpus: number of GPUs of this machine; steps are larger with any.
         preset: algorithm of the task `ppo`, written as the `preset:` key.

@@ -175,7 +175,7 @@ def test_a_wrong_value_is_one_line_that_names_key_and_expectation(minimal, overr
             "algorithm.advantage.estimator=grpo",
             "algorithm.advantage.estimator 'grpo' compares responses to one prompt: set rollout",
         ),
-        ("rollout.max_model_length=256", "rollout.max_model_length 256 cannot hold a prompt of 1 tokens"),
+        ("rollout.max_model_length=256", "rollout.max_model_length 256 cannot hold a prompt and rollout.max_new_tokens"),
         ("rollout.refill_rounds=2", "rollout.refill_rounds 2 replaces prompts whose responses all score the same"),
         (
             "algorithm.shaping.overlong_buffer=999",

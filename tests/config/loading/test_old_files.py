@@ -6,13 +6,13 @@ import pytest
 
 from rayrlhf.config.icl import ICLBuildConfig, ICLEvaluateConfig
 from rayrlhf.config.launch import ClusterConfig
+from rayrlhf.config.loading.kinds import config_class
 from rayrlhf.config.loading.load import dump_config, load_config, stored_config
 from rayrlhf.config.pipelines import ChainConfig, PreSFTConfig
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.section import Section
 from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
 from rayrlhf.pipelines.chain.run_chain import load_chain, plan_chain
-from rayrlhf.tools.starters import config_class
 
 OLD = Path(__file__).parents[1] / "old"
 FILES = sorted(str(path.relative_to(OLD)) for path in OLD.rglob("*.yaml"))

@@ -4,11 +4,11 @@ import pytest
 import yaml
 
 from rayrlhf.config.loading import load
+from rayrlhf.config.loading.kinds import ROOTS, config_class
 from rayrlhf.config.loading.load import dump_config, load_config, stored_config
 from rayrlhf.config.loading.problems import sections_in
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.section import Section
-from rayrlhf.tools.starters import ROOTS, config_class
 
 
 @pytest.fixture(autouse=True)

@@ -54,7 +54,7 @@ def test_another_configuration_under_the_same_name_is_refused(finished):
 
 def test_the_check_counts_prompts_and_refuses_lengths_that_do_not_fit(tmp_path):
     assert "prompts: 12 of builtin:sums" in check_evaluation(config(tmp_path))
-    with pytest.raises(UserError, match="exceed the 64 tokens"):
+    with pytest.raises(UserError, match="more than the 64 tokens"):
         check_evaluation(config(tmp_path, "data.max_prompt_tokens=63"))
 
 

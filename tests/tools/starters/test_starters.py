@@ -8,11 +8,12 @@ import yaml
 from typer.testing import CliRunner
 
 from rayrlhf.cli import app
+from rayrlhf.config.loading.kinds import ROOTS, config_class
 from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.loading.presets import PRESETS
 from rayrlhf.config.loading.yaml_text import parse
 from rayrlhf.errors import UserError
-from rayrlhf.tools.starters import ROOTS, config_class, json_schema, starter, write_starter
+from rayrlhf.tools.starters import json_schema, starter, write_starter
 from tests.test_examples import OTHER_FILES, PPO_FILES, ROOT
 
 

@@ -1,0 +1,100 @@
+"""Checks of a PPO run before Ray starts.
+
+They cover run folder, CPUs, GPUs, memory, adapters, prompts and reward functions.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from rayrlhf.actors.local_machine import check_local_machine
+from rayrlhf.actors.placement import ClusterResources, make_plan
+from rayrlhf.config.loading.load import dump_config
+from rayrlhf.config.model import LoraSection
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.data.records import Prompt
+from rayrlhf.engines.rollout.factory import check_rollout_backend
+from rayrlhf.models.load import load_tokenizer, resolve_dtype
+from rayrlhf.models.skeleton import check_adapters, check_memory, least_training_bytes, parameter_count
+from rayrlhf.observe.memory import memory_limit_bytes
+from rayrlhf.observe.run_folder import check_run_folder
+from rayrlhf.observe.trackers import check_trackers
+from rayrlhf.ppo.callbacks import Callback, resolve_callbacks
+from rayrlhf.ppo.run_identity import stored_differences
+from rayrlhf.ppo.run_prompts import load_prompts
+from rayrlhf.ppo.sft_warmup import check_warmup
+from rayrlhf.ppo.update_objectives import check_algorithm
+from rayrlhf.rewards.functions import load_functions
+from rayrlhf.rewards.probe import probe_functions
+
+
+class Checked(NamedTuple):
+    """Results of the checks.
+
+    Attributes:
+        train: training prompts.
+        held_out: prompts of evaluations.
+        callbacks: constructors of `observe.callbacks`.
+        notes: lines about what is valid but slow.
+    """
+
+    train: list[Prompt]
+    held_out: list[Prompt]
+    callbacks: list[Callable[[], Callback]]
+    notes: list[str]
+
+
+def check_start(config: PPOConfig) -> Checked:
+    """Check all that can be checked without Ray and without weights.
+
+    Raises:
+        UserError: a plugin that is not installed, cannot be resolved or does not accept its arguments; a run folder that holds
+            something else or cannot be written; too few CPUs or GPUs; models beyond the memory; adapters for modules that the
+            model lacks; a mistake in the prompts; a reward function that fails on made-up responses.
+    """
+    check_trackers(config.observe.trackers)
+    check_rollout_backend(config.rollout)
+    functions = load_functions(config.reward)
+    check_algorithm(config.algorithm)
+    callbacks = resolve_callbacks(config.observe.callbacks)
+    check_run_folder(config.run.folder, dump_config(config), stored_differences, resume=config.run.resume)
+    check_adapters(config.model)
+    check_local_machine(config.placement.address, lambda machine: _check_fits(config, machine))
+    train, held_out = load_prompts(config)
+    check_warmup(config, train)
+    probed = functions if config.reward.probe and config.environment is None else []
+    return Checked(train, held_out, callbacks, probe_functions(probed, train, load_tokenizer(config.model)))
+
+
+def _check_fits(config: PPOConfig, machine: ClusterResources) -> None:
+    """Check CPUs, GPUs and, on a machine without GPUs, the memory of the models."""
+    make_plan(config, machine)
+    if machine.gpus:
+        return
+    lora = config.model.model_copy(update={"lora": LoraSection()})
+    shared = config.critic.model_copy(update={"kind": "shared", "model": None})
+    changes: dict[str, dict[str, Any]] = {
+        "critic.kind=shared": {"critic": shared} if config.critic.kind == "separate" else {},
+        "model.lora={rank: 16}": {"model": lora},
+        "model.lora={rank: 16} critic.kind=shared": {"model": lora, "critic": shared},
+    }
+    after = {change: sum(least_bytes(config.model_copy(update=update)).values()) for change, update in changes.items()}
+    check_memory(least_bytes(config), memory_limit_bytes(), after)
+
+
+def least_bytes(config: PPOConfig) -> dict[str, int]:
+    """Return the bytes of each role's models on a machine without GPUs.
+
+    Activations and caches are left out.
+    """
+    states = 0 if config.train.optimizer.name == "sgd" else 2
+    precision = resolve_dtype(config.model.dtype).itemsize
+    ranks = config.placement.policy.ranks if config.train.zero_stage == 0 else 1
+    parts = {
+        "policy": ranks * least_training_bytes(config.model, states=states),
+        "rollout": config.rollout.replicas * precision * parameter_count(config.model),
+    }
+    if config.critic.kind == "separate":
+        parts["critic"] = least_training_bytes(config.critic.model or config.model, states=states)
+    if config.needs_reference and not config.reference_in_policy:
+        parts["reference"] = precision * parameter_count(config.reference.model or config.model)
+    return parts

@@ -1,0 +1,29 @@
+"""Which settings a resumed PPO run may change."""
+
+import pytest
+
+from rayrlhf.config.loading.load import dump_config
+from rayrlhf.ppo.run_identity import stored_differences
+from tests.ppo.runs import run_config
+
+FREE = ["run.steps=9", "evaluation.every=3", "checkpoint.every=2", "observe.live=true", "run.resume=never"]
+
+
+def changed(folder, *overrides, base=()):
+    return stored_differences(dump_config(run_config(folder, *base)), dump_config(run_config(folder, *base, *overrides)))
+
+
+@pytest.mark.parametrize("setting", [*FREE, "placement.policy.ranks=2", "rollout.replicas=3", "recovery.attempts=5"])
+def test_length_outputs_and_processes_may_change(tmp_path, setting):
+    assert changed(tmp_path, setting) == []
+
+
+@pytest.mark.parametrize("setting", ["train.learning_rate=0.5", "evaluation.prompts=4", "run.seed=3"])
+def test_settings_that_make_another_run_may_not(tmp_path, setting):
+    assert [line.partition(":")[0] for line in changed(tmp_path, setting)] == [setting.partition("=")[0]]
+
+
+def test_an_exact_run_may_become_longer_but_keeps_its_processes(tmp_path):
+    exact = ["run.determinism=exact"]
+    assert changed(tmp_path, *FREE, base=exact) == []
+    assert changed(tmp_path, "rollout.replicas=2", base=exact) == ["rollout.replicas: 1 -> 2"]

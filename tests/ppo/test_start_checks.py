@@ -1,0 +1,66 @@
+"""Mistakes that `--dry-run` and a run find before Ray starts, each one line."""
+
+import pytest
+
+from rayrlhf.errors import UserError
+from rayrlhf.models.skeleton import parameter_count
+from rayrlhf.ppo.start_checks import least_bytes
+from rayrlhf.ppo.train_ppo import check_ppo
+from tests.ppo.runs import run_config
+
+SHALLOW = ["model.path=builtin:tiny?layers=1&hidden=64&context=64", "rollout.backend=transformers"]
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("rayrlhf.actors.connection.ambient_address", lambda: "local")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["placement.policy.cpus=4096"], r"placement: requested \d+\.?\d* CPUs and 0 GPUs \(policy 1 x \(4096 CPU"),
+        (["placement.policy.gpus=16"], "but the cluster has .* CPUs and .* GPUs"),
+        (["model.lora={target_modules: [q_proj, qkv]}"], r"target_modules: no linear layer 'qkv' in .*; it has q_proj, k_proj"),
+        (
+            ["reward.functions=[{name: gsm8k}]"],
+            "reward function 'gsm8k' needs column 'answer'; the dataset's columns are: number",
+        ),
+    ],
+)
+def test_a_mistake_is_found_without_ray_and_leaves_nothing(tmp_path, settings, message):
+    config = run_config(tmp_path, *SHALLOW, *settings)
+    with pytest.raises(UserError, match=message) as caught:
+        check_ppo(config)
+    assert "\n" not in str(caught.value)
+    assert not config.run.root.exists()
+
+
+def test_a_foreign_run_folder_and_one_of_another_configuration_are_found(tmp_path):
+    config = run_config(tmp_path, *SHALLOW)
+    config.run.folder.mkdir(parents=True)
+    (config.run.folder / "thesis.tex").touch()
+    with pytest.raises(UserError, match="has files in it but no config"):
+        check_ppo(config)
+
+
+def test_models_beyond_the_memory_are_refused_with_the_smallest_change(tmp_path, monkeypatch):
+    config = run_config(tmp_path, *SHALLOW)
+    parts = least_bytes(config)
+    total = sum(parts.values())
+    assert set(parts) == {"policy", "critic", "reference", "rollout"}
+    assert parts["policy"] == 16 * parameter_count(config.model)
+    monkeypatch.setattr("rayrlhf.ppo.start_checks.memory_limit_bytes", lambda: total)
+    check_ppo(config)
+    monkeypatch.setattr("rayrlhf.ppo.start_checks.memory_limit_bytes", lambda: total - 1)
+    with pytest.raises(UserError, match=r"the models need at least .*; smallest change that fits: critic\.kind=shared$"):
+        check_ppo(config)
+    monkeypatch.setattr("rayrlhf.ppo.start_checks.memory_limit_bytes", lambda: 1)
+    with pytest.raises(UserError, match="no setting makes it fit; choose a smaller model"):
+        check_ppo(config)
+
+
+def test_what_is_right_passes(tmp_path):
+    plan = check_ppo(run_config(tmp_path, *SHALLOW, "model.lora={target_modules: [q_proj]}"))
+    assert plan.endswith("prompts: 32 to train on, 8 held out")
