@@ -56,6 +56,11 @@ class UpdateSection(Section):
     """Keep optimizer states in main memory. Needs `zero_stage` 1, 2 or 3."""
 
     @property
+    def sharded(self) -> bool:
+        """True if ranks share training state, so that each holds only a part."""
+        return self.zero_stage > 0
+
+    @property
     def sharding_label(self) -> str:
         """Sharding in words, for plans and logs."""
         return f"ZeRO stage {self.zero_stage}"

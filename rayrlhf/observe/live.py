@@ -38,6 +38,7 @@ class LiveView:
         live: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
         heartbeat_seconds: float = 30.0,
+        stamped: bool = True,
     ) -> None:
         """Prepare; nothing is shown yet.
 
@@ -46,12 +47,14 @@ class LiveView:
             live: update in place; None for a terminal only.
             clock: monotonic seconds.
             heartbeat_seconds: time between the lines of a long wait without a terminal.
+            stamped: begin lines of a log with the time of day; False where lines are of an earlier time.
         """
         self._title = title
         self._console = console or Console()
         self._live_wanted = self._console.is_terminal if live is None else live
         self._clock = clock
         self._heartbeat = heartbeat_seconds
+        self._stamped = stamped
         self._progress: Progress | None = None
         self._waits: list[tuple[Spinner, str, float]] = []
         self._live: Live | None = None
@@ -142,7 +145,7 @@ class LiveView:
         self._live.refresh()
 
     def _print(self, text: str) -> None:
-        clock = "" if self._console.is_terminal else time.strftime("%H:%M:%S ")
+        clock = "" if self._console.is_terminal or not self._stamped else time.strftime("%H:%M:%S ")
         self._console.print(Text(clock + printable(text)), soft_wrap=True)
 
     @contextmanager

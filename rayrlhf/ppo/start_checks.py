@@ -88,7 +88,7 @@ def least_bytes(config: PPOConfig) -> dict[str, int]:
     """
     states = 0 if config.train.optimizer.name == "sgd" else 2
     precision = resolve_dtype(config.model.dtype).itemsize
-    ranks = config.placement.policy.ranks if config.train.zero_stage == 0 else 1
+    ranks = 1 if config.train.sharded else config.placement.policy.ranks
     parts = {
         "policy": ranks * least_training_bytes(config.model, states=states),
         "rollout": config.rollout.replicas * precision * parameter_count(config.model),

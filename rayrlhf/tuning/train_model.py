@@ -186,7 +186,7 @@ def _check_fits(config: TuningConfig, machine: ClusterResources) -> None:
     resources = worker_resources(config.workers, machine)
     if not resources.gpus:
         adapted = config.model.model_copy(update={"lora": LoraSection()})
-        workers = config.workers.fewest if config.train.zero_stage == 0 else 1
+        workers = 1 if config.train.sharded else config.workers.fewest
         needed, reduced = (workers * least_training_bytes(model) for model in (config.model, adapted))
         check_memory({"training": needed}, memory_limit_bytes(), {"model.lora={rank: 16}": reduced})
 

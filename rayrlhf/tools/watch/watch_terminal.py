@@ -55,7 +55,7 @@ def watch_terminal(
     run = read_run(folder, max_rollouts=0)
     clock, tail = ReplayClock(), MetricsTail(folder)
     console = console or Console()
-    view = LiveView(f"{run.kind}: {run.name}", console=console, clock=clock)
+    view = LiveView(f"{run.kind}: {run.name}", console=console, clock=clock, stamped=False)
     view.start(run.state.total or run.state.step)
     replayed, looked = True, time.monotonic()
     try:
