@@ -87,8 +87,9 @@ def sparkline(values: Sequence[float], width: int) -> str:
     means = [sum(segment) / len(segment) for segment in segments]
     finite = [mean for mean in means if abs(mean) < float("inf")]
     low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
-    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_BARS[round((mean - low) * scale)] if abs(mean) < float("inf") else " " for mean in means)
+    span = high / 2 - low / 2  # halves, because the difference of large numbers overflows
+    heights = [(mean / 2 - low / 2) / span if span > 0 else mean * 0 for mean in means]
+    return "".join(_BARS[round(height * (len(_BARS) - 1))] if abs(height) < float("inf") else " " for height in heights)
 
 
 def duration(seconds: float) -> str:

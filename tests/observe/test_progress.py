@@ -52,6 +52,8 @@ def test_a_sparkline_rises_with_its_values():
     assert sparkline([0, 0, 7, 7], 2) == "▁█"
     assert sparkline([5, 5], 8) == "▁▁"
     assert sparkline([0, math.nan, 1], 8) == "▁ █"
+    assert sparkline([1.5e308, -1.5e308], 8) == "█▁"
+    assert sparkline([0.0, 5e-324, math.nan], 8) == "▁▁ "
     assert sparkline([], 8) == ""
 
 
