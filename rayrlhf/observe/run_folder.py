@@ -17,8 +17,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal, Self
 
-from pydantic import ValidationError
-
 from rayrlhf.errors import UserError
 from rayrlhf.observe.host_facts import write_environment
 from rayrlhf.observe.metrics import read_metrics
@@ -139,12 +137,9 @@ def check_run_folder(
         return False
     if resume == "never":
         raise UserError(f"run folder {folder} holds a run and run.resume is 'never': choose another run.name, or remove it")
-    with reading(config, "restore it, or choose another run.name"):
+    with reading(config, "restore it, or choose another run.name, for example if another kind of run has this one"):
         stored = config.read_text(encoding="utf-8")
-        try:
-            found = differences(stored, config_text) if stored != config_text else []
-        except ValidationError as error:
-            raise UserError(f"run folder {folder} holds another kind of run: choose another run.name") from error
+        found = differences(stored, config_text) if stored != config_text else []
     if not found:
         return True
     if folders and _failed_at_start(folder):

@@ -87,7 +87,7 @@ def test_a_folder_of_another_kind_keeps_its_configuration_from_the_start(tmp_pat
 
 def test_a_run_of_another_kind_is_one_line(tmp_path: Path):
     begun(tmp_path / "run")
-    with pytest.raises(UserError, match=r"holds another kind of run: choose another run\.name"):
+    with pytest.raises(UserError, match=r"choose another run\.name, for example if another kind of run has this one"):
         check_run_folder(tmp_path / "run", "a: 1\n", lambda *_: ModelSection.model_validate({"a": 1}))
 
 
