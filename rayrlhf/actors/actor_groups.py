@@ -19,7 +19,6 @@ from rayrlhf.actors.placement import (
     StatelessRole,
     TrainRole,
     WorkerPlacement,
-    building_order,
     replica_group,
 )
 from rayrlhf.actors.remote import Handle, PendingCalls, Ref
@@ -55,7 +54,7 @@ _KINDS = ("CPU", "GPU")
 
 @dataclass(frozen=True, slots=True)
 class ActorGroups:
-    """Actors of a run by role; they have no models until `build`.
+    """Actors of a run by role; they have no models until `load_models`.
 
     Attributes:
         groups: the current actors; `restart` replaces some.
@@ -97,49 +96,30 @@ class ActorGroups:
         """Return True if the run has the role."""
         return role in self.groups
 
-    def build(self, seconds: float) -> None:
-        """Load all models, in parallel as far as `building_order` allows.
-
-        Loading is mostly reading and importing, so it overlaps well even on two cores.
-
-        Raises:
-            UserError: a role refuses its spec.
-            DeadlineError: a role was not ready in time.
-        """
-        for roles in building_order({role: self.workers[role] for role in self.groups}):
-            calls: PendingCalls[None] = {}
-            for role in roles:
-                if role == "policy" or role == "critic":
-                    calls |= self._build_gang(role, seconds)
-                else:
-                    calls |= {name: self._build_rank(role, rank) for rank, name in enumerate(self.groups[role].names)}
-            try:
-                wait_all(calls, "start", seconds)
-            except DeadlineError as error:
-                raise DeadlineError(f"{error}; is the model still downloading, or the machine short of memory?") from error
-
     def restart(self, role: StatelessRole, rank: int) -> Ref[None]:
         """Replace one process of a role without training state; returns its `build`, without waiting."""
         self._replace(role, rank)
-        return self._build_rank(role, rank)
+        return self.build_rank(role, rank)
 
-    def restart_gang(self, role: TrainRole, seconds: float) -> None:
-        """Replace all processes of a role in training.
+    def restart_gang(self, role: TrainRole, seconds: float) -> PendingCalls[None]:
+        """Replace all processes of a role in training; returns their `build`.
 
         A process group cannot continue without a member.
 
         Raises:
-            ActorLostError: a new process died as well.
-            DeadlineError: they were not ready in time.
+            ActorLostError: the new rank 0 died as well.
+            DeadlineError: it did not respond in time.
         """
         for rank in range(len(self.groups[role])):
             self._replace(role, rank)
-        wait_all(self._build_gang(role, seconds), f"rebuilding the {role}", seconds)
+        return self.build_gang(role, seconds)
 
-    def _build_gang(self, role: TrainRole, seconds: float) -> PendingCalls[None]:
+    def build_gang(self, role: TrainRole, seconds: float) -> PendingCalls[None]:
+        """Begin to load a model in training; waits for the address of rank 0."""
         return self[role].build(self.specs.train(role), self.specs.backend(role), seconds)
 
-    def _build_rank(self, role: StatelessRole, rank: int) -> Ref[None]:
+    def build_rank(self, role: StatelessRole, rank: int) -> Ref[None]:
+        """Begin to load the model of one rank of a role without training state."""
         match role:
             case "reference":
                 return self["reference"].build(rank, self.specs.reference())
@@ -172,7 +152,7 @@ class ActorGroups:
         handle = self._create("rollout", name, worker)
         self.workers["rollout"] = (*self.workers["rollout"], worker)
         self.groups["rollout"] = replace(group, names=(*group.names, name), handles=(*group.handles, handle))
-        return self._build_rank("rollout", len(group))
+        return self.build_rank("rollout", len(group))
 
     def remove_replica(self) -> None:
         """End the rollout replica of the highest rank, and release its placement group if unused."""
@@ -200,7 +180,7 @@ def started_actor_groups(
 ) -> Iterator[ActorGroups]:
     """Start a process for every worker, and end all of them with the block.
 
-    The processes import their modules in the background; `ActorGroups.build` loads their models.
+    The processes import their modules in the background; `load_models` loads their models.
 
     Raises:
         UserError: the cluster did not grant a placement group in time.

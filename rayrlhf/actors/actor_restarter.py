@@ -4,20 +4,16 @@ They keep no state, so their calls are repeated on the new process.
 """
 
 import time
-from collections.abc import Callable
 
 from rayrlhf.actors.actor_groups import ActorGroups
 from rayrlhf.actors.health import RetryPolicy
 from rayrlhf.actors.heartbeat import HeartbeatMonitor
 from rayrlhf.actors.placement import StatelessRole
-from rayrlhf.actors.rebuild import Rebuilder
+from rayrlhf.actors.rebuild import Rebuilder, RecoveryListener
 from rayrlhf.actors.remote import Handle
 from rayrlhf.actors.waiting import wait_all
 from rayrlhf.actors.worker import Worker
 from rayrlhf.errors import ActorLostError
-
-RecoveryListener = Callable[[str, str, str, float], None]
-"""Receives losses and recoveries: (event, actor, reason, seconds since the loss)."""
 
 
 class ActorRestarter:

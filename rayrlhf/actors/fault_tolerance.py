@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rayrlhf.actors.actor_groups import ActorGroups
-from rayrlhf.actors.actor_restarter import ActorRestarter, RecoveryListener
+from rayrlhf.actors.actor_restarter import ActorRestarter
 from rayrlhf.actors.health import RetryPolicy
 from rayrlhf.actors.heartbeat import HeartbeatMonitor
+from rayrlhf.actors.rebuild import RecoveryListener
 from rayrlhf.actors.replica_pool import ReplicaPool
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.runtime import RecoverySection
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,11 @@ class FaultTolerance:
         self.restarter.step_completed()
 
 
+def retry_policy(section: RecoverySection) -> RetryPolicy:
+    """Return the configured bounds of rebuilding."""
+    return RetryPolicy(section.attempts, section.backoff, section.ping_deadline)
+
+
 def make_fault_tolerance(
     config: PPOConfig,
     actor_groups: ActorGroups,
@@ -41,7 +48,7 @@ def make_fault_tolerance(
 ) -> FaultTolerance:
     """Create the fault tolerance of actors that have been built."""
     section = config.recovery
-    retry = RetryPolicy(section.attempts, section.backoff, section.ping_deadline)
+    retry = retry_policy(section)
     start = config.deadlines.start
     pool = ReplicaPool(
         actor_groups,
@@ -60,9 +67,8 @@ def make_fault_tolerance(
 @contextmanager
 def monitored(config: PPOConfig, actor_groups: ActorGroups, listener: RecoveryListener) -> Iterator[FaultTolerance]:
     """Ping and rebuild actors that have been built, inside the block."""
-    section = config.recovery
-    retry = RetryPolicy(section.attempts, section.backoff, section.ping_deadline)
-    with HeartbeatMonitor(retry, section.ping_every, lambda name, line: listener("hung", name, line, 0.0)) as monitor:
+    retry, every = retry_policy(config.recovery), config.recovery.ping_every
+    with HeartbeatMonitor(retry, every, lambda name, line: listener("hung", name, line, 0.0)) as monitor:
         for group in actor_groups.groups.values():
             for name, handle in zip(group.names, group.handles, strict=True):
                 monitor.add(name, handle)

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from rayrlhf.actors.health import Built, Event, Health, Lost, RetryPolicy, Started, StepCompleted, advance
 from rayrlhf.errors import ActorLostError
 
+RecoveryListener = Callable[[str, str, str, float], None]
+"""Receives losses and recoveries: (event, actor, reason, seconds since the loss)."""
+
 
 class Rebuilder:
     """Health of one process or process group, and its blocking rebuild.

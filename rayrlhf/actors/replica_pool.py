@@ -12,9 +12,9 @@ import ray
 from ray.util.placement_group import PlacementGroup
 
 from rayrlhf.actors.actor_groups import ActorGroups
-from rayrlhf.actors.actor_restarter import RecoveryListener
 from rayrlhf.actors.health import Built, Event, Health, Lost, RetryPolicy, Started, StepCompleted, Synced, advance
 from rayrlhf.actors.heartbeat import HeartbeatMonitor
+from rayrlhf.actors.rebuild import RecoveryListener
 from rayrlhf.actors.remote import Handle, Ref, as_argument, remote_call
 from rayrlhf.actors.rollout_actor import RolloutActor
 from rayrlhf.actors.waiting import fetch, overrun

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import RayTaskError
 
-from rayrlhf.actors.actor_restarter import RecoveryListener
 from rayrlhf.actors.placement import TrainRole
-from rayrlhf.actors.rebuild import Rebuilder
+from rayrlhf.actors.rebuild import Rebuilder, RecoveryListener
 from rayrlhf.actors.remote import Ref
 from rayrlhf.actors.role_groups import TrainGroup
-from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS, overrun, track_calls
+from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS, overrun, track_calls, wait_all
 from rayrlhf.engines.train.backends.base import StateFiles
 from rayrlhf.errors import ActorLostError
 from rayrlhf.ppo.checkpoint import LEARNING_ROLES, Checkpointer, load_checkpoint
@@ -101,7 +100,7 @@ class Recovery:
         # Without a committed state all roles restart.
         for role in lost if snapshot or checkpoint else self._roles:
             self._unmonitor(role)
-            actor_groups.restart_gang(role, seconds)
+            wait_all(actor_groups.restart_gang(role, seconds), f"rebuilding the {role}", seconds)
             self._monitor(role)
         if snapshot:
             for role, parts in snapshot.parts.items():

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from rayrlhf.actors.connection import connected, running_actor_groups
-from rayrlhf.actors.fault_tolerance import monitored
+from rayrlhf.actors.fault_tolerance import monitored, retry_policy
+from rayrlhf.actors.model_loading import load_models
 from rayrlhf.config.loading.describe import warnings
 from rayrlhf.config.loading.load import dump_config, load_config, load_tree
 from rayrlhf.config.ppo import PPOConfig
@@ -63,7 +64,8 @@ def open_trainer(
         # Only a run that can start leaves a folder.
         recorder = stack.enter_context(Recorder(config, dump_config(config), stored_differences, view))
         with view.wait("loading the models"):
-            actor_groups.build(config.deadlines.start)
+            retry = retry_policy(config.recovery) if config.recovery.enabled else None
+            load_models(actor_groups, config.deadlines.start, retry, recorder.recovery)
         driver = StepDriver(
             config,
             actor_groups,

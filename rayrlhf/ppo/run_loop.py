@@ -74,7 +74,10 @@ class RunLoop(Callback):
                 recorder.note(line)
             if checkpoint:
                 with recorder.waiting(f"resuming from step {checkpoint.step}"):
-                    driver.load_state(load_checkpoint(checkpoint, driver.actor_groups, self._config.deadlines.update))
+                    try:
+                        driver.load_state(load_checkpoint(checkpoint, driver.actor_groups, self._config.deadlines.update))
+                    except ActorLostError as error:
+                        self._recovery.restore(error)
                 self._saved_step = checkpoint.step
         recorder.resume(driver.steps_done)
         self._stop.may_abandon = lambda: driver.abandonable

@@ -7,6 +7,7 @@ import signal
 import pytest
 import ray
 
+from rayrlhf.actors import model_loading
 from rayrlhf.errors import ActorLostError
 from rayrlhf.observe.journal import read_journal
 from rayrlhf.observe.metrics import read_metrics
@@ -147,3 +148,30 @@ def test_with_recovery_switched_off_the_first_loss_ends_the_run_by_name(tmp_path
     config = run_config(tmp_path, *SETTINGS, "run.steps=3", "recovery.enabled=false")
     with pytest.raises(ActorLostError, match="ppo/reward/0 was lost during reward"):
         train_ppo(config, [Hurt({1: [("reward", signal.SIGKILL)]})])
+
+
+def test_processes_that_die_while_models_load_are_replaced(tmp_path, monkeypatch):
+    hurt = ("policy", "reward", "rollout")
+    opened = []
+
+    class Loading(model_loading._Loading):
+        def __init__(self, actor_groups, *rest):
+            super().__init__(actor_groups, *rest)
+            opened.append(actor_groups)
+
+    def kill_first(*arguments):
+        if not killed:
+            for role in hurt:
+                handle = opened[0][role].handles[0]
+                killed.append(ray.get(handle.ping.remote()).pid)
+                os.kill(killed[-1], signal.SIGKILL)
+        return waited(*arguments)
+
+    killed, waited = [], model_loading.wait_any
+    monkeypatch.setattr(model_loading, "_Loading", Loading)
+    monkeypatch.setattr(model_loading, "wait_any", kill_first)
+    config = run_config(tmp_path, *SETTINGS, "rollout.replicas=1", "run.steps=1")
+    assert train_ppo(config).steps == 1
+    names = [f"ppo/{role}/0" for role in hurt]
+    assert sorted(events(config, "lost")) == sorted(events(config, "recovered")) == names
+    assert len(killed) == 3

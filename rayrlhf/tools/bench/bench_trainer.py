@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from rayrlhf.actors.connection import connected, running_actor_groups
+from rayrlhf.actors.model_loading import load_models
 from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.prompt_sampler import PromptSampler
@@ -28,5 +29,5 @@ def bench_config(overrides: Sequence[str]) -> PPOConfig:
 def running_trainer(config: PPOConfig) -> Iterator[StepDriver]:
     """Start Ray and the actors with their models for the duration of the block."""
     with connected(config.placement.address), running_actor_groups(config) as actor_groups:
-        actor_groups.build(config.deadlines.start)
+        load_models(actor_groups, config.deadlines.start)
         yield StepDriver(config, actor_groups, PromptSampler([Prompt(0, "", np.zeros(1, np.int32))], seed=0))
