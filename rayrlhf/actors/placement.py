@@ -257,6 +257,23 @@ def _check_transfer(config: PPOConfig, plan: ResourcePlan) -> None:
             raise UserError(
                 f"rollout.weight_transfer: {transfer!r} needs GPUs, and the {role} has none; expected 'shared_memory'"
             )
+    if transfer == "ipc":
+        _check_shared_devices(plan)
+
+
+def _check_shared_devices(plan: ResourcePlan) -> None:
+    """Refuse `ipc` where a replica's GPU is not also a policy rank's: it reads that rank's memory."""
+    policy = {worker.bundles[0]: worker for worker in plan.workers["policy"]}
+    for index, replica in enumerate(plan.workers["rollout"]):
+        rank = policy.get(replica.bundles[0]) if replica.group == plan.workers["policy"][0].group else None
+        if rank is None or len(replica.bundles) > 1 or rank.gpus + replica.gpus > 1:
+            found = "shares no GPU with a policy rank"
+            if rank is not None:
+                found = f"takes {replica.gpus:g} GPU and the policy {rank.gpus:g}, which need more than one device"
+            raise UserError(
+                f"rollout.weight_transfer: 'ipc' needs a policy rank on each replica's GPU, but replica {index} {found}; "
+                "expected rollout.replicas <= placement.policy.ranks and shares of at most 1 GPU together, or 'shared_memory'"
+            )
 
 
 def _check_fits(plan: ResourcePlan, resolved: Sequence[_ResolvedDemand], machine: ClusterResources) -> None:

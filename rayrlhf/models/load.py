@@ -39,7 +39,7 @@ def resolve_dtype(precision: Precision) -> torch.dtype:
     if precision != "auto":
         return cast(torch.dtype, getattr(torch, precision))
     if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if _BF16_CPU_FLAGS & _cpu_flags() else torch.float32
 
 

@@ -98,3 +98,14 @@ def test_weights_that_go_from_gpu_to_gpu_need_gpus_at_both_ends():
     assert make_plan(config(**sections), CLUSTER).workers["policy"][0].gpus
     with pytest.raises(UserError, match=r"weight_transfer: 'nccl' needs GPUs, and the policy has none"):
         make_plan(config(**sections), ClusterResources((64.0,), (0.0,)))
+
+
+def test_ipc_reads_a_policy_ranks_memory_so_each_replica_needs_a_rank_on_its_device():
+    ipc = {"replicas": 2, "weight_transfer": "ipc"}
+    assert make_plan(config(rollout=ipc, placement={"policy": {"ranks": 2}}), CLUSTER).workers["rollout"][1].bundles == (1,)
+    with pytest.raises(UserError, match=r"replica 1 shares no GPU with a policy rank; expected rollout.replicas <="):
+        make_plan(config(rollout=ipc), CLUSTER)
+    with pytest.raises(UserError, match=r"replica 0 takes 1 GPU and the policy 1, which need more than one device"):
+        make_plan(config(rollout=ipc | {"replicas": 1}, placement={"policy": {"gpus": 1}, "rollout_gpus": 1}), CLUSTER)
+    with pytest.raises(UserError, match=r"replica 0 shares no GPU with a policy rank"):
+        make_plan(config(rollout=ipc | {"replicas": 1, "tensor_parallel_size": 2}), CLUSTER)

@@ -20,6 +20,9 @@ def test_auto_is_bfloat16_only_where_the_cpu_multiplies_in_it(monkeypatch: pytes
     for flags, expected in (({"avx2"}, torch.float32), ({"avx2", "avx512_bf16"}, torch.bfloat16)):
         monkeypatch.setattr(load, "_cpu_flags", lambda flags=flags: flags)
         assert resolve_dtype("auto") == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert resolve_dtype("auto") == torch.float32  # a device that emulates it, as T4 and V100
     assert resolve_dtype("float32") == torch.float32
     assert resolve_dtype("bfloat16") == torch.bfloat16
 

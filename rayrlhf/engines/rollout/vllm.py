@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from rayrlhf.config.section import GIB
 from rayrlhf.data.records import Rollout, RolloutRequest
@@ -38,8 +39,11 @@ from rayrlhf.library_types import PretrainedConfig
 from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
 from rayrlhf.weight_sync.buckets import WeightBucket
 
-PREFILL_TOKENS = 4096
-"""Prompt tokens per prefill; more if the context is longer, because prompts are not chunked."""
+CPU_PREFILL_TOKENS = 4096
+"""Prompt tokens per prefill on a CPU; more if the context is longer, because prompts are not chunked there."""
+GPU_PREFILL_TOKENS = 8192
+"""Prompt tokens per prefill on a GPU, where prompts are chunked. vLLM reserves memory for the activations of so many tokens:
+the context of a long-context model would take gigabytes of the KV cache."""
 KV_BLOCK_TOKENS = 32
 """Block size of a CPU's prefix cache: the smallest that vLLM's kernels are fast with, because prompts are short."""
 
@@ -243,7 +247,6 @@ def _start(spec: RolloutSpec, executor: str | None) -> Any:
             seed=spec.seed,
             max_model_len=length,
             max_num_seqs=spec.rollout.max_concurrent,
-            max_num_batched_tokens=max(PREFILL_TOKENS, length, spec.rollout.max_concurrent),
             enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
@@ -255,8 +258,16 @@ def _start(spec: RolloutSpec, executor: str | None) -> Any:
         with _out_of_sight(UNREADABLE):
             return LLMEngine.from_engine_args(arguments)
     except ValueError as error:
-        reason = str(error).strip().splitlines()
-        raise UserError(f"rollout: vLLM cannot serve {spec.model.path}: {reason[0] if reason else error!r}") from error
+        raise UserError(f"rollout: vLLM cannot serve {spec.model.path}: {refusal(error)}") from error
+
+
+def refusal(error: ValueError) -> str:
+    """Return the reason of vLLM's refusal in one line; of a failed validation, the first field and its fault."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return ": ".join([".".join(map(str, (error.title, *first["loc"]))), first["msg"].splitlines()[0]])
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)
 
 
 @contextmanager
@@ -288,6 +299,7 @@ def _cpu_settings(spec: RolloutSpec, config: PretrainedConfig, length: int) -> d
         "enforce_eager": True,
         # Seeded requests crash vLLM 0.32 on a CPU when it chunks a prompt ("CPU Generator does not use offset").
         "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(CPU_PREFILL_TOKENS, length, spec.rollout.max_concurrent),
         "kv_cache_memory_bytes": min(int(spec.rollout.memory_gib * GIB), _useful_cache_bytes(spec, config, length)),
         "block_size": KV_BLOCK_TOKENS,
     }
@@ -308,6 +320,7 @@ def _useful_cache_bytes(spec: RolloutSpec, config: PretrainedConfig, length: int
 
 def _gpu_settings(spec: RolloutSpec, executor: str | None) -> dict[str, Any]:
     return {
+        "max_num_batched_tokens": max(GPU_PREFILL_TOKENS, spec.rollout.max_concurrent),
         "enable_sleep_mode": spec.rollout.sleep,
         "gpu_memory_utilization": spec.rollout.gpu_memory_utilization,
         "tensor_parallel_size": spec.rollout.tensor_parallel_size,

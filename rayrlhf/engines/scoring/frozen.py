@@ -83,7 +83,7 @@ class FrozenEngine:
             model.model_copy(update={"lora": None, "gradient_checkpointing": False}), frozenset({"lm"}), "zero", 0
         )
         network.requires_grad_(False)
-        _hold_linear_weights_in(network, self._dtype)
+        hold_linear_weights_in(network, self._dtype)
         self._network: Network = network
         self._offload = move_to_device(network, self._device, offload=offload)
 
@@ -122,13 +122,13 @@ def training_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _hold_linear_weights_in(network: Network, dtype: torch.dtype) -> None:
+def hold_linear_weights_in(network: Network, dtype: torch.dtype) -> None:
     """Round the linear weights once instead of in every forward.
 
-    The output layer may be tied to the embedding, so it stays in float32.
+    The output layer may be tied to the embedding, and a value head computes in float32, so both stay in float32.
     """
     output_layer = network.model.get_output_embeddings()
-    for module in network.modules():
+    for module in network.model.modules():
         if isinstance(module, nn.Linear) and module is not output_layer:
             module.to(dtype)
 

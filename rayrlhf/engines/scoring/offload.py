@@ -2,7 +2,8 @@
 
 A reference or reward model computes for a few seconds of a step but would occupy GPU memory all the time. Offloaded weights
 stay in page-locked main memory. They are copied to the device for each use, and the copies are dropped afterwards: nothing is
-copied back, because nothing changes them. On a CPU nothing is moved.
+copied back, because nothing changes them. The freed blocks return to the device, where other processes may need them: PyTorch's
+allocator would keep them for this process. On a CPU nothing is moved.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,6 +37,8 @@ class Offload:
         finally:
             for tensor, waiting in self._waiting:
                 tensor.data = waiting
+            if self._waiting:
+                torch.cuda.empty_cache()
 
 
 def move_to_device(network: nn.Module, device: torch.device, *, offload: bool) -> Offload:

@@ -14,7 +14,7 @@ import numpy as np
 from rayrlhf.config.reward import RewardModelSection
 from rayrlhf.data.answer_format import AnswerFormat
 from rayrlhf.data.records import Float32, TokenSequence
-from rayrlhf.engines.scoring.frozen import autocast, score_sequences, training_device
+from rayrlhf.engines.scoring.frozen import autocast, hold_linear_weights_in, score_sequences, training_device
 from rayrlhf.engines.scoring.offload import move_to_device
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
@@ -55,6 +55,7 @@ class RewardModelEngine:
         self._dtype = resolve_dtype(section.model.dtype)
         network = build_network(section.model, frozenset({"value"}), "zero", 0)
         self._network = network.requires_grad_(False)
+        hold_linear_weights_in(network, self._dtype)
         self._offload = move_to_device(network, self._device, offload=section.offload)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float32:

@@ -16,7 +16,7 @@ from rayrlhf.config.section import GIB
 from rayrlhf.data.records import Prompt
 from rayrlhf.data.toy.word_problems import generate
 from rayrlhf.engines.rollout.common import rollout_environment
-from rayrlhf.engines.rollout.vllm import PREFILL_TOKENS
+from rayrlhf.engines.rollout.vllm import CPU_PREFILL_TOKENS
 from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
 from rayrlhf.tools.bench.bench_trainer import bench_config, running_trainer
 from rayrlhf.tools.bench.paired import Comparison, compare
@@ -90,7 +90,7 @@ class PlainEngines:
             kv_cache_memory_bytes=GIB,
             enforce_eager=True,
             enable_chunked_prefill=False,  # vLLM 0.32 cannot split the prompt of a request with a seed on a CPU
-            max_num_batched_tokens=PREFILL_TOKENS,
+            max_num_batched_tokens=CPU_PREFILL_TOKENS,
             disable_log_stats=True,
         )
 

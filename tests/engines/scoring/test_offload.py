@@ -49,6 +49,30 @@ def test_a_turn_that_fails_gives_its_memory_back():
     assert places(built) == before
 
 
+def test_the_memory_of_a_turn_returns_to_the_device(monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    with Offload(network(), torch.clone).in_place():
+        assert not emptied
+    with Offload(network(), None).in_place():
+        pass
+    assert emptied == [True]
+
+
+def test_a_reward_model_holds_linear_weights_in_its_dtype_and_scores_the_same(monkeypatch, tmp_path):
+    from rayrlhf.tools.bench.ppo_step import write_reward_model
+
+    _, folder = write_reward_model("builtin:tiny?layers=1&hidden=64&context=64", tmp_path / "reward")
+    section = RewardModelSection(model=ModelSection(path=folder, dtype="bfloat16"), template="{prompt}{response}")
+    held = reward_model.RewardModelEngine(section)
+    monkeypatch.setattr(reward_model, "hold_linear_weights_in", lambda *_: None)
+    rounded_in_each_forward = reward_model.RewardModelEngine(section)
+    assert held.score(["a", "b"], ["cd", "e"]).tolist() == rounded_in_each_forward.score(["a", "b"], ["cd", "e"]).tolist()
+    linear = [m for m in held._network.model.modules() if isinstance(m, nn.Linear)]
+    assert {module.weight.dtype for module in linear} == {torch.bfloat16}
+    assert held._network.v_head.summary.weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize(("device", "offload"), [("meta", False), ("cpu", True), ("cpu", False)])
 def test_what_is_not_offloaded_goes_to_its_device_and_stays_there(device, offload):
     built = network()
@@ -95,8 +119,8 @@ def test_both_engines_settle_their_model_as_the_configuration_says_and_score_wit
 def test_on_a_gpu_nothing_is_left_of_a_turn():
     built, device = network(), torch.device("cuda")
     turn = move_to_device(built, device, offload=True)
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_reserved()
     with turn.in_place():
         assert {tensor.device.type for tensor in built.state_dict().values()} == {"cuda"}
-    assert torch.cuda.memory_allocated() == before
+    assert torch.cuda.memory_reserved() == before
     assert all(tensor.is_pinned() for tensor in built.state_dict().values())
