@@ -15,15 +15,22 @@ from tests.pipelines.presft.runs import presft_config
 PAUSE_SECONDS = 0.4
 SETTINGS = ("probe.temperature=1.0", "select.rule=quantile", "select.value=0.4", "relabel.method=mbr", "relabel.samples=3")
 ROWS = 160
+HOLD = "hold"
+"""File in the folder of a run: while it exists, a generator stops after `HOLD_AFTER` parts and cannot finish unkilled."""
+HOLD_AFTER = 5
 
 
 class SlowProber(ProbeGenerator):
     def __init__(self, folder, plan):
         note_process(folder, "generator")
         super().__init__(plan)
+        self._hold, self._calls = folder / HOLD, 0
 
     def __call__(self, table):
+        self._calls += 1
         time.sleep(PAUSE_SECONDS)
+        while self._calls > HOLD_AFTER and self._hold.exists():
+            time.sleep(0.05)
         return super().__call__(table)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from rayrlhf.batch_inference.part_pipeline import Limits, Pool, run_pipeline
 from rayrlhf.pipelines.presft.presft_steps import LabeledModel, _plan
-from tests.pipelines.presft.killing import ROWS, SlowProber, SlowScorer, prepare
+from tests.pipelines.presft.killing import HOLD, ROWS, SlowProber, SlowScorer, prepare
 
 pytestmark = pytest.mark.slow
 
@@ -43,9 +43,11 @@ def score(folder, victim=None):
     def kill():
         wait_for(lambda: len(scores.indices()) >= 2)
         os.kill(int((folder / f"{victim}.pids").read_text().split()[0]), signal.SIGKILL)
+        (folder / HOLD).unlink()
 
     killer = threading.Thread(target=kill, daemon=True)
     if victim is not None:
+        (folder / HOLD).touch()
         killer.start()
     run_pipeline(layout.rows, scores, stages(folder, config), Limits(5, 120.0), written.append)
     if victim is not None:
