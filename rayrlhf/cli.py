@@ -295,17 +295,35 @@ app.add_typer(bench, name="bench")
 @app.command()
 def init(
     task: Annotated[
-        str, typer.Argument(help="ppo, sft, reward, dpo, presft, evaluate, icl-build, icl-pack, icl-evaluate or icl-distill.")
-    ],
+        str | None,
+        typer.Argument(help="ppo, sft, reward, dpo, presft, evaluate, icl-build, icl-pack, icl-evaluate or icl-distill."),
+    ] = None,
     path: Annotated[Path | None, typer.Argument(help="The file to write; TASK.yaml if not given.")] = None,
     model: Annotated[str | None, typer.Option(help="The initial model: a folder, a hub name or a built-in.")] = None,
     preset: Annotated[str | None, typer.Option(help="Algorithm of the task ppo: grpo, dapo, rloo, gspo, ...")] = None,
+    from_trl: Annotated[
+        str | None,
+        typer.Option(
+            help="A configuration of TRL: a script or JSON file with one, `GRPOConfig(...)`, or its keyword arguments."
+        ),
+    ] = None,
 ) -> None:
     """Write a small commented configuration that runs unchanged."""
-    from rayrlhf.tools.starters import MODEL, visible_gpus, write_starter
+    from rayrlhf.tools.starters import MODEL, visible_gpus, write_starter, write_text
 
-    target = path or Path(f"{task}.yaml")
-    write_starter(task, target, model or MODEL, gpus=visible_gpus(), preset=preset)
+    if from_trl is not None:
+        from rayrlhf.tools.starters.from_trl import starter_from_trl
+
+        if preset is not None:
+            raise UserError("--preset has no effect with --from-trl: remove one of them")
+        task, text = starter_from_trl(from_trl, task, model)
+        target = path or Path(f"{task}.yaml")
+        write_text(target, text)
+    elif task is None:
+        raise UserError("expected a TASK or --from-trl; see `rayrlhf init --help`")
+    else:
+        target = path or Path(f"{task}.yaml")
+        write_starter(task, target, model or MODEL, gpus=visible_gpus(), preset=preset)
     typer.echo(f"{target}: check it with `rayrlhf {task.replace('-', ' ')} {target} --dry-run`, then leave --dry-run out")
 
 

@@ -50,7 +50,15 @@ def write_starter(task: str, path: Path, model: str = MODEL, *, gpus: int = 0, p
     Raises:
         UserError: an unknown task, or the file exists.
     """
-    text = starter(task, model, gpus=gpus, preset=preset)
+    write_text(path, starter(task, model, gpus=gpus, preset=preset))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a new file.
+
+    Raises:
+        UserError: the file exists.
+    """
     if path.exists():
         raise UserError(f"{path}: exists already; choose another file name")
     path.parent.mkdir(parents=True, exist_ok=True)
