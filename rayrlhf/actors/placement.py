@@ -262,7 +262,10 @@ def _check_transfer(config: PPOConfig, plan: ResourcePlan) -> None:
 
 
 def _check_shared_devices(plan: ResourcePlan) -> None:
-    """Refuse `ipc` where a replica's GPU is not also a policy rank's: it reads that rank's memory."""
+    """Refuse `ipc` where a replica's GPU is not a policy rank's.
+
+    The replica reads that rank's memory.
+    """
     policy = {worker.bundles[0]: worker for worker in plan.workers["policy"]}
     for index, replica in enumerate(plan.workers["rollout"]):
         rank = policy.get(replica.bundles[0]) if replica.group == plan.workers["policy"][0].group else None

@@ -262,7 +262,10 @@ def _start(spec: RolloutSpec, executor: str | None) -> Any:
 
 
 def refusal(error: ValueError) -> str:
-    """Return the reason of vLLM's refusal in one line; of a failed validation, the first field and its fault."""
+    """Return the reason of vLLM's refusal in one line.
+
+    Of a failed validation it is the first field with its fault.
+    """
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return ": ".join([".".join(map(str, (error.title, *first["loc"]))), first["msg"].splitlines()[0]])
