@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
@@ -167,7 +168,7 @@ def export(
     """Show the path of a run's model, or merge its adapters."""
     from rayrlhf.tuning.merge import exported_model
 
-    typer.echo(exported_model(run, merge=merge, target=to))
+    typer.echo(exported_model(run, merge=merge, target=to, report=partial(typer.echo, err=True)))
 
 
 @app.command()

@@ -86,15 +86,23 @@ class PolicyGroup(TrainGroup):
 
     __slots__ = ()
 
-    def weights(self, bucket_bytes: int, dtype: SyncDtype) -> Iterator[Ref[list[SharedTensor]]]:
-        """Stream the merged weights from rank 0; the other ranks must `join_weights`."""
-        return remote_stream(self.handles[0], TrainActor.weights, bucket_bytes, dtype)
+    def weights(self, bucket_bytes: int, dtype: SyncDtype, adapters: bool = False) -> Iterator[Ref[list[SharedTensor]]]:
+        """Stream the weights from rank 0, merged or the adapters alone.
 
-    def join_weights(self, bucket_bytes: int, dtype: SyncDtype) -> PendingCalls[None]:
+        The other ranks must `join_weights`.
+        """
+        return remote_stream(self.handles[0], TrainActor.weights, bucket_bytes, dtype, adapters)
+
+    def join_weights(self, bucket_bytes: int, dtype: SyncDtype, adapters: bool = False) -> PendingCalls[None]:
         """Let all ranks but rank 0 take part in gathering the weights."""
         return {
-            self.names[rank]: self.call_rank(rank, TrainActor.join_weights, bucket_bytes, dtype) for rank in range(1, len(self))
+            self.names[rank]: self.call_rank(rank, TrainActor.join_weights, bucket_bytes, dtype, adapters)
+            for rank in range(1, len(self))
         }
+
+    def update_arrived(self) -> PendingCalls[float | None]:
+        """Return the share of the adapters' update that the last merged sync brought."""
+        return {self.names[0]: self.call_rank(0, TrainActor.update_arrived)}
 
     def send_weights(self, request: DeviceSyncRequest) -> PendingCalls[None]:
         """Send the merged weights to replicas from GPU to GPU."""

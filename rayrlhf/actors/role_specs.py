@@ -52,7 +52,15 @@ class RoleSpecs:
         config = self.config
         lockstep = config.run.determinism == "exact"
         continues = config.asynchronous.max_staleness > 0 and config.asynchronous.on_update == "continue"
-        return RolloutSpec(config.model, config.rollout, config.run.seed, config.environment, lockstep, continues=continues)
+        return RolloutSpec(
+            config.model,
+            config.rollout,
+            config.run.seed,
+            config.environment,
+            lockstep,
+            continues=continues,
+            adapters=config.serves_adapters,
+        )
 
     def train(self, role: TrainRole) -> TrainEngineSpec:
         """Return the spec of a train engine."""

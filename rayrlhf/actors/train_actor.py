@@ -57,16 +57,23 @@ class TrainActor(Worker):
         return self._engine.update(batch, plan, objective)
 
     @streaming
-    def weights(self, bucket_bytes: int, dtype: SyncDtype) -> Iterator[list[SharedTensor]]:
-        """Stream the merged weights in buckets; the driver owns them, so they outlive this actor."""
-        for bucket in self._engine.weight_buckets(bucket_bytes, dtype=dtype):
+    def weights(self, bucket_bytes: int, dtype: SyncDtype, adapters: bool = False) -> Iterator[list[SharedTensor]]:
+        """Stream the weights in buckets, merged or the adapters alone.
+
+        The driver owns the buckets, so they outlive this actor.
+        """
+        for bucket in self._engine.weight_buckets(bucket_bytes, dtype=dtype, adapters=adapters):
             yield to_shared(bucket)
 
     @measured
-    def join_weights(self, bucket_bytes: int, dtype: SyncDtype) -> None:
+    def join_weights(self, bucket_bytes: int, dtype: SyncDtype, adapters: bool = False) -> None:
         """Take part in gathering the weights on a rank that sends none."""
-        for _ in self._engine.weight_buckets(bucket_bytes, dtype=dtype):
+        for _ in self._engine.weight_buckets(bucket_bytes, dtype=dtype, adapters=adapters):
             pass
+
+    def update_arrived(self) -> float | None:
+        """Return the share of the adapters' update that the last merged sync brought."""
+        return self._engine.update_arrived
 
     @measured
     def send_weights(self, request: "DeviceSyncRequest") -> None:

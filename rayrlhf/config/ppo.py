@@ -266,6 +266,21 @@ class PPOConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_lora(self) -> Self:
+        if self.rollout.lora == "adapter" and self.model.lora is None:
+            raise ValueError("rollout.lora 'adapter' needs adapters (model.lora), found full fine-tuning")
+        if self.rollout.lora == "adapter" and self.rollout.backend != "vllm":
+            raise ValueError(
+                f"rollout.lora 'adapter' needs rollout.backend 'vllm', found '{self.rollout.backend}'; expected 'merged'"
+            )
+        return self
+
+    @property
+    def serves_adapters(self) -> bool:
+        """True if the rollout engine serves the policy's adapters unmerged (`rollout.lora`)."""
+        return self.model.lora is not None and self.rollout.backend == "vllm" and self.rollout.lora != "merged"
+
+    @model_validator(mode="after")
     def _check_overlong_buffer(self) -> Self:
         buffer, longest = self.algorithm.shaping.overlong_buffer, self.rollout.max_new_tokens
         if buffer is not None and buffer > longest:

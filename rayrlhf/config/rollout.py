@@ -183,6 +183,10 @@ class RolloutSection(Section):
     """Transport of a weight sync. `shared_memory` works everywhere. `nccl` and `ipc` are vLLM's transfers from GPU to GPU and
     need `backend: vllm`: `nccl` to other GPUs (`placement.mode: disaggregated`), `ipc` on the policy's GPUs (`colocated`).
     Neither has been run on a GPU yet."""
+    lora: Literal["auto", "adapter", "merged"] = "auto"
+    """How the engine serves LoRA adapters (`model.lora`). `adapter`: unmerged, by vLLM's own LoRA layers; a weight sync carries
+    the adapter only. `merged`: base + adapter in the engine's precision. In bfloat16 most of a small update is then lost to
+    rounding. `auto` is `adapter` with `backend: vllm`, else `merged`. Not measured on GPUs."""
     mismatch_alarm: float = Field(0.5, gt=0)
     """Maximum mean |trainer log-prob - rollout log-prob| of a step, in nats per token; above it the run stops. Only tokens
     sampled with the newest weights count, because older ones (`async.max_staleness`) differ by the updates since."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from rayrlhf.config.model import ModelSection
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PreTrainedModel, Tokenizer
 from rayrlhf.models.load import load_causal_model, resolve_path, save_model_folder
+from rayrlhf.models.lora import checkpoint_tensors
+from rayrlhf.models.rounding import UpdateShare
 from rayrlhf.storage.atomic import folder_atomically
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -35,28 +38,34 @@ def save_adapters(
         tokenizer: saved with them.
         folder: path to write; an older folder is replaced.
     """
-    from peft import LoraConfig
-
-    if model.lora is None:
-        raise ValueError("a model without adapters has none to save")
-    suffix = ".lora_A.weight"
-    targets = sorted({name.removesuffix(suffix).rpartition(".")[2] for name in state if name.endswith(suffix)})
-    total = int(network.config.num_hidden_layers)
-    last = model.lora.last_layers
-    config = LoraConfig(
-        r=model.lora.rank,
-        lora_alpha=model.lora.alpha,
-        lora_dropout=model.lora.dropout,
-        target_modules=targets,
-        layers_to_transform=None if last is None else list(range(total - last, total)),
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=resolve_path(model),
-        inference_mode=True,
-    )
+    config = peft_config(model, state, int(network.config.num_hidden_layers))
     with folder_atomically(folder, if_exists="replace") as partial:
         config.save_pretrained(partial)
         save_file(dict(state), partial / WEIGHTS_FILE, {"format": "pt"})
         tokenizer.save_pretrained(partial)
+
+
+def peft_config(model: ModelSection, state: Mapping[str, Tensor], layers: int) -> Any:
+    """Return PEFT's `LoraConfig` of adapters by name, in a model with `layers` decoder layers.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    from peft import LoraConfig
+
+    if model.lora is None:
+        raise ValueError("a model without adapters has none to save")
+    suffix, last = ".lora_A.weight", model.lora.last_layers
+    return LoraConfig(
+        r=model.lora.rank,
+        lora_alpha=model.lora.alpha,
+        lora_dropout=model.lora.dropout,
+        target_modules=sorted({name.removesuffix(suffix).rpartition(".")[2] for name in state if name.endswith(suffix)}),
+        layers_to_transform=None if last is None else list(range(layers - last, layers)),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=resolve_path(model),
+        inference_mode=True,
+    )
 
 
 def is_adapter_folder(folder: Path) -> bool:
@@ -64,8 +73,11 @@ def is_adapter_folder(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
-def merge_adapters(folder: Path, target: Path) -> None:
-    """Write a Hugging Face folder of the base model merged with a folder's adapters.
+def merge_adapters(folder: Path, target: Path) -> float | None:
+    """Write a float32 Hugging Face folder of the base model merged with a folder's adapters.
+
+    Returns:
+        Share of the adapters' update that would survive a cast of that folder to bfloat16; None without an update.
 
     Raises:
         UserError: the folder holds no adapters, or the base model cannot be loaded.
@@ -76,5 +88,11 @@ def merge_adapters(folder: Path, target: Path) -> None:
     if not is_adapter_folder(folder):
         raise UserError(f"{folder}: no {CONFIG_FILE} in it, expected a folder of adapters")
     base = ModelSection(path=str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path), dtype="float32")
-    merged = PeftModel.from_pretrained(load_causal_model(base), str(folder)).merge_and_unload()
+    adapted, share = PeftModel.from_pretrained(load_causal_model(base), str(folder)), UpdateShare()
+    for tensor in checkpoint_tensors(adapted.get_base_model()):
+        if tensor.base is not None:
+            value = tensor.value()
+            share.add(tensor.base.detach(), value, value.bfloat16())
+    merged = adapted.merge_and_unload()
     save_model_folder(target, merged, dict(merged.state_dict()), AutoTokenizer.from_pretrained(str(folder)))
+    return share.value

@@ -29,12 +29,14 @@ class CheckpointTensor:
         parameters: parameters that `value` reads; sharded ones must be gathered first.
         value: returns the tensor; a view of the parameter itself if it has no adapter, so do not write to it.
         is_buffer: a persistent buffer, which keeps its own dtype.
+        base: the frozen weight under an adapter.
     """
 
     name: str
     parameters: tuple[nn.Parameter, ...]
     value: Callable[[], Tensor]
     is_buffer: bool = False
+    base: nn.Parameter | None = None
 
 
 def add_lora(network: PreTrainedModel, section: LoraSection, seed: int) -> None:
@@ -105,7 +107,7 @@ def checkpoint_tensors(network: nn.Module) -> Iterator[CheckpointTensor]:
             yield CheckpointTensor(f"{prefix}.{leaf}", (parameter,), parameter.detach)
             continue
         layer = network.get_submodule(prefix)
-        yield CheckpointTensor(f"{prefix}.{leaf}", tuple(layer.parameters()), _folded(layer, parameter))
+        yield CheckpointTensor(f"{prefix}.{leaf}", tuple(layer.parameters()), _folded(layer, parameter), base=parameter)
     parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
     for name, value in network.state_dict(keep_vars=True).items():
         # Persistent buffers are part of the model too: a router's score correction, the bounds of an activation.

@@ -24,7 +24,7 @@ from rayrlhf.engines.train.plan import UpdateReport
 from rayrlhf.environments.episodes import episode_metrics, with_extra_segments
 from rayrlhf.errors import AlarmError, UserError
 from rayrlhf.models.load import resolve_dtype
-from rayrlhf.observe.metric_names import LOGPROB_GAP, SAMPLED_TOKENS
+from rayrlhf.observe.metric_names import LOGPROB_GAP, SAMPLED_TOKENS, UPDATE_ARRIVED
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.evaluation import Evaluation, OwnReward
@@ -189,6 +189,7 @@ class StepDriver:
             sync = self.sync(self.weight_version + 1)
         self.steps_done += 1
         metrics = step_metrics(experience, reports, sync, self.steps_done * self.config.samples_per_step)
+        metrics |= self._arrival_metrics()
         metrics |= staleness | reward_metrics(scored) | (self._updater.checksums() if self._exact else {})
         metrics |= self._open.metrics or self._episode_metrics(scored)
         self.sampler.consumed(self._open.drawn)
@@ -329,13 +330,22 @@ class StepDriver:
                 f"rollout.mismatch_alarm {allowed:.3g}: the rollout engine does not serve the policy's weights"
             )
 
+    def _arrival_metrics(self) -> dict[str, float]:
+        """Return the share of the adapters' update that arrived, where rounding may lose some."""
+        if self.config.model.lora is None or self.config.serves_adapters or self.sync_dtype == "float32":
+            return {}
+        policy = self.actor_groups["policy"]
+        (share,) = policy.wait(policy.update_arrived(), "weight sync", self.config.deadlines.sync)
+        return {} if share is None else {UPDATE_ARRIVED: share}
+
     def _episode_metrics(self, scored: ScoredRollouts) -> dict[str, float]:
         if self.config.environment is None or not self._open.requested:
             return {}
         return episode_metrics(scored.rollouts, self._open.requested)
 
     def _send_weights(self, replicas: Sequence[RolloutReplica]) -> SyncReport:
-        transfer = make_transfer(self.config.rollout, self.sync_dtype, self.config.deadlines.sync)
+        adapters = self.config.serves_adapters
+        transfer = make_transfer(self.config.rollout, self.sync_dtype, self.config.deadlines.sync, adapters=adapters)
         return sync_weights(self.actor_groups["policy"], self.fault_tolerance.pool, replicas, self.weight_version, transfer)
 
     def _refresh(self, replicas: Sequence[RolloutReplica]) -> None:

@@ -1,5 +1,6 @@
 """Exported model of a finished run, optionally with merged adapters."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from rayrlhf.errors import UserError
@@ -7,13 +8,16 @@ from rayrlhf.models.adapter_folder import is_adapter_folder, merge_adapters
 from rayrlhf.models.load import EXPORT, MERGED
 
 
-def exported_model(run: Path, *, merge: bool, target: Path | None = None) -> Path:
+def exported_model(
+    run: Path, *, merge: bool, target: Path | None = None, report: Callable[[str], object] = lambda _: None
+) -> Path:
     """Return the folder of a run's model.
 
     Args:
         run: the run folder.
         merge: merge adapters into their base model, in a separate folder.
         target: that folder; default `export-merged` in the run folder. An older one is replaced.
+        report: receives one line about the precision of the merged weights.
 
     Raises:
         UserError: the run has no model yet, or `merge` or `target` is set for a model without adapters.
@@ -28,5 +32,9 @@ def exported_model(run: Path, *, merge: bool, target: Path | None = None) -> Pat
     if not is_adapter_folder(export):
         raise UserError(f"{export}: a whole model without adapters; use it as it is, without --merge")
     merged = target or run / MERGED
-    merge_adapters(export, merged)
+    share = merge_adapters(export, merged)
+    if share is not None:
+        report(
+            f"merged in float32; a cast to bfloat16 would keep {share:.0%} of the adapters' update ({export} has the adapters)"
+        )
     return merged

@@ -41,10 +41,13 @@ class WeightTransfer(Protocol):
         """
 
 
-def make_transfer(rollout: RolloutSection, dtype: SyncDtype, seconds: float) -> WeightTransfer:
-    """Create the transfer that `rollout.weight_transfer` names."""
-    if rollout.weight_transfer == "shared_memory":
-        return ObjectStoreTransfer(dtype, seconds)
+def make_transfer(rollout: RolloutSection, dtype: SyncDtype, seconds: float, *, adapters: bool = False) -> WeightTransfer:
+    """Create the transfer that `rollout.weight_transfer` names.
+
+    Adapters alone are small and use the object store.
+    """
+    if adapters or rollout.weight_transfer == "shared_memory":
+        return ObjectStoreTransfer(dtype, seconds, adapters)
     return VLLMDeviceTransfer(rollout.weight_transfer, rollout.tensor_parallel_size, dtype, seconds)
 
 

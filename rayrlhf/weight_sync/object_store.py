@@ -23,20 +23,22 @@ SYNC = "weight sync"
 
 @dataclass(frozen=True, slots=True)
 class ObjectStoreTransfer:
-    """Implements `WeightTransfer` for `rollout.weight_transfer: shared_memory`.
+    """Implements `WeightTransfer` for `rollout.weight_transfer: shared_memory`, and for adapters.
 
     Attributes:
         dtype: data type of the weights.
         seconds: deadline of each wait.
+        adapters: send the policy's adapters only.
     """
 
     dtype: SyncDtype
     seconds: float
+    adapters: bool = False
 
     def send(self, policy: PolicyGroup, pool: ReplicaPool, replicas: Sequence[RolloutReplica], version: int) -> int:
         """Send the weights; see `WeightTransfer`."""
-        gathering = policy.join_weights(BUCKET_BYTES, self.dtype)
-        stream = policy.weights(BUCKET_BYTES, self.dtype)
+        gathering = policy.join_weights(BUCKET_BYTES, self.dtype, self.adapters)
+        stream = policy.weights(BUCKET_BYTES, self.dtype, self.adapters)
         pending: dict[int, list[Ref[object]]] = {replica.rank: [replica.begin_weights(version)] for replica in replicas}
         buckets = 0
         for bucket in self._buckets(stream, policy.names[0]):

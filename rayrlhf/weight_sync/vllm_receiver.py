@@ -5,14 +5,18 @@ A transfer is `start`, any number of `update`s, `finish`. vLLM passes each call 
 store), for engines on the CPU and for GPUs that are fed from the CPU. `WeightSyncClient` is the trainer's side of the same API:
 vLLM's trainer engines drive any transport through these four methods.
 
-Two facts about vLLM 0.32 shape `BucketTransfer`:
+Facts about vLLM 0.32 that shape the transfers:
 
 - Checkpoint tensors are loaded by a layerwise reload, which re-fuses and re-packs a layer once all its parts have arrived. It
   keeps references to the parts of a layer that two buckets share, so these are copied before the bucket is freed.
 - A tied output layer owns no weights, so the reload never re-packs its GEMM on a CPU, and it would keep multiplying with the
   old embedding (2 nats of log-prob on a real model). It is packed again at the end, also of vLLM's own transfers.
+- The CPU kernel of experts packs its weights when it is created, which vLLM does on the first load only. Later loads would put
+  unpacked numbers in their place (0.5 nats on a tiny model), so every load creates the kernel again.
+- Mixtral's loader does not know the module names of transformers 5.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +26,15 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_reload,
     get_layerwise_info,
     initialize_layerwise_reload,
 )
+from vllm.model_executor.models.mixtral import MixtralForCausalLM
+from vllm.platforms import current_platform
 
 from rayrlhf.weight_sync.buckets import WeightBucket
 
@@ -60,6 +67,7 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):  # type: i
         """Prepare every layer for loading."""
         # During loading the parameters are placeholders, which no longer show which layers are tied.
         self._tied = _tied_heads(self.model)
+        _prepare_experts(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: BucketUpdate) -> None:
@@ -103,11 +111,12 @@ class BucketTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):  # type: i
         return incomplete
 
 
-class _TiedHeads:
-    """Re-packs tied output layers at the end of one of vLLM's own transfers."""
+class _Repacked:
+    """Re-packs experts and tied output layers in one of vLLM's own transfers."""
 
     def start_weight_update(self) -> None:
         self._tied = _tied_heads(self.model)  # type: ignore[attr-defined]
+        _prepare_experts(self.model)  # type: ignore[attr-defined]
         super().start_weight_update()  # type: ignore[misc]
 
     def finish_weight_update(self) -> None:
@@ -116,11 +125,11 @@ class _TiedHeads:
             head.quant_method.process_weights_after_loading(head)
 
 
-class NCCLTransfer(_TiedHeads, NCCLWeightTransferEngine):  # type: ignore[misc]
+class NCCLTransfer(_Repacked, NCCLWeightTransferEngine):  # type: ignore[misc]
     """Receives a broadcast of the policy's rank 0 (`vllm_sender.py`)."""
 
 
-class IPCTransfer(_TiedHeads, IPCWeightTransferEngine):  # type: ignore[misc]
+class IPCTransfer(_Repacked, IPCWeightTransferEngine):  # type: ignore[misc]
     """Reads the memory of a policy rank on the same GPU (`vllm_sender.py`)."""
 
 
@@ -148,11 +157,19 @@ class WeightSyncClient:
         self._engine.collective_rpc("update_weights", kwargs={"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Make the weights current and drop the prefix cache.
+        """Make the weights current, see `activate`.
 
-        New tokens get the new weight version. Unfinished requests keep their tokens, whose keys and values are recomputed.
+        Unfinished requests keep their tokens, whose keys and values are recomputed.
         """
         self._engine.collective_rpc("finish_weight_update")
+        self.activate(weight_version)
+
+    def activate(self, weight_version: str | None = None) -> None:
+        """Drop the prefix cache and label new tokens with a weight version.
+
+        Raises:
+            RuntimeError: vLLM did not drop the cache.
+        """
         if not self._engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("the prefix cache still holds keys and values of the old weights")
         if weight_version is not None:
@@ -174,3 +191,40 @@ def _tied_heads(model: torch.nn.Module) -> dict[str, ParallelLMHead]:
     return {
         name: layer for name, layer in vocabulary.items() if isinstance(layer, ParallelLMHead) and id(layer.weight) in inputs
     }
+
+
+def _prepare_experts(model: torch.nn.Module) -> None:
+    """Prepare the experts for a load.
+
+    Their CPU kernels are created again, and Mixtral understands the names of transformers.
+    """
+    if current_platform.is_cpu():
+        for layer in model.modules():
+            method = getattr(layer, "quant_method", None)
+            if isinstance(method, UnquantizedFusedMoEMethod):
+                method.moe_kernel = None
+    if isinstance(model, MixtralForCausalLM) and "load_weights" not in vars(model):
+        model.load_weights = _renamed(model.load_weights)
+
+
+def _renamed(load: Callable[..., set[str]]) -> Callable[..., set[str]]:
+    def load_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return load(part for name, tensor in weights for part in _mixtral_parts(name, tensor))
+
+    return load_weights
+
+
+def _mixtral_parts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Split fused experts into Mixtral's published tensors.
+
+    `gate_up_proj` is [E, 2I, H], `down_proj` [E, H, I].
+    """
+    name = name.replace(".mlp.", ".block_sparse_moe.")
+    prefix, _, leaf = name.rpartition(".experts.")
+    parts = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}.get(leaf)
+    if parts is None:
+        yield name, tensor
+        return
+    for expert, weights in enumerate(tensor):
+        for part, weight in zip(parts, weights.chunk(len(parts)), strict=True):
+            yield f"{prefix}.experts.{expert}.{part}.weight", weight

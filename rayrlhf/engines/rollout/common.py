@@ -38,6 +38,7 @@ class RolloutSpec:
         lockstep: all samples advance turn by turn together.
         logprobs: compute log-probs. Without them those of the rollouts may be NaN; small models then generate faster.
         continues: weights may change while requests are unfinished.
+        adapters: serve the model's adapters unmerged; weight updates then hold the adapters' tensors only.
     """
 
     model: ModelSection
@@ -47,6 +48,7 @@ class RolloutSpec:
     lockstep: bool = False
     logprobs: bool = True
     continues: bool = False
+    adapters: bool = False
 
 
 def rollout_environment(rollout: RolloutSection, *, threads: int) -> dict[str, str]:

@@ -34,6 +34,7 @@ from rayrlhf.engines.rollout.common import (
     stop_token_ids,
 )
 from rayrlhf.engines.rollout.token_counts import bound_kernels
+from rayrlhf.engines.rollout.vllm_lora import AdapterSlot, lora_settings
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PretrainedConfig
 from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
@@ -75,6 +76,7 @@ class VLLMRolloutEngine:
         self._tokenizer = load_tokenizer(spec.model)
         self._stop_ids = stop_token_ids(spec.model, self._tokenizer)
         self._engine = _start(spec, executor)
+        self._adapter = AdapterSlot(self._engine, spec.model) if spec.adapters else None
         self._engine.set_weight_version(str(self.version))
         self._max_length: int = self._engine.model_config.max_model_len
         self.weight_client = WeightSyncClient(self._engine)
@@ -98,11 +100,12 @@ class VLLMRolloutEngine:
         if not self._requests:
             # Cached prefixes change how a prompt's sums are split: an empty cache makes a batch's bits reproducible.
             self._engine.reset_prefix_cache()
+        adapter = self._adapter.request if self._adapter else None
         for request, limit in zip(requests, limits, strict=True):
             name = "-".join(map(str, request.key))
             self._requests[name] = request
             parameters = self._sampling_parameters(request.seed, temperature, limit)
-            self._engine.add_request(name, tokens_input(request.prompt_ids.tolist()), parameters)
+            self._engine.add_request(name, tokens_input(request.prompt_ids.tolist()), parameters, lora_request=adapter)
 
     def poll(self, minimum: int, seconds: float | None = None) -> list[Rollout]:
         """Decode until at least `minimum` requests are finished, none is left, or time is over.
@@ -133,8 +136,8 @@ class VLLMRolloutEngine:
         if self._requests:
             raise RuntimeError(f"the engine cannot sleep while {len(self._requests)} requests are unfinished")
         if not self._asleep:
-            # Level 2 keeps no copy of the weights: all of them are replaced on wake-up.
-            self._engine.sleep(level=2)
+            # Level 2 keeps no copy of the weights: all of them are replaced on wake-up, but for those under an adapter.
+            self._engine.sleep(level=1 if self._adapter else 2)
             self._asleep = True
 
     @property
@@ -153,13 +156,17 @@ class VLLMRolloutEngine:
         self._incoming = version
         if self._asleep:
             self._engine.wake_up(["weights"])
-        self.weight_client.start_weight_update()
+        if self._adapter is None:
+            self.weight_client.start_weight_update()
 
     def receive_weights(self, bucket: WeightBucket) -> None:
-        """Load one bucket of weights by Hugging Face name; keeps no reference to it.
+        """Load one bucket of weights by Hugging Face name, or of the adapter.
 
-        Any float dtype is accepted and cast.
+        Any float dtype is accepted and cast. No reference is kept.
         """
+        if self._adapter is not None:
+            self._adapter.receive(bucket)
+            return
         self.weight_client.update_weights({"bucket": bucket})
 
     def finish_weights(self) -> None:
@@ -170,7 +177,11 @@ class VLLMRolloutEngine:
         """
         if self._incoming is None:
             raise RuntimeError("finish_weights without begin_weights")
-        self.weight_client.finish_weight_update(str(self._incoming))
+        if self._adapter is None:
+            self.weight_client.finish_weight_update(str(self._incoming))
+        else:
+            self._adapter.load()
+            self.weight_client.activate(str(self._incoming))
         if self._asleep:
             # Last, because until here the cache's memory is free for weights in transit.
             self._engine.wake_up(["kv_cache"])
@@ -186,6 +197,8 @@ class VLLMRolloutEngine:
             return
         from vllm.distributed import cleanup_dist_env_and_memory
 
+        if self._adapter is not None:
+            self._adapter.close()
         self._engine.engine_core.shutdown()
         del self.weight_client
         self._engine = None
@@ -254,6 +267,7 @@ def _start(spec: RolloutSpec, executor: str | None) -> Any:
             use_tqdm_on_load=False,
             weight_transfer_config=WeightTransferConfig(backend=registered(spec.rollout.weight_transfer)),
             **device,
+            **(lora_settings(spec.model) if spec.adapters else {}),
         )
         with _out_of_sight(UNREADABLE):
             return LLMEngine.from_engine_args(arguments)

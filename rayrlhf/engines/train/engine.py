@@ -8,7 +8,6 @@ ratio of new to old log-probs measures the policy update and is deterministic.
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -29,7 +28,8 @@ from rayrlhf.models.export import save_network
 from rayrlhf.models.load import load_tokenizer, resolve_dtype
 from rayrlhf.models.lora import adapters_disabled, checkpoint_tensors, has_lora
 from rayrlhf.models.network import Network, OutputName, build_network
-from rayrlhf.weight_sync.buckets import WeightBucket, bucketed
+from rayrlhf.models.rounding import UpdateShare
+from rayrlhf.weight_sync.buckets import SyncDtype, WeightBucket, bucketed
 
 TRAIN_BACKENDS: dict[str, type[TrainBackend]] = {"deepspeed": DeepSpeedBackend}
 """Backends by `TrainEngineSpec.backend`."""
@@ -64,6 +64,7 @@ class TrainEngine:
         self._network.train(spec.model.gradient_checkpointing)
         decay = spec.train.ema_decay if "lm" in spec.heads and torch.distributed.get_rank() == 0 else None
         self._average = MovingAverage(self._network, decay) if decay is not None else None
+        self._arrived: float | None = None
         self._updater = Updater(self._backend, spec, self._device, self._average)
 
     @property
@@ -126,7 +127,7 @@ class TrainEngine:
         return report
 
     def weight_buckets(
-        self, bucket_bytes: int = 256 * 2**20, *, dtype: Literal["float32", "bfloat16"] = "float32"
+        self, bucket_bytes: int = 256 * 2**20, *, dtype: SyncDtype = "float32", adapters: bool = False
     ) -> Iterator[WeightBucket]:
         """Yield the weights under Hugging Face names: adapters merged, tied tensors once, without value head.
 
@@ -136,10 +137,20 @@ class TrainEngine:
         Args:
             bucket_bytes: approximate size of a bucket.
             dtype: dtype of the rollout engine's weights; rounding to bfloat16 happens once, here.
+            adapters: yield the adapters' tensors alone, under the names of PEFT's files.
         """
-        return bucketed(self._checkpoint(getattr(torch, dtype)), bucket_bytes)
+        tensors = self._adapters(getattr(torch, dtype)) if adapters else self._checkpoint(getattr(torch, dtype))
+        return bucketed(tensors, bucket_bytes)
 
-    def device_weights(self, dtype: Literal["float32", "bfloat16"]) -> Iterator[tuple[str, torch.Tensor]]:
+    @property
+    def update_arrived(self) -> float | None:
+        """Share of the adapters' update that survived the last rounding of merged weights.
+
+        None without adapters, without an update, or in float32.
+        """
+        return self._arrived
+
+    def device_weights(self, dtype: SyncDtype) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the same weights one by one on the training device.
 
         Each is valid until the next; every rank must exhaust the iterator.
@@ -211,10 +222,7 @@ class TrainEngine:
         """
         if self._spec.model.lora is None:
             raise ValueError("the network has no adapters to export")
-        state = {}
-        for name, parameter in adapter_parameters(self._network.model):
-            with self._backend.gathered((parameter,)):
-                state[name] = parameter.detach().cpu().clone()
+        state = dict(self._adapters(torch.float32))
         if torch.distributed.get_rank() == 0:
             save_adapters(self._network.model, self._spec.model, state, load_tokenizer(self._spec.model), folder)
         torch.distributed.barrier()
@@ -239,14 +247,25 @@ class TrainEngine:
         with self._backend.gathered(tuple(head.parameters())):
             return head.weight.detach().cpu().clone(), None if head.bias is None else head.bias.detach().cpu().clone()
 
+    def _adapters(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        parameters = dict(adapter_parameters(self._network.model))
+        with self._backend.gathered(tuple(parameters.values())):
+            copies = {name: parameter.detach().to("cpu", dtype, copy=True) for name, parameter in parameters.items()}
+        yield from copies.items()
+
     def _checkpoint(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+        share = UpdateShare()
         for tensor in checkpoint_tensors(self._network.model):
             with self._backend.gathered(tensor.parameters):
-                value = tensor.value()
-                value = value.to(device, value.dtype if tensor.is_buffer else dtype).contiguous()
+                exact = tensor.value()
+                value = exact.to(exact.dtype if tensor.is_buffer else dtype)
+                if tensor.base is not None and value.dtype != exact.dtype:
+                    share.add(tensor.base.detach(), exact, value)
+                value = value.to(device).contiguous()
                 if self._backend.shards_parameters:
                     value = value.clone()  # gathered memory is freed at the end of the block
             yield tensor.name, value
+        self._arrived = share.value
 
 
 def _remember_frozen_layers(network: Network, spec: TrainEngineSpec) -> None:

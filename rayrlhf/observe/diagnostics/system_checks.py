@@ -1,8 +1,15 @@
-"""Checks of the system: log-prob mismatch, staleness, idle processes, memory."""
+"""Checks of the system: log-prob mismatch, lost updates, staleness, idle processes, memory."""
 
 from rayrlhf.observe.diagnostics.finding import Sign, check
 from rayrlhf.observe.diagnostics.history import History, mean
-from rayrlhf.observe.metric_names import LOGPROB_GAP, MAX_STALENESS, MEMORY_LIMIT, PEAK_MEMORY, STALENESS_LIMIT
+from rayrlhf.observe.metric_names import (
+    LOGPROB_GAP,
+    MAX_STALENESS,
+    MEMORY_LIMIT,
+    PEAK_MEMORY,
+    STALENESS_LIMIT,
+    UPDATE_ARRIVED,
+)
 
 OTHER = "time_share/other"
 
@@ -22,6 +29,17 @@ def sampler_mismatch(history: History) -> Sign | None:
     if not points:
         return None
     return Sign(points[0].step, f"trainer and rollout engine differ by {mean(points):.3f} nats per token on fresh responses")
+
+
+@check("warning", "Set rollout.lora: adapter (with rollout.backend: vllm), or model.dtype: float32.")
+def update_lost(history: History) -> Sign | None:
+    """Detect LoRA updates that rounding keeps from the rollout engine."""
+    points = [point for point in history.recent(UPDATE_ARRIVED, 1) if point.value < 0.5]
+    if not points:
+        return None
+    return Sign(
+        points[0].step, f"{points[0].value:.0%} of the adapters' update reached the rollout engine; rounding lost the rest"
+    )
 
 
 @check("alarm", "A replica serves old weights: look at recoveries.jsonl.")
@@ -56,4 +74,4 @@ def memory_limit(history: History) -> Sign | None:
     return Sign(peak[0].step, f"the run's processes used {peak[0].value:.1f} of {limit[0].value:.1f} GiB")
 
 
-SYSTEM_CHECKS = (sampler_mismatch, stale_rollouts, idle_actors, memory_limit)
+SYSTEM_CHECKS = (sampler_mismatch, update_lost, stale_rollouts, idle_actors, memory_limit)

@@ -1,0 +1,38 @@
+"""How adapters reach the rollout engine: unmerged where vLLM samples, merged elsewhere, refused where neither fits."""
+
+import pytest
+
+from rayrlhf.config.loading.load import load_config
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.errors import UserError
+
+LORA = "model.lora={rank: 8}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "unmerged"),
+    [
+        ([], False),
+        ([LORA], True),
+        ([LORA, "rollout.lora=adapter"], True),
+        ([LORA, "rollout.lora=merged"], False),
+        ([LORA, "rollout.backend=transformers"], False),
+        ([LORA, "rollout.backend=plugins.py:Engine"], False),
+    ],
+)
+def test_adapters_are_served_unmerged_by_vllm_alone(minimal, settings, unmerged):
+    assert load_config(PPOConfig, minimal, settings).serves_adapters == unmerged
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["rollout.lora=adapter"], "rollout.lora 'adapter' needs adapters (model.lora)"),
+        (["rollout.lora=adapter", LORA, "rollout.backend=transformers"], "needs rollout.backend 'vllm', found 'transformers'"),
+    ],
+)
+def test_adapters_that_cannot_be_served_are_refused_in_one_line(minimal, settings, expected):
+    with pytest.raises(UserError) as caught:
+        load_config(PPOConfig, minimal, settings)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
