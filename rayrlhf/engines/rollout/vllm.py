@@ -197,8 +197,6 @@ class VLLMRolloutEngine:
             return
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        if self._adapter is not None:
-            self._adapter.close()
         self._engine.engine_core.shutdown()
         del self.weight_client
         self._engine = None

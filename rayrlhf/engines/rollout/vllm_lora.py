@@ -5,8 +5,13 @@ lost there: 3 % of it arrives at learning rate 1e-5 after 16 steps. An adapter o
 rounded relative to their own size.
 """
 
+import fcntl
+import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,6 +27,9 @@ from rayrlhf.models.lora import add_lora
 from rayrlhf.weight_sync.buckets import WeightBucket
 
 MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108
+FOLDER_PREFIX = "rayrlhf-adapter-"
+NEW_SECONDS = 10.0
+"""Age up to which a folder without a lock may be that of a process about to lock it."""
 INSTEAD = "set rollout.lora=merged"
 
 
@@ -64,19 +72,15 @@ class AdapterSlot:
 
         self._engine = engine
         self._tensors: dict[str, Tensor] = {}
-        folder = str(MEMORY_FOLDER) if MEMORY_FOLDER.is_dir() else None
-        self._folder = tempfile.TemporaryDirectory(prefix="rayrlhf-adapter-", dir=folder)
-        self.request = LoRARequest("policy", 1, self._folder.name)
-        # A request with this flag would load the folder in every decoding step.
-        self._loading = LoRARequest("policy", 1, self._folder.name, load_inplace=True)
+        # vLLM reads the folder of an adapter that is not loaded, which this one always is.
+        self.request = LoRARequest("policy", 1, "loaded")
         # Requests before the first sync need the adapter too, so that its weights can change under them.
         zero, layers = _zero_adapter(model)
         self._shapes = {name: tensor.shape for name, tensor in zero.items()}
-        peft_config(model, zero, layers).save_pretrained(self._folder.name)
+        self._config = peft_config(model, zero, layers)
         try:
             self._load(zero)
         except ValueError as error:
-            self._folder.cleanup()
             raise UserError(f"model.lora.target_modules: vLLM cannot serve these adapters; {INSTEAD} ({error})") from error
 
     def receive(self, bucket: WeightBucket) -> None:
@@ -98,14 +102,41 @@ class AdapterSlot:
         tensors, self._tensors = self._tensors, {}
         self._load(tensors)
 
-    def close(self) -> None:
-        """Remove the adapter's folder."""
-        self._folder.cleanup()
-
     def _load(self, tensors: Mapping[str, Tensor]) -> None:
-        save_file(dict(tensors), Path(self._folder.name) / WEIGHTS_FILE, {"format": "pt"})
-        if not self._engine.add_lora(self._loading):
-            raise RuntimeError("vLLM did not load the adapter")
+        from vllm.lora.request import LoRARequest
+
+        with memory_folder() as folder:
+            self._config.save_pretrained(folder)
+            save_file(dict(tensors), folder / WEIGHTS_FILE, {"format": "pt"})
+            # A request with this flag would load the adapter in every decoding step.
+            if not self._engine.add_lora(LoRARequest("policy", 1, str(folder), load_inplace=True)):
+                raise RuntimeError("vLLM did not load the adapter")
+
+
+@contextmanager
+def memory_folder() -> Iterator[Path]:
+    """Create a folder in shared memory for one load of an adapter, and remove it after.
+
+    Folders of killed processes are removed too. A folder in use is locked, and the lock ends with its process.
+    """
+    parent = MEMORY_FOLDER if MEMORY_FOLDER.is_dir() else Path(tempfile.gettempdir())
+    for leftover in parent.glob(f"{FOLDER_PREFIX}*"):
+        with suppress(OSError):  # in use, of another user, or just removed
+            if time.time() - leftover.stat().st_mtime > NEW_SECONDS:
+                with _locked(leftover):
+                    shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX, dir=parent) as name, _locked(Path(name)):
+        yield Path(name)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _use_plain_products() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.rollout import RolloutSection
+from rayrlhf.engines.rollout import vllm_lora
 from rayrlhf.engines.rollout.common import RolloutSpec
 from rayrlhf.engines.rollout.vllm import VLLMRolloutEngine
 from rayrlhf.engines.rollout.vllm_lora import lora_settings
@@ -85,6 +86,17 @@ def test_an_incomplete_adapter_is_refused_until_the_rest_has_come(engine):
         engine.finish_weights()
     engine.receive_weights(tensors[:1])
     engine.finish_weights()
+    assert gap(network, sample(engine, make_requests(1)).values()) < 1e-5
+
+
+def test_a_load_leaves_no_folder_in_shared_memory(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_lora, "MEMORY_FOLDER", tmp_path)
+    used = []
+    add_lora = engine._engine.add_lora
+    monkeypatch.setattr(engine._engine, "add_lora", lambda request: [used.append(request.lora_path), add_lora(request)][1])
+    load(engine, 6, network := adapted(6))
+    assert [path.startswith(str(tmp_path)) for path in used] == [True]
+    assert list(tmp_path.iterdir()) == []
     assert gap(network, sample(engine, make_requests(1)).values()) < 1e-5
 
 
