@@ -1,10 +1,10 @@
-"""Rounding of merged weights to the rollout engine's precision, and the share of an update that survives it."""
+"""Share of an update that survives rounding to the rollout engine's precision."""
 
 from torch import Tensor
 
 
 class UpdateShare:
-    """Projection of an update that arrived in lower precision on the intended one, over all tensors.
+    """Projection of the rounded update of all weights on the intended one.
 
     With intended updates u and arrived ones a it is sum(a u) / sum(u u): 1 if everything arrives, 0 if nothing does.
     """
@@ -13,7 +13,13 @@ class UpdateShare:
         self._product = self._norm = 0.0
 
     def add(self, start: Tensor, intended: Tensor, arrived: Tensor) -> None:
-        """Add one weight: before training, after it, and as the engine gets it, in three tensors of one shape."""
+        """Add one weight in three tensors of one shape.
+
+        Args:
+            start: before training.
+            intended: after training.
+            arrived: as the engine gets it.
+        """
         update = (intended - start).float()
         # The engine's own start is the rounded one.
         received = arrived.float() - start.to(arrived.dtype).float()
