@@ -117,7 +117,8 @@ class AdapterSlot:
 def memory_folder() -> Iterator[Path]:
     """Create a folder in shared memory for one load of an adapter.
 
-    It is removed after the load, and folders of killed processes with it. A folder in use is locked, and the lock ends with its process.
+    It is removed after the load, and folders of killed processes with it. A folder in use is locked. The lock ends with its
+    process.
     """
     parent = MEMORY_FOLDER if MEMORY_FOLDER.is_dir() else Path(tempfile.gettempdir())
     for leftover in parent.glob(f"{FOLDER_PREFIX}*"):
