@@ -160,6 +160,24 @@ def _check_or_train(
 
 
 @app.command()
+def data(
+    config: Annotated[
+        Path, typer.Argument(help="A YAML file with a configuration of SFT, DPO, a reward model, PPO or an evaluation.")
+    ],
+    overrides: Overrides = None,
+    task: Annotated[
+        str | None, typer.Option(help="sft, dpo, reward, ppo or evaluate; the first that fits if not given.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Number of rows to show.")] = 3,
+    html: Annotated[Path | None, typer.Option(help="Also write a page that opens offline.")] = None,
+) -> None:
+    """Show the text and loss mask that a model reads of the training data."""
+    from rayrlhf.tools.data_view import show_data
+
+    show_data(config, overrides or [], task, rows, html)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
     merge: Annotated[bool, typer.Option("--merge", help="Fold adapters into their base model.")] = False,

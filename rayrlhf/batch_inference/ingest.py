@@ -6,21 +6,38 @@ Which rows are usable depends only on the data and the model's context. One part
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.batch_inference.source import SourceRow, rejected_schema, replace_surrogates, row_schema, stream_rows
 from rayrlhf.batch_inference.stored_prompts import encode_prompts
 from rayrlhf.config.batch_inference import PairsSection
-from rayrlhf.data.templates import check_messages
+from rayrlhf.config.data import DatasetSection
+from rayrlhf.data.dataset_rows import data_files
+from rayrlhf.data.messages import as_conversation, ends_with_answer, extra_keys
+from rayrlhf.data.row_columns import (
+    ANSWERS,
+    INPUT,
+    INSTRUCTION,
+    LABEL_FALSE,
+    Extras,
+    prompt_text,
+    read_extras,
+    recognized,
+    starts_with_prompt,
+    with_system,
+)
+from rayrlhf.data.templates import check_messages, check_turns
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import Tokenizer
 
 GIVEN = "given_response"
 """Key in a row's `columns` of a response that the dataset provides."""
+CONTENT_KEYS = {"tool_calls", "reasoning_content", "thinking"}
+"""Keys of a message that hold a part of its text."""
 MAX_CONTENT = 2000
 """Characters of a rejected row that are stored for inspection."""
 REJECTED_PER_PART = 10_000
@@ -42,6 +59,7 @@ def ingest_dataset(
     longest: int | None,
     given_field: str | None = None,
     answered: bool = True,
+    needs: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Read a dataset into part files, unless they are complete.
 
@@ -50,11 +68,12 @@ def ingest_dataset(
         longest: maximum tokens of prompt, response and end of sequence; None leaves lengths unchecked.
         given_field: a field with a model's response, stored under `GIVEN`.
         answered: True requires a response in each row; False stores "" where a row has none.
+        needs: columns that every row must have, and what needs them.
 
     Raises:
         UserError: no such dataset; too many unusable rows, or no usable one; the dataset changed since an earlier start.
     """
-    fingerprint = _fingerprint(section.path)
+    fingerprint = _fingerprint(section)
     if rows.sealed:
         if rows.facts()["fingerprint"] != fingerprint:
             raise UserError(f"{section.path}: changed since this run read it; choose another run.name")
@@ -65,7 +84,7 @@ def ingest_dataset(
     reasons: Counter[str] = Counter()
     bad: list[Row] = []
     total = count = index = bad_index = 0
-    checked = _checked(section, given_field, answered)
+    checked = _checked(section, given_field, answered, needs)
     while batch := list(islice(checked, rows_per_part)):
         total += len(batch)
         good = [row for row in batch if "reason" not in row]
@@ -84,16 +103,19 @@ def ingest_dataset(
             bad_index = _write_rejected(rejected, bad_index, bad)
     if bad:
         _write_rejected(rejected, bad_index, bad)
-    _check_share(section, reasons, total, count, rejected.path)
+    _check_share(section, reasons, total, count, rejected)
     facts = {"rows": count, "read": total, "rejected": dict(reasons), "fingerprint": fingerprint}
     rows.seal(facts | (_longest(rows) if tokenizer is not None else {}))
 
 
-def _checked(section: PairsSection, given_field: str | None, answered: bool) -> Iterator[Row]:
+def _checked(section: PairsSection, given_field: str | None, answered: bool, needs: Mapping[str, str]) -> Iterator[Row]:
     conversational: bool | None = None
+    layout = ""
     for source in stream_rows(section):
+        if source.fields is not None and not layout:
+            section, layout = recognized(source.fields, section, "examples")
         try:
-            row = _pair(section, source, given_field, answered)
+            row = _pair(section, source, given_field, answered, needs)
             if conversational is None:
                 conversational = row["messages"] is not None
             elif conversational != (row["messages"] is not None):
@@ -107,26 +129,42 @@ def _checked(section: PairsSection, given_field: str | None, answered: bool) -> 
             yield {"source": source.number, "reason": str(error), "content": content}
 
 
-def _pair(section: PairsSection, source: SourceRow, given_field: str | None, answered: bool) -> Row:
+def _pair(section: PairsSection, source: SourceRow, given_field: str | None, answered: bool, needs: Mapping[str, str]) -> Row:
     if source.fields is None:
-        raise RejectedError(source.problem.split(":")[0])
+        raise RejectedError(source.problem)
     fields = dict(source.fields)
-    prompt = _field(fields, section.prompt_field)
+    prompt = as_conversation(_field(fields, section.prompt_field))
+    if isinstance(prompt, list) and fields.get(section.response_field) is None and ends_with_answer(prompt):
+        # A whole conversation: its last message is the answer.
+        fields[section.response_field], prompt = prompt[-1:], prompt[:-1]
     messages = None
+    used = (section.prompt_field, section.response_field, *((INPUT,) if section.prompt_field == INSTRUCTION else ()))
+    try:
+        turns = section.chat or isinstance(prompt, list)
+        extras = read_extras(fields, used, ANSWERS, section.ignored_fields, "", turns=turns)
+        if isinstance(prompt, list):
+            prompt = with_system(check_messages(prompt, section.prompt_field), extras.system, section.prompt_field)
+        elif isinstance(prompt, str):
+            prompt = prompt_text(fields, prompt, section.prompt_field, None, section.prompt_field)
+            if extras.system is not None and prompt.strip():
+                prompt = with_system([{"role": "user", "content": prompt}], extras.system, section.prompt_field)
+    except UserError as error:
+        raise RejectedError(str(error).removeprefix(": ")) from error
+    _refuse_parts(section, extras, prompt)
+    for name in needs:
+        _field(fields, name)
     if isinstance(prompt, list):
-        try:
-            checked = check_messages(prompt, section.prompt_field)
-        except UserError as error:
-            raise RejectedError(str(error)) from error
-        messages = json.dumps(checked, ensure_ascii=False)
-        prompt = checked[-1]["content"]
+        messages = json.dumps([{"role": one["role"], "content": one["content"]} for one in prompt], ensure_ascii=False)
+        prompt = prompt[-1]["content"]
     if not answered and fields.get(section.response_field) is None:
         fields[section.response_field] = ""
     response = _only_message(_field(fields, section.response_field))
+    if isinstance(response, str) and isinstance(prompt, str) and starts_with_prompt(prompt, response):
+        raise RejectedError(f"{section.response_field} repeats the prompt")
     row = {
         "source": source.number,
         "prompt": _text(prompt, section.prompt_field),
-        "messages": messages if messages is None else replace_surrogates(messages),
+        "messages": messages,
         "response": _text(response, section.response_field, may_be_empty=not answered),
         "prompt_tokens": None,
         "response_tokens": None,
@@ -134,8 +172,17 @@ def _pair(section: PairsSection, source: SourceRow, given_field: str | None, ans
     if given_field is not None:
         fields[GIVEN] = _text(_field(fields, given_field), given_field, may_be_empty=True)
     others = {name: value for name, value in fields.items() if name not in (section.prompt_field, section.response_field)}
-    row["columns"] = replace_surrogates(json.dumps(others, ensure_ascii=False, default=str))
+    row["columns"] = json.dumps(others, ensure_ascii=False, default=str)
     return row
+
+
+def _refuse_parts(section: PairsSection, extras: Extras, prompt: object) -> None:
+    """Reject what these commands do not store: tools, tool calls, reasoning, and answers labeled false."""
+    if extras.rejected:
+        raise RejectedError(LABEL_FALSE)
+    lost = list(extras.options or ()) + sorted(extra_keys(prompt) & CONTENT_KEYS if isinstance(prompt, list) else ())
+    if lost:
+        raise RejectedError(f"{section.prompt_field}: {lost[0]}: not supported by this command")
 
 
 def _field(fields: dict[str, Any], name: str) -> Any:
@@ -146,8 +193,15 @@ def _field(fields: dict[str, Any], name: str) -> Any:
 
 def _only_message(value: object) -> Any:
     """Unwrap a response that is a list with one assistant message."""
+    value = as_conversation(value)
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        return value[0].get("content")
+        try:
+            [message] = check_turns(value, "answer")
+        except UserError as error:
+            raise RejectedError(str(error)) from error
+        if lost := extra_keys([message]) & CONTENT_KEYS:
+            raise RejectedError(f"answer: {min(lost)}: not supported by this command")
+        return message["content"]
     return value
 
 
@@ -156,7 +210,7 @@ def _text(value: object, name: str, *, may_be_empty: bool = False) -> str:
         raise RejectedError(f"{name} is not text")
     if not value.strip() and not may_be_empty:
         raise RejectedError(f"{name} is empty")
-    return replace_surrogates(value)
+    return value
 
 
 def _measure(section: PairsSection, rows: Sequence[Row], tokenizer: Tokenizer, longest: int | None) -> None:
@@ -192,15 +246,24 @@ def _rejected_row(row: Row) -> Row:
     return {"source": row["source"], "reason": row["reason"], "content": replace_surrogates(row["content"][:MAX_CONTENT])}
 
 
-def _check_share(section: PairsSection, reasons: Counter[str], total: int, usable: int, folder: Path) -> None:
+def _check_share(section: PairsSection, reasons: Counter[str], total: int, usable: int, folder: PartFolder) -> None:
     if total == 0:
         raise UserError(f"{section.path}: the dataset has no rows")
     bad = total - usable
     if usable == 0 or bad > section.max_rejected_share * total:
         shown = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
+        first = next(iter(folder.rows()))
+        found = ""
+        if first["reason"].startswith("no field"):
+            found = (
+                f"; row {first['source']} has {', '.join(json.loads(first['content'])) or 'nothing'}: name the columns with "
+            )
+            found += "data.prompt_field and data.response_field"
+        else:
+            found = f"; the first is row {first['source']}"
         raise UserError(
             f"{section.path}: {bad} of {total} rows are unusable, expected at most {section.max_rejected_share:.1%} "
-            f"(data.max_rejected_share): {shown}; all of them are in {folder}"
+            f"(data.max_rejected_share): {shown}{found}; all of them are in {folder.path}"
         )
 
 
@@ -215,10 +278,8 @@ def _longest(rows: PartFolder) -> dict[str, int]:
     return longest
 
 
-def _fingerprint(path: str) -> str | None:
-    """Return size and modification time of a file; None for other datasets."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        return None
-    status = file.stat()
-    return f"{status.st_size} bytes, {status.st_mtime_ns} ns"
+def _fingerprint(section: PairsSection) -> str | None:
+    """Return sizes and modification times of the files; None for other datasets."""
+    named = DatasetSection(path=section.path, split=section.split, subset=section.subset)
+    states = [file.stat() for file in data_files(named) if file.is_file()]
+    return "; ".join(f"{state.st_size} bytes, {state.st_mtime_ns} ns" for state in states) or None

@@ -13,6 +13,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from rayrlhf.config.reward import RewardSection
+from rayrlhf.data.words import han_share, unspaced_share
 from rayrlhf.errors import UserError
 from rayrlhf.rewards.functions import ScoringBatch, load_functions
 from rayrlhf.rewards.score import score_batch
@@ -21,14 +22,18 @@ if TYPE_CHECKING:
     from rayrlhf.batch_inference.generation import Response
 
 Aggregate = Literal["mean", "max"]
+AUTO, AUTO_NAMES = "auto", ("auto", "zh", "char")
 _Counts = Counter[tuple[str, ...]]
 
 
 class BleuScorer:
     """Scores hypotheses against one reference each."""
 
-    def __init__(self, tokenize: str = "13a") -> None:
+    def __init__(self, tokenize: str = "auto") -> None:
         """Load the tokenizer.
+
+        Args:
+            tokenize: sacrebleu's name, or `auto`: `13a`, but `zh` or `char` for a reference mostly in a script without blanks.
 
         Raises:
             UserError: the tokenizer has to be downloaded and cannot be.
@@ -36,12 +41,16 @@ class BleuScorer:
         from sacrebleu.metrics import BLEU
 
         try:
-            self._metric: Any = BLEU(tokenize=tokenize, effective_order=True)
+            names = {name: "13a" if name == AUTO else name for name in (AUTO_NAMES if tokenize == AUTO else (tokenize,))}
+            metrics = {name: BLEU(tokenize=own, effective_order=True) for name, own in names.items()}
         except OSError as error:
             raise UserError(
                 f"BLEU tokenizer {tokenize}: sacrebleu cannot download it ({error}); "
                 "expected a network, or 13a, intl, zh, char or none"
             ) from error
+        self._metric: Any = metrics[tokenize]
+        self._tokenizers = {name: metric.tokenizer for name, metric in metrics.items()}
+        self._tokenize = tokenize
         self._orders = range(1, self._metric.max_ngram_order + 1)
 
     def score(self, hypothesis: str, reference: str) -> float:
@@ -50,12 +59,13 @@ class BleuScorer:
 
     def scores(self, hypotheses: Sequence[str], reference: str) -> list[float]:
         """Return the score of each hypothesis against the one reference."""
-        counted = self._count(reference)
-        return [self._score(*self._count(hypothesis), *counted) for hypothesis in hypotheses]
+        name = self._tokenize if self._tokenize != AUTO else tokenizer_of(reference)
+        counted = self._count(reference, name)
+        return [self._score(*self._count(hypothesis, name), *counted) for hypothesis in hypotheses]
 
-    def _count(self, text: str) -> tuple[int, _Counts]:
+    def _count(self, text: str, name: str) -> tuple[int, _Counts]:
         """Return the number of tokens, and the counts of the n-grams of all orders."""
-        tokens = self._metric.tokenizer(text.rstrip()).split()
+        tokens = self._tokenizers[name](text.rstrip()).split()
         shifted = [tokens[start:] for start in range(self._metric.max_ngram_order)]
         return len(tokens), Counter(chain.from_iterable(zip(*shifted[:order], strict=False) for order in self._orders))
 
@@ -79,7 +89,18 @@ class BleuScorer:
     def signature(self) -> str:
         """Signature of the settings by sacrebleu, `nrefs:1|case:mixed|eff:yes|tok:13a|smooth:exp|version:...`."""
         self._metric.num_refs = 1  # sacrebleu sets it at the first score.
-        return str(self._metric.get_signature())
+        signature = str(self._metric.get_signature())
+        return signature.replace("tok:13a", "tok:13a, zh or char by script") if self._tokenize == AUTO else signature
+
+
+def tokenizer_of(text: str) -> str:
+    """Return the name of sacrebleu's tokenizer for a text.
+
+    `zh` for Chinese, `char` for another script without blanks, else `auto`, which is 13a.
+    """
+    if text.isascii() or unspaced_share([text]) <= 0.5:
+        return AUTO
+    return "zh" if han_share(text) > 0.8 else "char"
 
 
 def aggregate(scores: Sequence[float], how: Aggregate) -> float:

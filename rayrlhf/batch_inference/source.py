@@ -1,16 +1,16 @@
-"""Streaming reader of a dataset: JSONL, Parquet, built-in or hub."""
+"""Streaming reader of a dataset, which keeps unreadable lines as rows with their problem."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, islice
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 from rayrlhf.config.batch_inference import PairsSection
 from rayrlhf.config.data import DatasetSection
-from rayrlhf.data.dataset_rows import JSON_LINES, PARQUET, open_rows
+from rayrlhf.data.dataset_rows import open_rows
+from rayrlhf.data.row_files import parse_row
+from rayrlhf.data.row_slices import LinesSlice
 from rayrlhf.errors import UserError
 
 
@@ -40,46 +40,30 @@ def stream_rows(section: PairsSection) -> Iterator[SourceRow]:
 
 
 def _stream(section: PairsSection) -> Iterator[SourceRow]:
-    path = Path(section.path).expanduser()
-    if path.is_file() and path.suffix.lower() in JSON_LINES:
-        return _json_lines(path)
-    if path.is_file() and path.suffix.lower() in PARQUET:
-        return _parquet(path)
     named = DatasetSection(path=section.path, split=section.split, subset=section.subset, limit=section.limit)
-    chunks = chain.from_iterable(one.chunks() for one in open_rows(named).slices)
-    return (SourceRow(number, fields) for numbers, rows in chunks for number, fields in zip(numbers, rows, strict=True))
-
-
-def _json_lines(path: Path) -> Iterator[SourceRow]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                yield SourceRow(number, None, f"not JSON: {error}", line.decode("utf-8", "replace").strip())
-                continue
-            if isinstance(value, dict):
-                yield SourceRow(number, value)
-            else:
-                text = line.decode("utf-8", "replace").strip()
-                yield SourceRow(number, None, f"expected a JSON object, found {type(value).__name__}", text)
-
-
-def _parquet(path: Path) -> Iterator[SourceRow]:
-    import pyarrow
-    import pyarrow.parquet
-
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield SourceRow(number, fields)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}") from error
+        slices = open_rows(named).slices
+    except UserError as error:
+        if "the dataset has no rows" in str(error):
+            return
+        raise
+    for one in slices:
+        lines = getattr(one, "one", one)
+        if isinstance(lines, LinesSlice):
+            yield from map(_source_row, lines.lines())
+            continue
+        for numbers, rows in one.chunks():
+            yield from map(SourceRow, numbers, rows)
+
+
+def _source_row(numbered: tuple[int, bytes]) -> SourceRow:
+    number, line = numbered
+    try:
+        return SourceRow(number, parse_row(line, ""))
+    except UserError as error:
+        reason = str(error).removeprefix(": ").split(";")[0]
+        reason = "not JSON" if reason.startswith("not ") else reason
+        return SourceRow(number, None, reason, line.decode("utf-8", "replace").strip())
 
 
 @cache

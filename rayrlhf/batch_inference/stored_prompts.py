@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from rayrlhf.config.batch_inference import PairsSection
+from rayrlhf.data.messages import Message
 from rayrlhf.data.records import Int32, TokenSequence
-from rayrlhf.data.templates import Message, conversation, render
+from rayrlhf.data.templates import conversation, render
 from rayrlhf.library_types import Tokenizer
 
 

@@ -62,7 +62,7 @@ class PipelineSection(PartsSection):
 
 
 class PairsSection(SourceSection):
-    """Pairs of prompt and response: JSONL, Parquet, a built-in (`builtin:word-problems`), or a hub name."""
+    """Pairs of prompt and response: files, a folder, a built-in (`builtin:word-problems`), or a hub name."""
 
     prompt_field: str = "prompt"
     """Text, or a list of {role, content} messages."""

@@ -1,37 +1,61 @@
 """Datasets of prompts, samples and preference pairs, and their conversion to tokens."""
 
-from typing import ClassVar, Literal, Self
+import re
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from rayrlhf.config.section import Section
 
+TEMPLATE_FIELD = re.compile(r"\{\{(\w+)\}\}|\{(\w+)\}")
+"""`{column}` of a template, or `{{text}}`, which is written with single braces."""
+
+
+def _join_paths(value: object) -> object:
+    listed = isinstance(value, list | tuple) and value and all(isinstance(path, str) for path in value)
+    return ", ".join(value) if listed and isinstance(value, list | tuple) else value
+
+
+_PATH_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
+Paths = Annotated[str, BeforeValidator(_join_paths), WithJsonSchema(_PATH_SCHEMA)]
+"""One path, or a list, stored with commas in between."""
+
+
+def template_fields(template: str | None) -> list[str]:
+    """Return the columns that a template names."""
+    return [field for _, field in TEMPLATE_FIELD.findall(template or "") if field]
+
 
 class SourceSection(Section):
-    """Source of rows: JSONL, Parquet, a built-in (`builtin:word-problems`), or a hub name."""
+    """Source of rows: files, a folder, a built-in (`builtin:word-problems`), or a hub name."""
 
-    path: str
-    """File, built-in or hub name; also a folder in the hub's layout, or of `save_to_disk` of the `datasets` package."""
+    path: Paths
+    """File (JSON, JSONL, CSV, TSV, Parquet; also with .gz or .zst), list of files, glob, folder of files or of `save_to_disk`,
+    built-in or hub name."""
     split: str = "train"
     """Split of a hub dataset, or of a built-in."""
     subset: str | None = None
     """Configuration name of a hub dataset (`main` for `openai/gsm8k`)."""
     limit: int | None = Field(None, ge=1)
     """Maximum number of rows; the first ones are used. Default: all."""
+    ignored_fields: list[str] = Field(default_factory=list)
+    """Columns left out on purpose. Other columns that usually belong to the prompt, the loss or the tools are refused where a
+    command does not use them."""
 
 
 class DatasetSection(SourceSection):
-    """One prompt dataset: JSONL, Parquet, a built-in (`builtin:word-problems`), or a hub name."""
+    """One prompt dataset: files, a folder, a built-in (`builtin:word-problems`), or a hub name."""
 
     prompt_field: str = "prompt"
     """Column with the prompt: text, or a list of {role, content} messages."""
     template: str | None = None
-    """Text around a standard prompt, with `{prompt}` as its place; applied before the chat template. Default: none."""
+    """Text around a standard prompt, with `{prompt}` as its place, and `{column}` for any other column; `{{text}}` writes
+    `{text}`. Applied before the chat template. Default: none."""
 
     @model_validator(mode="after")
     def _check_template(self) -> Self:
-        if self.template is not None and "{prompt}" not in self.template:
-            raise ValueError("template has no {prompt}, the place of the prompt")
+        if self.template is not None and not template_fields(self.template):
+            raise ValueError("template has no {prompt}, the place of the prompt, nor another {column}")
         return self
 
 

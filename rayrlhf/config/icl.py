@@ -99,6 +99,7 @@ class DocumentsSection(SourceSection):
             prompt_field=self.text_field,
             response_field="",  # The other columns of a document are no answers.
             limit=self.limit,
+            ignored_fields=self.ignored_fields,
             max_rejected_share=self.max_rejected_share,
         )
 

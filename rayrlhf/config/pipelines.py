@@ -159,7 +159,7 @@ class ProbeSection(Section):
     """Column that already holds the model's response, so nothing is generated. Default: generate."""
     model: ModelSection | None = None
     """Model that is already fine-tuned on the dataset. Default: the run tunes one."""
-    tokenize: Literal["13a", "intl", "zh", "char", "flores101", "flores200", "none"] = "13a"
+    tokenize: Literal["auto", "13a", "intl", "zh", "char", "flores101", "flores200", "none"] = "auto"
     """BLEU tokenizer of sacrebleu. Those of flores are downloaded on first use."""
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Dataset rows from JSONL, Parquet, built-in or Hugging Face datasets, with errors per row."""
+"""Dataset rows from files, built-in or Hugging Face datasets, with errors per row."""
 
 import difflib
 from collections.abc import Sequence
@@ -7,14 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from rayrlhf.config.data import DatasetSection
+from rayrlhf.data.row_columns import recognized
+from rayrlhf.data.row_files import (
+    EXPECTED,
+    FileOfMany,
+    StreamSlice,
+    check_file,
+    folder_files,
+    is_array,
+    is_file,
+    kind_of,
+    listed,
+    names_of,
+    place_of,
+)
 from rayrlhf.data.row_slices import RowSlice, slice_lines, slice_list, slice_row_groups, slice_table
 from rayrlhf.data.toy.builtin_rows import BUILTIN, read_builtin
 from rayrlhf.errors import UserError
 
-JSON_LINES = (".jsonl", ".ndjson")
-PARQUET = (".parquet",)
-OTHER_FILES = (".json", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zst", ".zip")
-"""Suffixes that mean a file and not a hub name, so that the error message is about the file."""
 DEFAULT_FIELD = "prompt"
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 """Files that identify a saved dataset, and one with splits."""
@@ -29,16 +39,18 @@ class Rows:
         values: one dictionary per row.
         numbers: number of each row in error messages: the line of a JSONL file, else 1, 2, ...
         prompt_field: the field that holds the prompt.
+        layout: name of the format that the columns define.
     """
 
     source: str
     values: list[dict[str, Any]]
     numbers: list[int]
     prompt_field: str
+    layout: str = ""
 
     def place(self, index: int) -> str:
         """Return file, row and field of a row's prompt, for error messages."""
-        return f"{self.source}: row {self.numbers[index]}: {self.prompt_field}"
+        return f"{place_of(self.source, self.numbers[index])}: {self.prompt_field}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +93,14 @@ def open_rows(section: DatasetSection) -> RowSource:
 
 
 def read_rows(section: DatasetSection) -> Rows:
-    """Read a dataset's first `limit` rows, or all, into memory.
+    """Read a prompt dataset's first `limit` rows, or all, into memory.
 
     Raises:
         UserError: see `open_rows`; a line that is not a JSON object.
     """
     opened = open_rows(section)
-    rows = Rows(opened.source, [], [], opened.prompt_field)
+    section, layout = recognized_prompts(section, opened)
+    rows = Rows(opened.source, [], [], section.prompt_field, layout)
     for one in opened.slices:
         for numbers, values in one.chunks():
             rows.numbers.extend(numbers)
@@ -95,28 +108,87 @@ def read_rows(section: DatasetSection) -> Rows:
     return rows
 
 
-def is_file(path: str) -> bool:
-    """Return True for the path of a file, existing or not.
+def recognized_prompts(section: DatasetSection, opened: RowSource) -> tuple[DatasetSection, str]:
+    """Return the section with its format's columns, and the format's name."""
+    section = section.model_copy(update={"prompt_field": opened.prompt_field})
+    return recognized(opened.first()[1], section, "prompts")
 
-    False for a hub name or a folder.
+
+def data_files(section: DatasetSection) -> list[Path]:
+    """Return the files of a dataset.
+
+    Empty for a built-in, a saved dataset, or one of the hub.
+
+    Raises:
+        UserError: a glob matches nothing.
     """
-    file = Path(path).expanduser()
-    return file.suffix.lower() in (*JSON_LINES, *PARQUET, *OTHER_FILES) or file.is_file()
+    if section.path.startswith(BUILTIN):
+        return []
+    paths = listed(section.path)
+    if len(paths) == 1 and not is_file(paths[0]):
+        folder = Path(paths[0]).expanduser()
+        saved = (folder / SAVED).is_file() or (folder / SAVED_SPLITS).is_file()
+        paths = folder_files(folder, section.split) if folder.is_dir() and section.subset is None and not saved else []
+    return [Path(path).expanduser() for path in paths]
 
 
 def _slices(section: DatasetSection) -> Sequence[RowSlice]:
-    if not is_file(section.path):
+    files = data_files(section)
+    if not files:
         return slice_table(_load_table(section), section.limit)
-    path = Path(section.path).expanduser()
-    suffix = path.suffix.lower()
-    if not path.is_file():
-        raise UserError(f"{section.path}: no such file{_nearest_file(path)}")
-    if suffix not in (*JSON_LINES, *PARQUET):
-        raise UserError(f"{section.path}: expected a file ending in {', '.join((*JSON_LINES, *PARQUET))}")
-    if section.subset is not None or section.split != "train":
+    single = files == [Path(section.path).expanduser()]
+    if not Path(section.path).expanduser().is_dir() and (section.subset is not None or section.split != "train"):
+        for file in files:
+            _check_kind(str(file), file)
         raise UserError(f"{section.path}: a file has no subset and no split; expected them on hub datasets only")
-    cut = slice_lines if suffix in JSON_LINES else slice_row_groups
-    return cut(section.path, path.resolve(), section.limit)
+    slices: list[RowSlice] = []
+    left = section.limit
+    for index, file in enumerate(files):
+        source = section.path if single else str(file)
+        own = _file_slices(source, file, left)
+        if left is not None:
+            left -= sum(_rows_of(one) for one in own)
+        slices += own if single else [FileOfMany(one, source, index) for one in own]
+        if left is not None and left <= 0:
+            break
+    if not slices and not single:
+        raise UserError(f"{names_of([str(file) for file in files])}: the dataset has no rows")
+    return slices
+
+
+def _rows_of(one: RowSlice) -> int:
+    rows = getattr(one, "rows", None)
+    return rows if rows is not None else len(getattr(one, "values", ()))
+
+
+def _check_kind(source: str, file: Path) -> str:
+    if not file.is_file():
+        raise UserError(f"{source}: no such file{_nearest_file(file)}")
+    kind = kind_of(file)
+    if kind is None:
+        raise UserError(f"{source}: expected a file ending in {EXPECTED}")
+    check_file(source, file)
+    return kind
+
+
+def _file_slices(source: str, path: Path, limit: int | None) -> Sequence[RowSlice]:
+    kind, file = _check_kind(source, path), path.resolve()
+    if kind in ("lines", "json"):
+        # Under either name, a file holds either an array or one object per line.
+        kind = "json" if is_array(file) else "lines"
+    if kind == "parquet":
+        return slice_row_groups(source, file, limit)
+    if kind == "lines" and file.suffix.lower() not in (".gz", ".zst"):
+        return slice_lines(source, file, limit)
+    stream = StreamSlice(source, file, kind)
+    if limit is None:
+        return [stream] if next(stream.chunks(), None) else []
+    values: list[dict[str, Any]] = []
+    for _, part in stream.chunks():
+        values += part[: limit - len(values)]
+        if len(values) == limit:
+            break
+    return slice_list(values)
 
 
 def _nearest_file(path: Path) -> str:

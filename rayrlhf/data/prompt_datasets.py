@@ -5,15 +5,29 @@ Rows are read, validated, rendered through `template` and chat template, and enc
 """
 
 import logging
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rayrlhf.config.data import DataSection, DatasetSection
-from rayrlhf.data.dataset_rows import Rows, read_rows
+from rayrlhf.config.data import DataSection, DatasetSection, template_fields
+from rayrlhf.data.dataset_rows import Rows, open_rows, read_rows, recognized_prompts
+from rayrlhf.data.messages import Message, as_conversation
 from rayrlhf.data.records import Int32, Prompt
-from rayrlhf.data.templates import Message, check_messages, conversation, last_user_text, render, require_chat_template
+from rayrlhf.data.row_columns import INPUT, INSTRUCTION, PROMPTS, prompt_text, read_extras, used_extras, with_system
+from rayrlhf.data.row_files import place_of
+from rayrlhf.data.templates import (
+    Options,
+    check_messages,
+    check_turns,
+    conversation,
+    last_user_text,
+    render,
+    require_chat_template,
+    unwritten_keys,
+)
 from rayrlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,24 +46,51 @@ class PromptDataset:
         prompts: in dataset order.
         truncated: number of prompts that lost tokens on the left.
         dropped: number of rows left out because they were too long.
+        unwritten: keys of messages that the chat template does not write.
     """
 
     prompts: list[Prompt]
     truncated: int
     dropped: int
+    unwritten: frozenset[str] = frozenset()
 
 
 def load_prompt_dataset(
-    section: DatasetSection, data: DataSection, tokenizer: "PreTrainedTokenizerBase", max_prompt_tokens: int
+    section: DatasetSection,
+    data: DataSection,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_prompt_tokens: int,
+    needs: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Prompt]:
     """Load prompts and log how many were truncated or dropped; see `prepare_prompts`."""
-    dataset = prepare_prompts(section, data, tokenizer, max_prompt_tokens)
+    dataset = prepare_prompts(section, data, tokenizer, max_prompt_tokens, needs)
     total = len(dataset.prompts) + dataset.dropped
     if dataset.truncated:
         _logger.warning("%s: cut %d of %d prompts to %d tokens", section.path, dataset.truncated, total, max_prompt_tokens)
     if dataset.dropped:
         _logger.warning("%s: dropped %d of %d prompts above %d tokens", section.path, dataset.dropped, total, max_prompt_tokens)
+    if dataset.unwritten:
+        keys = ", ".join(sorted(dataset.unwritten))
+        _logger.warning("%s: message keys that the chat template does not write: %s", section.path, keys)
     return dataset.prompts
+
+
+def describe_columns(section: DatasetSection, prompts: Sequence[Prompt], read: Collection[str] | None) -> str:
+    """Return format and columns of a prompt dataset in words.
+
+    Args:
+        section: the dataset.
+        prompts: loaded from it.
+        read: columns that reward functions read; None if other code gets all of them.
+    """
+    section, layout = recognized_prompts(section, open_rows(section))
+    others = {name for prompt in prompts for name, value in prompt.columns.items() if value is not None}
+    used = used_extras(others, section, PROMPTS)
+    passed = (others if read is None else others & set(read)) - used
+    text = f"{section.path}: read as {layout}: {', '.join([section.prompt_field, *sorted(used)])}"
+    text += f"; for rewards: {', '.join(sorted(passed))}" if passed else ""
+    unused = others - used - passed
+    return text + (f"; not used: {', '.join(sorted(unused))}" if unused else "")
 
 
 def read_prompts(section: DatasetSection) -> list[str | list[Message]]:
@@ -59,11 +100,15 @@ def read_prompts(section: DatasetSection) -> list[str | list[Message]]:
         UserError: no such file or field, or a prompt that is empty or of a wrong type.
     """
     rows = read_rows(section)
-    return [_prompt_of(rows, index, section) for index in range(len(rows.values))]
+    return [_prompt_of(rows, index, section, chat=True)[0] for index in range(len(rows.values))]
 
 
 def prepare_prompts(
-    section: DatasetSection, data: DataSection, tokenizer: "PreTrainedTokenizerBase", max_prompt_tokens: int
+    section: DatasetSection,
+    data: DataSection,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_prompt_tokens: int,
+    needs: Mapping[str, str] = MappingProxyType({}),
 ) -> PromptDataset:
     """Read, validate, template and encode a dataset.
 
@@ -72,17 +117,24 @@ def prepare_prompts(
         data: chat template, system prompt, handling of long prompts.
         tokenizer: of the policy.
         max_prompt_tokens: maximum prompt length in tokens; `data.overlong` defines the handling of longer ones.
+        needs: columns that every row must have, and what needs them.
 
     Raises:
         UserError: names file, row and field: no such file or field, a wrong type, an empty or too long prompt, no rows, no
             chat template; or no prompt is left after dropping.
     """
     rows = read_rows(section)
-    prompts = [_prompt_of(rows, index, section) for index in range(len(rows.values))]
+    check_needs(rows, needs)
+    read = [_prompt_of(rows, index, section, chat=data.chat) for index in range(len(rows.values))]
+    prompts, options = [prompt for prompt, _ in read], [option for _, option in read]
+    unwritten: frozenset[str] = frozenset()
     encoded: list[list[int]] = []
     for start in range(0, len(prompts), _CHUNK):
         places = [rows.place(index) for index in range(start, min(start + _CHUNK, len(prompts)))]
-        encoded += _encode(prompts[start : start + _CHUNK], places, data, tokenizer)
+        part, own = prompts[start : start + _CHUNK], options[start : start + _CHUNK]
+        encoded += _encode(part, places, data, tokenizer, own)
+        chats = [prompt if isinstance(prompt, list) else [] for prompt in part]
+        unwritten |= unwritten_keys(tokenizer, chats, places, own)
     kept: list[Prompt] = []
     truncated = dropped = 0
     for index, token_ids in enumerate(encoded):
@@ -102,28 +154,61 @@ def prepare_prompts(
         kept.append(Prompt(index, last_user_text(prompt), _last(token_ids, max_prompt_tokens), columns, messages=messages))
     if not kept:
         raise UserError(f"{section.path}: all {dropped} prompts are longer than {max_prompt_tokens} tokens and were dropped")
-    return PromptDataset(kept, truncated, dropped)
+    return PromptDataset(kept, truncated, dropped, unwritten)
 
 
-def _prompt_of(rows: Rows, index: int, section: DatasetSection) -> str | list[Message]:
-    row = rows.values[index]
-    if rows.prompt_field not in row:
+def check_needs(rows: Rows, needs: Mapping[str, str]) -> None:
+    """Check that every row has the columns that rewards need.
+
+    Raises:
+        UserError: a row has none, or null.
+    """
+    for column, who in needs.items():
+        for index, row in enumerate(rows.values):
+            if row.get(column) is None:
+                place = place_of(rows.source, rows.numbers[index])
+                found = "null" if column in row else f"only {', '.join(map(str, row))}"
+                raise UserError(
+                    f"{place}: {column}: {who} needs it, found {found}; add the column, or the argument to the function"
+                )
+
+
+def _prompt_of(rows: Rows, index: int, section: DatasetSection, *, chat: bool) -> tuple[str | list[Message], Options | None]:
+    row, field = rows.values[index], rows.prompt_field
+    place, where = place_of(rows.source, rows.numbers[index]), rows.place(index)
+    named = template_fields(section.template)
+    needed = not named or "prompt" in named
+    if field not in row and needed:
         raise UserError(
-            f"{rows.place(index)}: the row has no such field, only {', '.join(map(str, row)) or 'none'}; "
-            "name the right one in prompt_field"
+            f"{where}: the row has no such field, only {', '.join(map(str, row)) or 'none'}; name the right one in prompt_field"
         )
-    value: Any = row[rows.prompt_field]
-    if isinstance(value, str):
-        if not value.strip():
-            raise UserError(f"{rows.place(index)}: the prompt is empty")
-        return value if section.template is None else section.template.replace("{prompt}", value)
+    value: Any = as_conversation(row.get(field))
+    used = {field, *named, *((INPUT,) if field == INSTRUCTION else ())}
+    extras = read_extras(row, used, PROMPTS, section.ignored_fields, place, turns=chat or isinstance(value, list))
     if isinstance(value, list):
-        return check_messages(value, rows.place(index))
-    raise UserError(f"{rows.place(index)}: expected text or a list of {{role, content}}, found {type(value).__name__}")
+        if section.template is not None:
+            raise UserError(f"{where}: template: no effect on conversations, expected prompts as text")
+        turns = check_turns(value, where)
+        if rows.layout.endswith("last answer") and turns[-1]["role"] == "assistant" and len(turns) > 1:
+            turns = turns[:-1]
+        messages = check_messages(turns, where)
+        return with_system(messages, extras.system, place), extras.options
+    if not isinstance(value, str) and needed:
+        raise UserError(f"{where}: expected text or a list of {{role, content}}, found {type(value).__name__}")
+    text = prompt_text(row, value if isinstance(value, str) else "", field, section.template, place)
+    if not (value if needed else text).strip():
+        raise UserError(f"{where}: the prompt is empty")
+    if extras.system is None:
+        return text, extras.options
+    return with_system([{"role": "user", "content": text}], extras.system, place), extras.options
 
 
 def _encode(
-    prompts: list[str | list[Message]], places: list[str], data: DataSection, tokenizer: "PreTrainedTokenizerBase"
+    prompts: list[str | list[Message]],
+    places: list[str],
+    data: DataSection,
+    tokenizer: "PreTrainedTokenizerBase",
+    options: list[Options | None],
 ) -> list[list[int]]:
     """Return token ids of each prompt.
 
@@ -135,7 +220,8 @@ def _encode(
     rendered = [index for index, through_template in enumerate(chat) if through_template]
     plain = [index for index, through_template in enumerate(chat) if not through_template]
     conversations = [conversation(prompts[index], data.system_prompt) for index in rendered]
-    texts = render(tokenizer, conversations, [places[index] for index in rendered]) if rendered else []
+    own = [options[index] for index in rendered]
+    texts = render(tokenizer, conversations, [places[index] for index in rendered], options=own) if rendered else []
     result: list[list[int]] = [[] for _ in prompts]
     for indices, chunk, special in ((rendered, texts, False), (plain, [str(prompts[index]) for index in plain], True)):
         if indices:

@@ -1,22 +1,19 @@
 """Dataset slices that can be read independently, in any order and process.
 
-A slice is a range of lines of a JSONL file or a row group of a Parquet file. It holds the position and numbers of its rows, not
-their content: it is small and picklable, and reads on demand. Every reader goes through slices, so one process and a cluster
-see the same rows under the same numbers.
+A slice is a range of lines of a JSONL file, a row group of a Parquet file, or a file of another kind. It holds the
+position and numbers of its rows, not their content: it is small and picklable, and reads on demand. Every reader goes through
+slices, so one process and a cluster see the same rows under the same numbers.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from rayrlhf.data.row_files import CHUNK_ROWS, parse_row
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import ArrowTable
-
-CHUNK_ROWS = 4096
-"""Rows read at once: enough to keep all cores of a tokenizer busy, few enough to keep memory flat."""
 
 Chunk = tuple[list[int], list[dict[str, Any]]]
 """Row numbers, and the rows."""
@@ -54,11 +51,15 @@ class LinesSlice:
 
     def chunks(self) -> Iterator[Chunk]:
         """See `RowSlice.chunks`."""
+        lines = self.lines()
+        while part := list(islice(lines, CHUNK_ROWS)):
+            yield [number for number, _ in part], [parse_row(line, f"{self.source}: row {number}") for number, line in part]
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Yield number and content of each line that is not blank."""
         with self.file.open("rb") as file:
             file.seek(self.start)
-            lines = islice(((number, line) for number, line in enumerate(file, self.number) if line.strip()), self.rows)
-            while part := list(islice(lines, CHUNK_ROWS)):
-                yield [number for number, _ in part], [_parse(line, f"{self.source}: row {number}") for number, line in part]
+            yield from islice(((number, line) for number, line in enumerate(file, self.number) if line.strip()), self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +94,9 @@ class RowGroupSlice:
                     left, number = left - len(values), number + len(values)
                     if not left:
                         return
-        except (pyarrow.ArrowInvalid, OSError) as error:  # damaged pages come as either
-            raise UserError(f"{self.source}: row {number}: cannot be read: {str(error).splitlines()[0]}") from error
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # damaged pages come as any of them
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{self.source}: row {number}: cannot be read: {reason}; fetch the file again") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,7 @@ def slice_row_groups(source: str, file: Path, limit: int | None) -> Sequence[Row
 
     try:
         metadata = pyarrow.parquet.read_metadata(file)
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{source}: not a Parquet file: {str(error).splitlines()[0]}") from error
     slices: list[RowGroupSlice] = []
     total = 0
@@ -189,23 +191,3 @@ def slice_table(table: ArrowTable, limit: int | None) -> Sequence[TableSlice]:
     """Split a `datasets` table into slices of `CHUNK_ROWS` rows."""
     total = len(table) if limit is None else min(limit, len(table))
     return [TableSlice(table, start + 1, min(CHUNK_ROWS, total - start)) for start in range(0, total, CHUNK_ROWS)]
-
-
-def _parse(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line.rstrip())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not UTF-8 ({error.reason} at byte {error.start + 1})") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise UserError(f"{place}: nested too deeply") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{place}: expected a JSON object, found {type(value).__name__}")
-    for field, content in value.items() if b"\\ud" in line.lower() else ():
-        try:
-            json.dumps([field, content], ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            found = error.object[error.start]
-            raise UserError(f"{place}: field {field!r}: a lone surrogate ({found!r}), which is no character") from error
-    return value

@@ -4,17 +4,14 @@ A prompt is text or a list of {role, content} messages. Text becomes one user tu
 The rendered text is final: it is encoded without adding special tokens, because the template writes them.
 """
 
-import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rayrlhf.data.messages import Message, extra_keys, standard_message
 from rayrlhf.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Message = dict[str, str]
-ROLES = ("system", "user", "assistant", "tool")
 
 
 def check_messages(value: Sequence[Any], where: str) -> list[Message]:
@@ -28,6 +25,8 @@ def check_messages(value: Sequence[Any], where: str) -> list[Message]:
         raise UserError(
             f"{where}: the last message is from the {messages[-1]['role']}, expected the user's, for the model to answer"
         )
+    if messages[-1]["role"] == "user" and not messages[-1]["content"].strip():
+        raise UserError(f"{where}: the prompt is empty: the last message has no text")
     return messages
 
 
@@ -39,23 +38,11 @@ def check_turns(value: Sequence[Any], where: str) -> list[Message]:
         where: file, row and field, for error messages.
 
     Raises:
-        UserError: not a list of {role, content} with text in both, or an unknown role.
+        UserError: no messages, or see `standard_message`.
     """
     if not value:
         raise UserError(f"{where}: the conversation is empty, expected at least one message")
-    messages = []
-    for number, message in enumerate(value, start=1):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise UserError(f"{where}: message {number}: expected {{role, content}}, found {_short(message)}")
-        role, content = message["role"], message["content"]
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise UserError(f"{where}: message {number}: expected text in role and content, found {_short(message)}")
-        if role not in ROLES:
-            near = difflib.get_close_matches(role, ROLES, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(ROLES)}"
-            raise UserError(f"{where}: message {number}: unknown role {role!r}; {hint}")
-        messages.append({"role": role, "content": content})
-    return messages
+    return [standard_message(message, f"{where}: message {number}") for number, message in enumerate(value, start=1)]
 
 
 def conversation(prompt: str | list[Message], system_prompt: str | None) -> list[Message]:
@@ -89,8 +76,17 @@ def require_chat_template(tokenizer: "PreTrainedTokenizerBase") -> None:
         )
 
 
+Options = Mapping[str, Any]
+"""Arguments of the chat template for one conversation: `tools`, and a row's `chat_template_kwargs`."""
+
+
 def render(
-    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[Message]], places: Sequence[str], *, whole: bool = False
+    tokenizer: "PreTrainedTokenizerBase",
+    conversations: Sequence[list[Message]],
+    places: Sequence[str],
+    *,
+    whole: bool = False,
+    options: Sequence[Options | None] | None = None,
 ) -> list[str]:
     """Render conversations through the chat template, each with a generation prompt.
 
@@ -99,6 +95,7 @@ def render(
         conversations: messages of each conversation.
         places: file, row and field of each, for error messages.
         whole: conversations are complete and get no generation prompt.
+        options: of each conversation.
 
     Returns:
         The texts, special tokens included.
@@ -108,15 +105,52 @@ def render(
     """
     from jinja2 import TemplateError
 
+    if options is not None and any(options):
+        return [
+            _render_one(tokenizer, one, place, option or {}, whole=whole)
+            for one, place, option in zip(conversations, places, options, strict=True)
+        ]
     try:
         return list(tokenizer.apply_chat_template(list(conversations), add_generation_prompt=not whole, tokenize=False))
-    except TemplateError as error:
-        if len(conversations) == 1:
-            raise UserError(f"{places[0]}: the chat template refuses this conversation: {error}") from error
-    # Render one by one, to name the row.
-    return [render(tokenizer, [one], [place], whole=whole)[0] for one, place in zip(conversations, places, strict=True)]
+    except (TemplateError, TypeError):  # Render one by one, to name the row.
+        pass
+    return [_render_one(tokenizer, one, place, {}, whole=whole) for one, place in zip(conversations, places, strict=True)]
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _render_one(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[Message], place: str, options: Options, *, whole: bool
+) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=not whole, tokenize=False, **options))
+    except (TemplateError, TypeError) as error:
+        raise UserError(f"{place}: the chat template refuses this conversation: {error}") from error
+
+
+def unwritten_keys(
+    tokenizer: "PreTrainedTokenizerBase",
+    conversations: Sequence[list[Message]],
+    places: Sequence[str],
+    options: Sequence[Options | None],
+) -> frozenset[str]:
+    """Return the message keys that the chat template does not write.
+
+    Raises:
+        UserError: these are tools or tool calls, or arguments of `chat_template_kwargs`: the text would lack them.
+    """
+    template: str | None = None
+    unwritten: set[str] = set()
+    for messages, place, option in zip(conversations, places, options, strict=True):
+        keys = extra_keys(messages)
+        if not keys and not option:
+            continue
+        template = template or tokenizer.get_chat_template(tools=option.get("tools") if option else None)
+        missing = {key for key in keys if key not in template}
+        for key in [*(key for key in missing if key == "tool_calls"), *(key for key in option or () if key not in template)]:
+            raise UserError(
+                f"{place}: {key}: the chat template does not write it; expected one that does (model.chat_template), or rows "
+                "without it"
+            )
+        unwritten |= missing
+    return frozenset(unwritten)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rayrlhf.demonstrations.example import Example, Leak, LeakRules, find_leak, normalized
+from rayrlhf.data.words import normalized
+from rayrlhf.demonstrations.example import Example, Leak, LeakRules, find_leak
 from rayrlhf.demonstrations.ranking import Ranker
 from rayrlhf.errors import UserError
 

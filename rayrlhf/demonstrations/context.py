@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from rayrlhf.data.templates import Message
+from rayrlhf.data.messages import Message
 from rayrlhf.demonstrations.choosing import Order, in_order
 from rayrlhf.demonstrations.example import Example
 from rayrlhf.errors import UserError

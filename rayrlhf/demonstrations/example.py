@@ -13,10 +13,10 @@ wrong reason, so texts are compared strictly. Answers repeat by nature ("yes", "
 demonstration. So answers, and near-duplicates of texts, are compared only from `words` words on.
 """
 
-import re
-import unicodedata
 from dataclasses import dataclass
 from enum import StrEnum
+
+from rayrlhf.data.words import normalized, words_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,6 @@ class Example:
     prompt: str
     answer: str
     task: str = ""
-
-
-def normalized(text: str) -> str:
-    """Return text after NFKC normalization and case folding, with single spaces."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 SHINGLE_WORDS = 3
@@ -64,11 +59,6 @@ class LeakRules:
 
     resemblance: float = 0.8
     words: int = 8
-
-
-def words_of(text: str) -> list[str]:
-    """Return the normalized words of a text, without punctuation."""
-    return re.findall(r"\w+", normalized(text))
 
 
 def resemblance(first: str, second: str) -> float:

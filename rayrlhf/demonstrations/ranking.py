@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayrlhf.config.rollout import SelectionSection
-from rayrlhf.demonstrations.example import Example, words_of
+from rayrlhf.data.words import search_words
+from rayrlhf.demonstrations.example import Example
 from rayrlhf.errors import UserError
 
 AT_ONCE = 64
@@ -92,7 +93,7 @@ class Bm25Ranker:
 
         # One string object per distinct word: a long document costs eight bytes per word.
         known: dict[str, str] = {}
-        words = [[known.setdefault(word, word) for word in words_of(text)] for text in texts]
+        words = [[known.setdefault(word, word) for word in search_words(text)] for text in texts]
         if not any(words):
             raise UserError(f"BM25: none of the {len(words)} examples has a word in its prompt, expected text to search")
         index = bm25s.BM25()
@@ -117,7 +118,7 @@ class Bm25Ranker:
         return [_nearest_of_task(self._scores(query), query, self._tasks, depth) for query in queries]
 
     def _scores(self, query: Example) -> NDArray[np.float32]:
-        known = [word for word in words_of(query.prompt) if word in self._index.vocab_dict]
+        known = [word for word in search_words(query.prompt) if word in self._index.vocab_dict]
         if not known:
             return np.zeros(self._size, dtype=np.float32)
         if self._max_words is not None:

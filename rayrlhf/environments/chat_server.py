@@ -19,7 +19,8 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
-from rayrlhf.data.templates import Message, check_turns
+from rayrlhf.data.messages import Message
+from rayrlhf.data.templates import check_turns
 from rayrlhf.errors import UserError
 
 LOOPBACK = "127.0.0.1"

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rayrlhf.data.messages import Message
 from rayrlhf.data.records import Int32
-from rayrlhf.data.templates import Message, render, require_chat_template
+from rayrlhf.data.templates import render, require_chat_template
 from rayrlhf.library_types import Tokenizer
 
 _MARK = "\u2402answer\u2403"

@@ -5,13 +5,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.data.messages import Message
 from rayrlhf.data.prompt_datasets import load_prompt_dataset
 from rayrlhf.data.records import Int32, Prompt
-from rayrlhf.data.templates import Message, check_messages, conversation, render, require_chat_template
+from rayrlhf.data.templates import check_messages, conversation, render, require_chat_template
 from rayrlhf.demonstrations.prompt_demonstrations import PromptDemonstrations
 from rayrlhf.engines.rollout.common import check_room, context_length
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_architecture, load_tokenizer
+from rayrlhf.rewards.functions import load_functions, required_columns
 
 
 def load_prompts(config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
@@ -24,12 +26,13 @@ def load_prompts(config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
     longest = max_prompt_tokens(config)
     shown = config.rollout.demonstrations
     demonstrator = PromptDemonstrations(shown, config.data, tokenizer, longest, config.run.seed) if shown is not None else None
-    train = load_prompt_dataset(config.data.train, config.data, tokenizer, longest)
+    needs = required_columns(load_functions(config.reward))
+    train = load_prompt_dataset(config.data.train, config.data, tokenizer, longest, needs)
     if demonstrator is not None:
         train = demonstrator.show(config.data.train, train)
     if config.data.evaluation is None or not config.evaluation.enabled:
         return train, []
-    held_out = load_prompt_dataset(config.data.evaluation, config.data, tokenizer, longest)[: config.evaluation.prompts]
+    held_out = load_prompt_dataset(config.data.evaluation, config.data, tokenizer, longest, needs)[: config.evaluation.prompts]
     if demonstrator is not None and not config.trains_without_demonstrations:
         held_out = demonstrator.show(config.data.evaluation, held_out)
     return train, held_out

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from rayrlhf.config.loading.describe import describe
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.data.prompt_datasets import describe_columns
 from rayrlhf.errors import UserError
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.open_trainer import open_trainer
 from rayrlhf.ppo.start_checks import check_start
+from rayrlhf.rewards.functions import load_functions, read_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,13 @@ def check_ppo(config: PPOConfig) -> str:
     """
     _require_reward(config)
     checked = check_start(config)
-    prompts = f"prompts: {len(checked.train)} to train on, {len(checked.held_out)} held out"
-    return "\n".join([describe(config), prompts, *checked.notes])
+    read = None if config.environment is not None else read_columns(load_functions(config.reward))
+    sets = [(config.data.train, checked.train)]
+    if config.data.evaluation is not None and checked.held_out:
+        sets.append((config.data.evaluation, checked.held_out))
+    columns = [describe_columns(section, prompts, read) for section, prompts in sets]
+    counts = f"prompts: {len(checked.train)} to train on, {len(checked.held_out)} held out"
+    return "\n".join([describe(config), *columns, counts, *checked.notes])
 
 
 def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResult:

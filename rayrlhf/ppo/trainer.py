@@ -8,10 +8,10 @@ from rayrlhf.actors.actor_groups import ActorGroups
 from rayrlhf.actors.fault_tolerance import FaultTolerance
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.section import GIB
+from rayrlhf.data.messages import Message
 from rayrlhf.data.prompt_sampler import PromptSampler
 from rayrlhf.data.records import Prompt, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import sample_seed
-from rayrlhf.data.templates import Message
 from rayrlhf.errors import UserError
 from rayrlhf.ppo.evaluation import Evaluation, OwnReward
 from rayrlhf.ppo.run_loop import RunLoop

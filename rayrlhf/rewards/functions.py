@@ -146,6 +146,24 @@ class ScoringBatch:
         )
 
 
+def required_columns(functions: Sequence[BoundFunction]) -> dict[str, str]:
+    """Return the columns that every row must have, and the function that needs each."""
+    return {
+        name: f"reward function {function.name!r}"
+        for function in functions
+        for name in function.required
+        if name not in (*BATCH_FIELDS, *TRL_FIELDS, *function.arguments)
+    }
+
+
+def read_columns(functions: Sequence[BoundFunction]) -> set[str] | None:
+    """Return all columns that functions may read; None if one gets every column."""
+    signatures = [inspect.signature(function.function).parameters for function in functions]
+    if any(_takes_all(parameters) for parameters in signatures):
+        return None
+    return {name for parameters in signatures for name in parameters}
+
+
 def load_functions(section: RewardSection) -> list[BoundFunction]:
     """Resolve a config's reward functions; one listed twice gets the names `name` and `name_2`.
 

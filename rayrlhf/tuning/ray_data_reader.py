@@ -8,14 +8,13 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from socket import gethostname
 from typing import Any, TypeVar
 
 from rayrlhf.actors.ray_data import data_context, raise_cause
 from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS
 from rayrlhf.config.data import PreferenceDataSection, SupervisedDataSection
-from rayrlhf.data.dataset_rows import is_file
+from rayrlhf.data.dataset_rows import data_files
 from rayrlhf.data.row_slices import RowSlice
 from rayrlhf.data.supervised.datasets import PreferencePair, SampleDataset, SupervisedSample
 from rayrlhf.errors import ActorLostError, UserError
@@ -35,8 +34,8 @@ def through_ray_data(data: SupervisedDataSection | PreferenceDataSection) -> boo
     if data.reader != "auto":
         return data.reader == "ray"
     sections = [data.train] if data.evaluation is None else [data.train, data.evaluation]
-    files = [Path(section.path).expanduser() for section in sections if is_file(section.path)]
-    return any(file.is_file() and file.stat().st_size >= LARGE_BYTES for file in files)
+    files = [[file for file in data_files(section) if file.is_file()] for section in sections]
+    return any(sum(file.stat().st_size for file in of_one) >= LARGE_BYTES for of_one in files)
 
 
 def over_cluster(work: Callable[[RowSlice], SampleDataset[T]], slices: Sequence[RowSlice]) -> Iterable[SampleDataset[T]]:

@@ -125,9 +125,11 @@ def test_a_missing_file_is_named_and_a_limit_is_kept(tmp_path):
     assert rows.facts()["rows"] == 5
 
 
-def test_lone_surrogates_become_storable(tmp_path):
-    rows, _ = intake(tmp_path, ['{"prompt": "p\\ud800", "completion": "c"}\n'])
-    assert next(iter(rows.rows()))["prompt"] == "p?"
+def test_a_lone_surrogate_is_a_bad_row(tmp_path):
+    _, rejected = intake(tmp_path, ['{"prompt": "p\\ud800", "completion": "c"}\n', GOOD])
+    assert [(row["source"], row["reason"]) for row in rejected.rows()] == [
+        (1, "prompt: a lone surrogate at character 2, half of an emoji that was cut")
+    ]
 
 
 def test_a_conversation_survives_to_the_dataset(tmp_path):

@@ -72,8 +72,8 @@ def test_a_missing_file_names_the_nearest_one(tmp_path):
 
 
 def test_wrong_kinds_of_file_are_refused(tmp_path):
-    (tmp_path / "a.csv").write_text("prompt\nx\n")
-    assert "expected a file ending in .jsonl, .ndjson, .parquet" in message_of(section(tmp_path / "a.csv"))
+    (tmp_path / "a.txt").write_text("x\n")
+    assert "expected a file ending in .jsonl, .ndjson, .json, .csv, .tsv, .parquet" in message_of(section(tmp_path / "a.txt"))
     (tmp_path / "a.parquet").write_text("no parquet")
     assert f"{tmp_path}/a.parquet: not a Parquet file" in message_of(section(tmp_path / "a.parquet"))
 

@@ -57,7 +57,7 @@ def test_tokens_are_those_of_the_tokenizers_own_chat_template(tmp_path, tokenize
 
 def test_the_template_goes_around_the_prompt_and_other_columns_stay(tmp_path, tokenizer):
     section = write(tmp_path / "a.jsonl", [{"question": "1+1?", "answer": "2"}])
-    section = section.model_copy(update={"prompt_field": "question", "template": "Q: {prompt} {kept}\nA:"})
+    section = section.model_copy(update={"prompt_field": "question", "template": "Q: {prompt} {{kept}}\nA:"})
     (prompt,) = load_prompt_dataset(section, data(section, chat=False), tokenizer, 99)
     assert tokenizer.decode(prompt.token_ids) == prompt.text == "Q: 1+1? {kept}\nA:"
     assert prompt.columns == {"answer": "2"}

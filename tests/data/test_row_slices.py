@@ -68,5 +68,5 @@ def test_a_damaged_row_group_names_its_first_row(tmp_path):
 def test_a_lone_surrogate_names_its_row_and_a_pair_is_text(tmp_path, row):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "\\ud83d\\ude00"}\n' + row + "\n")
-    with pytest.raises(UserError, match=r"rows\.jsonl: row 2: field .*: a lone surrogate"):
+    with pytest.raises(UserError, match=r"rows\.jsonl: row 2: .*a lone surrogate"):
         read(path)

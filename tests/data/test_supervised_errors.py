@@ -41,10 +41,10 @@ PAIR = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
             [{"messages": [user("a"), {"role": "assistant", "content": "", "tool_calls": [1]}]}],
             {},
             {},
-            "tool_calls are not supported",
+            "message 2: tool_calls: expected a list of calls, found [1]",
         ),
         ([{"messages": [assistant("a")]}], {}, {}, "row 1: message 1 is from the assistant, expected the user's"),
-        ([{"messages": [{"from": "human", "value": "a"}]}], {}, {}, "row 1: messages: message 1: expected {role, content}"),
+        ([{"messages": [{"from": "human", "text": "a"}]}], {}, {}, "row 1: messages: message 1: expected {role, content}"),
         (
             [{"prompt": [user("a"), assistant("b")], "completion": [assistant("c")]}],
             {},

@@ -25,7 +25,7 @@ COMPLETIONS = [" It is.", "2 + 42", "done<|im_end|>", "🙂", "\n\nanswer: 46", 
 CONVERSATIONS = [
     [user("What is 4 + 42?"), assistant("46")],
     [system("Be brief. 🙂"), user("Hi"), assistant("\nHello"), user("And 42?"), assistant("4242 é")],
-    [user(""), assistant("The sky is blue.\n\n")],
+    [user("?"), assistant("The sky is blue.\n\n")],
 ]
 
 

@@ -10,8 +10,13 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 ANSWER = {"role": "assistant", "content": "Hello"}
 
 
-def test_a_conversation_keeps_its_messages_and_loses_other_keys():
-    assert check_messages([SYSTEM, USER, ANSWER, {**USER, "id": 7}], "f") == [SYSTEM, USER, ANSWER, USER]
+def test_a_conversation_keeps_its_messages_and_the_keys_that_a_template_may_read():
+    assert check_messages([SYSTEM, USER, ANSWER, {**USER, "id": 7, "name": None}], "f") == [
+        SYSTEM,
+        USER,
+        ANSWER,
+        {**USER, "id": 7},
+    ]
 
 
 @pytest.mark.parametrize(

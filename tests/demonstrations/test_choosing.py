@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rayrlhf.data.words import normalized, words_of
 from rayrlhf.demonstrations.choosing import ChoiceCounts, choose, in_order, require_pool
-from rayrlhf.demonstrations.example import Example, Leak, LeakRules, normalized, words_of
+from rayrlhf.demonstrations.example import Example, Leak, LeakRules
 from rayrlhf.demonstrations.ranking import Bm25Ranker, RandomRanker, Ranker, VectorRanker
 from rayrlhf.errors import UserError
 

@@ -6,7 +6,7 @@ import pytest
 
 from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.demonstrations.example import normalized
+from rayrlhf.data.words import normalized
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_tokenizer
 from rayrlhf.ppo.rollout_requests import make_requests

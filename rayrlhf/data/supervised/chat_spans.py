@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rayrlhf.data.messages import Message
 from rayrlhf.data.records import Bool
-from rayrlhf.data.templates import Message, render
+from rayrlhf.data.templates import Options, render
 from rayrlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,21 +31,26 @@ def has_generation_marks(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def assistant_spans(
-    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[Message]], texts: Sequence[str], places: Sequence[str]
+    tokenizer: "PreTrainedTokenizerBase",
+    conversations: Sequence[list[Message]],
+    texts: Sequence[str],
+    places: Sequence[str],
+    options: Sequence[Options | None],
 ) -> list[list[Span]]:
-    """Return the spans of the assistant's turns, end-of-turn marks included.
+    """Return the spans of the assistant's turns with loss, end-of-turn marks included.
 
     Args:
         tokenizer: has a chat template.
         conversations: messages of each conversation.
         texts: the rendered conversations.
         places: file and row of each, for error messages.
+        options: arguments of the chat template for each.
 
     Raises:
         UserError: the template renders a turn differently once others follow, or an assistant's turn comes first.
     """
     if has_generation_marks(tokenizer):
-        return _marked_spans(tokenizer, conversations)
+        return _marked_spans(tokenizer, conversations, places, options)
     turns = [
         (index, number)
         for index, messages in enumerate(conversations)
@@ -55,8 +61,9 @@ def assistant_spans(
         if number == 0:
             raise UserError(f"{places[index]}: message 1 is from the assistant, expected the user's or a system message")
     where = [f"{places[index]}: message {number + 1}" for index, number in turns]
-    opened = render(tokenizer, [conversations[index][:number] for index, number in turns], where)
-    closed = render(tokenizer, [conversations[index][: number + 1] for index, number in turns], where, whole=True)
+    own = [options[index] for index, _ in turns]
+    opened = render(tokenizer, [conversations[index][:number] for index, number in turns], where, options=own)
+    closed = render(tokenizer, [conversations[index][: number + 1] for index, number in turns], where, whole=True, options=own)
     spans: list[list[Span]] = [[] for _ in conversations]
     for (index, number), before, after in zip(turns, opened, closed, strict=True):
         if not (texts[index].startswith(after) and after.startswith(before) and len(after) > len(before)):
@@ -65,7 +72,8 @@ def assistant_spans(
                 "tokens are unknown; mark the assistant's turns in the template with {% generation %}, or set "
                 "data.loss_on to all"
             )
-        spans[index].append((len(before), len(after)))
+        if conversations[index][number].get("train") is not False:
+            spans[index].append((len(before), len(after)))
     return spans
 
 
@@ -94,13 +102,28 @@ def crosses_a_start(offsets: Sequence[Span], spans: Sequence[Span]) -> bool:
     return any(bool(((edges[:, 0] < start) & (edges[:, 1] > start)).any()) for start, _ in spans)
 
 
-def _marked_spans(tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[Message]]) -> list[list[Span]]:
+def _marked_spans(
+    tokenizer: "PreTrainedTokenizerBase",
+    conversations: Sequence[list[Message]],
+    places: Sequence[str],
+    options: Sequence[Options | None],
+) -> list[list[Span]]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    _, spans = render_jinja_template(
-        conversations=list(conversations),
-        chat_template=tokenizer.get_chat_template(),
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
-    return [[(start, end) for start, end in of_one] for of_one in spans]
+    result = []
+    for messages, place, option in zip(conversations, places, options, strict=True):
+        _, [spans] = render_jinja_template(
+            conversations=[messages],
+            chat_template=tokenizer.get_chat_template(tools=option.get("tools") if option else None),
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+            **(option or {}),
+        )
+        flags = [message.get("train") is not False for message in messages if message["role"] == "assistant"]
+        if not all(flags) and len(flags) != len(spans):
+            raise UserError(
+                f"{place}: {len(spans)} marks of the chat template for {len(flags)} turns, of which some have no loss"
+            )
+        kept = flags if not all(flags) else [True] * len(spans)
+        result.append([(start, end) for (start, end), keep in zip(spans, kept, strict=True) if keep])
+    return result

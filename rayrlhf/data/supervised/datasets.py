@@ -20,6 +20,8 @@ from rayrlhf.config.data import (
 from rayrlhf.data.answer_format import AnswerFormat
 from rayrlhf.data.dataset_rows import RowSource, open_rows
 from rayrlhf.data.holdout import group_key, held_out
+from rayrlhf.data.row_columns import recognized
+from rayrlhf.data.row_files import place_of
 from rayrlhf.data.row_slices import RowSlice
 from rayrlhf.data.supervised.encoding import PreferenceRecipe, SupervisedRecipe, encode_batch, encode_preference_batch
 from rayrlhf.data.supervised.row_formats import Row, RowShape, preference_shape, supervised_shape
@@ -135,7 +137,7 @@ def load_supervised_data(
     """
     train = load_supervised(data.train, data, tokenizer, map_slices)
     if data.evaluation is not None:
-        return train, load_supervised(data.evaluation, data, tokenizer, map_slices)
+        return _with_evaluation(train, load_supervised(data.evaluation, data, tokenizer, map_slices))
     return _divide(train, data.held_out_share) if data.held_out_share else (train, None)
 
 
@@ -149,8 +151,12 @@ def load_preference_data(
     """
     train = load_preferences(data.train, data, tokenizer, map_slices)
     if data.evaluation is not None:
-        return train, load_preferences(data.evaluation, data, tokenizer, map_slices)
+        return _with_evaluation(train, load_preferences(data.evaluation, data, tokenizer, map_slices))
     return _divide(train, data.held_out_share) if data.held_out_share else (train, None)
+
+
+def _with_evaluation(train: SampleDataset[T], evaluation: SampleDataset[T]) -> tuple[SampleDataset[T], SampleDataset[T]]:
+    return replace(train, report=replace(train.report, further=tuple(evaluation.report.lines()))), evaluation
 
 
 def supervised_recipe(
@@ -173,8 +179,9 @@ def supervised_recipe(
         UserError: columns of no known format; the format has no such target tokens; or the tokenizer lacks a chat template,
             an end-of-sequence token, or character offsets that are needed.
     """
-    place = f"{section.path}: row {number}"
-    recipe = SupervisedRecipe(section, data, supervised_shape(row, section, place))
+    place = place_of(section.path, number)
+    section, layout = recognized(row, section, "samples")
+    recipe = SupervisedRecipe(section, data, supervised_shape(row, section, place), layout)
     shape = recipe.shape
     chat = _is_chat(shape, data)
     _check_tokenizer(tokenizer, chat, data)
@@ -202,9 +209,10 @@ def preference_recipe(
     Raises:
         UserError: the columns are not those of pairs, or the tokenizer lacks a chat template or end-of-sequence token.
     """
-    shape = preference_shape(row, section, f"{section.path}: row {number}")
+    section, layout = recognized(row, section, "pairs")
+    shape = preference_shape(row, section, place_of(section.path, number), transcripts=data.chat)
     _check_tokenizer(tokenizer, _is_chat(shape, data), data)
-    return PreferenceRecipe(section, data, shape)
+    return PreferenceRecipe(section, data, shape, layout)
 
 
 def answer_format(recipe: PreferenceRecipe, tokenizer: "PreTrainedTokenizerBase") -> AnswerFormat:
@@ -240,7 +248,7 @@ def _load(rows: RowSource, group_field: str | None, encode: Encode[T], map_slice
     whole: SampleDataset[T] = SampleDataset([], DatasetReport(rows.source), [])
     for part in map_slices(partial(_encode_slice, source=rows.source, group_field=group_field, encode=encode), rows.slices):
         whole = _joined(whole, part)
-    for line in whole.report.lines()[1:]:
+    for line in whole.report.changes():
         _logger.warning(line)
     if not whole.samples:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(whole.report.dropped.items()))

@@ -19,12 +19,22 @@ from rayrlhf.config.data import (
     SupervisedDataSection,
     SupervisedDatasetSection,
 )
+from rayrlhf.data.messages import Message, loss_free
 from rayrlhf.data.records import Bool, Int32
+from rayrlhf.data.row_columns import ANSWERS, TOKEN_MASKS, used_extras
 from rayrlhf.data.supervised.chat_spans import assistant_spans, crosses_a_start, tokens_in_spans
-from rayrlhf.data.supervised.row_formats import Row, RowShape
-from rayrlhf.data.supervised.supervised_rows import EQUAL, NOTHING, InvalidRowError, WrittenRow, write_pair, write_supervised
+from rayrlhf.data.supervised.row_formats import Row, RowShape, used_columns
+from rayrlhf.data.supervised.supervised_rows import (
+    EQUAL,
+    NOTHING,
+    InvalidRowError,
+    Written,
+    WrittenRow,
+    write_pair,
+    write_supervised,
+)
 from rayrlhf.data.supervised.supervised_samples import DatasetReport, PreferencePair, SupervisedSample, count_tokens
-from rayrlhf.data.templates import render
+from rayrlhf.data.templates import render, unwritten_keys
 from rayrlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,6 +58,8 @@ class SupervisedRecipe:
     section: SupervisedDatasetSection
     data: SupervisedDataSection
     shape: RowShape
+    layout: str = ""
+    """Name of the format, for the plan."""
 
     @property
     def loss_on(self) -> str:
@@ -63,6 +75,7 @@ class PreferenceRecipe:
     section: PreferenceDatasetSection
     data: PreferenceDataSection
     shape: RowShape
+    layout: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +108,7 @@ def encode_batch(
     if recipe.shape.format == "tokens":
         encoded = [_given(row, len(tokenizer)) for row in written]
     else:
-        encoded = _encode([(row.prompt, row.answers[0], row.place) for row in written], recipe.loss_on, tokenizer)
+        encoded = _encode([(row.prompt, row.answers[0], row) for row in written], recipe.loss_on, tokenizer)
     samples: list[SupervisedSample] = []
     truncated = rewritten = endless = 0
     for row, one in zip(written, encoded, strict=True):
@@ -112,8 +125,8 @@ def encode_batch(
         rewritten += one.rewritten
         endless += not (ids[mask] == tokenizer.eos_token_id).any()
         samples.append(SupervisedSample(ids, mask, row.row))
-    report = _report(recipe.section.path, len(rows), samples, truncated, rewritten, dropped)
-    return samples, replace(report, endless=endless)
+    report = _report(recipe, rows, samples, truncated, rewritten, dropped)
+    return samples, replace(report, endless=endless, unwritten=_unwritten(written, tokenizer))
 
 
 def encode_preference_batch(
@@ -126,7 +139,7 @@ def encode_preference_batch(
     """
     data = recipe.data
     written, dropped = _write(rows, numbers, recipe)
-    encoded = _encode([(row.prompt, answer, row.place) for row in written for answer in row.answers], "completion", tokenizer)
+    encoded = _encode([(row.prompt, answer, row) for row in written for answer in row.answers], "completion", tokenizer)
     pairs: list[PreferencePair] = []
     truncated = rewritten = 0
     for row, chosen, rejected in zip(written, encoded[::2], encoded[1::2], strict=True):
@@ -143,7 +156,8 @@ def encode_preference_batch(
         truncated += longest > data.max_length
         rewritten += chosen.rewritten or rejected.rewritten
         pairs.append(PreferencePair(ends[0], ends[1], row.margin, row.row))
-    return pairs, _report(recipe.section.path, len(rows), pairs, truncated, rewritten, dropped)
+    report = _report(recipe, rows, pairs, truncated, rewritten, dropped)
+    return pairs, replace(report, unwritten=_unwritten(written, tokenizer))
 
 
 def _write(
@@ -159,24 +173,25 @@ def _write(
             else:
                 written.append(write_pair(row, number, recipe.shape, recipe.section, recipe.data))
         except InvalidRowError as error:
-            if recipe.data.invalid == "error":
+            if recipe.data.invalid == "error" and not error.drop:
                 raise
             dropped[error.reason] += 1
     return written, dropped
 
 
 def _encode(
-    items: Sequence[tuple[str | list[dict[str, str]] | None, str | list[dict[str, str]], str]],
+    items: Sequence[tuple[Written | None, Written, WrittenRow]],
     loss_on: str,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> list[_Encoded]:
-    """Tokenize (prompt, whole, place) items and set loss masks.
+    """Tokenize (prompt, whole, row) items and set loss masks.
 
     Items are all plain text or all conversations.
     """
     if not items:
         return []
-    places = [place for _, _, place in items]
+    places = [row.place for _, _, row in items]
+    options = [row.options for _, _, row in items]
     prompts = [prompt for prompt, _, _ in items if prompt is not None]
     plain = isinstance(items[0][1], str)
     if plain:
@@ -185,8 +200,11 @@ def _encode(
         texts = [str(whole) if str(whole).endswith(end) else f"{whole}{end}" for _, whole, _ in items]
         heads = [str(prompt) for prompt in prompts]
     else:
-        texts = render(tokenizer, [whole for _, whole, _ in items if not isinstance(whole, str)], places, whole=True)
-        heads = render(tokenizer, [prompt for prompt in prompts if not isinstance(prompt, str)], places) if prompts else []
+        whole_ones = [whole for _, whole, _ in items if not isinstance(whole, str)]
+        _check_flags(whole_ones, places, loss_on)
+        texts = render(tokenizer, whole_ones, places, whole=True, options=options)
+        conversations = [prompt for prompt in prompts if not isinstance(prompt, str)]
+        heads = render(tokenizer, conversations, places, options=options) if prompts else []
     batch = tokenizer(
         texts, add_special_tokens=plain, return_attention_mask=False, return_offsets_mapping=loss_on == "assistant"
     )
@@ -194,8 +212,8 @@ def _encode(
     crossed = [False] * len(items)
     masks: list[Bool] = [np.ones(len(ids), dtype=np.bool_) for ids in batch["input_ids"]]
     if loss_on == "assistant":
-        conversations = [whole for _, whole, _ in items if not isinstance(whole, str)]
-        spans = assistant_spans(tokenizer, conversations, texts, places)
+        whole_ones = [whole for _, whole, _ in items if not isinstance(whole, str)]
+        spans = assistant_spans(tokenizer, whole_ones, texts, places, options)
         masks = [tokens_in_spans(*both) for both in zip(batch["offset_mapping"], spans, strict=True)]
         crossed = [crosses_a_start(*both) for both in zip(batch["offset_mapping"], spans, strict=True)]
     heads_left = iter(head_ids)
@@ -210,8 +228,19 @@ def _encode(
     return result
 
 
+def _check_flags(conversations: Sequence[list[Message]], places: Sequence[str], loss_on: str) -> None:
+    """Reject messages without loss where the loss is not per message."""
+    if loss_on == "assistant":
+        return
+    for messages, place in zip(conversations, places, strict=True):
+        if loss_free(messages):
+            raise UserError(
+                f"{place}: a message without loss (weight, train): no effect with data.loss_on {loss_on}, expected assistant"
+            )
+
+
 def _given(row: WrittenRow, vocabulary: int) -> _Encoded:
-    """Encode a row of token ids, all of them targets.
+    """Encode a row of token ids.
 
     Raises:
         UserError: an id outside the tokenizer's vocabulary.
@@ -220,7 +249,7 @@ def _given(row: WrittenRow, vocabulary: int) -> _Encoded:
     if ids.min() < 0 or ids.max() >= vocabulary:
         found = int(ids[(ids < 0) | (ids >= vocabulary)][0])
         raise UserError(f"{row.place}: token {found}: expected 0 to {vocabulary - 1}, the tokens of the model's tokenizer")
-    mask: Bool = np.ones(len(ids), dtype=np.bool_)
+    mask: Bool = np.array(row.token_mask, dtype=np.bool_)
     mask[0] = False
     return _Encoded(ids.astype(np.int32), mask, 0, False)
 
@@ -274,13 +303,41 @@ def _drop(dropped: Counter[str], reason: str, message: str, invalid: str) -> Non
     dropped[reason] += 1
 
 
+def _unwritten(written: Sequence[WrittenRow], tokenizer: "PreTrainedTokenizerBase") -> frozenset[str]:
+    """Return the message keys that the chat template does not write; see `unwritten_keys`."""
+    turns = [(answer, row) for row in written for answer in row.answers if not isinstance(answer, str)]
+    if not turns:
+        return frozenset()
+    rows = [row for _, row in turns]
+    return unwritten_keys(
+        tokenizer, [answer for answer, _ in turns], [row.place for row in rows], [row.options for row in rows]
+    )
+
+
 def _report(
-    source: str,
-    rows: int,
+    recipe: SupervisedRecipe | PreferenceRecipe,
+    rows: Sequence[Row],
     samples: Sequence[SupervisedSample] | Sequence[PreferencePair],
     truncated: int,
     rewritten: int,
     dropped: Counter[str],
 ) -> DatasetReport:
     tokens, targets = count_tokens(samples)
-    return DatasetReport(source, rows, len(samples), truncated, dict(dropped), tokens, targets, rewritten)
+    section, shape = recipe.section, recipe.shape
+    columns = {name for row in rows for name, value in row.items() if value is not None}
+    used = (set(used_columns(shape, section)) & columns) | used_extras(columns, section, ANSWERS)
+    if shape.format == "tokens":
+        used |= {*TOKEN_MASKS, "attention_mask", "position_ids"} & columns - set(section.ignored_fields)
+    return DatasetReport(
+        section.path,
+        len(rows),
+        len(samples),
+        truncated,
+        dict(dropped),
+        tokens,
+        targets,
+        rewritten,
+        layout=recipe.layout,
+        used=frozenset(used),
+        unused=frozenset(columns - used),
+    )

@@ -10,15 +10,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rayrlhf.config.data import PreferenceDatasetSection, SupervisedDatasetSection
-from rayrlhf.data.templates import Message
+from rayrlhf.config.data import PreferenceDatasetSection, SupervisedDatasetSection, template_fields
+from rayrlhf.data.messages import Message, as_conversation, is_transcript
 from rayrlhf.errors import UserError
 
 Format = Literal["text", "messages", "prompt-completion", "tokens", "preference"]
 Row = Mapping[str, Any]
 
-_UNSUPPORTED = ("tools", "chat_template_kwargs", "images")
-"""Columns that change TRL's rendering of a row; ignoring them silently would train on different text."""
 _SIMILAR = 0.85
 """Similarity at which an unused column counts as a typo of an optional field (`promt`, `margins`)."""
 
@@ -49,9 +47,8 @@ def supervised_shape(row: Row, section: SupervisedDatasetSection, place: str) ->
         place: file and row, for error messages.
 
     Raises:
-        UserError: the columns fit no format, or several; or a column is not supported.
+        UserError: the columns fit no format, or several.
     """
-    _refuse_unsupported(row, place)
     fields = _supervised_fields(section)
     wanted = fields if section.format == "auto" else {section.format: fields[section.format]}
     found = [name for name, columns in wanted.items() if all(_has(row, column) for column in columns)]
@@ -62,26 +59,34 @@ def supervised_shape(row: Row, section: SupervisedDatasetSection, place: str) ->
     if not found:
         raise UserError(f"{place}: {_expected(wanted.values())}, found {_columns(row)}{_hint(row, wanted.values(), section)}")
     columns = fields[found[0]]
-    conversational = found[0] != "tokens" and any(isinstance(row[column], list) for column in columns)
+    conversational = found[0] != "tokens" and any(is_turns(row[column]) for column in columns if column != section.text_field)
     return RowShape(found[0], conversational)
 
 
-def preference_shape(row: Row, section: PreferenceDatasetSection, place: str) -> RowShape:
+def preference_shape(row: Row, section: PreferenceDatasetSection, place: str, *, transcripts: bool = True) -> RowShape:
     """Return the shape of a preference dataset from its first row; see `supervised_shape`.
+
+    Transcripts of Anthropic HH without a prompt are conversations, unless `transcripts` is False.
 
     A text prompt next to conversations is ignored: the conversations contain it (as in TRL's `maybe_extract_prompt`).
     """
-    _refuse_unsupported(row, place)
     columns: tuple[str, ...] = (section.chosen_field, section.rejected_field)
     if not all(_has(row, column) for column in columns):
         raise UserError(f"{place}: {_expected([columns])}, found {_columns(row)}{_hint(row, [columns], section)}")
-    conversational = isinstance(row[section.chosen_field], list)
+    pair = row[section.chosen_field], row[section.rejected_field]
+    conversational = is_turns(pair[0]) or (transcripts and all(map(is_transcript, pair)))
     prompt = row.get(section.prompt_field)
     for key in ("prompt_field", "margin_field"):
         if not _has(row, getattr(section, key)):
             _refuse_slip(row, getattr(section, key), key, place)
-    explicit = prompt is not None and not (conversational and isinstance(prompt, str))
+    explicit = prompt is not None and not (conversational and not is_turns(prompt))
+    conversational &= not (explicit and is_transcript(pair[0]))
     return RowShape("preference", conversational, explicit, _has(row, section.margin_field))
+
+
+def is_turns(value: object) -> bool:
+    """Return True for messages, also as JSON text."""
+    return isinstance(as_conversation(value), list)
 
 
 def used_columns(shape: RowShape, section: SupervisedDatasetSection | PreferenceDatasetSection) -> tuple[str, ...]:
@@ -99,9 +104,8 @@ def check_columns(row: Row, shape: RowShape, columns: Iterable[str], place: str)
     """Check that a row has the columns of the first one.
 
     Raises:
-        UserError: a column is missing, empty, or not supported.
+        UserError: a column is missing or empty.
     """
-    _refuse_unsupported(row, place)
     for column in columns:
         if not _has(row, column):
             raise UserError(
@@ -119,9 +123,14 @@ def _supervised_fields(section: SupervisedDatasetSection) -> dict[Format, tuple[
     return {
         "text": (section.text_field,),
         "messages": (section.messages_field,),
-        "prompt-completion": (section.prompt_field, section.completion_field),
+        "prompt-completion": (*(() if _no_prompt(section) else (section.prompt_field,)), section.completion_field),
         "tokens": (section.tokens_field,),
     }
+
+
+def _no_prompt(section: SupervisedDatasetSection) -> bool:
+    """Return True if the template has no place for the prompt column."""
+    return section.template is not None and "prompt" not in template_fields(section.template)
 
 
 def _has(row: Row, column: str) -> bool:
@@ -157,9 +166,3 @@ def _refuse_slip(row: Row, field: str, key: str, place: str) -> None:
     """Reject a probable typo of an optional field, which would otherwise be ignored silently."""
     if near := difflib.get_close_matches(field, [str(name) for name in row if _has(row, name)], n=1, cutoff=_SIMILAR):
         raise UserError(f"{place}: unknown column {near[0]}; did you mean {field}? (or set {key} to {near[0]})")
-
-
-def _refuse_unsupported(row: Row, place: str) -> None:
-    for column in _UNSUPPORTED:
-        if row.get(column):
-            raise UserError(f"{place}: {column}: not supported, expected rows without it")

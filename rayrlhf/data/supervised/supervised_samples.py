@@ -71,6 +71,11 @@ class DatasetReport:
             the template changes it), so that the prompts of training and inference differ.
         endless: kept samples without an end-of-sequence target, which do not teach the model to stop. Not counted for pairs.
         held_out: samples held out for evaluation, not counted as kept.
+        layout: name of the format that the columns define.
+        used: columns read.
+        unused: columns left out.
+        unwritten: keys of messages that the chat template does not write.
+        further: lines of other datasets of the run.
     """
 
     source: str
@@ -83,6 +88,11 @@ class DatasetReport:
     rewritten: int = 0
     endless: int = 0
     held_out: int = 0
+    layout: str = ""
+    used: frozenset[str] = frozenset()
+    unused: frozenset[str] = frozenset()
+    unwritten: frozenset[str] = frozenset()
+    further: tuple[str, ...] = ()
 
     def __add__(self, other: "DatasetReport") -> "DatasetReport":
         return DatasetReport(
@@ -96,15 +106,32 @@ class DatasetReport:
             self.rewritten + other.rewritten,
             self.endless + other.endless,
             self.held_out + other.held_out,
+            self.layout or other.layout,
+            self.used | other.used,
+            (self.unused | other.unused) - (self.used | other.used),
+            self.unwritten | other.unwritten,
+            self.further + other.further,
         )
 
     def lines(self) -> list[str]:
-        """Return the totals, and a line for each kind of change, as text."""
+        """Return totals, format and columns, and a line for each kind of change, as text."""
         share = 100 * self.target_tokens / self.tokens if self.tokens else 0.0
         lines = [
             f"{self.source}: {self.kept} of {self.rows} rows, {self.tokens} tokens, "
             f"{self.target_tokens} of them targets ({share:.0f} %)"
         ]
+        if self.layout:
+            unused = f"; not used: {', '.join(sorted(self.unused))}" if self.unused else ""
+            lines.append(f"{self.source}: read as {self.layout}: {', '.join(sorted(self.used))}{unused}")
+        return [*lines, *self.changes(), *self.further]
+
+    def changes(self) -> list[str]:
+        """Return a line for each kind of change."""
+        lines = []
+        if self.unwritten:
+            lines.append(
+                f"{self.source}: message keys that the chat template does not write: {', '.join(sorted(self.unwritten))}"
+            )
         if self.truncated:
             lines.append(f"{self.source}: {self.truncated} cut to data.max_length")
         if self.held_out:

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rayrlhf.data.messages import Message
 from rayrlhf.data.records import SEGMENT_STRIDE, Int32, Rollout, RolloutRequest
-from rayrlhf.data.templates import Message
 from rayrlhf.environments.chat_server import Call, Completion, Refusal
 from rayrlhf.environments.chat_tokens import ChatTokens, continues
 from rayrlhf.environments.transcript import Transcript

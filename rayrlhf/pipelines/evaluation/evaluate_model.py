@@ -15,7 +15,7 @@ import numpy as np
 from rayrlhf.config.data import DataSection
 from rayrlhf.config.loading.load import dump_config, stored_differences
 from rayrlhf.config.pipelines import EvaluateConfig
-from rayrlhf.data.prompt_datasets import load_prompt_dataset, read_prompts
+from rayrlhf.data.prompt_datasets import describe_columns, load_prompt_dataset, read_prompts
 from rayrlhf.data.records import Float32, Prompt, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import sample_seed
 from rayrlhf.engines.rollout.common import RolloutSpec, check_room, context_length
@@ -32,7 +32,7 @@ from rayrlhf.observe.run_folder import check_run_folder, open_run
 from rayrlhf.observe.samples import Line, Sample, SampleSink
 from rayrlhf.pipelines.evaluation.best_of import best_of, pass_at, powers_of_two
 from rayrlhf.pipelines.evaluation.rejection_sampling import KEPT, as_lines, kept_rows
-from rayrlhf.rewards.functions import BoundFunction, ScoringBatch, load_functions
+from rayrlhf.rewards.functions import BoundFunction, ScoringBatch, load_functions, read_columns, required_columns
 from rayrlhf.rewards.probe import probe_functions
 from rayrlhf.rewards.score import RewardBatch, run_functions, weighted_sum
 from rayrlhf.storage.atomic import write_atomically
@@ -92,10 +92,11 @@ def check_evaluation(config: EvaluateConfig) -> str:
     if config.environment is not None:
         check_environment(config.environment)
     check_run_folder(config.run.folder, dump_config(config), _DIFFERENCES, folders=())
-    prompts = _load_prompts(config)
+    prompts = load_evaluation_prompts(config, functions)
     slow = _probe(config, functions, prompts)
-    plan = f"evaluation: {config.run.folder}\nmodel: {config.model.path}\nprompts: {len(prompts)} of {config.data.path}"
-    return "\n".join([plan, *slow])
+    columns = describe_columns(config.data, prompts, None if config.environment is not None else read_columns(functions))
+    counts = f"prompts: {len(prompts)} of {config.data.path}"
+    return "\n".join([f"evaluation: {config.run.folder}", f"model: {config.model.path}", columns, counts, *slow])
 
 
 def evaluate_model(config: EvaluateConfig) -> EvaluationResult:
@@ -106,7 +107,7 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult:
         AlarmError: too many samples failed in their environment.
     """
     functions = load_functions(config.reward)
-    prompts = _load_prompts(config)
+    prompts = load_evaluation_prompts(config, functions)
     with open_run(config.run.folder, dump_config(config), _DIFFERENCES, folders=()) as folder:
         if (folder.path / RESULT).is_file():
             return read_result(folder.path)
@@ -185,12 +186,13 @@ def transcripts(config: EvaluateConfig, rollouts: Sequence[Rollout]) -> list[lis
     return [transcript_lines(rollout, tokenizer) for rollout in rollouts]
 
 
-def _load_prompts(config: EvaluateConfig) -> list[Prompt]:
+def load_evaluation_prompts(config: EvaluateConfig, functions: Sequence[BoundFunction]) -> list[Prompt]:
+    """Return the tokenized prompts; errors as `check_evaluation`."""
     context = context_length(config.rollout, load_architecture(config.model))
     longest = config.data.max_prompt_tokens or context - config.rollout.max_new_tokens
     check_room(context, config.data.max_prompt_tokens, config.rollout.max_new_tokens)
     data = DataSection(train=config.data, chat=config.data.chat, system_prompt=config.data.system_prompt)
-    return load_prompt_dataset(config.data, data, load_tokenizer(config.model), longest)
+    return load_prompt_dataset(config.data, data, load_tokenizer(config.model), longest, required_columns(functions))
 
 
 def _key(prompt: Prompt, sample: int) -> SampleKey:

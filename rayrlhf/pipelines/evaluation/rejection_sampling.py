@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from rayrlhf.config.pipelines import EvaluateDataSection, KeepSection
+from rayrlhf.data.messages import Message
 from rayrlhf.data.records import Float32, Prompt, Rollout
-from rayrlhf.data.templates import Message, conversation
+from rayrlhf.data.templates import conversation
 from rayrlhf.errors import UserError
 
 KEPT = "kept.jsonl"

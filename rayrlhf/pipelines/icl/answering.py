@@ -10,7 +10,7 @@ from rayrlhf.batch_inference.scoring import BleuScorer, Verifier
 from rayrlhf.batch_inference.stage_resources import cluster_resources
 from rayrlhf.config.icl import ICLDistillConfig, ICLEvaluateConfig
 from rayrlhf.config.model import ModelSection
-from rayrlhf.demonstrations.example import normalized
+from rayrlhf.data.words import normalized
 from rayrlhf.library_types import ArrowTable
 
 

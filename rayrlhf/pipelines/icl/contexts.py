@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayrlhf.batch_inference.parts import PartFolder
-from rayrlhf.demonstrations.example import Example, words_of
+from rayrlhf.data.words import words_of
+from rayrlhf.demonstrations.example import Example
 from rayrlhf.pipelines.icl.document_path import Piece
 from rayrlhf.storage.atomic import file_atomically, folder_atomically
 

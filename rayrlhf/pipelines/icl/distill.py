@@ -26,7 +26,7 @@ from rayrlhf.config.icl import ICLDistillConfig, ShotsSection
 from rayrlhf.config.loading.load import dump_config, stored_differences
 from rayrlhf.config.rollout import SelectionSection
 from rayrlhf.config.tuning import DistillationConfig, TuningRunSection
-from rayrlhf.data.templates import Message
+from rayrlhf.data.messages import Message
 from rayrlhf.demonstrations.choosing import ChoiceCounts, require_pool
 from rayrlhf.demonstrations.context import TextForm, as_messages, as_text
 from rayrlhf.demonstrations.ranking import check_encoder, make_rankers

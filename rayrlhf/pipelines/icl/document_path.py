@@ -10,7 +10,8 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rayrlhf.demonstrations.example import LeakRules, resemblance, words_of
+from rayrlhf.data.words import words_of
+from rayrlhf.demonstrations.example import LeakRules, resemblance
 
 
 @dataclass(frozen=True, slots=True)

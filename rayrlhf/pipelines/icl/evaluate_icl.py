@@ -26,6 +26,7 @@ from rayrlhf.pipelines.icl.answering import answer_plan, answer_questions, load_
 from rayrlhf.pipelines.icl.curve import Point, curve
 from rayrlhf.pipelines.icl.example_pool import ingest_examples, read_examples
 from rayrlhf.pipelines.icl.questions import QuestionBuilder, question_schema
+from rayrlhf.rewards.functions import load_functions, required_columns
 from rayrlhf.storage.atomic import write_atomically
 
 CURVE, ANSWERS = "curve.json", "answers.parquet"
@@ -126,7 +127,8 @@ class _QuestionSet:
 
     @classmethod
     def read(cls, config: ICLEvaluateConfig, folder: Path) -> "_QuestionSet":
-        rows = ingest_examples(config.data, folder / "intake" / "questions", config.pipeline.rows_per_part)
+        needs = required_columns(load_functions(config.reward)) if config.reward is not None else {}
+        rows = ingest_examples(config.data, folder / "intake" / "questions", config.pipeline.rows_per_part, needs=needs)
         targets = list(chain.from_iterable(read_examples(config.data, rows)))
         columns = [row["columns"] for row in rows.rows(["columns"])]
         pool = targets

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import overload
 
 import numpy as np
@@ -109,9 +110,18 @@ def read_examples(section: ExamplesSection, rows: PartFolder) -> Iterator[list[E
         yield part
 
 
-def ingest_examples(section: ExamplesSection, folder: Path, rows_per_part: int, *, answered: bool = True) -> PartFolder:
+def ingest_examples(
+    section: ExamplesSection,
+    folder: Path,
+    rows_per_part: int,
+    *,
+    answered: bool = True,
+    needs: Mapping[str, str] = MappingProxyType({}),
+) -> PartFolder:
     """Ingest examples into `rows/` and `rejected/` of a folder; see `ingest_dataset`."""
     rows = PartFolder(folder / "rows")
     rejected = PartFolder(folder / "rejected")
-    ingest_dataset(section, rows, rejected, rows_per_part=rows_per_part, tokenizer=None, longest=None, answered=answered)
+    ingest_dataset(
+        section, rows, rejected, rows_per_part=rows_per_part, tokenizer=None, longest=None, answered=answered, needs=needs
+    )
     return rows

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from rayrlhf.config.icl import ICLPackConfig
-from rayrlhf.demonstrations.example import Example, LeakRules, words_of
+from rayrlhf.data.words import words_of
+from rayrlhf.demonstrations.example import Example, LeakRules
 from rayrlhf.demonstrations.ranking import Bm25Ranker, Ranker, VectorRanker
 from rayrlhf.library_types import ArrowTable
 from rayrlhf.pipelines.icl.document_path import are_near_duplicates

@@ -13,7 +13,8 @@ from typing import Any
 
 from rayrlhf.config.icl import ShotsSection
 from rayrlhf.config.rollout import ContextSection
-from rayrlhf.data.templates import Message, render
+from rayrlhf.data.messages import Message
+from rayrlhf.data.templates import render
 from rayrlhf.demonstrations.choosing import ChoiceCounts, choose
 from rayrlhf.demonstrations.context import TextForm, as_messages, as_text, fit
 from rayrlhf.demonstrations.example import Example, LeakRules

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from rayrlhf.batch_inference.source import messages_type
 from rayrlhf.config.icl import ICLBuildConfig, SampleSection
-from rayrlhf.data.templates import Message, render
+from rayrlhf.data.messages import Message
+from rayrlhf.data.templates import render
 from rayrlhf.demonstrations.choosing import ChoiceCounts, Order, choose
 from rayrlhf.demonstrations.context import Fitted, TextForm, as_messages, as_text, fit
 from rayrlhf.demonstrations.example import Example, LeakRules

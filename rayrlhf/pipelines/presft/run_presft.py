@@ -13,6 +13,7 @@ from rayrlhf.batch_inference.ingest import ingest_dataset
 from rayrlhf.batch_inference.stage_resources import PartProgress
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.pipelines import PreSFTConfig
+from rayrlhf.config.reward import RewardSection
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import MERGED
 from rayrlhf.pipelines.presft.dataset import repair, write_dataset
@@ -111,13 +112,22 @@ class Run:
             tokenizer=tokenizer,
             longest=longest,
             given_field=given,
+            needs=_needs(config.relabel.verifier),
         )
         write_dataset(layout.rows, layout.dataset)
         if config.quality is not None:
             held_out, rejected = layout.held_out, layout.quality("rejected")
             if tokenizer is None:
                 tokenizer, longest = _tokenizer_and_limit(config)
-            ingest_dataset(config.quality.data, held_out, rejected, rows_per_part=size, tokenizer=tokenizer, longest=longest)
+            ingest_dataset(
+                config.quality.data,
+                held_out,
+                rejected,
+                rows_per_part=size,
+                tokenizer=tokenizer,
+                longest=longest,
+                needs=_needs(config.quality.verifier),
+            )
             write_dataset(held_out, self._held_out_dataset())
 
     def current_round(self) -> int:
@@ -239,6 +249,13 @@ def _running(config: PreSFTConfig) -> Iterator[Run]:
             run.prepare()
         with connected(config.pipeline.address):
             yield run
+
+
+def _needs(verifier: RewardSection | None) -> dict[str, str]:
+    """Return the columns that the functions of a verifier need."""
+    from rayrlhf.rewards.functions import load_functions, required_columns
+
+    return {} if verifier is None else required_columns(load_functions(verifier))
 
 
 def _tokenizer_and_limit(config: PreSFTConfig) -> tuple[Any, int]:

@@ -125,6 +125,8 @@ def test_pairs_carry_their_margin_and_mark_the_answers(tmp_path, tokenizer):
 def test_the_prompt_of_an_implicit_pair_is_what_both_begin_with(tmp_path, tokenizer):
     rows = [{"chosen": "\n\nHuman: hi\n\nAssistant: yes", "rejected": "\n\nHuman: hi\n\nAssistant: no"}]
     (pair,) = preferences(tmp_path, rows, tokenizer).samples
+    assert [learned(tokenizer, part) for part in (pair.chosen, pair.rejected)] == ["yes<|im_end|>\n", "no<|im_end|>\n"]
+    (pair,) = preferences(tmp_path, rows, tokenizer, chat=False).samples
     assert [learned(tokenizer, part) for part in (pair.chosen, pair.rejected)] == ["yes<|im_end|>", "no<|im_end|>"]
     turns = [user("q"), assistant("a"), user("r")]
     rows = [{"prompt": "q", "chosen": [*turns, assistant("x")], "rejected": [*turns, assistant("y")]}]
@@ -174,6 +176,7 @@ def test_the_report_says_all_that_happened(tmp_path, tokenizer):
     source = f"{tmp_path}/rows.jsonl"
     assert report.lines() == [
         f"{source}: 2 of 3 rows, 9 tokens, 7 of them targets (78 %)",
+        f"{source}: read as texts: text",
         f"{source}: 1 cut to data.max_length",
         f"{source}: 1 without an end-of-sequence target, which do not teach to stop",
         f"{source}: 1 dropped: empty answer",
@@ -185,7 +188,7 @@ def test_prompts_that_read_differently_alone_are_counted(tmp_path):
     rows = [{"prompt": "question: 4", "completion": "2 + 42"}, {"prompt": "a\n", "completion": "b"}]
     dataset = supervised(tmp_path, rows, tokenizer, chat=False)
     assert dataset.report.rewritten == 1
-    assert "1 whose prompt has other tokens alone" in dataset.report.lines()[1]
+    assert "1 whose prompt has other tokens alone" in dataset.report.changes()[0]
     assert learned(tokenizer, dataset.samples[0]) == "ion: 42 + 42<|im_end|>"
     assert learned(tokenizer, dataset.samples[1]) == "b<|im_end|>"
 
@@ -286,7 +289,7 @@ answers = texts.filter(str.strip)
 opened = st.just([]) | texts.map(lambda text: [system(text)])
 
 
-@given(opened, st.lists(st.tuples(texts, answers), min_size=1, max_size=4))
+@given(opened, st.lists(st.tuples(answers, answers), min_size=1, max_size=4))
 def test_what_is_learned_is_what_the_assistant_wrote_whatever_it_is(tmp_path_factory, opening, turns):
     tokenizer = byte_tokenizer()
     messages = opening + [message for said, answer in turns for message in (user(said), assistant(answer))]
@@ -297,7 +300,8 @@ def test_what_is_learned_is_what_the_assistant_wrote_whatever_it_is(tmp_path_fac
 @given(texts.filter(str.strip), answers, answers)
 def test_a_pairs_answers_are_marked_whatever_they_are(tmp_path_factory, prompt, chosen, rejected):
     tokenizer = byte_tokenizer()
-    assume(chosen != rejected)
+    assume(chosen != rejected and not chosen.lstrip().startswith(prompt.strip()))
+    assume(not rejected.lstrip().startswith(prompt.strip()))
     rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected}]
     (pair,) = preferences(tmp_path_factory.mktemp("rows"), rows, tokenizer, max_length=4096).samples
     assert [learned(tokenizer, part) for part in (pair.chosen, pair.rejected)] == [
@@ -309,7 +313,7 @@ def test_parquet_files_give_what_lines_of_json_give(tmp_path, tokenizer):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = [{"prompt": f"{n}", "chosen": [user("q"), assistant(f"{n}")], "rejected": [user("q"), assistant("no")], "margin": n}
+    rows = [{"prompt": "q", "chosen": [user("q"), assistant(f"{n}")], "rejected": [user("q"), assistant("no")], "margin": n}
             for n in range(3)]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     section = PreferenceDataSection.model_validate({"train": {"path": str(tmp_path / "rows.parquet")}})

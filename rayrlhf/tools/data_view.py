@@ -1,0 +1,140 @@
+"""Rendered rows of a configuration's data, with the loss in color (`rayrlhf data`)."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rayrlhf.config.loading.load import load_config
+from rayrlhf.config.pipelines import EvaluateConfig
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.section import Section
+from rayrlhf.config.tuning import DPOConfig, RewardTrainingConfig, SFTConfig
+from rayrlhf.data.records import Bool, Int32
+from rayrlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
+
+TASKS: dict[str, type[Section]] = {
+    "sft": SFTConfig,
+    "dpo": DPOConfig,
+    "reward": RewardTrainingConfig,
+    "ppo": PPOConfig,
+    "evaluate": EvaluateConfig,
+}
+LOSS, REST = "bold green", "dim"
+OPEN, CLOSE = "⟦", "⟧"
+"""Marks around the tokens of the loss where there is no color."""
+
+
+def data_lines(path: Path, overrides: list[str], task: str | None, rows: int, *, color: bool) -> "Iterator[Text]":
+    """Yield counts, format, lengths and the first samples of a configuration's training data.
+
+    Args:
+        path: the configuration file.
+        overrides: settings that replace those of the file.
+        task: one of `TASKS`; None is the first that the file fits.
+        rows: samples to show.
+        color: False marks the loss by brackets instead.
+
+    Raises:
+        UserError: an invalid configuration or data.
+    """
+    if task is not None and task not in TASKS:
+        raise UserError(f"--task {task}: expected one of {', '.join(TASKS)}")
+    error: UserError | None = None
+    for name in TASKS if task is None else (task,):
+        try:
+            return _shown(load_config(TASKS[name], path, overrides), rows, color=color)
+        except UserError as found:
+            # A file may fit several tasks; the rows decide between samples and pairs.
+            if error is None or "preference pairs" in str(error):
+                error = found
+    raise error if error is not None else UserError(f"{path}: no task fits")
+
+
+def _shown(config: Any, rows: int, *, color: bool) -> "Iterator[Text]":
+    from rayrlhf.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)
+    if isinstance(config, PPOConfig | EvaluateConfig):
+        return _prompts(config, tokenizer, rows)
+    return _samples(config, tokenizer, rows, color=color)
+
+
+def _prompts(config: "PPOConfig | EvaluateConfig", tokenizer: "PreTrainedTokenizerBase", rows: int) -> "Iterator[Text]":
+    from rich.text import Text
+
+    from rayrlhf.pipelines.evaluation.evaluate_model import check_evaluation, load_evaluation_prompts
+    from rayrlhf.ppo.run_prompts import load_prompts
+    from rayrlhf.ppo.train_ppo import check_ppo
+    from rayrlhf.rewards.functions import load_functions
+
+    if isinstance(config, PPOConfig):
+        plan, prompts = check_ppo(config), load_prompts(config)[0]
+    else:
+        plan, prompts = check_evaluation(config), load_evaluation_prompts(config, load_functions(config.reward))
+    lines = [line for line in plan.splitlines() if "read as" in line or line.startswith("prompts:")]
+    lines.append(_lengths([len(prompt.token_ids) for prompt in prompts]))
+    shown = [Text(f"\nrow {prompt.id + 1}\n").append(tokenizer.decode(prompt.token_ids), REST) for prompt in prompts[:rows]]
+    return iter([*map(Text, lines), *shown])
+
+
+def _samples(config: Any, tokenizer: "PreTrainedTokenizerBase", rows: int, *, color: bool) -> "Iterator[Text]":
+    from rich.text import Text
+
+    from rayrlhf.data.supervised.datasets import load_preference_data, load_supervised_data
+
+    pairs = not isinstance(config, SFTConfig)
+    dataset: Any = (load_preference_data if pairs else load_supervised_data)(config.data, tokenizer)[0]
+    parts = [part for one in dataset.samples for part in ((one.chosen, one.rejected) if pairs else (one,))]
+    lines = [*dataset.report.lines(), _lengths([len(part.token_ids) for part in parts])]
+    written = partial(masked_text, tokenizer, color=color)
+    shown = []
+    for one in dataset.samples[:rows]:
+        named = (("chosen", one.chosen), ("rejected", one.rejected)) if pairs else (("", one),)
+        for name, part in named:
+            shown.append(Text(f"\nrow {one.row}{f', {name}' if name else ''}\n") + written(part.token_ids, part.loss_mask))
+    return iter([*map(Text, lines), *shown])
+
+
+def masked_text(tokenizer: "PreTrainedTokenizerBase", token_ids: Int32, mask: Bool, *, color: bool) -> "Text":
+    """Return the text of tokens, with those of the loss in another style.
+
+    Args:
+        tokenizer: of the model.
+        token_ids: int32 [L].
+        mask: bool [L], True on the loss.
+        color: False puts the loss in brackets.
+    """
+    from rich.text import Text
+
+    text = Text()
+    edges = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(token_ids)]
+    for start, end in pairwise(edges):
+        words, inside = str(tokenizer.decode(token_ids[start:end])), bool(mask[start])
+        text.append(f"{OPEN}{words}{CLOSE}" if inside and not color else words, LOSS if inside else REST)
+    return text
+
+
+def _lengths(lengths: Sequence[int]) -> str:
+    return f"tokens of a sequence: least {min(lengths)}, median {int(np.median(lengths))}, most {max(lengths)}"
+
+
+def show_data(path: Path, overrides: list[str], task: str | None, rows: int, page: Path | None) -> None:
+    """Print `data_lines`, and write them as a page that opens offline."""
+    from rich.console import Console
+
+    console = Console(record=page is not None, soft_wrap=True, highlight=False)
+    color = console.is_terminal or page is not None
+    for line in data_lines(path, overrides, task, rows, color=color):
+        console.print(line)
+    if page is not None:
+        from rayrlhf.storage.atomic import write_atomically
+
+        write_atomically(page, console.export_html(inline_styles=True))
