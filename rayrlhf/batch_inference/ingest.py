@@ -28,6 +28,7 @@ from rayrlhf.data.row_columns import (
     read_extras,
     recognized,
     starts_with_prompt,
+    unmet_need,
     with_system,
 )
 from rayrlhf.data.templates import check_messages, check_turns
@@ -151,8 +152,8 @@ def _pair(section: PairsSection, source: SourceRow, given_field: str | None, ans
     except UserError as error:
         raise RejectedError(str(error).removeprefix(": ")) from error
     _refuse_parts(section, extras, prompt)
-    for name in needs:
-        _field(fields, name)
+    if lacks := unmet_need(fields, needs):
+        raise RejectedError(lacks)
     if isinstance(prompt, list):
         messages = json.dumps([{"role": one["role"], "content": one["content"]} for one in prompt], ensure_ascii=False)
         prompt = prompt[-1]["content"]

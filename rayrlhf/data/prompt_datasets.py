@@ -16,7 +16,7 @@ from rayrlhf.config.data import DataSection, DatasetSection, template_fields
 from rayrlhf.data.dataset_rows import Rows, open_rows, read_rows, recognized_prompts
 from rayrlhf.data.messages import Message, as_conversation
 from rayrlhf.data.records import Int32, Prompt
-from rayrlhf.data.row_columns import INPUT, INSTRUCTION, PROMPTS, prompt_text, read_extras, used_extras, with_system
+from rayrlhf.data.row_columns import INPUT, INSTRUCTION, PROMPTS, prompt_text, read_extras, unmet_need, used_extras, with_system
 from rayrlhf.data.row_files import place_of
 from rayrlhf.data.templates import (
     Options,
@@ -158,19 +158,18 @@ def prepare_prompts(
 
 
 def check_needs(rows: Rows, needs: Mapping[str, str]) -> None:
-    """Check that every row has the columns that rewards need.
+    """Check that every row has the columns that rewards need; null is a value, and the function gets None.
 
     Raises:
-        UserError: a row has none, or null.
+        UserError: a row has no such column.
     """
-    for column, who in needs.items():
-        for index, row in enumerate(rows.values):
-            if row.get(column) is None:
-                place = place_of(rows.source, rows.numbers[index])
-                found = "null" if column in row else f"only {', '.join(map(str, row))}"
-                raise UserError(
-                    f"{place}: {column}: {who} needs it, found {found}; add the column, or the argument to the function"
-                )
+    for number, row in zip(rows.numbers, rows.values, strict=True) if needs else ():
+        if lacks := unmet_need(row, needs):
+            columns = ", ".join(map(str, row)) or "none"
+            raise UserError(
+                f"{place_of(rows.source, number)}: {lacks}; the row's columns are: {columns}; add it (null where it does not "
+                "apply), or set the function's argument"
+            )
 
 
 def _prompt_of(rows: Rows, index: int, section: DatasetSection, *, chat: bool) -> tuple[str | list[Message], Options | None]:

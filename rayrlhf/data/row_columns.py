@@ -243,3 +243,13 @@ def with_system(turns: list[Message], system: str | None, place: str) -> list[Me
             raise UserError(f"{place}: two system messages, in the conversation and in its own column; remove one")
         return turns
     return [{"role": "system", "content": system}, *turns]
+
+
+def unmet_need(row: Mapping[str, Any], needs: Mapping[str, str]) -> str:
+    """Return in words which needed column a row lacks; "" if none.
+
+    Args:
+        row: of a dataset.
+        needs: columns, and what needs each.
+    """
+    return next((f"{name} needs column {column!r}" for column, name in needs.items() if column not in row), "")

@@ -21,8 +21,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from rayrlhf.config.reward import RewardSection
+from rayrlhf.data.messages import Message
 from rayrlhf.data.records import Prompt, Rollout
-from rayrlhf.data.templates import Message
 from rayrlhf.errors import UserError
 from rayrlhf.rewards.cache import ContentCache
 from rayrlhf.rewards.registry import RewardFunction, import_files, resolve

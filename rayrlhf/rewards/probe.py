@@ -8,7 +8,7 @@ import numpy as np
 from rayrlhf.data.records import Prompt, Rollout, SampleKey
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import Tokenizer
-from rayrlhf.rewards.functions import BATCH_FIELDS, TRL_FIELDS, BoundFunction, ScoringBatch
+from rayrlhf.rewards.functions import BoundFunction, ScoringBatch, required_columns
 from rayrlhf.rewards.score import run_functions
 
 RESPONSES = ("The answer is 42.", "Yes.")
@@ -22,7 +22,7 @@ def probe_functions(functions: Sequence[BoundFunction], prompts: Sequence[Prompt
 
     Args:
         functions: of the run.
-        prompts: of the run. The responses are to the first one, and to the first without a column that a function needs.
+        prompts: of the run. The responses are to the first one, and to the first with null in a column that a function needs.
         tokenizer: of the policy.
 
     Raises:
@@ -37,7 +37,8 @@ def probe_functions(functions: Sequence[BoundFunction], prompts: Sequence[Prompt
         try:
             run_functions([function], batch)
         except UserError as error:
-            raise UserError(f"{error}; it was called on two made-up responses (reward.probe)") from error
+            rows = " and ".join(dict.fromkeys(str(rollout.key.prompt) for rollout in batch.rollouts or ()))
+            raise UserError(f"{error}; it was called on two made-up responses, to prompt {rows} (reward.probe)") from error
         seconds = time.monotonic() - began
         if seconds > SLOW_SECONDS:
             lines.append(f"reward function {function.name!r} took {seconds:.1f} s for two made-up responses")
@@ -45,11 +46,7 @@ def probe_functions(functions: Sequence[BoundFunction], prompts: Sequence[Prompt
 
 
 def _batch(function: BoundFunction, prompts: Sequence[Prompt], tokenizer: Tokenizer) -> ScoringBatch:
-    needed = [name for name in function.required if name not in (*BATCH_FIELDS, *TRL_FIELDS, *function.arguments)]
-    for name in needed:
-        if all(name not in prompt.columns for prompt in prompts):
-            columns = ", ".join(sorted({column for prompt in prompts for column in prompt.columns})) or "none"
-            raise UserError(f"reward function {function.name!r} needs column {name!r}; the dataset's columns are: {columns}")
+    needed = required_columns([function])
     incomplete = (prompt for prompt in prompts if any(prompt.columns.get(name) is None for name in needed))
     chosen = [prompts[0], next(incomplete, prompts[min(1, len(prompts) - 1)])]
     return ScoringBatch.of_rollouts(chosen, [_rollout(*pair, tokenizer) for pair in zip(chosen, RESPONSES, strict=True)])

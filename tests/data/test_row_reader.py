@@ -290,10 +290,10 @@ def test_a_column_can_be_ignored_on_purpose_and_a_template_takes_any(tmp_path, t
 
 def test_columns_of_rewards_are_checked_in_every_row_and_said(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
-    rows = [{"prompt": "2 + 2", "answer": "4", "id": 1}, {"prompt": "3 + 4", "answer": None}]
+    rows = [{"prompt": "2 + 2", "answer": "4", "id": 1}, {"prompt": "3 + 4", "answer": None}, {"prompt": "5"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     section = DatasetSection(path=str(path))
-    with pytest.raises(UserError, match=r"a\.jsonl: row 2: answer: reward function 'gsm8k' needs it, found null"):
+    with pytest.raises(UserError, match=r"a\.jsonl: row 3: .* 'gsm8k' needs column 'answer'; the row's columns are: prompt;"):
         prepare_prompts(section, DataSection(train=section), tokenizer, 99, {"answer": "reward function 'gsm8k'"})
     prompts = prepare_prompts(section, DataSection(train=section), tokenizer, 99).prompts
     assert describe_columns(section, prompts, {"answer"}) == (

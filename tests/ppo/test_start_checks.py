@@ -25,7 +25,7 @@ def no_cluster(monkeypatch):
         (["model.lora={target_modules: [q_proj, qkv]}"], r"target_modules: no linear layer 'qkv' in .*; it has q_proj, k_proj"),
         (
             ["reward.functions=[{name: gsm8k}]"],
-            "reward function 'gsm8k' needs column 'answer'; the dataset's columns are: number",
+            "row 1: reward function 'gsm8k' needs column 'answer'; the row's columns are: prompt, number",
         ),
     ],
 )

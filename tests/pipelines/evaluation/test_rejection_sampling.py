@@ -57,8 +57,12 @@ def test_a_row_has_every_turn_the_model_was_asked():
 def test_prompts_are_read_as_they_were_asked(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "2+2"}\n{"prompt": [{"role": "user", "content": "hello"}]}\n')
-    section = DatasetSection(path=str(path), template="Q: {prompt}=")
-    assert read_prompts(section) == ["Q: 2+2=", [{"role": "user", "content": "hello"}]]
+    section = DatasetSection(path=str(path))
+    assert read_prompts(section) == ["2+2", [{"role": "user", "content": "hello"}]]
+    template = {"template": "Q: {prompt}="}
+    assert read_prompts(section.model_copy(update={"limit": 1, **template})) == ["Q: 2+2="]
+    with pytest.raises(UserError, match="row 2: prompt: template: no effect on conversations"):
+        read_prompts(section.model_copy(update=template))
 
 
 def config(folder, *overrides):
