@@ -80,10 +80,9 @@ def test_a_prompt_that_could_not_be_played_counts_neither_as_right_nor_as_wrong(
 
 
 def test_too_many_failures_stop_the_evaluation(tmp_path):
+    settings = f"environment={{name: '{MODULE}:Picky', retries: 0, failed_floor: 0, max_turn_tokens: 2}}"
     with pytest.raises(AlarmError, match=r"1 of 8 samples failed.*not this one"):
-        evaluate_model(
-            config(tmp_path, f"environment={{name: '{MODULE}:Picky', retries: 0, max_turn_tokens: 2, failed_floor: 0}}")
-        )
+        evaluate_model(config(tmp_path, settings))
 
 
 @pytest.mark.parametrize(
