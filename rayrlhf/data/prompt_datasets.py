@@ -158,7 +158,9 @@ def prepare_prompts(
 
 
 def check_needs(rows: Rows, needs: Mapping[str, str]) -> None:
-    """Check that every row has the columns that rewards need; null is a value, and the function gets None.
+    """Check that every row has the columns that rewards need.
+
+    Null is a value: the function gets None.
 
     Raises:
         UserError: a row has no such column.
