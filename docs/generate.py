@@ -222,10 +222,33 @@ def presets_page() -> str:
     return text
 
 
+def families_page() -> str:
+    """The reference page of tried model families."""
+    rows = json.loads((DOCS.parent / "tests/models/families.json").read_text(encoding="utf-8"))
+    head = (
+        "# Model families\n\nEach model is checked on load, on 32 random tokens: its own forward pass against trunk and\n"
+        "output layer, samples alone against padded and packed ones. A scale or a soft cap behind the output layer is\n"
+        "applied. Samples that would influence each other are padded or computed alone. Any other difference is refused\n"
+        "before anything runs. `--dry-run`, `rayrlhf plan` and `environment.json` of the run name the outcome.\n"
+        "Multimodal checkpoints are refused.\n\n"
+        "`python -m tests.models.test_families` found this table with tiny random checkpoints in float32 on a CPU:\n"
+        "attention (`model.attention`), logits, samples per row, SFT with `gradient_checkpointing`, `model.lora`, the rollout\n"
+        "backend `transformers`, reward models, and exports that are loaded again. Every cell with `yes` had equal log-probs,\n"
+        "gradients or scores.\n\n"
+    )
+    columns = ("load", "logits", "rows", "training", "lora", "sampling", "reward", "export")
+    names = ("family", "attention", "logits", "rows", "SFT", "LoRA", "sampling", "reward model", "export")
+    head += f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n"
+    return head + "".join(
+        f"| {' | '.join([f'`{name}`', *(one_line(row.get(column, '')) for column in columns)])} |\n"
+        for name, row in rows.items()
+    )
+
+
 def pages() -> dict[Path, str]:
     """All generated pages by path."""
     found = {DOCS / f"reference/configuration/{task}.md": configuration_page(task) for task in PAGES}
-    others = {"cli": cli_page(), "findings": findings_page(), "presets": presets_page()}
+    others = {"cli": cli_page(), "findings": findings_page(), "presets": presets_page(), "families": families_page()}
     return {**found, **{DOCS / f"reference/{name}.md": text for name, text in others.items()}}
 
 

@@ -96,6 +96,12 @@ class ActorGroups:
         """Return True if the run has the role."""
         return role in self.groups
 
+    def load_checks(self, seconds: float) -> dict[str, str]:
+        """Return the outcomes of the checks on load by role, as rank 0 found them."""
+        calls: dict[str, Ref[str]] = {role: group.call_rank(0, Worker.load_check) for role, group in self.groups.items()}
+        found = zip(calls, wait_all(calls, "check of the models", seconds), strict=True)
+        return {role: line for role, line in found if line}
+
     def restart(self, role: StatelessRole, rank: int) -> Ref[None]:
         """Replace one process of a role without training state; returns its `build`, without waiting."""
         self._replace(role, rank)

@@ -31,6 +31,10 @@ class RewardActor(Worker):
         self._functions = load_functions(section)
         self._model = RewardEnsemble(section.model) if section.model else None
 
+    def load_check(self) -> str:
+        """See `Worker.load_check`."""
+        return self._model.load_check if self._model else ""
+
     @measured
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> RewardBatch:
         """Score rollouts, one prompt per rollout.
@@ -59,6 +63,10 @@ class ReferenceActor(Worker):
     def build(self, model: ModelSection, batch_tokens: int, offload: bool) -> None:
         """Load the model."""
         self._engine = FrozenEngine(model, batch_tokens, offload=offload)
+
+    def load_check(self) -> str:
+        """See `Worker.load_check`."""
+        return self._engine.load_check
 
     @measured
     def score(

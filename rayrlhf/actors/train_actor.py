@@ -44,6 +44,10 @@ class TrainActor(Worker):
         join(group)
         self._engine = TrainEngine(spec)
 
+    def load_check(self) -> str:
+        """See `Worker.load_check`."""
+        return self._engine.load_check
+
     @measured
     def score(
         self, sequences: Sequence[TokenSequence], outputs: frozenset[OutputName], temperature: float, reference: bool

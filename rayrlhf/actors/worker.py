@@ -41,6 +41,13 @@ class Worker:
             if importlib.util.find_spec(name.partition(".")[0]) is not None:
                 importlib.import_module(name)
 
+    def load_check(self) -> str:
+        """Return the outcome of the models' checks on load, in words.
+
+        Empty for a role without a model of this package.
+        """
+        return ""
+
     @concurrency_group("health")
     def ping(self) -> ProcessLocation:
         """Return this process's location, on a separate thread, so that a busy actor still responds."""

@@ -23,7 +23,7 @@ class LoraSection(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout recorded in the exported adapter. Not applied here, because log-probs must be deterministic."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
-    """Names of the adapted linear layers; `all-linear` adapts all but the output layer."""
+    """Names of the adapted linear layers; `all-linear` adapts all but the output layer, and no layers of experts."""
     last_layers: int | None = Field(None, ge=1)
     """Adapt only the last n decoder layers, where the backward pass then ends. Default: all layers."""
 

@@ -13,6 +13,9 @@ from rayrlhf.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of an assistant's reasoning in public datasets."""
+
 
 def check_messages(value: Sequence[Any], where: str) -> list[Message]:
     """Validate a conversation that ends with a user or tool turn; see `check_turns`.
@@ -101,10 +104,17 @@ def render(
         The texts, special tokens included.
 
     Raises:
-        UserError: the template rejects a conversation (roles out of order, no system turn allowed, ...), or is broken.
+        UserError: the template rejects a conversation (roles out of order, no system turn allowed, ...), is broken, or does not
+            render the reasoning of a message.
     """
     from jinja2 import TemplateError
 
+    for messages, place in zip(conversations, places, strict=True):
+        lost = next((key for message in messages for key in REASONING if message.get(key)), None)
+        if lost is not None and lost not in str(tokenizer.chat_template):
+            raise UserError(
+                f"{place}: the chat template does not render {lost}; move it into content, or set model.chat_template"
+            )
     if options is not None and any(options):
         return [
             _render_one(tokenizer, one, place, option or {}, whole=whole)

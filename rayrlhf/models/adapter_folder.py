@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rayrlhf.config.model import ModelSection
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PreTrainedModel, Tokenizer
-from rayrlhf.models.load import load_causal_model, resolve_path, save_model_folder
+from rayrlhf.models.load import checkpoint_dtype, load_causal_model, resolve_path, save_model_folder
 from rayrlhf.models.lora import checkpoint_tensors
 from rayrlhf.models.rounding import UpdateShare
 from rayrlhf.storage.atomic import folder_atomically
@@ -64,6 +64,7 @@ def peft_config(model: ModelSection, state: Mapping[str, Tensor], layers: int) -
         layers_to_transform=None if last is None else list(range(layers - last, layers)),
         task_type="CAUSAL_LM",
         base_model_name_or_path=resolve_path(model),
+        revision=model.revision,
         inference_mode=True,
     )
 
@@ -73,11 +74,18 @@ def is_adapter_folder(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
-def merge_adapters(folder: Path, target: Path) -> float | None:
-    """Write a float32 Hugging Face folder of the base model merged with a folder's adapters.
+def merge_adapters(folder: Path, target: Path, *, trust_remote_code: bool = False) -> float | None:
+    """Write a Hugging Face folder of the base model merged with adapters, in the dtype of the base.
+
+    The base has the revision of the run.
+
+    Args:
+        folder: adapters.
+        target: folder to write; an older one is replaced.
+        trust_remote_code: execute Python code of the base model, as the run did.
 
     Returns:
-        Share of the adapters' update that would survive a cast of that folder to bfloat16; None without an update.
+        Share of the adapters' update that the folder's dtype keeps; None without an update.
 
     Raises:
         UserError: the folder holds no adapters, or the base model cannot be loaded.
@@ -87,12 +95,21 @@ def merge_adapters(folder: Path, target: Path) -> float | None:
 
     if not is_adapter_folder(folder):
         raise UserError(f"{folder}: no {CONFIG_FILE} in it, expected a folder of adapters")
-    base = ModelSection(path=str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path), dtype="float32")
-    adapted, share = PeftModel.from_pretrained(load_causal_model(base), str(folder)), UpdateShare()
+    adapters = PeftConfig.from_pretrained(str(folder))
+    base = ModelSection(
+        path=str(adapters.base_model_name_or_path),
+        revision=adapters.revision,
+        trust_remote_code=trust_remote_code,
+        dtype="float32",
+    )
+    adapted, share, dtype = PeftModel.from_pretrained(load_causal_model(base), str(folder)), UpdateShare(), checkpoint_dtype(base)
     for tensor in checkpoint_tensors(adapted.get_base_model()):
         if tensor.base is not None:
             value = tensor.value()
-            share.add(tensor.base.detach(), value, value.bfloat16())
+            share.add(tensor.base.detach(), value, value.to(dtype))
     merged = adapted.merge_and_unload()
-    save_model_folder(target, merged, dict(merged.state_dict()), AutoTokenizer.from_pretrained(str(folder)))
+    buffers = {name for name, _ in merged.named_buffers()}
+    state = {name: tensor if name in buffers else tensor.to(dtype) for name, tensor in merged.state_dict().items()}
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    save_model_folder(target, merged, state, tokenizer, dtype=dtype)
     return share.value

@@ -5,6 +5,7 @@ applied by autocast, so that a policy and its reference run the same arithmetic.
 """
 
 import difflib
+import json
 import os
 import socket
 from collections.abc import Mapping
@@ -26,7 +27,8 @@ EXPORT, MERGED = "export", "export-merged"
 """Folders of a run's model in the run folder: as trained, and with merged adapters."""
 HUB_SECONDS = 3.0
 """Time to reach the hub."""
-_UNSUPPORTED_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "value_head/*"]
+"""Files of a hub model that anything here reads."""
 _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
@@ -100,18 +102,35 @@ def _model_of_run(run: Path) -> Path:
     return export
 
 
+def model_folder(model: ModelSection) -> Path:
+    """Return the folder with the model's files.
+
+    A hub model is in the local cache, downloaded if it is missing.
+
+    Raises:
+        UserError: no such folder or hub model.
+    """
+    path = resolve_path(model)
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=model.revision, allow_patterns=_FILES))
+    except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise UserError(f"model.path {model.path!r}: {_first_line(error)}") from error
+
+
 def load_causal_model(model: ModelSection) -> nn.Module:
     """Load a causal language model in float32 on the CPU, in evaluation mode.
 
     Raises:
-        UserError: the path cannot be loaded, or the model transforms its logits in a way that `logprobs` does not implement.
+        UserError: the path cannot be loaded, or lacks weights.
     """
     from transformers import AutoModelForCausalLM
 
     network: nn.Module = _from_pretrained(AutoModelForCausalLM, model)
-    for name in _UNSUPPORTED_HEADS:
-        if getattr(network.config, name, None) not in (None, 1, 1.0):
-            raise UserError(f"model.path {model.path!r}: models with {name} in their config are not supported")
     return network
 
 
@@ -142,6 +161,18 @@ def load_architecture(model: ModelSection) -> Any:
         return AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path {model.path!r}: {_first_line(error)}") from error
+
+
+def require_text_model(architecture: Any, model: ModelSection) -> None:
+    """Refuse multimodal models: roles would load different parts of them.
+
+    Raises:
+        UserError: names the family.
+    """
+    if architecture.get_text_config() is not architecture:
+        raise UserError(
+            f"model.path {model.path!r}: {architecture.model_type} is a multimodal model, expected a text-only checkpoint"
+        )
 
 
 def load_tokenizer(model: ModelSection) -> Tokenizer:
@@ -175,6 +206,7 @@ def save_model_folder(
     state: Mapping[str, Tensor],
     tokenizer: Tokenizer | None,
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a Hugging Face folder atomically: config, safetensors, generation config, tokenizer.
 
@@ -184,9 +216,14 @@ def save_model_folder(
         state: tensors by checkpoint name.
         tokenizer: saved with the weights, if given.
         extra: further safetensors files, by file name.
+        dtype: of the weights, recorded in the configuration.
     """
+    _repair_generation_config(network)
     with folder_atomically(folder, if_exists="replace") as partial:
         network.save_pretrained(partial, state_dict=dict(state))
+        config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         for name, tensors in (extra or {}).items():
@@ -194,31 +231,59 @@ def save_model_folder(
             save_file(dict(tensors), partial / name)
 
 
+def checkpoint_dtype(model: ModelSection) -> torch.dtype:
+    """Return the dtype of the model's published weights; float32 if its configuration names none."""
+    named = load_architecture(model).dtype
+    return cast(torch.dtype, getattr(torch, named) if isinstance(named, str) else named or torch.float32)
+
+
+def _repair_generation_config(network: PreTrainedModel) -> None:
+    """Switch sampling on in an inconsistent generation config.
+
+    Transformers does not save one that has a temperature without sampling.
+    """
+    config = getattr(network, "generation_config", None)
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+
+
 def disable_dropout(network: nn.Module) -> None:
-    """Set every dropout probability to 0.
+    """Set every dropout probability to 0, those that layers hold as plain numbers included.
 
     Training mode, which gradient checkpointing needs, then changes nothing.
     """
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _from_pretrained(auto_class: Any, model: ModelSection) -> Any:
     path = resolve_path(model)
+    require_text_model(load_architecture(model), model)
     try:
-        network = auto_class.from_pretrained(
+        network, report = auto_class.from_pretrained(
             path,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             dtype=torch.float32,
             attn_implementation=model.attention,
+            output_loading_info=True,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model.path {model.path!r}: cannot load it: {_first_line(error)}") from error
-    network.config.use_cache = False
+        reason = _first_line(error)
+        if "attention implementation" in reason:
+            reason = f"this architecture has no {model.attention} attention; expected model.attention: eager"
+        raise UserError(f"model.path {model.path!r}: cannot load it: {reason}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers fills them with random numbers
+        raise UserError(f"model.path {model.path!r}: {len(missing)} weights are not in the files, the first is {missing[0]}")
     return network.eval()
 
 

@@ -19,7 +19,14 @@ ROWS = 64
 
 
 def logprobs_and_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, temperature: float = 1.0, entropy: bool = True
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    cap: float | None = None,
+    entropy: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return the log-prob of each target and the entropy of softmax(logits / temperature).
 
@@ -29,6 +36,7 @@ def logprobs_and_entropy(
         bias: [V] of the output layer, or None.
         targets: int64 [N].
         temperature: > 0.
+        cap: soft cap of the logits z, which become cap x tanh(z / cap) before the temperature; None leaves them.
         entropy: compute the entropy.
 
     Returns:
@@ -40,7 +48,7 @@ def logprobs_and_entropy(
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, not {temperature}")
-    result = _LogprobsAndEntropy.apply(hidden, weight, bias, targets, temperature, entropy)  # type: ignore[no-untyped-call]
+    result = _LogprobsAndEntropy.apply(hidden, weight, bias, targets, temperature, cap, entropy)  # type: ignore[no-untyped-call]
     return cast("tuple[Tensor, Tensor]", result)
 
 
@@ -49,21 +57,28 @@ class _LogprobsAndEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, entropy: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        cap: float | None,
+        entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = product_dtype(weight)
         log_normalizer = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         picked, entropies = torch.empty_like(log_normalizer), torch.zeros_like(log_normalizer)
         buffer, product = chunk_buffer(hidden, weight), weight.detach().to(dtype)
         for rows in chunks(len(hidden), len(buffer)):
-            logits = logits_into(hidden[rows].to(dtype), product, bias, temperature, buffer)
+            logits = logits_into(hidden[rows].to(dtype), product, bias, temperature, buffer, cap)
             log_normalizer[rows] = logits.logsumexp(-1)
             picked[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1)
             if entropy:
                 logits.sub_(log_normalizer[rows, None])
                 entropies[rows] = -(logits.exp() * logits).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, targets, log_normalizer, entropies)
-        ctx.temperature, ctx.dtype = temperature, dtype
+        ctx.temperature, ctx.cap, ctx.dtype = temperature, cap, dtype
         if not entropy:
             ctx.mark_non_differentiable(entropies)
         ctx.set_materialize_grads(False)
@@ -80,7 +95,10 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         buffer, product = chunk_buffer(hidden, weight), weight.detach().to(ctx.dtype)
         for rows in chunks(len(hidden), len(buffer)):
             inputs = hidden[rows].to(ctx.dtype)
-            logits = logits_into(inputs, product, bias, ctx.temperature, buffer).sub_(log_normalizer[rows, None])
+            logits = logits_into(inputs, product, bias, ctx.temperature, buffer, ctx.cap)
+            # d (cap tanh(z / cap)) / dz = 1 - (capped / cap)^2
+            slope = None if ctx.cap is None else 1 - (logits * (ctx.temperature / ctx.cap)) ** 2
+            logits.sub_(log_normalizer[rows, None])
             gradient = _logit_gradient(
                 logits,
                 targets[rows],
@@ -88,6 +106,8 @@ class _LogprobsAndEntropy(torch.autograd.Function):
                 None if logprob_gradient is None else logprob_gradient[rows],
                 None if entropy_gradient is None else entropy_gradient[rows],
             ).div_(ctx.temperature)
+            if slope is not None:
+                gradient.mul_(slope)
             if bias_gradient is not None:
                 bias_gradient += gradient.sum(0)
             gradient = gradient.to(ctx.dtype)
@@ -95,7 +115,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
                 hidden_gradient[rows] = (padded(gradient, len(weight)) @ product)[: len(inputs)].to(hidden.dtype)
             if weight_gradient is not None:
                 add_product(weight_gradient, gradient, inputs)
-        return hidden_gradient, weight_gradient, bias_gradient, None, None, None
+        return hidden_gradient, weight_gradient, bias_gradient, None, None, None, None
 
 
 def _logit_gradient(
@@ -123,8 +143,10 @@ def _logit_gradient(
     return gradient
 
 
-def logits_into(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, buffer: Tensor) -> Tensor:
-    """Write float32 [n, V] logits / temperature to the first rows of `buffer`."""
+def logits_into(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, buffer: Tensor, cap: float | None = None
+) -> Tensor:
+    """Write float32 [n, V] capped logits / temperature to the first rows of `buffer`."""
     logits = buffer[: len(hidden)]
     if hidden.dtype == weight.dtype == logits.dtype:
         torch.mm(hidden, weight.t(), out=logits)
@@ -132,6 +154,8 @@ def logits_into(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature
         logits.copy_((padded(hidden.to(weight.dtype), len(weight)) @ weight.t())[: len(hidden)])
     if bias is not None:
         logits.add_(bias)
+    if cap is not None:
+        logits.div_(cap).tanh_().mul_(cap)
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 

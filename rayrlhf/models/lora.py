@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from rayrlhf.config.model import LoraSection
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PreTrainedModel
+from rayrlhf.models.load_check import probe_tokens
 
+_EXPERT_PROJECTIONS = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate", "router"})
 _BASE, _ADAPTERS = ".base_layer.", (".lora_A.", ".lora_B.")
 
 
@@ -50,10 +52,12 @@ def add_lora(network: PreTrainedModel, section: LoraSection, seed: int) -> None:
         seed: of the draw of A; every rank draws the same.
 
     Raises:
-        UserError: `target_modules` matches nothing in the model, or `last_layers` exceeds its layers.
+        UserError: see `check_targets`; also `last_layers` that exceeds the model's layers, and modules whose weights the model
+            reads without calling them.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    check_targets(network, section)
     config = LoraConfig(
         r=section.rank,
         lora_alpha=section.alpha,
@@ -64,10 +68,57 @@ def add_lora(network: PreTrainedModel, section: LoraSection, seed: int) -> None:
         torch.manual_seed(seed)
         try:
             inject_adapter_in_model(config, network)
-        except ValueError as error:
+        except ValueError as error:  # modules whose weights a fused kernel reads
+            reason = str(error).removeprefix("[PEFT:PeftType.LORA] ").partition(". ")[0]
+            raise UserError(f"model.lora.target_modules: {reason}") from error
+    _check_reached(network)
+
+
+def _check_reached(network: PreTrainedModel) -> None:
+    """Check that a forward pass reads the adapters.
+
+    Raises:
+        UserError: all modules of a name are passed by, because the model reads their weights directly.
+    """
+    factors = {name: parameter for name, parameter in network.named_parameters() if ".lora_B." in name}
+    sample = probe_tokens(int(network.config.get_text_config().vocab_size))[0][None]
+    output = network(input_ids=sample, use_cache=False)[0]
+    gradients = torch.autograd.grad(output.float().square().mean(), list(factors.values()), allow_unused=True)
+    reached: dict[str, bool] = {}
+    for name, gradient in zip(factors, gradients, strict=True):
+        # A single expert may get no token here, so only names without any gradient count.
+        leaf = name.partition(".lora_B.")[0].rpartition(".")[2]
+        reached[leaf] = reached.get(leaf, False) or gradient is not None
+    passed_by = [leaf for leaf, used in reached.items() if not used]
+    if passed_by:
+        raise UserError(
+            f"model.lora.target_modules: a {network.config.model_type} model reads the weights of {', '.join(passed_by)} "
+            "directly, so that adapters there would not learn; name the other layers"
+        )
+
+
+def check_targets(network: PreTrainedModel, section: LoraSection) -> None:
+    """Check the modules to adapt; the model may be on the `meta` device.
+
+    Raises:
+        UserError: one of `target_modules` is no linear layer, or the embedding or the output layer, whose products are computed
+            without their modules.
+    """
+    if section.target_modules == "all-linear":
+        return
+    apart = [network.get_input_embeddings(), network.get_output_embeddings()]
+    linear = _linear_layers(network)
+    for target in section.target_modules:
+        if any(_is_named(name, target) and any(module is other for other in apart) for name, module in network.named_modules()):
             raise UserError(
-                f"model.lora.target_modules {section.target_modules!r}: no such modules in {type(network).__name__}"
-            ) from error
+                f"model.lora.target_modules: {target!r} is the embedding or the output layer of {type(network).__name__}, "
+                "expected linear layers between them"
+            )
+        if not any(_is_named(name, target) for name in linear):
+            leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name, module in linear.items() if module not in apart))
+            raise UserError(
+                f"model.lora.target_modules: no linear layer {target!r} in {type(network).__name__}; it has {leaves}"
+            )
 
 
 def has_lora(network: nn.Module) -> bool:
@@ -133,27 +184,41 @@ def _layers(network: nn.Module) -> Iterator[Any]:
 
 
 def _targets(network: PreTrainedModel, section: LoraSection) -> list[str]:
-    """Return names of the modules to adapt, or their suffixes.
+    """Return the names of the modules to adapt.
 
     `all-linear` is every linear layer except the output layer.
     """
-    from transformers.pytorch_utils import Conv1D
-
-    ends = section.target_modules
-    if ends == "all-linear":
-        output_layer = network.get_output_embeddings()
-        linear = (nn.Linear, Conv1D)
-        names = {name for name, module in network.named_modules() if isinstance(module, linear) and module is not output_layer}
-        ends = sorted({name.rpartition(".")[2] for name in names})
+    output_layer = network.get_output_embeddings()
+    names = [name for name, module in _linear_layers(network).items() if module is not output_layer]
+    if section.target_modules != "all-linear":
+        names = [name for name in names if any(_is_named(name, target) for target in section.target_modules)]
     if section.last_layers is None:
-        return ends
+        return names
     total = int(network.config.num_hidden_layers)
     if section.last_layers > total:
         raise UserError(f"model.lora.last_layers {section.last_layers}: the model has {total} layers")
-    # PEFT's own choice of layers finds none in a model without output layer, whose names begin with `layers`.
-    layers = range(total - section.last_layers, total)
-    named = [name for name, _ in network.named_modules() if _layer_of(name) in layers]
-    return [name for name in named if any(f".{name}".endswith(f".{end}") for end in ends)]
+    return [name for name in names if _layer_of(name) in range(total - section.last_layers, total)]
+
+
+def _linear_layers(network: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the layers that can be adapted, by name.
+
+    Where experts are stacked in one parameter, PEFT takes the names of their projections for that parameter, which cannot be
+    merged here; dense layers of these names are left out too.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    stacked = any(".experts." in name and parameter.dim() == 3 for name, parameter in network.named_parameters())
+    apart = _EXPERT_PROJECTIONS if stacked else frozenset()
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and name.rpartition(".")[2] not in apart
+    }
+
+
+def _is_named(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")
 
 
 def _layer_of(name: str) -> int | None:

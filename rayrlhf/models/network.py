@@ -2,24 +2,36 @@
 
 It computes only the requested outputs, only at the requested positions, as flat [N] tensors. Batches are padded on the right
 and attention is causal, so no real token attends to padding: no attention mask is needed (the fast causal kernel runs) and
-positions count from 0. Packed rows hold samples end to end without padding.
+positions count from 0. Packed rows hold samples end to end without padding. Models in which this would make samples influence
+each other compute them one by one (`rayrlhf.models.load_check`).
 """
 
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from rayrlhf.config.model import ModelSection
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PreTrainedModel
 from rayrlhf.models.distillation import FullTeacher, TopTeacher, divergence
 from rayrlhf.models.frozen_prefix import FrozenPrefix
-from rayrlhf.models.load import disable_dropout, load_causal_model, load_trunk, resolve_path
+from rayrlhf.models.load import disable_dropout, load_causal_model, load_trunk, model_folder
+from rayrlhf.models.load_check import (
+    Layout,
+    LoadCheck,
+    attention_on_cpu,
+    check_network,
+    check_training_mode,
+    packs,
+    reads_embeddings,
+)
 from rayrlhf.models.logprobs import logprobs_and_entropy
 from rayrlhf.models.lora import add_lora
-from rayrlhf.models.packed_attention import attend_within_segments
+from rayrlhf.models.packed_attention import SegmentsError, attend_within_segments
 from rayrlhf.models.value_head import HeadInit, ValueHead, find_head, make_head
 
 Head = Literal["lm", "value"]
@@ -92,6 +104,7 @@ class Network(nn.Module):
         teacher_layer: weight [V, H] and bias of the output layer for a teacher's hidden states; not parameters of this network.
             None without a teacher.
         noise_alpha: strength of NEFTune noise on the embeddings while gradients are enabled; None adds none.
+        check: outcome of the check on load; decides how samples share a forward, and what follows the output layer.
     """
 
     def __init__(self, model: PreTrainedModel, v_head: ValueHead | None) -> None:
@@ -102,6 +115,7 @@ class Network(nn.Module):
         self.prefix: FrozenPrefix | None = None
         self.teacher_layer: tuple[Tensor, Tensor | None] | None = None
         self.noise_alpha: float | None = None
+        self.check = LoadCheck(str(model.config.model_type))
         self._by_segments = False
 
     @property
@@ -114,12 +128,58 @@ class Network(nn.Module):
 
         No effect for architectures that do not allow it (see `FrozenPrefix.supports`).
         """
-        if FrozenPrefix.supports(self.trunk, count):
+        together = self.check.layout != "alone" and self.check.longest_together is None
+        if together and FrozenPrefix.supports(self.trunk, count):
             self.prefix = FrozenPrefix(self.trunk, count)
 
+    def add_noise(self, alpha: float) -> None:
+        """Add NEFTune noise of a strength to the embeddings, while gradients are enabled.
+
+        Raises:
+            UserError: the trunk computes something else from embeddings than from tokens.
+        """
+        with attention_on_cpu(self.trunk):
+            fits = reads_embeddings(self.trunk)
+        if not fits:
+            raise UserError(
+                f"train.neftune_alpha: a {self.check.family} model computes something else from embeddings than from tokens; "
+                "expected null"
+            )
+        self.noise_alpha = alpha
+
     def accept_packed_rows(self) -> None:
-        """Prepare for packed rows; not together with `remember_frozen_layers`, which needs padded ones."""
+        """Prepare for packed rows, and check that samples in them do not influence each other.
+
+        Models that fail the check compute packed samples one by one. Not together with `remember_frozen_layers`, which needs
+        padded rows.
+        """
+        if self.check.layout == "alone":
+            return
+        own = self.trunk.config._attn_implementation
         self._by_segments = attend_within_segments(self.trunk)
+        with attention_on_cpu(self.trunk):
+            try:
+                fits = packs(self)
+            except SegmentsError:
+                self._by_segments = False
+                self.trunk.set_attn_implementation(own)
+                fits = packs(self)
+        if fits:
+            self.check = replace(self.check, layout="packed")
+
+    def read(self, samples: Sequence[Tensor], layout: Layout) -> Tensor:
+        """Return the final hidden states of samples in one layout.
+
+        Samples are int64 [L] each, states [sum of L, H].
+        """
+        lengths = [len(sample) for sample in samples]
+        if layout == "alone":
+            return torch.cat([self._trunk_states(sample[None], [len(sample)], packed=False)[0] for sample in samples])
+        if layout == "packed":
+            return self._trunk_states(torch.cat(list(samples))[None], lengths, packed=True)[0]
+        rows = torch.stack([pad(sample, (0, max(lengths) - len(sample))) for sample in samples])
+        states = self._trunk_states(rows, lengths, packed=False)
+        return torch.cat([row[:length] for row, length in zip(states, lengths, strict=True)])
 
     def forward(
         self,
@@ -145,14 +205,22 @@ class Network(nn.Module):
         if self.prefix is not None:
             hidden = self.prefix.run(input_ids, positions.lengths).flatten(0, 1)
         else:
-            hidden = self.trunk(**self._trunk_inputs(input_ids, positions), use_cache=False).last_hidden_state.flatten(0, 1)
+            hidden = self._hidden(input_ids, positions)
         logprobs = entropy = values = predicting = None
         if outputs & {"logprobs", "entropy", "hidden", "divergence"}:
             predicting = hidden.index_select(0, positions.predictors)
+            if self.check.logits.scale != 1.0:
+                predicting = predicting * self.check.logits.scale
         if predicting is not None and outputs & {"logprobs", "entropy"}:
             head = self.model.get_output_embeddings()
             logprobs, entropy = logprobs_and_entropy(
-                predicting, head.weight, head.bias, positions.targets, temperature=temperature, entropy="entropy" in outputs
+                predicting,
+                head.weight,
+                head.bias,
+                positions.targets,
+                temperature=temperature,
+                cap=self.check.logits.cap,
+                entropy="entropy" in outputs,
             )
         apart = None
         if predicting is not None and teacher is not None and "divergence" in outputs:
@@ -175,23 +243,44 @@ class Network(nn.Module):
             raise ValueError("a teacher's hidden states need its output layer: expected teacher_layer to be set")
         return divergence(predicting, head.weight, head.bias, FullTeacher(teacher.hidden, *self.teacher_layer))
 
-    def _trunk_inputs(self, input_ids: Tensor, positions: Positions) -> dict[str, Any]:
+    def _hidden(self, input_ids: Tensor, positions: Positions) -> Tensor:
+        """Return the final hidden states of a batch, [B * L, H], undefined at padding."""
+        lengths, packed, limit = positions.lengths, positions.packed, self.check.longest_together
+        apart = self.check.layout == "alone" or (packed and self.check.layout != "packed")
+        if len(lengths) == 1 or not (apart or (limit is not None and max(lengths) > limit)):
+            return self._trunk_states(input_ids, lengths, packed=packed).flatten(0, 1)
+        rows = (
+            torch.split(input_ids[0], lengths)
+            if packed
+            else [row[:length] for row, length in zip(input_ids, lengths, strict=True)]
+        )
+        states = [self._trunk_states(row[None], [len(row)], packed=False)[0] for row in rows]
+        width = 0 if packed else input_ids.shape[1]
+        return torch.cat([pad(state, (0, 0, 0, max(0, width - len(state)))) for state in states])
+
+    def _trunk_states(self, input_ids: Tensor, lengths: list[int], *, packed: bool) -> Tensor:
+        """Run the trunk on [B, L] tokens as they are; returns [B, L, H]."""
         inputs: dict[str, Any] = {"input_ids": input_ids}
-        if positions.packed:
-            starts = [torch.arange(length, device=input_ids.device) for length in positions.lengths]
+        if packed:
+            starts = [torch.arange(length, device=input_ids.device) for length in lengths]
             inputs["position_ids"] = torch.cat(starts)[None]
         if self._by_segments:
-            inputs["segments"] = positions.lengths if positions.packed else None
+            inputs["segments"] = lengths if packed else None
         if self.noise_alpha is not None and torch.is_grad_enabled():
             embedded = self.trunk.get_input_embeddings()(inputs.pop("input_ids"))
-            inputs["inputs_embeds"] = embedded + _noise(embedded, positions, self.noise_alpha)
-        return inputs
+            inputs["inputs_embeds"] = embedded + _noise(embedded, lengths, self.noise_alpha, packed=packed)
+        states: Tensor = self.trunk(**inputs, use_cache=False).last_hidden_state
+        return states
 
     def _check(self, outputs: frozenset[OutputName]) -> None:
         if "values" in outputs and self.v_head is None:
             raise ValueError("values requested from a network without a value head")
         if outputs & {"logprobs", "entropy", "divergence"} and not self.has_lm_head:
             raise ValueError("log-probs requested from a network without an output layer")
+        if outputs & {"hidden", "divergence"} and self.check.logits.cap is not None:
+            raise UserError(
+                f"a {self.check.family} model caps its logits: distillation and KL over the whole vocabulary are not supported"
+            )
 
 
 def build_network(
@@ -209,7 +298,8 @@ def build_network(
         head_bias: a new value head has a bias.
 
     Raises:
-        UserError: the model cannot be loaded, or its value head has another width.
+        UserError: the model cannot be loaded, its value head has another width, or its log-probs are not those of trunk and
+            output layer (`rayrlhf.models.load_check`).
         ValueError: `heads` is empty.
     """
     if not heads:
@@ -217,9 +307,8 @@ def build_network(
     backbone: PreTrainedModel = load_causal_model(model) if "lm" in heads else load_trunk(model)
     v_head = None
     if "value" in heads:
-        folder = Path(resolve_path(model))
         try:
-            stored = find_head(folder) if folder.is_dir() else None
+            stored = find_head(model_folder(model))
             v_head = make_head(backbone.config.hidden_size, stored, head_init, seed, bias=head_bias)
         except ValueError as error:
             raise UserError(f"model.path {model.path!r}: {error}") from error
@@ -227,18 +316,22 @@ def build_network(
         backbone.requires_grad_(False)
         add_lora(backbone, model.lora, seed)
     disable_dropout(backbone)
-    if model.gradient_checkpointing:
-        _checkpoint_activations(backbone)
-    return Network(backbone, v_head)
+    network = Network(backbone, v_head)
+    with attention_on_cpu(backbone):
+        network.check = check_network(network, model.path)
+        if model.gradient_checkpointing:
+            _checkpoint_activations(backbone)
+            check_training_mode(backbone, model.path)
+    return network
 
 
-def _noise(embedded: Tensor, positions: Positions, alpha: float) -> Tensor:
+def _noise(embedded: Tensor, lengths: list[int], alpha: float, *, packed: bool) -> Tensor:
     """Return NEFTune noise [B, T, H], uniform in +-alpha / sqrt(L x H).
 
     L counts the sample's own tokens (Jain et al. 2023, section 2.1).
     """
-    lengths = torch.tensor(positions.lengths, dtype=embedded.dtype, device=embedded.device)
-    tokens = lengths.repeat_interleave(lengths.long())[None, :, None] if positions.packed else lengths[:, None, None]
+    counts = torch.tensor(lengths, dtype=embedded.dtype, device=embedded.device)
+    tokens = counts.repeat_interleave(counts.long())[None, :, None] if packed else counts[:, None, None]
     return torch.empty_like(embedded).uniform_(-1, 1) * (alpha / (tokens * embedded.shape[-1]).sqrt())
 
 
@@ -248,4 +341,3 @@ def _checkpoint_activations(backbone: PreTrainedModel) -> None:
     It needs training mode; dropout is 0 everywhere, so nothing else changes.
     """
     backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    backbone.train()

@@ -14,8 +14,13 @@ from torch import Tensor
 from rayrlhf.library_types import PreTrainedModel
 from rayrlhf.models.block_attention import LONGEST, block_attention
 
+_NOT_PASSED: list[int] = []
 NAME = "rayrlhf_segments"
 """Name of the function in transformers' registry."""
+
+
+class SegmentsError(Exception):
+    """A model does not pass `segments` to its attention."""
 
 
 def attend_within_segments(model: PreTrainedModel) -> bool:
@@ -46,13 +51,16 @@ def _segment_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    segments: list[int] | None,
+    segments: list[int] | None = _NOT_PASSED,
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of [B, heads, T, d]; B = 1 with several segments.
 
-    A missing `segments` is a bug of the model.
+    Raises:
+        SegmentsError: the model does not pass on the arguments of its forward.
     """
+    if segments is _NOT_PASSED:
+        raise SegmentsError(f"{type(module).__name__} does not pass `segments`")
     if segments is None:
         return _attention(module, query, key, value, rest), None
     split = (torch.split(tensor, segments, dim=2) for tensor in (query, key, value))

@@ -4,18 +4,19 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
-from torch import nn
 
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.section import GIB
 from rayrlhf.errors import UserError
+from rayrlhf.library_types import PreTrainedModel
 from rayrlhf.models.load import load_architecture
+from rayrlhf.models.lora import check_targets
 
 FLOAT = 4
 """Bytes of a float32."""
 
 
-def skeleton(model: ModelSection) -> nn.Module | None:
+def skeleton(model: ModelSection) -> PreTrainedModel | None:
     """Build a causal language model on the `meta` device, without memory.
 
     Returns:
@@ -28,14 +29,14 @@ def skeleton(model: ModelSection) -> nn.Module | None:
 
 
 @lru_cache(maxsize=8)
-def _skeleton(described: str) -> nn.Module | None:
+def _skeleton(described: str) -> PreTrainedModel | None:
     from transformers import AutoModelForCausalLM
 
     model = ModelSection.model_validate_json(described)
     architecture = load_architecture(model)
     try:
         with torch.device("meta"):
-            network: nn.Module = AutoModelForCausalLM.from_config(architecture, trust_remote_code=model.trust_remote_code)
+            network: PreTrainedModel = AutoModelForCausalLM.from_config(architecture, trust_remote_code=model.trust_remote_code)
     except (ValueError, ImportError, AttributeError):
         return None
     return network
@@ -60,23 +61,14 @@ def least_training_bytes(model: ModelSection, *, states: int = 2) -> int:
 
 
 def check_adapters(model: ModelSection) -> None:
-    """Check `lora.target_modules` against the model's linear layers.
+    """Check `lora.target_modules` before weights load.
 
     Raises:
-        UserError: the model has no layer of one of these names.
+        UserError: see `check_targets`.
     """
-    if model.lora is None or not isinstance(model.lora.target_modules, list):
-        return
-    from transformers.pytorch_utils import Conv1D
-
-    network = skeleton(model)
-    if network is None:
-        return
-    names = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    absent = [target for target in model.lora.target_modules if not any(f".{name}".endswith(f".{target}") for name in names)]
-    if absent:
-        leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
-        raise UserError(f"model.lora.target_modules: no linear layer {absent[0]!r} in {model.path}; it has {leaves}")
+    network = skeleton(model) if model.lora is not None else None
+    if model.lora is not None and network is not None:
+        check_targets(network, model.lora)
 
 
 def check_memory(parts: Mapping[str, int], limit: int, changes: Mapping[str, int]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,18 @@ def describe_environment() -> dict[str, Any]:
         "gpus": _gpus(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
     }
+
+
+def record_model_checks(folder: Path, checks: Mapping[str, str]) -> None:
+    """Add the outcome of each role's check on load to `environment.json`, in words."""
+    path = folder / FILE_NAME
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    write_atomically(path, json.dumps(facts | {"models": dict(checks)}, indent=1) + "\n")
+
+
+def read_model_checks(folder: Path) -> dict[str, str]:
+    """Return what `record_model_checks` wrote."""
+    return dict(json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))["models"])
 
 
 def write_environment(folder: Path) -> None:

@@ -12,6 +12,7 @@ from rayrlhf.config.loading.describe import warnings
 from rayrlhf.config.loading.load import dump_config, load_config, load_tree
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.prompt_sampler import PromptSampler
+from rayrlhf.observe.host_facts import record_model_checks
 from rayrlhf.observe.live import LiveView
 from rayrlhf.observe.loop_control import stop_requests
 from rayrlhf.ppo.callbacks import Callback
@@ -66,6 +67,10 @@ def open_trainer(
         with view.wait("loading the models"):
             retry = retry_policy(config.recovery) if config.recovery.enabled else None
             load_models(actor_groups, config.deadlines.start, retry, recorder.recovery)
+            checks = actor_groups.load_checks(config.deadlines.start)
+        record_model_checks(recorder.folder.path, checks)
+        for role, line in checks.items():
+            view.note(f"{role}: {line}")
         driver = StepDriver(
             config,
             actor_groups,

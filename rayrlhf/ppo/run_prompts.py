@@ -14,6 +14,8 @@ from rayrlhf.engines.rollout.common import check_room, context_length
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_architecture, load_tokenizer
 from rayrlhf.rewards.functions import load_functions, required_columns
+from rayrlhf.models.load_check import rope_limit
+from rayrlhf.models.start_check import check_tokens
 
 
 def load_prompts(config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
@@ -30,11 +32,13 @@ def load_prompts(config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
     train = load_prompt_dataset(config.data.train, config.data, tokenizer, longest, needs)
     if demonstrator is not None:
         train = demonstrator.show(config.data.train, train)
+    check_tokens(config.model, tokenizer, (prompt.token_ids for prompt in train))
     if config.data.evaluation is None or not config.evaluation.enabled:
         return train, []
     held_out = load_prompt_dataset(config.data.evaluation, config.data, tokenizer, longest, needs)[: config.evaluation.prompts]
     if demonstrator is not None and not config.trains_without_demonstrations:
         held_out = demonstrator.show(config.data.evaluation, held_out)
+    check_tokens(config.model, tokenizer, (prompt.token_ids for prompt in held_out))
     return train, held_out
 
 
@@ -44,7 +48,13 @@ def max_prompt_tokens(config: PPOConfig) -> int:
     Raises:
         UserError: prompt and response exceed the model's context.
     """
-    context = context_length(config.rollout, load_architecture(config.model))
+    architecture = load_architecture(config.model)
+    context, limit = context_length(config.rollout, architecture), rope_limit(architecture)
+    if config.rollout.backend == "vllm" and limit is not None and context > limit:
+        raise UserError(
+            f"rollout.max_model_length {context}: beyond {limit} tokens vLLM gives LongRoPE's long frequencies to short ones "
+            f"too, the trained model does not; expected at most {limit}"
+        )
     longest = config.data.max_prompt_tokens or context - config.rollout.max_new_tokens
     check_room(context, config.data.max_prompt_tokens, config.rollout.max_new_tokens)
     return longest

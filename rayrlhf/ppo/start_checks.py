@@ -14,12 +14,13 @@ from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Prompt
 from rayrlhf.engines.rollout.factory import check_rollout_backend
 from rayrlhf.models.load import load_tokenizer, resolve_dtype
-from rayrlhf.models.skeleton import check_adapters, check_memory, least_training_bytes, parameter_count
+from rayrlhf.models.skeleton import check_memory, least_training_bytes, parameter_count
 from rayrlhf.observe.memory import memory_limit_bytes
 from rayrlhf.observe.run_folder import check_run_folder
 from rayrlhf.observe.trackers import check_trackers
 from rayrlhf.ppo.callbacks import Callback, resolve_callbacks
 from rayrlhf.ppo.run_identity import stored_differences
+from rayrlhf.ppo.run_models import check_models
 from rayrlhf.ppo.run_prompts import load_prompts
 from rayrlhf.ppo.sft_warmup import check_warmup
 from rayrlhf.ppo.update_objectives import check_algorithm
@@ -48,8 +49,8 @@ def check_start(config: PPOConfig) -> Checked:
 
     Raises:
         UserError: a plugin that is not installed, cannot be resolved or does not accept its arguments; a run folder that holds
-            something else or cannot be written; too few CPUs or GPUs; models beyond the memory; adapters for modules that the
-            model lacks; a mistake in the prompts; a reward function that fails on made-up responses.
+            something else or cannot be written; too few CPUs or GPUs; models beyond the memory; a multimodal model; adapters
+            for modules that a model lacks; a mistake in the prompts; a reward function that fails on made-up responses.
     """
     check_trackers(config.observe.trackers)
     check_rollout_backend(config.rollout)
@@ -57,7 +58,7 @@ def check_start(config: PPOConfig) -> Checked:
     check_algorithm(config.algorithm)
     callbacks = resolve_callbacks(config.observe.callbacks)
     check_run_folder(config.run.folder, dump_config(config), stored_differences, resume=config.run.resume)
-    check_adapters(config.model)
+    check_models(config)
     check_local_machine(config.placement.address, lambda machine: _check_fits(config, machine))
     train, held_out = load_prompts(config)
     check_warmup(config, train)

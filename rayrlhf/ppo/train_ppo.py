@@ -11,6 +11,7 @@ from rayrlhf.data.prompt_datasets import describe_columns
 from rayrlhf.errors import UserError
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.open_trainer import open_trainer
+from rayrlhf.ppo.run_models import describe_checks
 from rayrlhf.ppo.start_checks import check_start
 from rayrlhf.rewards.functions import load_functions, read_columns
 
@@ -46,7 +47,7 @@ def check_ppo(config: PPOConfig) -> str:
         sets.append((config.data.evaluation, checked.held_out))
     columns = [describe_columns(section, prompts, read) for section, prompts in sets]
     counts = f"prompts: {len(checked.train)} to train on, {len(checked.held_out)} held out"
-    return "\n".join([describe(config), *columns, counts, *checked.notes])
+    return "\n".join([describe(config), *describe_checks(config), *columns, counts, *checked.notes])
 
 
 def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResult:

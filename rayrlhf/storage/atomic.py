@@ -111,6 +111,7 @@ class PendingFolder:
         Raises:
             OSError: the disk is full or not writable.
         """
+        _open_to_readers(self.partial)
         _fsync_tree(self.partial)
         _take_name(self.partial, self.path, self._if_exists)
         fsync(self.path.parent)
@@ -162,6 +163,19 @@ def _take_name(partial: Path, path: Path, if_exists: Literal["error", "replace",
         if if_exists != "keep":
             raise FileExistsError(f"{path} exists") from error
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give files that a library made private the permissions of other files.
+
+    The new folder has those of the process's umask.
+    """
+    usual = folder.stat().st_mode & 0o666
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent, name)
+            if path.stat().st_mode & 0o777 == 0o600:
+                path.chmod(usual)
 
 
 def _fsync_tree(folder: Path) -> None:

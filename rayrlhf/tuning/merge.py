@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import yaml
+
 from rayrlhf.errors import UserError
 from rayrlhf.models.adapter_folder import is_adapter_folder, merge_adapters
 from rayrlhf.models.load import EXPORT, MERGED
@@ -32,9 +34,13 @@ def exported_model(
     if not is_adapter_folder(export):
         raise UserError(f"{export}: a whole model without adapters; use it as it is, without --merge")
     merged = target or run / MERGED
-    share = merge_adapters(export, merged)
+    share = merge_adapters(export, merged, trust_remote_code=_trusts_remote_code(run))
     if share is not None:
-        report(
-            f"merged in float32; a cast to bfloat16 would keep {share:.0%} of the adapters' update ({export} has the adapters)"
-        )
+        report(f"the merged model's dtype keeps {share:.0%} of the adapters' update ({export} has the adapters)")
     return merged
+
+
+def _trusts_remote_code(run: Path) -> bool:
+    """Return `model.trust_remote_code` of the run."""
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    return bool(config["model"].get("trust_remote_code", False))

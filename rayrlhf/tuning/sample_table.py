@@ -133,6 +133,11 @@ class PairTable:
         return [chosen + rejected for chosen, rejected in zip(lengths[::2], lengths[1::2], strict=True)]
 
     @property
+    def token_ids(self) -> Int32:
+        """Tokens of all responses with their prompts, int32 [sum of lengths]."""
+        return self.answers.token_ids
+
+    @property
     def longest(self) -> int:
         """Maximum tokens of one sequence."""
         return self.answers.longest

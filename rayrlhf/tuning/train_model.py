@@ -18,8 +18,11 @@ from rayrlhf.config.model import LoraSection
 from rayrlhf.config.tuning import DistillationConfig, DPOConfig, RewardTrainingConfig, SFTConfig, TuningConfig
 from rayrlhf.data.supervised.datasets import DatasetReport, SliceMapper, map_in_order
 from rayrlhf.errors import ActorLostError, StoppedError, UserError
+from rayrlhf.models.export import check_reward_model
 from rayrlhf.models.load import load_architecture, load_tokenizer
-from rayrlhf.models.skeleton import check_adapters, check_memory, least_training_bytes
+from rayrlhf.models.skeleton import check_memory, least_training_bytes
+from rayrlhf.models.start_check import check_configuration, check_tokens, describe_check
+from rayrlhf.observe.host_facts import read_model_checks
 from rayrlhf.observe.live import LiveView
 from rayrlhf.observe.loop_control import StopRequest, stop_requests
 from rayrlhf.observe.memory import memory_limit_bytes
@@ -165,18 +168,22 @@ def _check(task: Task) -> str:
     _check_start(task.config)
     data = _load(task)
     steps = batch_plan(task, data.train).total_steps
-    return "\n".join([describe_tuning(task.config), *data.lines(), f"optimizer steps: {steps}"])
+    spec = task.spec(steps)
+    check = describe_check(spec.model, spec.heads, packing=spec.packing or spec.targets_only)
+    return "\n".join([describe_tuning(task.config), f"model: {check}", *data.lines(), f"optimizer steps: {steps}"])
 
 
 def _check_start(config: TuningConfig) -> None:
-    """Check run folder, adapters, CPUs, GPUs and memory before the data is read.
+    """Check run folder, model, adapters, CPUs, GPUs and memory before the data is read.
 
     Raises:
         UserError: the first that is wrong.
     """
     differ = partial(_differences, type(config))
     check_run_folder(config.run.folder, dump_config(config), differ, resume=config.run.resume)
-    check_adapters(config.model)
+    check_configuration(config.model)
+    if isinstance(config, RewardTrainingConfig):
+        check_reward_model(config.model)
     check_local_machine(config.workers.address, partial(_check_fits, config))
 
 
@@ -203,6 +210,7 @@ def _load(task: Task, map_slices: SliceMapper = map_in_order) -> _Data:
             f"data.max_length {config.data.max_length}: a sample has {longest} tokens, the model {positions} positions; "
             f"expected data.max_length <= {positions}"
         )
+    check_tokens(config.model, tokenizer, (table.token_ids for table in (data.train, data.held_out) if table is not None))
     return data
 
 
@@ -224,6 +232,7 @@ def _train(task: Task) -> TuningResult:
         for line in data.lines():
             view.note(line)
         _fit(task, data, folder, view, stack)
+        view.note(f"model: {read_model_checks(folder.path)['model']}")
         result = TuningResult(
             folder.path,
             folder.export,

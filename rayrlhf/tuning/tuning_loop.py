@@ -19,6 +19,7 @@ from rayrlhf.engines.scoring.frozen import training_device
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.process_group import leave
 from rayrlhf.errors import AlarmError, UserError
+from rayrlhf.observe.host_facts import record_model_checks
 from rayrlhf.observe.loop_control import is_due
 from rayrlhf.tuning.data_plan import STATE_FILE, TRAIN_NAME, batch_plan, best_step, checkpoint_name
 from rayrlhf.tuning.export import export_model
@@ -77,6 +78,8 @@ class _Worker:
         self._train, self._held_out = ray.get(job.data)
         self._plan = batch_plan(self._task, self._train)
         self._engine = TrainEngine(self._task.spec(self._plan.total_steps))
+        if self._rank == 0:
+            record_model_checks(job.folder, {"model": self._engine.load_check})
         self._train = self._task.prepare(self._engine, self._train, job.folder)
         if self._held_out is not None:
             self._held_out = self._task.prepare(self._engine, self._held_out, job.folder)

@@ -2,8 +2,12 @@
 
 import pytest
 
+from rayrlhf.config.data import SupervisedDataSection
+from rayrlhf.data.supervised.datasets import supervised_recipe
+from rayrlhf.data.supervised.encoding import encode_batch
 from rayrlhf.data.templates import check_messages, conversation, last_user_text, render, require_chat_template
 from rayrlhf.errors import UserError
+from rayrlhf.models.tiny import byte_tokenizer
 
 USER = {"role": "user", "content": "Hi"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -19,6 +23,29 @@ def test_a_conversation_keeps_its_messages_and_the_keys_that_a_template_may_read
     ]
 
 
+THINKING = (
+    "{%- for m in messages -%}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}<think>{{ m.reasoning_content or '' }}</think>{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_reasoning_is_learnt_where_the_template_renders_it_and_never_lost_without_a_word():
+    tokenizer = byte_tokenizer()
+    row = {"messages": [USER, {**ANSWER, "reasoning_content": "three and four make seven"}]}
+    data = SupervisedDataSection.model_validate({"train": {"path": "rows.jsonl"}})
+
+    def learnt():
+        recipe = supervised_recipe(row, 1, data.train, data, tokenizer)
+        (sample,), _ = encode_batch([row], [1], recipe, tokenizer)
+        return tokenizer.decode(sample.token_ids[sample.loss_mask])
+
+    with pytest.raises(UserError, match=r"rows\.jsonl: row 1: the chat template does not render reasoning_content"):
+        learnt()
+    tokenizer.chat_template = THINKING
+    assert learnt() == "<think>three and four make seven</think>Hello<|im_end|>\n"
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -30,6 +57,7 @@ def test_a_conversation_keeps_its_messages_and_the_keys_that_a_template_may_read
         ([{"role": "zzz", "content": "x"}], "expected one of system, user, assistant, tool"),
         ([USER, ANSWER], "f: the last message is from the assistant, expected the user's"),
         ([SYSTEM], "f: the last message is from the system"),
+        ([{**USER, "tool_calls": [{}]}], "f: message 1: tool_calls are not supported"),
     ],
 )
 def test_a_wrong_message_is_named(value, message):

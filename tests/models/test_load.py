@@ -89,14 +89,6 @@ def test_a_folder_without_weights_or_tokenizer_is_one_clear_line(tmp_path: Path)
         assert "\n" not in str(caught.value)
 
 
-def test_a_model_with_softcapped_logits_is_refused(tmp_path: Path) -> None:
-    config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11)
-    config.final_logit_softcapping = 30.0
-    GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="final_logit_softcapping"):
-        load_causal_model(ModelSection(path=str(tmp_path)))
-
-
 def test_a_networks_training_mode_changes_nothing(tmp_path: Path) -> None:
     config = GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)

@@ -6,8 +6,12 @@ from torch import Tensor
 
 from rayrlhf.config.model import LoraSection, ModelSection
 from rayrlhf.errors import UserError
-from rayrlhf.models.load import load_causal_model
+from rayrlhf.models.adapter_folder import adapter_parameters, save_adapters
+from rayrlhf.models.load import load_causal_model, load_tokenizer
 from rayrlhf.models.lora import adapters_disabled, add_lora, checkpoint_tensors, has_lora
+from rayrlhf.models.network import build_network
+from rayrlhf.models.start_check import check_configuration
+from rayrlhf.tuning.merge import exported_model
 
 TINY = ModelSection(path="builtin:tiny?layers=3&hidden=64")
 TOKENS = torch.arange(3, 40)[None]
@@ -103,6 +107,8 @@ def test_a_model_of_merged_weights_computes_what_the_adapters_compute() -> None:
 def test_unknown_targets_and_too_many_layers_are_the_users_mistakes() -> None:
     with pytest.raises(UserError, match="target_modules"):
         with_lora(LoraSection(target_modules=["nothing_like_it"]))
+    with pytest.raises(UserError, match="no linear layer 'nothing_like_it'"):
+        with_lora(LoraSection(target_modules=["q_proj", "nothing_like_it"]))
     with pytest.raises(UserError, match="last_layers 9: the model has 3 layers"):
         with_lora(LoraSection(last_layers=9))
 
@@ -118,3 +124,44 @@ def test_persistent_buffers_are_part_of_the_checkpoint_under_their_own_dtype(ada
     assert correction.is_buffer
     assert torch.equal(correction.value(), torch.linspace(-1, 1, 4, dtype=torch.float64))
     assert [name for name, tensor in tensors.items() if tensor.is_buffer] == [correction.name]
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("tie", ["true", "false"])
+def test_adapters_on_the_embedding_or_the_output_layer_are_refused_by_name_before_weights_load(target, tie) -> None:
+    lora = LoraSection(rank=4, target_modules=[target, "q_proj"])
+    section = ModelSection(path=f"builtin:tiny?layers=3&hidden=64&tie={tie}", lora=lora)
+    for attempt in (lambda: check_configuration(section), lambda: build_network(section, frozenset({"lm"}), "zero", 0)):
+        with pytest.raises(UserError, match=f"target_modules: '{target}' is the embedding or the output layer of Llama"):
+            attempt()
+
+
+def test_a_merge_takes_the_base_at_its_revision_with_its_code_and_its_dtype(tmp_path, monkeypatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = tmp_path / "base"
+    network = load_causal_model(TINY)
+    network.bfloat16().save_pretrained(base)
+    load_tokenizer(TINY).save_pretrained(base)
+    section = ModelSection(path=str(base), revision="v1", dtype="float32", lora=LoraSection(rank=2))
+    adapted = load_causal_model(section)
+    add_lora(adapted, section.lora, seed=0)
+    state = {name: torch.full_like(parameter, 0.05) for name, parameter in adapter_parameters(adapted)}
+    save_adapters(adapted, section, state, load_tokenizer(section), tmp_path / "run" / "export")
+    (tmp_path / "run" / "config.yaml").write_text("model: {path: base, trust_remote_code: true}")
+    asked = []
+
+    def spy(model):
+        asked.append(model)
+        return load_causal_model(model)
+
+    monkeypatch.setattr("rayrlhf.models.adapter_folder.load_causal_model", spy)
+    merged = exported_model(tmp_path / "run", merge=True)
+    assert [(model.path, model.revision, model.trust_remote_code) for model in asked] == [(str(base), "v1", True)]
+    found = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
+    assert found.dtype == torch.bfloat16
+    for name, parameter in adapter_parameters(adapted):
+        parameter.data.copy_(state[name])
+    wanted = {tensor.name: tensor.value().bfloat16() for tensor in checkpoint_tensors(adapted)}
+    for name, parameter in found.named_parameters():
+        torch.testing.assert_close(parameter.data, wanted[name], rtol=1e-2, atol=1e-4)

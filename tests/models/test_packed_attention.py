@@ -66,7 +66,8 @@ def test_a_neighbour_in_the_row_changes_nothing(section):
 
 def test_noise_on_the_embeddings_has_the_strength_of_neftune_and_spares_scoring(section):
     network = build_network(section, frozenset({"lm"}), "zero", 0)
-    network.noise_alpha = 5.0
+    network.add_noise(5.0)
+    network.accept_packed_rows()
     sequences = random_sequences(6)
     embedded = []
     network.trunk.get_input_embeddings().register_forward_hook(lambda *call: embedded.append(call[2]))

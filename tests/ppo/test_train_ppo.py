@@ -107,6 +107,9 @@ def test_a_run_leaves_metrics_samples_trace_checkpoint_and_a_model_that_transfor
     assert {"config.yaml", "metrics.jsonl", "trace.json", "tensorboard", "samples", "evaluation", "checkpoints", "export"} <= {
         path.name for path in folder.iterdir()
     }
+    models = json.loads((folder / "environment.json").read_text())["models"]
+    assert set(models) >= {"policy", "reward"}
+    assert models["policy"].startswith("llama, log-probs within 1e-06 nats of the model's own on 32 random tokens")
     assert len(read_evaluation(folder, 0)) == len(read_evaluation(folder, 2)) == 8
     assert result.peak_gib > 0
     model = AutoModelForCausalLM.from_pretrained(folder / "export")

@@ -1,6 +1,7 @@
 """The parts around the loop: tables, the file that is followed, resources, refusals, the best checkpoint, and chance."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from rayrlhf.tuning.merge import exported_model
 from rayrlhf.tuning.ray_train import checkpoint_config, worker_resources
 from rayrlhf.tuning.refusal import has_refusal, raise_refusal, write_refusal
 from rayrlhf.tuning.sample_table import PairTable, SampleTable
-from rayrlhf.tuning.train_model import _differences, check_sft
+from rayrlhf.tuning.train_model import _differences, check_reward, check_sft
 from rayrlhf.tuning.training_result import TuningResult, read_result
-from tests.tuning.runs import sft_config
+from tests.models.families import write_family
+from tests.tuning.runs import reward_config, sft_config
 
 
 def samples(count):
@@ -174,3 +176,24 @@ def test_only_what_changes_no_number_of_the_training_may_change_in_a_run(tmp_pat
     differing = _differences(SFTConfig, stored, wanted)
     assert (differing == []) == may_change
     assert may_change or differing[0].startswith(setting.partition("=")[0])
+
+
+def test_a_token_that_the_model_has_no_row_for_is_found_in_a_dry_run(tmp_path):
+    from rayrlhf.models.builtin import resolve_model
+    from rayrlhf.models.tiny import byte_tokenizer
+
+    model = shutil.copytree(resolve_model("builtin:tiny?layers=1&hidden=64"), tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|new0|>", "<|new1|>"]})
+    tokenizer.save_pretrained(model)
+    check_sft(sft_config(tmp_path, f"model.path={model}"))  # none of the texts has the new tokens
+    template = tmp_path / "new.jinja"
+    template.write_text("{% for m in messages %}<|new1|>{{ m['content'] }}<|im_end|>{% endfor %}")
+    with pytest.raises(UserError, match=r"its tokenizer writes '<\|new1\|>' as token 260, expected at most 258"):
+        check_sft(sft_config(tmp_path, f"model.path={model}", f"model.chat_template={template}"))
+
+
+def test_a_reward_run_that_could_not_be_exported_is_refused_in_a_dry_run(tmp_path):
+    model = write_family("granite", tmp_path / "granite")
+    with pytest.raises(UserError, match="a granite model cannot become a reward model"):
+        check_reward(reward_config(tmp_path, f"model.path={model}"))

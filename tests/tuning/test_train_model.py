@@ -40,6 +40,8 @@ def test_an_sft_run_learns_and_leaves_metrics_answers_checkpoints_and_a_model(on
     assert {row["step"] for row in read_samples(result.folder / "samples")} == {0, 6}
     kept = sorted(path.name for path in (result.folder / "checkpoints" / "train").glob("step-*"))
     assert kept == ["step-000004", "step-000006"]
+    models = json.loads((result.folder / "environment.json").read_text())["models"]
+    assert models["model"].startswith("llama, log-probs within 1e-06 nats of the model's own")
 
 
 def test_the_exported_model_has_the_held_out_loss_of_the_trained_one(one_worker):
@@ -158,10 +160,11 @@ def test_a_dry_run_says_what_would_happen_and_starts_nothing(tmp_path):
     config = sft_config(tmp_path)
     plan = check_sft(config)
     assert "optimizer steps: 6" in plan
+    assert "model: llama, log-probs within 1e-06 nats of the model's own on 32 random tokens, samples may be packed" in plan
     assert not config.run.folder.exists()
 
 
 def test_a_mistake_that_only_a_worker_can_see_is_one_line_and_is_not_retried(tmp_path):
-    config = reward_config(tmp_path, "model.lora={rank: 4, target_modules: [nonsense]}")
-    with pytest.raises(UserError, match="target_modules"):
+    config = reward_config(tmp_path, "model.lora={rank: 4, last_layers: 99}")
+    with pytest.raises(UserError, match="last_layers 99"):
         train_reward(config)

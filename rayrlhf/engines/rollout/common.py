@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
+from pydantic import ValidationError
 
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.rollout import EnvironmentSection, RolloutSection
@@ -73,9 +74,25 @@ def stop_token_ids(model: ModelSection, tokenizer: Tokenizer) -> list[int]:
     try:
         source = GenerationConfig.from_pretrained(path, revision=model.revision)
     except OSError:  # the generation config is optional
-        source = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        config = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        source = config.get_text_config()
     several = source.eos_token_id if isinstance(source.eos_token_id, list) else [source.eos_token_id]
     return sorted({int(token) for token in (*several, tokenizer.eos_token_id) if token is not None})
+
+
+def engine_reason(error: Exception) -> str:
+    """Return the line of an engine's error that holds its reason.
+
+    Of a failed validation it is the first field with its fault; a child process ends with a line that points above.
+    """
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return ": ".join([".".join(map(str, (error.title, *first["loc"]))), first["msg"].splitlines()[0]])
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    for line in reversed(lines):
+        if "Error: " in line:
+            return line.split("Error: ", 1)[1]
+    return lines[0] if lines else repr(error)
 
 
 def check_new(requests: Iterable[RolloutRequest], queued: Iterable[RolloutRequest]) -> None:

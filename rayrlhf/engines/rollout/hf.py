@@ -3,9 +3,11 @@
 It serves machines without vLLM, and tests as vLLM's oracle. Requests are decoded in batches of `max_concurrent` with a KV
 cache; a finished one leaves its batch at once. Every request has a generator of its own, so its noise does not depend on the
 other requests. Sampling is Gumbel-max: the argmax of log p - log E with E standard exponential is a draw from p (Gumbel 1954;
--log E is Gumbel noise).
+-log E is Gumbel noise). A check on load compares cached decoding of two padded rows with whole forward passes; models that fail
+it decode one request at a time, or are refused.
 """
 
+import logging
 import math
 import time
 from collections import deque
@@ -16,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rayrlhf.data.records import Rollout, RolloutRequest
+from rayrlhf.data.records import Rollout, RolloutRequest, SampleKey
 from rayrlhf.engines.rollout.common import (
     START_VERSION,
     RolloutSpec,
@@ -26,9 +28,13 @@ from rayrlhf.engines.rollout.common import (
     new_token_limits,
     stop_token_ids,
 )
+from rayrlhf.errors import UserError
 from rayrlhf.library_types import PreTrainedModel
 from rayrlhf.models.load import load_causal_model, load_tokenizer, resolve_dtype
+from rayrlhf.models.load_check import TOLERANCE, attention_on_cpu, probe_tokens, rope_limit
 from rayrlhf.weight_sync.buckets import WeightBucket
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -55,7 +61,7 @@ class TransformersRolloutEngine:
         """Load the model.
 
         Raises:
-            UserError: the model cannot be loaded, or the context is longer than the model's.
+            UserError: the model cannot be loaded or decoded with a cache, or the context is longer than the model's.
         """
         self.version = START_VERSION
         self._incoming: int | None = None
@@ -66,8 +72,15 @@ class TransformersRolloutEngine:
         self._tokenizer = load_tokenizer(spec.model)
         self._stop_ids = frozenset(stop_token_ids(spec.model, self._tokenizer))
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._network: PreTrainedModel = load_causal_model(spec.model).to(device, resolve_dtype(spec.model.dtype))
-        self._max_length = context_length(spec.rollout, self._network.config)
+        network: PreTrainedModel = load_causal_model(spec.model)
+        self._max_length = context_length(spec.rollout, network.config)
+        # LongRoPE depends on the longest row: rows are decoded alone, and from the start again beyond its limit.
+        limit = rope_limit(network.config)
+        self._limit = limit if limit is not None and limit < self._max_length else None
+        if not _decodes_together(network, self._tokenizer.pad_token_id) or self._limit is not None:
+            self._concurrent = 1
+            _logger.warning("%s: responses are decoded one by one, as rows of a batch influence each other", spec.model.path)
+        self._network = network.to(device, resolve_dtype(spec.model.dtype))
         self._waiting: deque[_Row] = deque()
         self._batch: _Batch | None = None
 
@@ -104,6 +117,8 @@ class TransformersRolloutEngine:
                 row.finish_reason = self._finish_reason(row)
             finished.extend(self._rollout(row) for row in self._batch.rows if row.finish_reason)
             self._batch = self._batch.advance()
+            if self._batch is not None and self._batch.length - 1 == self._limit:
+                self._restart()
         return finished
 
     def cancel(self) -> None:
@@ -137,7 +152,7 @@ class TransformersRolloutEngine:
         Raises:
             KeyError: a name that the model does not have.
         """
-        own = dict(self._network.named_parameters(remove_duplicate=False))
+        own = self._network.state_dict(keep_vars=True)  # persistent buffers are weights too
         for name, tensor in bucket:
             own[name].copy_(tensor)
             self._missing.discard(name)
@@ -156,6 +171,10 @@ class TransformersRolloutEngine:
                 f"weight update ended without {len(self._missing)} weights: {', '.join(sorted(self._missing)[:3])}"
             )
         self.version, self._incoming = self._incoming, None
+        self._restart()
+
+    def _restart(self) -> None:
+        """Recompute the cache of the current batch."""
         if self._batch is not None:
             self._batch = _Batch(self._network, self._batch.rows, self._tokenizer.pad_token_id)
 
@@ -180,7 +199,12 @@ class TransformersRolloutEngine:
 
 
 class _Batch:
-    """Requests decoded together: prompts are left-padded, each step adds a token to each."""
+    """Requests decoded together: prompts are left-padded, each step adds a token to each.
+
+    Attributes:
+        rows: the requests.
+        logits: float32 [rows, V] of each row's next token, on the CPU.
+    """
 
     def __init__(self, network: PreTrainedModel, rows: list[_Row], pad: int) -> None:
         self.rows = rows
@@ -197,13 +221,18 @@ class _Batch:
         self._cache: Any = None
         self._forward(tokens.to(network.device), positions)
 
+    @property
+    def length(self) -> int:
+        """Tokens of a row, padding included."""
+        return self._mask.shape[1]
+
     def sample(self) -> list[_Row]:
         """Sample the next token and log-prob of every row; returns the rows.
 
         Log-probs are at the row's temperature; at 1 when greedy.
         """
         scale = torch.tensor([row.temperature or 1.0 for row in self.rows])
-        logprobs = torch.log_softmax(self._logits / scale[:, None], dim=-1)
+        logprobs = torch.log_softmax(self.logits / scale[:, None], dim=-1)
         for row, candidates in zip(self.rows, logprobs, strict=True):
             score = candidates
             if row.temperature:
@@ -222,7 +251,7 @@ class _Batch:
         if len(kept) < len(self.rows):
             self.rows = [self.rows[index] for index in kept]
             self._mask = self._mask[kept]
-            self._cache.batch_select_indices(torch.tensor(kept, device=device))
+            self._cache.reorder_cache(torch.tensor(kept, device=device))
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(kept), 1)], dim=1)
         tokens = torch.tensor([[row.tokens[-1]] for row in self.rows], device=device)
         self._forward(tokens, self._mask.sum(-1, keepdim=True) - 1)
@@ -238,4 +267,57 @@ class _Batch:
             logits_to_keep=1,
         )
         self._cache = output.past_key_values
-        self._logits = output.logits[:, -1].float().cpu()
+        self.logits = output.logits[:, -1].float().cpu()
+
+
+def _decodes_together(network: PreTrainedModel, pad: int) -> bool:
+    """Return True if rows may be decoded together, False if alone.
+
+    Raises:
+        UserError: neither gives the logits of whole forward passes.
+    """
+    with attention_on_cpu(network):
+        if _decodes(network, pad, together=True):
+            return True
+        if _decodes(network, pad, together=False):
+            return False
+    raise UserError(
+        f"rollout.backend transformers: decoding a {network.config.model_type} model with its cache gives other logits than "
+        "its forward pass; expected backend vllm"
+    )
+
+
+@torch.no_grad()
+def _decodes(network: PreTrainedModel, pad: int, *, together: bool) -> bool:
+    """Return True if decoding with a cache gives the logits of whole forward passes.
+
+    Args:
+        network: in float32 on the CPU.
+        pad: token of padding.
+        together: decode two rows of different lengths as one batch, of which one ends first.
+    """
+    samples = probe_tokens(int(network.config.vocab_size))
+    wanted = [network(input_ids=sample[None], use_cache=False).logits[0].float() for sample in samples]
+    steps = (4, 2)
+    for group in [(0, 1)] if together else [(0,), (1,)]:
+        rows = {index: _probe_row(samples[index][: -steps[index]]) for index in group}
+        try:
+            batch: _Batch | None = _Batch(network, list(rows.values()), pad)
+            while batch is not None:
+                left = [index for index, row in rows.items() if row.finish_reason is None]
+                for index, logits in zip(left, batch.logits, strict=True):
+                    place = len(samples[index]) - steps[index] + len(rows[index].tokens)
+                    expected = wanted[index][place - 1]
+                    if not (logits - expected).abs().max() <= TOLERANCE * expected.abs().max():
+                        return False
+                    rows[index].tokens.append(int(samples[index][place]))
+                    rows[index].finish_reason = "length" if len(rows[index].tokens) == steps[index] else None
+                batch = batch.advance()
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):  # its cache has another interface
+            return False
+    return True
+
+
+def _probe_row(prompt: Tensor) -> _Row:
+    request = RolloutRequest(SampleKey(0, 0, 0), prompt.numpy().astype("int32"), 0)
+    return _Row(request, 0.0, len(prompt), torch.Generator())

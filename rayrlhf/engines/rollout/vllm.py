@@ -15,11 +15,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
 from rayrlhf.config.section import GIB
 from rayrlhf.data.records import Rollout, RolloutRequest
@@ -29,6 +29,7 @@ from rayrlhf.engines.rollout.common import (
     RolloutSpec,
     check_new,
     context_length,
+    engine_reason,
     make_rollout,
     new_token_limits,
     stop_token_ids,
@@ -247,6 +248,8 @@ def _start(spec: RolloutSpec, executor: str | None) -> Any:
     path = resolve_path(spec.model)
     trust = spec.model.trust_remote_code
     config = AutoConfig.from_pretrained(path, revision=spec.model.revision, trust_remote_code=trust)
+    if config.get_text_config() is not config and find_spec("torchvision") is None:
+        raise UserError(f"rollout: vLLM needs torchvision for {config.model_type}, a multimodal model: install it")
     length = context_length(spec.rollout, config)
     device = _gpu_settings(spec, executor) if torch.cuda.is_available() else _cpu_settings(spec, config, length)
     try:
@@ -270,19 +273,7 @@ def _start(spec: RolloutSpec, executor: str | None) -> Any:
         with _out_of_sight(UNREADABLE):
             return LLMEngine.from_engine_args(arguments)
     except ValueError as error:
-        raise UserError(f"rollout: vLLM cannot serve {spec.model.path}: {refusal(error)}") from error
-
-
-def refusal(error: ValueError) -> str:
-    """Return the reason of vLLM's refusal in one line.
-
-    Of a failed validation it is the first field with its fault.
-    """
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return ": ".join([".".join(map(str, (error.title, *first["loc"]))), first["msg"].splitlines()[0]])
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else repr(error)
+        raise UserError(f"rollout: vLLM cannot serve {spec.model.path}: {engine_reason(error)}") from error
 
 
 @contextmanager

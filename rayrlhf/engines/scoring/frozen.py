@@ -85,6 +85,7 @@ class FrozenEngine:
         network.requires_grad_(False)
         hold_linear_weights_in(network, self._dtype)
         self._network: Network = network
+        self.load_check = network.check.line()
         self._offload = move_to_device(network, self._device, offload=offload)
 
     def score(

@@ -35,6 +35,11 @@ class RewardEnsemble:
         self._members = [RewardModelEngine(section.model_copy(update={"model": model})) for model in section.models]
 
     @property
+    def load_check(self) -> str:
+        """Outcomes of the members' checks on load, in words."""
+        return "; ".join(member.load_check for member in self._members)
+
+    @property
     def weights(self) -> dict[str, float]:
         """Factor of each part in the score."""
         return {MODEL_PART: self._section.weight} | ({SPREAD_PART: 0.0} if len(self._members) > 1 else {})

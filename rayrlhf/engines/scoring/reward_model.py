@@ -17,7 +17,7 @@ from rayrlhf.data.records import Float32, TokenSequence
 from rayrlhf.engines.scoring.frozen import autocast, hold_linear_weights_in, score_sequences, training_device
 from rayrlhf.engines.scoring.offload import move_to_device
 from rayrlhf.errors import UserError
-from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
+from rayrlhf.models.load import load_tokenizer, model_folder, resolve_dtype
 from rayrlhf.models.network import build_network
 from rayrlhf.models.value_head import find_head
 
@@ -38,24 +38,26 @@ class RewardModelEngine:
         """
         self._section = section
         self._tokenizer = load_tokenizer(section.model)
-        folder = Path(resolve_path(section.model))
+        folder = model_folder(section.model)
         self._format = AnswerFormat.read(folder) or AnswerFormat()
         if section.template is None and self._format.chat and not self._tokenizer.chat_template:
             raise UserError(
                 f"reward.model {section.model.path!r}: its tokenizer has no chat template; "
                 "set reward.model.template to a text with {prompt} and {response}"
             )
-        if folder.is_dir() and find_head(folder) is None:
+        if find_head(folder) is None:
             raise UserError(
-                f"reward.model {section.model.path!r}: no scalar head in the folder, expected weights named "
+                f"reward.model {section.model.path!r}: no scalar head in its files, expected weights named "
                 "`score.weight` or `v_head.summary.weight` (train one with a sequence-classification head of one label)"
             )
         self._mean, self._std = _statistics(section, folder) if section.normalize else (0.0, 1.0)
         self._device = training_device()
         self._dtype = resolve_dtype(section.model.dtype)
         network = build_network(section.model, frozenset({"value"}), "zero", 0)
+        self.load_check = network.check.line()
         self._network = network.requires_grad_(False)
         hold_linear_weights_in(network, self._dtype)
+        self._rows = network.model.get_input_embeddings().num_embeddings
         self._offload = move_to_device(network, self._device, offload=section.offload)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float32:
@@ -84,6 +86,11 @@ class RewardModelEngine:
         else:
             ids = self._format.token_ids(self._tokenizer, prompt, response)
         kept = np.asarray(ids, dtype=np.int32)[-self._section.max_length :]
+        if kept.max(initial=0) >= self._rows:
+            raise UserError(
+                f"reward.model {self._section.model.path!r}: its tokenizer writes token {kept.max()}, expected at most "
+                f"{self._rows - 1}, the last one of the model"
+            )
         return TokenSequence(kept, len(kept) - 1)
 
 

@@ -7,6 +7,7 @@ ratio of new to old log-probs measures the policy update and is deterministic.
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,9 +24,10 @@ from rayrlhf.engines.train.optimizers import build_optimizer
 from rayrlhf.engines.train.plan import UpdatePlan, UpdateReport
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.engines.train.update import Updater
+from rayrlhf.errors import UserError
 from rayrlhf.models.adapter_folder import adapter_parameters, save_adapters
 from rayrlhf.models.export import save_network
-from rayrlhf.models.load import load_tokenizer, resolve_dtype
+from rayrlhf.models.load import checkpoint_dtype, load_tokenizer, resolve_dtype
 from rayrlhf.models.lora import adapters_disabled, checkpoint_tensors, has_lora
 from rayrlhf.models.network import Network, OutputName, build_network
 from rayrlhf.models.rounding import UpdateShare
@@ -52,12 +54,21 @@ class TrainEngine:
         self._spec = spec
         self._device = training_device()
         network = build_network(spec.model, spec.heads, spec.head_init, spec.seed, head_bias=spec.head_bias)
-        network.noise_alpha = spec.noise_alpha
+        if spec.noise_alpha is not None:
+            network.add_noise(spec.noise_alpha)
         if spec.packing or spec.targets_only:
             network.accept_packed_rows()
+        if network.check.layout != "packed":
+            self._spec = spec = replace(spec, packing=False)
         self._network = network.to(self._device)
         optimizer = build_optimizer(self._network.parameters(), spec.train.optimizer, spec.learning_rate)
         self._backend = TRAIN_BACKENDS[spec.backend].wrap(self._network, optimizer, spec.train, resolve_dtype(spec.model.dtype))
+        check = network.check
+        if self._backend.shards_parameters and (check.layout == "alone" or check.longest_together is not None):
+            raise UserError(
+                f"train: {spec.train.sharding_label}: a {check.family} model computes samples one by one, and ranks that make "
+                "different numbers of forward passes would wait for each other; expected whole parameters on each rank"
+            )
         if not self._backend.shards_parameters:  # ZeRO-3 prefetches layers in one fixed order
             _remember_frozen_layers(self._network, spec)
         # Recomputing activations needs training mode, which switches no dropout on: the network has none.
@@ -66,6 +77,11 @@ class TrainEngine:
         self._average = MovingAverage(self._network, decay) if decay is not None else None
         self._arrived: float | None = None
         self._updater = Updater(self._backend, spec, self._device, self._average)
+
+    @property
+    def load_check(self) -> str:
+        """Outcome of the check on load, in words."""
+        return self._network.check.line()
 
     @property
     def optimizer_steps(self) -> int:
@@ -194,6 +210,8 @@ class TrainEngine:
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder with merged weights, tokenizer and value head.
 
+        Weights have the dtype of the base.
+
         A network with only a bias-free scalar head is a reward model and becomes a sequence classifier with one label. The
         moving average of the weights, if one is kept, goes to a second folder whose name ends in `-average`.
 
@@ -208,9 +226,10 @@ class TrainEngine:
                 self._export(folder.with_name(f"{folder.name}-average"))
 
     def _export(self, folder: Path) -> None:
-        state = {name: tensor.clone() for name, tensor in self._checkpoint(torch.float32)}
+        dtype = checkpoint_dtype(self._spec.model)
+        state = {name: tensor.clone() for name, tensor in self._checkpoint(dtype)}
         if torch.distributed.get_rank() == 0:
-            save_network(self._network, state, load_tokenizer(self._spec.model), folder)
+            save_network(self._network, state, load_tokenizer(self._spec.model), folder, dtype)
         torch.distributed.barrier()
 
     def export_adapters(self, folder: Path) -> None:

@@ -56,6 +56,7 @@ def _print_plan(config: Any, nodes: Any) -> None:
     Raises:
         UserError: it does not fit.
     """
+    from rayrlhf.ppo.run_models import describe_checks
     from rayrlhf.tools.launch.launch_plan import plan_run
     from rayrlhf.tools.launch.remedy import advice
 
@@ -63,7 +64,7 @@ def _print_plan(config: Any, nodes: Any) -> None:
         planned = plan_run(config, nodes)
     except UserError as error:
         raise UserError(f"{error}\n{advice(config, nodes)}") from error
-    for line in planned.lines():
+    for line in (*describe_checks(config), *planned.lines()):
         typer.echo(line)
     if planned.problems:
         raise UserError(f"the run does not fit: {len(planned.problems)} problems above; {advice(config, nodes)}")

@@ -13,6 +13,7 @@ from rayrlhf.config.launch import NodeSection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.section import GIB
+from rayrlhf.ppo.run_models import models_of
 from rayrlhf.tools.launch.memory_plan import (
     FLOAT,
     Memory,
@@ -82,7 +83,7 @@ def plan_run(config: PPOConfig, nodes: NodeSection) -> RunPlan:
     machine = ClusterResources((float(nodes.cpus),) * nodes.count, (float(nodes.gpus),) * nodes.count)
     resources = make_plan(config, machine)
     places = lay_out(resources, machine)
-    shapes = {role: _shape(model) for role, model in _models(config).items()}
+    shapes = {role: _shape(model) for role, model in models_of(config).items()}
     precision = _precision(config.model, nodes)
     longest = _longest(config, shapes["policy"])
     cache = _cache_bytes(config, nodes, shapes["policy"], precision, longest)
@@ -98,20 +99,9 @@ def plan_run(config: PPOConfig, nodes: NodeSection) -> RunPlan:
     return RunPlan(nodes, places, memory, tuple(problems), sync, cache_tokens, longest)
 
 
-def _models(config: PPOConfig) -> dict[Role, ModelSection]:
-    models: dict[Role, ModelSection] = {"policy": config.model, "rollout": config.model}
-    if config.critic.kind == "separate":
-        models["critic"] = config.critic.model or config.model
-    if config.needs_reference and not config.reference_in_policy:
-        models["reference"] = config.reference.model or config.model
-    if config.reward.model is not None:
-        models["reward"] = config.reward.model.model
-    return models
-
-
 def learning_shapes(config: PPOConfig) -> dict[Role, ModelShape]:
     """Return the shapes of the trained models."""
-    return {role: _shape(model) for role, model in _models(config).items() if role in ("policy", "critic")}
+    return {role: _shape(model) for role, model in models_of(config).items() if role in ("policy", "critic")}
 
 
 def _shape(model: ModelSection) -> ModelShape:
@@ -156,7 +146,7 @@ def _memory(
     config: PPOConfig, role: Role, ranks: int, shape: ModelShape | None, nodes: NodeSection, longest: int, cache: int
 ) -> Memory:
     """Return the memory of one process of a role."""
-    train, model = config.train, _models(config).get(role)
+    train, model = config.train, models_of(config).get(role)
     if shape is None or model is None:
         return Memory(overhead=GIB // 2)  # Python, Ray and reward functions; never on a GPU
     precision = _precision(model, nodes)

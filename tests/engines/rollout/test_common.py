@@ -5,16 +5,21 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from pydantic import BaseModel, ValidationError, model_validator
 
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.rollout import RolloutSection
 from rayrlhf.data.records import RolloutRequest, SampleKey
 from rayrlhf.engines.rollout.base import RolloutEngine
-from rayrlhf.engines.rollout.common import RolloutSpec, rollout_environment
+from rayrlhf.engines.rollout.common import RolloutSpec, engine_reason, rollout_environment
 from rayrlhf.engines.rollout.factory import build_rollout_engine
+from rayrlhf.engines.rollout.hf import TransformersRolloutEngine
+from rayrlhf.engines.rollout.vllm import VLLMRolloutEngine
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_tokenizer
+from rayrlhf.models.tiny import byte_tokenizer
 from tests.engines.rollout_cases import CONTEXT, TINY, gap, load_network, make_requests, sample, start
+from tests.models.families import write_family
 
 STOPS = ["eee", "nn"]
 END = 2
@@ -167,3 +172,51 @@ def test_the_environment_sets_threads_and_keeps_vllm_in_its_process():
     vllm = rollout_environment(RolloutSection(), threads=2)
     assert vllm["OMP_NUM_THREADS"] == "2"
     assert vllm["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+class Heads(BaseModel):
+    """Refuses like a configuration of vLLM."""
+
+    heads: int = 9
+
+    @model_validator(mode="after")
+    def check(self) -> "Heads":
+        raise ValueError("attention heads (9) must be divisible by tensor parallel size (2)")
+
+
+def test_the_line_of_an_engines_error_that_holds_the_reason_is_found():
+    for arguments, expected in (
+        ({}, "Heads: Value error, attention heads (9) must be divisible by tensor parallel size (2)"),
+        ({"heads": "x"}, "Heads.heads: Input should be a valid integer, unable to parse string as an integer"),
+    ):
+        with pytest.raises(ValidationError) as caught:
+            Heads(**arguments)
+        assert engine_reason(caught.value) == expected
+    nested = RuntimeError("Engine core initialization failed. See root cause above.\nValueError: no such architecture\n")
+    assert engine_reason(nested) == "no such architecture"
+    assert engine_reason(ValueError("\nno room\nfor it")) == "no room"
+    assert engine_reason(ValueError()) == "ValueError()"
+
+
+def test_a_multimodal_model_needs_torchvision_which_is_named_before_the_engine_starts(tmp_path, monkeypatch):
+    from transformers import Gemma3Config
+
+    text = {"vocab_size": 264, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    Gemma3Config(text_config=text, vision_config={"num_hidden_layers": 1, "hidden_size": 32}).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr("rayrlhf.engines.rollout.vllm.find_spec", lambda name: None)
+    spec = RolloutSpec(ModelSection(path=str(tmp_path)), RolloutSection(), seed=0)
+    with pytest.raises(UserError, match="vLLM needs torchvision for gemma3, a multimodal model"):
+        VLLMRolloutEngine(spec)
+
+
+def test_the_transformers_sampler_reproduces_the_forward_pass_or_is_refused(tmp_path, monkeypatch):
+    def engine(name, attention="sdpa"):
+        model = ModelSection(path=str(write_family(name, tmp_path / name)), dtype="float32", attention=attention)
+        rollout = RolloutSection(backend="transformers", max_model_length=64)
+        return TransformersRolloutEngine(RolloutSpec(model, rollout, seed=0))
+
+    assert engine("lfm2")._concurrent == RolloutSection(backend="transformers").max_concurrent
+    assert engine("phi3_longrope")._concurrent == 1
+    with pytest.raises(UserError, match=r"rollout\.backend transformers: decoding a mamba2? model with its cache"):
+        engine("mamba", "eager")

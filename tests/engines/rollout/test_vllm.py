@@ -7,13 +7,12 @@ import weakref
 
 import numpy as np
 import pytest
-from pydantic import BaseModel, ValidationError, model_validator
 
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.rollout import RolloutSection
 from rayrlhf.data.records import RolloutRequest, SampleKey
 from rayrlhf.engines.rollout.common import RolloutSpec
-from rayrlhf.engines.rollout.vllm import GPU_PREFILL_TOKENS, _gpu_settings, refusal
+from rayrlhf.engines.rollout.vllm import GPU_PREFILL_TOKENS, _gpu_settings
 from rayrlhf.errors import UserError
 from tests.engines.rollout_cases import CONTEXT, make_requests, sample, start
 
@@ -40,27 +39,6 @@ def test_a_cpu_replica_is_one_process():
 def test_a_cache_too_small_for_one_response_is_the_users_to_mend():
     with pytest.raises(UserError, match=r"^rollout: vLLM cannot serve builtin:tiny.*$"):
         start("vllm", memory_gib=1e-5)
-
-
-class Heads(BaseModel):
-    """Refuses like a configuration of vLLM."""
-
-    heads: int = 9
-
-    @model_validator(mode="after")
-    def check(self) -> "Heads":
-        raise ValueError("attention heads (9) must be divisible by tensor parallel size (2)")
-
-
-def test_a_failed_validation_of_vllm_is_told_with_its_field_and_fault_in_one_line():
-    for arguments, expected in (
-        ({}, "Heads: Value error, attention heads (9) must be divisible by tensor parallel size (2)"),
-        ({"heads": "x"}, "Heads.heads: Input should be a valid integer, unable to parse string as an integer"),
-    ):
-        with pytest.raises(ValidationError) as caught:
-            Heads(**arguments)
-        assert refusal(caught.value) == expected
-    assert refusal(ValueError("\nno room\nfor it")) == "no room"
 
 
 def test_the_prefill_of_a_gpu_does_not_grow_with_the_models_context():

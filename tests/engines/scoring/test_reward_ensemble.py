@@ -15,6 +15,7 @@ from rayrlhf.config.reward import RewardModelSection
 from rayrlhf.engines.scoring.reward_ensemble import MODEL_PART, SPREAD_PART, RewardEnsemble, pessimistic
 from rayrlhf.engines.scoring.reward_model import STATISTICS_FILE, RewardModelEngine
 from rayrlhf.errors import UserError
+from rayrlhf.models.network import build_network
 from rayrlhf.models.tiny import byte_tokenizer
 from tests.engines.training import write_llama
 
@@ -79,3 +80,40 @@ def test_mistakes_are_one_clear_line(members, tmp_path):
         section(members[:1], uncertainty=1.0)
     with pytest.raises(UserError, match="missing"):
         RewardEnsemble(section([members[0], ModelSection(path=str(tmp_path / "missing"))]))
+
+
+def test_a_hub_name_scores_as_the_same_files_in_a_folder(members, tmp_path, monkeypatch):
+    import shutil
+
+    import huggingface_hub.constants
+
+    commit = "0" * 40
+    repository = tmp_path / "models--acme--rm"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(members[2].path, repository / "snapshots" / commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub = ModelSection(path="acme/rm", dtype="float32")
+    scores = RewardModelEngine(section([hub], normalize=True)).score(PROMPTS, RESPONSES)
+    expected = RewardModelEngine(section([members[2]], normalize=True)).score(PROMPTS, RESPONSES)
+    assert len(set(scores.tolist())) == 3
+    np.testing.assert_array_equal(scores, expected)
+    critic = build_network(hub, frozenset({"value"}), "zero", 0)
+    assert critic.v_head.summary.weight.abs().max() > 0
+    shutil.rmtree(repository / "snapshots")
+    with pytest.raises(UserError, match="acme/rm"):
+        RewardModelEngine(section([hub]))
+
+
+def test_a_token_beyond_the_reward_model_is_one_line(members, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(members[0].path, tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    tokenizer.save_pretrained(folder)
+    engine = RewardModelEngine(section([ModelSection(path=str(folder), dtype="float32")]))
+    engine.score(["a"], ["b"])
+    with pytest.raises(UserError, match="its tokenizer writes token 259, expected at most 258"):
+        engine.score(["a"], ["b<|new|>"])

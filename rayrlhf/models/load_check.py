@@ -1,0 +1,251 @@
+"""Check of a loaded model on 32 random tokens, before anything is trained or scored.
+
+The log-probs of two short samples are computed four ways: by the model's own forward pass, and by trunk and output layer with
+the samples alone, padded into one batch, and packed into one row. A scale or a soft cap behind the output layer is recognized
+and applied. Layouts in which samples influence each other are not used. Any other difference is an error.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rayrlhf.errors import UserError
+from rayrlhf.library_types import PretrainedConfig, PreTrainedModel
+
+if TYPE_CHECKING:
+    from rayrlhf.models.network import Network
+
+Layout = Literal["alone", "padded", "packed"]
+"""Samples in one forward: one per forward, one per row, or end to end in one row."""
+
+LENGTHS = (20, 12)
+TOLERANCE = 1e-3
+"""Allowed difference of log-probs in nats, and of hidden states relative to the largest.
+
+Rounding gave up to 3e-5 nats with SmolLM2 in float32; the smallest fault of the tried families was 0.065 nats.
+"""
+
+
+class LogitMap(NamedTuple):
+    """Function from the output layer's product to the logits.
+
+    logits = cap x tanh(scale x product / cap).
+
+    Attributes:
+        scale: factor of the product.
+        cap: bound of the logits; None applies no bound.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, product: Tensor) -> Tensor:
+        """Return the logits of any shape."""
+        scaled = product if self.scale == 1 else product * self.scale
+        return scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
+
+
+IDENTITY = LogitMap()
+
+
+@dataclass(frozen=True)
+class LoadCheck:
+    """Outcome of the check.
+
+    Attributes:
+        family: `model_type` of the configuration.
+        logits: map behind the output layer.
+        gap: largest difference to the model's own log-probs, nats; None for a trunk without output layer.
+        layout: the densest layout that keeps samples independent.
+        longest_together: samples beyond this many tokens are computed alone; None without such a limit.
+    """
+
+    family: str
+    logits: LogitMap = IDENTITY
+    gap: float | None = None
+    layout: Layout = "padded"
+    longest_together: int | None = None
+
+    def line(self) -> str:
+        """Return the outcome in words."""
+        parts = [self.family]
+        if self.gap is not None:
+            parts.append(f"log-probs within {max(self.gap, 1e-6):.0e} nats of the model's own on {sum(LENGTHS)} random tokens")
+        if self.logits.scale != 1:
+            parts.append(f"logits scaled by {self.logits.scale:g}")
+        if self.logits.cap is not None:
+            parts.append(f"logits capped at {self.logits.cap:g}")
+        rows = {
+            "packed": "samples may be packed",
+            "padded": "samples are padded, not packed, because packed ones would influence each other",
+            "alone": "samples are computed one by one, because neighbors in a batch would influence each other",
+        }
+        parts.append(rows[self.layout])
+        if self.longest_together is not None:
+            parts.append(f"beyond {self.longest_together} tokens one by one, because LongRoPE depends on the longest")
+        return ", ".join(parts)
+
+
+@torch.no_grad()
+def check_network(network: "Network", path: str) -> LoadCheck:
+    """Compare log-probs with the model's own, and layouts with each other.
+
+    Args:
+        network: in evaluation mode, on the CPU, without changed adapters.
+        path: of the model, for the message.
+
+    Raises:
+        UserError: the log-probs differ, so the model would be trained on another objective.
+    """
+    model = network.model
+    text = model.config.get_text_config()
+    check = LoadCheck(str(model.config.model_type), longest_together=rope_limit(text))
+    samples = probe_tokens(int(text.vocab_size))
+    padded = network.read(samples, "padded")
+    if not network.has_lm_head:
+        return replace(check, layout="padded" if _equal(padded, network.read(samples, "alone")) else "alone")
+    own = torch.cat([model(input_ids=sample[None], use_cache=False).logits[0].float() for sample in samples])
+    logits, gap = _match(own, _product(model, padded), samples, text)
+    if gap > _allowed(own):
+        check = replace(check, layout="alone")
+        logits, gap = _match(own, _product(model, network.read(samples, "alone")), samples, text)
+    if gap > _allowed(own):
+        raise UserError(
+            f"model.path {path!r}: the log-probs of a {check.family} model differ by up to {gap:.1g} nats from trunk and "
+            "output layer, because it computes more behind them; such models are not supported"
+        )
+    return replace(check, logits=logits, gap=gap)
+
+
+@torch.no_grad()
+def packs(network: "Network") -> bool:
+    """Return True if packed samples are computed as padded ones."""
+    samples = probe_tokens(int(network.model.config.get_text_config().vocab_size))
+    text = network.model.config.get_text_config()
+    if getattr(text, "attention_chunk_size", None) is not None:  # chunks count from the start of the row
+        return False
+    return _equal(network.read(samples, "packed"), network.read(samples, "padded"))
+
+
+@torch.no_grad()
+def reads_embeddings(trunk: PreTrainedModel) -> bool:
+    """Return True if a trunk computes the same from embeddings as from tokens.
+
+    The embeddings are changed a little.
+    Some scale embeddings, or look up which tokens they are of.
+    """
+    sample = probe_tokens(int(trunk.config.get_text_config().vocab_size))[0][None]
+    try:
+        almost = trunk.get_input_embeddings()(sample) * (1 + 1e-6)
+        embedded = trunk(inputs_embeds=almost, use_cache=False).last_hidden_state
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        return False
+    return _equal(embedded, trunk(input_ids=sample, use_cache=False).last_hidden_state)
+
+
+def probe_tokens(vocabulary: int) -> list[Tensor]:
+    """Return two samples of random tokens, int64 [20] and [12]."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(min(3, vocabulary - 1), vocabulary, (sum(LENGTHS),), generator=generator)
+    return list(torch.split(tokens, list(LENGTHS)))
+
+
+def _product(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Apply the output layer: float32 [L, V] from [L, H]."""
+    head = model.get_output_embeddings()
+    return torch.nn.functional.linear(hidden, head.weight, head.bias).float()
+
+
+def _match(own: Tensor, product: Tensor, samples: Sequence[Tensor], text: PretrainedConfig) -> tuple[LogitMap, float]:
+    """Return the map that gives the model's own logits [L, V], and its gap."""
+    wanted = _logprobs(own, samples)
+
+    def measured(candidate: LogitMap) -> tuple[float, LogitMap]:
+        return float((_logprobs(candidate(product), samples) - wanted).abs().max()), candidate
+
+    plain, _ = measured(IDENTITY)
+    caps = [float(cap) for name, cap in text.to_dict().items() if "cap" in name and _positive(cap)]
+    gap, best = min([(plain, IDENTITY), *(measured(LogitMap(1.0, cap)) for cap in caps)], key=itemgetter(0))
+    if plain <= 10 * gap:  # caps of attention scores leave small logits as they are, too
+        gap, best = plain, IDENTITY
+    if gap > _allowed(own):
+        gap, best = measured(LogitMap(_round(float((own.double() * product).sum() / (product.double() ** 2).sum()))))
+    return best, gap
+
+
+def _round(scale: float) -> float:
+    """Remove the error of measurement: a scale or its inverse has few digits."""
+    near = (float(f"{scale:.6g}"), 1 / float(f"{1 / scale:.6g}")) if scale else (scale,)
+    return min(near, key=lambda value: abs(value - scale))
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _allowed(logits: Tensor) -> float:
+    """Return the tolerance in nats; large logits have larger rounding errors."""
+    return TOLERANCE * max(1.0, float(logits.abs().max()) / 30)
+
+
+def _logprobs(logits: Tensor, samples: Sequence[Tensor]) -> Tensor:
+    """Return the log-prob of each next token, [L - samples]."""
+    parts = torch.split(logits.log_softmax(-1), [len(sample) for sample in samples])
+    return torch.cat([part[:-1].gather(-1, sample[1:, None])[:, 0] for part, sample in zip(parts, samples, strict=True)])
+
+
+def _equal(found: Tensor, wanted: Tensor) -> bool:
+    return bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
+
+
+def rope_limit(text: PretrainedConfig) -> int | None:
+    """Return the length from which LongRoPE changes its frequencies, or None."""
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    for parameters in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        if parameters.get("rope_type") == "longrope":
+            limit = parameters.get("original_max_position_embeddings") or text.max_position_embeddings
+            return int(getattr(text, "original_max_position_embeddings", None) or limit)
+    return None
+
+
+def check_training_mode(model: PreTrainedModel, path: str) -> None:
+    """Check that training mode computes what evaluation mode does.
+
+    Gradients are compared too. The model is left in training mode.
+
+    Raises:
+        UserError: they differ, because some noise cannot be switched off.
+    """
+    text = model.config.get_text_config()
+    sample = probe_tokens(int(text.vocab_size))[0][None]
+    # Noise of a router shows only on tokens near a tie between experts.
+    noisy = any("jitter" in name and _positive(value) for name, value in text.to_dict().items())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad][:2]
+    found: list[list[Tensor]] = []
+    for training in (False, True):
+        model.train(training)
+        output = model(input_ids=sample, use_cache=False)[0].float()
+        gradients = torch.autograd.grad(output.square().mean(), trained, allow_unused=True)
+        found.append([output.detach(), *(gradient for gradient in gradients if gradient is not None)])
+    if noisy or not all(_equal(*both) for both in zip(found[1], found[0], strict=True)):
+        raise UserError(
+            f"model.gradient_checkpointing: a {model.config.model_type} model ({path}) computes something else in training "
+            "mode, which recomputing activations needs; expected false"
+        )
+
+
+@contextmanager
+def attention_on_cpu(model: PreTrainedModel) -> Iterator[None]:
+    """Replace FlashAttention, which only GPUs have, inside the block."""
+    own = model.config._attn_implementation
+    flash = own is not None and own.startswith("flash")
+    if flash:
+        model.set_attn_implementation("sdpa")
+    yield
+    if flash:
+        model.set_attn_implementation(own)
