@@ -102,7 +102,11 @@ def merge_adapters(folder: Path, target: Path, *, trust_remote_code: bool = Fals
         trust_remote_code=trust_remote_code,
         dtype="float32",
     )
-    adapted, share, dtype = PeftModel.from_pretrained(load_causal_model(base), str(folder)), UpdateShare(), checkpoint_dtype(base)
+    adapted, share, dtype = (
+        PeftModel.from_pretrained(load_causal_model(base), str(folder)),
+        UpdateShare(),
+        checkpoint_dtype(base),
+    )
     for tensor in checkpoint_tensors(adapted.get_base_model()):
         if tensor.base is not None:
             value = tensor.value()

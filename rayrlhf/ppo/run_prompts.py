@@ -13,9 +13,9 @@ from rayrlhf.demonstrations.prompt_demonstrations import PromptDemonstrations
 from rayrlhf.engines.rollout.common import check_room, context_length
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_architecture, load_tokenizer
-from rayrlhf.rewards.functions import load_functions, required_columns
 from rayrlhf.models.load_check import rope_limit
 from rayrlhf.models.start_check import check_tokens
+from rayrlhf.rewards.functions import load_functions, required_columns
 
 
 def load_prompts(config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
