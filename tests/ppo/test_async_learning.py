@@ -49,7 +49,7 @@ def synchronous(tmp_path_factory):
     return last_scores(tmp_path_factory.mktemp("synchronous"), 0)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("staleness", [1, 2])
 def test_learning_from_old_responses_is_within_the_noise_of_the_seeds(tmp_path, synchronous, staleness):

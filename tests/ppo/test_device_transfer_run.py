@@ -62,7 +62,7 @@ class KillsAReplica(Callback):
             ray.kill(self.trainer.actor_groups["rollout"].handles[1])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_the_policy_sends_is_what_replicas_sample_from_and_a_lost_one_joins_a_new_group(tmp_path, monkeypatch):
     classes = {**actor_groups.ACTOR_CLASSES, "policy": Policy, "rollout": Rollouts}
     monkeypatch.setattr(actor_groups, "ACTOR_CLASSES", classes)

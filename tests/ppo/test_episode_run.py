@@ -52,7 +52,7 @@ def test_a_run_over_turns_trains_on_what_was_sampled_and_repeats_bit_for_bit(tmp
     assert first[0]["policy/weights_checksum"] != first[1]["policy/weights_checksum"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_over_agents_trains_on_every_stretch_as_it_was_sampled_and_repeats_bit_for_bit(tmp_path):
     agents = [
         "environment={name: 'tests.environments.agents:forgetful', max_turn_tokens: 2}",

@@ -67,7 +67,7 @@ def test_grpo_refills_its_steps_without_critic_or_reference(tmp_path):
     assert max(row["policy/grad_norm"] for row in rows) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_remax_compares_each_response_with_the_greedy_one(tmp_path):
     config = run_config(
         tmp_path,

@@ -30,7 +30,7 @@ def scores(folder, reward, seed):
     return [row["objective/scores"] for row in read_metrics(config.run.folder) if "objective/scores" in row]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_tiny_model_learns_from_its_reward_and_not_from_a_shuffled_one(tmp_path, seed):

@@ -14,7 +14,7 @@ from rayrlhf.rewards.sandbox import missing
 from tests.ppo.runs import digit_share, run_config
 from tests.rewards.servers import Server
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 SMALL = [
     "model.dtype=float32",

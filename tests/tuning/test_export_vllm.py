@@ -5,7 +5,7 @@ import pytest
 from rayrlhf.tuning.train_model import train_sft
 from tests.tuning.runs import sft_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("cluster")]
 
 
 def test_vllm_answers_with_the_exported_model_as_transformers_does(tmp_path):

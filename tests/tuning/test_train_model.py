@@ -85,7 +85,7 @@ def test_a_finished_run_goes_on_when_its_steps_are_raised(tmp_path):
     assert [row["step"] for row in rows if "evaluation/loss" in row] == [0, 1, 2]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_workers_and_packed_rows_have_the_loss_curve_of_one_worker(one_worker, tmp_path):
     _, alone = one_worker
     both = train_sft(sft_config(tmp_path, "workers.count=2", "train.packing=true", "train.micro_batch_tokens=256"))
@@ -127,7 +127,7 @@ def test_a_reward_model_is_exported_with_its_statistics_and_format_and_scores_as
     assert RewardModelEngine(said).score(["is it 3?"], ["yes"])[0] != pytest.approx(without_turns[0], abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_reward_model_no_better_than_chance_is_not_exported(tmp_path):
     config = reward_config(tmp_path, "train.steps=2", "checkpoint.every=0", learnable=False)
     with pytest.raises(AlarmError, match="fair coins reach with probability"):
@@ -136,7 +136,7 @@ def test_a_reward_model_no_better_than_chance_is_not_exported(tmp_path):
     assert train_reward(config.model_copy(update={"export_anyway": True})).export.is_dir()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_adapters_stay_adapters_until_they_are_merged(tmp_path):
     import torch
     from peft import PeftModel

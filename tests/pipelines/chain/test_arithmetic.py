@@ -11,7 +11,7 @@ from rayrlhf.pipelines.chain.run_chain import load_chain, run_chain
 CHAIN = Path(__file__).parents[3] / "examples" / "arithmetic" / "chain.yaml"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ppo_on_the_learned_reward_adds_15_points_to_sft_and_a_second_start_does_nothing(tmp_path):
     config = load_chain(CHAIN, [f"run.root={tmp_path}"])
     first = run_chain(config, CHAIN.parent)

@@ -34,7 +34,7 @@ def config(folder, *overrides, rows=12):
     return load_config(ICLDistillConfig, None, [*base, *overrides])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_student_learns_sampled_answers_to_bare_prompts_and_a_rerun_does_nothing(tmp_path):
     wanted = config(tmp_path, "teacher.responses=sampled")
     result = distill_context(wanted)

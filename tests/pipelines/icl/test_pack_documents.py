@@ -130,7 +130,7 @@ def test_a_mistake_is_found_before_the_data_is_read() -> None:
     "by",
     [
         pytest.param(["neighbors.by=bm25"], marks=pytest.mark.nightly, id="bm25"),
-        pytest.param([*NEAREST, "neighbors.pooling=mean"], marks=pytest.mark.slow, id="nearest"),
+        pytest.param([*NEAREST, "neighbors.pooling=mean"], marks=pytest.mark.nightly, id="nearest"),
     ],
 )
 def test_the_command_loses_no_token_puts_related_ones_together_and_sft_reads_it(tmp_path: Path, by: list[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from rayrlhf.pipelines.presft.run_presft import run_presft
 from tests.pipelines.presft.runs import presft_config, write_pairs
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_ray")]
+pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("small_ray")]
 
 
 def test_two_rounds_tune_repair_and_measure_and_a_second_start_does_nothing(tmp_path):

@@ -26,7 +26,7 @@ def test_every_step_is_judged_by_itself():
     assert idle_shares([(0.0, 2.0), (2.0, 4.0)], [(1.0, 3.5)]) == pytest.approx([0.5, 0.25])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ray_tells_when_the_actors_of_a_small_run_computed(tmp_path):
     policy, reward = write_reward_model("builtin:tiny?layers=1&hidden=64", tmp_path / "reward")
     work = PPOWork(policy, reward, "float32", prompts=8, new_tokens=8, epochs=1, updates=2)

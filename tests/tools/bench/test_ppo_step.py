@@ -47,7 +47,7 @@ def test_an_unknown_precision_is_one_line():
         bench_ppo_command(["float8"], rounds=1, updates=1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_trl_the_bare_calls_and_ours_are_measured_side_by_side(tmp_path):
     policy, reward = write_reward_model("builtin:tiny?layers=1&hidden=64", tmp_path / "reward")
     work = PPOWork(policy, reward, "float32", prompts=8, new_tokens=8, epochs=2, updates=1)

@@ -60,7 +60,7 @@ def test_an_unknown_precision_is_one_line():
         bench_sft_command(["float8"], rounds=1, steps=1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command_measures_both_trainers_and_writes_what_it_found(tmp_path):
     arguments = ["bench", "sft", "--precision", "float32", "--no-packing", "--rounds", "1", "--steps", "1"]
     result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path)], catch_exceptions=False)
