@@ -26,6 +26,7 @@ READS_ZERO_STAGE = (
     "config/train.py",
     "tools/launch/memory_plan.py",
     "tools/launch/remedy.py",
+    "tools/starters/trl_fields.py",  # names the key in a hint
 )
 DEEPSPEED_VERBS = re.compile(r"set_gradient_accumulation|scale_wrt_gas|clip_grad\b|ds_id|GatheredParameters|allreduce\b")
 
