@@ -24,3 +24,4 @@ settings.load_profile("rayrlhf")
 
 # A shell that runs the tests in the background lets them ignore Ctrl-C, and what they start inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)

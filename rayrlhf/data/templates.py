@@ -104,17 +104,10 @@ def render(
         The texts, special tokens included.
 
     Raises:
-        UserError: the template rejects a conversation (roles out of order, no system turn allowed, ...), is broken, or does not
-            render the reasoning of a message.
+        UserError: the template rejects a conversation (roles out of order, no system turn allowed, ...) or is broken.
     """
     from jinja2 import TemplateError
 
-    for messages, place in zip(conversations, places, strict=True):
-        lost = next((key for message in messages for key in REASONING if message.get(key)), None)
-        if lost is not None and lost not in str(tokenizer.chat_template):
-            raise UserError(
-                f"{place}: the chat template does not render {lost}; move it into content, or set model.chat_template"
-            )
     if options is not None and any(options):
         return [
             _render_one(tokenizer, one, place, option or {}, whole=whole)
@@ -147,7 +140,7 @@ def unwritten_keys(
     """Return the message keys that the chat template does not write.
 
     Raises:
-        UserError: these are tools or tool calls, or arguments of `chat_template_kwargs`: the text would lack them.
+        UserError: these are tools, tool calls or reasoning, or arguments of `chat_template_kwargs`: the text would lack them.
     """
     template: str | None = None
     unwritten: set[str] = set()
@@ -157,7 +150,8 @@ def unwritten_keys(
             continue
         template = template or tokenizer.get_chat_template(tools=option.get("tools") if option else None)
         missing = {key for key in keys if key not in template}
-        for key in [*(key for key in missing if key == "tool_calls"), *(key for key in option or () if key not in template)]:
+        needed = [key for key in ("tool_calls", *REASONING) if key in missing]
+        for key in [*needed, *(key for key in option or () if key not in template)]:
             raise UserError(
                 f"{place}: {key}: the chat template does not write it; expected one that does (model.chat_template), or rows "
                 "without it"

@@ -75,9 +75,9 @@ def is_adapter_folder(folder: Path) -> bool:
 
 
 def merge_adapters(folder: Path, target: Path, *, trust_remote_code: bool = False) -> float | None:
-    """Write a Hugging Face folder of the base model merged with adapters, in the dtype of the base.
+    """Write a Hugging Face folder of the base model merged with adapters.
 
-    The base has the revision of the run.
+    The base has the revision of the run, and the folder the dtype of the base.
 
     Args:
         folder: adapters.

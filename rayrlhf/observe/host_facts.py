@@ -36,7 +36,7 @@ def describe_environment() -> dict[str, Any]:
 def record_model_checks(folder: Path, checks: Mapping[str, str]) -> None:
     """Add the outcome of each role's check on load to `environment.json`, in words."""
     path = folder / FILE_NAME
-    facts = json.loads(path.read_text(encoding="utf-8"))
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     write_atomically(path, json.dumps(facts | {"models": dict(checks)}, indent=1) + "\n")
 
 

@@ -47,8 +47,8 @@ def test_an_update_reaches_every_rank_and_the_weights_come_from_rank_0():
     assert calls == [
         (0, "update", "batch", "plan", "objective"),
         (1, "update", "batch", "plan", "objective"),
-        (0, "weights", 8, "bfloat16"),
-        (1, "join_weights", 8, "bfloat16"),
+        (0, "weights", 8, "bfloat16", False),
+        (1, "join_weights", 8, "bfloat16", False),
     ]
 
 

@@ -30,7 +30,7 @@ def twin(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
-    """Killed after step 3 (one step beyond its checkpoint), asked to stop after the next step, and finished by a third start."""
+    """Killed after step 3 (one step beyond its checkpoint), asked to stop a step later, and finished by a third start."""
     job = Job(tmp_path_factory.mktemp("resumed"), *SETTINGS).start()
     job.wait_for_step(3, 200)
     processes = job.processes()

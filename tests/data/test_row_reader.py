@@ -217,7 +217,9 @@ def test_tools_calls_and_reasoning_go_through_the_chat_template_or_are_refused(t
     old = {"role": "assistant", "content": "", "function_call": CALL["function"]}
     assert "tool_calls" in error_of(supervised, tmp_path, [{"messages": [user("a"), old]}], tokenizer)
     thought = [{"messages": [user("a"), {**assistant("b"), "reasoning_content": "r"}]}]
-    assert supervised(tmp_path, thought, tokenizer).report.unwritten == {"reasoning_content"}
+    assert "reasoning_content: the chat template does not write it" in error_of(supervised, tmp_path, thought, tokenizer)
+    named = [{"messages": [user("a"), {**assistant("b"), "name": "bot"}]}]
+    assert supervised(tmp_path, named, tokenizer).report.unwritten == {"name"}
     tokenizer.chat_template = TOOL_TEMPLATE
     (sample,) = supervised(tmp_path, [row], tokenizer, max_length=4096).samples
     assert whole(tokenizer, sample).startswith('<tools>[{"type": "function"')

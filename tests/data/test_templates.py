@@ -5,7 +5,7 @@ import pytest
 from rayrlhf.config.data import SupervisedDataSection
 from rayrlhf.data.supervised.datasets import supervised_recipe
 from rayrlhf.data.supervised.encoding import encode_batch
-from rayrlhf.data.templates import check_messages, conversation, last_user_text, render, require_chat_template
+from rayrlhf.data.templates import check_messages, conversation, last_user_text, render, require_chat_template, unwritten_keys
 from rayrlhf.errors import UserError
 from rayrlhf.models.tiny import byte_tokenizer
 
@@ -40,8 +40,8 @@ def test_reasoning_is_learnt_where_the_template_renders_it_and_never_lost_withou
         (sample,), _ = encode_batch([row], [1], recipe, tokenizer)
         return tokenizer.decode(sample.token_ids[sample.loss_mask])
 
-    with pytest.raises(UserError, match=r"rows\.jsonl: row 1: the chat template does not render reasoning_content"):
-        learnt()
+    with pytest.raises(UserError, match=r"^row 1: reasoning_content: the chat template does not write it; "):
+        unwritten_keys(tokenizer, [row["messages"]], ["row 1"], [None])
     tokenizer.chat_template = THINKING
     assert learnt() == "<think>three and four make seven</think>Hello<|im_end|>\n"
 
@@ -57,7 +57,7 @@ def test_reasoning_is_learnt_where_the_template_renders_it_and_never_lost_withou
         ([{"role": "zzz", "content": "x"}], "expected one of system, user, assistant, tool"),
         ([USER, ANSWER], "f: the last message is from the assistant, expected the user's"),
         ([SYSTEM], "f: the last message is from the system"),
-        ([{**USER, "tool_calls": [{}]}], "f: message 1: tool_calls are not supported"),
+        ([{**USER, "tool_calls": [{}]}], "f: message 1: tool_calls: expected in the assistant's messages only"),
     ],
 )
 def test_a_wrong_message_is_named(value, message):

@@ -37,6 +37,15 @@ def start_child(size: int) -> subprocess.Popen:
     return child
 
 
+@pytest.fixture(autouse=True)
+def without_older_children(monkeypatch):
+    """Leave out children that earlier tests of this process left running, such as a Ray cluster that is ending."""
+    older = {pid for pid, _ in process_tree([os.getpid()])} - {os.getpid()}
+    monkeypatch.setattr(
+        "rayrlhf.observe.memory.process_tree", lambda pids: [found for found in process_tree(pids) if found[0] not in older]
+    )
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not condition():

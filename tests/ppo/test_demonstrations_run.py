@@ -54,7 +54,9 @@ def logprobs(model, sequence):
     return logits.log_softmax(-1).gather(1, ids[:, None])[sequence.prompt_length - 1 :, 0].numpy()
 
 
-@pytest.mark.parametrize("train_with", [pytest.param("with_demonstrations", marks=pytest.mark.nightly), "without_demonstrations"])
+@pytest.mark.parametrize(
+    "train_with", [pytest.param("with_demonstrations", marks=pytest.mark.nightly), "without_demonstrations"]
+)
 def test_what_is_trained_reads_the_context_or_the_bare_prompt_and_learns_the_response_alone(tmp_path, train_with):
     pool = tmp_path / "pool.jsonl"
     rows = [{"prompt": f"say number {number}", "completion": f"{number}{number}"} for number in range(9)]

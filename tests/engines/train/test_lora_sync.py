@@ -68,7 +68,9 @@ def test_an_adapter_in_bfloat16_brings_the_whole_update(llama: str, rate: float)
     assert share.value == pytest.approx(1.0, abs=0.01)
 
 
-def test_merged_weights_lose_a_small_update_in_bfloat16_and_engine_and_export_say_so(llama: str, tmp_path: Path) -> None:
+def test_merged_weights_lose_a_small_update_in_bfloat16_and_engine_and_export_say_so(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = trained(llama, 1e-5, 4)
     start = load_file(Path(llama) / "model.safetensors")
     merged, sent = (drain(engine, dtype, adapters=False) for dtype in ("float32", "bfloat16"))
@@ -78,6 +80,8 @@ def test_merged_weights_lose_a_small_update_in_bfloat16_and_engine_and_export_sa
     assert engine.update_arrived == pytest.approx(expected, abs=1e-4)
     assert expected < 0.5
     engine.export_adapters(tmp_path / "adapter")
+    assert merge_adapters(tmp_path / "adapter", tmp_path / "merged") == 1.0  # in the float32 of the base
+    monkeypatch.setattr("rayrlhf.models.adapter_folder.checkpoint_dtype", lambda _: torch.bfloat16)
     assert merge_adapters(tmp_path / "adapter", tmp_path / "merged") == pytest.approx(expected, abs=1e-4)
     drain(engine, "float32", adapters=False)
     assert engine.update_arrived is None
