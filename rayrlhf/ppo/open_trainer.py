@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from rayrlhf.actors.actor_groups import ActorGroups
 from rayrlhf.actors.connection import connected, running_actor_groups
 from rayrlhf.actors.fault_tolerance import monitored, retry_policy
 from rayrlhf.actors.model_loading import load_models
@@ -64,13 +65,7 @@ def open_trainer(
         mirror = _open_mirror(config)
         # Only a run that can start leaves a folder.
         recorder = stack.enter_context(Recorder(config, dump_config(config), stored_differences, view))
-        with view.wait("loading the models"):
-            retry = retry_policy(config.recovery) if config.recovery.enabled else None
-            load_models(actor_groups, config.deadlines.start, retry, recorder.recovery)
-            checks = actor_groups.load_checks(config.deadlines.start)
-        record_model_checks(recorder.folder.path, checks)
-        for role, line in checks.items():
-            view.note(f"{role}: {line}")
+        _load_models(config, actor_groups, recorder, view)
         driver = StepDriver(
             config,
             actor_groups,
@@ -100,6 +95,17 @@ def _resolved(config: PPOConfig | Path | str | Mapping[str, Any]) -> PPOConfig:
     if isinstance(config, Mapping):
         return load_tree(PPOConfig, dict(config), None, "config")
     return load_config(PPOConfig, config)
+
+
+def _load_models(config: PPOConfig, actor_groups: ActorGroups, recorder: Recorder, view: LiveView) -> None:
+    """Load all models, and record the outcome of each one's check."""
+    with view.wait("loading the models"):
+        retry = retry_policy(config.recovery) if config.recovery.enabled else None
+        load_models(actor_groups, config.deadlines.start, retry, recorder.recovery)
+        checks = actor_groups.load_checks(config.deadlines.start)
+    record_model_checks(recorder.folder.path, checks)
+    for role, line in checks.items():
+        view.note(f"{role}: {line}")
 
 
 def _open_mirror(config: PPOConfig) -> Mirror | None:
