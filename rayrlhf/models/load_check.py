@@ -82,7 +82,7 @@ class LoadCheck:
             parts.append(f"logits capped at {self.logits.cap:g}")
         rows = {
             "packed": "samples may be packed",
-            "padded": "samples are padded, not packed, because packed ones would influence each other",
+            "padded": "samples are padded, not packed",
             "alone": "samples are computed one by one, because neighbors in a batch would influence each other",
         }
         parts.append(rows[self.layout])
