@@ -93,6 +93,19 @@ class BleuScorer:
         return signature.replace("tok:13a", "tok:13a, zh or char by script") if self._tokenize == AUTO else signature
 
 
+class ChrfScorer:
+    """Scores hypotheses by chrF (Popović 2015), the F-score of character n-grams, which needs no words."""
+
+    def __init__(self) -> None:
+        from sacrebleu.metrics import CHRF
+
+        self._metric: Any = CHRF()
+
+    def scores(self, hypotheses: Sequence[str], reference: str) -> list[float]:
+        """Return the sentence chrF2 of each hypothesis in [0, 100], as `sacrebleu.sentence_chrf` does."""
+        return [float(self._metric.sentence_score(hypothesis, [reference]).score) for hypothesis in hypotheses]
+
+
 def tokenizer_of(text: str) -> str:
     """Return the name of sacrebleu's tokenizer for a text.
 

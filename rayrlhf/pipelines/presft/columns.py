@@ -12,14 +12,14 @@ def schemas() -> dict[str, Any]:
     """Return the Arrow schema of each step's part files by name: probed, scores, relabeled.
 
     All begin with the columns of `row_schema`. `probe_finish` is "stop" or "length". `probe_tokens` counts sampled tokens.
-    `sampling` and `relabel_sampling` are JSON.
+    `sampling` and `relabel_sampling` are JSON. `chrf` is null in parts written before version 0.2.
     """
     import pyarrow as pa
 
     text, texts = pa.string(), pa.list_(pa.string())
     real, reals = pa.float64(), pa.list_(pa.float64())
     probes = [("probes", texts), ("probe_finish", texts), ("probe_tokens", pa.list_(pa.int32()))]
-    scores = [("probe_bleu", reals), ("bleu", real), ("likelihood", real), ("model", text), ("sampling", text)]
+    scores = [("probe_bleu", reals), ("bleu", real), ("chrf", real), ("likelihood", real), ("model", text), ("sampling", text)]
     decision = [
         ("struggling", pa.bool_()),
         ("decision", text),
@@ -46,6 +46,8 @@ def with_columns(table: ArrowTable, name: str, columns: dict[str, list[Any]]) ->
     import pyarrow as pa
 
     schema = schemas()[name]
+    if "bleu" in table.column_names and "chrf" not in table.column_names:
+        columns = {"chrf": [None] * table.num_rows} | columns
     arrays = [
         pa.array(columns[field.name], field.type) if field.name in columns else table.column(field.name) for field in schema
     ]

@@ -46,6 +46,8 @@ def round_figures(config: PreSFTConfig, folder: RoundFolder, number: int) -> dic
         "sampling": json.loads(first["sampling"]),
         "rows": facts["rows"],
         "mean_bleu": facts["mean_bleu"],
+        "mean_chrf": facts.get("mean_chrf"),
+        "zero_bleu": facts.get("zero_bleu"),
         "bleu_signature": facts["signature"],
         "likelihood_correlation": facts.get("likelihood_correlation"),
         "tokens": {"probe": facts["probe_tokens"], "relabel": None, "total": facts["probe_tokens"]},

@@ -63,6 +63,20 @@ def score_pairs(
     scores.seal(_score_facts(scores, BleuScorer(probe.tokenize).signature))
 
 
+def low_score_warning(facts: dict[str, Any]) -> str | None:
+    """Return a warning if the model's responses share no word with most of the originals, or None.
+
+    Args:
+        facts: sealed facts of complete scores.
+    """
+    if facts.get("zero_bleu", 0) <= facts["rows"] / 2:
+        return None
+    return (
+        f"{facts['zero_bleu']} of {facts['rows']} pairs have BLEU 0, the two responses share no word "
+        f"(mean chrF {facts['mean_chrf']:.1f}): check the chat template, generate.max_new_tokens and probe.tokenize"
+    )
+
+
 def select_pairs(config: PreSFTConfig, scores: PartFolder, selection: Path) -> dict[str, Any]:
     """Find the cut, write it, and return it with counts.
 
@@ -169,12 +183,15 @@ def _score_facts(scores: PartFolder, signature: str) -> dict[str, Any]:
     """Return the facts of complete scores; a few numbers per row are in memory."""
     import pyarrow.compute as pc
 
-    bleu, tokens, rows = 0.0, 0, 0
-    for table in scores.tables(["bleu", "probe_tokens"]):
+    bleu, chrf, nothing, tokens, rows = 0.0, 0.0, 0, 0, 0
+    for table in scores.tables():
         rows += table.num_rows
         bleu += float(pc.sum(table.column("bleu")).as_py())
+        chrf += float(pc.sum(table.column("chrf")).as_py() or 0) if "chrf" in table.column_names else 0.0
+        nothing += int(pc.sum(pc.equal(table.column("bleu"), 0.0)).as_py())
         tokens += int(pc.sum(pc.list_flatten(table.column("probe_tokens"))).as_py() or 0)
-    facts = {"rows": rows, "signature": signature, "mean_bleu": bleu / rows, "probe_tokens": tokens}
+    facts = {"rows": rows, "signature": signature, "mean_bleu": bleu / rows, "mean_chrf": chrf / rows}
+    facts |= {"zero_bleu": nothing, "probe_tokens": tokens}
     likelihood = _column(scores, "likelihood", np.float64)
     if not np.isnan(likelihood).any():
         facts["likelihood_correlation"] = correlation(list(likelihood), list(_column(scores, "bleu", np.float64)))

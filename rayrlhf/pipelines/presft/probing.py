@@ -8,7 +8,7 @@ import numpy as np
 
 from rayrlhf.batch_inference.generation import BatchGenerator, GenerationPlan
 from rayrlhf.batch_inference.ingest import GIVEN
-from rayrlhf.batch_inference.scoring import BleuScorer, aggregate
+from rayrlhf.batch_inference.scoring import BleuScorer, ChrfScorer, aggregate
 from rayrlhf.batch_inference.stored_prompts import encode_prompts, response_sequences
 from rayrlhf.config.batch_inference import PairsSection
 from rayrlhf.config.pipelines import ProbeSection
@@ -79,29 +79,31 @@ def given_probes(table: ArrowTable) -> ArrowTable:
 
 
 class ProbeScorer:
-    """Adds BLEU, and optionally the likelihood of the original, to a probed part."""
+    """Adds BLEU and chrF, and optionally the likelihood of the original, to a probed part."""
 
     _likelihood: "LikelihoodEngine | None" = None
 
     def __init__(self, probe: ProbeSection, data: PairsSection, plan: GenerationPlan | None) -> None:
         """Load the BLEU tokenizer, and the model for likelihoods if needed."""
         self._probe = probe
-        self._bleu = BleuScorer(probe.tokenize)
+        self._bleu, self._chrf = BleuScorer(probe.tokenize), ChrfScorer()
         self._model = "given" if plan is None else plan.label
         self._sampling = "{}" if plan is None else sampling_text(plan)
         if probe.likelihood and plan is not None:
             self._likelihood = LikelihoodEngine(plan, data)
 
     def __call__(self, table: ArrowTable) -> ArrowTable:
-        """Return the part with `probe_bleu`, `bleu`, `likelihood`, `model` and `sampling`."""
+        """Return the part with `probe_bleu`, `bleu`, `chrf`, `likelihood`, `model` and `sampling`."""
         originals, probes = table.column("response").to_pylist(), table.column("probes").to_pylist()
         bleu = [self._bleu.scores(texts, original) for texts, original in zip(probes, originals, strict=True)]
+        chrf = [self._chrf.scores(texts, original) for texts, original in zip(probes, originals, strict=True)]
         likelihood: list[float | None] = [None] * len(originals)
         if self._likelihood is not None:
             likelihood = list(self._likelihood.mean_logprobs(table.to_pylist(), originals))
         columns: dict[str, list[Any]] = {
             "probe_bleu": bleu,
             "bleu": [aggregate(scores, self._probe.aggregate) for scores in bleu],
+            "chrf": [aggregate(scores, self._probe.aggregate) for scores in chrf],
             "likelihood": likelihood,
             "model": [self._model] * len(originals),
             "sampling": [self._sampling] * len(originals),

@@ -21,7 +21,14 @@ from rayrlhf.pipelines.presft.datasheet import write_datasheet
 from rayrlhf.pipelines.presft.dry_run import check_presft
 from rayrlhf.pipelines.presft.presft_folder import Layout, open_presft
 from rayrlhf.pipelines.presft.presft_report import write_report
-from rayrlhf.pipelines.presft.presft_steps import LabeledModel, read_cut, relabel_pairs, score_pairs, select_pairs
+from rayrlhf.pipelines.presft.presft_steps import (
+    LabeledModel,
+    low_score_warning,
+    read_cut,
+    relabel_pairs,
+    score_pairs,
+    select_pairs,
+)
 from rayrlhf.pipelines.presft.quality import measure_quality
 from rayrlhf.pipelines.presft.sft_configs import sft_config, tuned_model
 from rayrlhf.tuning.training_result import read_result
@@ -159,6 +166,9 @@ class Run:
         rows = layout.round_rows(number)
         done = self.progress.rows(f"round {number}: scoring", rows.facts()["rows"])
         score_pairs(config, rows, folder.scores, model, config.probe, 2 * number, done)
+        warning = low_score_warning(folder.scores.facts())
+        if warning is not None:
+            self.progress.note(f"round {number}: {warning}")
 
     def select(self, number: int) -> None:
         """Find the cut."""

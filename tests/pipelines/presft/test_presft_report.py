@@ -43,7 +43,9 @@ def finished(tmp_path):
         folder.scores.write(part, pa.Table.from_pylist(rows, schema=schemas()["scores"]))
         folder.relabeled.write(part, pa.Table.from_pylist(rows, schema=schemas()["relabeled"]))
     mean = sum(row(index)["bleu"] for index in range(ROWS)) / ROWS
-    folder.scores.seal({"rows": ROWS, "signature": "tok:13a", "mean_bleu": mean, "probe_tokens": 5 * ROWS})
+    folder.scores.seal(
+        {"rows": ROWS, "signature": "tok:13a", "mean_bleu": mean, "mean_chrf": 61.25, "zero_bleu": 1, "probe_tokens": 5 * ROWS}
+    )
     return config, layout
 
 
@@ -70,7 +72,17 @@ def test_the_report_shows_decisions_pairs_and_costs_as_text(finished):
     page = (layout.path / "report.html").read_text()
     assert "&lt;b&gt;new 0&lt;/b&gt;" in page
     assert "<b>new" not in page
-    for words in ("Pairs by score", "Score and length", "Decisions", "Tokens sampled", "original 0", "guarded: empty", "34%"):
+    for words in (
+        "Pairs by score",
+        "Score and length",
+        "Decisions",
+        "Tokens sampled",
+        "original 0",
+        "guarded: empty",
+        "34%",
+        "61.2",
+        "share no word, for 1 of 300 pairs",
+    ):
         assert words in page
     assert page.count('<article class="pair">') == 10
 

@@ -12,7 +12,14 @@ from rayrlhf.batch_inference.part_pipeline import Limits, Pool, run_pipeline
 from rayrlhf.errors import ActorLostError, DeadlineError, UserError
 from rayrlhf.pipelines.presft.dataset import repair, write_dataset
 from rayrlhf.pipelines.presft.presft_folder import Layout
-from rayrlhf.pipelines.presft.presft_steps import LabeledModel, read_cut, relabel_pairs, score_pairs, select_pairs
+from rayrlhf.pipelines.presft.presft_steps import (
+    LabeledModel,
+    low_score_warning,
+    read_cut,
+    relabel_pairs,
+    score_pairs,
+    select_pairs,
+)
 from rayrlhf.pipelines.presft.selection import Cut
 from tests.pipelines.presft.runs import MODEL, presft_config
 
@@ -43,6 +50,10 @@ def test_given_responses_are_scored_selected_and_put_in_place_of_the_originals(t
     assert [row["row"] for row in rows] == list(range(50))
     for row in rows:
         assert row["bleu"] == sacrebleu.sentence_bleu(row["probes"][0], [row["response"]]).score
+        assert row["chrf"] == sacrebleu.sentence_chrf(row["probes"][0], [row["response"]]).score
+    scored = folder.scores.facts()
+    assert scored["mean_chrf"] == pytest.approx(sum(row["chrf"] for row in rows) / 50)
+    assert scored["zero_bleu"] == sum(row["bleu"] == 0 for row in rows)
     facts = select_pairs(config, folder.scores, folder.selection)
     assert facts["selected"] == 17  # every third answer has no idea
     relabel_pairs(config, config.relabel, folder.scores, folder.relabeled, read_cut(folder.selection), None, 3, lambda _: None)
@@ -54,6 +65,15 @@ def test_given_responses_are_scored_selected_and_put_in_place_of_the_originals(t
     assert repaired[0] == {"prompt": "question 0?", "completion": "no idea about 0", "source": 1}
     assert repaired[1]["completion"] == "the answer to 1 is 7"
     assert decided[0]["response"] == "the answer to 0 is 0", "the original stays in the provenance"
+
+
+@pytest.mark.parametrize(("zero", "warned"), [(5, False), (6, True)])
+def test_scores_of_zero_for_most_pairs_are_named_with_what_to_check(zero, warned):
+    warning = low_score_warning({"rows": 10, "zero_bleu": zero, "mean_chrf": 12.34})
+    assert (warning is not None) == warned
+    if warning:
+        assert "6 of 10 pairs have BLEU 0" in warning
+        assert "mean chrF 12.3" in warning
 
 
 def test_the_model_is_asked_twice_the_same_and_a_missing_part_comes_back_alike(tmp_path):
