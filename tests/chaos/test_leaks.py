@@ -46,12 +46,12 @@ def test_neither_a_run_nor_its_killed_driver_leaves_actors_groups_engines_or_sha
     settings = [f"rollout.backend={backend}", "checkpoint.every=0", "evaluation.enabled=false", "critic.kind=shared", *PLACED]
     before = set(psutil.Process(cluster.pid).children(recursive=True))
     ended = Job(tmp_path / "ended", *settings, "run.steps=30", cluster=cluster).start()
-    assert ended.wait_for_step(2, 200)
+    assert ended.wait_for_step(2, 400)
     theirs = belongings(ended, cluster, before)
     assert ended.wait(100) == 0, ended.log[-3000:]
     assert gone(theirs, cluster)
     killed = Job(tmp_path / "killed", *settings, "run.steps=500", cluster=cluster).start()
-    assert killed.wait_for_step(2, 200)
+    assert killed.wait_for_step(2, 400)
     theirs = belongings(killed, cluster, before)
     killed.hurt("driver")
     assert killed.driver.wait(30) != 0

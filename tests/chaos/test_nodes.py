@@ -71,7 +71,7 @@ def harmed_pair(folder, cluster, harm, steps=6, *overrides):
         arguments = f"{{folder: {folder / name / 'calls'}, harm: {kind}}}"
         function = f"reward={{probe: false, functions: [{{name: 'tests.chaos.harm:hindered', arguments: {arguments}}}]}}"
         job = Job(folder / name, *SETTINGS, *PLACED, f"run.steps={steps}", function, *overrides, cluster=cluster).start()
-        assert job.wait(200) == 0, job.log[-3000:]
+        assert job.wait(400) == 0, job.log[-3000:]
         jobs.append(job)
     same_metrics(*jobs, steps)
     same_samples(*jobs, steps)
@@ -120,7 +120,7 @@ def test_calls_that_the_network_loses_are_made_again_and_count_once(tmp_path):
     steps = 8
     try:
         twin = Job(tmp_path / "twin", *SETTINGS, *PLACED, f"run.steps={steps}", cluster=steady).start()
-        assert twin.wait(200) == 0, twin.log[-3000:]
+        assert twin.wait(400) == 0, twin.log[-3000:]
     finally:
         steady.end()
     cluster = StandingCluster(RAY_testing_rpc_failure=drops)

@@ -24,7 +24,7 @@ SETTINGS = [
 def twin(tmp_path_factory):
     """The undisturbed run."""
     job = Job(tmp_path_factory.mktemp("twin"), *SETTINGS).start()
-    assert job.wait(200) == 0, job.log[-3000:]
+    assert job.wait(400) == 0, job.log[-3000:]
     return job
 
 
@@ -32,7 +32,7 @@ def twin(tmp_path_factory):
 def resumed(tmp_path_factory):
     """Killed after step 3 (one step beyond its checkpoint), asked to stop a step later, and finished by a third start."""
     job = Job(tmp_path_factory.mktemp("resumed"), *SETTINGS).start()
-    job.wait_for_step(3, 200)
+    job.wait_for_step(3, 400)
     processes = job.processes()
     shared = shared_memory(processes)
     job.driver.kill()
@@ -40,12 +40,12 @@ def resumed(tmp_path_factory):
     job.left = processes, shared
     reached = job.steps()[-1]["step"]  # a fast run is some steps further by now
     job.start()
-    job.wait_for_step(reached + 1, 200)
+    job.wait_for_step(reached + 1, 400)
     job.hurt("driver", signal.SIGTERM)
     job.stop_code = job.wait(100)
     job.stop_log = job.log
     job.start()
-    assert job.wait(200) == 0, job.log[-3000:]
+    assert job.wait(400) == 0, job.log[-3000:]
     return job
 
 
