@@ -3,10 +3,12 @@
 Configuration pages come from the pydantic sections, the command line page from typer, the findings from the diagnostics.
 """
 
+import contextlib
 import inspect
 import json
 import re
 import sys
+import tempfile
 import types
 import typing
 from collections.abc import Iterator
@@ -26,6 +28,7 @@ from rayrlhf.config.loading.kinds import ROOTS
 from rayrlhf.config.loading.presets import PRESETS
 from rayrlhf.config.section import Section
 from rayrlhf.observe.diagnostics import CHECKS
+from rayrlhf.tools.data_view import data_lines
 
 DOCS = Path(__file__).parent
 PAGES = {
@@ -245,10 +248,59 @@ def families_page() -> str:
     )
 
 
+def turns(question: str, answer: str, role: str = "role", text: str = "content") -> list[dict[str, str]]:
+    """A conversation of two turns under a format's key names."""
+    names = ("human", "gpt") if role == "from" else ("user", "assistant")
+    return [{role: names[0], text: question}, {role: names[1], text: answer}]
+
+
+ASKED = "What is 2 + 3?"
+FORMATS: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("Prompt and completion", "sft", "qa.jsonl", {"prompt": ASKED, "completion": "5"}),
+    ("Messages", "sft", "chats.jsonl", {"messages": turns(ASKED, "5")}),
+    ("Alpaca", "sft", "alpaca.json", {"instruction": "Add the numbers.", "input": "2, 3", "output": "5"}),
+    ("ShareGPT", "sft", "sharegpt.json", {"conversations": turns(ASKED, "5", "from", "value")}),
+    ("KTO", "sft", "kto.jsonl", {"prompt": ASKED, "completion": "5", "label": True}),
+    (
+        "Anthropic HH",
+        "dpo",
+        "hh.jsonl",
+        {"chosen": f"\n\nHuman: {ASKED}\n\nAssistant: 5", "rejected": f"\n\nHuman: {ASKED}\n\nAssistant: No idea."},
+    ),
+    ("UltraFeedback", "dpo", "ultra.jsonl", {"prompt": ASKED, "chosen": turns(ASKED, "5"), "rejected": turns(ASKED, "6")}),
+    ("Orca pairs", "dpo", "orca.jsonl", {"system": "Be brief.", "question": ASKED, "chosen": "5", "rejected": "6"}),
+]
+"""Title, task, file name and row of each common format."""
+SHOWN_CONFIG = """run: {name: shown}
+model: {path: "builtin:tiny?context=256", dtype: float32}
+data: {train: {path: none}, evaluation: {path: none}, max_length: 256}
+"""
+
+
+def formats_page() -> str:
+    """The reference page of common formats, as `rayrlhf data` reads them."""
+    text = (
+        "# Formats by example\n\nOne row of each common format, and the output of `rayrlhf data CONFIG`. Tokens of the\n"
+        "loss are in brackets; a terminal shows them in green. Generated with the small built-in model's chat template.\n"
+    )
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        Path("config.yaml").write_text(SHOWN_CONFIG, encoding="utf-8")
+        for title, task, name, row in FORMATS:
+            stored = json.dumps([row] if name.endswith(".json") else row)
+            Path(name).write_text(stored + "\n", encoding="utf-8")
+            paths = [f"data.train.path={name}", f"data.evaluation.path={name}"]
+            lines = data_lines(Path("config.yaml"), paths, task, 1, color=False)
+            # The held-out rows are the same file: their lines are, too.
+            shown = "\n".join(dict.fromkeys(line.plain for line in lines)).rstrip()
+            text += f'\n## {title}\n\n```json title="{name}"\n{stored}\n```\n\n```text\n{shown}\n```\n'
+    return text
+
+
 def pages() -> dict[Path, str]:
     """All generated pages by path."""
     found = {DOCS / f"reference/configuration/{task}.md": configuration_page(task) for task in PAGES}
     others = {"cli": cli_page(), "findings": findings_page(), "presets": presets_page(), "families": families_page()}
+    others["formats"] = formats_page()
     return {**found, **{DOCS / f"reference/{name}.md": text for name, text in others.items()}}
 
 

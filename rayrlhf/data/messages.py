@@ -81,7 +81,9 @@ def standard_message(message: object, where: str) -> Message:
 
 
 def as_conversation(value: object) -> object:
-    """Return the messages in a JSON text; any other value unchanged."""
+    """Return the messages in a JSON text, and a message alone as a list; any other value unchanged."""
+    if isinstance(value, dict) and _is_messages([value]):
+        return [value]
     if not isinstance(value, str):
         return value
     if value.startswith("[") and ('"role"' in value or '"from"' in value):

@@ -75,12 +75,15 @@ def recognized(row: Row, section: SectionType, purpose: str) -> tuple[SectionTyp
             prompt = next((name for name in QUESTIONS if isinstance(row.get(name), str) and row[name]), None)
             if prompt is not None:
                 return section.model_copy(update={"prompt_field": prompt}), f"pairs with {prompt}"
+        if free and conversations and _is_message(chosen) and _is_message(rejected):
+            return section.model_copy(update={"prompt_field": conversations}), f"pairs with {conversations}"
         return section, "pairs of conversations" if _is_turns(chosen) else "pairs"
     if purpose == "samples":
         if row.get(names["messages_field"]) is None and conversations == "conversations":
             return section.model_copy(update={"messages_field": conversations}), "ShareGPT conversations"
         if row.get(names["messages_field"]) is not None:
-            return section, "conversations"
+            kept = ", of which those with label true are kept" if isinstance(row.get(LABEL), bool) else ""
+            return section, f"conversations{kept}"
     alpaca = INSTRUCTION in row and (answer is None or "output" in row)
     if free and alpaca:
         columns = {"prompt_field": INSTRUCTION} | ({answer: "output"} if answer and names[answer] not in row else {})
@@ -101,6 +104,11 @@ def recognized(row: Row, section: SectionType, purpose: str) -> tuple[SectionTyp
 
 def _is_turns(value: object) -> bool:
     return isinstance(as_conversation(value), list)
+
+
+def _is_message(value: object) -> bool:
+    turns = as_conversation(value)
+    return isinstance(turns, list) and len(turns) == 1
 
 
 def read_extras(
@@ -134,7 +142,7 @@ def read_extras(
             system = value
         elif name in TEMPLATE_ARGUMENTS and turns:
             options |= _options(name, value, where)
-        elif name == LABEL and (isinstance(value, bool) or not isinstance(value, int)):
+        elif name == LABEL and isinstance(value, bool | str):
             rejected = value is False
         elif name in LOSS and (isinstance(value, str) or value in (1, True)):
             continue  # An answer in words, or the weight that a row has anyway.
@@ -149,7 +157,7 @@ def _reason(name: str, *, turns: bool) -> str:
     if name == INPUT:
         return "usually a part of the prompt, and not used; put {input} into template"
     if name == LABEL:
-        return "0 or 1, expected true or false, by which a row is kept"
+        return "0 or 1 or a score, expected true or false, by which a row is kept"
     if name in LOSS:
         return "defines the loss, and is not used with these columns"
     if not turns:

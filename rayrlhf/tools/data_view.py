@@ -28,6 +28,13 @@ TASKS: dict[str, type[Section]] = {
     "evaluate": EvaluateConfig,
 }
 LOSS, REST = "bold green", "dim"
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="UTF-8"><meta name="viewport" content="width=device-width"><title>rayrlhf data</title></head>
+<body style="color:{foreground};background:{background}"><pre style="white-space:pre-wrap">{code}</pre></body>
+</html>
+"""
+"""Page around the exported text, for rich's `export_html`."""
 OPEN, CLOSE = "⟦", "⟧"
 """Marks around the tokens of the loss where there is no color."""
 
@@ -137,4 +144,4 @@ def show_data(path: Path, overrides: list[str], task: str | None, rows: int, pag
     if page is not None:
         from rayrlhf.storage.atomic import write_atomically
 
-        write_atomically(page, console.export_html(inline_styles=True))
+        write_atomically(page, console.export_html(inline_styles=True, code_format=PAGE))

@@ -252,7 +252,7 @@ def test_pairs_of_all_formats_keep_their_prompt(tmp_path, tokenizer, row, text):
         (supervised, {**ROW, "input": "c"}, "input: usually a part of the prompt, and not used; put {input} into template"),
         (supervised, {**ROW, "images": ["x"]}, "images: not supported"),
         (supervised, {**ROW, "completion_mask": [0, 1]}, "completion_mask: defines the loss"),
-        (supervised, {**ROW, "label": 0}, "label: 0 or 1, expected true or false"),
+        (supervised, {**ROW, "label": 0}, "label: 0 or 1 or a score, expected true or false"),
         (supervised, {"text": "a", "system": "S"}, "system: not supported with plain text"),
         (supervised, {"prompt": "one two three", "completion": "one two three four"}, "completion: repeats the prompt"),
         (supervised, {"prompt": [user("a")], "completion": [user("a"), assistant("b")]}, "repeats the messages of the prompt"),

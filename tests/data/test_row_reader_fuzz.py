@@ -1,4 +1,8 @@
-"""Random rows: all readers agree on the prompt, and each column is used, named as unused, or refused."""
+"""Random rows: all readers agree on prompt and answer, and each column is used, named as unused, or refused.
+
+`sft` reads samples, `dpo` and `reward` pairs, `ppo` and `evaluate` prompts; `presft` and `icl build` read examples, and
+`icl evaluate` examples whose answer may be missing.
+"""
 
 import random
 from collections import Counter
@@ -60,21 +64,31 @@ def supervised_prompt(row, outcomes):
         return None
     for column in ("tools", "system", "images", "history", "input", "completion_mask"):
         assert column in used or row.get(column) in (None, "", []), (column, row)
-    return written.prompt[-1]["content"] if isinstance(written.prompt, list) else None
+    if not isinstance(written.prompt, list):
+        return None
+    return written.prompt[-1]["content"], written.answers[0][-1]["content"]
 
 
 def prompt(row, outcomes):
     section, layout = recognized(row, DatasetSection(path="f"), "prompts")
     read, _ = _prompt_of(Rows("f", [row], [1], section.prompt_field, layout), 0, section, chat=True)
     outcomes["ppo"] += 1
-    return conversation(read, None)[-1]["content"]
+    return conversation(read, None)[-1]["content"], None
 
 
 def example_prompt(row, outcomes):
     section, _ = recognized(row, PairsSection(path="f"), "examples")
     read = _pair(section, SourceRow(1, row), None, True, {})
     outcomes["icl"] += 1
-    return read["prompt"]
+    assert row.get("label") is not False
+    return read["prompt"], read["response"]
+
+
+def question(row, outcomes):
+    section, _ = recognized(row, PairsSection(path="f"), "examples")
+    read = _pair(section, SourceRow(1, row), None, False, {})
+    outcomes["icl evaluate"] += 1
+    return read["prompt"], read["response"] or None
 
 
 def pair(row, outcomes):
@@ -89,14 +103,17 @@ def test_all_readers_agree_on_3000_random_rows():
     dice, outcomes, refusals = random.Random(0), Counter(), []
     for _ in range(3000):
         row, read = some_row(dice), []
-        for reader in (supervised_prompt, prompt, example_prompt, pair):
+        for reader in (supervised_prompt, prompt, example_prompt, question, pair):
             try:
                 read.append(reader(row, outcomes))
             except (UserError, InvalidRowError, RejectedError) as error:
                 refusals.append(str(error))
-        told = {text for text in read if text is not None}
+        prompts = {found[0] for found in read if found is not None}
+        answers = {found[1] for found in read if found is not None and found[1] is not None}
         # A row can have prompts of several formats; the commands then read one of them or refuse.
-        assert len(told) <= 1 or {"messages", "conversations", "question"} & row.keys(), (row, read)
-    assert min(outcomes[name] for name in ("sft", "ppo", "icl", "dpo")) > 5, outcomes
+        several = {"messages", "conversations", "question"} & row.keys()
+        assert len(prompts) <= 1 or several, (row, read)
+        assert len(answers) <= 1 or several, (row, read)
+    assert min(outcomes[name] for name in ("sft", "ppo", "icl", "icl evaluate", "dpo")) > 5, outcomes
     assert all(refusals)
     assert "\n" not in "".join(refusals)

@@ -21,9 +21,9 @@ from rayrlhf.config.data import (
 )
 from rayrlhf.data.messages import Message, loss_free
 from rayrlhf.data.records import Bool, Int32
-from rayrlhf.data.row_columns import ANSWERS, TOKEN_MASKS, used_extras
+from rayrlhf.data.row_columns import TOKEN_MASKS, used_extras
 from rayrlhf.data.supervised.chat_spans import assistant_spans, crosses_a_start, tokens_in_spans
-from rayrlhf.data.supervised.row_formats import Row, RowShape, used_columns
+from rayrlhf.data.supervised.row_formats import Row, RowShape, answer_columns, used_columns
 from rayrlhf.data.supervised.supervised_rows import (
     EQUAL,
     NOTHING,
@@ -325,7 +325,7 @@ def _report(
     tokens, targets = count_tokens(samples)
     section, shape = recipe.section, recipe.shape
     columns = {name for row in rows for name, value in row.items() if value is not None}
-    used = (set(used_columns(shape, section)) & columns) | used_extras(columns, section, ANSWERS)
+    used = (set(used_columns(shape, section)) & columns) | used_extras(columns, section, answer_columns(shape))
     if shape.format == "tokens":
         used |= {*TOKEN_MASKS, "attention_mask", "position_ids"} & columns - set(section.ignored_fields)
     return DatasetReport(

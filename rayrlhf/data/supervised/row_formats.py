@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from rayrlhf.config.data import PreferenceDatasetSection, SupervisedDatasetSection, template_fields
 from rayrlhf.data.messages import Message, as_conversation, is_transcript
+from rayrlhf.data.row_columns import ANSWERS, LABEL
 from rayrlhf.errors import UserError
 
 Format = Literal["text", "messages", "prompt-completion", "tokens", "preference"]
@@ -98,6 +99,14 @@ def used_columns(shape: RowShape, section: SupervisedDatasetSection | Preference
         margin = (section.margin_field,) if shape.has_margin else ()
         columns = (*prompt, section.chosen_field, section.rejected_field, *margin)
     return columns if section.group_field is None else (*columns, section.group_field)
+
+
+def answer_columns(shape: RowShape) -> set[str]:
+    """Return the special columns next to answers that a shape reads.
+
+    The label of a text or of a pair does not select its row.
+    """
+    return ANSWERS - {LABEL} if shape.format in ("text", "preference") else ANSWERS
 
 
 def check_columns(row: Row, shape: RowShape, columns: Iterable[str], place: str) -> None:

@@ -17,7 +17,6 @@ from rayrlhf.data.row_columns import (
     ANSWERS,
     INPUT,
     INSTRUCTION,
-    LABEL,
     LABEL_FALSE,
     TOKEN_MASKS,
     Extras,
@@ -27,7 +26,15 @@ from rayrlhf.data.row_columns import (
     with_system,
 )
 from rayrlhf.data.row_files import place_of
-from rayrlhf.data.supervised.row_formats import Row, RowShape, check_columns, common_messages, is_turns, used_columns
+from rayrlhf.data.supervised.row_formats import (
+    Row,
+    RowShape,
+    answer_columns,
+    check_columns,
+    common_messages,
+    is_turns,
+    used_columns,
+)
 from rayrlhf.data.templates import Options, check_messages, check_turns, conversation
 from rayrlhf.errors import UserError
 
@@ -163,7 +170,7 @@ def _extras(
     if section.prompt_field == INSTRUCTION:
         used.add(INPUT)
     has_prompt = shape.format == "prompt-completion" or (shape.format == "preference" and shape.explicit_prompt)
-    special = ANSWERS - {LABEL} if shape.format in ("text", "messages", "preference") else ANSWERS
+    special = answer_columns(shape)
     turns = shape.conversational or (data.chat and has_prompt)
     return read_extras(row, used, special, section.ignored_fields, place, turns=turns)
 

@@ -64,7 +64,7 @@ def score_pairs(
 
 
 def low_score_warning(facts: dict[str, Any]) -> str | None:
-    """Return a warning if the model's responses share no word with most of the originals, or None.
+    """Return a warning if most responses share no word with the originals, or None.
 
     Args:
         facts: sealed facts of complete scores.
