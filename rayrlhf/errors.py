@@ -8,6 +8,40 @@ class UserError(Exception):
     """An error in the user's input: what, where, expected value, nearest valid value."""
 
 
+class ErrorList:
+    """Collects errors of rows, to raise them as one report."""
+
+    def __init__(self, limit: int = 20) -> None:
+        """Create an empty list that is raised when it has `limit` errors."""
+        self._limit = limit
+        self._errors: list[UserError] = []
+
+    def add(self, error: UserError) -> None:
+        """Append an error.
+
+        Raises:
+            UserError: it is the last one that fits.
+        """
+        self._errors.append(error)
+        if len(self._errors) == self._limit:
+            self.raise_any()
+
+    def raise_any(self) -> None:
+        """Raise the errors, one line each, if there are any.
+
+        Raises:
+            UserError: the report; a single error is raised as it is.
+        """
+        if not self._errors:
+            return
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        lines = [str(error) for error in self._errors]
+        if len(lines) == self._limit:
+            lines.append(f"These are the first {self._limit} errors; later rows were not read.")
+        raise UserError("\n".join(lines)) from self._errors[0]
+
+
 class DeadlineError(Exception):
     """A wait exceeded its deadline; names the call, the actor and the start."""
 

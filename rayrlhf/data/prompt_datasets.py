@@ -28,7 +28,7 @@ from rayrlhf.data.templates import (
     require_chat_template,
     unwritten_keys,
 )
-from rayrlhf.errors import UserError
+from rayrlhf.errors import ErrorList, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,7 +100,7 @@ def read_prompts(section: DatasetSection) -> list[str | list[Message]]:
         UserError: no such file or field, or a prompt that is empty or of a wrong type.
     """
     rows = read_rows(section)
-    return [_prompt_of(rows, index, section, chat=True)[0] for index in range(len(rows.values))]
+    return [prompt for prompt, _ in _read_all(rows, section, chat=True)]
 
 
 def prepare_prompts(
@@ -125,7 +125,7 @@ def prepare_prompts(
     """
     rows = read_rows(section)
     check_needs(rows, needs)
-    read = [_prompt_of(rows, index, section, chat=data.chat) for index in range(len(rows.values))]
+    read = _read_all(rows, section, chat=data.chat)
     prompts, options = [prompt for prompt, _ in read], [option for _, option in read]
     unwritten: frozenset[str] = frozenset()
     encoded: list[list[int]] = []
@@ -165,13 +165,30 @@ def check_needs(rows: Rows, needs: Mapping[str, str]) -> None:
     Raises:
         UserError: a row has no such column.
     """
+    errors = ErrorList()
     for number, row in zip(rows.numbers, rows.values, strict=True) if needs else ():
         if lacks := unmet_need(row, needs):
             columns = ", ".join(map(str, row)) or "none"
-            raise UserError(
-                f"{place_of(rows.source, number)}: {lacks}; the row's columns are: {columns}; add it (null where it does not "
-                "apply), or set the function's argument"
-            )
+            place = place_of(rows.source, number)
+            remedy = "add it (null where it does not apply), or set the function's argument"
+            errors.add(UserError(f"{place}: {lacks}; the row's columns are: {columns}; {remedy}"))
+    errors.raise_any()
+
+
+def _read_all(rows: Rows, section: DatasetSection, *, chat: bool) -> list[tuple[str | list[Message], Options | None]]:
+    """Return prompt and template arguments of each row.
+
+    Raises:
+        UserError: names up to 20 wrong rows.
+    """
+    read, errors = [], ErrorList()
+    for index in range(len(rows.values)):
+        try:
+            read.append(_prompt_of(rows, index, section, chat=chat))
+        except UserError as error:
+            errors.add(error)
+    errors.raise_any()
+    return read
 
 
 def _prompt_of(rows: Rows, index: int, section: DatasetSection, *, chat: bool) -> tuple[str | list[Message], Options | None]:

@@ -35,7 +35,7 @@ from rayrlhf.data.supervised.supervised_rows import (
 )
 from rayrlhf.data.supervised.supervised_samples import DatasetReport, PreferencePair, SupervisedSample, count_tokens
 from rayrlhf.data.templates import render, unwritten_keys
-from rayrlhf.errors import UserError
+from rayrlhf.errors import ErrorList, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -166,6 +166,7 @@ def _write(
     """Return the validated rows, and the number of dropped rows by reason."""
     written: list[WrittenRow] = []
     dropped: Counter[str] = Counter()
+    errors = ErrorList()
     for row, number in zip(rows, numbers, strict=True):
         try:
             if isinstance(recipe, SupervisedRecipe):
@@ -174,8 +175,11 @@ def _write(
                 written.append(write_pair(row, number, recipe.shape, recipe.section, recipe.data))
         except InvalidRowError as error:
             if recipe.data.invalid == "error" and not error.drop:
-                raise
+                errors.add(error)
             dropped[error.reason] += 1
+        except UserError as error:
+            errors.add(error)
+    errors.raise_any()
     return written, dropped
 
 
