@@ -81,7 +81,10 @@ def standard_message(message: object, where: str) -> Message:
 
 
 def as_conversation(value: object) -> object:
-    """Return the messages in a JSON text, and a message alone as a list; any other value unchanged."""
+    """Return messages in a JSON text, or a single message, as a list.
+
+    Any other value is returned unchanged.
+    """
     if isinstance(value, dict) and _is_messages([value]):
         return [value]
     if not isinstance(value, str):
