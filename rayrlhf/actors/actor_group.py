@@ -115,9 +115,7 @@ def create_actor(
         UserError: another run of the same name is alive on the cluster.
     """
     strategy = PlacementGroupSchedulingStrategy(
-        placement_group,
-        placement_group_bundle_index=worker.bundles[0],
-        placement_group_capture_child_tasks=len(worker.bundles) > 1,
+        placement_group, placement_group_bundle_index=worker.bundles[0], placement_group_capture_child_tasks=False
     )
     remote = ray.remote(concurrency_groups={"health": 1, "storage": 1})(actor_class).options(
         name=name,

@@ -153,7 +153,7 @@ class ActorGroups:
     def add_replica(self, placement_group_name: str) -> Ref[None]:
         """Start one more rollout replica in a placement group; returns its `build`, without waiting."""
         group, first = self.groups["rollout"], self.plan.workers["rollout"][0]
-        worker = replace(first, group=placement_group_name, bundles=tuple(range(len(first.bundles))))
+        worker = replace(first, group=placement_group_name, bundles=(0,))
         name = f"{self.run_name}/rollout/{len(group)}"
         handle = self._create("rollout", name, worker)
         self.workers["rollout"] = (*self.workers["rollout"], worker)
@@ -261,8 +261,7 @@ def _shortage(plan: ResourcePlan) -> str:
 def _requested(group: GroupPlan) -> str:
     labels = ", ".join(f"{key}={value}" for key, value in group.labels.items())
     sizes = ", ".join(f"{amount:g} {kind}s" for kind, amount in group.bundles[0].items())
-    together = ", on one node" if group.strategy == "STRICT_PACK" and len(group.bundles) > 1 else ""
-    return f"{len(group.bundles)} x ({sizes}){together}{f', on nodes with {labels}' if labels else ''}"
+    return f"{len(group.bundles)} x ({sizes}){f', on nodes with {labels}' if labels else ''}"
 
 
 def _close(actor_groups: ActorGroups) -> None:

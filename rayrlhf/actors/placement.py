@@ -60,9 +60,9 @@ class WorkerPlacement:
 
     Attributes:
         group: name of its placement group.
-        bundles: indexes of its bundles; several for a tensor-parallel replica.
+        bundles: indexes of its bundles.
         cpus: share of the CPUs.
-        gpus: share of the GPUs.
+        gpus: share of a GPU, or a tensor-parallel replica's number of GPUs.
     """
 
     group: str
@@ -159,8 +159,8 @@ def _resolve_demand(
     demand: Demand, requested: Sequence[Demand], machine: ClusterResources, colocated: bool, overlap: bool
 ) -> _ResolvedDemand:
     """Choose the values that the configuration leaves open."""
-    processes = sum(other.ranks for other in requested)
-    cpus = demand.cpus or (1.0 if machine.gpus else _floor(machine.cpus / processes))
+    processes = sum(other.ranks * other.devices for other in requested)
+    cpus = demand.cpus or demand.devices * (1.0 if machine.gpus else _floor(machine.cpus / processes))
     if demand.gpus is not None:
         gpus = demand.gpus
     elif machine.gpus == 0 or not demand.uses_gpu:
@@ -169,6 +169,11 @@ def _resolve_demand(
         gpus = float(demand.devices)
     else:
         gpus = _floor(1.0 / sum(other.uses_gpu and other.devices == 1 for other in requested))
+    if demand.devices > 1 and gpus not in (0.0, demand.devices):
+        raise UserError(
+            f"placement.{demand.role}_gpus: a replica takes whole GPUs, expected {demand.devices} "
+            f"(rollout.tensor_parallel_size), found {gpus:g}"
+        )
     node_cpus = int(min(machine.node_cpus, default=1.0))
     threads = demand.threads or max(1, int(cpus) if overlap or machine.gpus else node_cpus)
     return _ResolvedDemand(demand.role, demand.ranks, cpus, gpus, threads, demand.devices, demand.labels)
@@ -231,23 +236,22 @@ def building_order(workers: Mapping[Role, Sequence[WorkerPlacement]]) -> list[li
 
 
 def _replica_groups(part: _ResolvedDemand, groups: dict[str, GroupPlan]) -> tuple[WorkerPlacement, ...]:
-    """Create one group per rollout replica, on one node when it spans several devices."""
+    """Create one group per rollout replica.
+
+    It has one bundle: the replica's process holds all its GPUs, and its tensor-parallel workers are that process's children.
+    """
     workers = []
     for index in range(part.ranks):
         name = f"{part.role}-{index}"
-        per_device = part.gpus / part.devices
-        bundles = tuple(_bundle(part.cpus, per_device) for _ in range(part.devices))
-        groups[name] = GroupPlan("STRICT_PACK", bundles, part.labels)
-        workers.append(WorkerPlacement(name, tuple(range(part.devices)), part.cpus, per_device, part.threads))
+        groups[name] = GroupPlan("STRICT_PACK", (_bundle(part.cpus, part.gpus),), part.labels)
+        workers.append(WorkerPlacement(name, (0,), part.cpus, part.gpus, part.threads))
     return tuple(workers)
 
 
 def replica_group(plan: ResourcePlan) -> GroupPlan:
     """Return the placement group of one more rollout replica like those of the plan."""
     worker = plan.workers["rollout"][0]
-    group = plan.groups[worker.group]
-    bundles = tuple(_bundle(worker.cpus, worker.gpus) for _ in worker.bundles)
-    return GroupPlan("STRICT_PACK", bundles, group.labels)
+    return GroupPlan("STRICT_PACK", (_bundle(worker.cpus, worker.gpus),), plan.groups[worker.group].labels)
 
 
 def _check_transfer(config: PPOConfig, plan: ResourcePlan) -> None:
@@ -269,7 +273,7 @@ def _check_shared_devices(plan: ResourcePlan) -> None:
     policy = {worker.bundles[0]: worker for worker in plan.workers["policy"]}
     for index, replica in enumerate(plan.workers["rollout"]):
         rank = policy.get(replica.bundles[0]) if replica.group == plan.workers["policy"][0].group else None
-        if rank is None or len(replica.bundles) > 1 or rank.gpus + replica.gpus > 1:
+        if rank is None or rank.gpus + replica.gpus > 1:
             found = "shares no GPU with a policy rank"
             if rank is not None:
                 found = f"takes {replica.gpus:g} GPU and the policy {rank.gpus:g}, which need more than one device"

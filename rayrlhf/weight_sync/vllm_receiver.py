@@ -2,7 +2,8 @@
 
 A transfer is `start`, any number of `update`s, `finish`. vLLM passes each call to a transfer engine in the model's process. Its
 `nccl` and `ipc` engines receive on GPUs. `BucketTransfer` takes tensors that are in this process already (views of the object
-store), for engines on the CPU and for GPUs that are fed from the CPU. `WeightSyncClient` is the trainer's side of the same API:
+store), for engines on the CPU and for GPUs that are fed from the CPU; vLLM copies them to the workers of a tensor-parallel
+replica. `WeightSyncClient` is the trainer's side of the same API:
 vLLM's trainer engines drive any transport through these four methods.
 
 Facts about vLLM 0.32 that shape the transfers:
@@ -21,7 +22,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
@@ -133,10 +133,6 @@ class IPCTransfer(_Repacked, IPCWeightTransferEngine):  # type: ignore[misc]
     """Reads the memory of a policy rank on the same GPU (`vllm_sender.py`)."""
 
 
-TRANSFERS = {"shared_memory": BucketTransfer, "nccl": NCCLTransfer, "ipc": IPCTransfer}
-"""Transfer engines by `rollout.weight_transfer`."""
-
-
 class WeightSyncClient:
     """The four calls of vLLM's `VLLMWeightSyncClient` protocol, on an engine of this process."""
 
@@ -174,14 +170,6 @@ class WeightSyncClient:
             raise RuntimeError("the prefix cache still holds keys and values of the old weights")
         if weight_version is not None:
             self._engine.set_weight_version(weight_version)
-
-
-def registered(transfer: str) -> str:
-    """Register a transfer with vLLM in this process; returns its name for a `WeightTransferConfig`."""
-    name = f"rayrlhf_{transfer}"
-    if name not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(name, TRANSFERS[transfer])
-    return name
 
 
 def _tied_heads(model: torch.nn.Module) -> dict[str, ParallelLMHead]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayrlhf.actors.placement import ClusterResources, building_order, make_plan
+from rayrlhf.actors.placement import ClusterResources, building_order, make_plan, replica_group
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.errors import UserError
 
@@ -56,13 +56,25 @@ def test_disaggregated_roles_get_groups_of_their_own_and_overlap():
 
 
 @pytest.mark.parametrize("mode", ["colocated", "disaggregated"])
-def test_a_tensor_parallel_replica_is_packed_on_one_node_in_a_group_of_its_own(mode):
+def test_the_process_of_a_tensor_parallel_replica_holds_its_gpus_in_one_bundle_of_its_own(mode):
     plan = make_plan(config(placement={"mode": mode}, rollout={"replicas": 2, "tensor_parallel_size": 4}), CLUSTER)
     for index in range(2):
-        group = plan.groups[f"rollout-{index}"]
-        assert group.strategy == "STRICT_PACK"
-        assert [bundle["GPU"] for bundle in group.bundles] == [1.0] * 4
-        assert plan.workers["rollout"][index].bundles == (0, 1, 2, 3)
+        assert plan.groups[f"rollout-{index}"].bundles == ({"CPU": 4.0, "GPU": 4},)
+        worker = plan.workers["rollout"][index]
+        assert (worker.bundles, worker.cpus, worker.gpus) == ((0,), 4.0, 4.0)
+    assert replica_group(plan).bundles == ({"CPU": 4.0, "GPU": 4},)
+
+
+def test_a_tensor_parallel_replica_on_cpus_has_a_share_of_them_for_each_worker():
+    plan = make_plan(config(rollout={"tensor_parallel_size": 2}), LAPTOP)
+    assert plan.workers["rollout"][0].cpus == pytest.approx(2 * plan.workers["policy"][0].cpus)
+    assert plan.groups["rollout-0"].bundles == ({"CPU": plan.workers["rollout"][0].cpus},)
+
+
+def test_a_share_of_gpus_that_are_not_those_of_the_tensor_parallel_size_is_refused():
+    sections = {"rollout": {"tensor_parallel_size": 2}, "placement": {"rollout_gpus": 0.5}}
+    with pytest.raises(UserError, match=r"placement.rollout_gpus: a replica takes whole GPUs, expected 2 .*, found 0.5"):
+        make_plan(config(**sections), CLUSTER)
 
 
 def test_exact_runs_never_overlap():

@@ -5,8 +5,11 @@ with the trainer: log-probs are those of the sampled distribution (after tempera
 every request has a seed of its own, and the prefix cache starts empty in every generation, so that the same batch always gives
 the same bits. The version of every token is vLLM's own label of the weights that sampled it.
 
-On CPUs one replica is one process, and nothing is compiled: compilation would cost more than a short run gains. On GPUs
-`tensor_parallel_size`, `gpu_memory_utilization` and `sleep` apply; that path has never been run (`examples/gpu/`).
+A tensor-parallel replica adds one worker process per device, which vLLM starts and which ends with this one. If a worker dies,
+this process ends, so that the replica is lost as a whole: calls to the other workers would wait forever.
+
+On CPUs nothing is compiled: compilation would cost more than a short run gains. On GPUs `gpu_memory_utilization` and `sleep`
+apply; that path has never been run (`examples/gpu/`).
 """
 
 import math
@@ -36,6 +39,7 @@ from rayrlhf.engines.rollout.common import (
 )
 from rayrlhf.engines.rollout.token_counts import bound_kernels
 from rayrlhf.engines.rollout.vllm_lora import AdapterSlot, lora_settings
+from rayrlhf.engines.rollout.vllm_plugin import register_transfers, transfer_name
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PretrainedConfig
 from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
@@ -49,16 +53,14 @@ the context of a long-context model would take gigabytes of the KV cache."""
 KV_BLOCK_TOKENS = 32
 """Block size of a CPU's prefix cache: the smallest that vLLM's kernels are fast with, because prompts are short."""
 
+WORKER_EXTENSION = "rayrlhf.engines.rollout.vllm_worker.WorkerExtension"
+
 
 class VLLMRolloutEngine:
     """One replica on vLLM. See `RolloutEngine` for the protocol."""
 
-    def __init__(self, spec: RolloutSpec, *, executor: str | None = None) -> None:
+    def __init__(self, spec: RolloutSpec) -> None:
         """Load the model and allocate the KV cache.
-
-        Args:
-            spec: model, sampling section and seed.
-            executor: vLLM's `distributed_executor_backend` for tensor-parallel replicas ("mp", "ray"); its choice when None.
 
         Raises:
             UserError: vLLM refuses the settings.
@@ -76,7 +78,7 @@ class VLLMRolloutEngine:
         self._logprobs = spec.logprobs
         self._tokenizer = load_tokenizer(spec.model)
         self._stop_ids = stop_token_ids(spec.model, self._tokenizer)
-        self._engine = _start(spec, executor)
+        self._engine = _start(spec)
         self._adapter = AdapterSlot(self._engine, spec.model) if spec.adapters else None
         self._engine.set_weight_version(str(self.version))
         self._max_length: int = self._engine.model_config.max_model_len
@@ -237,13 +239,11 @@ UNREADABLE = "llvmlite.binding.ffi"
 modules, and fails on this one; numba loads it, which bm25s imports."""
 
 
-def _start(spec: RolloutSpec, executor: str | None) -> Any:
+def _start(spec: RolloutSpec) -> Any:
     from transformers import AutoConfig
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
-
-    from rayrlhf.weight_sync.vllm_receiver import registered
 
     path = resolve_path(spec.model)
     trust = spec.model.trust_remote_code
@@ -251,7 +251,8 @@ def _start(spec: RolloutSpec, executor: str | None) -> Any:
     if config.get_text_config() is not config and find_spec("torchvision") is None:
         raise UserError(f"rollout: vLLM needs torchvision for {config.model_type}, a multimodal model: install it")
     length = context_length(spec.rollout, config)
-    device = _gpu_settings(spec, executor) if torch.cuda.is_available() else _cpu_settings(spec, config, length)
+    device = _gpu_settings(spec) if torch.cuda.is_available() else _cpu_settings(spec, config, length)
+    register_transfers()
     try:
         arguments = EngineArgs(
             model=path,
@@ -266,14 +267,39 @@ def _start(spec: RolloutSpec, executor: str | None) -> Any:
             generation_config="vllm",
             disable_log_stats=True,
             use_tqdm_on_load=False,
-            weight_transfer_config=WeightTransferConfig(backend=registered(spec.rollout.weight_transfer)),
+            weight_transfer_config=WeightTransferConfig(backend=transfer_name(spec.rollout.weight_transfer)),
             **device,
+            **_worker_settings(spec.rollout.tensor_parallel_size),
             **(lora_settings(spec.model) if spec.adapters else {}),
         )
         with _out_of_sight(UNREADABLE):
-            return LLMEngine.from_engine_args(arguments)
+            engine = LLMEngine.from_engine_args(arguments)
     except ValueError as error:
         raise UserError(f"rollout: vLLM cannot serve {spec.model.path}: {engine_reason(error)}") from error
+    if spec.rollout.tensor_parallel_size > 1:
+        engine.engine_core.engine_core.model_executor.register_failure_callback(_end_process)
+    return engine
+
+
+def _worker_settings(devices: int) -> dict[str, Any]:
+    """Return the settings of a worker process per device.
+
+    vLLM would choose its Ray executor inside a placement group. That one asks Ray for the GPUs which this process holds.
+    """
+    if devices == 1:
+        return {}
+    return {
+        "tensor_parallel_size": devices,
+        "distributed_executor_backend": "mp",
+        "worker_extension_cls": WORKER_EXTENSION,
+    }
+
+
+def _end_process() -> None:
+    """End this process, whose workers are gone."""
+    sys.stderr.write("rollout: a tensor-parallel worker of vLLM died, and the replica ends with it\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 @contextmanager
@@ -297,8 +323,6 @@ def _uncompiled() -> AbstractContextManager[Any]:
 
 
 def _cpu_settings(spec: RolloutSpec, config: PretrainedConfig, length: int) -> dict[str, Any]:
-    if spec.rollout.tensor_parallel_size > 1:
-        raise UserError("rollout.tensor_parallel_size: a CPU replica is one process, expected 1; set rollout.replicas instead")
     _register_model_class(config)
     bound_kernels()
     return {
@@ -306,31 +330,32 @@ def _cpu_settings(spec: RolloutSpec, config: PretrainedConfig, length: int) -> d
         # Seeded requests crash vLLM 0.32 on a CPU when it chunks a prompt ("CPU Generator does not use offset").
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(CPU_PREFILL_TOKENS, length, spec.rollout.max_concurrent),
-        "kv_cache_memory_bytes": min(int(spec.rollout.memory_gib * GIB), _useful_cache_bytes(spec, config, length)),
+        "kv_cache_memory_bytes": min(
+            int(spec.rollout.memory_gib * GIB) // spec.rollout.tensor_parallel_size, _useful_cache_bytes(spec, config, length)
+        ),
         "block_size": KV_BLOCK_TOKENS,
     }
 
 
 def _useful_cache_bytes(spec: RolloutSpec, config: PretrainedConfig, length: int) -> int:
-    """Return the KV cache size of `max_concurrent` responses of full length.
+    """Return the KV cache size of `max_concurrent` responses of full length, for each worker.
 
     vLLM zeroes its whole cache, which costs memory and a second per GiB.
     """
     text = config.get_text_config()
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads = max(1, heads // spec.rollout.tensor_parallel_size)
     token_bytes = 2 * text.num_hidden_layers * heads * head_size * resolve_dtype(spec.model.dtype).itemsize
     blocks = (spec.rollout.max_concurrent + 1) * (length // KV_BLOCK_TOKENS + 1)
     return int(blocks * KV_BLOCK_TOKENS * token_bytes)
 
 
-def _gpu_settings(spec: RolloutSpec, executor: str | None) -> dict[str, Any]:
+def _gpu_settings(spec: RolloutSpec) -> dict[str, Any]:
     return {
         "max_num_batched_tokens": max(GPU_PREFILL_TOKENS, spec.rollout.max_concurrent),
         "enable_sleep_mode": spec.rollout.sleep,
         "gpu_memory_utilization": spec.rollout.gpu_memory_utilization,
-        "tensor_parallel_size": spec.rollout.tensor_parallel_size,
-        "distributed_executor_backend": executor,
     }
 
 

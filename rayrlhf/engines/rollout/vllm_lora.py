@@ -49,7 +49,7 @@ def lora_settings(model: ModelSection) -> dict[str, Any]:
     if rank is None:
         raise UserError(f"model.lora.rank {model.lora.rank}: vLLM serves adapters up to rank {ranks[-1]}; {INSTEAD}")
     if not torch.cuda.is_available():
-        _use_plain_products()
+        use_plain_products()
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
 
 
@@ -140,10 +140,11 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _use_plain_products() -> None:
+def use_plain_products() -> None:
     """Compute LoRA layers on CPUs by two matrix products per slice.
 
-    vLLM 0.32 gathers the adapter's matrices once per token on CPUs. With one adapter for all requests no gather is needed.
+    vLLM 0.32 gathers the adapter's matrices once per token on CPUs. With one adapter for all requests no gather is needed. This
+    patches vLLM's class in this process.
     """
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 

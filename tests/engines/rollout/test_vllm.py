@@ -31,9 +31,9 @@ def test_a_replica_starts_beside_numba_and_leaves_its_modules_where_they_were():
     assert sys.modules["llvmlite.binding.ffi"] is llvmlite.binding.ffi
 
 
-def test_a_cpu_replica_is_one_process():
-    with pytest.raises(UserError, match=r"^rollout.tensor_parallel_size: .*rollout.replicas.*$"):
-        start("vllm", tensor_parallel_size=2)
+def test_the_transformers_backend_is_not_tensor_parallel():
+    with pytest.raises(UserError, match=r"^rollout.tensor_parallel_size 2 needs rollout.backend 'vllm', found 'transformers'"):
+        start("transformers", tensor_parallel_size=2)
 
 
 def test_a_cache_too_small_for_one_response_is_the_users_to_mend():
@@ -43,7 +43,7 @@ def test_a_cache_too_small_for_one_response_is_the_users_to_mend():
 
 def test_the_prefill_of_a_gpu_does_not_grow_with_the_models_context():
     section = RolloutSection(max_model_length=131_072)
-    settings = _gpu_settings(RolloutSpec(ModelSection(path="builtin:tiny"), section, seed=0), None)
+    settings = _gpu_settings(RolloutSpec(ModelSection(path="builtin:tiny"), section, seed=0))
     assert settings["max_num_batched_tokens"] == GPU_PREFILL_TOKENS
 
 
