@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 
 from rayrlhf.actors.placement import ClusterResources
+from rayrlhf.observe.cuda import check_devices
 
 
 def check_local_machine(address: str | None, fits: Callable[[ClusterResources], object]) -> None:
@@ -14,13 +15,14 @@ def check_local_machine(address: str | None, fits: Callable[[ClusterResources], 
         fits: raises a `UserError` if the machine is too small.
 
     Raises:
-        UserError: of `fits`.
+        UserError: of `fits`, or GPUs that torch cannot use.
     """
     import ray
 
     from rayrlhf.actors.connection import ambient_address
 
     if not ray.is_initialized() and (address or os.environ.get("RAY_ADDRESS") or ambient_address()) == "local":
+        check_devices()
         fits(this_machine())
 
 

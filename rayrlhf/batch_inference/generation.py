@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rayrlhf.actors.local_machine import check_local_machine
 from rayrlhf.batch_inference.part_pipeline import Pool
 from rayrlhf.batch_inference.source import replace_surrogates
 from rayrlhf.batch_inference.stage_resources import StageResources
@@ -22,6 +23,7 @@ from rayrlhf.engines.rollout.common import RolloutSpec, rollout_environment
 from rayrlhf.engines.rollout.factory import build_rollout_engine, check_rollout_backend
 from rayrlhf.library_types import Tokenizer
 from rayrlhf.models.load import load_tokenizer
+from rayrlhf.observe.cuda import check_vllm_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +53,16 @@ class GenerationPlan:
         return _rollout_section(self.generate)
 
 
-def check_generator(generate: GenerateSection) -> None:
-    """Check the rollout engine before anything starts.
+def check_generator(generate: GenerateSection, address: str | None = None) -> None:
+    """Check the rollout engine before anything starts; `address` is that of Ray.
 
     Raises:
-        UserError: `generate.backend` is not installed, cannot be resolved or lacks a method, or its arguments do not fit.
+        UserError: `generate.backend` is not installed, cannot be resolved or lacks a method, its arguments do not fit, or
+            vLLM is the build for GPUs and this machine, where it would run, has none.
     """
     check_rollout_backend(_rollout_section(generate), "generate.backend")
+    if generate.backend == "vllm":
+        check_local_machine(address, lambda _: check_vllm_device("generate.backend"))
 
 
 def _rollout_section(generate: GenerateSection) -> RolloutSection:

@@ -15,6 +15,7 @@ from rayrlhf.data.records import Prompt
 from rayrlhf.engines.rollout.factory import check_rollout_backend
 from rayrlhf.models.load import load_tokenizer, resolve_dtype
 from rayrlhf.models.skeleton import check_memory, least_training_bytes, parameter_count
+from rayrlhf.observe.cuda import check_vllm_device
 from rayrlhf.observe.memory import memory_limit_bytes
 from rayrlhf.observe.run_folder import check_run_folder
 from rayrlhf.observe.trackers import check_trackers
@@ -68,6 +69,8 @@ def check_start(config: PPOConfig) -> Checked:
 
 def _check_fits(config: PPOConfig, machine: ClusterResources) -> None:
     """Check CPUs, GPUs and, on a machine without GPUs, the memory of the models."""
+    if config.rollout.backend == "vllm":
+        check_vllm_device("rollout.backend")
     make_plan(config, machine)
     if machine.gpus:
         return

@@ -30,7 +30,12 @@ class KillsAWorker(Callback):
 
 @pytest.mark.slow
 def test_a_replica_that_lost_a_worker_is_rebuilt_and_samples_from_the_current_weights(tmp_path):
-    settings = ["rollout.tensor_parallel_size=2", "critic.kind=shared", "algorithm.kl.coefficient=0", "evaluation.enabled=false"]
+    settings = [
+        "rollout.tensor_parallel_size=2",
+        "critic.kind=shared",
+        "algorithm.kl.coefficient=0",
+        "evaluation.enabled=false",
+    ]
     settings += ["model.path=builtin:tiny?layers=2&hidden=128&context=64"]
     config = run_config(tmp_path, *settings, "model.dtype=float32", "train.learning_rate=1e-2", "run.steps=4")
     watch = KillsAWorker()

@@ -21,8 +21,8 @@ START_VERSION = -1
 VLLM_ENVIRONMENT = {
     # The engine core runs in its actor's process: weights by reference, no child processes, 4 s to start instead of 17.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # Workers of a tensor-parallel replica: a forked one deadlocks where this process has run OpenMP threads, and vLLM's binding of
-    # threads wants a NUMA node for each worker of a CPU.
+    # Workers of a tensor-parallel replica: a forked one deadlocks where this process has run OpenMP threads, and vLLM's binding
+    # of threads needs a NUMA node for each worker on a CPU.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
@@ -61,10 +61,11 @@ def rollout_environment(rollout: RolloutSection, *, threads: int) -> dict[str, s
 
     Args:
         rollout: section that names the backend.
-        threads: compute threads of the replica, divided among its workers. They must be set from outside: OpenMP reads them when
-            torch is imported.
+        threads: compute threads of the replica, divided among its workers. They must be set from outside: OpenMP reads them
+            when torch is imported.
     """
-    return {"OMP_NUM_THREADS": str(max(1, threads // rollout.tensor_parallel_size))} | (VLLM_ENVIRONMENT if rollout.backend == "vllm" else {})
+    own = {"OMP_NUM_THREADS": str(max(1, threads // rollout.tensor_parallel_size))}
+    return own | (VLLM_ENVIRONMENT if rollout.backend == "vllm" else {})
 
 
 def stop_token_ids(model: ModelSection, tokenizer: Tokenizer) -> list[int]:

@@ -43,6 +43,7 @@ from rayrlhf.engines.rollout.vllm_plugin import register_transfers, transfer_nam
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PretrainedConfig
 from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
+from rayrlhf.observe.cuda import check_vllm_device
 from rayrlhf.weight_sync.buckets import WeightBucket
 
 CPU_PREFILL_TOKENS = 4096
@@ -63,8 +64,9 @@ class VLLMRolloutEngine:
         """Load the model and allocate the KV cache.
 
         Raises:
-            UserError: vLLM refuses the settings.
+            UserError: vLLM refuses the settings, or is the build for GPUs and finds none.
         """
+        check_vllm_device("rollout.backend")
         for name, value in VLLM_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from rayrlhf.weight_sync.vllm_receiver import WeightSyncClient

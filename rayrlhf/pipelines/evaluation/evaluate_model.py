@@ -27,6 +27,7 @@ from rayrlhf.environments.registry import check_environment
 from rayrlhf.environments.transcript import transcript_lines
 from rayrlhf.errors import AlarmError
 from rayrlhf.models.load import load_architecture, load_tokenizer
+from rayrlhf.observe.cuda import check_vllm_device
 from rayrlhf.observe.resampling import Interval, bootstrap_mean, distinct_share
 from rayrlhf.observe.run_folder import check_run_folder, open_run
 from rayrlhf.observe.samples import Line, Sample, SampleSink
@@ -89,6 +90,8 @@ def check_evaluation(config: EvaluateConfig) -> str:
     """
     functions = load_functions(config.reward)
     check_rollout_backend(config.rollout)
+    if config.rollout.backend == "vllm":
+        check_vllm_device("rollout.backend")
     if config.environment is not None:
         check_environment(config.environment)
     check_run_folder(config.run.folder, dump_config(config), _DIFFERENCES, folders=())

@@ -21,7 +21,7 @@ def check_presft(config: PreSFTConfig) -> None:
             load_functions(section)
     samples = config.probe.response_field is None or config.quality is not None
     if samples:
-        check_generator(config.generate)
+        check_generator(config.generate, config.pipeline.address)
 
 
 def describe(config: PreSFTConfig) -> str:

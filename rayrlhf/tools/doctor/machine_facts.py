@@ -15,6 +15,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from rayrlhf.models.builtin import cache_folder
+from rayrlhf.observe.cuda import CudaFacts, read_cuda
 from rayrlhf.rewards.sandbox import missing
 
 IMPORT_SECONDS = 180.0
@@ -36,7 +37,8 @@ class Facts:
         programs: program -> its path, or None.
         shared_memory: (total bytes, free bytes) of `SHARED`; None if it does not exist.
         processor_flags: of the first core.
-        gpus: names.
+        cuda: torch's build, driver and devices; None without torch.
+        gpus: names of those that torch can use.
         nccl: True if torch was built with NCCL; None without GPUs.
         busy_ports: those of `PORTS` that are in use.
         disk_free: folder -> bytes.
@@ -53,6 +55,7 @@ class Facts:
     programs: Mapping[str, str | None]
     shared_memory: tuple[int, int] | None
     processor_flags: frozenset[str]
+    cuda: CudaFacts | None
     gpus: tuple[str, ...]
     nccl: bool | None
     busy_ports: tuple[int, ...]
@@ -68,7 +71,7 @@ def gather(runs: Path = Path("runs")) -> Facts:
     wanted = tuple(requires("rayrlhf") or ())
     names = {Requirement(text).name for text in wanted}
     folders = {"model cache": cache_folder(), "run folders": runs}
-    gpus, nccl = _gpus()
+    cuda, gpus, nccl = _gpus()
     return Facts(
         python=sys.version_info[:2],
         system=sys.platform,
@@ -78,6 +81,7 @@ def gather(runs: Path = Path("runs")) -> Facts:
         programs={name: shutil.which(name) for name in ("g++", "ninja")},
         shared_memory=_shared_memory(),
         processor_flags=_processor_flags(),
+        cuda=cuda,
         gpus=gpus,
         nccl=nccl,
         busy_ports=tuple(port for port in PORTS if _listens(port)),
@@ -125,15 +129,14 @@ def _processor_flags() -> frozenset[str]:
     return frozenset(line.partition(":")[2].split())
 
 
-def _gpus() -> tuple[tuple[str, ...], bool | None]:
+def _gpus() -> tuple[CudaFacts | None, tuple[str, ...], bool | None]:
     if importlib.util.find_spec("torch") is None:
-        return (), None
+        return None, (), None
     import torch
 
-    if not torch.cuda.is_available():
-        return (), None
-    names = tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    return names, torch.distributed.is_nccl_available()
+    cuda = read_cuda()
+    names = tuple(torch.cuda.get_device_name(index) for index in range(cuda.usable))
+    return cuda, names, torch.distributed.is_nccl_available() if names else None
 
 
 def _listens(port: int) -> bool:

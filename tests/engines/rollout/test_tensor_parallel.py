@@ -1,6 +1,5 @@
 """A replica over two devices: two worker processes on a CPU, which load every update and end with the replica."""
 
-
 import tomllib
 from importlib import metadata
 from pathlib import Path

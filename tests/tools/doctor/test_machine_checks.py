@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rayrlhf.cli import app
+from rayrlhf.observe.cuda import CudaFacts
 from rayrlhf.tools.doctor.machine_checks import CHECKS, GIB, examine, to_text
 from rayrlhf.tools.doctor.machine_facts import Facts, gather
 
@@ -25,6 +26,7 @@ GOOD = Facts(
     programs={"g++": "/usr/bin/g++", "ninja": "/usr/bin/ninja"},
     shared_memory=(12 * GIB, 12 * GIB),
     processor_flags=frozenset({"avx2", "avx512_bf16"}),
+    cuda=CudaFacts("2.13.0+cpu", None, 0, None, 0, None),
     gpus=(),
     nccl=None,
     busy_ports=(),
@@ -34,7 +36,16 @@ GOOD = Facts(
     environment={},
     sandbox="",
 )
+GPU_BUILD = {"packages": {"torch": "2.13.0", "vllm": "0.32.0", "ray": "2.60.0"}}
+CUDA = CudaFacts("2.13.0+cu130", "13.0", 0, "570.86.15", 2, None)
+H200 = {"gpus": ("H200",), "nccl": True, "cuda": CUDA._replace(usable=1, driver="580.95.05", devices=1)}
 ILL = [
+    (GPU_BUILD | {"cuda": CUDA}, "gpus", "broken", "driver 570.86.15 is too old for CUDA 13.0"),
+    (GPU_BUILD | {"cuda": CUDA._replace(driver=None, devices=0)}, "gpus", "broken", "no NVIDIA driver"),
+    (GPU_BUILD | {"cuda": CUDA._replace(visible="")}, "gpus", "broken", "570"),
+    (GPU_BUILD | {"cuda": CUDA._replace(driver="580.95.05", devices=0)}, "gpus", "broken", "no visible GPU"),
+    (GPU_BUILD, "gpus", "broken", "torch 2.13.0+cpu is a build without CUDA"),
+    ({"cuda": GOOD.cuda._replace(driver="580.95.05", devices=2)}, "gpus", "broken", "2 GPUs (driver 580.95.05), but torch"),
     ({"sandbox": "creating namespaces (unshare): Operation not permitted"}, "sandbox", "warning", "Operation not permitted"),
     ({"python": (3, 13)}, "python", "warning", "3.13"),
     ({"packages": GOOD.packages | {"torch": "2.12.1"}}, "versions", "broken", "torch 2.12.1 (needs <2.14,>=2.13)"),
@@ -46,8 +57,8 @@ ILL = [
     ({"shared_memory": (12 * GIB, 2 * GIB)}, "shared memory", "warning", "2.0 free"),
     ({"shared_memory": None}, "shared memory", "warning", "no /dev/shm"),
     ({"processor_flags": frozenset({"sse4_2"})}, "processor", "broken", "no AVX2"),
-    ({"gpus": ("H200",), "nccl": False}, "gpus", "broken", "NCCL"),
-    ({"gpus": ("H200",), "nccl": True}, "gpus", "warning", "CPU build"),
+    (H200 | {"nccl": False}, "gpus", "broken", "NCCL"),
+    (H200, "gpus", "warning", "CPU build"),
     ({"busy_ports": (8265,)}, "ports", "warning", "8265"),
     ({"disk_free": {"run folders": GIB}}, "disk", "warning", "1.0 GiB free"),
     ({"writable": {"model cache": False}}, "disk", "broken", "cannot be written"),
@@ -72,8 +83,7 @@ def test_each_ailment_is_found_with_a_fix_and_nothing_else_is(change, check, lev
 
 
 def test_a_gpu_machine_needs_the_gpu_extra():
-    packages = {"torch": "2.13.0", "vllm": "0.32.0", "ray": "2.60.0"}
-    assert {one.level for one in examine(replace(GOOD, packages=packages, gpus=("H200",), nccl=True))} == {"ok"}
+    assert {one.level for one in examine(replace(GOOD, **GPU_BUILD, **H200))} == {"ok"}
 
 
 def test_text_counts_what_is_wrong():
