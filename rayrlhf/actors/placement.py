@@ -5,7 +5,7 @@ tensor-parallel replica always has its own group on one node, so that it can be 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +18,7 @@ ForwardRole = Literal[TrainRole, "reference"]
 """Roles whose models compute log-probs or values."""
 Role = Literal[TrainRole, StatelessRole]
 Strategy = Literal["PACK", "STRICT_PACK"]
+Transfer = Literal["shared_memory", "nccl", "ipc"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,33 +255,46 @@ def replica_group(plan: ResourcePlan) -> GroupPlan:
     return GroupPlan("STRICT_PACK", (_bundle(worker.cpus, worker.gpus),), plan.groups[worker.group].labels)
 
 
-def _check_transfer(config: PPOConfig, plan: ResourcePlan) -> None:
+def weight_transfer(config: PPOConfig, plan: ResourcePlan) -> Transfer:
+    """Return the transport of weights from the policy to the replicas; resolves `rollout.weight_transfer: auto`."""
     transfer = config.rollout.weight_transfer
+    if transfer != "auto":
+        return transfer
+    policy, replicas = plan.workers["policy"], plan.workers["rollout"]
+    if config.rollout.backend != "vllm" or config.serves_adapters or not (policy[0].gpus and replicas[0].gpus):
+        return "shared_memory"
+    if next(_apart(plan), None) is None:
+        return "ipc"
+    # NCCL refuses two members on one device.
+    return "nccl" if all(replica.group != policy[0].group for replica in replicas) else "shared_memory"
+
+
+def _check_transfer(config: PPOConfig, plan: ResourcePlan) -> None:
+    transfer = weight_transfer(config, plan)
     for role in ("policy", "rollout"):
         if transfer != "shared_memory" and not plan.workers[role][0].gpus:
             raise UserError(
                 f"rollout.weight_transfer: {transfer!r} needs GPUs, and the {role} has none; expected 'shared_memory'"
             )
-    if transfer == "ipc":
-        _check_shared_devices(plan)
+    found = next(_apart(plan), None) if transfer == "ipc" else None
+    if found is not None:
+        raise UserError(
+            f"rollout.weight_transfer: 'ipc' needs a policy rank on each replica's GPU, but {found}; "
+            "expected rollout.replicas <= placement.policy.ranks and shares of at most 1 GPU together, or 'auto'"
+        )
 
 
-def _check_shared_devices(plan: ResourcePlan) -> None:
-    """Refuse `ipc` where a replica's GPU is not a policy rank's.
-
-    The replica reads that rank's memory.
-    """
+def _apart(plan: ResourcePlan) -> Iterator[str]:
+    """Yield why a replica's GPU is not a policy rank's; `ipc` reads that rank's memory."""
     policy = {worker.bundles[0]: worker for worker in plan.workers["policy"]}
     for index, replica in enumerate(plan.workers["rollout"]):
         rank = policy.get(replica.bundles[0]) if replica.group == plan.workers["policy"][0].group else None
-        if rank is None or rank.gpus + replica.gpus > 1:
-            found = "shares no GPU with a policy rank"
-            if rank is not None:
-                found = f"takes {replica.gpus:g} GPU and the policy {rank.gpus:g}, which need more than one device"
-            raise UserError(
-                f"rollout.weight_transfer: 'ipc' needs a policy rank on each replica's GPU, but replica {index} {found}; "
-                "expected rollout.replicas <= placement.policy.ranks and shares of at most 1 GPU together, or 'shared_memory'"
-            )
+        if rank is None:
+            yield f"replica {index} shares no GPU with a policy rank"
+        elif rank.gpus + replica.gpus > 1:
+            yield f"replica {index} takes {replica.gpus:g} GPU and the policy {rank.gpus:g}, which need more than one device"
+        elif (width := plan.groups[replica.group].bundles[replica.bundles[0]].get("GPU", 0)) > 1:
+            yield f"replica {index} and a policy rank may get different ones of the {width} GPUs of their bundle"
 
 
 def _check_fits(plan: ResourcePlan, resolved: Sequence[_ResolvedDemand], machine: ClusterResources) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from rayrlhf.actors.placement import ResourcePlan, Role, TrainRole
+from rayrlhf.actors.placement import ResourcePlan, Role, TrainRole, Transfer, weight_transfer
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.reward import RewardSection
@@ -38,6 +38,11 @@ class RoleSpecs:
         """Return the collective backend of a role's process group."""
         return "nccl" if self.plan.workers[role][0].gpus else "gloo"
 
+    @property
+    def weight_transfer(self) -> Transfer:
+        """Transport of weights; see `rollout.weight_transfer`."""
+        return weight_transfer(self.config, self.plan)
+
     def reward(self) -> RewardSection:
         """Return the reward functions and models."""
         return self.config.reward
@@ -52,9 +57,10 @@ class RoleSpecs:
         config = self.config
         lockstep = config.run.determinism == "exact"
         continues = config.asynchronous.max_staleness > 0 and config.asynchronous.on_update == "continue"
+        rollout = config.rollout.model_copy(update={"weight_transfer": self.weight_transfer})
         return RolloutSpec(
             config.model,
-            config.rollout,
+            rollout,
             config.run.seed,
             config.environment,
             lockstep,

@@ -254,7 +254,7 @@ class PPOConfig(Section):
     @model_validator(mode="after")
     def _check_device_transfer(self) -> Self:
         transfer, mode = self.rollout.weight_transfer, self.placement.mode
-        if transfer == "shared_memory":
+        if transfer in ("auto", "shared_memory"):
             return self
         if self.rollout.backend != "vllm":
             raise ValueError(

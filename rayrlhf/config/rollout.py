@@ -179,10 +179,11 @@ class RolloutSection(Section):
     sleep: bool = False
     """Release the GPU memory of weights and KV cache while models train on the same devices. The next weight sync restores
     first the weights, then the cache. Needs `backend: vllm`. On a CPU nothing is freed."""
-    weight_transfer: Literal["shared_memory", "nccl", "ipc"] = "shared_memory"
+    weight_transfer: Literal["auto", "shared_memory", "nccl", "ipc"] = "auto"
     """Transport of a weight sync. `shared_memory` works everywhere. `nccl` and `ipc` are vLLM's transfers from GPU to GPU and
     need `backend: vllm`: `nccl` to other GPUs (`placement.mode: disaggregated`), `ipc` on the policy's GPUs (`colocated`).
-    Neither has been run on a GPU yet."""
+    `auto` is `ipc` where each replica shares the GPU of a policy rank, `nccl` where replicas have GPUs of their own, and
+    `shared_memory` elsewhere, such as on CPUs. Neither `nccl` nor `ipc` has been run on a GPU yet."""
     lora: Literal["auto", "adapter", "merged"] = "auto"
     """How the engine serves LoRA adapters (`model.lora`). `adapter`: unmerged, by vLLM's own LoRA layers; a weight sync carries
     the adapter only. `merged`: base + adapter in the engine's precision. In bfloat16 most of a small update is then lost to

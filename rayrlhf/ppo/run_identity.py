@@ -17,9 +17,10 @@ _LENGTH = (
     "checkpoint.",
     "deadlines.",
     "observe.",
+    "rollout.weight_transfer:",
 )
-"""Settings of a run's length and outputs, which no step depends on."""
-MAY_CHANGE = (*_LENGTH, "placement.", "rollout.replicas:", "recovery.")
+"""Settings of a run's length and outputs, and of the path of its weights, which no step depends on."""
+MAY_CHANGE = (*_LENGTH, "placement.", "rollout.replicas:", "rollout.tensor_parallel_size:", "recovery.")
 """Settings that a resumed run may change: its length and outputs, and where it is carried out."""
 
 

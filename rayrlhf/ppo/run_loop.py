@@ -55,6 +55,7 @@ class RunLoop(Callback):
         self._stop = stop
         self._recovery = Recovery(driver, checkpointer, recorder.recovery)
         self._saved_step: int | None = None
+        self._told_unreachable = False
         self._metrics: dict[str, float] = {}
         driver.callbacks.append(self)
 
@@ -170,8 +171,21 @@ class RunLoop(Callback):
             self._end_stopped()
         replicas = wanted_replicas(self._recorder.folder.path, self._recorder.note)
         if replicas is not None:
-            driver.fault_tolerance.pool.scale(replicas)
+            driver.fault_tolerance.pool.scale(self._reachable(replicas))
         return False
+
+    def _reachable(self, replicas: int) -> int:
+        """Return the number of replicas, without those that `ipc` cannot reach: a joining one has a GPU of its own."""
+        planned = len(self._driver.actor_groups.plan.workers["rollout"])
+        if replicas <= planned or self._driver.actor_groups.specs.weight_transfer != "ipc":
+            return replicas
+        if not self._told_unreachable:
+            self._told_unreachable = True
+            self._recorder.note(
+                f"{replicas} replicas are wanted, but rollout.weight_transfer 'ipc' reaches those on the policy's GPUs only: "
+                f"{planned} serve; resume with rollout.weight_transfer=shared_memory for more"
+            )
+        return planned
 
     def _end_stopped(self) -> NoReturn:
         """End with a checkpoint of the last whole step.

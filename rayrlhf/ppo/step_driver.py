@@ -345,7 +345,8 @@ class StepDriver:
 
     def _send_weights(self, replicas: Sequence[RolloutReplica]) -> SyncReport:
         adapters = self.config.serves_adapters
-        transfer = make_transfer(self.config.rollout, self.sync_dtype, self.config.deadlines.sync, adapters=adapters)
+        kind, devices = self.actor_groups.specs.weight_transfer, self.config.rollout.tensor_parallel_size
+        transfer = make_transfer(kind, devices, self.sync_dtype, self.config.deadlines.sync, adapters=adapters)
         return sync_weights(self.actor_groups["policy"], self.fault_tolerance.pool, replicas, self.weight_version, transfer)
 
     def _refresh(self, replicas: Sequence[RolloutReplica]) -> None:

@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from rayrlhf.actors.placement import Transfer
 from rayrlhf.actors.replica_pool import ReplicaPool, RolloutReplica
 from rayrlhf.actors.role_groups import PolicyGroup
 from rayrlhf.actors.waiting import wait_all
-from rayrlhf.config.rollout import RolloutSection
 from rayrlhf.errors import ActorLostError, DeadlineError
 from rayrlhf.weight_sync.buckets import SyncDtype
 from rayrlhf.weight_sync.object_store import ObjectStoreTransfer
@@ -41,14 +41,16 @@ class WeightTransfer(Protocol):
         """
 
 
-def make_transfer(rollout: RolloutSection, dtype: SyncDtype, seconds: float, *, adapters: bool = False) -> WeightTransfer:
-    """Create the transfer that `rollout.weight_transfer` names.
+def make_transfer(
+    transfer: Transfer, devices: int, dtype: SyncDtype, seconds: float, *, adapters: bool = False
+) -> WeightTransfer:
+    """Create a transfer to replicas of so many devices.
 
     Adapters alone are small and use the object store.
     """
-    if adapters or rollout.weight_transfer == "shared_memory":
+    if adapters or transfer == "shared_memory":
         return ObjectStoreTransfer(dtype, seconds, adapters)
-    return VLLMDeviceTransfer(rollout.weight_transfer, rollout.tensor_parallel_size, dtype, seconds)
+    return VLLMDeviceTransfer(transfer, devices, dtype, seconds)
 
 
 def sync_weights(

@@ -3,6 +3,7 @@
 import pytest
 
 from rayrlhf.actors.placement import ClusterResources, building_order, make_plan, replica_group
+from rayrlhf.actors.role_specs import RoleSpecs
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.errors import UserError
 
@@ -103,6 +104,28 @@ def test_samplers_load_before_those_that_they_share_gpus_with(sections, machine,
     order = building_order(workers)
     assert set(order[0]) == first
     assert sorted(role for roles in order for role in roles) == sorted(workers)
+
+
+@pytest.mark.parametrize(
+    ("sections", "machine", "expected"),
+    [
+        ({}, LAPTOP, "shared_memory"),
+        ({}, CLUSTER, "ipc"),
+        ({"placement": {"mode": "disaggregated"}}, CLUSTER, "nccl"),
+        ({"placement": {"mode": "disaggregated"}}, LAPTOP, "shared_memory"),
+        ({"rollout": {"tensor_parallel_size": 2}}, CLUSTER, "nccl"),  # replicas have GPUs of their own
+        ({"rollout": {"replicas": 2}}, CLUSTER, "shared_memory"),  # one of them shares no GPU, the other does
+        ({"rollout": {"replicas": 2}, "placement": {"policy": {"ranks": 2}}}, CLUSTER, "ipc"),
+        ({"placement": {"policy": {"gpus": 0.5}, "critic": {"gpus": 0.5}, "rollout_gpus": 0.5}}, CLUSTER, "shared_memory"),
+        ({"rollout": {"backend": "transformers"}}, CLUSTER, "shared_memory"),
+        ({"model": {"path": "builtin:tiny", "lora": {}}}, CLUSTER, "shared_memory"),  # adapters alone
+        ({"rollout": {"weight_transfer": "shared_memory"}}, CLUSTER, "shared_memory"),
+    ],
+)
+def test_weights_take_the_fastest_path_that_the_placement_allows(sections, machine, expected):
+    settings = config(**sections)
+    specs = RoleSpecs(settings, make_plan(settings, machine))
+    assert specs.weight_transfer == specs.rollout().rollout.weight_transfer == expected
 
 
 def test_weights_that_go_from_gpu_to_gpu_need_gpus_at_both_ends():

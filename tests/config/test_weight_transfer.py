@@ -7,8 +7,8 @@ from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.errors import UserError
 
 
-def test_weights_go_through_shared_memory_unless_told(minimal):
-    assert load_config(PPOConfig, minimal).rollout.weight_transfer == "shared_memory"
+def test_the_placement_chooses_the_path_of_weights_unless_told(minimal):
+    assert load_config(PPOConfig, minimal).rollout.weight_transfer == "auto"
     nccl = load_config(PPOConfig, minimal, ["rollout.weight_transfer=nccl", "placement.mode=disaggregated"])
     assert nccl.rollout.weight_transfer == "nccl"
     assert load_config(PPOConfig, minimal, ["rollout.weight_transfer=ipc"]).rollout.weight_transfer == "ipc"

@@ -1,6 +1,7 @@
 """Replicas join and leave a running job; a wish that cannot be is one line."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -12,6 +13,7 @@ from rayrlhf.observe.run_folder import open_run
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.replica_scaling import want_replicas, wanted_replicas
 from rayrlhf.ppo.run_identity import stored_differences
+from rayrlhf.ppo.run_loop import RunLoop
 from rayrlhf.ppo.train_ppo import train_ppo
 from tests.ppo.runs import run_config
 
@@ -43,6 +45,18 @@ def test_a_damaged_wish_is_dropped_with_one_line(tmp_path, text):
     assert wanted_replicas(tmp_path, lines.append) is None
     (line,) = lines
     assert "wanted.json is damaged" in line
+
+
+def test_a_replica_on_another_gpu_does_not_join_where_weights_go_by_ipc():
+    notes = []
+    plan = SimpleNamespace(workers={"rollout": (None, None)})
+    groups = SimpleNamespace(plan=plan, specs=SimpleNamespace(weight_transfer="ipc"))
+    recorder = SimpleNamespace(note=notes.append)
+    loop = SimpleNamespace(_driver=SimpleNamespace(actor_groups=groups), _recorder=recorder, _told_unreachable=False)
+    assert [RunLoop._reachable(loop, count) for count in (1, 2, 3, 3)] == [1, 2, 2, 2]
+    assert ["3 replicas are wanted" in note for note in notes] == [True]
+    groups.specs.weight_transfer = "nccl"
+    assert RunLoop._reachable(loop, 3) == 3
 
 
 @pytest.mark.parametrize("text", ["", "run: [", "- 1", "run: {}\nrollout: {}", "\x00" * 9])

@@ -11,8 +11,11 @@ TRANSFERS = {"shared_memory": "BucketTransfer", "nccl": "NCCLTransfer", "ipc": "
 
 
 def transfer_name(transfer: str) -> str:
-    """Return a transfer's name in a `WeightTransferConfig`."""
-    return f"rayrlhf_{transfer}"
+    """Return a transfer's name in a `WeightTransferConfig`.
+
+    A run resolves `auto`; an engine outside of one takes buckets.
+    """
+    return f"rayrlhf_{'shared_memory' if transfer == 'auto' else transfer}"
 
 
 def register_transfers() -> None:

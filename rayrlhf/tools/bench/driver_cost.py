@@ -215,7 +215,8 @@ def _actor_groups(replicas: int, stopwatch: _Stopwatch) -> ActorGroups:
         for role, mine in handles.items()
     }
     plan = cast(Any, SimpleNamespace(overlap=True))
-    return ActorGroups(groups, plan, {}, cast(Any, None), "bench", {})
+    specs = cast(Any, SimpleNamespace(weight_transfer="shared_memory"))
+    return ActorGroups(groups, plan, {}, specs, "bench", {})
 
 
 @ray.remote(num_cpus=0, num_returns="streaming")
