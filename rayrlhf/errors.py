@@ -42,6 +42,10 @@ class ErrorList:
         raise UserError("\n".join(lines)) from self._errors[0]
 
 
+class DeviceMemoryError(UserError):
+    """A device without the free memory that a process needs; names the process and what to change."""
+
+
 class DeadlineError(Exception):
     """A wait exceeded its deadline; names the call, the actor and the start."""
 

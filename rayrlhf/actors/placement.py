@@ -19,6 +19,8 @@ ForwardRole = Literal[TrainRole, "reference"]
 Role = Literal[TrainRole, StatelessRole]
 Strategy = Literal["PACK", "STRICT_PACK"]
 Transfer = Literal["shared_memory", "nccl", "ipc"]
+GPU_THREADS = 16
+"""Maximum threads by default of a process on a GPU: for loading, captures and the optimizer of `train.offload_optimizer`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,12 @@ def _resolve_demand(
             f"(rollout.tensor_parallel_size), found {gpus:g}"
         )
     node_cpus = int(min(machine.node_cpus, default=1.0))
-    threads = demand.threads or max(1, int(cpus) if overlap or machine.gpus else node_cpus)
+    if machine.gpus:
+        peers = processes if overlap else demand.ranks * demand.devices
+        own = min(node_cpus // math.ceil(peers / len(machine.node_cpus)), GPU_THREADS * demand.devices)
+        threads = demand.threads or max(1, int(cpus), own)
+    else:
+        threads = demand.threads or max(1, int(cpus) if overlap else node_cpus)
     return _ResolvedDemand(demand.role, demand.ranks, cpus, gpus, threads, demand.devices, demand.labels)
 
 

@@ -19,7 +19,7 @@ from rayrlhf.actors.remote import Handle, Ref, as_argument, remote_call
 from rayrlhf.actors.rollout_actor import RolloutActor
 from rayrlhf.actors.waiting import fetch, overrun
 from rayrlhf.data.records import Rollout, RolloutRequest
-from rayrlhf.errors import ActorLostError
+from rayrlhf.errors import ActorLostError, DeviceMemoryError
 from rayrlhf.weight_sync.buckets import SharedTensor
 
 
@@ -220,7 +220,8 @@ class ReplicaPool:
         replica.building = None
         try:
             fetch(building, "rebuild", replica.name)
-        except ActorLostError as error:
+        except (ActorLostError, DeviceMemoryError) as error:
+            # The models in training may give memory back before the next attempt, at the end of their call.
             self.lost(replica, error)
             return
         self._event(replica, Built())

@@ -100,6 +100,10 @@ class PolicyGroup(TrainGroup):
             for rank in range(1, len(self))
         }
 
+    def sync_dtype(self) -> PendingCalls[SyncDtype]:
+        """Return the data type in which the weights travel."""
+        return {self.names[0]: self.call_rank(0, TrainActor.sync_dtype)}
+
     def update_arrived(self) -> PendingCalls[float | None]:
         """Return the share of the adapters' update that the last merged sync brought."""
         return {self.names[0]: self.call_rank(0, TrainActor.update_arrived)}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rayrlhf.actors.actor_metrics import measured
-from rayrlhf.actors.worker import Worker
+from rayrlhf.actors.worker import Worker, returns_memory
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.reward import RewardSection
 from rayrlhf.data.records import Prompt, Records, Rollout, TokenScores, TokenSequence
@@ -25,6 +25,7 @@ class RewardActor(Worker):
     _model: RewardEnsemble | None
 
     @measured
+    @returns_memory
     def build(self, section: RewardSection) -> None:
         """Resolve the functions and load the models."""
         self._section = section
@@ -36,6 +37,7 @@ class RewardActor(Worker):
         return self._model.load_check if self._model else ""
 
     @measured
+    @returns_memory
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> RewardBatch:
         """Score rollouts, one prompt per rollout.
 
@@ -60,6 +62,7 @@ class ReferenceActor(Worker):
     _engine: FrozenEngine
 
     @measured
+    @returns_memory
     def build(self, model: ModelSection, batch_tokens: int, offload: bool) -> None:
         """Load the model."""
         self._engine = FrozenEngine(model, batch_tokens, offload=offload)
@@ -69,6 +72,7 @@ class ReferenceActor(Worker):
         return self._engine.load_check
 
     @measured
+    @returns_memory
     def score(
         self, sequences: Sequence[TokenSequence], outputs: frozenset[OutputName], temperature: float, reference: bool
     ) -> list[TokenScores]:

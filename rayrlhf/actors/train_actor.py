@@ -10,7 +10,7 @@ import torch.distributed
 
 from rayrlhf.actors.actor_metrics import measured
 from rayrlhf.actors.remote import concurrency_group, streaming
-from rayrlhf.actors.worker import Worker
+from rayrlhf.actors.worker import Worker, returns_memory
 from rayrlhf.data.records import Records, TokenScores, TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import Objective
@@ -39,6 +39,7 @@ class TrainActor(Worker):
     _sender: "DeviceSender | None" = None
 
     @measured
+    @returns_memory
     def build(self, group: ProcessGroupSpec, spec: TrainEngineSpec) -> None:
         """Join the role's process group and load the model; a collective call of all ranks."""
         join(group)
@@ -48,7 +49,12 @@ class TrainActor(Worker):
         """See `Worker.load_check`."""
         return self._engine.load_check
 
+    def sync_dtype(self) -> SyncDtype:
+        """Return the data type in which weights travel: the one this device computes in."""
+        return self._engine.sync_dtype
+
     @measured
+    @returns_memory
     def score(
         self, sequences: Sequence[TokenSequence], outputs: frozenset[OutputName], temperature: float, reference: bool
     ) -> list[TokenScores]:
@@ -56,6 +62,7 @@ class TrainActor(Worker):
         return Records(self._engine.score(sequences, outputs, temperature=temperature, reference=reference))
 
     @measured
+    @returns_memory
     def update(self, batch: TrainingBatch, plan: UpdatePlan, objective: Objective) -> UpdateReport:
         """Run a step's optimizer steps on this rank's share of the batch."""
         return self._engine.update(batch, plan, objective)
@@ -70,6 +77,7 @@ class TrainActor(Worker):
             yield to_shared(bucket)
 
     @measured
+    @returns_memory
     def join_weights(self, bucket_bytes: int, dtype: SyncDtype, adapters: bool = False) -> None:
         """Take part in gathering the weights on a rank that sends none."""
         for _ in self._engine.weight_buckets(bucket_bytes, dtype=dtype, adapters=adapters):
@@ -80,6 +88,7 @@ class TrainActor(Worker):
         return self._engine.update_arrived
 
     @measured
+    @returns_memory
     def send_weights(self, request: "DeviceSyncRequest") -> None:
         """Send the merged weights from rank 0 to replicas on GPUs; a collective call.
 
@@ -96,6 +105,7 @@ class TrainActor(Worker):
         self._sender.send(ReplicaClient(request), request.members, workers, self.rendezvous)
 
     @measured
+    @returns_memory
     def capture_state(self) -> None:
         """Copy this rank's part of the training state, for `write_state`; a collective call."""
         self._captured = self._engine.capture_state()
@@ -111,6 +121,7 @@ class TrainActor(Worker):
         """Return this rank's part of the training state; the value outlives this actor."""
         return self._engine.capture_state()
 
+    @returns_memory
     def load_snapshot(self, *parts: StateFiles) -> None:
         """Continue from the snapshots of all ranks, bit for bit."""
         self._engine.load_captured(parts)
@@ -124,6 +135,7 @@ class TrainActor(Worker):
                 digest.update(tensor.detach().numpy().data.cast("B"))
         return int.from_bytes(digest.digest()[:6], "big")
 
+    @returns_memory
     def load_state(self, folder: Path, resized: bool) -> None:
         """Continue from a saved training state.
 
@@ -132,6 +144,7 @@ class TrainActor(Worker):
         self._engine.load_state(folder, resized=resized)
 
     @measured
+    @returns_memory
     def export(self, folder: Path) -> None:
         """Write the model as a Hugging Face folder."""
         self._engine.export(folder)

@@ -25,7 +25,7 @@ from ray.exceptions import (
 
 from rayrlhf.actors.remote import Ref
 from rayrlhf.actors.worker import ProcessLocation
-from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, UserError
+from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, DeviceMemoryError, UserError
 
 Value = TypeVar("Value")
 INFRASTRUCTURE_ERRORS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError, ObjectLostError)
@@ -91,7 +91,7 @@ def fetch(ref: Ref[Value], what: str, name: str) -> Value:
             raise ActorLostError(
                 f"{name} was lost during {what}: its input is gone: {lost_because(error.cause)}", name
             ) from error
-        _raise_cause(error)
+        _raise_cause(error, what, name)
     except INFRASTRUCTURE_ERRORS as error:
         raise ActorLostError(f"{name} was lost during {what}: {lost_because(error)}", name) from error
 
@@ -109,8 +109,24 @@ def overrun(what: str, names: list[str], seconds: float) -> DeadlineError:
     return DeadlineError(f"{what}: no response from {late} within {seconds:.0f} s (called at {since})")
 
 
-def _raise_cause(error: RayTaskError) -> NoReturn:
-    """Raise our errors with their type and text, bugs with the actor's traceback."""
+LESS_MEMORY = {
+    "policy": "lower train.micro_batch_tokens, or set model.gradient_checkpointing=true",
+    "critic": "lower train.micro_batch_tokens, or set model.gradient_checkpointing=true",
+    "reference": "lower train.score_batch_tokens, or set reference.offload=true",
+    "reward": "set reward.model.offload=true",
+    "rollout": "lower rollout.gpu_memory_utilization, or set rollout.sleep=true",
+}
+"""First change to try by the role that ran out of GPU memory."""
+
+
+def _raise_cause(error: RayTaskError, what: str, name: str) -> NoReturn:
+    """Raise our errors with their type and text, lack of GPU memory in one line, bugs with the actor's traceback."""
+    import torch
+
+    if isinstance(error.cause, torch.OutOfMemoryError):
+        held = lost_because(error.cause).partition(" If reserved")[0].rstrip(".")
+        mend = LESS_MEMORY.get(name.split("/")[-2] if "/" in name else name, "use fewer or smaller models on this GPU")
+        raise DeviceMemoryError(f"{name}: {what}: {held}; {mend}; `rayrlhf plan` shows what fits") from error
     if isinstance(error.cause, ActorLostError):
         raise error.cause from error
     if isinstance(error.cause, (UserError, AlarmError)):

@@ -4,9 +4,10 @@ import importlib
 import importlib.util
 import os
 import socket
-from collections.abc import Sequence
-from functools import cached_property
-from typing import ClassVar, NamedTuple
+import sys
+from collections.abc import Callable, Sequence
+from functools import cached_property, wraps
+from typing import ClassVar, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import ray
 
@@ -35,6 +36,12 @@ class Worker:
         """Prometheus metrics of this actor."""
         return ActorMetrics.of_this_actor()
 
+    @cached_property
+    def shares_gpu(self) -> bool:
+        """True if Ray gave this process a part of a GPU, which it shares with others."""
+        share = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0) if ray.is_initialized() else 0.0
+        return bool(0 < share < 1)
+
     def preload(self) -> None:
         """Import `PRELOADED` while the driver reads its data; skip modules that are not installed."""
         for name in self.PRELOADED:
@@ -60,3 +67,26 @@ class Worker:
         with socket.socket() as listener:
             listener.bind(("", 0))
             return ray.util.get_node_ip_address(), int(listener.getsockname()[1])
+
+
+Owner = TypeVar("Owner", bound=Worker)
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def returns_memory(call: Callable[Concatenate[Owner, Arguments], Result]) -> Callable[Concatenate[Owner, Arguments], Result]:
+    """Return freed memory of a shared GPU to the device at a method's end, also of one that fails.
+
+    torch's allocator keeps it for this process otherwise, and a replica that wakes up next to it finds no room.
+    """
+
+    @wraps(call)
+    def returning(self: Owner, /, *arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+        try:
+            return call(self, *arguments, **named)
+        finally:
+            torch = sys.modules.get("torch")
+            if self.shares_gpu and torch is not None and torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+
+    return returning

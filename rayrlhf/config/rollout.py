@@ -140,7 +140,8 @@ class RolloutSection(Section):
     replicas: int = Field(1, ge=1)
     """Rollout replicas: copies of the policy that sample."""
     tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs per replica."""
+    """Devices per replica (tensor parallelism), all on one node. Each gets a worker process of vLLM, on CPUs too. Must divide
+    the model's attention heads; needs `backend: vllm`."""
     prompts_per_step: int = Field(64, ge=1)
     """Prompts per step."""
     samples_per_prompt: int = Field(1, ge=1)

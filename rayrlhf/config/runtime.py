@@ -63,7 +63,8 @@ class RolePlacement(Section):
     gpus: float | None = Field(None, ge=0)
     """GPUs per process. Default: 0 without GPUs, an equal fraction under `colocated`, else 1."""
     threads: int | None = Field(None, ge=1)
-    """OpenMP threads per process. Default: all CPUs of the node if phases run in turn, else the process's CPUs."""
+    """OpenMP threads per process. Default: all CPUs of the node if phases run in turn, else the process's CPUs. On GPUs the
+    CPUs of the node are divided among the processes that run at a time, up to 16 each."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Required labels of the node (`ray start --labels`), with `placement.mode: disaggregated`. Default: any node."""
 

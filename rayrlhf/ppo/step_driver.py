@@ -7,11 +7,11 @@ built-in step; it is made of the same primitives that `PPOTrainer` offers to oth
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 
 from rayrlhf.actors.actor_groups import ActorGroups
 from rayrlhf.actors.fault_tolerance import FaultTolerance, make_fault_tolerance
@@ -23,7 +23,6 @@ from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.train.plan import UpdateReport
 from rayrlhf.environments.episodes import episode_metrics, with_extra_segments
 from rayrlhf.errors import AlarmError, UserError
-from rayrlhf.models.load import resolve_dtype
 from rayrlhf.observe.metric_names import LOGPROB_GAP, SAMPLED_TOKENS, UPDATE_ARRIVED
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.ppo.callbacks import Callback
@@ -36,6 +35,7 @@ from rayrlhf.ppo.rollout_requests import RequestBuilder
 from rayrlhf.ppo.scoring import OwnRewards, ScoredRollouts
 from rayrlhf.ppo.step_metrics import fresh_gap, reward_metrics, staleness_metrics, step_metrics
 from rayrlhf.ppo.step_pipeline import IssuedStep, StepPipeline
+from rayrlhf.weight_sync.buckets import SyncDtype
 from rayrlhf.weight_sync.driver import SyncReport, make_transfer, put_to_sleep, sync_weights
 
 
@@ -237,10 +237,12 @@ class StepDriver:
         policy = self.actor_groups["policy"]
         policy.wait(policy.export(folder.absolute()), "export", self.config.deadlines.update)
 
-    @property
-    def sync_dtype(self) -> Literal["float32", "bfloat16"]:
-        """Data type in which weights travel to the replicas: the one they compute in."""
-        return "bfloat16" if resolve_dtype(self.config.model.dtype) == torch.bfloat16 else "float32"
+    @cached_property
+    def sync_dtype(self) -> SyncDtype:
+        """Data type in which weights travel to the replicas: the one that the policy's device computes in."""
+        policy = self.actor_groups["policy"]
+        (dtype,) = policy.wait(policy.sync_dtype(), "weight sync", self.config.deadlines.sync)
+        return dtype
 
     def state(self) -> dict[str, Any]:
         """Return the driver's part of a checkpoint."""

@@ -78,6 +78,23 @@ def test_a_share_of_gpus_that_are_not_those_of_the_tensor_parallel_size_is_refus
         make_plan(config(**sections), CLUSTER)
 
 
+@pytest.mark.parametrize(
+    ("sections", "cpus", "expected"),
+    [
+        ({}, 64.0, {"policy": 16, "rollout": 16}),  # in turn
+        ({}, 8.0, {"policy": 8, "rollout": 8}),
+        ({"placement": {"mode": "disaggregated"}}, 64.0, {"policy": 12, "rollout": 12}),  # five at a time
+        ({"placement": {"policy": {"ranks": 8}}, "rollout": {"replicas": 8}}, 64.0, {"policy": 8, "rollout": 8}),
+        ({"rollout": {"tensor_parallel_size": 2}}, 64.0, {"policy": 16, "rollout": 32}),  # for both workers
+        ({"placement": {"policy": {"threads": 3}}}, 64.0, {"policy": 3}),
+        ({"placement": {"policy": {"cpus": 32}}}, 64.0, {"policy": 32}),
+    ],
+)
+def test_processes_on_gpus_share_the_cpus_of_their_node(sections, cpus, expected):
+    workers = make_plan(config(**sections), ClusterResources((cpus,), (8.0,))).workers
+    assert {role: workers[role][0].threads for role in expected} == expected
+
+
 def test_exact_runs_never_overlap():
     plan = make_plan(config(run={"determinism": "exact"}, placement={"mode": "disaggregated", "overlap": "on"}), CLUSTER)
     assert not plan.overlap

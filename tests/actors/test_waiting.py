@@ -5,11 +5,12 @@ import time
 
 import pytest
 import ray
+import torch
 
 from rayrlhf.actors.actor_group import ActorGroup
 from rayrlhf.actors.remote import remote_call
 from rayrlhf.actors.waiting import as_completed, wait_all
-from rayrlhf.errors import ActorLostError, DeadlineError, UserError
+from rayrlhf.errors import ActorLostError, DeadlineError, DeviceMemoryError, UserError
 
 
 class Subject:
@@ -22,6 +23,12 @@ class Subject:
 
     def bug(self):
         return {}["missing"]
+
+    def fill(self):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB of which 1.10 GiB is "
+            "free. This process has 60.00 GiB memory in use. If reserved but unallocated memory is large"
+        )
 
     def die(self):
         os._exit(1)
@@ -86,3 +93,13 @@ def test_a_call_whose_input_died_with_its_maker_counts_as_a_loss_and_not_as_a_bu
         wait_all({"run/reward/0": call}, "answer", 30)
     assert caught.value.actor == "run/reward/0"
     assert wait_all({"run/reward/0": group.call_rank(0, Subject.answer, "still there")}, "answer", 30) == ["still there"]
+
+
+def test_lack_of_gpu_memory_is_one_line_with_role_and_first_change_to_try(group):
+    with pytest.raises(DeviceMemoryError) as caught:
+        wait_all({"run/policy/0": group.call_rank(0, Subject.fill)}, "update", 30)
+    text = str(caught.value)
+    assert text.startswith("run/policy/0: update: CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert "This process has 60.00 GiB memory in use; lower train.micro_batch_tokens, or set" in text
+    assert "\n" not in text
+    assert "If reserved" not in text

@@ -33,6 +33,22 @@ def test_a_part_is_generated_by_an_engine_in_a_file(tmp_path):
     assert max(response.tokens for group in responses for response in group) == 3
 
 
+@pytest.mark.nightly
+def test_a_generator_over_two_workers_responds_as_plain_transformers_does(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    model = ModelSection(path="builtin:tiny?layers=2&hidden=128&context=64", dtype="float32")
+    rows = [{"row": row, "prompt": f"Say {row}", "messages": None, "source": row} for row in range(4)]
+    texts = []
+    for settings in ({"tensor_parallel_size": 2, "memory_gib": 0.0625}, {"backend": "transformers"}):
+        generate = GenerateSection(max_new_tokens=16, max_model_length=64, max_concurrent=8, **settings)
+        check_generator(generate)
+        plan = GenerationPlan("tiny", model, generate, PairsSection(path="none", chat=False), 0, 0, 1, 0.0)
+        generator = BatchGenerator(plan)
+        texts.append([response.text for (response,) in generator.generate(rows)])
+        generator._engine.close()
+    assert texts[0] == texts[1]
+
+
 def test_a_wrong_engine_is_refused_with_its_key():
     with pytest.raises(ValidationError, match=r"'transfomers' is no rollout engine; did you mean 'transformers'\?"):
         GenerateSection(backend="transfomers")

@@ -40,7 +40,7 @@ from rayrlhf.engines.rollout.common import (
 from rayrlhf.engines.rollout.token_counts import bound_kernels
 from rayrlhf.engines.rollout.vllm_lora import AdapterSlot, lora_settings
 from rayrlhf.engines.rollout.vllm_plugin import register_transfers, transfer_name
-from rayrlhf.errors import UserError
+from rayrlhf.errors import DeviceMemoryError, UserError
 from rayrlhf.library_types import PretrainedConfig
 from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
 from rayrlhf.observe.cuda import check_vllm_device
@@ -277,7 +277,8 @@ def _start(spec: RolloutSpec) -> Any:
         with _out_of_sight(UNREADABLE):
             engine = LLMEngine.from_engine_args(arguments)
     except ValueError as error:
-        raise UserError(f"rollout: vLLM cannot serve {spec.model.path}: {engine_reason(error)}") from error
+        kind = DeviceMemoryError if "ree memory on device" in str(error) else UserError
+        raise kind(f"rollout: vLLM cannot serve {spec.model.path}: {engine_reason(error)}") from error
     if spec.rollout.tensor_parallel_size > 1:
         engine.engine_core.engine_core.model_executor.register_failure_callback(_end_process)
     return engine

@@ -84,6 +84,11 @@ class TrainEngine:
         return self._network.check.line()
 
     @property
+    def sync_dtype(self) -> SyncDtype:
+        """Dtype of weights for rollout engines: bfloat16 where this device computes in it, else float32."""
+        return "bfloat16" if resolve_dtype(self._spec.model.dtype) == torch.bfloat16 else "float32"
+
+    @property
     def optimizer_steps(self) -> int:
         """Optimizer steps taken since the run began."""
         return self._updater.optimizer_steps

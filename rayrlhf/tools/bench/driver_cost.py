@@ -201,7 +201,7 @@ def _actor_groups(replicas: int, stopwatch: _Stopwatch) -> ActorGroups:
         return handle(**{name: getattr(replica, name) for name in methods})
 
     report = UpdateReport({}, [1.0], [1e-6], 1, 1, False, 0, 0, 1, 0.0, {}, [])
-    policy = handle(score=_read, update=lambda *_: report)
+    policy = handle(score=_read, update=lambda *_: report, sync_dtype=lambda: "float32")
     policy.weights = SimpleNamespace(remote=lambda *_: _no_weights.remote())
     handles: dict[Role, tuple[Handle[Worker], ...]] = {
         "policy": (policy,),

@@ -162,7 +162,8 @@ def _memory(
             return offloaded_between_turns(replace(largest, host=sum(member.host for member in members)))
         return in_one_process(members)
     if role == "rollout":
-        return rollout_memory(shape, precision, devices=config.rollout.tensor_parallel_size, cache=max(cache, 0))
+        devices = config.rollout.tensor_parallel_size if nodes.gpus else 1  # on CPUs one memory holds all parts
+        return rollout_memory(shape, precision, devices=devices, cache=max(cache, 0))
     if role == "reference":
         memory = frozen_memory(shape, precision, tokens=max(train.score_batch_tokens, longest), gpu=bool(nodes.gpus))
         return offloaded_between_turns(memory) if nodes.gpus and config.reference.offload else memory

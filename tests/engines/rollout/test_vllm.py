@@ -13,7 +13,7 @@ from rayrlhf.config.rollout import RolloutSection
 from rayrlhf.data.records import RolloutRequest, SampleKey
 from rayrlhf.engines.rollout.common import RolloutSpec
 from rayrlhf.engines.rollout.vllm import GPU_PREFILL_TOKENS, _gpu_settings
-from rayrlhf.errors import UserError
+from rayrlhf.errors import DeviceMemoryError, UserError
 from tests.engines.rollout_cases import CONTEXT, make_requests, sample, start
 
 
@@ -39,6 +39,17 @@ def test_the_transformers_backend_is_not_tensor_parallel():
 def test_a_cache_too_small_for_one_response_is_the_users_to_mend():
     with pytest.raises(UserError, match=r"^rollout: vLLM cannot serve builtin:tiny.*$"):
         start("vllm", memory_gib=1e-5)
+
+
+def test_a_gpu_that_others_fill_is_no_mistake_in_the_settings(monkeypatch):
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    def refuse(*_):
+        raise ValueError("Free memory on device cuda:0 (3.1/79.1 GiB) on startup is less than desired GPU memory utilization.")
+
+    monkeypatch.setattr(LLMEngine, "from_engine_args", refuse)
+    with pytest.raises(DeviceMemoryError, match=r"^rollout: vLLM cannot serve builtin:tiny.*: Free memory on device cuda:0"):
+        start("vllm")
 
 
 def test_the_prefill_of_a_gpu_does_not_grow_with_the_models_context():

@@ -1,0 +1,76 @@
+"""Memory of a shared GPU returns to the device at the end of each call, and a replica that found none is tried again."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rayrlhf.actors import replica_pool
+from rayrlhf.actors.replica_pool import ReplicaPool
+from rayrlhf.actors.scoring_actors import ReferenceActor, RewardActor
+from rayrlhf.actors.train_actor import PolicyActor
+from rayrlhf.errors import DeviceMemoryError
+from rayrlhf.ppo.step_driver import StepDriver
+
+
+@pytest.fixture
+def emptied(monkeypatch):
+    """Times at which torch's allocator was emptied."""
+    times = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: times.append(True))
+    return times
+
+
+def calls():
+    """Calls of each role that compute on its device."""
+    report = SimpleNamespace(update=lambda *_: "report", score=lambda *_, **__: [], export=lambda *_: None)
+    policy, reference, reward = PolicyActor(), ReferenceActor(), RewardActor()
+    policy._engine = reference._engine = report
+    return [
+        (policy, lambda: policy.update(None, None, None)),
+        (policy, lambda: policy.score([], frozenset(), 1.0, False)),
+        (policy, lambda: policy.export(None)),
+        (reference, lambda: reference.score([], frozenset(), 1.0, False)),
+        (reward, lambda: reward.score([], [])),
+    ]
+
+
+@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("shares", [True, False])
+def test_each_call_of_a_role_that_shares_its_gpu_returns_memory(emptied, index, shares):
+    actor, call = calls()[index]
+    actor.__dict__["shares_gpu"] = shares
+    call()
+    assert len(emptied) == shares
+
+
+def test_a_call_that_fails_returns_memory_too(emptied):
+    policy = PolicyActor()
+    policy.__dict__["shares_gpu"] = True
+    policy._engine = SimpleNamespace(update=lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        policy.update(None, None, None)
+    assert emptied == [True]
+
+
+def test_a_process_without_a_share_of_a_gpu_keeps_its_memory(emptied):
+    assert not PolicyActor().shares_gpu
+
+
+def test_a_rebuild_without_room_is_a_loss_and_not_the_end_of_the_run(monkeypatch):
+    def full(*_):
+        raise DeviceMemoryError("rollout: vLLM cannot serve m: Free memory on device cuda:0 (3.1/79.1 GiB)")
+
+    lost = []
+    monkeypatch.setattr(replica_pool, "fetch", full)
+    pool = SimpleNamespace(lost=lambda replica, error: lost.append(str(error)))
+    ReplicaPool._finish_build(pool, SimpleNamespace(name="run/rollout/0", building=None), None)
+    assert ["Free memory" in line for line in lost] == [True]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_policys_device_says_in_which_dtype_weights_travel(dtype):
+    policy = SimpleNamespace(sync_dtype=lambda: {"policy": dtype}, wait=lambda calls, *_: list(calls.values()))
+    config = SimpleNamespace(deadlines=SimpleNamespace(sync=1.0))
+    assert StepDriver.sync_dtype.func(SimpleNamespace(actor_groups={"policy": policy}, config=config)) == dtype
