@@ -43,7 +43,7 @@ class ErrorList:
 
 
 class DeviceMemoryError(UserError):
-    """A device without the free memory that a process needs; names the process and what to change."""
+    """Lack of memory on a device; names the process and the settings to change."""
 
 
 class DeadlineError(Exception):

@@ -263,7 +263,10 @@ def replica_group(plan: ResourcePlan) -> GroupPlan:
 
 
 def weight_transfer(config: PPOConfig, plan: ResourcePlan) -> Transfer:
-    """Return the transport of weights from the policy to the replicas; resolves `rollout.weight_transfer: auto`."""
+    """Return the transport of weights from the policy to the replicas.
+
+    Resolves `rollout.weight_transfer: auto`.
+    """
     transfer = config.rollout.weight_transfer
     if transfer != "auto":
         return transfer

@@ -120,7 +120,10 @@ LESS_MEMORY = {
 
 
 def _raise_cause(error: RayTaskError, what: str, name: str) -> NoReturn:
-    """Raise our errors with their type and text, lack of GPU memory in one line, bugs with the actor's traceback."""
+    """Raise our errors with their type and text, bugs with the actor's traceback.
+
+    Lack of GPU memory is one line.
+    """
     import torch
 
     if isinstance(error.cause, torch.OutOfMemoryError):

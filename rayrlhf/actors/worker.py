@@ -38,7 +38,7 @@ class Worker:
 
     @cached_property
     def shares_gpu(self) -> bool:
-        """True if Ray gave this process a part of a GPU, which it shares with others."""
+        """True if Ray gave this process a part of a GPU."""
         share = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0) if ray.is_initialized() else 0.0
         return bool(0 < share < 1)
 
@@ -75,9 +75,9 @@ Result = TypeVar("Result")
 
 
 def returns_memory(call: Callable[Concatenate[Owner, Arguments], Result]) -> Callable[Concatenate[Owner, Arguments], Result]:
-    """Return freed memory of a shared GPU to the device at a method's end, also of one that fails.
+    """Return freed memory of a shared GPU to the device at a method's end.
 
-    torch's allocator keeps it for this process otherwise, and a replica that wakes up next to it finds no room.
+    Also at the end of one that fails. torch's allocator keeps it for this process otherwise, and a replica that wakes up next to it finds no room.
     """
 
     @wraps(call)

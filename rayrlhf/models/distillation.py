@@ -2,7 +2,7 @@
 
 The teacher at each position is either its final hidden state and its output layer, from which the whole distribution is
 recomputed, or its k most likely tokens and the total probability of all others. At most two chunks of logits exist at any time
-(`rayrlhf.models.logprobs.CHUNK_BYTES` each), and the backward pass recomputes them.
+(sizes in `logit_chunks.py`), and the backward pass recomputes them.
 
 With p the teacher's and q the student's distribution, KL(p || q) = sum_v p(v) (log p(v) - log q(v)), whose gradient at the
 student's logits is q - p. With k tokens K and a rest r it is sum_K p (log p - log q) + p_r (log p_r - log q_r), where q_r is

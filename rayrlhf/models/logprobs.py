@@ -1,9 +1,9 @@
 """Log-probs, entropy and KL from hidden states, in chunks of rows of the vocabulary.
 
 The logits of a batch are by far the largest tensor of RLHF (tokens x vocabulary), but each row is needed only for one log-prob
-and one entropy. So the output layer is applied to the response positions only, `CHUNK_BYTES` of logits at a time in one reused
-buffer, and the backward pass recomputes each chunk. Memory does not depend on the number of tokens, and the cost of new memory
-pages (as much as the arithmetic, on a CPU) is avoided.
+and one entropy. So the output layer is applied to the response positions only, a chunk of logits at a time in one reused buffer
+(`logit_chunks.py` has its size), and the backward pass recomputes each chunk. Memory does not depend on the number of tokens,
+and the cost of new memory pages (as much as the arithmetic, on a CPU) is avoided.
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 24 * 2**20
-"""Size of the float32 logits that exist at any one time."""
+from rayrlhf.models.logit_chunks import CHUNK_BYTES, chunk_bytes
+
 ROWS = 64
 """Reduced-precision products on a CPU have a multiple of this many rows, or a whole chunk."""
 
@@ -181,17 +181,18 @@ def padded(rows: Tensor, vocabulary: int) -> Tensor:
     """
     if rows.device.type != "cpu" or rows.element_size() > 2:
         return rows
-    wanted = min(-(-len(rows) // ROWS) * ROWS, _chunk_rows(vocabulary))
+    wanted = min(-(-len(rows) // ROWS) * ROWS, _chunk_rows(vocabulary, rows.device))
     return torch.nn.functional.pad(rows, (0, 0, 0, wanted - len(rows)))
 
 
-def _chunk_rows(vocabulary: int) -> int:
-    return max(1, CHUNK_BYTES // (4 * vocabulary))
+def _chunk_rows(vocabulary: int, device: torch.device) -> int:
+    size = chunk_bytes(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else CHUNK_BYTES
+    return max(1, size // (4 * vocabulary))
 
 
 def chunk_buffer(hidden: Tensor, weight: Tensor) -> Tensor:
     """Return memory for a chunk of logits, float32 [n, V]."""
-    rows = min(len(hidden), _chunk_rows(len(weight)))
+    rows = min(len(hidden), _chunk_rows(len(weight), weight.device))
     return torch.empty(rows, len(weight), dtype=torch.float32, device=weight.device)
 
 

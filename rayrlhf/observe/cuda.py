@@ -19,7 +19,7 @@ HIDDEN = ("", "-1", "NoDevFiles")
 
 
 class CudaFacts(NamedTuple):
-    """What CUDA needs.
+    """Versions and devices that decide if CUDA works.
 
     Attributes:
         torch: version of torch.
@@ -117,7 +117,10 @@ def check_devices() -> None:
 
 
 def _driver() -> tuple[str | None, int]:
-    """Return version and number of GPUs from the driver's own library; (None, 0) without a driver."""
+    """Return version and number of GPUs from the driver's library.
+
+    (None, 0) without a driver.
+    """
     text, count = ctypes.create_string_buffer(96), ctypes.c_uint()
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")

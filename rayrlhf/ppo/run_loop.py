@@ -175,7 +175,10 @@ class RunLoop(Callback):
         return False
 
     def _reachable(self, replicas: int) -> int:
-        """Return the number of replicas, without those that `ipc` cannot reach: a joining one has a GPU of its own."""
+        """Return the number of replicas without those that `ipc` cannot reach.
+
+        A joining one has a GPU of its own.
+        """
         planned = len(self._driver.actor_groups.plan.workers["rollout"])
         if replicas <= planned or self._driver.actor_groups.specs.weight_transfer != "ipc":
             return replicas

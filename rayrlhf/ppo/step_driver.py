@@ -239,7 +239,7 @@ class StepDriver:
 
     @cached_property
     def sync_dtype(self) -> SyncDtype:
-        """Data type in which weights travel to the replicas: the one that the policy's device computes in."""
+        """Data type in which weights travel: the one that the policy's device computes in."""
         policy = self.actor_groups["policy"]
         (dtype,) = policy.wait(policy.sync_dtype(), "weight sync", self.config.deadlines.sync)
         return dtype

@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrlhf.models import logprobs as module
+from rayrlhf.models.logit_chunks import chunk_bytes
 from rayrlhf.models.logprobs import logprobs_and_entropy
 
 Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
@@ -184,3 +186,11 @@ def test_padding_of_products_changes_no_row_in_bfloat16(rows: int, monkeypatch: 
     monkeypatch.setattr(module, "padded", lambda rows, _: rows)
     for mine, plain in zip(padded, read(), strict=True):
         torch.testing.assert_close(mine, plain, rtol=1e-2, atol=1e-2)
+
+
+def test_a_chunk_follows_the_memory_of_the_device(monkeypatch):
+    sizes = {memory: chunk_bytes(memory and memory * 2**30) for memory in (None, 1, 16, 80, 141)}
+    assert sizes == {None: 24 * 2**20, 1: 24 * 2**20, 16: 2**28, 80: 2**30, 141: 2**30}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
+    assert module._chunk_rows(152_000, torch.device("cuda")) == 2**30 // (4 * 152_000)
+    assert module._chunk_rows(152_000, torch.device("cpu")) == 41

@@ -142,7 +142,7 @@ def gpus(facts: Facts) -> Iterator[Diagnosis]:
 
 
 def sentence(text: str) -> str:
-    """Return a text with a capital and a full stop; commands at its start stay as they are."""
+    """Return a text with a capital and a full stop; leading commands keep their case."""
     return f"{text if text.startswith(('pip', '`')) else text[:1].upper() + text[1:]}."
 
 

@@ -13,6 +13,7 @@ from rayrlhf.config.launch import NodeSection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.section import GIB
+from rayrlhf.models.logit_chunks import chunk_bytes
 from rayrlhf.ppo.run_models import models_of
 from rayrlhf.tools.launch.memory_plan import (
     FLOAT,
@@ -150,10 +151,12 @@ def _memory(
     if shape is None or model is None:
         return Memory(overhead=GIB // 2)  # Python, Ray and reward functions; never on a GPU
     precision = _precision(model, nodes)
+    gpu = bool(nodes.gpus)
+    chunk = chunk_bytes(int(nodes.gpu_memory_gib * GIB) if gpu else None)
     if role == "reward" and config.reward.model is not None:
         members = [
             frozen_memory(
-                _shape(one), _precision(one, nodes), tokens=max(train.score_batch_tokens, longest), gpu=bool(nodes.gpus)
+                _shape(one), _precision(one, nodes), tokens=max(train.score_batch_tokens, longest), gpu=gpu, chunk=chunk
             )
             for one in config.reward.model.models
         ]
@@ -165,7 +168,7 @@ def _memory(
         devices = config.rollout.tensor_parallel_size if nodes.gpus else 1  # on CPUs one memory holds all parts
         return rollout_memory(shape, precision, devices=devices, cache=max(cache, 0))
     if role == "reference":
-        memory = frozen_memory(shape, precision, tokens=max(train.score_batch_tokens, longest), gpu=bool(nodes.gpus))
+        memory = frozen_memory(shape, precision, tokens=max(train.score_batch_tokens, longest), gpu=gpu, chunk=chunk)
         return offloaded_between_turns(memory) if nodes.gpus and config.reference.offload else memory
     samples = -(-config.mini_batch_size // ranks)
     if train.micro_batch_size is not None:
@@ -181,7 +184,8 @@ def _memory(
         checkpointing=model.gradient_checkpointing,
         language=role == "policy",
         states=0 if train.optimizer.name == "sgd" else 2,
-        gpu=bool(nodes.gpus),
+        gpu=gpu,
+        chunk=chunk,
     )
 
 

@@ -11,12 +11,11 @@ from dataclasses import dataclass, fields, replace
 
 from rayrlhf.config.section import GIB
 from rayrlhf.config.train import TrainSection
+from rayrlhf.models.logit_chunks import CHUNK_BYTES
 from rayrlhf.tools.launch.model_shape import ModelShape
 
 FLOAT = 4
 """Bytes of a float32."""
-LOGIT_BYTES = 24 * 2**20
-"""`rayrlhf.models.logprobs.CHUNK_BYTES`, repeated here because that module imports torch; a test compares them."""
 LOGIT_BUFFERS = 3
 """Buffers of at most that size that are alive at once in the backward pass: logits, probabilities, their gradient in compute
 precision."""
@@ -117,6 +116,7 @@ def train_memory(
     language: bool = True,
     states: int = 2,
     gpu: bool = True,
+    chunk: int = CHUNK_BYTES,
 ) -> Memory:
     """Return the peak memory of one rank of a trained model.
 
@@ -124,6 +124,7 @@ def train_memory(
         tokens: of one micro-batch, padding included.
         language: the model has the output layer (a separate critic has none).
         states: float32 optimizer states per parameter: 2 for Adam, 0 for SGD.
+        chunk: bytes of a chunk of logits.
     """
     stage = train.zero_stage
     frozen_head = 0 if language else _head_parameters(shape)
@@ -138,7 +139,7 @@ def train_memory(
     rounded = precision.size * (min(shape.linear, LIVE_ELEMENTS) if stage == 3 else shape.linear) if precision.reduced else 0
     gathered = FLOAT * min(LIVE_ELEMENTS, everything) if stage == 3 and ranks > 1 else 0
     bucket = FLOAT * min(BUCKET_ELEMENTS, learned) if ranks > 1 else 0
-    logits = LOGIT_BUFFERS * _logit_bytes(shape, tokens) + precision.size * shape.output if language else 0
+    logits = LOGIT_BUFFERS * _logit_bytes(shape, tokens, chunk) + precision.size * shape.output if language else 0
     process = PROCESS_BYTES if gpu else CPU_PROCESS_BYTES
     running = Memory(
         weights=weights + rounded + gathered,
@@ -154,7 +155,9 @@ def train_memory(
     return replace(running, loading=max(0, whole - running.total))
 
 
-def frozen_memory(shape: ModelShape, precision: Precision, *, tokens: int, gpu: bool = True) -> Memory:
+def frozen_memory(
+    shape: ModelShape, precision: Precision, *, tokens: int, gpu: bool = True, chunk: int = CHUNK_BYTES
+) -> Memory:
     """Return the memory of a frozen model with one layer's activations.
 
     Linear weights are in compute precision, the rest in float32.
@@ -163,7 +166,7 @@ def frozen_memory(shape: ModelShape, precision: Precision, *, tokens: int, gpu: 
     layer = FLOAT * (4 * shape.hidden + 2 * shape.query + 2 * shape.intermediate)
     return Memory(
         weights=weights,
-        activations=tokens * layer + _logit_bytes(shape, tokens) + precision.size * shape.output,
+        activations=tokens * layer + _logit_bytes(shape, tokens, chunk) + precision.size * shape.output,
         overhead=PROCESS_BYTES if gpu else CPU_PROCESS_BYTES,
         host=FLOAT * shape.parameters,
     )
@@ -199,9 +202,9 @@ def sync_bytes(shape: ModelShape, precision: Precision) -> int:
     return shape.parameters * precision.size
 
 
-def _logit_bytes(shape: ModelShape, tokens: int) -> int:
+def _logit_bytes(shape: ModelShape, tokens: int, chunk: int) -> int:
     """Return the bytes of a buffer of float32 logits: a chunk, or all if fewer."""
-    return min(LOGIT_BYTES, FLOAT * tokens * shape.vocabulary)
+    return min(chunk, FLOAT * tokens * shape.vocabulary)
 
 
 def _head_parameters(shape: ModelShape) -> int:

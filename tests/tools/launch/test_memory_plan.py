@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from rayrlhf.config.model import LoraSection, ModelSection
+from rayrlhf.config.reward import RewardModelSection
 from rayrlhf.config.train import TrainSection
-from rayrlhf.models import logprobs
 from rayrlhf.tools.launch.memory_plan import (
     BUCKET_ELEMENTS,
     FLOAT,
     GIB,
     LIVE_ELEMENTS,
-    LOGIT_BYTES,
+    LOGIT_BUFFERS,
     Precision,
     activation_bytes,
     cache_bytes_per_token,
@@ -101,8 +101,23 @@ def test_a_weight_sync_of_70b_moves_128_gibibytes_in_bfloat16(seventy):
     assert sync_bytes(seventy, HALF) / GIB == pytest.approx(128.5, abs=0.1)
 
 
-def test_the_logit_buffer_is_that_of_the_models():
-    assert LOGIT_BYTES == logprobs.CHUNK_BYTES
+def test_a_chunk_of_logits_adds_its_buffers(seven):
+    small, large = (train_memory(seven, TrainSection(), HALF, ranks=1, tokens=2**14, chunk=chunk) for chunk in (2**20, 2**24))
+    assert large.activations - small.activations == LOGIT_BUFFERS * (2**24 - 2**20)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_frozen_models_hold_the_weights_that_the_plan_counts(tmp_path, dtype):
+    from rayrlhf.engines.scoring.frozen import FrozenEngine
+    from rayrlhf.engines.scoring.reward_model import RewardModelEngine
+    from rayrlhf.tools.bench.ppo_step import write_reward_model
+
+    policy, reward = write_reward_model("builtin:tiny?layers=2&hidden=128&context=64", tmp_path / "reward")
+    section = RewardModelSection(model=ModelSection(path=reward, dtype=dtype), template="{prompt}{response}")
+    planned = frozen_memory(read_shape(ModelSection(path=policy)), HALF if dtype == "bfloat16" else FULL, tokens=1).weights
+    for engine in (FrozenEngine(ModelSection(path=policy, dtype=dtype), 1024), RewardModelEngine(section)):
+        held = sum(parameter.numel() * parameter.element_size() for parameter in engine._network.parameters())
+        assert held == pytest.approx(planned, rel=0.02)
 
 
 def tiny(hidden, layers):
