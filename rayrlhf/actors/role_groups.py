@@ -93,12 +93,10 @@ class PolicyGroup(TrainGroup):
         """
         return remote_stream(self.handles[0], TrainActor.weights, bucket_bytes, dtype, adapters)
 
-    def join_weights(self, bucket_bytes: int, dtype: SyncDtype, adapters: bool = False) -> PendingCalls[None]:
+    def join_weights(self, dtype: SyncDtype, adapters: bool = False) -> PendingCalls[None]:
         """Let all ranks but rank 0 take part in gathering the weights."""
-        return {
-            self.names[rank]: self.call_rank(rank, TrainActor.join_weights, bucket_bytes, dtype, adapters)
-            for rank in range(1, len(self))
-        }
+        ranks = range(1, len(self))
+        return {self.names[rank]: self.call_rank(rank, TrainActor.join_weights, dtype, adapters) for rank in ranks}
 
     def sync_dtype(self) -> PendingCalls[SyncDtype]:
         """Return the data type in which the weights travel."""

@@ -78,10 +78,9 @@ class TrainActor(Worker):
 
     @measured
     @returns_memory
-    def join_weights(self, bucket_bytes: int, dtype: SyncDtype, adapters: bool = False) -> None:
+    def join_weights(self, dtype: SyncDtype, adapters: bool = False) -> None:
         """Take part in gathering the weights on a rank that sends none."""
-        for _ in self._engine.weight_buckets(bucket_bytes, dtype=dtype, adapters=adapters):
-            pass
+        self._engine.join_weights(dtype, adapters=adapters)
 
     def update_arrived(self) -> float | None:
         """Return the share of the adapters' update that the last merged sync brought."""

@@ -77,7 +77,8 @@ Result = TypeVar("Result")
 def returns_memory(call: Callable[Concatenate[Owner, Arguments], Result]) -> Callable[Concatenate[Owner, Arguments], Result]:
     """Return freed memory of a shared GPU to the device at a method's end.
 
-    Also at the end of one that fails. torch's allocator keeps it for this process otherwise, and a replica that wakes up next to it finds no room.
+    Also at the end of one that fails. Otherwise torch's allocator keeps it for this process, and a replica that wakes up on the
+    same GPU finds no room.
     """
 
     @wraps(call)

@@ -10,7 +10,7 @@ CPU's chunks (41 rows at a vocabulary of 152k) that is 872 GB for 4096 tokens of
 
 
 def chunk_bytes(device_bytes: int | None) -> int:
-    """Return the bytes of a chunk on a GPU of `device_bytes`, or on a CPU (None)."""
+    """Return the bytes of a chunk on a GPU of `device_bytes`, or on a CPU."""
     if device_bytes is None:
         return CHUNK_BYTES
     return max(CHUNK_BYTES, min(device_bytes // DEVICE_SHARE, LARGEST_CHUNK))

@@ -49,6 +49,18 @@ def check_configuration(model: ModelSection) -> None:
     check_adapters(model)
 
 
+def check_divides_heads(model: ModelSection, devices: int, key: str) -> None:
+    """Check that a tensor-parallel size divides the attention heads; messages name the setting `key`.
+
+    Raises:
+        UserError: it does not.
+    """
+    heads = getattr(load_architecture(model).get_text_config(), "num_attention_heads", None)
+    if isinstance(heads, int) and heads % devices:
+        fitting = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+        raise UserError(f"{key} {devices}: {model.path} has {heads} attention heads; expected one of {fitting}")
+
+
 def describe_check(model: ModelSection, heads: frozenset[Head], *, packing: bool = False) -> str:
     """Load a small model, check it, and return the outcome in words.
 

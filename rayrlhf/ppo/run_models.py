@@ -23,12 +23,14 @@ def check_models(config: PPOConfig) -> None:
     """Check the configurations of all models.
 
     Raises:
-        UserError: a multimodal model, adapters that it cannot have, or a configuration that cannot be read.
+        UserError: a multimodal model, adapters that it cannot have, attention heads that the replicas cannot divide, or a
+            configuration that cannot be read.
     """
-    from rayrlhf.models.start_check import check_configuration
+    from rayrlhf.models.start_check import check_configuration, check_divides_heads
 
     for _, model in _different_models(config):
         check_configuration(model)
+    check_divides_heads(config.model, config.rollout.tensor_parallel_size, "rollout.tensor_parallel_size")
 
 
 def describe_checks(config: PPOConfig) -> Iterator[str]:

@@ -37,7 +37,7 @@ class ObjectStoreTransfer:
 
     def send(self, policy: PolicyGroup, pool: ReplicaPool, replicas: Sequence[RolloutReplica], version: int) -> int:
         """Send the weights; see `WeightTransfer`."""
-        gathering = policy.join_weights(BUCKET_BYTES, self.dtype, self.adapters)
+        gathering = policy.join_weights(self.dtype, self.adapters)
         stream = policy.weights(BUCKET_BYTES, self.dtype, self.adapters)
         pending: dict[int, list[Ref[object]]] = {replica.rank: [replica.begin_weights(version)] for replica in replicas}
         buckets = 0

@@ -43,12 +43,12 @@ def test_an_update_reaches_every_rank_and_the_weights_come_from_rank_0():
     group, calls = make_group(PolicyGroup, "policy", 2)
     assert list(group.update("batch", "plan", "objective")) == ["run/policy/0", "run/policy/1"]
     group.weights(8, "bfloat16")
-    assert list(group.join_weights(8, "bfloat16")) == ["run/policy/1"]
+    assert list(group.join_weights("bfloat16")) == ["run/policy/1"]
     assert calls == [
         (0, "update", "batch", "plan", "objective"),
         (1, "update", "batch", "plan", "objective"),
         (0, "weights", 8, "bfloat16", False),
-        (1, "join_weights", 8, "bfloat16", False),
+        (1, "join_weights", "bfloat16", False),
     ]
 
 

@@ -21,6 +21,11 @@ def no_cluster(monkeypatch):
     ("settings", "message"),
     [
         (["placement.policy.cpus=4096"], r"placement: requested \d+\.?\d* CPUs and 0 GPUs \(policy 1 x \(4096 CPU"),
+        (
+            ["rollout.tensor_parallel_size=2", "rollout.backend=vllm"],
+            r"rollout\.tensor_parallel_size 2: builtin:tiny.* has 1 attention heads; expected one of 1$",
+        ),
+        (["rollout.tensor_parallel_size=2"], r"rollout\.tensor_parallel_size 2 needs rollout\.backend 'vllm'"),
         (["placement.policy.gpus=16"], "but the cluster has .* CPUs and .* GPUs"),
         (["model.lora={target_modules: [q_proj, qkv]}"], r"target_modules: no linear layer 'qkv' in .*; it has q_proj, k_proj"),
         (

@@ -1,9 +1,9 @@
 """Registration of this project's weight transfers with vLLM.
 
-vLLM keeps a table of transfers in each process. The worker processes of a tensor-parallel replica are vLLM's own. Each of them calls `register_transfers` through the entry
-point `vllm.general_plugins` of the installed package, and imports `vllm_worker.py` as the engine's `worker_extension_cls`. The
-second way also works where the metadata of the package is missing or older: sources on `PYTHONPATH`, an editable install before
-an update, `VLLM_PLUGINS` without this name.
+vLLM keeps a table of transfers in each process. The workers of a tensor-parallel replica are processes that vLLM starts. Each
+calls `register_transfers` through the entry point `vllm.general_plugins` of the installed package, and imports `vllm_worker.py`
+as the engine's `worker_extension_cls`. The second way also works where the package's metadata is missing or older: sources on
+`PYTHONPATH`, an editable install before an update, `VLLM_PLUGINS` without this name.
 """
 
 TRANSFERS = {"shared_memory": "BucketTransfer", "nccl": "NCCLTransfer", "ipc": "IPCTransfer"}

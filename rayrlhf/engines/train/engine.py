@@ -163,6 +163,15 @@ class TrainEngine:
         tensors = self._adapters(getattr(torch, dtype)) if adapters else self._checkpoint(getattr(torch, dtype))
         return bucketed(tensors, bucket_bytes)
 
+    def join_weights(self, dtype: SyncDtype, *, adapters: bool = False) -> None:
+        """Take part in gathering the weights for `weight_buckets` of another rank.
+
+        Nothing leaves the device.
+        """
+        own = getattr(torch, dtype)
+        for _ in self._adapters(own) if adapters else self._checkpoint(own, self._device):
+            pass
+
     @property
     def update_arrived(self) -> float | None:
         """Share of the adapters' update that survived the last rounding of merged weights.

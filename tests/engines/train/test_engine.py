@@ -352,6 +352,15 @@ def test_buckets_hold_every_weight_once_in_the_dtype_asked_for(tmp_path: Path, t
             assert torch.equal(tensor, full[name].bfloat16())
 
 
+def test_a_rank_that_sends_no_weights_copies_none_from_its_device(tmp_path: Path, monkeypatch) -> None:
+    engine, devices = engine_of(str(write_llama(tmp_path / "model", tie=True)), SHARED), []
+    gather = engine._checkpoint
+    monkeypatch.setattr(engine, "_device", torch.device("meta"))
+    monkeypatch.setattr(engine, "_checkpoint", lambda *arguments: (devices.append(one[1].device) for one in gather(*arguments)))
+    engine.join_weights("bfloat16")
+    assert {device.type for device in devices} == {"meta"}
+
+
 def test_an_exported_policy_and_critic_load_again_and_score_the_same(tmp_path: Path) -> None:
     model = "builtin:tiny?layers=2&hidden=64"
     sequences = random_sequences(4, vocabulary=90)
