@@ -4,6 +4,7 @@ vLLM imports this module in every worker of an engine with `WORKER_EXTENSION`; t
 applies the patches for CPUs that an engine of one process applies itself.
 """
 
+import torch
 from vllm.platforms import current_platform
 
 from rayrlhf.engines.rollout.token_counts import bound_kernels
@@ -17,5 +18,6 @@ class WorkerExtension:
 
 register_transfers()
 if current_platform.is_cpu():
+    torch.compiler.set_stance("force_eager")  # as around `VLLMRolloutEngine.poll`
     bound_kernels()
     use_plain_products()
