@@ -85,6 +85,7 @@ class RoleSpecs:
             total_optimizer_steps=optimizer_steps(config),
             seed=config.run.seed,
             parity=config.algorithm.parity,
+            sequence_parallel=(config.placement.policy if policy else config.placement.critic).sequence_parallel,
         )
 
 

@@ -119,11 +119,27 @@ class PPOConfig(Section):
                 f"train.mini_batch_size {self.mini_batch_size} does not divide the {self.samples_per_step} samples of a step "
                 "(rollout.prompts_per_step x rollout.samples_per_prompt)"
             )
-        if self.mini_batch_size < self.placement.policy.ranks:
+        policy = self.placement.policy
+        if self.mini_batch_size < policy.data_ranks:
+            groups = f" / sequence_parallel {policy.sequence_parallel}" if policy.sequence_parallel > 1 else ""
             raise ValueError(
-                f"train.mini_batch_size {self.mini_batch_size} is smaller than "
-                f"placement.policy.ranks {self.placement.policy.ranks}"
+                f"train.mini_batch_size {self.mini_batch_size} is smaller than placement.policy.ranks {policy.ranks}{groups}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_sequence_parallel(self) -> Self:
+        models = {"policy": self.model}
+        if self.critic.kind == "separate":
+            models["critic"] = self.critic.model or self.model
+        for role, model in models.items():
+            size = getattr(self.placement, role).sequence_parallel
+            cached = model.lora is not None and model.lora.last_layers is not None and not model.gradient_checkpointing
+            if size > 1 and cached and not self.train.all_ranks_must_forward:
+                raise ValueError(
+                    f"placement.{role}.sequence_parallel {size} with model.lora.last_layers: the outputs of frozen layers are "
+                    "cached for whole rows; expected last_layers null, or model.gradient_checkpointing true, which caches none"
+                )
         return self
 
     @model_validator(mode="after")

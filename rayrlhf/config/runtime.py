@@ -69,6 +69,25 @@ class RolePlacement(Section):
     """Required labels of the node (`ray start --labels`), with `placement.mode: disaggregated`. Default: any node."""
 
 
+class TrainPlacement(RolePlacement):
+    """Processes of a role in training, which may share the tokens of a sample."""
+
+    sequence_parallel: int = Field(1, ge=1)
+    """Number of consecutive ranks that share each row of tokens, so that a rank stores this part of its activations. Must
+    divide `ranks`; the samples are split over the groups."""
+
+    @property
+    def data_ranks(self) -> int:
+        """Number of shares that samples are split into."""
+        return self.ranks // self.sequence_parallel
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        if self.ranks % self.sequence_parallel:
+            raise ValueError(f"sequence_parallel {self.sequence_parallel} does not divide ranks {self.ranks}")
+        return self
+
+
 class PlacementSection(Section):
     """Placement of the roles on the cluster."""
 
@@ -76,8 +95,8 @@ class PlacementSection(Section):
     """`colocated`: all roles share each bundle. `disaggregated`: every role has a placement group of its own."""
     overlap: Literal["auto", "on", "off"] = "auto"
     """Score finished rollouts while others are generated. `auto`: on if roles do not share devices."""
-    policy: RolePlacement = RolePlacement()
-    critic: RolePlacement = RolePlacement()
+    policy: TrainPlacement = TrainPlacement()
+    critic: TrainPlacement = TrainPlacement()
     reference: RolePlacement = RolePlacement()
     reward: RolePlacement = RolePlacement()
     rollout_cpus: float | None = Field(None, gt=0)

@@ -45,7 +45,8 @@ class UpdateSection(Section):
     micro_batch_size: int | None = Field(None, ge=1)
     """Samples per forward and backward pass on one rank. Default: set by `micro_batch_tokens`."""
     micro_batch_tokens: int = Field(4096, ge=1)
-    """Maximum tokens of one forward and backward pass on one rank, padding included; with `packing` the size of a pack."""
+    """Maximum tokens of one forward and backward pass on one rank, padding included; with `packing` the size of a pack. Ranks
+    that share rows (`sequence_parallel`) count as one."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Maximum norm of the whole gradient; larger ones are scaled down. null does not clip."""
     optimizer: OptimizerSection = OptimizerSection()

@@ -82,6 +82,9 @@ class WorkersSection(Section):
 
     count: Count | tuple[Count, Count] = 1
     """Number of workers, or [minimum, maximum] to train with as many as the cluster has."""
+    sequence_parallel: int = Field(1, ge=1)
+    """Number of consecutive workers that share each row of tokens, so that a worker stores this part of its activations. Must
+    divide `count`; the samples are split over the groups."""
     cpus: float | None = Field(None, gt=0)
     """CPUs per worker. Default: an equal share of the machine."""
     gpus: float | None = Field(None, ge=0)
@@ -107,6 +110,10 @@ class WorkersSection(Section):
     def _check_worker_range(self) -> Self:
         if self.fewest > self.most:
             raise ValueError(f"count: expected [fewest, most], found [{self.fewest}, {self.most}]")
+        if self.sequence_parallel > 1 and self.fewest != self.most:
+            raise ValueError(f"sequence_parallel {self.sequence_parallel} needs one number as count, found a range")
+        if self.most % self.sequence_parallel:
+            raise ValueError(f"sequence_parallel {self.sequence_parallel} does not divide count {self.most}")
         return self
 
 
@@ -151,9 +158,10 @@ class TuningRootConfig(Section):
     @model_validator(mode="after")
     def _check_batch(self) -> Self:
         """Refuse an optimizer step smaller than one sample per worker or the longest sample."""
-        train, most, longest = self.train, self.workers.most, self.data.max_length
-        if train.samples_per_step is not None and train.samples_per_step < most:
-            raise ValueError(f"train.batch_size {train.samples_per_step} is smaller than workers.count {most}")
+        train, workers, longest = self.train, self.workers, self.data.max_length
+        if train.samples_per_step is not None and train.samples_per_step < workers.most // workers.sequence_parallel:
+            groups = f" / sequence_parallel {workers.sequence_parallel}" if workers.sequence_parallel > 1 else ""
+            raise ValueError(f"train.batch_size {train.samples_per_step} is smaller than workers.count {workers.most}{groups}")
         both = " for chosen and rejected" if self.sequences == 2 else ""
         limits = {"batch_tokens": train.batch_tokens, "micro_batch_tokens": train.micro_batch_tokens if train.packing else None}
         for key, tokens in limits.items():

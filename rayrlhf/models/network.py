@@ -26,12 +26,15 @@ from rayrlhf.models.load_check import (
     attention_on_cpu,
     check_network,
     check_training_mode,
+    equal,
     packs,
+    probe_tokens,
     reads_embeddings,
 )
 from rayrlhf.models.logprobs import logprobs_and_entropy
 from rayrlhf.models.lora import add_lora
 from rayrlhf.models.packed_attention import SegmentsError, attend_within_segments
+from rayrlhf.models.sequence_parallel import RowSplit, split_attention
 from rayrlhf.models.value_head import HeadInit, ValueHead, find_head, make_head
 
 Head = Literal["lm", "value"]
@@ -101,6 +104,7 @@ class Network(nn.Module):
         model: transformers model: a causal language model with an "lm" head, otherwise the trunk only.
         v_head: value head, or None.
         prefix: cached outputs of the frozen lower layers, if `remember_frozen_layers` was called.
+        row_split: this rank's columns of each row, if `split_rows` was called.
         teacher_layer: weight [V, H] and bias of the output layer for a teacher's hidden states; not parameters of this network.
             None without a teacher.
         noise_alpha: strength of NEFTune noise on the embeddings while gradients are enabled; None adds none.
@@ -113,6 +117,7 @@ class Network(nn.Module):
         self.v_head = v_head
         self.has_lm_head = model.get_output_embeddings() is not None
         self.prefix: FrozenPrefix | None = None
+        self.row_split: RowSplit | None = None
         self.teacher_layer: tuple[Tensor, Tensor | None] | None = None
         self.noise_alpha: float | None = None
         self.check = LoadCheck(str(model.config.model_type))
@@ -167,6 +172,36 @@ class Network(nn.Module):
         if fits:
             self.check = replace(self.check, layout="packed")
 
+    @torch.no_grad()
+    def split_rows(self, split: RowSplit, path: str) -> None:
+        """Compute only this rank's columns of every row, and check that they are those of whole rows.
+
+        Every rank of the group takes part. Not together with `remember_frozen_layers`.
+
+        Args:
+            split: the columns of each rank.
+            path: of the model, for the message.
+
+        Raises:
+            UserError: they are not.
+        """
+        device = next(self.parameters()).device
+        samples = [sample.to(device) for sample in probe_tokens(int(self.model.config.get_text_config().vocab_size))]
+        wanted = self.read(samples, "padded")
+        fits = self.check.layout != "alone" and self.check.longest_together is None
+        if fits and (self._by_segments or attend_within_segments(self.trunk)):
+            split_attention(self.trunk)
+            self.row_split = split
+            try:
+                fits = equal(self.read(samples, "padded"), wanted) and equal(self.read(samples, "packed"), wanted)
+            except SegmentsError:
+                fits = False
+        if not fits or self.row_split is None:
+            raise UserError(
+                f"sequence_parallel {split.size}: a {self.check.family} model ({path}) computes something else where ranks "
+                "share a row; expected 1"
+            )
+
     def read(self, samples: Sequence[Tensor], layout: Layout) -> Tensor:
         """Return the final hidden states of samples in one layout.
 
@@ -176,9 +211,14 @@ class Network(nn.Module):
         if layout == "alone":
             return torch.cat([self._trunk_states(sample[None], [len(sample)], packed=False)[0] for sample in samples])
         if layout == "packed":
-            return self._trunk_states(torch.cat(list(samples))[None], lengths, packed=True)[0]
-        rows = torch.stack([pad(sample, (0, max(lengths) - len(sample))) for sample in samples])
-        states = self._trunk_states(rows, lengths, packed=False)
+            rows = torch.cat(list(samples))[None]
+        else:
+            rows = torch.stack([pad(sample, (0, max(lengths) - len(sample))) for sample in samples])
+        states = self._trunk_states(rows, lengths, packed=layout == "packed")
+        if self.row_split is not None:
+            states = self.row_split.gather(states, rows.shape[1])
+        if layout == "packed":
+            return states[0]
         return torch.cat([row[:length] for row, length in zip(states, lengths, strict=True)])
 
     def forward(
@@ -202,6 +242,10 @@ class Network(nn.Module):
             ValueError: an output needs a head that this network does not have.
         """
         self._check(outputs)
+        split, part = self.row_split, None
+        if split is not None:
+            part = split.part(positions, teacher, input_ids.shape[1])
+            positions, teacher = part.positions, part.teacher
         if self.prefix is not None:
             hidden = self.prefix.run(input_ids, positions.lengths).flatten(0, 1)
         else:
@@ -227,13 +271,14 @@ class Network(nn.Module):
             apart = self._divergence(predicting, teacher)
         if "values" in outputs and self.v_head is not None:
             values = self.v_head(hidden.index_select(0, positions.values))
-        return NetworkOutput(
+        output = NetworkOutput(
             logprobs if "logprobs" in outputs else None,
             entropy if "entropy" in outputs else None,
             values,
             predicting if "hidden" in outputs else None,
             apart,
         )
+        return output if split is None or part is None else split.join(output, part)
 
     def _divergence(self, predicting: Tensor, teacher: TeacherSignal) -> Tensor:
         head = self.model.get_output_embeddings()
@@ -244,10 +289,13 @@ class Network(nn.Module):
         return divergence(predicting, head.weight, head.bias, FullTeacher(teacher.hidden, *self.teacher_layer))
 
     def _hidden(self, input_ids: Tensor, positions: Positions) -> Tensor:
-        """Return the final hidden states of a batch, [B * L, H], undefined at padding."""
+        """Return the final hidden states of a batch, [B * L, H], undefined at padding.
+
+        They are [B * columns, H] where ranks share rows.
+        """
         lengths, packed, limit = positions.lengths, positions.packed, self.check.longest_together
         apart = self.check.layout == "alone" or (packed and self.check.layout != "packed")
-        if len(lengths) == 1 or not (apart or (limit is not None and max(lengths) > limit)):
+        if self.row_split is not None or len(lengths) == 1 or not (apart or (limit is not None and max(lengths) > limit)):
             return self._trunk_states(input_ids, lengths, packed=packed).flatten(0, 1)
         rows = (
             torch.split(input_ids[0], lengths)
@@ -259,18 +307,31 @@ class Network(nn.Module):
         return torch.cat([pad(state, (0, 0, 0, max(0, width - len(state)))) for state in states])
 
     def _trunk_states(self, input_ids: Tensor, lengths: list[int], *, packed: bool) -> Tensor:
-        """Run the trunk on [B, L] tokens as they are; returns [B, L, H]."""
+        """Run the trunk on [B, L] tokens as they are; returns [B, L, H], or this rank's columns of them."""
         inputs: dict[str, Any] = {"input_ids": input_ids}
         if packed:
             starts = [torch.arange(length, device=input_ids.device) for length in lengths]
             inputs["position_ids"] = torch.cat(starts)[None]
         if self._by_segments:
             inputs["segments"] = lengths if packed else None
+        if self.row_split is not None:
+            inputs = self.row_split.inputs(input_ids, lengths, packed=packed)
         if self.noise_alpha is not None and torch.is_grad_enabled():
             embedded = self.trunk.get_input_embeddings()(inputs.pop("input_ids"))
-            inputs["inputs_embeds"] = embedded + _noise(embedded, lengths, self.noise_alpha, packed=packed)
+            inputs["inputs_embeds"] = embedded + self._noise(embedded, lengths, self.noise_alpha, packed=packed)
         states: Tensor = self.trunk(**inputs, use_cache=False).last_hidden_state
         return states
+
+    def _noise(self, embedded: Tensor, lengths: list[int], alpha: float, *, packed: bool) -> Tensor:
+        """Return NEFTune noise [B, T, H], uniform in +-alpha / sqrt(L x H).
+
+        L counts the sample's own tokens (Jain et al. 2023, section 2.1).
+        """
+        counts = torch.tensor(lengths, dtype=embedded.dtype, device=embedded.device)
+        tokens = counts.repeat_interleave(counts.long())[None, :, None] if packed else counts[:, None, None]
+        if packed and self.row_split is not None:
+            tokens = self.row_split.own(tokens).clamp(min=1)
+        return torch.empty_like(embedded).uniform_(-1, 1) * (alpha / (tokens * embedded.shape[-1]).sqrt())
 
     def _check(self, outputs: frozenset[OutputName]) -> None:
         if "values" in outputs and self.v_head is None:
@@ -323,16 +384,6 @@ def build_network(
             _checkpoint_activations(backbone)
             check_training_mode(backbone, model.path)
     return network
-
-
-def _noise(embedded: Tensor, lengths: list[int], alpha: float, *, packed: bool) -> Tensor:
-    """Return NEFTune noise [B, T, H], uniform in +-alpha / sqrt(L x H).
-
-    L counts the sample's own tokens (Jain et al. 2023, section 2.1).
-    """
-    counts = torch.tensor(lengths, dtype=embedded.dtype, device=embedded.device)
-    tokens = counts.repeat_interleave(counts.long())[None, :, None] if packed else counts[:, None, None]
-    return torch.empty_like(embedded).uniform_(-1, 1) * (alpha / (tokens * embedded.shape[-1]).sqrt())
 
 
 def _checkpoint_activations(backbone: PreTrainedModel) -> None:

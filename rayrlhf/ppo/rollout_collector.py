@@ -117,15 +117,17 @@ def forward_passes(config: PPOConfig, *, has_critic: bool) -> list[ForwardPass]:
     logprobs: frozenset[OutputName] = frozenset({"logprobs"})
     values: frozenset[OutputName] = frozenset({"values"})
     replicate = config.train.all_ranks_must_forward
+    policy, critic = config.placement.policy.sequence_parallel, config.placement.critic.sequence_parallel
     passes = []
     if config.needs_reference:
         owner: ForwardRole = "policy" if config.reference_in_policy else "reference"
-        passes.append(ForwardPass("reference", owner, logprobs, temperature, True, config.reference_in_policy and replicate))
+        own = config.reference_in_policy
+        passes.append(ForwardPass("reference", owner, logprobs, temperature, True, own and replicate, policy if own else 1))
     if has_critic:
-        passes.append(ForwardPass("critic", "critic", values, replicate=replicate))
-    own = logprobs if config.old_logprobs == "recomputed" else frozenset()
+        passes.append(ForwardPass("critic", "critic", values, replicate=replicate, group=critic))
+    read = logprobs if config.old_logprobs == "recomputed" else frozenset()
     if config.critic.kind == "shared":
-        own |= values
-    if own:
-        passes.append(ForwardPass("policy", "policy", own, temperature, replicate=replicate))
+        read |= values
+    if read:
+        passes.append(ForwardPass("policy", "policy", read, temperature, replicate=replicate, group=policy))
     return passes

@@ -31,6 +31,21 @@ def check_models(config: PPOConfig) -> None:
     for _, model in _different_models(config):
         check_configuration(model)
     check_divides_heads(config.model, config.rollout.tensor_parallel_size, "rollout.tensor_parallel_size")
+    check_row_splits(config)
+
+
+def check_row_splits(config: PPOConfig) -> None:
+    """Check that ranks can share rows where the placement says so.
+
+    Raises:
+        UserError: see `check_row_split`.
+    """
+    from rayrlhf.models.sequence_parallel import check_row_split
+
+    models = models_of(config)
+    for role, placement in (("policy", config.placement.policy), ("critic", config.placement.critic)):
+        if role in models:
+            check_row_split(models[role], f"placement.{role}.sequence_parallel", placement.sequence_parallel)
 
 
 def describe_checks(config: PPOConfig) -> Iterator[str]:

@@ -43,6 +43,7 @@ class ForwardPass(NamedTuple):
         temperature: of the distribution log-probs are taken from.
         reference: adapters off.
         replicate: every rank reads all rollouts (ZeRO-3 ranks must run equally many forwards); else they split them.
+        group: number of consecutive ranks that read the same rollouts, because they share rows.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ForwardPass(NamedTuple):
     temperature: float = 1.0
     reference: bool = False
     replicate: bool = False
+    group: int = 1
 
 
 class RewardRow(NamedTuple):
@@ -195,9 +197,11 @@ class Scorer:
 
     def _start_forward_pass(self, forward_pass: ForwardPass, rollouts: Sequence[Rollout]) -> None:
         ranks = len(self.actor_groups[forward_pass.role])
-        shares = [list(rollouts)] * ranks if forward_pass.replicate else _shares(rollouts, ranks)
+        size = forward_pass.group
+        shares = [list(rollouts)] * ranks if forward_pass.replicate else _shares(rollouts, ranks // size)
         calls = self._forward_calls.setdefault(forward_pass.name, [])
-        for rank, share in enumerate(shares):
+        for rank in range(ranks):
+            share = shares[rank if forward_pass.replicate else rank // size]
             send = partial(self._send_forward_pass, forward_pass, rank, Records(rollout.sequence() for rollout in share))
             calls.append(self._call(forward_pass.role, rank, send, share))
 

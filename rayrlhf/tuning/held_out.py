@@ -126,16 +126,17 @@ def shared_scores(
     engine: TrainEngine, sequences: Sequence[TokenSequence], outputs: OutputName, *, reference: bool = False
 ) -> list[Float32]:
     """Return one field of all sequences' scores, on every worker; arguments as `held_out_loss`."""
-    ranks = torch.distributed.get_world_size()
-    if ranks == 1 or engine.all_ranks_must_forward:
+    grid, ranks = engine.grid, torch.distributed.get_world_size()
+    if grid.data_ranks == 1 or engine.all_ranks_must_forward:
         return [_field(score, outputs) for score in engine.score(sequences, frozenset({outputs}), reference=reference)]
-    shares = balance([len(sequence.token_ids) for sequence in sequences], ranks)
-    mine = [sequences[index] for index in shares[torch.distributed.get_rank()]]
+    shares = balance([len(sequence.token_ids) for sequence in sequences], grid.data_ranks)
+    mine = [sequences[index] for index in shares[grid.data_rank]]
     own = [_field(score, outputs) for score in engine.score(mine, frozenset({outputs}), reference=reference)] if mine else []
     parts: list[list[Float32]] = [[] for _ in range(ranks)]
     torch.distributed.all_gather_object(parts, own)
+    first = parts[:: ranks // grid.data_ranks]  # ranks that share rows have the same scores
     by_index = {
-        index: score for share, part in zip(shares, parts, strict=True) for index, score in zip(share, part, strict=True)
+        index: score for share, part in zip(shares, first, strict=True) for index, score in zip(share, part, strict=True)
     }
     return [by_index[index] for index in range(len(sequences))]
 

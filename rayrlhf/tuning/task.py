@@ -87,6 +87,7 @@ def tuning_spec(config: TuningConfig, total_steps: int) -> TrainEngineSpec:
         seed=config.run.seed,
         packing=train.packing,
         targets_only=True,
+        sequence_parallel=config.workers.sequence_parallel,
     )
 
 

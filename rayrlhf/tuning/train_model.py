@@ -20,6 +20,7 @@ from rayrlhf.data.supervised.datasets import DatasetReport, SliceMapper, map_in_
 from rayrlhf.errors import ActorLostError, StoppedError, UserError
 from rayrlhf.models.export import check_reward_model
 from rayrlhf.models.load import load_architecture, load_tokenizer
+from rayrlhf.models.sequence_parallel import check_row_split
 from rayrlhf.models.skeleton import check_memory, least_training_bytes
 from rayrlhf.models.start_check import check_configuration, check_tokens, describe_check
 from rayrlhf.observe.host_facts import read_model_checks
@@ -182,6 +183,7 @@ def _check_start(config: TuningConfig) -> None:
     differ = partial(_differences, type(config))
     check_run_folder(config.run.folder, dump_config(config), differ, resume=config.run.resume)
     check_configuration(config.model)
+    check_row_split(config.model, "workers.sequence_parallel", config.workers.sequence_parallel)
     if isinstance(config, RewardTrainingConfig):
         check_reward_model(config.model)
     check_local_machine(config.workers.address, partial(_check_fits, config))

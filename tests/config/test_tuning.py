@@ -93,6 +93,13 @@ def test_the_engine_gets_what_was_set_and_takes_one_step_a_batch():
         (SFTConfig, ["workers.count=0"], "workers.count: expected >= 1"),
         (SFTConfig, ["workers.count=[3, 2]"], "count: expected [fewest, most], found [3, 2]"),
         (SFTConfig, ["workers.count=4", "train.batch_size=3"], "train.batch_size 3 is smaller than workers.count 4"),
+        (SFTConfig, ["workers={count: 3, sequence_parallel: 2}"], "sequence_parallel 2 does not divide count 3"),
+        (SFTConfig, ["workers={count: [2, 4], sequence_parallel: 2}"], "sequence_parallel 2 needs one number as count"),
+        (
+            SFTConfig,
+            ["workers={count: 4, sequence_parallel: 2}", "train.batch_size=1"],
+            "train.batch_size 1 is smaller than workers.count 4 / sequence_parallel 2",
+        ),
         (SFTConfig, ["train.batch_tokens=1000"], "train.batch_tokens 1000 cannot hold data.max_length 1024"),
         (
             RewardTrainingConfig,

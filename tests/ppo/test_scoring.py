@@ -88,6 +88,38 @@ def test_one_that_never_answers_ends_the_run_with_what_was_waited_for():
         scorer({"reward": Group("reward", Process(answers=False))}, ActorRestarter()).finish()
 
 
+class Policy:
+    """Returns what it reads."""
+
+    def __init__(self, ranks):
+        self.handles, self.names = range(ranks), tuple(f"run/policy/{rank}" for rank in range(ranks))
+
+    def __len__(self):
+        return len(self.handles)
+
+    def score(self, rank, sequences, *_):
+        return list(sequences)
+
+    def wait(self, pending, what, seconds):
+        return list(pending.values())
+
+
+def keys_by_rank(forward_pass):
+    """Which rollouts each of four ranks reads."""
+    found = scorer({"reward": Group("reward", Process()), "policy": Policy(4)}, ActorRestarter(), [forward_pass])
+    assert len(found.finish().forward_passes["old"]) == 4
+    return [(call.rank, {key.sample for key in call.keys}) for call in found._forward_calls["old"]]
+
+
+def test_ranks_that_share_rows_read_the_same_rollouts_and_groups_split_them():
+    shared = dict(keys_by_rank(ForwardPass("old", "policy", frozenset({"logprobs"}), group=2)))
+    assert shared[0] == shared[1]
+    assert shared[2] == shared[3]
+    assert (len(shared[0]), shared[0] | shared[2]) == (2, {0, 1, 2, 3})
+    replicated = keys_by_rank(ForwardPass("old", "policy", frozenset({"logprobs"}), replicate=True, group=2))
+    assert replicated == [(rank, {0, 1, 2, 3}) for rank in range(4)]
+
+
 def test_a_policy_that_is_late_is_not_replaced_because_it_carries_the_training_state():
     actor_groups = {"reward": Group("reward", Process()), "policy": Group("policy", Process(answers=False))}
     restarter = ActorRestarter(Process())

@@ -29,6 +29,10 @@ def no_cluster(monkeypatch):
         (["placement.policy.gpus=16"], "but the cluster has .* CPUs and .* GPUs"),
         (["model.lora={target_modules: [q_proj, qkv]}"], r"target_modules: no linear layer 'qkv' in .*; it has q_proj, k_proj"),
         (
+            ["placement.policy={ranks: 2, sequence_parallel: 2}", "model.attention=eager"],
+            r"placement.policy.sequence_parallel 2 with model.attention 'eager': expected 'sdpa'",
+        ),
+        (
             ["reward.functions=[{name: gsm8k}]"],
             "row 1: reward function 'gsm8k' needs column 'answer'; the row's columns are: prompt, number",
         ),

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.runtime import TrainPlacement
 from rayrlhf.config.tuning import DistillationConfig, DPOConfig, RewardTrainingConfig, SFTConfig, TuningConfig
 
 
@@ -18,26 +19,30 @@ def _roles(config: PPOConfig) -> Iterator[str]:
     placement, model = config.placement, config.model
     yield f"run: {config.run.folder}, {config.run.steps} steps, seed {config.run.seed}, {placement.mode}"
     adapters = f", LoRA rank {model.lora.rank}" if model.lora is not None else ""
-    yield f"policy: {model.path}{adapters}, {_count(placement.policy.ranks, 'process')}, {config.train.sharding_label}"
+    yield f"policy: {model.path}{adapters}, {_ranks(placement.policy)}, {config.train.sharding_label}"
     parallel = config.rollout.tensor_parallel_size
     wide = f" of {parallel} devices" if parallel > 1 else ""
     yield f"rollout: {config.rollout.backend}, {_count(config.rollout.replicas, 'replica')}{wide}"
     if config.critic.kind == "separate":
         start = (config.critic.model or model).path
-        yield f"critic: {start}, {_count(placement.critic.ranks, 'process')}"
+        yield f"critic: {start}, {_ranks(placement.critic)}"
     elif config.critic.kind == "shared":
         yield "critic: a head on the policy's trunk"
     if config.reference_in_policy:
         yield "reference: the policy without its adapters"
     elif config.needs_reference:
-        yield f"reference: {(config.reference.model or model).path}, {_count(placement.reference.ranks, 'process')}"
+        yield f"reference: {(config.reference.model or model).path}, {_count(placement.reference.ranks, 'process', 'es')}"
     parts = [f"{function.name} x {function.weight:g}" for function in config.reward.functions]
     if config.reward.model is not None:
         section = config.reward.model
         names = " & ".join(model.path for model in section.models)
         doubt = f" less {section.uncertainty:g} deviations" if section.uncertainty else ""
         parts.append(f"model {names}{doubt} x {section.weight:g}")
-    yield f"reward: {' + '.join(parts)}, {_count(placement.reward.ranks, 'process')}" if parts else "reward: given by the loop"
+    yield (
+        f"reward: {' + '.join(parts)}, {_count(placement.reward.ranks, 'process', 'es')}"
+        if parts
+        else "reward: given by the loop"
+    )
 
 
 def _arithmetic(config: PPOConfig) -> Iterator[str]:
@@ -98,6 +103,14 @@ def _count(count: int, word: str, ending: str = "s") -> str:
     return f"{count} {word if count == 1 else word + ending}"
 
 
+def _ranks(placement: TrainPlacement) -> str:
+    return _count(placement.ranks, "process", "es") + _shared_rows(placement.sequence_parallel)
+
+
+def _shared_rows(size: int) -> str:
+    return f", rows split over {size}" if size > 1 else ""
+
+
 def describe_tuning(config: TuningConfig) -> str:
     """Return the plan, one fact per line.
 
@@ -133,7 +146,9 @@ def _subject(config: TuningConfig) -> Iterator[str]:
 
 def _worker_range(config: TuningConfig) -> str:
     fewest, most = config.workers.fewest, config.workers.most
-    return _count(most, "worker") if fewest == most else f"{fewest} to {most} workers"
+    if fewest != most:
+        return f"{fewest} to {most} workers"
+    return _count(most, "worker") + _shared_rows(config.workers.sequence_parallel)
 
 
 def _data(config: TuningConfig) -> Iterator[str]:

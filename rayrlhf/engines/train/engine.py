@@ -22,6 +22,7 @@ from rayrlhf.engines.train.backends.deepspeed import DeepSpeedBackend
 from rayrlhf.engines.train.ema import MovingAverage
 from rayrlhf.engines.train.optimizers import build_optimizer
 from rayrlhf.engines.train.plan import UpdatePlan, UpdateReport
+from rayrlhf.engines.train.process_group import Grid, make_grid
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.engines.train.update import Updater
 from rayrlhf.errors import UserError
@@ -41,6 +42,9 @@ class TrainEngine:
     """Scoring, updates and export of a trained model on one rank.
 
     Every rank of the role makes the same calls in the same order.
+
+    Attributes:
+        grid: this rank's place among the ranks.
     """
 
     def __init__(self, spec: TrainEngineSpec) -> None:
@@ -61,6 +65,9 @@ class TrainEngine:
         if network.check.layout != "packed":
             self._spec = spec = replace(spec, packing=False)
         self._network = network.to(self._device)
+        self.grid: Grid = make_grid(spec.sequence_parallel)
+        if self.grid.row_split is not None:
+            network.split_rows(self.grid.row_split, spec.model.path)
         optimizer = build_optimizer(self._network.parameters(), spec.train.optimizer, spec.learning_rate)
         self._backend = TRAIN_BACKENDS[spec.backend].wrap(self._network, optimizer, spec.train, resolve_dtype(spec.model.dtype))
         check = network.check
@@ -69,14 +76,15 @@ class TrainEngine:
                 f"train: {spec.train.sharding_label}: a {check.family} model computes samples one by one, and ranks that make "
                 "different numbers of forward passes would wait for each other; expected whole parameters on each rank"
             )
-        if not self._backend.shards_parameters:  # ZeRO-3 prefetches layers in one fixed order
+        # ZeRO-3 prefetches layers in one fixed order.
+        if not self._backend.shards_parameters and self.grid.row_split is None:
             _remember_frozen_layers(self._network, spec)
         # Recomputing activations needs training mode, which switches no dropout on: the network has none.
         self._network.train(spec.model.gradient_checkpointing)
         decay = spec.train.ema_decay if "lm" in spec.heads and torch.distributed.get_rank() == 0 else None
         self._average = MovingAverage(self._network, decay) if decay is not None else None
         self._arrived: float | None = None
-        self._updater = Updater(self._backend, spec, self._device, self._average)
+        self._updater = Updater(self._backend, spec, self._device, self.grid, self._average)
 
     @property
     def load_check(self) -> str:
@@ -116,7 +124,7 @@ class TrainEngine:
     ) -> list[TokenScores]:
         """Score sequences, in input order; `reference` disables the adapters.
 
-        All ranks pass the same sequences if `all_ranks_must_forward`.
+        All ranks pass the same sequences if `all_ranks_must_forward`, and ranks that share rows do always.
 
         Raises:
             ValueError: the network has no head for one of `outputs`, or no adapters to disable.
@@ -136,7 +144,7 @@ class TrainEngine:
     def update(self, batch: TrainingBatch, plan: UpdatePlan, objective: Objective) -> UpdateReport:
         """Take the plan's optimizer steps.
 
-        Every rank passes the same batch, plan and objective, and computes its share.
+        Every rank passes the same batch, plan and objective, and computes its share, or its columns of one.
 
         Raises:
             KeyError: the batch lacks an array of the objective.

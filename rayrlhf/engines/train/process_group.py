@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch.distributed
 
+from rayrlhf.models.sequence_parallel import RowSplit
+
 
 @dataclass(frozen=True, slots=True)
 class ProcessGroupSpec:
@@ -58,6 +60,36 @@ def join(spec: ProcessGroupSpec) -> None:
         world_size=spec.world_size,
         timeout=timedelta(seconds=spec.timeout_seconds),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Ranks of a world as (data_ranks, sequence parallel ranks), the latter consecutive.
+
+    Attributes:
+        data_rank: 0 .. data_ranks-1, the share of the samples that this rank's group computes.
+        data_ranks: number of shares.
+        row_split: columns of each row that this rank computes; None if groups have one rank.
+    """
+
+    data_rank: int
+    data_ranks: int
+    row_split: RowSplit | None = None
+
+
+def make_grid(sequence_parallel: int) -> Grid:
+    """Form the groups of `sequence_parallel` ranks that share rows; every rank of the world takes part.
+
+    Raises:
+        ValueError: it does not divide the ranks.
+    """
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if ranks % sequence_parallel:
+        raise ValueError(f"{ranks} ranks in groups of {sequence_parallel}")
+    if sequence_parallel == 1:
+        return Grid(rank, ranks)
+    group, _ = torch.distributed.new_subgroups(group_size=sequence_parallel)  # type: ignore[no-untyped-call]
+    return Grid(rank // sequence_parallel, ranks // sequence_parallel, RowSplit(group))
 
 
 def leave() -> None:

@@ -27,6 +27,7 @@ class TrainEngineSpec:
             this is not for PPO, whose first ratio must be exactly 1.
         head_bias: a new value head has a bias.
         noise_alpha: strength of NEFTune noise on the embeddings in updates; None adds none.
+        sequence_parallel: consecutive ranks that share each row; divides the ranks.
         backend: name in `TRAIN_BACKENDS` of `rayrlhf.engines.train.engine`.
     """
 
@@ -42,4 +43,5 @@ class TrainEngineSpec:
     targets_only: bool = False
     head_bias: bool = True
     noise_alpha: float | None = None
+    sequence_parallel: int = 1
     backend: str = "deepspeed"

@@ -23,6 +23,7 @@ from rayrlhf.engines.train.ema import MovingAverage
 from rayrlhf.engines.train.meter import UpdateMeter
 from rayrlhf.engines.train.optimizers import learning_rate_factor
 from rayrlhf.engines.train.plan import MicroBatch, UpdatePlan, UpdateReport, split_mini_batch
+from rayrlhf.engines.train.process_group import Grid
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.errors import AlarmError
 
@@ -36,7 +37,12 @@ class Updater:
     """
 
     def __init__(
-        self, backend: TrainBackend, spec: TrainEngineSpec, device: torch.device, average: MovingAverage | None = None
+        self,
+        backend: TrainBackend,
+        spec: TrainEngineSpec,
+        device: torch.device,
+        grid: Grid,
+        average: MovingAverage | None = None,
     ) -> None:
         self.optimizer_steps = 0
         self.average = average
@@ -45,7 +51,7 @@ class Updater:
         self._backend = backend
         self._spec = spec
         self._device = device
-        self._rank, self._ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self._grid, self._ranks = grid, torch.distributed.get_world_size()
 
     def run(self, batch: TrainingBatch, plan: UpdatePlan, objective: Objective) -> UpdateReport:
         """See `TrainEngine.update`."""
@@ -66,13 +72,13 @@ class Updater:
         shares = split_mini_batch(
             rows,
             batch.lengths,
-            self._ranks,
+            self._grid.data_ranks,
             self._spec.train,
             parity,
             group_size=batch.group_size,
             packing=self._spec.packing,
         )
-        micro_batches = shares[self._rank]
+        micro_batches = shares[self._grid.data_rank]
         whole_step = _counts(batch, rows, objective)
         for mask in objective.masks:
             if whole_step[mask] == 0:

@@ -14,7 +14,7 @@ from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.section import GIB
 from rayrlhf.models.logit_chunks import chunk_bytes
-from rayrlhf.ppo.run_models import models_of
+from rayrlhf.ppo.run_models import check_row_splits, models_of
 from rayrlhf.tools.launch.memory_plan import (
     FLOAT,
     Memory,
@@ -46,6 +46,7 @@ class RunPlan:
         sync: bytes that a weight sync sends to each node with a replica.
         cache_tokens: capacity of a replica's KV cache in tokens.
         longest: maximum tokens of prompt and response.
+        row_splits: ranks that share a row, by role in training.
     """
 
     nodes: NodeSection
@@ -55,6 +56,7 @@ class RunPlan:
     sync: int
     cache_tokens: int
     longest: int
+    row_splits: Mapping[Role, int]
 
     def lines(self) -> Iterator[str]:
         """Yield the plan as text."""
@@ -63,7 +65,9 @@ class RunPlan:
         yield f"cluster: {nodes.count} x ({nodes.cpus} CPUs, {nodes.main_memory_gib:g} GiB, {kind})"
         for role, memory in self.memory.items():
             mine = [place for place in self.places if place.role == role]
-            yield f"{role}: {len(mine)} x {memory.total / GIB:.1f} GiB ({memory.describe()}) on {_where(mine)}"
+            size = self.row_splits.get(role, 1)
+            shared = f", rows split over {size}" if size > 1 else ""
+            yield f"{role}: {len(mine)} x {memory.total / GIB:.1f} GiB ({memory.describe()}) on {_where(mine)}{shared}"
         sequences = self.cache_tokens // self.longest
         yield f"KV cache of a replica: {self.cache_tokens} tokens, {sequences} samples of {self.longest}"
         replicas = {place.node for place in self.places if place.role == "rollout"}
@@ -79,9 +83,11 @@ def plan_run(config: PPOConfig, nodes: NodeSection) -> RunPlan:
     """Plan a run without starting anything.
 
     Raises:
-        UserError: a model's configuration cannot be read, or the cluster has too few CPUs or GPUs for the placement.
+        UserError: a model's configuration cannot be read, its rows cannot be split, or the cluster has too few CPUs or GPUs for
+            the placement.
     """
     machine = ClusterResources((float(nodes.cpus),) * nodes.count, (float(nodes.gpus),) * nodes.count)
+    check_row_splits(config)
     resources = make_plan(config, machine)
     places = lay_out(resources, machine)
     shapes = {role: _shape(model) for role, model in models_of(config).items()}
@@ -97,7 +103,11 @@ def plan_run(config: PPOConfig, nodes: NodeSection) -> RunPlan:
     problems = [*_device_problems(places, memory, nodes), *_node_problems(places, memory, nodes)]
     if cache_tokens < longest:
         problems.append(f"a replica's KV cache holds {cache_tokens} tokens, one sample may have {longest}")
-    return RunPlan(nodes, places, memory, tuple(problems), sync, cache_tokens, longest)
+    splits: dict[Role, int] = {
+        "policy": config.placement.policy.sequence_parallel,
+        "critic": config.placement.critic.sequence_parallel,
+    }
+    return RunPlan(nodes, places, memory, tuple(problems), sync, cache_tokens, longest, splits)
 
 
 def learning_shapes(config: PPOConfig) -> dict[Role, ModelShape]:
@@ -170,17 +180,21 @@ def _memory(
     if role == "reference":
         memory = frozen_memory(shape, precision, tokens=max(train.score_batch_tokens, longest), gpu=gpu, chunk=chunk)
         return offloaded_between_turns(memory) if nodes.gpus and config.reference.offload else memory
-    samples = -(-config.mini_batch_size // ranks)
+    from rayrlhf.models.sequence_parallel import key_copies
+
+    placement = config.placement.policy if role == "policy" else config.placement.critic
+    size = placement.sequence_parallel
+    samples = -(-config.mini_batch_size // placement.data_ranks)
     if train.micro_batch_size is not None:
         tokens = min(train.micro_batch_size, samples) * longest
     else:
         tokens = min(max(train.micro_batch_tokens, longest), samples * longest)
     return train_memory(
-        shape,
+        replace(shape, key_value=shape.key_value * key_copies(*shape.heads, size)),
         train,
         precision,
         ranks=ranks,
-        tokens=tokens,
+        tokens=-(-tokens // size),
         checkpointing=model.gradient_checkpointing,
         language=role == "policy",
         states=0 if train.optimizer.name == "sgd" else 2,

@@ -23,6 +23,7 @@ class ModelShape:
         output: of the output layer, tied or not.
         trainable: all parameters, or those of the adapters.
         hidden: width of the residual stream.
+        heads: number of query heads, and of key heads.
         query: width of all query heads together.
         key_value: width of all key heads together (the values have the same).
         intermediate: width of the feed-forward layer.
@@ -37,6 +38,7 @@ class ModelShape:
     trainable: int
     layers: int
     hidden: int
+    heads: tuple[int, int]
     query: int
     key_value: int
     intermediate: int
@@ -81,6 +83,7 @@ def shape_of(network: PreTrainedModel, lora: LoraSection | None = None) -> Model
     linear = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear) and module is not head}
     parameters = sum(parameter.numel() for parameter in network.parameters())
     heads = text.num_attention_heads
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
     layers = int(text.num_hidden_layers)
     adapted = None if lora is None else {name: module for name, module in linear.items() if _is_adapted(name, lora, layers)}
@@ -93,8 +96,9 @@ def shape_of(network: PreTrainedModel, lora: LoraSection | None = None) -> Model
         else lora.rank * sum(module.in_features + module.out_features for module in adapted.values()),
         layers=layers,
         hidden=int(text.hidden_size),
+        heads=(heads, key_heads),
         query=heads * head_size,
-        key_value=(getattr(text, "num_key_value_heads", None) or heads) * head_size,
+        key_value=key_heads * head_size,
         intermediate=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
         vocabulary=int(text.vocab_size),
         context=int(getattr(text, "max_position_embeddings", None) or 2048),

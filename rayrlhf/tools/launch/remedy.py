@@ -18,6 +18,8 @@ from rayrlhf.tools.launch.memory_plan import FLOAT
 
 MAX_SETTINGS = 3
 """Maximum settings of a suggestion."""
+LONG = 8192
+"""Tokens of a response from which a suggestion may split rows over ranks; shorter rows fit into smaller micro-batches."""
 MAX_NODES = 64
 """Maximum nodes of a suggestion."""
 
@@ -88,6 +90,9 @@ def _options(config: PPOConfig, nodes: NodeSection) -> Iterator[tuple[str, ...]]
     for count in (2, 4, 8, 16, 32, 64):
         if config.placement.policy.ranks < count <= nodes.count * nodes.gpus:
             yield tuple(f"placement.{role}.ranks={count}" for role in ranks)
+    for size in (2, 4, 8):
+        if config.rollout.max_new_tokens >= LONG and config.placement.policy.sequence_parallel < size:
+            yield tuple(f"placement.{role}.sequence_parallel={size}" for role in ranks)
 
 
 def _adapted(config: PPOConfig, nodes: NodeSection) -> Iterator[tuple[str, ...]]:

@@ -33,6 +33,11 @@ def test_the_arithmetic_of_a_step_is_right(minimal):
             ["skipped: the reference model, because algorithm.kl.coefficient is 0"],
             "reference: ",
         ),
+        (
+            ["placement.policy={ranks: 4, sequence_parallel: 2}", "placement.reward.ranks=2"],
+            ["policy: builtin:tiny, 4 processes, rows split over 2, ZeRO stage 0", "reward: length x 1, 2 processes"],
+            "policy: builtin:tiny, 4 processes, Z",
+        ),
         (["model.lora.rank=4"], ["reference: the policy without its adapters"], "reference: builtin:tiny"),
         (["critic.kind=shared"], ["critic: a head on the policy's trunk"], "critic: builtin:tiny"),
         (["rollout.replicas=2", "rollout.tensor_parallel_size=4"], ["rollout: vllm, 2 replicas of 4 devices"], "vllm, 1"),

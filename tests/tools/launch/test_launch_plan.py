@@ -183,3 +183,33 @@ def test_members_that_wait_take_the_host_all_together_and_the_device_one_at_a_ti
     assert two.total == one.total
     assert two.by_turns == one.weights + one.activations
     assert two.host == 2 * one.host
+
+
+def test_ranks_that_share_rows_hold_their_part_of_the_activations(folder):
+    ranks = [f"placement.{role}.ranks=8" for role in ("policy", "critic", "reference")]
+    long = ["rollout.replicas=8", "rollout.max_new_tokens=3000", "train.mini_batch_size=64", *ranks]
+    whole = plan_run(ppo(folder / "7b", *long), EIGHT)
+    split = plan_run(ppo(folder / "7b", *long, "placement.policy.sequence_parallel=4"), EIGHT)
+    (line,) = (line for line in split.lines() if line.startswith("policy: "))
+    assert line.endswith("rows split over 4")
+    assert not any("rows split" in line for line in whole.lines())
+    assert split.memory["critic"] == whole.memory["critic"]
+    before, after = whole.memory["policy"], split.memory["policy"]
+    assert (after.weights, after.gradients, after.optimizer) == (before.weights, before.gradients, before.optimizer)
+    fixed = 2 * 32000 * 4096 + 3 * 24 * 2**20  # the output layer and chunks of logits, which rows do not change
+    assert (before.activations - fixed) / (after.activations - fixed) == pytest.approx(4, rel=1e-3)
+
+
+def test_a_plan_refuses_to_split_rows_that_a_model_needs_whole(folder):
+    windowed = write_model(folder / "windowed", LLAMA_7B | {"model_type": "mistral", "sliding_window": 512})
+    with pytest.raises(UserError, match=r"placement\.policy\.sequence_parallel 2: a mistral model .* has sliding-window"):
+        plan_run(ppo(windowed, "placement.policy={ranks: 2, sequence_parallel: 2}"), EIGHT)
+
+
+def test_long_rows_that_do_not_fit_are_split(folder):
+    config = ppo(
+        folder / "7b", DISAGGREGATED, "rollout.max_new_tokens=120000", "rollout.prompts_per_step=8", "train.zero_stage=3",
+        "model.gradient_checkpointing=true", "placement.policy.ranks=8", "placement.critic.ranks=8", "rollout.replicas=1",
+        "rollout.tensor_parallel_size=8",
+    )  # fmt: skip
+    assert "placement.policy.sequence_parallel=2" in advice(config, EIGHT)

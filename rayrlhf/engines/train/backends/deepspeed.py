@@ -92,7 +92,9 @@ class DeepSpeedBackend:
                 if parameter.grad is not None:
                     parameter.grad.zero_()
             else:
-                shape = getattr(parameter, "ds_shape", parameter.shape)
+                shape = parameter.shape
+                if self._stage == 3:  # the parts of all ranks, the last ones padded
+                    shape = torch.Size([parameter.ds_tensor.ds_numel * torch.distributed.get_world_size()])
                 safe_set_full_grad(parameter, torch.zeros(shape, dtype=torch.float32, device=self._engine.device))
 
     @contextmanager
