@@ -207,9 +207,12 @@ def test_a_plan_refuses_to_split_rows_that_a_model_needs_whole(folder):
 
 
 def test_long_rows_that_do_not_fit_are_split(folder):
+    long = write_model(folder / "long", LLAMA_7B | {"max_position_embeddings": 131072})
     config = ppo(
-        folder / "7b", DISAGGREGATED, "rollout.max_new_tokens=120000", "rollout.prompts_per_step=8", "train.zero_stage=3",
-        "model.gradient_checkpointing=true", "placement.policy.ranks=8", "placement.critic.ranks=8", "rollout.replicas=1",
-        "rollout.tensor_parallel_size=8",
+        long, DISAGGREGATED, "rollout.max_new_tokens=120000", "rollout.prompts_per_step=8", "train.zero_stage=3",
+        "train.offload_optimizer=true", "model.gradient_checkpointing=true", "placement.policy.ranks=8",
+        "placement.critic.ranks=8", "algorithm.kl.coefficient=0", "rollout.replicas=1", "rollout.tensor_parallel_size=8",
+        "train.micro_batch_tokens=256",
     )  # fmt: skip
-    assert "placement.policy.sequence_parallel=2" in advice(config, EIGHT)
+    split = "placement.policy.sequence_parallel=2 placement.critic.sequence_parallel=2"
+    assert advice(config, EIGHT) == f"smallest change that fits: {split}"
