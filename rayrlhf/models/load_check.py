@@ -16,6 +16,8 @@ from torch import Tensor
 
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PretrainedConfig, PreTrainedModel
+from rayrlhf.models.packed_attention import SegmentsError
+from rayrlhf.models.sequence_parallel import RowSplit, split_attention
 
 if TYPE_CHECKING:
     from rayrlhf.models.network import Network
@@ -108,7 +110,7 @@ def check_network(network: "Network", path: str) -> LoadCheck:
     samples = probe_tokens(int(text.vocab_size))
     padded = network.read(samples, "padded")
     if not network.has_lm_head:
-        return replace(check, layout="padded" if equal(padded, network.read(samples, "alone")) else "alone")
+        return replace(check, layout="padded" if _equal(padded, network.read(samples, "alone")) else "alone")
     own = torch.cat([model(input_ids=sample[None], use_cache=False).logits[0].float() for sample in samples])
     logits, gap = _match(own, _product(model, padded), samples, text)
     if gap > _allowed(own):
@@ -129,7 +131,24 @@ def packs(network: "Network") -> bool:
     text = network.model.config.get_text_config()
     if getattr(text, "attention_chunk_size", None) is not None:  # chunks count from the start of the row
         return False
-    return equal(network.read(samples, "packed"), network.read(samples, "padded"))
+    return _equal(network.read(samples, "packed"), network.read(samples, "padded"))
+
+
+@torch.no_grad()
+def splits(network: "Network", split: RowSplit) -> bool:
+    """Split a network's rows over ranks; return True if they compute what one computes.
+
+    Every rank of the group takes part.
+    """
+    device = next(network.parameters()).device
+    samples = [sample.to(device) for sample in probe_tokens(int(network.model.config.get_text_config().vocab_size))]
+    wanted = network.read(samples, "padded")
+    split_attention(network.trunk)
+    network.row_split = split
+    try:
+        return _equal(network.read(samples, "padded"), wanted) and _equal(network.read(samples, "packed"), wanted)
+    except SegmentsError:
+        return False
 
 
 @torch.no_grad()
@@ -145,7 +164,7 @@ def reads_embeddings(trunk: PreTrainedModel) -> bool:
         embedded = trunk(inputs_embeds=almost, use_cache=False).last_hidden_state
     except (TypeError, ValueError, AttributeError, RuntimeError):
         return False
-    return equal(embedded, trunk(input_ids=sample, use_cache=False).last_hidden_state)
+    return _equal(embedded, trunk(input_ids=sample, use_cache=False).last_hidden_state)
 
 
 def probe_tokens(vocabulary: int) -> list[Tensor]:
@@ -199,8 +218,7 @@ def _logprobs(logits: Tensor, samples: Sequence[Tensor]) -> Tensor:
     return torch.cat([part[:-1].gather(-1, sample[1:, None])[:, 0] for part, sample in zip(parts, samples, strict=True)])
 
 
-def equal(found: Tensor, wanted: Tensor) -> bool:
-    """Return True if hidden states of any shape differ by rounding only."""
+def _equal(found: Tensor, wanted: Tensor) -> bool:
     return bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
 
 
@@ -233,7 +251,7 @@ def check_training_mode(model: PreTrainedModel, path: str) -> None:
         output = model(input_ids=sample, use_cache=False)[0].float()
         gradients = torch.autograd.grad(output.square().mean(), trained, allow_unused=True)
         found.append([output.detach(), *(gradient for gradient in gradients if gradient is not None)])
-    if noisy or not all(equal(*both) for both in zip(found[1], found[0], strict=True)):
+    if noisy or not all(_equal(*both) for both in zip(found[1], found[0], strict=True)):
         raise UserError(
             f"model.gradient_checkpointing: a {model.config.model_type} model ({path}) computes something else in training "
             "mode, which recomputing activations needs; expected false"

@@ -26,15 +26,14 @@ from rayrlhf.models.load_check import (
     attention_on_cpu,
     check_network,
     check_training_mode,
-    equal,
     packs,
-    probe_tokens,
     reads_embeddings,
+    splits,
 )
 from rayrlhf.models.logprobs import logprobs_and_entropy
 from rayrlhf.models.lora import add_lora
 from rayrlhf.models.packed_attention import SegmentsError, attend_within_segments
-from rayrlhf.models.sequence_parallel import RowSplit, split_attention
+from rayrlhf.models.sequence_parallel import RowSplit
 from rayrlhf.models.value_head import HeadInit, ValueHead, find_head, make_head
 
 Head = Literal["lm", "value"]
@@ -172,7 +171,6 @@ class Network(nn.Module):
         if fits:
             self.check = replace(self.check, layout="packed")
 
-    @torch.no_grad()
     def split_rows(self, split: RowSplit, path: str) -> None:
         """Compute only this rank's columns of every row, and check that they are those of whole rows.
 
@@ -185,18 +183,9 @@ class Network(nn.Module):
         Raises:
             UserError: they are not.
         """
-        device = next(self.parameters()).device
-        samples = [sample.to(device) for sample in probe_tokens(int(self.model.config.get_text_config().vocab_size))]
-        wanted = self.read(samples, "padded")
-        fits = self.check.layout != "alone" and self.check.longest_together is None
-        if fits and (self._by_segments or attend_within_segments(self.trunk)):
-            split_attention(self.trunk)
-            self.row_split = split
-            try:
-                fits = equal(self.read(samples, "padded"), wanted) and equal(self.read(samples, "packed"), wanted)
-            except SegmentsError:
-                fits = False
-        if not fits or self.row_split is None:
+        apart = self.check.layout == "alone" or self.check.longest_together is not None
+        self._by_segments = self._by_segments or (not apart and attend_within_segments(self.trunk))
+        if apart or not self._by_segments or not splits(self, split):
             raise UserError(
                 f"sequence_parallel {split.size}: a {self.check.family} model ({path}) computes something else where ranks "
                 "share a row; expected 1"

@@ -1,4 +1,4 @@
-"""Checks of a model from its configuration alone: adapted layers and memory of its weights."""
+"""Checks of a model from its configuration alone: adapted layers, memory of its weights, rows that ranks can share."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -8,7 +8,7 @@ import torch
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.section import GIB
 from rayrlhf.errors import UserError
-from rayrlhf.library_types import PreTrainedModel
+from rayrlhf.library_types import PretrainedConfig, PreTrainedModel
 from rayrlhf.models.load import load_architecture
 from rayrlhf.models.lora import check_targets
 
@@ -69,6 +69,49 @@ def check_adapters(model: ModelSection) -> None:
     network = skeleton(model) if model.lora is not None else None
     if model.lora is not None and network is not None:
         check_targets(network, model.lora)
+
+
+def check_row_split(model: ModelSection, key: str, size: int) -> None:
+    """Check, before weights load, that a model's rows can be split over ranks.
+
+    Args:
+        model: the model.
+        key: of the setting, for the message.
+        size: its value; 1 splits nothing.
+
+    Raises:
+        UserError: they cannot be split.
+    """
+    if size == 1:
+        return
+    if model.attention != "sdpa":
+        raise UserError(f"{key} {size} with model.attention '{model.attention}': expected 'sdpa'")
+    network = skeleton(model)
+    obstacle = None if network is None else _obstacle(network, network.config.get_text_config())
+    if network is not None and obstacle is not None:
+        raise UserError(
+            f"{key} {size}: a {network.config.model_type} model ({model.path}) {obstacle}, which needs whole rows on a rank; "
+            "expected 1"
+        )
+
+
+def _obstacle(network: PreTrainedModel, text: PretrainedConfig) -> str | None:
+    """Return why the columns of a row cannot be computed on different ranks, or None."""
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if getattr(network, "_is_stateful", False) or kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
+        return "has linear attention or state-space layers"
+    windowed = getattr(text, "sliding_window", None) is not None or getattr(text, "attention_chunk_size", None) is not None
+    if windowed or kinds != {"full_attention"}:
+        return "has sliding-window attention"
+    rope = getattr(text, "rope_parameters", None) or {}
+    if {rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))} & {
+        "dynamic",
+        "longrope",
+    }:
+        return "has rotary frequencies that depend on the longest sample"
+    if not getattr(network, "_supports_attention_backend", False):
+        return "has an attention of its own"
+    return None
 
 
 def check_memory(parts: Mapping[str, int], limit: int, changes: Mapping[str, int]) -> None:

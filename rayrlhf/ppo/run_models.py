@@ -40,7 +40,7 @@ def check_row_splits(config: PPOConfig) -> None:
     Raises:
         UserError: see `check_row_split`.
     """
-    from rayrlhf.models.sequence_parallel import check_row_split
+    from rayrlhf.models.skeleton import check_row_split
 
     models = models_of(config)
     for role, placement in (("policy", config.placement.policy), ("critic", config.placement.critic)):

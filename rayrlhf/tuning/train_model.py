@@ -20,8 +20,7 @@ from rayrlhf.data.supervised.datasets import DatasetReport, SliceMapper, map_in_
 from rayrlhf.errors import ActorLostError, StoppedError, UserError
 from rayrlhf.models.export import check_reward_model
 from rayrlhf.models.load import load_architecture, load_tokenizer
-from rayrlhf.models.sequence_parallel import check_row_split
-from rayrlhf.models.skeleton import check_memory, least_training_bytes
+from rayrlhf.models.skeleton import check_memory, check_row_split, least_training_bytes
 from rayrlhf.models.start_check import check_configuration, check_tokens, describe_check
 from rayrlhf.observe.host_facts import read_model_checks
 from rayrlhf.observe.live import LiveView

@@ -6,7 +6,8 @@ from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.errors import UserError
-from rayrlhf.models.sequence_parallel import check_row_split, key_copies
+from rayrlhf.models.sequence_parallel import key_copies
+from rayrlhf.models.skeleton import check_row_split
 from tests.models.families import write_family
 
 SPLIT = "placement.policy={ranks: 4, sequence_parallel: 2}"

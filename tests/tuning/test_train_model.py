@@ -93,6 +93,14 @@ def test_two_workers_and_packed_rows_have_the_loss_curve_of_one_worker(one_worke
     assert both.metrics["evaluation/loss"] == pytest.approx(alone.metrics["evaluation/loss"], abs=CURVE_TOLERANCE)
 
 
+@pytest.mark.slow
+def test_workers_that_share_rows_take_the_steps_of_one(one_worker, tmp_path):
+    _, alone = one_worker
+    split = train_sft(sft_config(tmp_path, "workers={count: 2, sequence_parallel: 2, cpus: 1}", "train.zero_stage=3"))
+    np.testing.assert_allclose(losses(split.folder), losses(alone.folder), rtol=0, atol=CURVE_TOLERANCE)
+    assert split.metrics["evaluation/loss"] == pytest.approx(alone.metrics["evaluation/loss"], abs=CURVE_TOLERANCE)
+
+
 def test_a_reward_model_is_exported_with_its_statistics_and_format_and_scores_as_a_classifier(tmp_path):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
