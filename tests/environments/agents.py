@@ -1,6 +1,7 @@
 """Agents for tests: over real HTTP, as an agent that knows nothing of training would ask."""
 
 import asyncio
+import contextlib
 import json
 import sys
 import threading
@@ -134,3 +135,13 @@ def refused_late(endpoint):
         ask(endpoint, [{"role": "user", "content": "two"}])
     except httpx.HTTPError:
         return
+
+
+def giving_up(prompt, endpoint):
+    """Gives a request up, and asks the same again."""
+    messages = [{"role": "user", "content": "one"}]
+    client = httpx.Client(verify=False, timeout=0.3, headers={"Authorization": f"Bearer {endpoint.api_key}"})
+    with client, contextlib.suppress(httpx.ReadTimeout):
+        client.post(f"{endpoint.base_url}/chat/completions", json={"messages": messages})
+    ask(endpoint, messages)
+    return 1.0

@@ -20,10 +20,10 @@ from rayrlhf.data.records import Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import turn_seed
 from rayrlhf.engines.rollout.base import RolloutEngine
 from rayrlhf.environments.agent import Agent, AgentLoop, Endpoint, run_agent
-from rayrlhf.environments.chat_server import MODEL, Call, ChatServer, Refusal
 from rayrlhf.environments.chat_tokens import ChatTokens
+from rayrlhf.environments.endpoint.server import MODEL, Call, ChatServer, Refusal
 from rayrlhf.environments.environment_loop import error_line
-from rayrlhf.environments.players.agent_session import Segment, Session, complete, refuse
+from rayrlhf.environments.players.agent_session import Segment, Session, complete, refuse, resolve
 from rayrlhf.environments.players.base import Player
 from rayrlhf.environments.transcript import failed_rollout
 from rayrlhf.errors import UserError
@@ -201,7 +201,7 @@ class AgentPlayer(Player):
             segment, limit = session.turn(call, self._chat)
         except Refusal as refusal:
             session.since = time.monotonic()
-            call.reply.set_exception(refusal)
+            resolve(call, refusal)
             return
         context = np.concatenate([segment.transcript.token_ids, segment.observation])
         seed = turn_seed(session.request.seed, session.turns)
@@ -210,7 +210,7 @@ class AgentPlayer(Player):
             self._engine.submit([RolloutRequest(key, context, seed)], temperature=temperature, max_new_tokens=limit)
         except UserError as error:  # The model's context is full.
             segment.call = None
-            call.reply.set_exception(session.full(error))
+            resolve(call, session.full(error))
             return
         session.count_turn(segment)
         self._sampling[key] = (session, segment, self.version)

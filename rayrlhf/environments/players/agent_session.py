@@ -5,7 +5,8 @@ starts a new segment: another conversation, or the same one rewritten. All segme
 """
 
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Any, Literal
@@ -14,8 +15,8 @@ import numpy as np
 
 from rayrlhf.data.messages import Message
 from rayrlhf.data.records import SEGMENT_STRIDE, Int32, Rollout, RolloutRequest
-from rayrlhf.environments.chat_server import Call, Completion, Refusal
 from rayrlhf.environments.chat_tokens import ChatTokens, continues
+from rayrlhf.environments.endpoint.server import Call, Completion, Refusal
 from rayrlhf.environments.transcript import Transcript
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import Tokenizer
@@ -148,15 +149,26 @@ def complete(segment: Segment, turn: Rollout, version: int) -> None:
     call = segment.call
     if call is None:
         raise ValueError("the segment has no waiting request")
-    segment.transcript.append_observation(segment.observation, version)
+    observation = segment.observation
+    segment.call, segment.observation = None, np.zeros(0, np.int32)
+    if call.reply.cancelled():
+        return  # The agent is not waiting any more: the completion has no part in what follows.
+    segment.transcript.append_observation(observation, version)
     segment.transcript.append_turn(turn)
     segment.messages = [*call.messages, {"role": "assistant", "content": turn.text}]
-    segment.call, segment.observation = None, np.zeros(0, np.int32)
-    call.reply.set_result(Completion(turn.text, turn.finish_reason, len(turn.prompt_ids), len(turn.response_ids)))
+    resolve(call, Completion(turn.text, turn.finish_reason, len(turn.prompt_ids), len(turn.response_ids)))
 
 
 def refuse(calls: Sequence[Call], message: str) -> None:
     """Refuse requests of a session that is over."""
     for call in calls:
-        if not call.reply.done():
-            call.reply.set_exception(Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "session_over", message))
+        resolve(call, Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "session_over", message))
+
+
+def resolve(call: Call, result: Completion | Refusal) -> None:
+    """End a request's wait; no effect if its client is gone."""
+    with suppress(InvalidStateError):
+        if isinstance(result, Refusal):
+            call.reply.set_exception(result)
+        else:
+            call.reply.set_result(result)

@@ -1,8 +1,10 @@
 """Samples played by agents over HTTP: tokens pass untouched, limits, failures and stretches follow the documented rules."""
 
+import asyncio
 import os
 import re
 import sys
+import threading
 import time
 
 import httpx
@@ -191,6 +193,23 @@ def test_an_answer_that_nobody_waited_for_is_not_learned_from():
     assert rollout.extra_segments == ()
 
 
+def test_a_completion_whose_client_is_gone_is_left_out():
+    engine, scripted = engine_of([[*ids("a"), END], [*ids("b"), END]], "giving_up")
+    slow = scripted.poll
+
+    def poll(minimum, seconds=None):
+        time.sleep(1.0 if len(scripted.asked) == 1 else 0)
+        return slow(minimum, seconds)
+
+    scripted.poll = poll
+    engine.submit([request()], temperature=1.0, max_new_tokens=50)
+    (rollout,) = engine.poll(1)
+    engine.close()
+    assert len(scripted.asked) == 2
+    assert rollout.response_ids.tolist() == [*ids("b"), END]
+    assert rollout.extra_segments == ()
+
+
 def test_in_lockstep_every_batch_has_a_turn_of_every_agent_in_the_order_of_the_samples():
     engine, scripted = engine_of([[*ids("a"), END]] * 6, "waiting", lockstep=True)
     batches, plain = [], scripted.poll
@@ -296,6 +315,30 @@ def test_what_is_not_served_is_refused_by_name(open_session, path, fields, key, 
     response = httpx.post(f"{url}/{path}", json=GOOD | fields, headers={"Authorization": f"Bearer {key or token}"})
     assert response.status_code == status
     assert response.json()["error"]["code"] == code
+
+
+def test_a_huge_body_is_refused_before_it_is_read(open_session):
+    url, token = open_session
+    body = b" " * (9 * 2**20)
+    response = httpx.post(f"{url}/chat/completions", content=body, headers={"Authorization": f"Bearer {token}"})
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "too_long")
+
+
+def test_hundreds_of_waiting_requests_need_no_thread_each(open_session):
+    url, token = open_session
+
+    async def ask_often():
+        limits = httpx.Limits(max_connections=300)
+        async with httpx.AsyncClient(limits=limits, verify=False, headers={"Authorization": f"Bearer {token}"}) as client:
+            asked = [asyncio.ensure_future(client.post(f"{url}/chat/completions", json=GOOD)) for _ in range(200)]
+            await asyncio.sleep(1.0)
+            threads = threading.active_count()
+            for one in asked:
+                one.cancel()
+            return threads
+
+    before = threading.active_count()
+    assert asyncio.run(ask_often()) <= before + 5
 
 
 def test_a_body_that_is_no_json_is_refused_and_the_model_is_listed(open_session):

@@ -2,22 +2,29 @@
 
 It listens on the loopback address only. A session is identified by its bearer token; a request without the token of an open
 session is refused. Every request becomes a `Call` in a queue. The player takes it from there and resolves it with a completion
-or a refusal, while the request waits in its own thread. Agents cannot set sampling parameters: temperature and the like belong
-to the run, since trainer and rollout engine must agree. Options that would change the returned text (streams, several choices,
-tools, other stop strings) are refused by name instead of being ignored.
+or a refusal, while the request waits in the server's event loop. Agents cannot set sampling parameters: temperature and the
+like belong to the run, since trainer and rollout engine must agree. Options that would change the returned text (streams,
+several choices, tools, other stop strings) are refused by name instead of being ignored.
 """
 
+import asyncio
 import json
 import queue
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from rayrlhf.data.messages import Message
 from rayrlhf.data.templates import check_turns
@@ -28,6 +35,12 @@ MODEL = "policy"
 """Name of the only model; requests may give any."""
 MAX_BYTES = 8 * 2**20
 """Maximum size of a request."""
+BACKLOG = 2048
+"""Connections that may wait to be accepted."""
+CLOSE_SECONDS = 5.0
+"""Maximum wait for the end of the server's thread."""
+KEEP_ALIVE_SECONDS = 600
+"""Time for which an idle connection stays open. Clients reuse connections, and a closed one would fail a request."""
 
 
 class Refusal(Exception):
@@ -70,6 +83,8 @@ class Call:
 class ChatServer:
     """HTTP server that accepts requests from its creation until `close`.
 
+    All requests wait in one event loop, in a thread of its own.
+
     Attributes:
         calls: incoming requests, in order; the player adds its own events.
         url: base address for clients.
@@ -82,10 +97,31 @@ class ChatServer:
         self.calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.stop = frozenset(stop)
         self._open: set[str] = set()
-        self._http = _Server((LOOPBACK, 0), _Handler)
-        self._http.chat = self
-        self.url = f"http://{LOOPBACK}:{self._http.server_port}/v1"
-        threading.Thread(target=self._http.serve_forever, args=(0.1,), name="chat", daemon=True).start()
+        self._socket = socket.create_server((LOOPBACK, 0), backlog=BACKLOG)
+        self.url = f"http://{LOOPBACK}:{self._socket.getsockname()[1]}/v1"
+        application = Starlette(
+            routes=[
+                Route("/v1/models", self._models, methods=["GET"]),
+                Route("/v1/chat/completions", self._complete, methods=["POST"]),
+            ],
+            exception_handlers={Refusal: _refuse, 404: _not_found, 405: _not_found, ClientDisconnect: _gone},
+        )
+        self._http = uvicorn.Server(
+            uvicorn.Config(
+                application,
+                lifespan="off",
+                loop="asyncio",
+                log_config=None,
+                log_level="critical",
+                access_log=False,
+                server_header=False,
+                date_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=1,
+            )
+        )
+        self._thread = threading.Thread(target=self._http.run, args=([self._socket],), name="chat", daemon=True)
+        self._thread.start()
 
     def admit(self) -> str:
         """Open a session; returns its bearer token."""
@@ -97,88 +133,79 @@ class ChatServer:
         """Close a session: refuse its further requests."""
         self._open.discard(token)
 
-    def is_open(self, token: str) -> bool:
-        """Return True if the token belongs to an open session."""
-        return token in self._open
-
     def close(self) -> None:
         """Stop listening."""
         self._open.clear()
-        self._http.shutdown()
-        self._http.server_close()
+        self._http.should_exit = True
+        self._thread.join(CLOSE_SECONDS)
 
+    async def _models(self, request: Request) -> Response:
+        self._session(request)
+        return _response({"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "rayrlhf"}]})
 
-class _Server(ThreadingHTTPServer):
-    chat: ChatServer
-    daemon_threads = True
-    request_queue_size = 1024
+    async def _complete(self, request: Request) -> Response:
+        body = await _body(request)
+        call = read_call(self._session(request), body, self.stop)
+        self.calls.put(call)
+        return _response(_completion(await _reply(request, call)))
 
-
-class _Handler(BaseHTTPRequestHandler):
-    """Handler of `POST /v1/chat/completions` and `GET /v1/models`."""
-
-    server: _Server
-    server_version, sys_version = "rayrlhf", ""
-    protocol_version = "HTTP/1.1"
-    timeout = 600
-
-    def do_GET(self) -> None:
-        """List the model."""
-        try:
-            self._session()
-            self._routed("/v1/models")
-            self._send(HTTPStatus.OK, {"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "rayrlhf"}]})
-        except Refusal as refusal:
-            self._refuse(refusal)
-
-    def do_POST(self) -> None:
-        """Complete a conversation."""
-        try:
-            body = self._body()
-            token = self._session()
-            self._routed("/v1/chat/completions")
-            call = read_call(token, body, self.server.chat.stop)
-            self.server.chat.calls.put(call)
-            self._send(HTTPStatus.OK, _completion(call.reply.result()))
-        except Refusal as refusal:
-            self._refuse(refusal)
-        except (BrokenPipeError, ConnectionResetError):  # the agent disconnected
-            self.close_connection = True
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Log nothing."""
-
-    def _session(self) -> str:
-        kind, _, token = self.headers.get("Authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not self.server.chat.is_open(token):
+    def _session(self, request: Request) -> str:
+        kind, _, token = request.headers.get("Authorization", "").partition(" ")
+        if kind.lower() != "bearer" or token not in self._open:
             raise Refusal(HTTPStatus.UNAUTHORIZED, "invalid_api_key", "the bearer token belongs to no open session")
         return token
 
-    def _routed(self, path: str) -> None:
-        if self.path.partition("?")[0].rstrip("/") != path:
-            raise Refusal(HTTPStatus.NOT_FOUND, "not_found", f"expected /v1/chat/completions or /v1/models, found {self.path}")
 
-    def _body(self) -> bytes:
-        """Read the whole request even if it is refused: the connection is reused."""
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > MAX_BYTES:
-            self.close_connection = True
-            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_long", f"expected Content-Length up to {MAX_BYTES}")
-        return self.rfile.read(int(length))
+async def _body(request: Request) -> bytes:
+    """Read a request up to the maximum size."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BYTES:
+            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_long", f"expected a request up to {MAX_BYTES} bytes")
+        parts.append(part)
+    return b"".join(parts)
 
-    def _refuse(self, refusal: Refusal) -> None:
-        error = {"message": str(refusal), "type": "invalid_request_error", "code": refusal.code, "param": None}
-        self._send(refusal.status, {"error": error})
 
-    def _send(self, status: HTTPStatus, content: dict[str, Any]) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        # Clients retry after 5xx, but a refusal is final.
-        self.send_header("x-should-retry", "false")
-        self.end_headers()
-        self.wfile.write(body)
+async def _reply(request: Request, call: Call) -> Completion:
+    """Wait for the completion, which is cancelled if the client disconnects."""
+    reply = asyncio.wrap_future(call.reply)
+    gone = asyncio.ensure_future(_disconnection(request))
+    waits: set[asyncio.Future[Any]] = {reply, gone}
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if not reply.done():
+            reply.cancel()
+            raise ClientDisconnect
+        return reply.result()
+    finally:
+        gone.cancel()
+
+
+async def _disconnection(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _response(content: dict[str, Any], status: int = HTTPStatus.OK) -> Response:
+    # Clients retry after 5xx, but a refusal is final.
+    return JSONResponse(content, status, {"x-should-retry": "false"})
+
+
+async def _refuse(request: Request, refusal: Exception) -> Response:
+    assert isinstance(refusal, Refusal)
+    error = {"message": str(refusal), "type": "invalid_request_error", "code": refusal.code, "param": None}
+    return _response({"error": error}, refusal.status)
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    message = f"expected /v1/chat/completions or /v1/models, found {request.url.path}"
+    return await _refuse(request, Refusal(HTTPStatus.NOT_FOUND, "not_found", message))
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    """Return a response that no client reads."""
+    return Response(status_code=HTTPStatus.BAD_REQUEST)
 
 
 def read_call(token: str, body: bytes, stop: Collection[str] = ()) -> Call:
