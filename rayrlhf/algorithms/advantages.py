@@ -37,7 +37,7 @@ class GroupMoments(NamedTuple):
     """Moments of each response's group, all float64 [B].
 
     Attributes:
-        size: number of known rewards.
+        size: number of known rewards, or sum of their votes.
         mean: their mean; NaN where none is known.
         std: their unbiased standard deviation; NaN where fewer than two are known.
     """
@@ -47,24 +47,25 @@ class GroupMoments(NamedTuple):
     std: Tensor
 
 
-def group_moments(rewards: Tensor, groups: Tensor) -> GroupMoments:
+def group_moments(rewards: Tensor, groups: Tensor, votes: Tensor | None = None) -> GroupMoments:
     """Return moments over the responses with the same group number.
 
     Args:
         rewards: float [B], NaN for a response that failed.
         groups: int64 [B], in any order.
+        votes: float [B], weight of each response; None for 1 each.
     """
     _, index = torch.unique(groups, return_inverse=True)
-    known = ~rewards.isnan()
-    values = torch.where(known, rewards.double(), 0.0)
+    known = (~rewards.isnan()).double() if votes is None else torch.where(rewards.isnan(), 0.0, votes.double())
+    values = torch.where(known > 0, rewards.double(), 0.0)
 
     def total(parts: Tensor) -> Tensor:
         sums = torch.zeros(int(index.max()) + 1, dtype=torch.float64, device=rewards.device)
         return sums.index_add(0, index, parts.double())[index]
 
-    size = total(known)
-    mean = total(values) / torch.where(size > 0, size, torch.nan)
-    squares = total(torch.where(known, (values - mean).square(), 0.0))
+    size = total(known).mul(2**20).round() / 2**20  # thirds of a vote add up to 1
+    mean = total(known * values) / torch.where(size > 0, size, torch.nan)
+    squares = total(known * torch.where(known > 0, (values - mean).square(), 0.0))
     return GroupMoments(size, mean, (squares / torch.where(size > 1, size - 1, torch.nan)).sqrt())
 
 
@@ -101,7 +102,7 @@ def grpo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_ma
     noise alone. `gamma` and `lam` have no effect.
     """
     rewards = inputs.sequence_rewards
-    moments = group_moments(rewards, inputs.groups)
+    moments = group_moments(rewards, inputs.groups, inputs.votes)
     return Advantages(inputs.broadcast(known_or_zero((rewards - moments.mean) / (moments.std + EPSILON))), None)
 
 
@@ -111,7 +112,7 @@ def dr_grpo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip
     `gamma` and `lam` have no effect.
     """
     rewards = inputs.sequence_rewards
-    advantages = rewards - group_moments(rewards, inputs.groups).mean
+    advantages = rewards - group_moments(rewards, inputs.groups, inputs.votes).mean
     # A group with one known response is compared with itself, which gives 0, as required.
     return Advantages(inputs.broadcast(known_or_zero(advantages)), None)
 
@@ -123,7 +124,7 @@ def rloo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_ma
     `RLOOTrainer`.
     """
     rewards = inputs.sequence_rewards
-    size, mean, _ = group_moments(rewards, inputs.groups)
+    size, mean, _ = group_moments(rewards, inputs.groups, inputs.votes)
     others = torch.where(size > 1, size - 1, torch.nan)
     return Advantages(inputs.broadcast(known_or_zero((rewards - mean) * size / others)), None)
 
@@ -154,7 +155,7 @@ def group_baseline_estimator(inputs: AdvantageInputs, *, gamma: float, lam: floa
     mean. `lam` has no effect.
     """
     to_go = rewards_to_go(inputs, gamma=gamma, skip_masked=skip_masked)
-    size, mean, _ = group_moments(inputs.scores, inputs.groups)
+    size, mean, _ = group_moments(inputs.scores, inputs.groups, inputs.votes)
     baseline = torch.where(size > 1, mean, torch.nan).to(to_go.dtype)
     return Advantages(zero_masked(known_or_zero(to_go - baseline[:, None]), inputs.mask), None)
 

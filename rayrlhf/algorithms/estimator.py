@@ -25,6 +25,8 @@ class AdvantageInputs:
         value_mask: bool [B, T], the action mask plus the slot of the score.
         values: float [B, T], the critic's; None without a critic.
         baselines: float [B], shaped score of the greedy response to the same prompt; None unless the estimator reads it.
+        votes: float [B], weight of each response in its group's moments; those of the parts of one sample add up to 1. None
+            for 1 each.
     """
 
     rewards: Tensor
@@ -34,6 +36,7 @@ class AdvantageInputs:
     value_mask: Tensor
     values: Tensor | None
     baselines: Tensor | None = None
+    votes: Tensor | None = None
 
     @property
     def sequence_rewards(self) -> Tensor:

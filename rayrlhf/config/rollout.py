@@ -99,6 +99,9 @@ class EnvironmentSection(Section):
     """Number of failed samples in a step that do not stop the run, also above `max_failed_share`, unless all samples failed."""
     credit: Literal["turn", "episode"] = "turn"
     """Position of the environment's rewards. `turn`: each at the last token of its turn. `episode`: their sum at the end."""
+    votes: Literal["sample", "segment"] = "sample"
+    """Votes in the group baselines of GRPO, RLOO and the like. `sample`: one per sample, shared by the segments of an agent's
+    sample, so that one with many branches does not outweigh the others. `segment`: one per segment."""
     template: str = "{observation}"
     """Text around an observation in the response; for chat models the end of one turn and the start of the next. No effect on
     agents, whose messages use the chat template."""
@@ -169,6 +172,11 @@ class RolloutSection(Section):
                 )
         return stop
 
+    tool_parser: str = "auto"
+    """vLLM's parser of tool calls for agents, such as `hermes`. `auto` chooses by the chat template."""
+    reasoning_parser: str = "auto"
+    """vLLM's parser of reasoning for agents, such as `qwen3`. `auto` chooses by the chat template; `none` leaves reasoning in
+    the text."""
     max_model_length: int | None = Field(None, ge=2)
     """Maximum tokens of prompt and response together. Default: the model's context."""
     max_concurrent: int = Field(256, ge=1)

@@ -115,6 +115,8 @@ class RolloutRequest(Record):
     seed: int
     prompt: Prompt | None = None
     """The whole prompt, for environments."""
+    stop: tuple[str, ...] = ()
+    """Stop strings besides those of the rollout engine."""
 
 
 @dataclass(frozen=True, slots=True)

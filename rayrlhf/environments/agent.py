@@ -6,7 +6,7 @@
 Completions requested from `endpoint` are sampled from the policy and trained on. The agent `program` runs a command. Agents run
 in the rollout actor's process with its permissions; do not run untrusted code here.
 
-A client that times out and repeats a request starts another conversation. Clients should wait and not retry: with OpenAI's,
+A completion whose client has disconnected is left out of the sample. Clients should wait and not retry: with OpenAI's,
 `max_retries=0` and a long `timeout`.
 """
 
@@ -33,7 +33,7 @@ class Endpoint:
     """Address of the policy for an agent.
 
     Attributes:
-        base_url: URL of an OpenAI-compatible API on this machine.
+        base_url: URL of an OpenAI-compatible API on this machine, ending in `/v1`. Anthropic's clients expect it without that.
         api_key: bearer token of the session; unique per sample and valid until the agent ends.
         model: model name for requests.
         seed: seed for the agent's random numbers; differs from sample to sample.
@@ -87,9 +87,9 @@ async def _in_thread(agent: Agent, prompt: Prompt, endpoint: Endpoint) -> Any:
 async def program(prompt: Prompt, endpoint: Endpoint, command: Sequence[str]) -> float:
     """Run a command as an agent; its last printed line is the reward.
 
-    Its environment has `OPENAI_BASE_URL`, `OPENAI_API_KEY` and `OPENAI_MODEL`, which OpenAI's clients read. Its standard input
-    has one line of JSON: `prompt`, `columns` of the dataset's row, and `seed`. The process and its children are killed at the
-    end of the sample.
+    Its environment has `OPENAI_BASE_URL`, `OPENAI_API_KEY` and `OPENAI_MODEL`, which OpenAI's clients read, and the same for
+    Anthropic's. Its standard input has one line of JSON: `prompt`, `columns` of the dataset's row, and `seed`. The process and
+    its children are killed at the end of the sample.
 
     Raises:
         RuntimeError: the exit code is not 0, or the last line is not a number.
@@ -98,6 +98,9 @@ async def program(prompt: Prompt, endpoint: Endpoint, command: Sequence[str]) ->
         "OPENAI_BASE_URL": endpoint.base_url,
         "OPENAI_API_KEY": endpoint.api_key,
         "OPENAI_MODEL": endpoint.model,
+        "ANTHROPIC_BASE_URL": endpoint.base_url.removesuffix("/v1"),
+        "ANTHROPIC_API_KEY": endpoint.api_key,
+        "ANTHROPIC_MODEL": endpoint.model,
         "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1"])),
     }
     task = {"prompt": prompt.text, "columns": prompt.columns, "seed": endpoint.seed}

@@ -2,51 +2,133 @@
 
 A chat client sends the whole conversation with every request. The first request is rendered by the chat template and encoded. A
 later one that continues after a completion is not encoded again; only the text after the completion is (its end, the new
-messages, the header of the next completion). Templates that rewrite earlier messages, for example to drop reasoning, allow no
-continuation; such a request starts a new segment.
+messages, the header of the next completion). That text is found by rendering the conversation with a mark in place of the
+completion, so blanks, the order of JSON keys and a second tool call in it have no effect. Templates that rewrite earlier
+messages, or drop a completion's reasoning, allow no continuation; such a request starts a new segment.
 """
 
-from collections.abc import Sequence
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from os.path import commonprefix
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rayrlhf.data.messages import Message
 from rayrlhf.data.records import Int32
-from rayrlhf.data.templates import render, require_chat_template
+from rayrlhf.data.templates import REASONING, render, require_chat_template
+from rayrlhf.errors import UserError
 from rayrlhf.library_types import Tokenizer
 
-_MARK = "\u2402answer\u2403"
-"""Placeholder of a completion to find the template's end of one; no template contains it."""
+_NAME = "probe_tool"
+PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _NAME,
+        "description": "probe",
+        "parameters": {"type": "object", "properties": {"value": {"type": "string"}}, "required": ["value"]},
+    },
+}
+"""Tool for checks of templates and parsers."""
+_QUESTION = {"role": "user", "content": "question"}
+
+
+class Opening(NamedTuple):
+    """Text of a conversation up to a completion.
+
+    Attributes:
+        text: with the header of the completion.
+        base: without what the template writes only before a completion.
+    """
+
+    text: str
+    base: str
 
 
 class ChatTokens:
-    """Encoder of conversations with one tokenizer's chat template."""
+    """Encoder of conversations with one tokenizer's chat template.
+
+    Attributes:
+        writes_tools: the template writes tools and tool calls.
+        parallel: it writes several calls of one answer.
+        reasoning_key: key of a message from which the template reads reasoning; None if it reads none.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Find the text with which the template ends a completion.
+        """Probe the template.
 
         Raises:
             UserError: the tokenizer has no chat template, or the template refuses a question with an answer.
         """
         require_chat_template(tokenizer)
         self._tokenizer = tokenizer
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _MARK}]
-        self._end = self._rendered(turns, whole=True).rpartition(_MARK)[2]
+        # Drawn per process, so that no text of an agent contains it.
+        self._mark = f"mark{secrets.token_hex(12)}"
+        self.special_ids = frozenset(tokenizer.all_special_ids) | {
+            index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        self._specials = [text for index in self.special_ids if (text := tokenizer.decode([index]))]
+        self._as_text = False
+        answer = {"role": "assistant", "content": "answer"}
+        self._render([_QUESTION, answer], {}, whole=True)
+        self.reasoning_key = next((key for key in REASONING if self._writes(answer | {key: self._mark})), None)
+        self.writes_tools, self.parallel, self._call_rest, self._call_end = False, False, "", ""
+        for self._as_text in (False, True):
+            probe = self.probe(self._mark)
+            if probe is not None and self._mark in probe:
+                self.writes_tools, rest = True, probe.rpartition(self._mark)[2]
+                at = max((rest.rfind(special) for special in self._specials), default=-1)
+                self._call_rest, self._call_end = (rest[:at], rest[at:]) if at >= 0 else (rest, "")
+                both = answer | {"content": "", "tool_calls": [_call(_NAME, "first"), _call(_NAME, self._mark)]}
+                self.parallel = self._writes(both)
+                break
 
-    def opening(self, messages: list[Message]) -> Int32:
-        """Return the tokens of a conversation up to the next completion, int32 [P].
+    def probe(self, value: str) -> str | None:
+        """Return the text of an answer with one call of `PROBE_TOOL`.
+
+        Args:
+            value: its argument.
+
+        Returns:
+            None if the template writes no tools.
+        """
+        options = {"tools": [PROBE_TOOL]}
+        answer = self._marked({"role": "assistant", "content": "", "tool_calls": [_call(_NAME, value)]}, value)
+        try:
+            start = self._render([_QUESTION], options, whole=False)
+            text = self._render([_QUESTION, answer], options, whole=True)
+        except UserError:
+            return None
+        return text[len(_common(start, text)) :] if _NAME in start else None
+
+    def opening(self, messages: Sequence[Message], options: Mapping[str, Any]) -> Opening:
+        """Return the text of a conversation up to the next completion.
+
+        Args:
+            options: arguments of the template: `tools` and others.
 
         Raises:
             UserError: the template refuses it.
         """
-        return self._encoded(self._rendered(messages, whole=False))
+        text = self._render(messages, options, whole=False)
+        return Opening(text, _common(text, self._render(messages, options, whole=True)))
 
-    def between(self, messages: list[Message], answered: int, last_token: int) -> Int32 | None:
+    def between(
+        self,
+        before: Opening,
+        answered: Sequence[Message],
+        new: Sequence[Message],
+        options: Mapping[str, Any],
+        last_token: int | None,
+    ) -> Int32 | None:
         """Return the tokens between a completion and the next one, int32 [N].
 
         Args:
-            answered: number of messages up to and including the sampled completion.
-            last_token: last token of the completion; if it is the template's end of a completion, it is not repeated.
+            before: the text that the completion continues.
+            answered: messages up to and including the completion.
+            new: messages after it.
+            last_token: token that ended the completion, not repeated if the template writes it; None if it was cut.
 
         Returns:
             None if the template now renders the earlier messages differently.
@@ -54,28 +136,137 @@ class ChatTokens:
         Raises:
             UserError: the template refuses the conversation.
         """
-        before = self._rendered(messages[:answered], whole=True)
-        now = self._rendered(messages, whole=False)
-        if not (before.endswith(self._end) and now.startswith(before)):
+        answer = answered[-1]
+        now = self._render([*answered[:-1], self._marked(answer, self._mark), *new], options, whole=False)
+        if not now.startswith(before.base) or self._mark not in now:
             return None
-        last = self._tokenizer.decode([last_token])
-        end = self._end[len(last) :] if self._end.startswith(last) else self._end
-        return self._encoded(end + now[len(before) :])
+        reasoning = next((str(answer[key]).strip() for key in REASONING if answer.get(key)), "")
+        if reasoning and reasoning not in now[len(before.base) :]:
+            return None
+        tail = now.rpartition(self._mark)[2]
+        if answer.get("tool_calls"):
+            at = tail.find(self._call_end, 0 if self._call_end else len(self._call_rest))
+            if at < 0 or not (self._call_end or tail.startswith(self._call_rest)):
+                return None
+            tail = tail[at:]
+        elif "</think>" in answer["content"]:  # Reasoning that no parser took out: some templates drop it.
+            plain = self._render([*answered, *new], options, whole=False)
+            if answer["content"].strip() not in plain[len(before.base) :]:
+                return None
+        ended = "" if last_token is None else self._tokenizer.decode([last_token])
+        return self.encode(tail[len(ended) :] if tail.startswith(ended) else tail)
 
-    def _rendered(self, messages: list[Message], *, whole: bool) -> str:
-        return render(self._tokenizer, [messages], ["an agent's messages"], whole=whole)[0]
-
-    def _encoded(self, text: str) -> Int32:
+    def encode(self, text: str) -> Int32:
+        """Return the tokens of a rendered text, int32 [N]."""
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), np.int32)
 
+    def without_end(self, token_ids: Sequence[int]) -> list[int]:
+        """Return sampled tokens without the special token that ended them."""
+        ended = bool(token_ids) and token_ids[-1] in self.special_ids
+        return list(token_ids[:-1] if ended else token_ids)
 
-def continues(messages: Sequence[Message], earlier: Sequence[Message]) -> bool:
-    """Return True if a conversation extends an earlier one by at least one message.
+    def _marked(self, answer: Message, value: str) -> Message:
+        """Return an answer with a value in place of its text.
 
-    Blanks around a message are ignored: clients strip completions before they send them back.
+        If it has calls, the value becomes the argument of the first, and the others are left out.
+        """
+        if not answer.get("tool_calls"):
+            return answer | {"content": value}
+        name = answer["tool_calls"][0]["function"]["name"]
+        return answer | {"tool_calls": [{**answer["tool_calls"][0], **_call(name, value)}]}
+
+    def _writes(self, answer: Message) -> bool:
+        try:
+            return self._mark in self._render([_QUESTION, answer], {}, whole=True)
+        except UserError:
+            return False
+
+    def _render(self, messages: Sequence[Message], options: Mapping[str, Any], *, whole: bool) -> str:
+        forms = [self._with_form(message) for message in messages]
+        try:
+            return render(self._tokenizer, [forms], ["an agent's messages"], whole=whole, options=[options])[0]
+        except UserError:
+            raise
+        except Exception as error:  # templates call methods of values that clients send
+            raise UserError(f"an agent's messages: the chat template refuses this conversation: {error!r}") from error
+
+    def _with_form(self, message: Message) -> Message:
+        """Return a message with its calls' arguments in the template's form.
+
+        That is JSON text, or objects.
+        """
+        if not message.get("tool_calls"):
+            return message
+        form = _json_text if self._as_text else _json_object
+        calls = [
+            call | {"function": call["function"] | {"arguments": form(call["function"].get("arguments") or {})}}
+            for call in message["tool_calls"]
+        ]
+        return message | {"tool_calls": calls}
+
+
+def _call(name: str, value: str) -> dict[str, Any]:
+    return {"id": "call00000", "type": "function", "function": {"name": name, "arguments": {"value": value}}}
+
+
+def _json_text(arguments: object) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _json_object(arguments: object) -> object:
+    return arguments if isinstance(arguments, dict) else {"arguments": arguments}
+
+
+def same_messages(new: Sequence[Message], old: Sequence[Message], raw: str) -> int:
+    """Return how alike two conversations are: 2, 1 or 0.
+
+    2 are equal ones, 1 those that differ only in what clients change. Clients strip and reformat texts, reorder JSON, drop
+    reasoning and ids, or return a completion with its tags.
+
+    Args:
+        raw: sampled text of the last message of `old`.
     """
-    start = messages[: len(earlier)]
-    return len(messages) > len(earlier) and all(
-        new["role"] == old["role"] and new["content"].strip() == old["content"].strip()
-        for new, old in zip(start, earlier, strict=True)
-    )
+    if len(new) != len(old):
+        return 0
+    if list(new) == list(old):
+        return 2
+    last = len(old) - 1
+    pairs = enumerate(zip(new, old, strict=True))
+    return int(all(_same(one, other, raw if at == last else None) for at, (one, other) in pairs))
+
+
+def _same(new: Message, old: Message, raw: str | None) -> bool:
+    if new["role"] != old["role"]:
+        return False
+    if new["role"] != "assistant":
+        return new["content"].strip() == old["content"].strip() or (
+            new["role"] == "tool" and _parsed(new["content"]) == _parsed(old["content"])
+        )
+    content = _blanks(new["content"])
+    if content != _blanks(old["content"]):
+        return raw is not None and content == _blanks(raw) and not new.get("tool_calls")
+    said = next((str(new[key]) for key in REASONING if new.get(key)), None)
+    thought = next((str(old[key]) for key in REASONING if old.get(key)), "")
+    return _calls(new) == _calls(old) and (said is None or _blanks(said) == _blanks(thought))
+
+
+def _calls(message: Message) -> list[tuple[object, object]]:
+    functions = [call["function"] for call in message.get("tool_calls") or ()]
+    return [(function["name"], _parsed(function.get("arguments"))) for function in functions]
+
+
+def _common(one: str, other: str) -> str:
+    return commonprefix([one, other])  # noqa: RUF071 - of characters
+
+
+def _blanks(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _parsed(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value.strip()

@@ -5,9 +5,11 @@ a reward of 0. Its group continues with the other samples. If more than the conf
 the run stops with the first reason.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.rollout import EnvironmentSection
@@ -47,9 +49,19 @@ def without_failed(batches: Iterable[list[Rollout]], requested: int, section: En
 def with_extra_segments(rollouts: Iterable[Rollout]) -> list[Rollout]:
     """Return rollouts with each one's extra segments after it, as samples of their own.
 
-    A segment has its sample's reward and counts as another response of its group, so a sample with several weighs more.
+    A segment has its sample's reward.
     """
     return [part for rollout in rollouts for part in (rollout, *rollout.extra_segments)]
+
+
+def sample_votes(rollouts: Sequence[Rollout]) -> NDArray[np.float64]:
+    """Return each rollout's vote in its group, float64 [B].
+
+    Segments share the vote of their sample.
+    """
+    samples = [rollout.key._replace(sample=rollout.key.sample % SEGMENT_STRIDE) for rollout in rollouts]
+    counts = Counter(samples)
+    return np.array([1 / counts[sample] for sample in samples])
 
 
 def turn_weight(config: PPOConfig) -> float:

@@ -31,7 +31,7 @@ from rayrlhf.algorithms.statistics import length_statistics, objective_statistic
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Records, Rollout, TokenScores
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.environments.episodes import turn_weight
+from rayrlhf.environments.episodes import sample_votes, turn_weight
 from rayrlhf.ppo.scoring import ScoredRollouts
 
 CONTEXT = "context/"
@@ -104,7 +104,9 @@ class ExperienceMaker:
             rewards = whiten(rewards, earned.value_mask, shift_mean=False)
         values = self._values(scored, width)
         groups = torch.tensor([rollout.key.prompt for rollout in rollouts])
-        inputs = AdvantageInputs(rewards, scores, groups, mask, earned.value_mask, values, self._baselines(scored))
+        environment = self._config.environment
+        votes = torch.from_numpy(sample_votes(rollouts)) if environment and environment.votes == "sample" else None
+        inputs = AdvantageInputs(rewards, scores, groups, mask, earned.value_mask, values, self._baselines(scored), votes)
         result = self._estimate(inputs)
         kept = self._kept(rollouts)[:, None]
         arrays = {"advantages": result.advantages, "action_mask": mask & kept}

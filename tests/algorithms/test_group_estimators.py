@@ -204,3 +204,17 @@ def test_remax_without_greedy_scores_is_an_error() -> None:
     bare = AdvantageInputs(torch.ones(1, 1), torch.ones(1), torch.zeros(1, dtype=torch.long), mask, mask, None)
     with pytest.raises(ValueError, match="needs the scores of greedy responses"):
         advantages_of("remax", bare)
+
+
+@given(grouped(), st.integers(0, 2**31))
+@pytest.mark.parametrize("name", [*GROUPED, "reinforce++-baseline"])
+def test_parts_of_one_response_share_its_vote(name: str, drawn: tuple[Batch, Tensor, Tensor], seed: int) -> None:
+    batch, scores, groups = drawn
+    counts = torch.randint(1, 4, (len(scores),), generator=torch.Generator().manual_seed(seed))
+    rows = torch.repeat_interleave(torch.arange(len(scores)), counts)
+    once = inputs_of(batch, scores, groups)
+    votes = (1.0 / counts)[rows]
+    fields = (once.rewards, once.scores, once.groups, once.mask, once.value_mask)
+    split = AdvantageInputs(*(field[rows] for field in fields), None, None, votes)
+    expected = advantages_of(name, once, whitened=False)[rows]
+    torch.testing.assert_close(advantages_of(name, split, whitened=False), expected, atol=1e-6, rtol=1e-6)

@@ -11,7 +11,7 @@ from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.rollout import EnvironmentSection
 from rayrlhf.data.records import SEGMENT_STRIDE, Prompt, Rollout, SampleKey, TokenScores
-from rayrlhf.environments.episodes import episode_metrics, turns, with_extra_segments, without_failed
+from rayrlhf.environments.episodes import episode_metrics, sample_votes, turns, with_extra_segments, without_failed
 from rayrlhf.errors import AlarmError, UserError
 from rayrlhf.ppo.experience import ExperienceMaker
 from rayrlhf.ppo.group_filter import GroupFilter
@@ -184,6 +184,7 @@ def test_further_segments_are_samples_of_their_group_and_counted_apart():
     other = replace(rollouts[1], key=SampleKey(0, 0, SEGMENT_STRIDE))
     several = [replace(rollouts[0], extra_segments=(other,)), rollouts[2]]
     parts = with_extra_segments(several)
+    assert sample_votes(parts).tolist() == [0.5, 0.5, 1.0]
     assert [part.key for part in parts] == [rollouts[0].key, other.key, rollouts[2].key]
     metrics = episode_metrics(parts, 4)
     assert (metrics["environment/segments"], metrics["environment/failed"]) == (1.5, 0.5)

@@ -17,7 +17,10 @@ class RolloutEngine(Protocol):
     """Weight version in use; -1 means the initial weights, before the first load."""
 
     def submit(self, requests: Sequence[RolloutRequest], *, temperature: float, max_new_tokens: int) -> None:
-        """Queue requests. Temperature 0 is greedy."""
+        """Queue requests.
+
+        Temperature 0 is greedy. A request's `stop` strings end its response like those of the spec.
+        """
         ...
 
     def poll(self, minimum: int, seconds: float | None = None) -> list[Rollout]:

@@ -186,10 +186,11 @@ class TransformersRolloutEngine:
     def _finish_reason(self, row: _Row) -> Literal["stop", "length"] | None:
         if row.tokens[-1] in self._stop_ids:
             return "stop"
-        if self._stop:
+        stops = (*self._stop, *row.request.stop)
+        if stops:
             # Decode the whole text for every token: quadratic, but exact.
             text = self._tokenizer.decode(row.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            if any(stop in text for stop in self._stop):
+            if any(stop in text for stop in stops):
                 return "stop"
         return "length" if len(row.tokens) == row.limit else None
 

@@ -109,7 +109,7 @@ class VLLMRolloutEngine:
         for request, limit in zip(requests, limits, strict=True):
             name = "-".join(map(str, request.key))
             self._requests[name] = request
-            parameters = self._sampling_parameters(request.seed, temperature, limit)
+            parameters = self._sampling_parameters(request, temperature, limit)
             self._engine.add_request(name, tokens_input(request.prompt_ids.tolist()), parameters, lora_request=adapter)
 
     def poll(self, minimum: int, seconds: float | None = None) -> list[Rollout]:
@@ -208,17 +208,18 @@ class VLLMRolloutEngine:
         self._requests.clear()
         cleanup_dist_env_and_memory()
 
-    def _sampling_parameters(self, seed: int, temperature: float, limit: int) -> Any:
+    def _sampling_parameters(self, request: RolloutRequest, temperature: float, limit: int) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        stop = [*self._stop, *request.stop]
         return SamplingParams(
             temperature=temperature,
-            seed=seed,
+            seed=request.seed,
             max_tokens=limit,
-            stop=self._stop,
+            stop=stop,
             stop_token_ids=self._stop_ids,
-            detokenize=bool(self._stop),
+            detokenize=bool(stop),
             logprobs=0 if self._logprobs else None,
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,

@@ -1,22 +1,18 @@
-"""Chat completions endpoint for agents, compatible with OpenAI's API.
+"""HTTP endpoint for agents in the dialects of OpenAI's and Anthropic's APIs.
 
 It listens on the loopback address only. A session is identified by its bearer token; a request without the token of an open
-session is refused. Every request becomes a `Call` in a queue. The player takes it from there and resolves it with a completion
+session is refused. Every request becomes a `Call` in a queue. The player takes it from there and resolves it with completions
 or a refusal, while the request waits in the server's event loop. Agents cannot set sampling parameters: temperature and the
-like belong to the run, since trainer and rollout engine must agree. Options that would change the returned text (streams,
-several choices, tools, other stop strings) are refused by name instead of being ignored.
+like belong to the run, since trainer and rollout engine must agree.
 """
 
 import asyncio
-import json
 import queue
 import secrets
 import socket
 import threading
-import time
-from collections.abc import Collection
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
@@ -26,13 +22,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from rayrlhf.data.messages import Message
-from rayrlhf.data.templates import check_turns
-from rayrlhf.errors import UserError
+from rayrlhf.environments.endpoint.call import MODEL, Call, Completion, Refusal
+from rayrlhf.environments.endpoint.chat import read_chat, stream_chat, write_chat, write_error
+from rayrlhf.environments.endpoint.fields import parse_fields
+from rayrlhf.environments.endpoint.messages import read_messages, stream_message, write_message, write_message_error
+from rayrlhf.environments.endpoint.responses import read_response, stream_response, write_response
 
 LOOPBACK = "127.0.0.1"
-MODEL = "policy"
-"""Name of the only model; requests may give any."""
 MAX_BYTES = 8 * 2**20
 """Maximum size of a request."""
 BACKLOG = 2048
@@ -43,41 +39,28 @@ KEEP_ALIVE_SECONDS = 600
 """Time for which an idle connection stays open. Clients reuse connections, and a closed one would fail a request."""
 
 
-class Refusal(Exception):
-    """Reason why a request gets no completion.
-
-    Args:
-        code: OpenAI's error code, such as `context_length_exceeded`.
-    """
-
-    def __init__(self, status: HTTPStatus, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status, self.code = status, code
-
-
-class Completion(NamedTuple):
-    """Completion of a request: text, finish reason ("stop" or "length"), and token counts."""
-
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A waiting request.
+class Dialect(NamedTuple):
+    """One API: its path, and functions between its JSON and calls.
 
     Attributes:
-        token: bearer token of the session.
-        max_tokens: the agent's limit of the completion; None for no limit of its own.
-        reply: resolved with a `Completion`, or a `Refusal` as its exception.
+        read: makes a call of a bearer token and fields.
+        write: returns the response of fields and completions.
+        stream: yields the response's server-sent events.
+        error: returns the response of a refusal.
     """
 
-    token: str
-    messages: list[Message]
-    max_tokens: int | None
-    reply: Future[Completion] = field(default_factory=Future)
+    path: str
+    read: Callable[[str, Mapping[str, Any]], Call]
+    write: Callable[[Mapping[str, Any], Sequence[Completion]], dict[str, Any]]
+    stream: Callable[[Mapping[str, Any], Sequence[Completion]], Iterator[str]]
+    error: Callable[[Refusal], dict[str, Any]]
+
+
+DIALECTS = (
+    Dialect("/v1/chat/completions", read_chat, write_chat, stream_chat, write_error),
+    Dialect("/v1/messages", read_messages, write_message, stream_message, write_message_error),
+    Dialect("/v1/responses", read_response, write_response, stream_response, write_error),
+)
 
 
 class ChatServer:
@@ -88,23 +71,19 @@ class ChatServer:
     Attributes:
         calls: incoming requests, in order; the player adds its own events.
         url: base address for clients.
-
-    Args:
-        stop: stop strings of the rollout engine; a request may name these and no others.
     """
 
-    def __init__(self, stop: Collection[str] = ()) -> None:
+    def __init__(self) -> None:
         self.calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.stop = frozenset(stop)
         self._open: set[str] = set()
         self._socket = socket.create_server((LOOPBACK, 0), backlog=BACKLOG)
         self.url = f"http://{LOOPBACK}:{self._socket.getsockname()[1]}/v1"
         application = Starlette(
             routes=[
                 Route("/v1/models", self._models, methods=["GET"]),
-                Route("/v1/chat/completions", self._complete, methods=["POST"]),
+                *(Route(dialect.path, self._handler(dialect), methods=["POST"]) for dialect in DIALECTS),
             ],
-            exception_handlers={Refusal: _refuse, 404: _not_found, 405: _not_found, ClientDisconnect: _gone},
+            exception_handlers={Refusal: _refuse, 404: _not_found, 405: _not_found},
         )
         self._http = uvicorn.Server(
             uvicorn.Config(
@@ -143,15 +122,29 @@ class ChatServer:
         self._session(request)
         return _response({"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "rayrlhf"}]})
 
-    async def _complete(self, request: Request) -> Response:
-        body = await _body(request)
-        call = read_call(self._session(request), body, self.stop)
-        self.calls.put(call)
-        return _response(_completion(await _reply(request, call)))
+    def _handler(self, dialect: Dialect) -> Callable[[Request], Awaitable[Response]]:
+        return partial(self._complete, dialect=dialect)
+
+    async def _complete(self, request: Request, dialect: Dialect) -> Response:
+        try:
+            body = await _body(request)
+            token = self._session(request)
+            fields = parse_fields(body)
+            call = dialect.read(token, fields)
+            self.calls.put(call)
+            completions = await _reply(request, call)
+        except Refusal as refusal:
+            return _response(dialect.error(refusal), refusal.status)
+        except ClientDisconnect:
+            return Response(status_code=HTTPStatus.BAD_REQUEST)
+        if fields.get("stream"):
+            return Response("".join(dialect.stream(fields, completions)), media_type="text/event-stream")
+        return _response(dialect.write(fields, completions))
 
     def _session(self, request: Request) -> str:
         kind, _, token = request.headers.get("Authorization", "").partition(" ")
-        if kind.lower() != "bearer" or token not in self._open:
+        token = token if kind.lower() == "bearer" else request.headers.get("x-api-key", "")
+        if token not in self._open:
             raise Refusal(HTTPStatus.UNAUTHORIZED, "invalid_api_key", "the bearer token belongs to no open session")
         return token
 
@@ -167,8 +160,8 @@ async def _body(request: Request) -> bytes:
     return b"".join(parts)
 
 
-async def _reply(request: Request, call: Call) -> Completion:
-    """Wait for the completion, which is cancelled if the client disconnects."""
+async def _reply(request: Request, call: Call) -> list[Completion]:
+    """Wait for the completions, which are cancelled if the client disconnects."""
     reply = asyncio.wrap_future(call.reply)
     gone = asyncio.ensure_future(_disconnection(request))
     waits: set[asyncio.Future[Any]] = {reply, gone}
@@ -194,94 +187,10 @@ def _response(content: dict[str, Any], status: int = HTTPStatus.OK) -> Response:
 
 async def _refuse(request: Request, refusal: Exception) -> Response:
     assert isinstance(refusal, Refusal)
-    error = {"message": str(refusal), "type": "invalid_request_error", "code": refusal.code, "param": None}
-    return _response({"error": error}, refusal.status)
+    return _response(write_error(refusal), refusal.status)
 
 
 async def _not_found(request: Request, error: Exception) -> Response:
-    message = f"expected /v1/chat/completions or /v1/models, found {request.url.path}"
+    paths = ", ".join(["/v1/models", *(dialect.path for dialect in DIALECTS)])
+    message = f"expected one of {paths}, found {request.method} {request.url.path}"
     return await _refuse(request, Refusal(HTTPStatus.NOT_FOUND, "not_found", message))
-
-
-async def _gone(request: Request, error: Exception) -> Response:
-    """Return a response that no client reads."""
-    return Response(status_code=HTTPStatus.BAD_REQUEST)
-
-
-def read_call(token: str, body: bytes, stop: Collection[str] = ()) -> Call:
-    """Parse and check a request for a completion.
-
-    Args:
-        token: bearer token of the session.
-        body: JSON of OpenAI's API.
-        stop: stop strings of the rollout engine.
-
-    Raises:
-        Refusal: a field is invalid or unsupported; the message names it.
-    """
-    try:
-        fields = json.loads(body)
-        if not isinstance(fields, dict) or not isinstance(fields.get("messages"), list):
-            raise _bad("messages", "expected a list of messages")
-        messages = check_turns([_plain(message) for message in fields["messages"]], "messages")
-        json.dumps(messages, ensure_ascii=False).encode()  # a lone surrogate raises a ValueError
-    except (ValueError, UserError) as error:
-        raise _bad("messages", str(error)) from error
-    if messages[-1]["role"] == "assistant":
-        raise _bad("messages", "the last message is the assistant's; a completion cannot be continued")
-    own = fields.get("stop") or []
-    words = {str(word) for word in (own if isinstance(own, list) else [own])}
-    for name, wrong in {
-        "stream": bool(fields.get("stream")),
-        "n": fields.get("n") not in (None, 1),
-        "tools": bool(fields.get("tools") or fields.get("functions")),
-        "logprobs": bool(fields.get("logprobs")),
-        "response_format": (fields.get("response_format") or {"type": "text"}) != {"type": "text"},
-        "stop": not words <= set(stop),
-    }.items():
-        if wrong:
-            hint = "; set stop strings in rollout.stop" if name == "stop" else ""
-            raise _bad(name, f"{name} is not supported by the policy in training{hint}")
-    limit = fields.get("max_completion_tokens") or fields.get("max_tokens")
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
-        raise _bad("max_tokens", f"expected a whole number from 1 on, found {limit!r}")
-    return Call(token, messages, limit)
-
-
-def _plain(message: object) -> Any:
-    """Reduce a message to its text: join text parts, leave anything else to the check."""
-    if not isinstance(message, dict):
-        return message
-    content = message.get("content")
-    if content is None and message.get("role") == "assistant":
-        content = ""
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
-    role = message.get("role")
-    return {"role": "system" if role == "developer" else role, "content": content}
-
-
-def _bad(param: str, message: str) -> Refusal:
-    return Refusal(HTTPStatus.BAD_REQUEST, f"invalid_{param}", message)
-
-
-def _completion(completion: Completion) -> dict[str, Any]:
-    return {
-        "id": f"chatcmpl-{secrets.token_hex(12)}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": MODEL,
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": completion.text},
-                "finish_reason": completion.finish_reason,
-                "logprobs": None,
-            }
-        ],
-        "usage": {
-            "prompt_tokens": completion.prompt_tokens,
-            "completion_tokens": completion.completion_tokens,
-            "total_tokens": completion.prompt_tokens + completion.completion_tokens,
-        },
-    }

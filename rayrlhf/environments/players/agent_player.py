@@ -9,25 +9,21 @@ speed of the agents.
 import math
 import queue
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from typing import NamedTuple
 
-import numpy as np
-
 from rayrlhf.config.rollout import EnvironmentSection
 from rayrlhf.data.records import Rollout, RolloutRequest, SampleKey
-from rayrlhf.data.seeds import turn_seed
 from rayrlhf.engines.rollout.base import RolloutEngine
 from rayrlhf.environments.agent import Agent, AgentLoop, Endpoint, run_agent
-from rayrlhf.environments.chat_tokens import ChatTokens
-from rayrlhf.environments.endpoint.server import MODEL, Call, ChatServer, Refusal
+from rayrlhf.environments.endpoint.call import MODEL, Call, Refusal, resolve
+from rayrlhf.environments.endpoint.server import ChatServer
 from rayrlhf.environments.environment_loop import error_line
-from rayrlhf.environments.players.agent_session import Segment, Session, complete, refuse, resolve
+from rayrlhf.environments.players.agent_session import Pending, Session, Texts, refuse
 from rayrlhf.environments.players.base import Player
 from rayrlhf.environments.transcript import failed_rollout
 from rayrlhf.errors import UserError
-from rayrlhf.library_types import Tokenizer
 
 SLICE_SECONDS = 0.05
 """Maximum time of decoding before new requests are accepted."""
@@ -48,13 +44,9 @@ class AgentPlayer(Player):
 
     Args:
         agent: see `rayrlhf.environments.agent`.
-        tokenizer: tokenizer of the policy, with a chat template.
-        stop: stop strings of the engine.
+        texts: tokenizer, chat template and parsers of the policy.
         lockstep: see the module's docstring.
         continues: weights may change while samples are unfinished.
-
-    Raises:
-        UserError: the tokenizer has no chat template.
     """
 
     def __init__(
@@ -62,24 +54,22 @@ class AgentPlayer(Player):
         engine: RolloutEngine,
         agent: Agent,
         section: EnvironmentSection,
-        tokenizer: Tokenizer,
+        texts: Texts,
         *,
-        stop: Collection[str] = (),
         lockstep: bool = False,
         continues: bool = False,
     ) -> None:
         super().__init__(engine, continues=continues)
         self._agent = agent
         self._section = section
-        self._tokenizer = tokenizer
         self._lockstep = lockstep
-        self._chat = ChatTokens(tokenizer)
-        self._server = ChatServer(stop)
+        self._texts = texts
+        self._server = ChatServer()
         self._loop = AgentLoop()
         self._limits: dict[SampleKey, tuple[float, int]] = {}
         self._sessions: dict[str, Session] = {}
         self._waiting_calls: list[Call] = []
-        self._sampling: dict[SampleKey, tuple[Session, Segment, int]] = {}
+        self._sampling: dict[SampleKey, tuple[Session, Pending, int]] = {}
         self._finished: list[Rollout] = []
 
     @property
@@ -111,7 +101,7 @@ class AgentPlayer(Player):
         end = math.inf if seconds is None else time.monotonic() + seconds
         while self._sessions and len(self._finished) < minimum and time.monotonic() < end:
             self._receive(end)
-            if not self._lockstep or all(self._waits(session) for session in self._sessions.values()):
+            if not self._lockstep or self._all_wait():
                 calls, self._waiting_calls = self._waiting_calls, []
                 for call in sorted(calls, key=self._sample_key):
                     self._sample(call)
@@ -156,7 +146,7 @@ class AgentPlayer(Player):
     def _receive(self, end: float) -> None:
         """Handle queued events; waits for one or the next time-out when nothing is being decoded."""
         wait, patience = not self._engine.unfinished, self._section.timeout_seconds
-        due = min((session.since + patience for session in self._sessions.values() if self._is_busy(session)), default=math.inf)
+        due = min((session.since + patience for session in self._busy()), default=math.inf) if wait else math.inf
         left = min(due, end) - time.monotonic()
         try:
             event = self._server.calls.get(wait, max(min(left, 1.0), 0.0) if wait else None)
@@ -166,8 +156,8 @@ class AgentPlayer(Player):
         except queue.Empty:
             pass
         now = time.monotonic()
-        for session in self._sessions.values():
-            if self._is_busy(session) and now - session.since > patience:
+        for session in self._busy():
+            if now - session.since > patience:
                 session.overdue = f"no request and no end within {patience:g} s (environment.timeout_seconds)"
                 session.run.cancel()  # Its end is queued like any other.
                 if self._loop.is_blocked(BLOCKED_SECONDS):
@@ -183,12 +173,23 @@ class AgentPlayer(Player):
         elif session is not None and not session.waiting:
             self._end(session)
 
-    def _is_busy(self, session: Session) -> bool:
-        """Return True if the player waits for the agent."""
-        return not (self._waits(session) or session.run.done())
+    @property
+    def _calling(self) -> set[str]:
+        """Tokens of the sessions whose requests are not being sampled yet."""
+        return {call.token for call in self._waiting_calls}
 
-    def _waits(self, session: Session) -> bool:
-        return session.waiting or any(call.token == session.token for call in self._waiting_calls)
+    def _all_wait(self) -> bool:
+        calling = self._calling
+        return all(session.waiting or token in calling for token, session in self._sessions.items())
+
+    def _busy(self) -> list[Session]:
+        """Return the sessions whose agents the player waits for."""
+        calling = self._calling
+        return [
+            session
+            for token, session in self._sessions.items()
+            if not (session.waiting or token in calling or session.run.done())
+        ]
 
     def _sample_key(self, call: Call) -> SampleKey:
         return self._sessions[call.token].request.key
@@ -197,31 +198,32 @@ class AgentPlayer(Player):
         """Submit a request to the engine, or refuse it."""
         session = self._sessions[call.token]
         temperature = self._limits[session.request.key][0]
+        if call.reply.cancelled():
+            return
         try:
-            segment, limit = session.turn(call, self._chat)
+            places, limit = session.open(call, self._texts)
         except Refusal as refusal:
             session.since = time.monotonic()
             resolve(call, refusal)
             return
-        context = np.concatenate([segment.transcript.token_ids, segment.observation])
-        seed = turn_seed(session.request.seed, session.turns)
-        key = segment.transcript.request.key
+        requests = session.start(places)
         try:
-            self._engine.submit([RolloutRequest(key, context, seed)], temperature=temperature, max_new_tokens=limit)
+            self._engine.submit(requests, temperature=temperature, max_new_tokens=limit)
         except UserError as error:  # The model's context is full.
-            segment.call = None
-            resolve(call, session.full(error))
+            session.withdraw(places)
+            session.since = time.monotonic()
+            resolve(call, session.full(str(error)))
             return
-        session.count_turn(segment)
-        self._sampling[key] = (session, segment, self.version)
+        for request, place in zip(requests, places, strict=True):
+            self._sampling[request.key] = (session, place, self.version)
 
     def _completed(self, turn: Rollout) -> None:
-        session, segment, version = self._sampling.pop(turn.key)
+        session, place, version = self._sampling.pop(turn.key)
         session.since = time.monotonic()
         if not session.run.done():
-            complete(segment, turn, version)
+            session.complete(place, turn, version, self._texts)
             return
-        segment.call = None  # The agent has ended.
+        session.drop(place)  # The agent has ended.
         if not session.waiting:
             self._end(session)
 
@@ -231,7 +233,7 @@ class AgentPlayer(Player):
         self._dismiss(session)
         del self._sessions[session.token]
         reward, failure = self._reward(session)
-        rollout = None if failure and not session.refused else session.rollout(reward, self._tokenizer)
+        rollout = None if failure and not session.refused else session.rollout(reward, self._texts.tokenizer)
         if rollout is None and session.attempt < self._section.retries:
             self._start(request, session.attempt + 1)
             return
@@ -257,7 +259,7 @@ class AgentPlayer(Player):
         session.run.cancel()
         ended = [call for call in self._waiting_calls if call.token == session.token]
         self._waiting_calls = [call for call in self._waiting_calls if call.token != session.token]
-        refuse([*ended, *(segment.call for segment in session.segments if segment.call)], "the sample is over")
+        refuse([*ended, *(place.call for place in session.pending)], "the sample is over")
 
     def _drain(self) -> None:
         """Refuse the requests that arrived meanwhile."""

@@ -1,42 +1,111 @@
-"""Session of an agent: the conversations of one sample as token transcripts.
+"""Session of an agent: the conversations of one sample as a tree of turns.
 
-A request that continues after a completion extends that completion's transcript and keeps its sampled tokens. Any other request
-starts a new segment: another conversation, or the same one rewritten. All segments share the sample's reward.
+A request that continues after a completion keeps its sampled tokens. If that completion is the last of its segment, the segment
+grows; else the request starts a branch: a new segment whose prompt has the tokens up to there. Any other request starts a new
+conversation. Every sampled token is thus in the response of exactly one segment. All segments share the sample's reward.
 """
 
+import secrets
 from collections.abc import Sequence
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from rayrlhf.data.messages import Message
+from rayrlhf.data.messages import Message, standard_message
 from rayrlhf.data.records import SEGMENT_STRIDE, Int32, Rollout, RolloutRequest
-from rayrlhf.environments.chat_tokens import ChatTokens, continues
-from rayrlhf.environments.endpoint.server import Call, Completion, Refusal
+from rayrlhf.data.seeds import turn_seed
+from rayrlhf.environments.chat_tokens import ChatTokens, Opening, same_messages
+from rayrlhf.environments.endpoint.call import Call, Completion, Refusal, invalid, resolve
+from rayrlhf.environments.endpoint.output_parser import OutputParser
 from rayrlhf.environments.transcript import Transcript
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import Tokenizer
 
 
+class Turn(NamedTuple):
+    """A completion of a segment.
+
+    Attributes:
+        messages: the conversation up to and including it.
+        options: arguments of the chat template.
+        opening: text before it.
+        raw: its text as sampled.
+        end: tokens of the segment's response up to and including it.
+        last_token: token that ended it; None if it was cut.
+    """
+
+    messages: list[Message]
+    options: dict[str, Any]
+    opening: Opening
+    raw: str
+    end: int
+    last_token: int | None
+
+
 @dataclass(eq=False)
 class Segment:
-    """One append-only conversation of a sample.
+    """One append-only conversation of a sample, or the part of it after a branch.
 
     Attributes:
         transcript: its tokens.
-        messages: its messages up to the last completion.
-        call: the request that waits for the next completion.
-        observation: tokens before that completion that the policy did not sample.
+        shared: tokens of its prompt after the prompt of its conversation.
+        turns: its completions.
+        waiting: a completion is being sampled.
     """
 
     transcript: Transcript
-    messages: list[Message] = field(default_factory=list)
-    call: Call | None = None
-    observation: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    shared: int = 0
+    turns: list[Turn] = field(default_factory=list)
+    waiting: bool = False
+
+
+@dataclass(eq=False)
+class Pending:
+    """A completion that is being sampled.
+
+    Attributes:
+        call: its request.
+        index: its number among the request's completions.
+        segment: segment to which it belongs.
+        observation: int32 [N], tokens between the segment's last completion and this one.
+        opening: text before it.
+    """
+
+    call: Call
+    index: int
+    segment: Segment
+    observation: Int32
+    opening: Opening
+
+    @property
+    def context(self) -> Int32:
+        """All tokens before it, int32 [P]."""
+        return np.concatenate([self.segment.transcript.token_ids, self.observation])
+
+
+class Texts(NamedTuple):
+    """Conversions between tokens, texts and messages."""
+
+    tokenizer: Tokenizer
+    chat: ChatTokens
+    parser: OutputParser
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, tool_parser: str = "auto", reasoning_parser: str = "auto") -> "Texts":
+        """Return the conversions of a tokenizer.
+
+        Args:
+            tool_parser: see `rollout.tool_parser`.
+            reasoning_parser: see `rollout.reasoning_parser`.
+
+        Raises:
+            UserError: the tokenizer has no chat template, or a parser does not fit it.
+        """
+        chat = ChatTokens(tokenizer)
+        return cls(tokenizer, chat, OutputParser(tokenizer, chat, tool_parser, reasoning_parser))
 
 
 @dataclass(eq=False)
@@ -45,7 +114,7 @@ class Session:
 
     Attributes:
         request: the requested sample.
-        tokens: maximum number of tokens of a segment after its prompt.
+        tokens: maximum number of tokens of a conversation after its prompt.
         max_turns: maximum number of completions.
         max_turn_tokens: maximum length of a completion; None for the remaining space.
         attempt: number of earlier attempts at the sample.
@@ -53,7 +122,10 @@ class Session:
         run: future of the agent's reward.
         since: time of its last request or completion, on the monotonic clock.
         segments: segments in the order in which they started.
+        pending: completions that are being sampled.
+        results: completions of requests that wait for more.
         turns: number of started completions.
+        started: number of started segments.
         refused: True after a request without space, so that an error of the agent after it is no failure.
         overdue: reason of a time-out; empty without one.
     """
@@ -67,49 +139,129 @@ class Session:
     run: "Future[Any]"
     since: float
     segments: list[Segment] = field(default_factory=list)
+    pending: list[Pending] = field(default_factory=list)
+    results: dict[Call, dict[int, Completion]] = field(default_factory=dict)
     turns: int = 0
+    started: int = 0
     refused: bool = False
     overdue: str = ""
 
     @property
     def waiting(self) -> bool:
         """True if a completion is being sampled."""
-        return any(segment.call for segment in self.segments)
+        return bool(self.pending)
 
-    def turn(self, call: Call, chat: ChatTokens) -> tuple[Segment, int]:
-        """Return the segment of a request and the maximum length of its completion.
+    def open(self, call: Call, texts: Texts) -> tuple[list[Pending], int]:
+        """Return the places of a request's completions in the tree and their maximum length.
 
         Raises:
             Refusal: there is no space for another completion, or the template refuses the conversation.
         """
-        if self.turns >= self.max_turns:
-            raise self._full(f"the {self.max_turns} turns of environment.max_turns are used up")
+        texts.parser.check(call)
+        if self.turns + call.count > self.max_turns:
+            raise self.full(f"the {self.max_turns} turns of environment.max_turns are used up")
         try:
-            segment = self._continued(call, chat) or self._new_segment(chat.opening(call.messages))
+            opening = texts.chat.opening(call.messages, call.options)
+            parent, turn, between = self._parent(call, texts.chat)
         except UserError as error:
-            raise Refusal(HTTPStatus.BAD_REQUEST, "invalid_messages", str(error)) from error
-        space = self.tokens - len(segment.transcript) - len(segment.observation)
+            raise invalid("messages", str(error)) from error
+        if parent is None or turn is None:
+            prompt, shared = texts.chat.encode(opening.text), 0
+        else:
+            before = parent.transcript.token_ids[: len(parent.transcript.request.prompt_ids) + turn.end]
+            prompt, shared = np.concatenate([before, between]), parent.shared + turn.end + len(between)
+        if not len(prompt):
+            raise invalid("messages", "the conversation has no tokens")
+        space = self.tokens - shared
         if space < 1:
-            raise self._full("the tokens of rollout.max_new_tokens are used up")
-        segment.call = call
-        return segment, min(space, self.max_turn_tokens or space, call.max_tokens or space)
+            raise self.full("the tokens of rollout.max_new_tokens are used up")
+        places = []
+        grows = parent is not None and turn is parent.turns[-1] and not parent.waiting
+        for index in range(call.count):
+            if grows and index == 0 and parent is not None:
+                places.append(Pending(call, index, parent, between, opening))
+            else:
+                places.append(Pending(call, index, self._new_segment(prompt, shared), np.zeros(0, np.int32), opening))
+        return places, min(space, self.max_turn_tokens or space, call.max_tokens or space)
 
-    def count_turn(self, segment: Segment) -> None:
-        """Count the turn and the segment after the rollout engine accepted the request."""
-        if segment not in self.segments:
-            self.segments.append(segment)
-        self.turns += 1
+    def start(self, places: Sequence[Pending]) -> list[RolloutRequest]:
+        """Return the requests of completions, which count from now on."""
+        call = places[0].call
+        requests = []
+        for place in places:
+            seed = turn_seed(self.request.seed, self.turns)
+            seed = seed if call.seed is None else turn_seed(seed, call.seed % 2**31)
+            requests.append(RolloutRequest(place.segment.transcript.request.key, place.context, seed, stop=call.stop))
+            place.segment.waiting = True
+            if place.segment not in self.segments:
+                self.segments.append(place.segment)
+            self.turns += 1
+        self.pending += places
+        return requests
 
-    def full(self, error: UserError) -> Refusal:
-        """Return the refusal for a full model context."""
-        return self._full(str(error))
+    def withdraw(self, places: Sequence[Pending]) -> None:
+        """Take back completions that the rollout engine does not accept."""
+        for place in places:
+            self.drop(place)
+        self.turns -= len(places)
+
+    def drop(self, place: Pending) -> None:
+        """End the wait for a completion without a result."""
+        place.segment.waiting = False
+        self.pending.remove(place)
+
+    def complete(self, place: Pending, turn: Rollout, version: int, texts: Texts) -> None:
+        """Append a completion to its segment, and resolve its request if it is the last.
+
+        Args:
+            turn: completion as recorded by the rollout engine.
+            version: weight version of the observation tokens before it.
+        """
+        call, segment = place.call, place.segment
+        self.drop(place)
+        if call.reply.cancelled():
+            return  # The agent is not waiting any more: the completion has no part in what follows.
+        stopped = turn.finish_reason == "stop"
+        ids = texts.chat.without_end(turn.response_ids.tolist()) if stopped else turn.response_ids.tolist()
+        parsed = texts.parser.parse(ids, turn.text, call, place.opening.text)
+        several = call.parallel and texts.chat.parallel
+        calls = [_with_id(one) for one in (parsed.calls if several else parsed.calls[:1])]
+        message: Message = {"role": "assistant", "content": parsed.text}
+        if parsed.reasoning:
+            message[texts.chat.reasoning_key or "reasoning_content"] = parsed.reasoning
+        if calls:
+            message["tool_calls"] = calls
+        segment.transcript.append_observation(place.observation, version)
+        segment.transcript.append_turn(turn)
+        ended = int(turn.response_ids[-1]) if stopped else None
+        raw = texts.tokenizer.decode(ids, skip_special_tokens=False) if parsed.calls or parsed.reasoning else parsed.text
+        messages = [*call.messages, as_template_message(message)]
+        segment.turns.append(Turn(messages, call.options, place.opening, raw, len(segment.transcript), ended))
+        self.results.setdefault(call, {})[place.index] = Completion(
+            parsed.text,
+            "tool_calls" if calls and stopped else turn.finish_reason,
+            len(turn.prompt_ids),
+            len(turn.response_ids),
+            parsed.reasoning,
+            calls,
+            token_texts(turn, texts.tokenizer) if call.logprobs else (),
+            next((word for word in call.stop if word in turn.text), None),
+        )
+        if len(self.results[call]) == call.count:
+            done = self.results.pop(call)
+            resolve(call, [done[index] for index in sorted(done)])
+
+    def full(self, message: str) -> Refusal:
+        """Return the refusal of a request without space, and note it."""
+        self.refused = True
+        return Refusal(HTTPStatus.BAD_REQUEST, "context_length_exceeded", message, "messages")
 
     def rollout(self, reward: float, tokenizer: Tokenizer) -> Rollout | None:
         """Return the sample, each segment ending in the reward; None without turns."""
         reason: Literal["stop", "length"] = "length" if self.refused else "stop"
         parts = []
         for segment in self.segments:
-            if segment.transcript.turns:
+            if segment.turns:
                 segment.transcript.add_reward(reward)
                 parts.append(segment.transcript.rollout(reason, tokenizer))
         if not parts:
@@ -120,55 +272,48 @@ class Session:
         ]
         return replace(named[0], extra_segments=tuple(named[1:]))
 
-    def _continued(self, call: Call, chat: ChatTokens) -> Segment | None:
-        for segment in reversed(self.segments):
-            if segment.call is None and continues(call.messages, segment.messages):
-                observation = chat.between(call.messages, len(segment.messages), int(segment.transcript.token_ids[-1]))
-                if observation is not None:
-                    segment.observation = observation
-                    return segment
-        return None
+    def _parent(self, call: Call, chat: ChatTokens) -> tuple[Segment | None, Turn | None, Int32]:
+        """Return segment and turn that a request continues, and the tokens after it.
 
-    def _new_segment(self, opening: Int32) -> Segment:
-        sample = self.request.key.sample + SEGMENT_STRIDE * len(self.segments)
+        The longest conversation counts, of equal ones the one without changes, then the latest.
+        """
+        found = []
+        for number, segment in enumerate(self.segments):
+            for turn in segment.turns:
+                size = len(turn.messages)
+                same = size < len(call.messages) and call.options == turn.options
+                likeness = same_messages(call.messages[:size], turn.messages, turn.raw) if same else 0
+                if likeness:
+                    found.append((size, likeness, number, turn.end, segment, turn))
+        for size, _, _, _, segment, turn in sorted(found, key=lambda one: one[:4], reverse=True):
+            between = chat.between(turn.opening, turn.messages, call.messages[size:], call.options, turn.last_token)
+            if between is not None:
+                return segment, turn, between
+        return None, None, np.zeros(0, np.int32)
+
+    def _new_segment(self, prompt: Int32, shared: int) -> Segment:
+        sample = self.request.key.sample + SEGMENT_STRIDE * self.started
+        self.started += 1
         key = self.request.key._replace(sample=sample)
-        return Segment(Transcript(RolloutRequest(key, opening, self.request.seed)))
-
-    def _full(self, message: str) -> Refusal:
-        self.refused = True
-        return Refusal(HTTPStatus.BAD_REQUEST, "context_length_exceeded", message)
+        return Segment(Transcript(RolloutRequest(key, prompt, self.request.seed)), shared)
 
 
-def complete(segment: Segment, turn: Rollout, version: int) -> None:
-    """Append a completion to its segment and resolve the waiting request.
+def as_template_message(message: Message) -> Message:
+    """Return an answer whose calls have objects as arguments, if they are JSON objects."""
+    return standard_message(message, "completion")
 
-    Args:
-        turn: completion as recorded by the rollout engine.
-        version: weight version of the observation tokens before it.
-    """
-    call = segment.call
-    if call is None:
-        raise ValueError("the segment has no waiting request")
-    observation = segment.observation
-    segment.call, segment.observation = None, np.zeros(0, np.int32)
-    if call.reply.cancelled():
-        return  # The agent is not waiting any more: the completion has no part in what follows.
-    segment.transcript.append_observation(observation, version)
-    segment.transcript.append_turn(turn)
-    segment.messages = [*call.messages, {"role": "assistant", "content": turn.text}]
-    resolve(call, Completion(turn.text, turn.finish_reason, len(turn.prompt_ids), len(turn.response_ids)))
+
+def _with_id(call: dict[str, Any]) -> dict[str, Any]:
+    return call if call["id"] else call | {"id": f"call_{secrets.token_hex(8)}"}
+
+
+def token_texts(turn: Rollout, tokenizer: Tokenizer) -> list[tuple[str, float]]:
+    """Return text and log-prob of each sampled token."""
+    texts = [tokenizer.decode([token]) for token in turn.response_ids.tolist()]
+    return list(zip(texts, turn.logprobs.tolist(), strict=True))
 
 
 def refuse(calls: Sequence[Call], message: str) -> None:
     """Refuse requests of a session that is over."""
     for call in calls:
         resolve(call, Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "session_over", message))
-
-
-def resolve(call: Call, result: Completion | Refusal) -> None:
-    """End a request's wait; no effect if its client is gone."""
-    with suppress(InvalidStateError):
-        if isinstance(result, Refusal):
-            call.reply.set_exception(result)
-        else:
-            call.reply.set_result(result)

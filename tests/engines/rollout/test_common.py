@@ -1,6 +1,7 @@
 """Both samplers keep the same promises, and agree with a plain forward pass of transformers."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -90,6 +91,15 @@ def test_a_stop_string_ends_the_response_with_the_token_that_completes_it(engine
         assert not any(stop in before for stop in STOPS)
         ended = any(stop in rollout.text for stop in STOPS) or rollout.response_ids[-1] == END
         assert (rollout.finish_reason == "stop") == ended
+
+
+def test_a_stop_string_of_a_request_ends_that_response_alone(engine):
+    first, *others = make_requests(2)
+    own = sample(engine, [replace(first, stop=("ee",)), *others], temperature=0.0)
+    plain = sample(engine, [first, *others], temperature=0.0)
+    assert (own[first.key].text, own[first.key].finish_reason) == ("ee", "stop")
+    for other in others:
+        assert own[other.key].text == plain[other.key].text
 
 
 def test_the_end_token_is_part_of_the_response_but_not_of_its_text(engine):

@@ -19,6 +19,7 @@ from rayrlhf.data.seeds import turn_seed
 from rayrlhf.data.templates import render
 from rayrlhf.engines.rollout.common import RolloutSpec
 from rayrlhf.environments.players.agent_player import AgentPlayer
+from rayrlhf.environments.players.agent_session import Texts
 from rayrlhf.environments.players.factory import build_player
 from rayrlhf.environments.registry import environment_maker, find_agent
 from rayrlhf.errors import UserError
@@ -59,9 +60,12 @@ def section(agent, **keys):
     return EnvironmentSection.model_validate(known | keys)
 
 
-def engine_of(turns, agent, *, lockstep=False, stop=(), **keys):
+TEXTS = Texts.of(TOKENIZER)
+
+
+def engine_of(turns, agent, *, lockstep=False, **keys):
     scripted, limits = Scripted(turns, TOKENIZER), section(agent, **keys)
-    return AgentPlayer(scripted, find_agent(limits), limits, TOKENIZER, lockstep=lockstep, stop=stop), scripted
+    return AgentPlayer(scripted, find_agent(limits), limits, TEXTS, lockstep=lockstep), scripted
 
 
 def play(turns, agent, tokens=200, **keys):
@@ -276,13 +280,14 @@ def is_there(pid):
 @pytest.fixture(scope="module")
 def open_session():
     """An engine whose only agent waits, and the address and token of its session."""
-    engine, _ = engine_of([], "sleeping", stop=["]"])
+    engine, _ = engine_of([], "sleeping")
     engine.submit([request()], temperature=1.0, max_new_tokens=50)
     (token,) = engine._sessions
     yield engine._server.url, token
     engine.close()
 
 
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
 GOOD = {"model": "policy", "messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -291,11 +296,22 @@ GOOD = {"model": "policy", "messages": [{"role": "user", "content": "hi"}]}
     [
         ("chat/completions", {}, "another", 401, "invalid_api_key"),
         ("completions", {}, None, 404, "not_found"),
-        ("chat/completions", {"stream": True}, None, 400, "invalid_stream"),
-        ("chat/completions", {"n": 2}, None, 400, "invalid_n"),
+        ("chat/completions", {"n": 65}, None, 400, "invalid_n"),
         ("chat/completions", {"tools": [{"type": "function"}]}, None, 400, "invalid_tools"),
-        ("chat/completions", {"stop": ["Observation:"]}, None, 400, "invalid_stop"),
-        ("chat/completions", {"stop": ["]"], "n": 2}, None, 400, "invalid_n"),
+        ("chat/completions", {"tools": TOOLS + TOOLS}, None, 400, "invalid_tools"),
+        ("chat/completions", {"tools": TOOLS, "tool_choice": "required"}, None, 400, "invalid_tool_choice"),
+        ("chat/completions", {"tools": TOOLS, "tool_choice": {"type": "function"}}, None, 400, "invalid_tool_choice"),
+        ("chat/completions", {"functions": [{"name": "add"}]}, None, 400, "invalid_functions"),
+        ("chat/completions", {"logit_bias": {"1": 5}}, None, 400, "invalid_logit_bias"),
+        ("chat/completions", {"top_logprobs": 2}, None, 400, "invalid_top_logprobs"),
+        ("chat/completions", {"stop": ["a"] * 17}, None, 400, "invalid_stop"),
+        ("chat/completions", {"stop": [""]}, None, 400, "invalid_stop"),
+        ("chat/completions", {"stream": "yes"}, None, 400, "invalid_stream"),
+        ("chat/completions", {"stream_options": 1}, None, 400, "invalid_stream_options"),
+        ("chat/completions", {"seed": "x"}, None, 400, "invalid_seed"),
+        ("chat/completions", {"messages": "hi"}, None, 400, "invalid_messages"),
+        ("chat/completions", {"messages": [3]}, None, 400, "invalid_messages"),
+        ("chat/completions", {"chat_template_kwargs": {"tools": 1}}, None, 400, "invalid_chat_template_kwargs"),
         ("chat/completions", {"response_format": {"type": "json_object"}}, None, 400, "invalid_response_format"),
         ("chat/completions", {"max_tokens": 0.5}, None, 400, "invalid_max_tokens"),
         ("chat/completions", {"messages": []}, None, 400, "invalid_messages"),
