@@ -29,6 +29,7 @@ OTHER_FILES = {
     "examples/icl/build.yaml": ICLBuildConfig,
 }
 CHAINS = [
+    "examples/agents/calculator.yaml",
     "examples/arithmetic/chain.yaml",
     "examples/dpo/chain.yaml",
     "examples/icl/chain.yaml",

@@ -3,8 +3,8 @@
 A model fine-tuned on the transcripts knows the form of a turn and no more, which is the starting point for RL. A `completion`
 is a whole sample, the environment's text included. `calculations` are sums, rounded to the nearest ten or, for `calls` percent
 of them, computed with `calculator`: `41+25=` and `70`, or `[41+25] 66 66`. `guesses` are games of `guessing`: `game 12: ` and
-`7<3>4`, by a player that uses the feedback in `listens` percent of the guesses; with `chat=1` they are conversations, for
-agents.
+`7<3>4`, by a player that uses the feedback in `listens` percent of the guesses. With `chat=1` they are conversations, for
+agents; those of `calculations` call a tool.
 """
 
 import random
@@ -18,7 +18,12 @@ LONGEST_GAME = 4
 """Maximum turns of a game: as many as bisecting the ten numbers takes."""
 
 
-def calculations(seed: int, count: int, split: Split, calls: int = 0, digits: int = 0) -> list[dict[str, str]]:
+TOOL_SCHEMA = {"type": "object", "properties": {"s": {"type": "string"}}, "required": ["s"]}
+TOOL = {"type": "function", "function": {"name": "add", "description": "Add numbers: 1+2", "parameters": TOOL_SCHEMA}}
+"""The calculator as a tool of conversations."""
+
+
+def calculations(seed: int, count: int, split: Split, calls: int = 0, digits: int = 0, chat: int = 0) -> list[dict[str, Any]]:
     """Return rows with `prompt`, `completion` and the right `answer`.
 
     Args:
@@ -27,19 +32,29 @@ def calculations(seed: int, count: int, split: Split, calls: int = 0, digits: in
         split: side of the hash of `rayrlhf.data.toy.sums`.
         calls: percent of the rows whose completion calls the calculator.
         digits: of each number; 0 is two.
+        chat: with 1 the transcript is a conversation with tool calls in `messages` and `tools`, and there is no `completion`.
     """
     draw, habits = random.Random(f"calculations {seed} {split}"), random.Random(f"calls {seed} {split}")
     smallest = 10 ** ((digits or 2) - 1)
-    rows: list[dict[str, str]] = []
+    rows: list[dict[str, Any]] = []
     while len(rows) < count:
         left, right = (draw.randrange(smallest, 10 * smallest) for _ in range(2))
         if split_of(left, right) != split:
             continue
         answer, rounded = left + right, (left + right + 5) // 10 * 10
         asks = habits.random() * 100 < calls
-        completion = f"[{left}+{right}] {answer} {answer}" if asks else str(rounded)
-        rows.append({"prompt": f"{left}+{right}=", "completion": completion, "answer": str(answer)})
+        prompt = f"{left}+{right}="
+        said = f"[{left}+{right}] {answer} {answer}" if asks else str(rounded)
+        transcript = _tool_use(prompt, str(answer if asks else rounded), asks) if chat else {"completion": said}
+        rows.append({"prompt": prompt, "answer": str(answer)} | transcript)
     return rows
+
+
+def _tool_use(prompt: str, said: str, asks: bool) -> dict[str, Any]:
+    """Return a conversation that ends with an answer, computed by the tool if it asks."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"s": prompt.removesuffix("=")}}}
+    used = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": said}] if asks else []
+    return {"messages": [{"role": "user", "content": prompt}, *used, {"role": "assistant", "content": said}], "tools": [TOOL]}
 
 
 def guesses(seed: int, count: int, split: Split, chat: int = 0, listens: int = 0) -> list[dict[str, Any]]:

@@ -42,6 +42,18 @@ def test_a_calculation_is_what_the_calculator_says_to_the_same_turns(digits):
         assert row in asking or abs(int(row["completion"]) - int(left) - int(right)) <= 5
 
 
+def test_a_calculation_in_a_chat_is_the_same_sum_through_a_tool_call():
+    for row, plain in zip(*(calculations(0, 60, "train", calls=50, chat=chat) for chat in (1, 0)), strict=True):
+        assert row["messages"][0] == {"role": "user", "content": plain["prompt"]}
+        *_, said = plain["completion"].split()
+        assert row["messages"][-1] == {"role": "assistant", "content": said}
+        assert len(row["messages"]) == (4 if plain["completion"].startswith("[") else 2)
+        if len(row["messages"]) == 4:
+            (call,) = row["messages"][1]["tool_calls"]
+            assert call["function"]["arguments"]["s"] + "=" == plain["prompt"]
+            assert call["function"]["name"] == row["tools"][0]["function"]["name"]
+
+
 def test_a_game_is_what_guessing_says_to_the_same_turns_and_its_player_does_not_listen():
     rows = guesses(0, 2000, "train")
     first, repeated = Counter(), 0

@@ -1,0 +1,47 @@
+"""An agent with a tool: it adds numbers through OpenAI's client, and knows nothing of training.
+
+It needs the package `openai`, which vLLM brings along. `calculator.yaml` trains the policy that it talks to.
+"""
+
+import json
+from typing import Any
+
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+SCHEMA = {"type": "object", "properties": {"s": {"type": "string"}}, "required": ["s"]}
+TOOLS: Any = [{"type": "function", "function": {"name": "add", "description": "Add numbers: 1+2", "parameters": SCHEMA}}]
+TURNS = 3
+
+
+async def solve(prompt: Any, endpoint: Any) -> float:
+    """Ask for a sum, and run the tool as often as the model calls it; returns 1.0 for the right answer, else 0.0."""
+    messages: list[Any] = [{"role": "user", "content": prompt.text}]
+    async with _model(endpoint) as model:
+        for _ in range(TURNS):
+            answer = await model.chat.completions.create(model=endpoint.model, messages=messages, tools=TOOLS)
+            message = answer.choices[0].message
+            messages.append(message.model_dump(exclude_none=True))
+            if not message.tool_calls:
+                return float((message.content or "").strip() == prompt.columns["answer"])
+            for call in message.tool_calls:
+                if call.type == "function":
+                    result = add(call.function.arguments)
+                    messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+    return 0.0
+
+
+def add(arguments: str) -> str:
+    """Run the tool on the JSON of a call."""
+    try:
+        return str(sum(int(part) for part in json.loads(arguments)["s"].split("+")))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "?"
+
+
+def _model(endpoint: Any) -> AsyncOpenAI:
+    """A client that waits and does not ask twice.
+
+    The endpoint is plain HTTP on this machine: no proxies, and no certificates, whose loading takes longer than a sample.
+    """
+    http = DefaultAsyncHttpxClient(verify=False, trust_env=False)
+    return AsyncOpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key, max_retries=0, timeout=600, http_client=http)
