@@ -4,11 +4,12 @@ A machine's speed drifts by tens of percent over minutes, for all programs equal
 every round, speeds are compared within rounds, and the median over rounds is reported with a bootstrap interval (Efron 1979).
 """
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
 from multiprocessing import get_context
-from typing import Any, Literal, TypeVar
+from multiprocessing.connection import Connection
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 
@@ -19,6 +20,8 @@ Precision = Literal["float32", "bfloat16"]
 """Compute precision; weights and optimizer states stay in float32."""
 
 RESAMPLES = 2000
+END_SECONDS = 15.0
+"""Time for a contender to end on SIGTERM, before it is killed. A PPO run ends its step in 10."""
 
 Result = TypeVar("Result")
 
@@ -105,14 +108,46 @@ def compare(
 def in_new_process(function: Callable[..., Result], *arguments: Any) -> Result:
     """Run a contender in a new process, without threads, caches or groups of earlier ones.
 
-    Its errors are raised here.
+    Its errors are raised here. The process ends with this call, also when a signal ends the call.
 
     Args:
         function: defined at the top level of a module, with a picklable result.
         arguments: picklable.
+
+    Raises:
+        RuntimeError: the process ended without a result.
     """
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_outcome, args=(sender, function, arguments))
+    process.start()
+    sender.close()  # the new process then holds the only one, so that its death ends `recv`
+    try:
+        try:
+            result, error = receiver.recv()
+        except EOFError:
+            result, error = None, None
+        process.join()
+    except BaseException:
+        process.terminate()
+        process.join(END_SECONDS)
+        process.kill()
+        raise
+    if error is not None:
+        raise error
+    if process.exitcode:
+        raise RuntimeError(f"{function.__name__}: its process ended with {process.exitcode}")
+    return cast("Result", result)
+
+
+def _send_outcome(sender: Connection, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    """Send (result, None) or (None, error), the error with its traceback as a note."""
+    try:
+        outcome = function(*arguments), None
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        outcome = None, error
+    sender.send(outcome)
 
 
 def paired_ratio(speeds: Sequence[float], baseline: Sequence[float]) -> Ratio:

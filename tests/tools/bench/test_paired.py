@@ -1,3 +1,10 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
 import pytest
 
 from rayrlhf.tools.bench.paired import Comparison, compare, paired_ratio
@@ -28,3 +35,28 @@ def test_a_comparison_is_written_for_machines_and_for_people():
     found = Comparison("tiny", "tokens/s", {"base": [1000.0, 1000.0], "ours": [1900.0, 2100.0]})
     assert found.numbers()["ratios"]["ours"][0] == pytest.approx(2.0)
     assert "| ours | 2,000 | 2.00 (1.90 to 2.10) |" in found.as_markdown()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_benchmark_that_a_signal_ends_leaves_no_process(number: signal.Signals):
+    script = (
+        "import time; from rayrlhf.observe.loop_control import stop_as_error\n"
+        "from rayrlhf.tools.bench.paired import in_new_process\n"
+        "with stop_as_error(): in_new_process(time.sleep, 20)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+    try:
+        children: list[psutil.Process] = []
+        while len(children) < 2 and parent.poll() is None:  # the contender, and the resource tracker of spawn
+            time.sleep(0.05)
+            children = psutil.Process(parent.pid).children(recursive=True)
+        started = time.monotonic()
+        os.kill(parent.pid, number)
+        assert parent.wait(60) != 0
+        _, left = psutil.wait_procs(children, timeout=60)
+        assert not left
+        assert number == signal.SIGKILL or time.monotonic() - started < 15
+    finally:
+        for process in (parent, *children):
+            if process.poll() is None if isinstance(process, subprocess.Popen) else process.is_running():
+                process.kill()
