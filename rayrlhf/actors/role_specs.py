@@ -82,6 +82,7 @@ class RoleSpecs:
             head_init=config.critic.head_init,
             train=config.train,
             learning_rate=learning_rate,
+            head_learning_rate=config.critic.learning_rate if policy and shared else None,
             total_optimizer_steps=optimizer_steps(config),
             seed=config.run.seed,
             parity=config.algorithm.parity,

@@ -60,14 +60,16 @@ class CriticSection(Section):
     head_init: Literal["normal", "zero", "default"] = "zero"
     """Initialization of a new value head: `zero`, `normal` N(0, 1/(hidden+1)), or `default`, torch's own for Linear."""
     learning_rate: float | None = Field(None, gt=0)
-    """Learning rate of a separate critic. Default: `train.learning_rate`."""
+    """Learning rate of a separate critic, or of the value head on the policy's trunk. Default: `train.learning_rate`. A head
+    reads hundreds of hidden units at once: at the rate of LoRA adapters (1e-3) its values swing by more than the rewards."""
     warmup_steps: int = Field(0, ge=0)
     """Critic warm-up: steps at the start in which only a separate critic trains, so that the first advantages carry signal."""
 
     @model_validator(mode="after")
     def _check_critic_settings(self) -> Self:
         for name in ("model", "learning_rate", "warmup_steps"):
-            if self.kind != "separate" and getattr(self, name):
+            used = self.kind == "separate" or (self.kind == "shared" and name == "learning_rate")
+            if not used and getattr(self, name):
                 raise ValueError(f"{name} has no effect with kind '{self.kind}': remove it, or set kind to 'separate'")
         return self
 

@@ -68,7 +68,10 @@ class TrainEngine:
         self.grid: Grid = make_grid(spec.sequence_parallel)
         if self.grid.row_split is not None:
             network.split_rows(self.grid.row_split, spec.model.path)
-        optimizer = build_optimizer(self._network.parameters(), spec.train.optimizer, spec.learning_rate)
+        head = () if self._network.v_head is None else self._network.v_head.parameters()
+        optimizer = build_optimizer(
+            self._network.parameters(), spec.train.optimizer, spec.learning_rate, head, spec.head_learning_rate
+        )
         self._backend = TRAIN_BACKENDS[spec.backend].wrap(self._network, optimizer, spec.train, resolve_dtype(spec.model.dtype))
         check = network.check
         if self._backend.shards_parameters and (check.layout == "alone" or check.longest_together is not None):

@@ -11,19 +11,37 @@ from torch import nn
 
 from rayrlhf.config.train import OptimizerSection, ScheduleSection
 
+RATE_FACTOR = "rate_factor"
+"""Key of a parameter group: its learning rate over that of the optimizer step."""
+
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], section: OptimizerSection, learning_rate: float
+    parameters: Iterable[nn.Parameter],
+    section: OptimizerSection,
+    learning_rate: float,
+    head: Iterable[nn.Parameter] = (),
+    head_learning_rate: float | None = None,
 ) -> torch.optim.Optimizer:
     """Build a torch optimizer over the trainable parameters.
 
     Weight decay is not applied to vectors (norms and biases). torch's fused kernels are used: on a CPU they make one pass over
     memory, and nothing has to be compiled.
+
+    Args:
+        head: parameters with a learning rate of their own.
+        head_learning_rate: their rate; its ratio to `learning_rate` is `RATE_FACTOR` of their groups. None for the same rate.
     """
+    apart = {id(parameter) for parameter in head} if head_learning_rate is not None else set()
+    factor = 1.0 if head_learning_rate is None else head_learning_rate / learning_rate
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
-        {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": section.weight_decay},
-        {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": [one for one in trainable if (id(one) in apart) == in_head and (one.ndim <= 1) == is_vector],
+            "weight_decay": 0.0 if is_vector else section.weight_decay,
+            RATE_FACTOR: factor if in_head else 1.0,
+        }
+        for in_head in (False, True)
+        for is_vector in (False, True)
     ]
     groups = [group for group in groups if group["params"]]
     if section.name == "sgd":

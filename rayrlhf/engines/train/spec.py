@@ -18,6 +18,7 @@ class TrainEngineSpec:
         heads: {"lm"} a policy, {"lm", "value"} a policy with the critic on its trunk, {"value"} a separate critic.
         train: batches, optimizer, schedule, sharding.
         learning_rate: peak learning rate of this model.
+        head_learning_rate: peak learning rate of a value head; None for that of the model.
         head_init: initialization of a value head that the checkpoint does not hold.
         total_optimizer_steps: of the whole run, for the schedule.
         seed: of adapters and heads.
@@ -35,6 +36,7 @@ class TrainEngineSpec:
     heads: frozenset[Head]
     train: TrainSection
     learning_rate: float
+    head_learning_rate: float | None = None
     head_init: HeadInit = "zero"
     total_optimizer_steps: int = 1
     seed: int = 0

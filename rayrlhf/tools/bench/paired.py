@@ -142,9 +142,10 @@ def in_new_process(function: Callable[..., Result], *arguments: Any) -> Result:
 
 def _send_outcome(sender: Connection, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
     """Send (result, None) or (None, error), the error with its traceback as a note."""
+    outcome: tuple[Any, Exception | None]
     try:
         outcome = function(*arguments), None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - raised in the parent
         error.add_note(traceback.format_exc())
         outcome = None, error
     sender.send(outcome)

@@ -44,7 +44,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def engine_of(path: str, heads: frozenset[Any] = SHARED, *, lora: LoraSection | None = None, **settings: Any) -> TrainEngine:
-    outer = {name: settings.pop(name) for name in ("parity", "learning_rate", "total_optimizer_steps") if name in settings}
+    outer = {
+        name: settings.pop(name)
+        for name in ("parity", "learning_rate", "head_learning_rate", "total_optimizer_steps")
+        if name in settings
+    }
     train = TrainSection(**{"optimizer": OptimizerSection(name="sgd"), "max_grad_norm": None, **settings})
     model = ModelSection(path=path, dtype="float32", lora=lora)
     spec = {"learning_rate": 1.0, "head_init": "normal", **outer}
@@ -75,6 +79,25 @@ def test_a_step_follows_the_gradient_of_the_plainly_written_objective(llama: str
     loss.backward()
     expected = {name: before[name] - parameter.grad for name, parameter in network.named_parameters()}
     assert largest_difference(all_weights(engine), expected) < 2e-6
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_value_head_on_the_trunk_has_a_learning_rate_of_its_own(llama: str, stage: int) -> None:
+    batch = random_batch(random_sequences(6))
+    moved = []
+    for rate in (None, 0.25):
+        engine = engine_of(llama, head_learning_rate=rate, zero_stage=stage)
+        before = {**weights_of(engine), **head_of(engine)}
+        engine.update(batch, one_step(6), BOTH)
+        moved.append({name: weight - before[name] for name, weight in (weights_of(engine) | head_of(engine)).items()})
+    for name, change in moved[0].items():
+        assert change.abs().max() > 1e-4
+        torch.testing.assert_close(moved[1][name], change * (0.25 if name.startswith("v_head") else 1.0), atol=1e-6, rtol=1e-4)
+
+
+def head_of(engine: TrainEngine) -> dict[str, Tensor]:
+    parameters = engine._network.v_head.named_parameters(prefix="v_head")  # type: ignore[union-attr]
+    return {name: parameter.detach().clone() for name, parameter in parameters if parameter.numel()}
 
 
 def plain_objective(network: Any, batch: TrainingBatch) -> Tensor:

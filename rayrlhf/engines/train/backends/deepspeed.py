@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rayrlhf.config.train import TrainSection
 from rayrlhf.engines.train.backends import deepspeed_resize, deepspeed_state
 from rayrlhf.engines.train.backends.base import StateFiles
+from rayrlhf.engines.train.optimizers import RATE_FACTOR
 from rayrlhf.library_types import DeepSpeedEngine
 from rayrlhf.models.network import Network, NetworkOutput
 
@@ -59,7 +60,7 @@ class DeepSpeedBackend:
         """Clip the gradient and step the optimizer (see `TrainBackend.step`)."""
         engine = self._engine
         for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get(RATE_FACTOR, 1.0)
         if self._stage == 0:
             parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm))
