@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rayrlhf.observe.metric_names import SCORE_ERROR
 from rayrlhf.observe.phases import SHARE_PREFIX, TOKENS_PER_SECOND
 
 SHOWN = (
@@ -20,6 +21,8 @@ SHOWN = (
 
 SCORE = SHOWN[0][1]
 STEPS_FOR_ETA = 20
+NORMAL_95 = 1.96
+"""Standard errors in half of a 95 % interval."""
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -60,8 +63,11 @@ class Progress:
         return max(0.0, (self.total - self.step) * seconds_per_step - (now - end))
 
     def numbers(self) -> list[tuple[str, str]]:
-        """Return (label, value) of the last step's numbers."""
-        return [(label, form.format(self.metrics[name])) for label, name, form in SHOWN if name in self.metrics]
+        """Return (label, value) of the last step's numbers, the score with its 95 % interval over prompts."""
+        numbers = {label: form.format(self.metrics[name]) for label, name, form in SHOWN if name in self.metrics}
+        if "score" in numbers and SCORE_ERROR in self.metrics:
+            numbers["score"] += f" ± {NORMAL_95 * self.metrics[SCORE_ERROR]:.3f}"
+        return list(numbers.items())
 
     def shares(self) -> list[tuple[str, float]]:
         """Return (phase, share of the last step), largest first."""

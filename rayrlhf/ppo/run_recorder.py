@@ -7,6 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+
 from rayrlhf.actors.footprint import role_peaks
 from rayrlhf.actors.heartbeat import HeartbeatMonitor
 from rayrlhf.config.ppo import PPOConfig
@@ -20,6 +22,7 @@ from rayrlhf.observe.memory import PeakMemory, memory_limit_bytes
 from rayrlhf.observe.metric_names import MEMORY_LIMIT, PEAK_MEMORY
 from rayrlhf.observe.metrics import MetricsSink, read_metrics
 from rayrlhf.observe.phases import PhaseTimer
+from rayrlhf.observe.resampling import bootstrap_mean
 from rayrlhf.observe.run_folder import open_run
 from rayrlhf.observe.samples import Sample, SampleSink, read_samples
 from rayrlhf.observe.trace import TraceWriter
@@ -158,7 +161,9 @@ class Recorder(Callback):
         self._evaluations.write(step, samples)
         self.diagnosis.add(step, evaluation.metrics())
         self._write(step, evaluation.metrics())
-        self._view.note(f"step {step}: held-out score {evaluation.mean_score:.3f} over {len(evaluation.prompts)} prompts")
+        scores = evaluation.rewards.scores
+        shown = bootstrap_mean(scores) if np.isfinite(scores).all() else f"{evaluation.mean_score:.3f}"
+        self._view.note(f"step {step}: held-out score {shown} over {len(evaluation.prompts)} prompts")
         self._show_findings()
 
     def on_checkpoint(self, step: int, folder: Path) -> None:

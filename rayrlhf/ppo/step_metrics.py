@@ -8,7 +8,7 @@ from rayrlhf.actors.placement import TrainRole
 from rayrlhf.algorithms.statistics import explained_variance
 from rayrlhf.data.records import Rollout
 from rayrlhf.engines.train.plan import UpdateReport
-from rayrlhf.observe.metric_names import FIRST_RATIO, LOGPROB_GAP, MAX_STALENESS, MEAN_STALENESS, STALENESS_LIMIT
+from rayrlhf.observe.metric_names import FIRST_RATIO, LOGPROB_GAP, MAX_STALENESS, MEAN_STALENESS, SCORE_ERROR, STALENESS_LIMIT
 from rayrlhf.ppo.experience import Experience
 from rayrlhf.ppo.scoring import ScoredRollouts
 from rayrlhf.weight_sync.driver import SyncReport
@@ -83,10 +83,21 @@ def fresh_gap(trainer_logprobs: np.ndarray, rollouts: Sequence[Rollout], version
 
 
 def reward_metrics(scored: ScoredRollouts) -> dict[str, float]:
-    """Return the mean of each reward part over the samples that it applies to."""
+    """Return the mean of each reward part, and the standard error of the score.
+
+    A part's mean is over the samples that it applies to. The error is over prompts, which are independent; the responses to one
+    prompt are not. It is missing for a single prompt.
+    """
     metrics = {}
     for name, values in scored.rewards.parts.items():
         present = values[~np.isnan(values)]
         if len(present):
             metrics[f"reward/{name}"] = float(present.mean())
+    scores = scored.rewards.scores
+    known = ~np.isnan(scores)
+    prompts = np.array([rollout.key.prompt for rollout in scored.rollouts])[known]
+    _, groups, sizes = np.unique(prompts, return_inverse=True, return_counts=True)
+    if len(sizes) > 1:
+        means = np.bincount(groups, weights=scores[known]) / sizes
+        metrics[SCORE_ERROR] = float(means.std(ddof=1) / np.sqrt(len(means)))
     return metrics

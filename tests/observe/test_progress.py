@@ -47,6 +47,13 @@ def test_a_line_has_the_numbers_the_largest_phases_and_the_time_left():
     )
 
 
+def test_a_score_has_its_interval_over_prompts():
+    progress = Progress(total=4)
+    progress.start(0.0)
+    progress.finish_step(1, {"objective/scores": 0.5, "objective/scores_error": 0.05}, 30.0)
+    assert progress.line(30.0) == "step 1/4  score 0.500 ± 0.098  1m30s left"
+
+
 def test_a_sparkline_rises_with_its_values():
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
     assert sparkline([0, 0, 7, 7], 2) == "▁█"

@@ -1,10 +1,15 @@
 """What shows whether new weights arrived: trainer and sampler compared where both hold the same ones."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from rayrlhf.data.records import Rollout, SampleKey
-from rayrlhf.ppo.step_metrics import fresh_gap
+from rayrlhf.observe.metric_names import SCORE_ERROR
+from rayrlhf.ppo.scoring import ScoredRollouts
+from rayrlhf.ppo.step_metrics import fresh_gap, reward_metrics
+from rayrlhf.rewards.score import RewardBatch
 
 
 def rollout(logprobs, versions, mask=None):
@@ -40,3 +45,13 @@ def test_tokens_of_an_environment_do_not_count_and_what_was_sampled_before_the_f
 
 def test_a_difference_that_is_no_number_stays_none():
     assert np.isnan(fresh_gap(np.full((1, 1), np.nan, np.float32), [rollout([-1.0], [0])], 0))
+
+
+def test_the_error_of_a_score_is_over_prompts_and_not_over_responses():
+    rollouts = tuple(replace(rollout([-1.0], [0]), key=SampleKey(0, prompt, number)) for prompt in (7, 9) for number in (0, 1))
+    scores = np.array([0.0, 1.0, 1.0, 1.0], np.float32)
+    found = reward_metrics(ScoredRollouts(rollouts, RewardBatch(scores, {"one": scores}), {}, {}))
+    assert found == {"reward/one": pytest.approx(0.75), SCORE_ERROR: pytest.approx(np.std([0.5, 1.0], ddof=1) / np.sqrt(2))}
+    unknown = np.array([0.0, 1.0, 1.0, np.nan], np.float32)
+    assert reward_metrics(ScoredRollouts(rollouts, RewardBatch(unknown, {}), {}, {}))[SCORE_ERROR] == found[SCORE_ERROR]
+    assert SCORE_ERROR not in reward_metrics(ScoredRollouts(rollouts[:2], RewardBatch(scores[:2], {}), {}, {}))
