@@ -22,6 +22,8 @@ REWARD_FUNCTIONS: Registry[RewardFunction] = Registry(
         "math_verify": "rayrlhf.rewards.math_verify:math_verify",
         "remote": "rayrlhf.rewards.remote:remote",
         "word_problems": "rayrlhf.rewards.toy_word_problems:word_problems",
+        "worked_answer": "rayrlhf.rewards.toy_word_problems:worked_answer",
+        "worked_answer_exact": "rayrlhf.rewards.toy_word_problems:worked_answer_exact",
         "word_problems_exact": "rayrlhf.rewards.toy_word_problems:word_problems_exact",
     },
 )

@@ -1,4 +1,7 @@
-"""Reward of the quickstart: a short, worked, correct response that ends in `Answer: N`.
+"""Rewards of the built-in word problems.
+
+`worked_answer`, of the quickstart, pays for the right calculation, its result, and an end right after it. It asks for no format
+that an untuned model does not have. `word_problems` pays for a short, worked, correct response that ends in `Answer: N`:
 
 | part    | weight | full if                                                                                |
 |---------|--------|----------------------------------------------------------------------------------------|
@@ -80,6 +83,60 @@ def word_problems_exact(responses: list[str], answer: list[str | int | float]) -
         UserError: a reference answer has no number.
     """
     return [float(is_exact(response, expected)) for response, expected in zip(responses, answer, strict=True)]
+
+
+BASE_WEIGHT, ENDED_WEIGHT, SHORT_WEIGHT = 0.4, 0.3, 0.3
+WRONG_SHARE = 0.3
+SHORT_CHARACTERS = 40
+_EQUATION = re.compile(r"(-?[0-9]+(?: ?[-+*x\u00d7] ?[0-9]+)+)(?= ?=)")
+
+
+def worked_answer(
+    responses: list[str], answer: list[str | int | float], solution: list[str], finish_reasons: list[str]
+) -> list[float]:
+    """Return each response's reward in [0, 1] for the right calculation, its result, and an end right after it.
+
+    Only a response with the right final number, or with the calculation of `solution` on the left of an equals sign, is paid:
+    0.4, 0.3 more if the model ended it, and 0.3 more for at most 40 characters, falling to 0 at 120. With a wrong final number
+    it gets 0.3 of that.
+
+    Args:
+        responses: [B].
+        answer: [B], the correct number.
+        solution: [B], begins with the calculation, up to an equals sign, such as `3 + 4 = 7`.
+        finish_reasons: [B], "stop" or "length".
+
+    Raises:
+        UserError: a reference answer has no number.
+    """
+    rows = enumerate(zip(responses, answer, solution, finish_reasons, strict=True))
+    return [_worked(text, reference_number(i, right), work, ended=end == "stop") for i, (text, right, work, end) in rows]
+
+
+def worked_answer_exact(responses: list[str], answer: list[str | int | float], finish_reasons: list[str]) -> list[float]:
+    """Return 1 where the model ended the response and its final number is right, else 0.
+
+    With weight 0 it is only reported.
+
+    Raises:
+        UserError: a reference answer has no number.
+    """
+    rows = zip(responses, answer, finish_reasons, strict=True)
+    return [float(end == "stop" and is_correct(text, right)) for text, right, end in rows]
+
+
+def _worked(response: str, expected: Decimal, solution: str, *, ended: bool) -> float:
+    right = final_number(response) == expected
+    if not right and _terms(solution) not in (_terms(found) for found in _EQUATION.findall(response)):
+        return 0.0
+    short = min(1.0, max(0.0, 1.5 - len(response.strip()) / (2 * SHORT_CHARACTERS)))
+    return (BASE_WEIGHT + ENDED_WEIGHT * ended + SHORT_WEIGHT * short) * (1.0 if right else WRONG_SHARE)
+
+
+def _terms(text: str) -> list[str]:
+    """Return numbers and operators of a calculation, those of a sum or product in order of size."""
+    parts = re.findall(r"[0-9]+|[-+*]", re.sub("[x\u00d7]", "*", text.partition("=")[0]))
+    return parts if "-" in parts else sorted(parts)
 
 
 def grade(problem: str, response: str, expected: Decimal, *, stopped: bool) -> Grade:

@@ -97,8 +97,16 @@ def test_built_in_word_problems_come_by_split_seed_count_and_limit():
     [
         ("builtin:words", "train", "unknown built-in dataset; did you mean builtin:word-problems?"),
         ("builtin:word-problems", "test", "split test: expected train or evaluation"),
-        ("builtin:word-problems?size=3", "train", "expected options seed=N and count=N, found size=3"),
-        ("builtin:word-problems?count=x", "train", "expected options seed=N and count=N, found count=x"),
+        (
+            "builtin:word-problems?size=3",
+            "train",
+            "expected options seed=N and count=N and operations=N and largest=N, found size=3",
+        ),
+        (
+            "builtin:word-problems?count=x",
+            "train",
+            "expected options seed=N and count=N and operations=N and largest=N, found count=x",
+        ),
         ("builtin:word-problems?count=999999", "train", "count: expected at most 20000, found 999999"),
     ],
 )

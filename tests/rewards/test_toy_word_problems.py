@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.rewards.toy_word_problems import is_correct, is_exact, word_problems
+from rayrlhf.rewards.toy_word_problems import is_correct, is_exact, word_problems, worked_answer, worked_answer_exact
 
 QUESTION = "Mia has 12 pears and buys 5 more. How many pears does she have?"
 
@@ -114,3 +114,58 @@ def test_exact_asks_for_the_form_and_correct_only_for_the_number(response: str, 
 @given(st.text(max_size=300), st.sampled_from(["stop", "length"]))
 def test_the_score_stays_between_zero_and_one(response: str, finish_reason: str):
     assert 0.0 <= score(response, finish_reason) <= 1.0
+
+
+WORKED = [
+    # response to "12 + 5", finish reason, score, exact
+    ("12 + 5 = 17 pears.", "stop", 1.0, True),
+    ("5 + 12 = 17", "stop", 1.0, True),
+    ("17", "stop", 1.0, True),
+    ("Mia has 12 pears and buys 5 more, so she has 12 + 5 = 17 pears now.", "stop", 0.90, True),
+    ("12 + 5 = 17 pears.", "length", 0.7, False),
+    ("12 + 5 = 17 pears." + " So it is." * 10 + " 17", "length", 0.4, False),
+    ("12 + 5 = 18 pears.", "stop", 0.3, False),
+    ("12 + 5 = 17 pears. Then she has 3", "stop", 0.3, False),
+    ("12 + 5 = 18 pears.", "length", 0.21, False),
+    ("12 pears + 5 pears = 18 pears", "stop", 0.0, False),
+    ("12 - 5 = 7 pears.", "stop", 0.0, False),
+    ("12 * 5 = 60", "stop", 0.0, False),
+    ("12 + 5 + 1 = 18", "stop", 0.0, False),
+    ("12 + 5 pears", "stop", 0.0, False),
+    ("", "stop", 0.0, False),
+]
+
+
+def worked(
+    response: str, finish: str, solution: str = "12 + 5 = 17 pears. Answer: 17", answer: str = "17"
+) -> tuple[float, float]:
+    return (
+        worked_answer([response], [answer], [solution], [finish])[0],
+        worked_answer_exact([response], [answer], [finish])[0],
+    )
+
+
+@pytest.mark.parametrize(("response", "finish", "expected", "exact"), WORKED)
+def test_a_worked_answer_is_paid_for_calculation_result_and_end(response: str, finish: str, expected: float, exact: bool):
+    score, is_right = worked(response, finish)
+    assert (score, is_right) == (pytest.approx(expected, abs=0.005), exact)
+
+
+def test_order_matters_where_the_operation_has_one():
+    assert worked("5 - 12 = 6", "stop", "12 - 5 = 7", "7")[0] == 0.0
+    assert worked("12 - 5 = 6", "stop", "12 - 5 = 7", "7")[0] == pytest.approx(0.3)
+    assert worked("5 x 12 = 61", "stop", "12 * 5 = 60", "60")[0] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("constant", ["17", "12 + 5 = 17 pears.", "20", "2 + 3 = 5 pens.", "", "12 + 5 = 17 + 3 = 20"])
+def test_no_constant_worked_answer_pays(constant: str):
+    rows = [(f"{a} + {b} = {a + b}", str(a + b)) for _, a, b, _ in problems(400)]
+    scores = [worked(constant, "stop", solution, answer)[0] for solution, answer in rows]
+    assert sum(scores) / len(scores) < 0.1
+
+
+@given(st.text(max_size=200), st.sampled_from(["stop", "length"]))
+def test_a_worked_answer_stays_between_zero_and_one_and_a_wrong_one_below_a_right_one(response: str, finish: str):
+    score, exact = worked(response, finish)
+    assert 0.0 <= score <= 1.0
+    assert exact or not score > 0.7

@@ -35,7 +35,14 @@ class BuiltinDataset:
 
 BUILTIN_DATASETS = {
     "word-problems": BuiltinDataset(
-        word_problems.generate, "question", {"train": 4000, "evaluation": 500}, {"count": word_problems.MAX_ROWS}
+        word_problems.generate,
+        "question",
+        {"train": 4000, "evaluation": 500},
+        {
+            "count": word_problems.MAX_ROWS,
+            "operations": word_problems.MAX_OPERATIONS,
+            "largest": word_problems.MAX_NUMBER,
+        },
     ),
     "sums": BuiltinDataset(
         sums.generate, "prompt", {"train": 6000, "evaluation": 500}, {"count": sums.MAX_ROWS, "careless": 100}

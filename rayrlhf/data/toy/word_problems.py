@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from rayrlhf.errors import UserError
+
 Split = Literal["train", "evaluation"]
 EVALUATION_SHARE = 10
 """One in this many combinations of template and numbers is held out."""
 
 MAX_ROWS = 20_000
 """Well below the number of problems there are, so that a draw rarely repeats one."""
+MAX_OPERATIONS, MAX_NUMBER = 2, 20
+_TRIES = 200
 
 NAMES = (
     "Ada", "Bo", "Cleo", "Dan", "Ema", "Finn", "Gia", "Hugo", "Ines", "Jon", "Kira", "Leo",
@@ -99,30 +103,41 @@ TEMPLATES = (
 )  # fmt: skip
 
 
-def generate(seed: int, count: int, split: Split) -> list[dict[str, str]]:
+def generate(seed: int, count: int, split: Split, operations: int = 0, largest: int = 0) -> list[dict[str, str]]:
     """Return `count` different problems; a larger count extends a smaller one.
 
     Args:
         seed: selects the problems, but never the split of a problem.
         count: number of rows, at most `MAX_ROWS`.
         split: "train" or "evaluation".
+        operations: maximum number of arithmetic operations in a problem; 0 for all problems.
+        largest: largest number in a text; 0 for the limits of the templates.
 
     Returns:
         Rows with `question`, 17 to 32 tokens of a usual vocabulary, `answer`, the number in digits, and `solution`, a worked
         response such as `3 + 4 = 7 pens. Answer: 7`.
 
     Raises:
+        UserError: there are fewer problems of these operations and numbers.
         ValueError: an unknown split, or a count out of range.
     """
     if split not in ("train", "evaluation"):
         raise ValueError(f"split {split!r}: expected train or evaluation")
     if not 0 <= count <= MAX_ROWS:
         raise ValueError(f"count {count}: expected 0 to {MAX_ROWS}")
-    choices = [_numbers_of(kind, split) for kind in range(len(TEMPLATES))]
+    kinds = [kind for kind, template in enumerate(TEMPLATES) if _operations(template) <= (operations or MAX_OPERATIONS)]
+    choices = {kind: numbers for kind in kinds if (numbers := _numbers_of(kind, split, largest or MAX_NUMBER))}
+    kinds = list(choices)
     generator = random.Random(f"word problems {seed}")
     rows: dict[str, dict[str, str]] = {}
+    tries = itertools.count()
     while len(rows) < count:
-        kind = generator.randrange(len(TEMPLATES))
+        if not kinds or next(tries) > _TRIES * count:
+            raise UserError(
+                f"word-problems: expected count={len(rows)} or less in the {split} split with operations={operations} and "
+                f"largest={largest}, found count={count}"
+            )
+        kind = generator.choice(kinds)
         x, y, z = generator.choice(choices[kind])
         first, second = generator.sample(NAMES, 2)
         things = generator.choice(THINGS)
@@ -134,12 +149,16 @@ def generate(seed: int, count: int, split: Split) -> list[dict[str, str]]:
     return list(rows.values())
 
 
+def _operations(template: Template) -> int:
+    return len(template.working.split()) // 2
+
+
 @cache
-def _numbers_of(kind: int, split: Split) -> tuple[tuple[int, int, int], ...]:
+def _numbers_of(kind: int, split: Split, largest: int) -> tuple[tuple[int, int, int], ...]:
     """Return all numbers of a template in a split, the same on every machine."""
     template = TEMPLATES[kind]
     found = []
-    xs, ys, zs = (range(2, limit + 1) for limit in template.limits)
+    xs, ys, zs = (range(2, min(limit, largest) + 1) for limit in template.limits)
     for numbers in itertools.product(xs, ys, zs):
         digest = hashlib.blake2b(repr((kind, *numbers)).encode(), digest_size=4).digest()
         held_out = int.from_bytes(digest, "little") % EVALUATION_SHARE == 0

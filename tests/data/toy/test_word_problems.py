@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayrlhf.data.toy import word_problems
 from rayrlhf.data.toy.word_problems import NAMES, TEMPLATES, THINGS, generate
+from rayrlhf.errors import UserError
 
 NUMBER = re.compile(r"\d+")
 
@@ -71,6 +73,27 @@ def test_the_same_seed_gives_the_same_problems_and_a_larger_count_extends_them()
     assert generate(3, 50, "train") != generate(4, 50, "train")
 
 
+@pytest.mark.parametrize("split", ["train", "evaluation"])
+def test_one_operation_leaves_half_of_the_templates(split):
+    rows = generate(0, 2000, split, operations=1)
+    assert all(len(row["solution"].partition(" = ")[0].split()) == 3 for row in rows)
+    assert len({NUMBER.sub("#", skeleton(row["question"])) for row in rows}) == len(TEMPLATES) // 2
+    assert generate(0, 50, split, operations=2, largest=20) == generate(0, 50, split)
+
+
+def test_no_number_of_a_text_is_above_the_largest():
+    rows = generate(0, 2000, "train", largest=5)
+    assert {int(number) for row in rows for number in NUMBER.findall(row["question"])} == {2, 3, 4, 5}
+
+
+@pytest.mark.parametrize(("largest", "count"), [(1, 1), (2, 400)])
+def test_more_problems_than_there_are_is_one_line(monkeypatch, largest, count):
+    monkeypatch.setattr(word_problems, "NAMES", NAMES[:2])
+    monkeypatch.setattr(word_problems, "THINGS", THINGS[:2])
+    with pytest.raises(UserError, match=rf"expected count=\d+ or less .* found count={count}"):
+        generate(0, count, "train", largest=largest)
+
+
 def test_problems_are_short():
     lengths = [len(re.findall(r"\w+|[^\w\s]", row["question"])) for row in generate(0, 1000, "train")]
     assert min(lengths) >= 14
@@ -78,7 +101,7 @@ def test_problems_are_short():
 
 
 def test_the_largest_count_is_possible_for_both_splits():
-    assert len(generate(0, 20_000, "evaluation")) == 20_000
+    assert len(generate(0, 20_000, "evaluation", operations=1)) == 20_000
 
 
 @pytest.mark.parametrize(("count", "split"), [(-1, "train"), (20_001, "train"), (5, "test")])
