@@ -190,11 +190,15 @@ def export(
 
 
 @app.command()
-def quickstart(overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def quickstart(
+    overrides: Overrides = None,
+    algorithm: Annotated[str, typer.Option(help="ppo, or another recipe: grpo, rloo, reinforce++, remax, ...")] = "ppo",
+    dry_run: DryRun = False,
+) -> None:
     """Train a chat model with PPO on built-in word problems: minutes, two CPU cores."""
     from rayrlhf.ppo.quickstart import run_quickstart
 
-    run_quickstart(overrides or [], dry_run=dry_run)
+    run_quickstart(overrides or [], algorithm=algorithm, dry_run=dry_run)
 
 
 @app.command(name="run")

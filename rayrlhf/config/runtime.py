@@ -216,7 +216,8 @@ class AsyncSection(Section):
 class SFTWarmupSection(Section):
     """SFT warm-up: a short supervised start before PPO.
 
-    It helps rewards that require a format, which an untuned model never produces.
+    It helps rewards that require a format, which an untuned model never produces. The evaluation at step 0 follows it, so that
+    later ones show what PPO adds.
     """
 
     response_field: str

@@ -1,28 +1,58 @@
-"""`rayrlhf quickstart`: PPO of a chat model on built-in word problems, with a summary."""
+"""`rayrlhf quickstart`: PPO, or another algorithm, on built-in word problems, with a summary."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from rayrlhf.config.loading.load import load_config
+from rayrlhf.config.loading.presets import RECIPES
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.errors import UserError
+from rayrlhf.observe.metric_names import SCORE_ERROR
 from rayrlhf.observe.metrics import read_metrics
+from rayrlhf.observe.progress import NORMAL_95, SCORE
 from rayrlhf.observe.resampling import bootstrap_mean, bootstrap_paired_difference, distinct_share
 from rayrlhf.observe.samples import PART_PREFIX
 from rayrlhf.observe.text_table import Comparison, before_after_table
+from rayrlhf.plugins import did_you_mean
 from rayrlhf.ppo.run_recorder import read_evaluation
 from rayrlhf.ppo.train_ppo import PPOResult, check_ppo, train_ppo
 
 CONFIG = Path(__file__).with_name("quickstart.yaml")
 ROWS_SHOWN = 6
-EXACT = f"{PART_PREFIX}word_problems_exact"
+EXACT = f"{PART_PREFIX}worked_answer_exact"
+PPO = "ppo"
 
 
-def run_quickstart(overrides: Sequence[str], *, dry_run: bool = False) -> None:
-    """Train, then print how the responses changed and where the files are."""
-    config = load_config(PPOConfig, CONFIG, overrides)
+def quickstart_config(overrides: Sequence[str], algorithm: str = PPO) -> PPOConfig:
+    """Return the configuration of the quickstart under an algorithm.
+
+    Other algorithms than PPO replace the sections `critic` and `algorithm` by those of their preset. Their KL coefficient is at
+    most PPO's.
+
+    Raises:
+        UserError: an unknown algorithm, or a mistake in the overrides.
+    """
+    config = load_config(PPOConfig, CONFIG, overrides if algorithm == PPO else ())
+    if algorithm == PPO:
+        return config
+    if algorithm not in RECIPES:
+        raise UserError(f"--algorithm {algorithm}: expected {', '.join(RECIPES)}{did_you_mean(algorithm, RECIPES)}")
+    coefficient = min(config.algorithm.kl.coefficient, RECIPES[algorithm]["algorithm"]["kl"]["coefficient"])
+    chosen = [
+        f"preset={algorithm}",
+        f"run.name={config.run.name}-{algorithm.replace('+', 'p')}",
+        f"algorithm.kl.coefficient={coefficient}",
+    ]
+    return load_config(PPOConfig, CONFIG, [*chosen, *overrides], without=("critic", "algorithm"))
+
+
+def run_quickstart(overrides: Sequence[str], *, algorithm: str = PPO, dry_run: bool = False) -> None:
+    """Train, then print the curve, how the responses changed and where the files are."""
+    config = quickstart_config(overrides, algorithm)
     console = Console()
     if dry_run:
         console.print(check_ppo(config), markup=False, highlight=False)
@@ -30,8 +60,27 @@ def run_quickstart(overrides: Sequence[str], *, dry_run: bool = False) -> None:
     result = train_ppo(config)
     before, after = (read_evaluation(result.folder, step) for step in (0, result.steps))
     console.print(before_after_table([_comparison(*pair) for pair in zip(before, after, strict=True)][:ROWS_SHOWN]))
+    console.print(curve_table(result.folder))
     for line in summary(result, before, after):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def curve_table(folder: Path) -> Table:
+    """Return score, exact answers and KL of each step, and the held-out scores, with 95 % intervals over prompts."""
+    table = Table("step", "sampled score", "exact", "KL, nats", "held-out score", "held-out exact", title="Learning curve")
+    rows: dict[int, dict[str, Any]] = {}
+    for row in read_metrics(folder):
+        rows.setdefault(row["step"], {}).update(row)
+    for step, row in sorted(rows.items()):
+        cells = [str(step), "", "", "", "", ""]
+        if SCORE in row:
+            error = f" ± {NORMAL_95 * row[SCORE_ERROR]:.3f}" if SCORE_ERROR in row else ""
+            cells[1:4] = f"{row[SCORE]:.3f}{error}", f"{row[EXACT]:.0%}", f"{row['objective/kl']:.1f}"
+        if held_out := read_evaluation(folder, step):
+            exact = bootstrap_mean([answer[EXACT] for answer in held_out]).mean
+            cells[4:] = str(bootstrap_mean([answer["score"] for answer in held_out])), f"{exact:.1%}"
+        table.add_row(*cells)
+    return table
 
 
 def summary(result: PPOResult, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -43,7 +92,7 @@ def summary(result: PPOResult, before: Sequence[Mapping[str, Any]], after: Seque
     return [
         f"reward on {len(after)} held-out problems: {bootstrap_mean(scores[0])} -> {bootstrap_mean(scores[1])}, "
         f"change {bootstrap_paired_difference(scores[0], scores[1])}",
-        f"exact `Answer: N`: {exact[0]:.1%} -> {exact[1]:.1%}; "
+        f"right and ended there: {exact[0]:.1%} -> {exact[1]:.1%}; "
         f"distinct answers: {distinct_share([row['response'] for row in after]):.0%}; "
         f"largest KL to the start model: {max(row['objective/kl'] for row in steps):.1f} nats per response",
         f"{result.steps} PPO steps, {result.seconds / 60:.1f} minutes, peak memory {result.peak_gib:.1f} GiB in all processes",

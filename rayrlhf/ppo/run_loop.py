@@ -156,10 +156,10 @@ class RunLoop(Callback):
     def _prepare(self) -> bool:
         driver, step = self._driver, self._driver.steps_done
         last = step >= self._config.run.steps
-        if step == 0 or last or is_due(step, self._config.evaluation.every):
-            self._evaluate()
         if not driver.warmed_up:
             self._warm_up()
+        if step == 0 or last or is_due(step, self._config.evaluation.every):
+            self._evaluate()
         self._recovery.commit()
         due = step > 0 and (last or is_due(step, self._config.checkpoint.every))
         if due and step != self._saved_step:

@@ -29,7 +29,7 @@ _ABSENT = "(absent)"
 _noticed: set[str] = set()
 
 
-def load_config(cls: type[T], path: Path | str | None, overrides: Sequence[str] = ()) -> T:
+def load_config(cls: type[T], path: Path | str | None, overrides: Sequence[str] = (), *, without: Sequence[str] = ()) -> T:
     """Read, merge and validate a configuration.
 
     Args:
@@ -37,6 +37,7 @@ def load_config(cls: type[T], path: Path | str | None, overrides: Sequence[str] 
         path: a YAML file; None for overrides alone. Relative paths in it stay as they are written.
         overrides: `section.key=value` each, the value in YAML; `section.list.0.key=value` sets an item of a list. A top-level
             `preset: NAME` (see `PRESETS`) in file or overrides is the lowest layer.
+        without: sections of the file to leave out.
 
     Raises:
         UserError: no such file, not YAML, a key given twice, an unknown key, a missing or wrong value. At most five lines, each
@@ -44,6 +45,7 @@ def load_config(cls: type[T], path: Path | str | None, overrides: Sequence[str] 
     """
     path = Path(path) if path is not None else None
     tree = _read(path) if path is not None else {}
+    tree = {section: value for section, value in tree.items() if section not in without}
     given = [apply_override(tree, override) for override in overrides]
     return _validated(cls, tree, given, str(path) if path is not None else _COMMAND_LINE, _COMMAND_LINE)
 
