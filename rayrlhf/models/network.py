@@ -172,9 +172,9 @@ class Network(nn.Module):
             self.check = replace(self.check, layout="packed")
 
     def split_rows(self, split: RowSplit, path: str) -> None:
-        """Compute only this rank's columns of every row, and check that they are those of whole rows.
+        """Compute only this rank's columns of every row, and check them.
 
-        Every rank of the group takes part. Not together with `remember_frozen_layers`.
+        They must be those of whole rows. Every rank of the group takes part. Not together with `remember_frozen_layers`.
 
         Args:
             split: the columns of each rank.
@@ -296,7 +296,10 @@ class Network(nn.Module):
         return torch.cat([pad(state, (0, 0, 0, max(0, width - len(state)))) for state in states])
 
     def _trunk_states(self, input_ids: Tensor, lengths: list[int], *, packed: bool) -> Tensor:
-        """Run the trunk on [B, L] tokens as they are; returns [B, L, H], or this rank's columns of them."""
+        """Run the trunk on [B, L] tokens as they are.
+
+        Returns [B, L, H], or this rank's columns of them.
+        """
         inputs: dict[str, Any] = {"input_ids": input_ids}
         if packed:
             starts = [torch.arange(length, device=input_ids.device) for length in lengths]

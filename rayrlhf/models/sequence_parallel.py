@@ -167,7 +167,7 @@ def _row_split_attention(
 
 
 def key_copies(heads: int, key_heads: int, size: int) -> int:
-    """Return how often a rank of `size` holds the keys of its share of a row.
+    """Return how often a rank holds the keys of its share.
 
     Key heads are repeated until the ranks divide them. Where the ranks do not divide the heads, each holds whole rows.
     """
@@ -178,7 +178,10 @@ def key_copies(heads: int, key_heads: int, size: int) -> int:
 
 
 def _to_heads(split: RowSplit, *tensors: Tensor) -> list[Tensor]:
-    """Exchange columns [B, heads, columns, d] for heads [B, heads / size, L, d], in one collective."""
+    """Exchange columns [B, heads, columns, d] for heads [B, heads / size, L, d].
+
+    It takes one collective.
+    """
     size = split.size
     shapes = [(count, heads // size, columns, width) for count, heads, columns, width in (one.shape for one in tensors)]
     parts = [
@@ -272,9 +275,9 @@ class _Gather(torch.autograd.Function):
 
 
 class _Join(torch.autograd.Function):
-    """Entries [n, ...] of all ranks at their places in [N, ...]; backward returns the gradient at the own entries.
+    """Entries [n, ...] of all ranks at their places in [N, ...].
 
-    Nothing is summed: all ranks compute one loss from the same table.
+    The backward pass returns the gradient at the own entries. Nothing is summed: all ranks compute one loss from one table.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Checks of a model from its configuration alone: adapted layers, memory of its weights, rows that ranks can share."""
+"""Checks of a model from its configuration alone: adapters, memory, sequence parallelism."""
 
 from collections.abc import Mapping
 from functools import lru_cache

@@ -78,7 +78,9 @@ class Grid:
 
 
 def make_grid(sequence_parallel: int) -> Grid:
-    """Form the groups of `sequence_parallel` ranks that share rows; every rank of the world takes part.
+    """Form the groups of `sequence_parallel` ranks that share rows.
+
+    Every rank of the world takes part.
 
     Raises:
         ValueError: it does not divide the ranks.
