@@ -63,7 +63,10 @@ class Progress:
         return max(0.0, (self.total - self.step) * seconds_per_step - (now - end))
 
     def numbers(self) -> list[tuple[str, str]]:
-        """Return (label, value) of the last step's numbers, the score with its 95 % interval over prompts."""
+        """Return (label, value) of the last step's numbers.
+
+        The score has its 95 % interval over prompts.
+        """
         numbers = {label: form.format(self.metrics[name]) for label, name, form in SHOWN if name in self.metrics}
         if "score" in numbers and SCORE_ERROR in self.metrics:
             numbers["score"] += f" ± {NORMAL_95 * self.metrics[SCORE_ERROR]:.3f}"

@@ -1,4 +1,4 @@
-"""`rayrlhf quickstart`: PPO, or another algorithm, on built-in word problems, with a summary."""
+"""`rayrlhf quickstart`: PPO or another algorithm on built-in word problems."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,7 +66,7 @@ def run_quickstart(overrides: Sequence[str], *, algorithm: str = PPO, dry_run: b
 
 
 def curve_table(folder: Path) -> Table:
-    """Return score, exact answers and KL of each step, and the held-out scores, with 95 % intervals over prompts."""
+    """Return a table of sampled and held-out scores, with 95 % intervals over prompts."""
     table = Table("step", "sampled score", "exact", "KL, nats", "held-out score", "held-out exact", title="Learning curve")
     rows: dict[int, dict[str, Any]] = {}
     for row in read_metrics(folder):

@@ -94,7 +94,7 @@ _EQUATION = re.compile(r"(-?[0-9]+(?: ?[-+*x\u00d7] ?[0-9]+)+)(?= ?=)")
 def worked_answer(
     responses: list[str], answer: list[str | int | float], solution: list[str], finish_reasons: list[str]
 ) -> list[float]:
-    """Return each response's reward in [0, 1] for the right calculation, its result, and an end right after it.
+    """Return each response's reward in [0, 1] for calculation, result, and end.
 
     Only a response with the right final number, or with the calculation of `solution` on the left of an equals sign, is paid:
     0.4, 0.3 more if the model ended it, and 0.3 more for at most 40 characters, falling to 0 at 120. With a wrong final number
@@ -114,7 +114,7 @@ def worked_answer(
 
 
 def worked_answer_exact(responses: list[str], answer: list[str | int | float], finish_reasons: list[str]) -> list[float]:
-    """Return 1 where the model ended the response and its final number is right, else 0.
+    """Return 1 for each response with the right final number and an end, else 0.
 
     With weight 0 it is only reported.
 
@@ -134,7 +134,7 @@ def _worked(response: str, expected: Decimal, solution: str, *, ended: bool) -> 
 
 
 def _terms(text: str) -> list[str]:
-    """Return numbers and operators of a calculation, those of a sum or product in order of size."""
+    """Return numbers and operators of a calculation; sums and products are sorted."""
     parts = re.findall(r"[0-9]+|[-+*]", re.sub("[x\u00d7]", "*", text.partition("=")[0]))
     return parts if "-" in parts else sorted(parts)
 
