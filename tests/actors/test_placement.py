@@ -20,7 +20,7 @@ def config(**sections):
     return PPOConfig.model_validate(base | sections)
 
 
-def test_a_laptop_seats_all_five_roles_by_fractions_of_its_two_cores():
+def test_a_laptop_places_all_five_roles_by_fractions_of_its_two_cores():
     plan = make_plan(config(), LAPTOP)
     assert set(plan.workers) == {"policy", "critic", "reference", "reward", "rollout"}
     assert sum(worker.cpus for workers in plan.workers.values() for worker in workers) <= 2.0

@@ -27,7 +27,7 @@ def test_two_cores_score_on_both_when_nothing_is_generated():
     assert divide(2.0, 0.0, generating=False).scorers == 2
 
 
-def test_two_cores_generate_on_both_while_a_scorer_runs_beside():
+def test_two_cores_generate_on_both_while_a_scorer_runs_next_to():
     share = divide(2.0, 0.0)
     assert (share.generators, share.generator_threads, share.scorers) == (1, 2, 1)
 

@@ -119,7 +119,7 @@ def steps(bench):
     return [row["step"] for row in read_metrics(bench.run)] if bench.run.is_dir() else []
 
 
-def test_a_run_is_submitted_stopped_and_resumed_over_two_nodes_and_nobody_without_the_token_can(bench):
+def test_a_run_is_submitted_stopped_and_resumed_over_two_nodes_and_no_one_without_the_token_can(bench):
     submit = ("rayrlhf", "submit", "run.yaml", f"run.root={bench.folder / 'runs'}", "--address", bench.url)
 
     code, output = bench.call(*submit, RAY_AUTH_MODE="disabled")

@@ -106,7 +106,7 @@ def test_pods_are_guaranteed_unprivileged_and_have_time_to_write_a_checkpoint(pa
 
 
 @pytest.mark.parametrize("path", KUBERAY, ids=named)
-def test_kuberay_clusters_want_a_token_and_answer_to_nobody_else(path):
+def test_kuberay_clusters_want_a_token_and_answer_to_no_one_else(path):
     first, policy = yaml.safe_load_all(path.read_text())
     cluster = first["spec"].get("rayClusterSpec", first["spec"])
     assert cluster["authOptions"]["mode"] == "token"

@@ -55,7 +55,7 @@ def granted(plan):
 
 
 @pytest.mark.parametrize("sections", [DISAGGREGATED, COLOCATED], ids=["disaggregated", "colocated"])
-def test_ray_seats_processes_together_as_the_plan_does_and_packs_every_replica(cluster, sections):
+def test_ray_places_processes_together_as_the_plan_does_and_packs_every_replica(cluster, sections):
     machine = read_cluster_resources()
     assert machine == ClusterResources((CPUS,) * NODES, (GPUS,) * NODES)
     plan = make_plan(config(**sections), machine)

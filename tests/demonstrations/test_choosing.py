@@ -33,7 +33,7 @@ def rankers(pool: list[Example]) -> list[Ranker]:
 
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["random", "bm25", "vectors"])
-def test_planted_duplicates_never_reach_a_context_whoever_ranks(which: int) -> None:
+def test_planted_duplicates_never_reach_a_context_with_any_ranker(which: int) -> None:
     originals = examples(40, seed=1)
     copies = [Example(f"{e.identity}:copy {n}", f"  {e.prompt.upper()}", e.answer) for e in originals for n in range(3)]
     pool = originals + copies

@@ -90,7 +90,7 @@ def test_a_name_or_argument_that_fits_nothing_is_told_with_the_nearest(settings,
     assert message in str(caught.value)
 
 
-def test_a_class_in_a_file_is_found_and_made_anew_for_each_sample(tmp_path):
+def test_a_class_in_a_file_is_found_and_made_again_for_each_sample(tmp_path):
     file = tmp_path / "game.py"
     file.write_text(
         "class Game:\n    def __init__(self, size=1): self.size = size\n"

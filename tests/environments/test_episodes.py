@@ -237,6 +237,6 @@ def test_a_function_that_pays_turns_does_what_an_environment_that_pays_turns_doe
     assert np.abs(at_end.batch.arrays["advantages"] - expected.batch.arrays["advantages"]).max() > 0.01
 
 
-def test_rewards_of_tokens_are_refused_beside_what_changes_whole_scores():
+def test_rewards_of_tokens_are_refused_next_to_what_changes_whole_scores():
     with pytest.raises(UserError, match=r"those of tokens and turns.*reward function 'length'"):
         load("reward.functions=[{name: length, per: turn}]", "algorithm.shaping.clip=1.0")

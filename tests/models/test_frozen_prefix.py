@@ -23,7 +23,7 @@ def count_calls(module: torch.nn.Module) -> list[int]:
     return calls
 
 
-def test_a_sequence_read_again_skips_the_lower_layers_whatever_its_neighbours() -> None:
+def test_a_sequence_read_again_skips_the_lower_layers_with_any_neighbors() -> None:
     trunk = llama()
     lower, upper = count_calls(trunk.layers[0]), count_calls(trunk.layers[3])
     prefix = FrozenPrefix(trunk, 3)

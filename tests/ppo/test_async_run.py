@@ -116,7 +116,7 @@ def test_old_tokens_are_weighed_against_their_sampler(continued):
 
 
 @pytest.mark.slow
-def test_cut_responses_begin_anew_so_that_each_is_of_one_version(tmp_path):
+def test_cut_responses_begin_again_so_that_each_is_of_one_version(tmp_path):
     _, books, rows = run(tmp_path, "async.max_staleness=1", "async.on_update=cut", "run.steps=4", "evaluation.enabled=false")
     assert 0 < max(row["sampling/staleness/max"] for row in rows) <= 1
     assert all(len(set(tokens.tolist())) == 1 for versions in books.versions.values() for tokens in versions)

@@ -62,7 +62,7 @@ def test_of_a_mirror_the_newest_whole_checkpoint_is_fetched_in_place_of_a_damage
     assert checkpointer.fetch() == [damaged, torn]
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_by_itself(tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_by_itself(tmp_path):
     (make(tmp_path, 5).folder / "state.json").write_bytes(b"")
     with pytest.raises(UserError, match=r"state\.json: 0 bytes, expected 2: remove .* to start over"):
         newest_usable(tmp_path, FITS)

@@ -53,7 +53,7 @@ def test_a_run_over_turns_trains_on_what_was_sampled_and_repeats_bit_for_bit(tmp
 
 
 @pytest.mark.nightly
-def test_a_run_over_agents_trains_on_every_stretch_as_it_was_sampled_and_repeats_bit_for_bit(tmp_path):
+def test_a_run_over_agents_trains_on_every_segment_as_it_was_sampled_and_repeats_bit_for_bit(tmp_path):
     agents = [
         "environment={name: 'tests.environments.agents:forgetful', max_turn_tokens: 2}",
         "rollout.max_new_tokens=120",

@@ -39,7 +39,7 @@ def test_a_comparison_that_computes_for_ever_is_not_right_and_the_next_ones_go_o
     assert time.monotonic() - begun < 60
 
 
-def test_a_process_that_died_between_two_batches_is_started_anew():
+def test_a_process_that_died_between_two_batches_is_started_again():
     assert math_verify(["$7$"], [7]) == [1.0]
     assert module._worker._process is not None
     module._worker._process.kill()

@@ -33,7 +33,7 @@ def pays(values: Any, per: str, weight: float = 1.0, name: str = "f") -> BoundFu
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12))
-def test_turns_end_where_a_stretch_of_sampled_tokens_does(mask):
+def test_turns_end_where_a_segment_of_sampled_tokens_does(mask):
     ends = [index for index, sampled in enumerate(mask) if sampled and not (mask[index + 1 :] or [False])[0]]
     assert turn_ends(np.array(mask)).tolist() == ends
     assert len(ends) == turns(rollout(mask))
@@ -83,7 +83,7 @@ def test_what_does_not_fit_the_tokens_is_one_clear_line(values, per, message):
         score_batch([pays(values, per)], BATCH)
 
 
-def test_where_nothing_was_sampled_and_beside_a_cache_it_is_refused():
+def test_where_nothing_was_sampled_and_next_to_a_cache_it_is_refused():
     with pytest.raises(UserError, match="'f' has per: turn, which needs sampled tokens"):
         score_batch([pays([[1.0]], "turn")], ScoringBatch(["p"], ["r"]))
     with pytest.raises(ValueError, match="cache: true stores one score per response"):

@@ -33,7 +33,7 @@ def test_half_open_lets_one_call_through_and_its_end_decides():
     assert failed(breaker, 31, 32).admits(32)
 
 
-def test_a_success_between_failures_starts_the_count_anew_and_a_cancelled_call_says_nothing():
+def test_a_success_between_failures_starts_the_count_again_and_a_cancelled_call_says_nothing():
     breaker = failed(Breaker(), 1, 2)
     breaker.begin()
     breaker.succeed()

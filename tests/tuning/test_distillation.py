@@ -80,7 +80,7 @@ def formula(config, table, kept):
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("kept", [None, 5])
-def test_the_loss_is_the_kl_from_the_same_model_beside_more_context_and_falls(tmp_path, model, kept, packing):
+def test_the_loss_is_the_kl_from_the_same_model_next_to_more_context_and_falls(tmp_path, model, kept, packing):
     chosen = [] if kept is None else [f"train.vocabulary={kept}"]
     task, engine, bare, held_out, _ = started(tmp_path, model, *chosen, f"train.packing={str(packing).lower()}")
     table = task.prepare(engine, bare, tmp_path)

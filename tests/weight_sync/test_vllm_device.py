@@ -161,7 +161,7 @@ def test_ipc_brings_new_weights_in_every_update_through_one_buffer_that_holds_th
 
 
 @pytest.mark.parametrize("engine", [("nccl", True)], indirect=True)
-def test_a_transfer_that_failed_is_opened_anew_by_the_next(wires, engine):
+def test_a_transfer_that_failed_is_opened_again_by_the_next(wires, engine):
     trainer, ports = Trainer(tie=True), itertools.count(5000)
     sender = DeviceSender("nccl", 0, EngineSource(trainer.weights))
     sender.send(Client(engine, 1), ("a",), 1, lambda: (MEETING[0], next(ports)))

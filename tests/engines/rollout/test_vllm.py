@@ -24,7 +24,7 @@ def test_without_vllm_the_error_says_what_to_install(monkeypatch):
         start("vllm")
 
 
-def test_a_replica_starts_beside_numba_and_leaves_its_modules_where_they_were():
+def test_a_replica_starts_next_to_numba_and_leaves_its_modules_where_they_were():
     import llvmlite.binding.ffi
 
     start("vllm").close()

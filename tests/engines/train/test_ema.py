@@ -39,7 +39,7 @@ def weights(engine):
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_the_average_is_its_closed_form_over_all_steps_and_is_exported_beside_the_weights(tmp_path, stage):
+def test_the_average_is_its_closed_form_over_all_steps_and_is_exported_next_to_the_weights(tmp_path, stage):
     engine = engine_of(stage=stage)
     seen = [weights(engine)]
     for step in range(4):

@@ -117,7 +117,7 @@ def test_an_answer_that_was_cut_is_closed_by_the_template_and_one_that_came_back
     assert [limit for _, limit in scripted.asked] == [4, 4]
 
 
-def test_a_request_that_goes_on_from_nothing_begins_a_stretch_with_the_same_reward():
+def test_a_request_that_goes_on_from_nothing_begins_a_segment_with_the_same_reward():
     rollout, _ = play([[*ids("a"), END], [*ids("b"), END], [*ids("c"), END]], "forgetful")
     (other,) = rollout.extra_segments
     assert rollout.response_ids[rollout.action_mask].tolist() == [*ids("a"), END, *ids("b"), END]
@@ -180,7 +180,7 @@ def test_a_mistake_of_the_run_is_no_failure_of_a_sample(name, message):
         play([[*ids("a"), END]], name)
 
 
-def test_an_answer_that_nobody_waited_for_is_not_learned_from():
+def test_an_answer_that_no_one_waited_for_is_not_learned_from():
     engine, scripted = engine_of([[*ids("a"), END], [*ids("b"), END]], "impatient")
     slow = scripted.poll
 
@@ -389,7 +389,7 @@ def test_openais_own_client_gets_its_answers(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_samplers_logprobs_are_those_of_one_pass_over_each_stretch():
+def test_the_samplers_logprobs_are_those_of_one_pass_over_each_segment():
     model = ModelSection.model_validate({"path": TINY.replace("context=96", "context=512") + "true", "dtype": "float32"})
     rollout = RolloutSection.model_validate({"backend": "transformers", "max_concurrent": 8})
     limits = section("forgetful", max_turn_tokens=6)

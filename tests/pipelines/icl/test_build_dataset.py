@@ -92,7 +92,7 @@ def test_demonstrations_are_others_of_the_same_task_with_their_true_answers(tmp_
             assert answered["content"].startswith(target.task)
 
 
-def test_the_nearest_stands_beside_the_question(tmp_path: Path) -> None:
+def test_the_nearest_stands_next_to_the_question(tmp_path: Path) -> None:
     pool = [Example(f"d:{n}", text, f"A{n}") for n, text in enumerate(["a b c d", "a b c x", "a b y z", "a u v w", "q r s t"])]
     bm25 = ("demonstrations.selection=bm25", "demonstrations.least=3")
     [first, *_] = built(pool, tmp_path / "far", *bm25)
@@ -229,7 +229,7 @@ def test_processes_map_the_examples_and_the_vectors_and_copy_neither(tmp_path: P
     assert builder._pool[4321] == pool[4321]
 
 
-def test_parts_made_anew_are_the_same_and_those_of_another_seed_are_not(tmp_path: Path) -> None:
+def test_parts_made_again_are_the_same_and_those_of_another_seed_are_not(tmp_path: Path) -> None:
     pool = examples(30)
     rows = built(pool, tmp_path / "one")
     assert rows == built(pool, tmp_path / "two")

@@ -114,7 +114,7 @@ def test_what_cannot_be_shown_is_refused_or_dropped_from_the_far_end_and_counted
         assert asked.count(row["question"]) == 1
 
 
-def test_prompts_need_answers_only_where_somebody_reads_them(tmp_path):
+def test_prompts_need_answers_only_where_someone_reads_them(tmp_path):
     from rayrlhf.pipelines.icl.distill import _questions
 
     path = write_rows(tmp_path / "bare.jsonl", [{"prompt": f"ask {number}"} for number in range(4)])

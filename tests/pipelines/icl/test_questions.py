@@ -50,7 +50,7 @@ def test_no_context_holds_the_question_itself_or_its_twin(tokenizer):
     assert counts.leaks["same_text"] > 0
 
 
-def test_more_demonstrations_contain_those_of_fewer_with_the_nearest_beside_the_question(tokenizer):
+def test_more_demonstrations_contain_those_of_fewer_with_the_nearest_next_to_the_question(tokenizer):
     rows, _ = asked(tokenizer, counts=[1, 3, 6], seeds=1)
     for first, second, third in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
         assert shown(second)[-1:] == shown(first)

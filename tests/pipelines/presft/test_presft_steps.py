@@ -109,7 +109,7 @@ def test_parts_of_one_row_make_every_row_a_checkpoint(tmp_path):
     assert {file.name: file.read_bytes() for file in scores.files()} == before
 
 
-def test_struggling_pairs_alone_are_sampled_anew(tmp_path):
+def test_struggling_pairs_alone_are_sampled_again(tmp_path):
     settings = ["probe.response_field=answer", f"probe.model.path={MODEL}", "relabel.method=mbr", "relabel.samples=3"]
     config = presft_config(tmp_path, *settings, count=6)
     layout = Layout(tmp_path / "run")

@@ -60,7 +60,7 @@ def test_the_gap_minimises_the_spread_within_both_sides(scores):
         assert spread(found) == pytest.approx(min(spreads), rel=1e-6, abs=1e-6)
 
 
-def test_an_empty_stretch_is_cut_in_its_middle():
+def test_an_empty_segment_is_cut_in_its_middle():
     assert otsu_threshold(np.array([10.0] * 5 + [90.0] * 20)) == pytest.approx(50.0, abs=1.0)
 
 

@@ -62,7 +62,7 @@ def test_with_staleness_the_slower_side_alone_sets_the_pace():
     hours=st.sampled_from([None, 0.05, 0.5]),
     seed=st.integers(0, 5),
 )
-def test_no_response_is_older_than_allowed_and_all_are_trained_on_whatever_fails(
+def test_no_response_is_older_than_allowed_and_all_are_trained_on_with_any_failures(
     staleness, samples, replicas, places, spread, hours, seed
 ):
     settings_ = config(

@@ -84,7 +84,7 @@ def test_tries_are_bounded_and_then_named(request_of):
     assert len(client.submitted) == 2
 
 
-def test_a_job_that_somebody_stopped_is_not_tried_again(request_of):
+def test_a_job_that_someone_stopped_is_not_tried_again(request_of):
     client = Client("STOPPED", "SUCCEEDED")
     with pytest.raises(StoppedError, match="resume"):
         run(client, request_of, retries=3)
@@ -174,7 +174,7 @@ def test_a_refusal_is_one_line_that_says_what_to_do(answering, status, words):
 @pytest.mark.parametrize(
     ("address", "words"), [("http://127.0.0.1:1", "no response"), ("cluster:8265", "expected the dashboard")]
 )
-def test_an_address_where_nobody_answers_is_told(address, words):
+def test_an_address_where_no_one_answers_is_told(address, words):
     with pytest.raises(UserError, match=words):
         submit.connect(address)
 

@@ -31,7 +31,7 @@ def test_a_thinned_series_keeps_its_extremes_and_its_mean(values: list[float], s
     assert all(low - 1e-5 * abs(low) - 1e-9 <= mean <= high + 1e-5 * abs(high) + 1e-9 for mean in drawn.means[1])
 
 
-def test_the_mean_of_equal_stretches_is_the_mean_of_the_series():
+def test_the_mean_of_equal_segments_is_the_mean_of_the_series():
     values = [float(value) for value in range(1000)]
     means = thinned(Series(list(range(1000)), values), 250).means[1]
     assert sum(means) / len(means) == pytest.approx(sum(values) / len(values))

@@ -103,7 +103,7 @@ def test_a_folder_that_was_taken_away_is_gone_and_the_server_lives_on(server: Ru
     assert ask(server, f"/{server.token}/plotly.js")[0].status == 200
 
 
-def test_a_page_is_made_once_while_nothing_changes_and_anew_when_it_is_old(run: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_page_is_made_once_while_nothing_changes_and_again_when_it_is_old(run: Path, monkeypatch: pytest.MonkeyPatch):
     made, now = [], [0.0]
     monkeypatch.setattr(
         "rayrlhf.tools.watch.watch_server.live_page", lambda folder, max_rollouts: made.append(folder) or str(len(made))
