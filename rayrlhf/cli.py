@@ -195,7 +195,7 @@ def quickstart(
     algorithm: Annotated[str, typer.Option(help="ppo, or another recipe: grpo, rloo, reinforce++, remax, ...")] = "ppo",
     dry_run: DryRun = False,
 ) -> None:
-    """Train a chat model with PPO on built-in word problems: minutes, two CPU cores."""
+    """Train a chat model with PPO on built-in word problems, on two CPU cores."""
     from rayrlhf.ppo.quickstart import run_quickstart
 
     run_quickstart(overrides or [], algorithm=algorithm, dry_run=dry_run)

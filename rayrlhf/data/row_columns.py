@@ -32,6 +32,8 @@ ANSWERS = {*PROMPTS, *LOSS, LABEL, INPUT}
 QUESTIONS = ("question", INSTRUCTION, "query", INPUT)
 """Columns with the prompt of a pair, in order of precedence."""
 LABEL_FALSE = "label is false"
+_LABELS: dict[object, bool] = {"true": True, "false": False}
+"""Labels as text, as in CSV files, in lower case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ def recognized(row: Row, section: SectionType, purpose: str) -> tuple[SectionTyp
         if row.get(names["messages_field"]) is None and conversations == "conversations":
             return section.model_copy(update={"messages_field": conversations}), "ShareGPT conversations"
         if row.get(names["messages_field"]) is not None:
-            kept = ", of which those with label true are kept" if isinstance(row.get(LABEL), bool) else ""
+            kept = ", of which those with label true are kept" if is_label(row.get(LABEL)) else ""
             return section, f"conversations{kept}"
     alpaca = INSTRUCTION in row and (answer is None or "output" in row)
     if free and alpaca:
@@ -95,7 +97,7 @@ def recognized(row: Row, section: SectionType, purpose: str) -> tuple[SectionTyp
             return section, "tokens"
     if free and conversations and purpose != "samples":
         return section.model_copy(update={"prompt_field": conversations}), f"{conversations} without their last answer"
-    if isinstance(row.get(LABEL), bool) and answer:
+    if is_label(row.get(LABEL)) and answer:
         return section, "KTO answers, of which those with label true are kept"
     if INPUT in row and names["prompt_field"] == INSTRUCTION:
         return section, "Alpaca instructions"
@@ -142,13 +144,18 @@ def read_extras(
             system = value
         elif name in TEMPLATE_ARGUMENTS and turns:
             options |= _options(name, value, where)
-        elif name == LABEL and isinstance(value, bool | str):
-            rejected = value is False
+        elif name == LABEL and is_label(value):
+            rejected = value is False or _LABELS.get(str(value).lower()) is False
         elif name in LOSS and (isinstance(value, str) or value in (1, True)):
             continue  # An answer in words, or the weight that a row has anyway.
         elif not (name in TEMPLATE_ARGUMENTS and not value):
             raise UserError(f"{where}: {_reason(name, turns=turns)}; or name it in ignored_fields")
     return Extras(system, options or None, rejected)
+
+
+def is_label(value: object) -> bool:
+    """Return True for a label by which a row is kept: true or false, also as text."""
+    return isinstance(value, bool) or (isinstance(value, str) and value.lower() in _LABELS)
 
 
 def _reason(name: str, *, turns: bool) -> str:
@@ -157,7 +164,7 @@ def _reason(name: str, *, turns: bool) -> str:
     if name == INPUT:
         return "usually a part of the prompt, and not used; put {input} into template"
     if name == LABEL:
-        return "0 or 1 or a score, expected true or false, by which a row is kept"
+        return "0 or 1, a score or a class, expected true or false, by which a row is kept"
     if name in LOSS:
         return "defines the loss, and is not used with these columns"
     if not turns:

@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+import yaml
+
 from rayrlhf.config.loading.load import differences, stored_config
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
@@ -23,6 +25,9 @@ _LENGTH = (
 MAY_CHANGE = (*_LENGTH, "placement.", "rollout.replicas:", "rollout.tensor_parallel_size:", "recovery.")
 """Settings that a resumed run may change: its length and outputs, and where it is carried out."""
 
+_BEFORE = {"environment": ("votes", "segment"), "train": ("share_prefixes", "off")}
+"""Section -> key that older run folders do not have, and the behavior of the code that wrote them."""
+
 
 def stored_differences(stored: str, current: str) -> list[str]:
     """Return the lines that make a run folder's configuration another run than the current one.
@@ -30,9 +35,18 @@ def stored_differences(stored: str, current: str) -> list[str]:
     A run may become longer or shorter, and continue elsewhere on more or fewer processes. One that is `exact` keeps its
     processes, because its bits depend on them.
     """
-    before, after = (stored_config(PPOConfig, text) for text in (stored, current))
+    before, after = stored_config(PPOConfig, _with_older_behavior(stored)), stored_config(PPOConfig, current)
     exact = "exact" in (before.run.determinism, after.run.determinism)
     return [line for line in differences(before, after) if not line.startswith(_LENGTH if exact else MAY_CHANGE)]
+
+
+def _with_older_behavior(stored: str) -> str:
+    """Return a stored configuration with the keys that its version did not have."""
+    tree = yaml.safe_load(stored)
+    for section, (key, value) in _BEFORE.items():
+        if isinstance(tree.get(section), dict):
+            tree[section].setdefault(key, value)
+    return yaml.safe_dump(tree)
 
 
 def fingerprint(config: PPOConfig) -> dict[str, str]:

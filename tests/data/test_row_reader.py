@@ -252,7 +252,7 @@ def test_pairs_of_all_formats_keep_their_prompt(tmp_path, tokenizer, row, text):
         (supervised, {**ROW, "input": "c"}, "input: usually a part of the prompt, and not used; put {input} into template"),
         (supervised, {**ROW, "images": ["x"]}, "images: not supported"),
         (supervised, {**ROW, "completion_mask": [0, 1]}, "completion_mask: defines the loss"),
-        (supervised, {**ROW, "label": 0}, "label: 0 or 1 or a score, expected true or false"),
+        (supervised, {**ROW, "label": 0}, "label: 0 or 1, a score or a class, expected true or false"),
         (supervised, {"text": "a", "system": "S"}, "system: not supported with plain text"),
         (supervised, {"prompt": "one two three", "completion": "one two three four"}, "completion: repeats the prompt"),
         (supervised, {"prompt": [user("a")], "completion": [user("a"), assistant("b")]}, "repeats the messages of the prompt"),
@@ -328,3 +328,12 @@ def test_examples_of_presft_and_icl_are_read_alike(tmp_path):
     (tmp_path / "x").mkdir()
     with pytest.raises(UserError, match=r"no field completion \(1\); row 1 has prompt, response: name the columns with"):
         examples(tmp_path / "x", [{"prompt": "a", "response": "b"}])
+
+
+@pytest.mark.parametrize("label", ["False", "false"])
+def test_labels_as_text_select_rows_like_labels(tmp_path, tokenizer, label):
+    rows = [{"prompt": "q", "completion": "good", "label": "True"}, {"prompt": "q", "completion": "bad", "label": label}]
+    dataset = supervised(tmp_path, rows, tokenizer)
+    assert dataset.report.dropped == {"label is false": 1}
+    assert len(dataset.samples) == 1
+    assert "label: 0 or 1, a score or a class" in error_of(supervised, tmp_path, [rows[0] | {"label": "sports"}], tokenizer)

@@ -90,6 +90,22 @@ def test_the_summary_says_what_changed(run: Path):
     assert "2 PPO steps, 1.5 minutes, peak memory 3.0 GiB" in text
 
 
+def test_what_was_not_measured_is_not_shown_as_a_number(run: Path):
+    before, after = (read_evaluation(run, step) for step in (0, 2))
+    plain = [[{key: value for key, value in row.items() if key != EXACT} for row in rows] for rows in (before, after)]
+    text = "\n".join(summary(PPOResult(run, 2, 90.0, 3.0), *plain, kl=False))
+    assert "right and ended there: - -> -; distinct answers: 100%; largest KL to the start model: not measured" in text
+    console = Console(width=120, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(curve_table(run, kl=False))
+    assert "7.5" not in capture.get()
+
+
+def test_the_quickstart_is_refused_without_its_evaluations():
+    with pytest.raises(UserError, match=r"evaluation\.enabled false: the quickstart compares held-out answers"):
+        run_quickstart(["evaluation.enabled=false"])
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -95,7 +95,7 @@ def _summary(sheet: dict[str, Any]) -> Iterator[Block]:
         return
     last = sheet["rounds"][-1]
     figures = [("pairs scored", f"{last['rows']:,}"), ("mean BLEU", f"{last['mean_bleu']:.1f}")]
-    if last["mean_chrf"] is not None:
+    if last.get("mean_chrf") is not None:
         figures.append(("mean chrF", f"{last['mean_chrf']:.1f}"))
     if "struggling" in last:
         figures.append(("struggling", f"{last['struggling'] / last['rows']:.1%}"))
@@ -132,7 +132,7 @@ def _round(figures: dict[str, Any], view: RoundView, several: bool) -> Iterator[
     yield from _decisions(figures, prefix)
     yield from _cost(figures, prefix)
     yield from _pairs(view, prefix)
-    if figures["zero_bleu"]:
+    if figures.get("zero_bleu"):
         yield Paragraph(
             f"BLEU is 0, the two responses share no word, for {figures['zero_bleu']:,} of {figures['rows']:,} pairs.", note=True
         )

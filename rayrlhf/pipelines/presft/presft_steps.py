@@ -71,10 +71,7 @@ def low_score_warning(facts: dict[str, Any]) -> str | None:
     """
     if facts.get("zero_bleu", 0) <= facts["rows"] / 2:
         return None
-    return (
-        f"{facts['zero_bleu']} of {facts['rows']} pairs have BLEU 0, the two responses share no word "
-        f"(mean chrF {facts['mean_chrf']:.1f}): check the chat template, generate.max_new_tokens and probe.tokenize"
-    )
+    return f"{facts['zero_bleu']} of {facts['rows']} pairs have BLEU 0, the two responses share no word: check the chat template, generate.max_new_tokens and probe.tokenize"
 
 
 def select_pairs(config: PreSFTConfig, scores: PartFolder, selection: Path) -> dict[str, Any]:
@@ -183,14 +180,21 @@ def _score_facts(scores: PartFolder, signature: str) -> dict[str, Any]:
     """Return the facts of complete scores; a few numbers per row are in memory."""
     import pyarrow.compute as pc
 
-    bleu, chrf, nothing, tokens, rows = 0.0, 0.0, 0, 0, 0
+    bleu, nothing, tokens, rows = 0.0, 0, 0, 0
+    chrf: list[float] = []
     for table in scores.tables():
         rows += table.num_rows
         bleu += float(pc.sum(table.column("bleu")).as_py())
-        chrf += float(pc.sum(table.column("chrf")).as_py() or 0) if "chrf" in table.column_names else 0.0
+        if "chrf" in table.column_names:
+            chrf += table.column("chrf").drop_null().to_pylist()
         nothing += int(pc.sum(pc.equal(table.column("bleu"), 0.0)).as_py())
         tokens += int(pc.sum(pc.list_flatten(table.column("probe_tokens"))).as_py() or 0)
-    facts = {"rows": rows, "signature": signature, "mean_bleu": bleu / rows, "mean_chrf": chrf / rows}
+    facts = {
+        "rows": rows,
+        "signature": signature,
+        "mean_bleu": bleu / rows,
+        "mean_chrf": sum(chrf) / len(chrf) if chrf else None,
+    }
     facts |= {"zero_bleu": nothing, "probe_tokens": tokens}
     likelihood = _column(scores, "likelihood", np.float64)
     if not np.isnan(likelihood).any():

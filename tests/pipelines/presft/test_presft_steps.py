@@ -73,7 +73,6 @@ def test_scores_of_zero_for_most_pairs_are_named_with_what_to_check(zero, warned
     assert (warning is not None) == warned
     if warning:
         assert "6 of 10 pairs have BLEU 0" in warning
-        assert "mean chrF 12.3" in warning
 
 
 def test_the_model_is_asked_twice_the_same_and_a_missing_part_comes_back_alike(tmp_path):
