@@ -71,7 +71,8 @@ def low_score_warning(facts: dict[str, Any]) -> str | None:
     """
     if facts.get("zero_bleu", 0) <= facts["rows"] / 2:
         return None
-    return f"{facts['zero_bleu']} of {facts['rows']} pairs have BLEU 0, the two responses share no word: check the chat template, generate.max_new_tokens and probe.tokenize"
+    share = f"{facts['zero_bleu']} of {facts['rows']} pairs have BLEU 0, the two responses share no word"
+    return f"{share}: check the chat template, generate.max_new_tokens and probe.tokenize"
 
 
 def select_pairs(config: PreSFTConfig, scores: PartFolder, selection: Path) -> dict[str, Any]:
