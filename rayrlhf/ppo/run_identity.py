@@ -25,7 +25,7 @@ _LENGTH = (
 MAY_CHANGE = (*_LENGTH, "placement.", "rollout.replicas:", "rollout.tensor_parallel_size:", "recovery.")
 """Settings that a resumed run may change: its length and outputs, and where it is carried out."""
 
-_BEFORE = {"environment": ("votes", "segment"), "train": ("share_prefixes", "off")}
+_BEFORE = {"environment": ("votes", "segment")}
 """Section -> key that older run folders do not have, and the behavior of the code that wrote them."""
 
 

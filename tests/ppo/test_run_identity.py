@@ -30,9 +30,8 @@ def test_an_exact_run_may_become_longer_but_keeps_its_processes(tmp_path):
     assert changed(tmp_path, "rollout.replicas=2", base=exact) == ["rollout.replicas: 1 -> 2"]
 
 
-@pytest.mark.parametrize(("determinism", "expected"), [("exact", ["train.share_prefixes: off -> auto"]), ("fast", [])])
-def test_a_folder_without_a_newer_key_has_the_behavior_of_the_code_that_wrote_it(tmp_path, determinism, expected):
-    config = run_config(tmp_path, f"run.determinism={determinism}")
+def test_a_folder_without_a_newer_key_has_the_behavior_of_the_code_that_wrote_it(tmp_path):
+    config = run_config(tmp_path, "environment.name=calculator")
     tree = yaml.safe_load(dump_config(config))
-    del tree["train"]["share_prefixes"]
-    assert stored_differences(yaml.safe_dump(tree), dump_config(config)) == expected
+    assert tree["environment"].pop("votes") == "sample"
+    assert stored_differences(yaml.safe_dump(tree), dump_config(config)) == ['environment.votes: "segment" -> "sample"']
