@@ -52,6 +52,8 @@ MAX_STOPS = 16
 """Maximum stop strings of a request."""
 MAX_NOTICES = 50
 """Maximum fields without effect that the log names."""
+TOOL_FIELDS = {"description": (str, "text"), "parameters": (dict, "a JSON schema"), "strict": (bool, "true or false")}
+"""Optional fields of a tool: their type, and its name in messages."""
 _KEPT = ("role", "content", "name", "tool_calls", "tool_call_id", *REASONING)
 _noticed: set[str] = set()
 _lock = threading.Lock()
@@ -132,7 +134,7 @@ def tools_of(tools: object) -> list[dict[str, Any]]:
     """Return tools of OpenAI's form, checked.
 
     Raises:
-        Refusal: one is no function with a name, or two have the same.
+        Refusal: one is no function with a name, one of its fields has another type, or two have the same name.
     """
     if tools in (None, []):
         return []
@@ -143,11 +145,12 @@ def tools_of(tools: object) -> list[dict[str, Any]]:
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or tool.get("type") != "function":
             raise invalid("tools", f"tool {number}: expected {{type: function, function: {{name, ...}}}}")
-        name, parameters = function.get("name"), function.get("parameters")
+        name = function.get("name")
         if not isinstance(name, str) or not name:
             raise invalid("tools", f"tool {number}: expected a name")
-        if not isinstance(parameters, dict | None):
-            raise invalid("tools", f"tool {number}: parameters: expected a JSON schema, found {type(parameters).__name__}")
+        for key, (kind, wanted) in TOOL_FIELDS.items():
+            if not isinstance(value := function.get(key), kind | None):
+                raise invalid("tools", f"tool {number}: {key}: expected {wanted}, found {type(value).__name__}")
         if name in names:
             raise invalid("tools", f"tool {number}: a second tool with the name {name!r}")
         names.add(name)

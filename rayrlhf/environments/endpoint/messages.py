@@ -200,7 +200,7 @@ def _openai_tools(tools: object) -> object:
             "type": "function",
             "function": {
                 "name": tool.get("name"),
-                "description": tool.get("description") or "",
+                "description": "" if tool.get("description") is None else tool["description"],
                 "parameters": tool.get("input_schema"),
             },
         }

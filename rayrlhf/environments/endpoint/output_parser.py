@@ -10,11 +10,13 @@ import logging
 import re
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from rayrlhf.environments.chat_tokens import PROBE_TOOL, ChatTokens
 from rayrlhf.environments.endpoint.call import Call, invalid
+from rayrlhf.environments.environment_loop import error_line
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import Tokenizer
 
@@ -83,7 +85,7 @@ class OutputParser:
     """
 
     def __init__(self, tokenizer: Tokenizer, chat: ChatTokens, tool_parser: str, reasoning_parser: str) -> None:
-        self._tokenizer, self._chat = tokenizer, chat
+        self._tokenizer, self._chat, self._failed = tokenizer, chat, False
         self.tools: str | None = None
         self.reasoning: str | None = None
         self.missing = "the chat template writes no tools; expected a model with a template that does (model.chat_template)"
@@ -98,13 +100,13 @@ class OutputParser:
         elif tool is None:
             self.missing = "no parser is known for the tool calls of the chat template; expected one in rollout.tool_parser"
         named = tool_parser != "auto" or reasoning_parser not in ("auto", "none")
-        if (tool or reasoning) and find_spec("vllm") is None:
-            self.missing = "tool calls and reasoning are parsed by vLLM, which is not installed"
+        if (tool or reasoning) and (fault := _import_fault()):
+            self.missing = f"tool calls and reasoning are parsed by vLLM, which {fault}"
             if named:
                 raise UserError(f"rollout.tool_parser and rollout.reasoning_parser: {self.missing}")
-            return
-        self.reasoning = self._checked_reasoning(reasoning, named=reasoning_parser != "auto")
-        self.tools = self._checked_tool(tool, named=tool_parser != "auto")
+        else:
+            self.reasoning = self._checked_reasoning(reasoning, named=reasoning_parser != "auto")
+            self.tools = self._checked_tool(tool, named=tool_parser != "auto")
         if chat.writes_tools and self.tools is None:
             _logger.warning("agents cannot use tools: %s", self.missing)
 
@@ -120,7 +122,7 @@ class OutputParser:
     def parse(self, token_ids: Sequence[int], text: str, call: Call, opening: str) -> Parsed:
         """Return the parts of a completion.
 
-        A completion that a parser cannot read is text as a whole.
+        A completion that a parser cannot read is text as a whole. The first one is logged.
 
         Args:
             token_ids: the sampled tokens, without the one that ended them.
@@ -135,6 +137,10 @@ class OutputParser:
         try:
             parsed = _run(self._tokenizer, tools, reasoning, raw, token_ids, call)
         except Exception:  # noqa: BLE001 - a parser's own fault on unusual text
+            if not self._failed:
+                names = " and ".join(name for name in (tools, reasoning) if name)
+                _logger.warning("vLLM's parser %s fails on a completion, which is returned as text", names, exc_info=True)
+            self._failed = True
             return Parsed(_cut(text, call.stop))
         if not parsed.calls and not parsed.reasoning:
             return Parsed(_cut(text, call.stop))
@@ -190,6 +196,18 @@ def _choose(template: str, table: Sequence[tuple[str, str]]) -> str | None:
     return next((name for pattern, name in table if re.search(pattern, template, re.DOTALL)), None)
 
 
+def _import_fault() -> str:
+    """Return the reason why vLLM's parsers cannot be used; empty if they can."""
+    if find_spec("vllm") is None:
+        return "is not installed"
+    try:
+        for module in ("parser", "reasoning", "tool_parsers", "entrypoints.openai.chat_completion.protocol"):
+            import_module(f"vllm.{module}")
+    except Exception as error:  # noqa: BLE001 - a broken installation fails in many ways
+        return f"cannot be imported: {error_line(error)}"
+    return ""
+
+
 def _unfit(key: str, name: str, error: Exception) -> UserError:
     from vllm.reasoning import ReasoningParserManager
     from vllm.tool_parsers import ToolParserManager
@@ -219,7 +237,10 @@ def _run(
 ) -> Parsed:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-    fields = {"messages": [{"role": "user", "content": ""}], "model": "policy", "tools": list(call.tools) or None}
+    keys = ("name", "description", "parameters")  # Of other keys vLLM may expect other types.
+    functions = [{key: tool["function"].get(key) for key in keys} for tool in call.tools]
+    known = [{"type": "function", "function": function} for function in functions] or None
+    fields = {"messages": [{"role": "user", "content": ""}], "model": "policy", "tools": known}
     request = ChatCompletionRequest.model_validate(fields | ({"tool_choice": "auto"} if tools else {}))
     parser = _parser_class(tools, reasoning)(tokenizer, request.tools)
     thought, content, calls = parser.parse(raw, request, enable_auto_tools=True, model_output_token_ids=list(token_ids))

@@ -1,0 +1,72 @@
+"""Requests that the endpoint refuses, notes or reads in each dialect, and clients that leave or stall."""
+
+import logging
+import sys
+
+import pytest
+
+from rayrlhf.environments.chat_tokens import ChatTokens
+from rayrlhf.environments.endpoint import fields as shared_fields
+from rayrlhf.environments.endpoint import output_parser
+from rayrlhf.environments.endpoint.call import Call, Refusal
+from rayrlhf.environments.endpoint.chat import read_chat
+from rayrlhf.environments.endpoint.messages import read_messages
+from rayrlhf.environments.endpoint.output_parser import OutputParser
+from rayrlhf.environments.endpoint.responses import read_response
+from rayrlhf.errors import UserError
+from tests.environments.chat_families import families, tokenizer_of
+from tests.environments.players.test_agent_tools import CHAT, SCHEMA, TOKENIZER, TOOL, USER
+
+
+@pytest.fixture(autouse=True)
+def notices(monkeypatch, caplog):
+    """The log, with no field noted yet."""
+    monkeypatch.setattr(shared_fields, "_noticed", set())
+    caplog.set_level(logging.WARNING)
+    return caplog
+
+
+@pytest.mark.parametrize(
+    ("read", "body", "field"),
+    [
+        (read_chat, {"tools": [TOOL | {"function": TOOL["function"] | {"description": 5}}]}, "description"),
+        (read_chat, {"tools": [TOOL | {"function": TOOL["function"] | {"strict": "yes"}}]}, "strict"),
+        (read_chat, {"tools": [TOOL | {"function": TOOL["function"] | {"parameters": 0}}]}, "parameters"),
+        (read_messages, {"tools": [{"name": "add", "description": 0, "input_schema": SCHEMA}]}, "description"),
+        (read_response, {"tools": [{"type": "function", "name": "add", "description": []}]}, "description"),
+    ],
+)
+def test_a_tool_with_a_field_of_another_type_is_refused_by_the_fields_name(read, body, field):
+    with pytest.raises(Refusal, match=f"tool 1: {field}: expected") as refused:
+        read("token", {"messages": USER, "input": "x"} | body)
+    assert (refused.value.status, refused.value.code) == (400, "invalid_tools")
+
+
+def test_the_first_fault_of_a_parser_is_logged_and_the_answer_is_text(monkeypatch, notices):
+    tokenizer, _ = tokenizer_of("phi3", families()["phi3"])
+    parser = OutputParser(tokenizer, ChatTokens(tokenizer), "auto", "none")
+    parser.tools = "hermes"
+
+    def broken(*arguments):
+        raise KeyError("properties")
+
+    monkeypatch.setattr(output_parser, "_run", broken)
+    call = Call("", USER, tools=[TOOL])
+    assert [parser.parse([70], "said", call, "").text for _ in range(2)] == ["said", "said"]
+    (record,) = notices.records
+    assert "hermes fails on a completion" in record.getMessage()
+    assert record.exc_info[0] is KeyError
+
+
+def test_a_vllm_that_cannot_be_imported_leaves_agents_without_tools_in_one_line(monkeypatch, tmp_path, notices):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm/__init__.py").write_text("raise ImportError('libcudart.so.13: no such file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    parser = OutputParser(TOKENIZER, CHAT, "auto", "auto")
+    assert (parser.tools, parser.reasoning) == (None, None)
+    (record,) = notices.records
+    assert "parsed by vLLM, which cannot be imported: ImportError: libcudart.so.13" in record.getMessage()
+    with pytest.raises(UserError, match=r"rollout.tool_parser.*which cannot be imported: ImportError"):
+        OutputParser(TOKENIZER, CHAT, "hermes", "auto")
