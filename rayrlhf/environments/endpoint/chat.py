@@ -27,7 +27,7 @@ KNOWN = frozenset(
     (
         *("messages", "model", "max_tokens", "max_completion_tokens", "n", "seed", "stop", "stream", "stream_options"),
         *("tools", "tool_choice", "parallel_tool_calls", "response_format", "chat_template_kwargs", "logprobs"),
-        *("user", "metadata", "store", "modalities", "include_reasoning"),
+        *("user", "metadata", "store", "modalities"),
     )
 )
 

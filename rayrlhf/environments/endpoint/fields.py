@@ -84,16 +84,24 @@ def check_known(fields: Mapping[str, Any], known: Collection[str]) -> None:
         Refusal: a field of `REFUSED` has a value.
     """
     for name, value in fields.items():
-        if name in known or value in (None, False, 0, "", [], {}):
+        if name in known:
             continue
-        if name in REFUSED:
+        if name not in REFUSED:
+            note(name, value)
+        elif value:
             raise invalid(name, f"{name} is not supported by the policy in training: {REFUSED[name]}")
-        with _lock:
-            new = name not in _noticed and len(_noticed) < MAX_NOTICES
-            _noticed.update([name] if new else [])
-        if new:
-            why = "the run sets it" if name in SAMPLING else "unknown"
-            _logger.warning("an agent's request has the field %r, which has no effect (%s)", name[:100], why)
+
+
+def note(name: str, value: object) -> None:
+    """Log once that a field has no effect, unless its value is empty."""
+    if value is None or value in ("", [], {}):
+        return
+    with _lock:
+        new = name not in _noticed and len(_noticed) < MAX_NOTICES
+        _noticed.update([name] if new else [])
+    if new:
+        why = "the run sets it" if name in SAMPLING else "not supported"
+        _logger.warning("an agent's request has the field %r, which has no effect (%s)", name[:100], why)
 
 
 def conversation_of(messages: object) -> list[Message]:

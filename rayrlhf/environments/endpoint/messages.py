@@ -22,7 +22,7 @@ from rayrlhf.environments.endpoint.fields import (
 KNOWN = frozenset(
     (
         *("messages", "model", "max_tokens", "system", "stop_sequences", "stream", "tools", "tool_choice", "metadata"),
-        *("seed", "chat_template_kwargs", "thinking", "service_tier"),
+        *("seed", "chat_template_kwargs", "service_tier"),
     )
 )
 ERRORS = {

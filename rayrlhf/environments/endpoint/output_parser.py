@@ -136,7 +136,7 @@ class OutputParser:
         reasoning = self.reasoning if self._thinks(raw, opening) else None
         try:
             parsed = _run(self._tokenizer, tools, reasoning, raw, token_ids, call)
-        except Exception:  # noqa: BLE001 - a parser's own fault on unusual text
+        except Exception:  # a parser's own fault on unusual text
             if not self._failed:
                 names = " and ".join(name for name in (tools, reasoning) if name)
                 _logger.warning("vLLM's parser %s fails on a completion, which is returned as text", names, exc_info=True)

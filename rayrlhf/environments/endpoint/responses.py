@@ -24,7 +24,7 @@ from rayrlhf.environments.endpoint.fields import (
 KNOWN = frozenset(
     (
         *("input", "model", "instructions", "max_output_tokens", "stream", "tools", "tool_choice", "parallel_tool_calls"),
-        *("text", "metadata", "store", "user", "include", "truncation", "seed", "chat_template_kwargs"),
+        *("text", "metadata", "store", "user", "seed", "chat_template_kwargs"),
     )
 )
 STATEFUL = ("previous_response_id", "conversation", "background", "prompt")
@@ -47,6 +47,7 @@ def read_response(token: str, fields: Mapping[str, Any]) -> Call:
     form = fields.get("text") or {}
     if not isinstance(form, dict) or (form.get("format") or {"type": "text"}) != {"type": "text"}:
         raise invalid("text", "text.format: only text is supported; others need constrained decoding")
+    check_known({f"text.{key}": value for key, value in form.items()}, ("text.format",))
     instructions = fields.get("instructions")
     system = [{"role": "system", "content": instructions}] if instructions else []
     return Call(

@@ -70,3 +70,26 @@ def test_a_vllm_that_cannot_be_imported_leaves_agents_without_tools_in_one_line(
     assert "parsed by vLLM, which cannot be imported: ImportError: libcudart.so.13" in record.getMessage()
     with pytest.raises(UserError, match=r"rollout.tool_parser.*which cannot be imported: ImportError"):
         OutputParser(TOKENIZER, CHAT, "hermes", "auto")
+
+
+@pytest.mark.parametrize(
+    ("read", "body", "named"),
+    [
+        (
+            read_chat,
+            {"temperature": 0, "top_p": 0.0, "include_reasoning": False},
+            {"temperature", "top_p", "include_reasoning"},
+        ),
+        (read_chat, {"echo": False, "top_logprobs": 0, "logit_bias": {}, "temperature": None}, set()),
+        (read_messages, {"thinking": {"type": "enabled", "budget_tokens": 9}, "top_k": 0}, {"thinking", "top_k"}),
+        (
+            read_response,
+            {"include": ["reasoning.encrypted_content"], "truncation": "auto", "text": {"verbosity": "low"}},
+            {"include", "truncation", "text.verbosity"},
+        ),
+    ],
+)
+def test_settings_without_effect_are_named_once_also_with_zero_or_false(read, body, named, notices):
+    for _ in range(2):
+        read("token", ({"input": "x"} if read is read_response else {"messages": USER}) | body)
+    assert sorted(record.args[0] for record in notices.records) == sorted(named)
