@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from http import HTTPStatus
 from typing import Any
 
-from rayrlhf.data.messages import Message
+from rayrlhf.data.messages import REFUSED_KEYS, Message
 from rayrlhf.data.templates import REASONING, check_turns
 from rayrlhf.environments.endpoint.call import Refusal, invalid
 from rayrlhf.errors import UserError
@@ -54,6 +54,8 @@ MAX_NOTICES = 50
 """Maximum fields without effect that the log names."""
 TOOL_FIELDS = {"description": (str, "text"), "parameters": (dict, "a JSON schema"), "strict": (bool, "true or false")}
 """Optional fields of a tool: their type, and its name in messages."""
+REFUSED_PARTS = {"function_call": "tool_calls", "refusal": "it as text in content"} | dict.fromkeys(REFUSED_KEYS, "text")
+"""Keys of a message that would change the conversation, with what is expected in their place."""
 _KEPT = ("role", "content", "name", "tool_calls", "tool_call_id", *REASONING)
 _noticed: set[str] = set()
 _lock = threading.Lock()
@@ -124,15 +126,18 @@ def conversation_of(messages: object) -> list[Message]:
 def _plain(message: object) -> Any:
     """Return the keys of a message that chat templates read.
 
-    Anything else is left to the check.
+    Others are refused or noted. What is no message is left to the check.
     """
     if not isinstance(message, dict):
         return message
+    for key, value in message.items():
+        if key in REFUSED_PARTS and value:
+            raise invalid("messages", f"{key} is not supported in a message, expected {REFUSED_PARTS[key]}")
+        if key not in (*_KEPT, *REFUSED_PARTS):
+            note(f"messages.{key}", value)
     plain = {key: message[key] for key in _KEPT if message.get(key) is not None}
     if message.get("role") == "assistant":
         plain.setdefault("content", "")
-        if message.get("function_call"):
-            raise invalid("messages", "function_call is not supported, expected tool_calls")
     else:
         plain.setdefault("content", message.get("content"))
     return plain

@@ -12,6 +12,7 @@ from rayrlhf.environments.endpoint.fields import (
     conversation_of,
     count_of,
     flag_of,
+    note,
     seed_of,
     stops_of,
     template_of,
@@ -25,6 +26,13 @@ KNOWN = frozenset(
         *("seed", "chat_template_kwargs", "service_tier"),
     )
 )
+OWNERS = {
+    "tool_use": "assistant",
+    "thinking": "assistant",
+    "redacted_thinking": "assistant",
+    "tool_result": "user",
+}
+"""Role whose messages alone may have a block."""
 ERRORS = {
     HTTPStatus.UNAUTHORIZED: "authentication_error",
     HTTPStatus.NOT_FOUND: "not_found_error",
@@ -155,6 +163,9 @@ def _openai_messages(message: object) -> list[dict[str, Any]]:
         raise invalid("messages", "content: expected text or a list of blocks")
     texts, calls, results, thoughts = [], [], [], []
     for block in content:
+        if (owner := OWNERS.get(str(block.get("type")), message["role"])) != message["role"]:
+            kind, role = block["type"], message["role"]
+            raise invalid("messages", f"content: a block of type {kind} belongs to the {owner}, found one of the {role}")
         match block.get("type"):
             case "text":
                 texts.append(_text([block], "messages"))
@@ -163,11 +174,12 @@ def _openai_messages(message: object) -> list[dict[str, Any]]:
                 calls.append({"id": block.get("id"), "type": "function", "function": function})
             case "tool_result":
                 text = _text(block.get("content") or "", "messages")
+                note("tool_result.is_error", block.get("is_error") or None)
                 results.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": text})
             case "thinking":
                 thoughts.append(str(block.get("thinking") or ""))
             case "redacted_thinking":
-                pass
+                note("redacted_thinking", block)
             case kind:
                 raise invalid("messages", f"content: blocks of type {kind!r:.80} are not supported")
     if message["role"] == "assistant":

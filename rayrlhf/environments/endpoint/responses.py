@@ -15,6 +15,7 @@ from rayrlhf.environments.endpoint.fields import (
     conversation_of,
     count_of,
     flag_of,
+    note,
     seed_of,
     template_of,
     tools_of,
@@ -197,12 +198,10 @@ def _add(answer: dict[str, Any], kind: str, item: Mapping[str, Any]) -> None:
         function = {"name": item.get("name"), "arguments": item.get("arguments") or "{}"}
         answer.setdefault("tool_calls", []).append({"id": item.get("call_id"), "type": "function", "function": function})
     else:
-        parts = item.get("content") or []
-        thought = (
-            "".join(str(part.get("text", "")) for part in parts if isinstance(part, dict)) if isinstance(parts, list) else ""
-        )
-        if thought:
-            answer["reasoning_content"] = thought
+        for key in ("summary", "encrypted_content"):
+            note(f"reasoning.{key}", item.get(key))
+        if thought := _text(item.get("content") or ""):
+            answer["reasoning_content"] = answer.get("reasoning_content", "") + thought
 
 
 def _text(content: object) -> str:
@@ -210,7 +209,7 @@ def _text(content: object) -> str:
         return content
     texts = [part.get("text") if isinstance(part, dict) else None for part in content] if isinstance(content, list) else [None]
     if not all(isinstance(text, str) for text in texts):
-        raise invalid("input", "input: expected text, or parts of type input_text or output_text")
+        raise invalid("input", "input: expected text, or parts of text")
     return "".join(map(str, texts))
 
 

@@ -93,3 +93,42 @@ def test_settings_without_effect_are_named_once_also_with_zero_or_false(read, bo
     for _ in range(2):
         read("token", ({"input": "x"} if read is read_response else {"messages": USER}) | body)
     assert sorted(record.args[0] for record in notices.records) == sorted(named)
+
+
+USE = {"type": "tool_use", "id": "1", "name": "add", "input": {}}
+RESULT = {"type": "tool_result", "tool_use_id": "1", "content": "no such tool"}
+
+
+@pytest.mark.parametrize(
+    ("read", "message", "reason"),
+    [
+        (read_messages, {"role": "user", "content": [USE]}, "tool_use belongs to the assistant, found one of the user"),
+        (read_messages, {"role": "user", "content": [{"type": "thinking", "thinking": "x"}]}, "thinking belongs to the assist"),
+        (read_messages, {"role": "assistant", "content": [RESULT]}, "tool_result belongs to the user"),
+        (read_messages, {"role": "system", "content": [RESULT]}, "tool_result belongs to the user"),
+        (read_chat, {"role": "assistant", "refusal": "I cannot"}, "refusal is not supported in a message"),
+        (read_chat, {"role": "assistant", "content": "", "audio": {"id": "audio_1"}}, "audio is not supported in a message"),
+        (read_chat, {"role": "user", "content": "see", "images": ["a.png"]}, "images is not supported in a message"),
+        (read_chat, {"role": "assistant", "function_call": {"name": "add"}}, "function_call .* expected tool_calls"),
+    ],
+)
+def test_parts_of_messages_that_cannot_be_kept_are_refused(read, message, reason):
+    with pytest.raises(Refusal, match=reason):
+        read("token", {"messages": [*USER, message, *USER]})
+
+
+def test_parts_of_messages_without_effect_are_named_in_the_log(notices):
+    answer = {"role": "assistant", "content": "a", "weight": 0, "refusal": None, "audio": None, "annotations": []}
+    read_chat("token", {"messages": [*USER, answer, *USER]})
+    results = {"role": "user", "content": [RESULT | {"is_error": True}]}
+    read_messages("token", {"messages": [*USER, {"role": "assistant", "content": [USE]}, results]})
+    assert [record.args[0] for record in notices.records] == ["messages.weight", "tool_result.is_error"]
+
+
+def test_neighboring_reasoning_items_are_one_reasoning():
+    thoughts = [
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": text}]} for text in ("I ", "add")
+    ]
+    said = {"role": "assistant", "content": [{"type": "output_text", "text": "3"}]}
+    call = read_response("token", {"input": [*USER, *thoughts, said, *USER]})
+    assert call.messages[1] == {"role": "assistant", "content": "3", "reasoning_content": "I add"}
