@@ -123,7 +123,7 @@ class Session:
         since: time of its last request or completion, on the monotonic clock.
         segments: segments in the order in which they started.
         pending: completions that are being sampled.
-        results: completions of requests that wait for more.
+        results: sampled completions of requests that wait for more, with their places and weight versions.
         turns: number of started completions.
         started: number of started segments.
         refused: True after a request without space, so that an error of the agent after it is no failure.
@@ -140,7 +140,7 @@ class Session:
     since: float
     segments: list[Segment] = field(default_factory=list)
     pending: list[Pending] = field(default_factory=list)
-    results: dict[Call, dict[int, Completion]] = field(default_factory=dict)
+    results: dict[Call, dict[int, tuple[Pending, Rollout, int]]] = field(default_factory=dict)
     turns: int = 0
     started: int = 0
     refused: bool = False
@@ -211,16 +211,29 @@ class Session:
         self.pending.remove(place)
 
     def complete(self, place: Pending, turn: Rollout, version: int, texts: Texts) -> None:
-        """Append a completion to its segment, and resolve its request if it is the last.
+        """Resolve a request with its last completion, and append all of them to their segments.
+
+        If the client has disconnected, none is appended.
 
         Args:
             turn: completion as recorded by the rollout engine.
             version: weight version of the observation tokens before it.
         """
+        call = place.call
+        self.pending.remove(place)
+        done = self.results.setdefault(call, {})
+        done[place.index] = (place, turn, version)
+        if len(done) < call.count:
+            return  # Its segment waits until then, so that no other request continues there.
+        del self.results[call]
+        for one, _, _ in done.values():
+            one.segment.waiting = False
+        if not call.reply.cancelled():
+            resolve(call, [self._append(*done[index], texts) for index in sorted(done)])
+
+    def _append(self, place: Pending, turn: Rollout, version: int, texts: Texts) -> Completion:
+        """Append a completion to its segment."""
         call, segment = place.call, place.segment
-        self.drop(place)
-        if call.reply.cancelled():
-            return  # The agent is not waiting any more: the completion has no part in what follows.
         stopped = turn.finish_reason == "stop"
         ids = texts.chat.without_end(turn.response_ids.tolist()) if stopped else turn.response_ids.tolist()
         parsed = texts.parser.parse(ids, turn.text, call, place.opening.text)
@@ -237,7 +250,7 @@ class Session:
         raw = texts.tokenizer.decode(ids, skip_special_tokens=False) if parsed.calls or parsed.reasoning else parsed.text
         messages = [*call.messages, as_template_message(message)]
         segment.turns.append(Turn(messages, call.options, place.opening, raw, len(segment.transcript), ended))
-        self.results.setdefault(call, {})[place.index] = Completion(
+        return Completion(
             parsed.text,
             "tool_calls" if calls and stopped else turn.finish_reason,
             len(turn.prompt_ids),
@@ -247,9 +260,6 @@ class Session:
             token_texts(turn, texts.tokenizer) if call.logprobs else (),
             next((word for word in call.stop if word in turn.text), None),
         )
-        if len(self.results[call]) == call.count:
-            done = self.results.pop(call)
-            resolve(call, [done[index] for index in sorted(done)])
 
     def full(self, message: str) -> Refusal:
         """Return the refusal of a request without space, and note it."""

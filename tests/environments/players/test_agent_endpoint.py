@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 
 import pytest
 
@@ -15,6 +16,8 @@ from rayrlhf.environments.endpoint.output_parser import OutputParser
 from rayrlhf.environments.endpoint.responses import read_response
 from rayrlhf.errors import UserError
 from tests.environments.chat_families import families, tokenizer_of
+from tests.environments.players.test_agent_player import END, engine_of, ids, request
+from tests.environments.players.test_agent_player import TOKENIZER as BYTES
 from tests.environments.players.test_agent_tools import CHAT, SCHEMA, TOKENIZER, TOOL, USER
 
 
@@ -132,3 +135,21 @@ def test_neighboring_reasoning_items_are_one_reasoning():
     said = {"role": "assistant", "content": [{"type": "output_text", "text": "3"}]}
     call = read_response("token", {"input": [*USER, *thoughts, said, *USER]})
     assert call.messages[1] == {"role": "assistant", "content": "3", "reasoning_content": "I add"}
+
+
+def test_none_of_several_completions_is_kept_if_the_client_leaves_after_the_first():
+    engine, scripted = engine_of([[*ids("a"), END], [*ids("b"), END], [*ids("c"), END]], "sleeping")
+    engine.submit([request()], temperature=1.0, max_new_tokens=90)
+    (session,) = engine._sessions.values()
+    left, next_one = Call(session.token, USER, count=2), Call(session.token, USER)
+    engine._sample(left)
+    first, second = scripted.poll(2)
+    engine._completed(first)
+    left.reply.cancel()
+    engine._completed(second)
+    engine._sample(next_one)
+    engine._completed(*scripted.poll(1))
+    rollout = session.rollout(1.0, BYTES)
+    engine.close()
+    assert [one.text for one in next_one.reply.result()] == ["c"]
+    assert (rollout.response_ids.tolist(), rollout.extra_segments) == ([*ids("c"), END], ())
