@@ -156,6 +156,9 @@ class AgentPlayer(Player):
         except queue.Empty:
             pass
         now = time.monotonic()
+        for call in [call for call in self._waiting_calls if call.reply.cancelled()]:
+            self._waiting_calls.remove(call)
+            self._sessions[call.token].since = now
         for session in self._busy():
             if now - session.since > patience:
                 session.overdue = f"no request and no end within {patience:g} s (environment.timeout_seconds)"
@@ -199,6 +202,7 @@ class AgentPlayer(Player):
         session = self._sessions[call.token]
         temperature = self._limits[session.request.key][0]
         if call.reply.cancelled():
+            session.since = time.monotonic()
             return
         try:
             places, limit = session.open(call, self._texts)

@@ -153,3 +153,17 @@ def test_none_of_several_completions_is_kept_if_the_client_leaves_after_the_firs
     engine.close()
     assert [one.text for one in next_one.reply.result()] == ["c"]
     assert (rollout.response_ids.tolist(), rollout.extra_segments) == ([*ids("c"), END], ())
+
+
+def test_a_client_that_leaves_in_lockstep_has_the_whole_time_for_its_next_request():
+    engine, _ = engine_of([], "sleeping", lockstep=True)
+    engine.submit([request()], temperature=1.0, max_new_tokens=90)
+    (session,) = engine._sessions.values()
+    for serve in (engine._sample, lambda call: engine._server.calls.put(call) or engine.poll(1, 0.2)):
+        call = Call(session.token, USER)
+        call.reply.cancel()
+        session.since = time.monotonic() - 100  # environment.timeout_seconds is 20
+        serve(call)
+        assert time.monotonic() - session.since < 10
+        assert (session.overdue, engine._waiting_calls) == ("", [])
+    engine.close()
