@@ -1,4 +1,6 @@
-"""An agent with a tool: it adds numbers through OpenAI's client, and knows nothing of training.
+"""Agent with a tool that adds numbers, over OpenAI's client.
+
+It knows nothing of training.
 
 It needs the package `openai`, which vLLM brings along. `calculator.yaml` trains the policy that it talks to.
 """
@@ -14,7 +16,11 @@ TURNS = 3
 
 
 async def solve(prompt: Any, endpoint: Any) -> float:
-    """Ask for a sum, and run the tool as often as the model calls it; returns 1.0 for the right answer, else 0.0."""
+    """Ask for a sum, and run the tool as often as the model calls it.
+
+    Returns:
+        1.0 for the right answer, else 0.0.
+    """
     messages: list[Any] = [{"role": "user", "content": prompt.text}]
     async with _model(endpoint) as model:
         for _ in range(TURNS):
@@ -39,7 +45,7 @@ def add(arguments: str) -> str:
 
 
 def _model(endpoint: Any) -> AsyncOpenAI:
-    """A client that waits and does not ask twice.
+    """Return a client that waits and does not ask twice.
 
     The endpoint is plain HTTP on this machine: no proxies, and no certificates, whose loading takes longer than a sample.
     """

@@ -228,11 +228,16 @@ def same_messages(new: Sequence[Message], old: Sequence[Message], raw: str) -> i
     """
     if len(new) != len(old):
         return 0
-    if list(new) == list(old):
+    if same_json(list(new), list(old)):
         return 2
     last = len(old) - 1
     pairs = enumerate(zip(new, old, strict=True))
     return int(all(_same(one, other, raw if at == last else None) for at, (one, other) in pairs))
+
+
+def same_json(one: object, other: object) -> bool:
+    """Compare values of JSON, of which Python takes 1, 1.0 and true for equal."""
+    return one == other and json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
 def _same(new: Message, old: Message, raw: str | None) -> bool:
@@ -240,7 +245,7 @@ def _same(new: Message, old: Message, raw: str | None) -> bool:
         return False
     if new["role"] != "assistant":
         return new["content"].strip() == old["content"].strip() or (
-            new["role"] == "tool" and _parsed(new["content"]) == _parsed(old["content"])
+            new["role"] == "tool" and _canonical(new["content"]) == _canonical(old["content"])
         )
     content = _blanks(new["content"])
     if content != _blanks(old["content"]):
@@ -250,9 +255,9 @@ def _same(new: Message, old: Message, raw: str | None) -> bool:
     return _calls(new) == _calls(old) and (said is None or _blanks(said) == _blanks(thought))
 
 
-def _calls(message: Message) -> list[tuple[object, object]]:
+def _calls(message: Message) -> list[tuple[object, str]]:
     functions = [call["function"] for call in message.get("tool_calls") or ()]
-    return [(function["name"], _parsed(function.get("arguments"))) for function in functions]
+    return [(function["name"], _canonical(function.get("arguments"))) for function in functions]
 
 
 def _common(one: str, other: str) -> str:
@@ -263,10 +268,10 @@ def _blanks(text: str) -> str:
     return " ".join(text.split())
 
 
-def _parsed(value: object) -> object:
-    if not isinstance(value, str):
-        return value
+def _canonical(value: object) -> str:
+    """Return a value, or that of a JSON text, as JSON with sorted keys."""
     try:
-        return json.loads(value)
-    except ValueError:
-        return value.strip()
+        parsed = json.loads(value) if isinstance(value, str) else value
+        return json.dumps(parsed, sort_keys=True)
+    except (ValueError, RecursionError):
+        return str(value).strip()

@@ -31,6 +31,8 @@ from rayrlhf.environments.endpoint.responses import read_response, stream_respon
 LOOPBACK = "127.0.0.1"
 MAX_BYTES = 8 * 2**20
 """Maximum size of a request."""
+BODY_SECONDS = 60.0
+"""Maximum time in which a request arrives."""
 BACKLOG = 2048
 """Connections that may wait to be accepted."""
 CLOSE_SECONDS = 5.0
@@ -127,9 +129,8 @@ class ChatServer:
 
     async def _complete(self, request: Request, dialect: Dialect) -> Response:
         try:
-            body = await _body(request)
             token = self._session(request)
-            fields = parse_fields(body)
+            fields = parse_fields(await _body(request))
             call = dialect.read(token, fields)
             self.calls.put(call)
             completions = await _reply(request, call)
@@ -150,13 +151,19 @@ class ChatServer:
 
 
 async def _body(request: Request) -> bytes:
-    """Read a request up to the maximum size."""
+    """Read a request up to the maximum size and time."""
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BYTES:
-            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_long", f"expected a request up to {MAX_BYTES} bytes")
-        parts.append(part)
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                size += len(part)
+                if size > MAX_BYTES:
+                    message = f"expected a request up to {MAX_BYTES} bytes"
+                    raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_long", message)
+                parts.append(part)
+    except TimeoutError as error:
+        message = f"expected the whole request within {BODY_SECONDS:g} s"
+        raise Refusal(HTTPStatus.REQUEST_TIMEOUT, "timeout", message) from error
     return b"".join(parts)
 
 
@@ -182,7 +189,9 @@ async def _disconnection(request: Request) -> None:
 
 def _response(content: dict[str, Any], status: int = HTTPStatus.OK) -> Response:
     # Clients retry after 5xx, but a refusal is final.
-    return JSONResponse(content, status, {"x-should-retry": "false"})
+    # The rest of a request that was not read in time would be taken for the next one.
+    closing = {"connection": "close"} if status == HTTPStatus.REQUEST_TIMEOUT else {}
+    return JSONResponse(content, status, {"x-should-retry": "false"} | closing)
 
 
 async def _refuse(request: Request, refusal: Exception) -> Response:

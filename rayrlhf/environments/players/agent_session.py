@@ -17,7 +17,7 @@ import numpy as np
 from rayrlhf.data.messages import Message, standard_message
 from rayrlhf.data.records import SEGMENT_STRIDE, Int32, Rollout, RolloutRequest
 from rayrlhf.data.seeds import turn_seed
-from rayrlhf.environments.chat_tokens import ChatTokens, Opening, same_messages
+from rayrlhf.environments.chat_tokens import ChatTokens, Opening, same_json, same_messages
 from rayrlhf.environments.endpoint.call import Call, Completion, Refusal, invalid, resolve
 from rayrlhf.environments.endpoint.output_parser import OutputParser
 from rayrlhf.environments.transcript import Transcript
@@ -291,7 +291,7 @@ class Session:
         for number, segment in enumerate(self.segments):
             for turn in segment.turns:
                 size = len(turn.messages)
-                same = size < len(call.messages) and call.options == turn.options
+                same = size < len(call.messages) and same_json(call.options, turn.options)
                 likeness = same_messages(call.messages[:size], turn.messages, turn.raw) if same else 0
                 if likeness:
                     found.append((size, likeness, number, turn.end, segment, turn))

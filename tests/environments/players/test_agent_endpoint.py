@@ -1,14 +1,15 @@
 """Requests that the endpoint refuses, notes or reads in each dialect, and clients that leave or stall."""
 
 import logging
+import socket
 import sys
 import time
 
 import pytest
 
-from rayrlhf.environments.chat_tokens import ChatTokens
+from rayrlhf.environments.chat_tokens import ChatTokens, same_json, same_messages
 from rayrlhf.environments.endpoint import fields as shared_fields
-from rayrlhf.environments.endpoint import output_parser
+from rayrlhf.environments.endpoint import output_parser, server
 from rayrlhf.environments.endpoint.call import Call, Refusal
 from rayrlhf.environments.endpoint.chat import read_chat
 from rayrlhf.environments.endpoint.messages import read_messages
@@ -167,3 +168,34 @@ def test_a_client_that_leaves_in_lockstep_has_the_whole_time_for_its_next_reques
         assert time.monotonic() - session.since < 10
         assert (session.overdue, engine._waiting_calls) == ("", [])
     engine.close()
+
+
+def test_a_call_that_differs_in_the_type_of_a_number_is_another_conversation():
+    def said(value):
+        call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"b": 2, "a": value}}}
+        return [*USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+    def result(content):
+        return [*USER, {"role": "tool", "content": content}]
+
+    assert same_messages(said(1), said(1), "") == 2
+    assert same_messages(said(1), said(True), "") == same_messages(said(1), said(1.0), "") == 0
+    assert same_messages(result('{"a":1,"b":2}'), result('{"b": 2, "a": 1}'), "") == 1
+    assert same_messages(result('{"a":1}'), result('{"a": true}'), "") == 0
+    assert same_messages(result("[" * 100_000), result("x"), "") == 0
+    assert same_json({"a": {"b": 1}, "c": 2}, {"c": 2, "a": {"b": 1}})
+    assert not same_json({"enable_thinking": True}, {"enable_thinking": 1})
+
+
+@pytest.mark.parametrize(("stranger", "status"), [(True, "401"), (False, "408")])
+def test_a_stranger_is_refused_before_its_body_and_a_stalled_body_after_a_time(monkeypatch, stranger, status):
+    monkeypatch.setattr(server, "BODY_SECONDS", 0.3, raising=False)
+    chat = server.ChatServer()
+    token = "another" if stranger else chat.admit()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: 99\r\n\r\n{{"
+    try:
+        with socket.create_connection((server.LOOPBACK, int(chat.url.split(":")[2].removesuffix("/v1"))), timeout=5) as client:
+            client.sendall(head.encode())
+            assert client.recv(4096).decode().startswith(f"HTTP/1.1 {status} ")
+    finally:
+        chat.close()
