@@ -275,8 +275,9 @@ def weight_transfer(config: PPOConfig, plan: ResourcePlan) -> Transfer:
         return "shared_memory"
     if next(_apart(plan), None) is None:
         return "ipc"
-    # NCCL refuses two members on one device.
-    return "nccl" if all(replica.group != policy[0].group for replica in replicas) else "shared_memory"
+    # NCCL refuses two members on one device. Only replicas that take whole GPUs share none.
+    apart = all(replica.group != policy[0].group and replica.gpus >= 1 for replica in replicas)
+    return "nccl" if apart else "shared_memory"
 
 
 def _check_transfer(config: PPOConfig, plan: ResourcePlan) -> None:

@@ -9,6 +9,7 @@ from rayrlhf.errors import UserError
 
 LAPTOP = ClusterResources((2.0,), (0.0,))
 CLUSTER = ClusterResources((96.0,) * 8, (8.0,) * 8)
+DISAGGREGATED = {"mode": "disaggregated"}
 
 
 def config(**sections):
@@ -134,6 +135,9 @@ def test_samplers_load_before_those_that_they_share_gpus_with(sections, machine,
         ({"rollout": {"replicas": 2}}, CLUSTER, "shared_memory"),  # one of them shares no GPU, the other does
         ({"rollout": {"replicas": 2}, "placement": {"policy": {"ranks": 2}}}, CLUSTER, "ipc"),
         ({"placement": {"policy": {"gpus": 0.5}, "critic": {"gpus": 0.5}, "rollout_gpus": 0.5}}, CLUSTER, "shared_memory"),
+        ({"placement": DISAGGREGATED | {"policy": {"gpus": 0.5}, "rollout_gpus": 0.5}}, CLUSTER, "shared_memory"),
+        ({"placement": DISAGGREGATED | {"policy": {"gpus": 0.5}, "rollout_gpus": 1}}, CLUSTER, "nccl"),
+        ({"placement": DISAGGREGATED | {"rollout_gpus": 0.5}, "rollout": {"replicas": 2}}, CLUSTER, "shared_memory"),
         ({"rollout": {"backend": "transformers"}}, CLUSTER, "shared_memory"),
         ({"model": {"path": "builtin:tiny", "lora": {}}}, CLUSTER, "shared_memory"),  # adapters alone
         ({"rollout": {"weight_transfer": "shared_memory"}}, CLUSTER, "shared_memory"),
