@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PretrainedConfig, PreTrainedModel
-from rayrlhf.models.packed_attention import SegmentsError
+from rayrlhf.models.packed_attention import SegmentsError, attend_within_segments
 from rayrlhf.models.sequence_parallel import RowSplit, split_attention
 
 if TYPE_CHECKING:
@@ -138,17 +138,24 @@ def packs(network: "Network") -> bool:
 def splits(network: "Network", split: RowSplit) -> bool:
     """Split a network's rows over ranks; return True if they compute what one computes.
 
-    Every rank of the group takes part.
+    All ranks return the same. Every rank of the group takes part.
     """
     device = next(network.parameters()).device
     samples = [sample.to(device) for sample in probe_tokens(int(network.model.config.get_text_config().vocab_size))]
-    wanted = network.read(samples, "padded")
-    split_attention(network.trunk)
-    network.row_split = split
+    fits = False
     try:
-        return _equal(network.read(samples, "padded"), wanted) and _equal(network.read(samples, "packed"), wanted)
+        with attention_on_cpu(network.trunk):
+            wanted = network.read(samples, "padded")
+        network.by_segments = network.by_segments or attend_within_segments(network.trunk)
+        if network.by_segments:
+            split_attention(network.trunk)
+            network.row_split = split
+            # Every rank reads both: one that stopped at the first difference would leave the others waiting.
+            padded, packed = network.read(samples, "padded"), network.read(samples, "packed")
+            fits = _equal(padded, wanted) and _equal(packed, wanted)
     except SegmentsError:
-        return False
+        fits = False
+    return split.agree(fits, device)
 
 
 @torch.no_grad()

@@ -103,6 +103,7 @@ class Network(nn.Module):
         model: transformers model: a causal language model with an "lm" head, otherwise the trunk only.
         v_head: value head, or None.
         prefix: cached outputs of the frozen lower layers, if `remember_frozen_layers` was called.
+        by_segments: the trunk attends within segments; see `attend_within_segments`.
         row_split: this rank's columns of each row, if `split_rows` was called.
         teacher_layer: weight [V, H] and bias of the output layer for a teacher's hidden states; not parameters of this network.
             None without a teacher.
@@ -120,7 +121,7 @@ class Network(nn.Module):
         self.teacher_layer: tuple[Tensor, Tensor | None] | None = None
         self.noise_alpha: float | None = None
         self.check = LoadCheck(str(model.config.model_type))
-        self._by_segments = False
+        self.by_segments = False
 
     @property
     def trunk(self) -> Any:
@@ -160,12 +161,12 @@ class Network(nn.Module):
         if self.check.layout == "alone":
             return
         own = self.trunk.config._attn_implementation
-        self._by_segments = attend_within_segments(self.trunk)
+        self.by_segments = attend_within_segments(self.trunk)
         with attention_on_cpu(self.trunk):
             try:
                 fits = packs(self)
             except SegmentsError:
-                self._by_segments = False
+                self.by_segments = False
                 self.trunk.set_attn_implementation(own)
                 fits = packs(self)
         if fits:
@@ -184,8 +185,7 @@ class Network(nn.Module):
             UserError: they are not.
         """
         apart = self.check.layout == "alone" or self.check.longest_together is not None
-        self._by_segments = self._by_segments or (not apart and attend_within_segments(self.trunk))
-        if apart or not self._by_segments or not splits(self, split):
+        if apart or not splits(self, split):
             raise UserError(
                 f"sequence_parallel {split.size}: a {self.check.family} model ({path}) computes something else where ranks "
                 "share a row; expected 1"
@@ -304,7 +304,7 @@ class Network(nn.Module):
         if packed:
             starts = [torch.arange(length, device=input_ids.device) for length in lengths]
             inputs["position_ids"] = torch.cat(starts)[None]
-        if self._by_segments:
+        if self.by_segments:
             inputs["segments"] = lengths if packed else None
         if self.row_split is not None:
             inputs = self.row_split.inputs(input_ids, lengths, packed=packed)

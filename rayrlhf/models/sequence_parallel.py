@@ -117,6 +117,12 @@ class RowSplit:
         fields = {name: whole(name, field) for name, field in output._asdict().items() if field is not None}
         return output._replace(**fields)
 
+    def agree(self, verdict: bool, device: torch.device) -> bool:
+        """Return True if the verdict of every rank is True."""
+        every = torch.tensor(int(verdict), device=device)
+        torch.distributed.all_reduce(every, torch.distributed.ReduceOp.MIN, group=self.group)
+        return bool(every)
+
     @torch.no_grad()
     def gather(self, states: Tensor, width: int) -> Tensor:
         """Return whole rows [B, L, H] from the columns [B, columns, H] of all ranks."""

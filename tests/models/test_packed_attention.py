@@ -40,7 +40,7 @@ def test_packed_and_padded_rows_give_the_same_logprobs(section, own_attention):
     expected = logprobs(network, sequences, packed=False)
     if own_attention:
         network.accept_packed_rows()
-        assert network._by_segments
+        assert network.by_segments
     torch.testing.assert_close(logprobs(network, sequences, packed=True), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(logprobs(network, sequences, packed=False), expected, rtol=0, atol=1e-5)
 
@@ -50,7 +50,7 @@ def test_a_window_on_the_attention_is_kept(tmp_path):
     sequences = random_sequences(7)
     expected = logprobs(network, sequences, packed=False)
     network.accept_packed_rows()
-    assert not network._by_segments
+    assert not network.by_segments
     torch.testing.assert_close(logprobs(network, sequences, packed=True), expected, rtol=0, atol=1e-5)
 
 

@@ -4,7 +4,7 @@ import os
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed
 
@@ -90,8 +90,15 @@ def make_grid(sequence_parallel: int) -> Grid:
         raise ValueError(f"{ranks} ranks in groups of {sequence_parallel}")
     if sequence_parallel == 1:
         return Grid(rank, ranks)
-    group, _ = torch.distributed.new_subgroups(group_size=sequence_parallel)  # type: ignore[no-untyped-call]
+    group, _ = torch.distributed.new_subgroups(group_size=sequence_parallel, timeout=_timeout())  # type: ignore[no-untyped-call]
     return Grid(rank // sequence_parallel, ranks // sequence_parallel, RowSplit(group))
+
+
+def _timeout() -> timedelta:
+    """Return the joined world's timeout; new groups would have torch's default."""
+    world: Any = torch.distributed.group.WORLD
+    found: timedelta = world._get_backend(world._device_types[0]).options._timeout
+    return found
 
 
 def leave() -> None:

@@ -29,6 +29,7 @@ from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.engines.train.process_group import ProcessGroupSpec, join, make_grid
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.errors import UserError
+from rayrlhf.models import load_check, packed_attention
 from rayrlhf.models.network import Network, Positions, TeacherSignal, build_network
 from tests.engines.training import free_port, join_alone, leave_at_once, random_batch, random_sequences, weights_of
 from tests.models.families import write_family
@@ -36,6 +37,8 @@ from tests.models.families import write_family
 VOCABULARY = 264
 SEQUENCES = random_sequences(7, vocabulary=VOCABULARY)
 PLAN = UpdatePlan([[[3, 1, 6, 5], [0, 2, 4]]])
+TIMEOUT = 300
+segment_attention = packed_attention._segment_attention
 GRADIENT = 5e-7
 """Largest difference of any gradient, relative to the largest one; found were 1.1e-7 to 3.5e-7."""
 
@@ -187,6 +190,17 @@ def saved_bytes(network: Network, length: int) -> int:
     return sum(kept.values())
 
 
+def doubled(module: Any, query: Tensor, *others: Any, **rest: Any) -> Any:
+    """Attention within segments with a fault that whole rows and columns have in common."""
+    return segment_attention(module, 2 * query, *others, **rest)
+
+
+REFUSED = (
+    (packed_attention, "_segment_attention", doubled, (0, 1)),
+    (load_check, "_equal", lambda *_: False, (1,)),  # one rank alone; the other must not wait for it
+)
+
+
 def network_parts(folder: Path, size: int) -> dict[str, Any]:
     """Memory, distillation, noise and a refusal, on networks without an engine."""
     grid = make_grid(size)
@@ -215,6 +229,14 @@ def network_parts(folder: Path, size: int) -> dict[str, Any]:
         windowed = build_network(ModelSection(path=str(folder / "mistral"), dtype="float32"), frozenset({"lm"}), "zero", 0)
         with pytest.raises(UserError, match=r"sequence_parallel 2: a mistral model .* computes something else"):
             windowed.split_rows(grid.row_split, "mistral")
+        found["timeout"] = grid.row_split.group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+        for module, name, fault, ranks in REFUSED:
+            faulty = build_network(ModelSection(path=str(folder / "qwen3-4"), dtype="float32"), frozenset({"lm"}), "zero", 0)
+            with pytest.MonkeyPatch.context() as patch:
+                if grid.row_split.rank in ranks:
+                    patch.setattr(module, name, fault)
+                with pytest.raises(UserError, match="computes something else"):
+                    faulty.split_rows(grid.row_split, "qwen3")
     return found
 
 
@@ -225,7 +247,7 @@ def model_folder(folder: Path, cell: Cell) -> Path:
 def main() -> None:
     rank, ranks, size, port, folder, names = sys.argv[1:]
     torch.set_num_threads(1)
-    join(ProcessGroupSpec(int(rank), int(ranks), "127.0.0.1", int(port), timeout_seconds=300))
+    join(ProcessGroupSpec(int(rank), int(ranks), "127.0.0.1", int(port), timeout_seconds=TIMEOUT))
     for cell in (*CELLS, *WIDE):
         if cell.name in json.loads(names):
             result = run_cell(cell, model_folder(Path(folder), cell), int(size))
@@ -304,6 +326,7 @@ def test_two_ranks_that_share_rows_take_the_steps_of_one(two_ranks: Path, cell: 
 def test_ranks_that_share_rows_keep_their_part_of_the_activations_and_read_what_one_reads(two_ranks: Path) -> None:
     alone = network_parts(two_ranks, 1)
     for found in (torch.load(two_ranks / f"parts-{rank}.pt", weights_only=False) for rank in range(2)):
+        assert found["timeout"] == TIMEOUT
         assert found["bytes"] == pytest.approx(alone["bytes"] / 2, rel=0.08)
         torch.testing.assert_close(found["divergence"], alone["divergence"], rtol=0, atol=1e-5)
         torch.testing.assert_close(found["hidden"], alone["hidden"], rtol=0, atol=1e-5)
