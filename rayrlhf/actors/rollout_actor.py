@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from rayrlhf.actors.actor_metrics import measured
-from rayrlhf.actors.worker import Worker
+from rayrlhf.actors.worker import Worker, check_assigned_gpu
 from rayrlhf.data.records import Records, Rollout, RolloutRequest
 from rayrlhf.engines.rollout.base import RolloutEngine, TransferEngine
 from rayrlhf.engines.rollout.common import RolloutSpec
@@ -22,6 +22,7 @@ class RolloutActor(Worker):
     @measured
     def build(self, spec: RolloutSpec) -> None:
         """Start the engine with the weights of the model's files."""
+        check_assigned_gpu()
         self._engine = build_player(spec)
 
     def submit(self, requests: Sequence[RolloutRequest], temperature: float, max_new_tokens: int) -> None:

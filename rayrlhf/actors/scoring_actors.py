@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rayrlhf.actors.actor_metrics import measured
-from rayrlhf.actors.worker import Worker, returns_memory
+from rayrlhf.actors.worker import Worker, check_assigned_gpu, returns_memory
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.reward import RewardSection
 from rayrlhf.data.records import Prompt, Records, Rollout, TokenScores, TokenSequence
@@ -28,6 +28,7 @@ class RewardActor(Worker):
     @returns_memory
     def build(self, section: RewardSection) -> None:
         """Resolve the functions and load the models."""
+        check_assigned_gpu()
         self._section = section
         self._functions = load_functions(section)
         self._model = RewardEnsemble(section.model) if section.model else None
@@ -65,6 +66,7 @@ class ReferenceActor(Worker):
     @returns_memory
     def build(self, model: ModelSection, batch_tokens: int, offload: bool) -> None:
         """Load the model."""
+        check_assigned_gpu()
         self._engine = FrozenEngine(model, batch_tokens, offload=offload)
 
     def load_check(self) -> str:

@@ -10,7 +10,7 @@ import torch.distributed
 
 from rayrlhf.actors.actor_metrics import measured
 from rayrlhf.actors.remote import concurrency_group, streaming
-from rayrlhf.actors.worker import Worker, returns_memory
+from rayrlhf.actors.worker import Worker, check_assigned_gpu, returns_memory
 from rayrlhf.data.records import Records, TokenScores, TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import Objective
@@ -42,6 +42,7 @@ class TrainActor(Worker):
     @returns_memory
     def build(self, group: ProcessGroupSpec, spec: TrainEngineSpec) -> None:
         """Join the role's process group and load the model; a collective call of all ranks."""
+        check_assigned_gpu()
         join(group)
         self._engine = TrainEngine(spec)
 
@@ -73,8 +74,11 @@ class TrainActor(Worker):
 
         The driver owns the buckets, so they outlive this actor.
         """
-        for bucket in self._engine.weight_buckets(bucket_bytes, dtype=dtype, adapters=adapters):
-            yield to_shared(bucket)
+        try:
+            for bucket in self._engine.weight_buckets(bucket_bytes, dtype=dtype, adapters=adapters):
+                yield to_shared(bucket)
+        finally:
+            self.return_memory()
 
     @measured
     @returns_memory
@@ -116,6 +120,7 @@ class TrainActor(Worker):
         return training_state.write(captured, folder)
 
     @measured
+    @returns_memory
     def snapshot(self) -> StateFiles:
         """Return this rank's part of the training state; the value outlives this actor."""
         return self._engine.capture_state()
@@ -125,6 +130,7 @@ class TrainActor(Worker):
         """Continue from the snapshots of all ranks, bit for bit."""
         self._engine.load_captured(parts)
 
+    @returns_memory
     def checksum(self) -> int:
         """Return a 48-bit checksum of the merged weights, for comparison bit for bit."""
         digest = hashlib.sha256()

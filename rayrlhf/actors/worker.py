@@ -14,6 +14,8 @@ import ray
 from rayrlhf.actors.actor_metrics import ActorMetrics
 from rayrlhf.actors.footprint import Footprint, own_footprint
 from rayrlhf.actors.remote import concurrency_group
+from rayrlhf.errors import UserError
+from rayrlhf.observe.cuda import find_fault, read_cuda
 
 
 class ProcessLocation(NamedTuple):
@@ -23,6 +25,27 @@ class ProcessLocation(NamedTuple):
     node: str
     address: str
     footprint: Footprint = Footprint()
+
+
+def assigned_gpus() -> float:
+    """Return the GPUs that Ray gave this process; 0 outside of Ray."""
+    return float(ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)) if ray.is_initialized() else 0.0
+
+
+def check_assigned_gpu() -> None:
+    """Check that torch can use the GPUs that Ray gave this process.
+
+    Otherwise it would compute on the CPU without a word.
+
+    Raises:
+        UserError: it cannot; names the actor and its node.
+    """
+    gpus = assigned_gpus()
+    fault = find_fault(read_cuda()) if gpus > 0 else None
+    if fault is not None:
+        name = ray.get_runtime_context().get_actor_name() or "a process"
+        node = ray.util.get_node_ip_address()
+        raise UserError(f"{name} on node {node}: Ray assigned {gpus:g} GPUs, but {fault.found}; {fault.fix}")
 
 
 class Worker:
@@ -39,8 +62,13 @@ class Worker:
     @cached_property
     def shares_gpu(self) -> bool:
         """True if Ray gave this process a part of a GPU."""
-        share = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0) if ray.is_initialized() else 0.0
-        return bool(0 < share < 1)
+        return 0 < assigned_gpus() < 1
+
+    def return_memory(self) -> None:
+        """Return freed memory of a shared GPU to the device."""
+        torch = sys.modules.get("torch")
+        if self.shares_gpu and torch is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     def preload(self) -> None:
         """Import `PRELOADED` while the driver reads its data; skip modules that are not installed."""
@@ -86,8 +114,6 @@ def returns_memory(call: Callable[Concatenate[Owner, Arguments], Result]) -> Cal
         try:
             return call(self, *arguments, **named)
         finally:
-            torch = sys.modules.get("torch")
-            if self.shares_gpu and torch is not None and torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
+            self.return_memory()
 
     return returning

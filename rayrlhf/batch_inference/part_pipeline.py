@@ -12,6 +12,7 @@ from typing import Any
 
 from rayrlhf.actors.ray_data import data_context, raise_cause
 from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS
+from rayrlhf.actors.worker import check_assigned_gpu
 from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.batch_inference.stage_resources import TASK_CPUS, TASKS
 from rayrlhf.errors import ActorLostError, DeadlineError, UserError
@@ -105,6 +106,7 @@ class _Worker:
     """Wraps a stage's worker, and carries the part number in a column."""
 
     def __init__(self, worker: type, arguments: tuple[Any, ...]) -> None:
+        check_assigned_gpu()
         self._worker = worker(*arguments)
 
     def __call__(self, table: ArrowTable) -> ArrowTable:

@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rayrlhf.actors import replica_pool
+from rayrlhf.actors import replica_pool, worker
 from rayrlhf.actors.replica_pool import ReplicaPool
+from rayrlhf.actors.rollout_actor import RolloutActor
 from rayrlhf.actors.scoring_actors import ReferenceActor, RewardActor
 from rayrlhf.actors.train_actor import PolicyActor
-from rayrlhf.errors import DeviceMemoryError
+from rayrlhf.errors import DeviceMemoryError, UserError
+from rayrlhf.observe.cuda import CudaFacts
 from rayrlhf.ppo.step_driver import StepDriver
 
 
@@ -24,19 +26,28 @@ def emptied(monkeypatch):
 
 def calls():
     """Calls of each role that compute on its device."""
-    report = SimpleNamespace(update=lambda *_: "report", score=lambda *_, **__: [], export=lambda *_: None)
+    report = SimpleNamespace(
+        update=lambda *_: "report",
+        score=lambda *_, **__: [],
+        export=lambda *_: None,
+        weight_buckets=lambda *_, **__: [[], []],
+        capture_state=dict,
+    )
     policy, reference, reward = PolicyActor(), ReferenceActor(), RewardActor()
     policy._engine = reference._engine = report
     return [
         (policy, lambda: policy.update(None, None, None)),
         (policy, lambda: policy.score([], frozenset(), 1.0, False)),
         (policy, lambda: policy.export(None)),
+        (policy, lambda: list(policy.weights(1, "float32"))),
+        (policy, policy.snapshot),
+        (policy, policy.checksum),
         (reference, lambda: reference.score([], frozenset(), 1.0, False)),
         (reward, lambda: reward.score([], [])),
     ]
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(8))
 @pytest.mark.parametrize("shares", [True, False])
 def test_each_call_of_a_role_that_shares_its_gpu_returns_memory(emptied, index, shares):
     actor, call = calls()[index]
@@ -67,6 +78,31 @@ def test_a_rebuild_without_room_is_a_loss_and_not_the_end_of_the_run(monkeypatch
     pool = SimpleNamespace(lost=lambda replica, error: lost.append(str(error)))
     ReplicaPool._finish_build(pool, SimpleNamespace(name="run/rollout/0", building=None), None)
     assert ["Free memory" in line for line in lost] == [True]
+
+
+@pytest.mark.parametrize(
+    ("role", "build"),
+    [
+        (PolicyActor, (None, None)),
+        (ReferenceActor, (None, 1, False, "off")),
+        (RewardActor, (None, "off")),
+        (RolloutActor, (None,)),
+    ],
+)
+def test_an_actor_whose_gpu_torch_cannot_use_is_refused_in_one_line(monkeypatch, role, build):
+    context = SimpleNamespace(get_assigned_resources=lambda: {"GPU": 0.5}, get_actor_name=lambda: "run/policy/0")
+    monkeypatch.setattr(worker.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(worker.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(worker.ray.util, "get_node_ip_address", lambda: "10.0.0.7")
+    facts = CudaFacts("2.13.0+cpu", None, 0, "580.95.05", 1, "0")
+    monkeypatch.setattr(worker, "read_cuda", lambda: facts)
+    line = r"^run/policy/0 on node 10\.0\.0\.7: Ray assigned 0\.5 GPUs, but torch 2\.13\.0\+cpu is a build without CUDA; .*$"
+    actor = role()
+    actor.__dict__ |= {"actor_metrics": SimpleNamespace(served=lambda *_: None), "shares_gpu": False}
+    with pytest.raises(UserError, match=line):
+        actor.build(*build)
+    monkeypatch.setattr(worker, "read_cuda", lambda: facts._replace(usable=1))
+    worker.check_assigned_gpu()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
