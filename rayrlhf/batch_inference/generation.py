@@ -4,7 +4,7 @@ A part is generated as one batch that starts from an empty engine, and every req
 sample). A part that is generated again after a crash submits the same requests in the same batch and gets the same bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,14 +53,23 @@ class GenerationPlan:
         return _rollout_section(self.generate)
 
 
-def check_generator(generate: GenerateSection, address: str | None = None) -> None:
-    """Check the rollout engine before anything starts; `address` is that of Ray.
+def check_generator(generate: GenerateSection, address: str | None = None, models: Iterable[ModelSection] = ()) -> None:
+    """Check the rollout engine before anything starts.
+
+    Args:
+        address: that of Ray.
+        models: the models that generate.
 
     Raises:
-        UserError: `generate.backend` is not installed, cannot be resolved or lacks a method, its arguments do not fit, or
-            vLLM is the build for GPUs and this machine, where it would run, has none.
+        UserError: `generate.backend` is not installed, cannot be resolved or lacks a method, its arguments do not fit, the
+            tensor-parallel size does not divide a model's attention heads, or vLLM is the build for GPUs and this machine,
+            where it would run, has none.
     """
+    from rayrlhf.models.start_check import check_divides_heads
+
     check_rollout_backend(_rollout_section(generate), "generate.backend")
+    for model in models:
+        check_divides_heads(model, generate.tensor_parallel_size, "generate.tensor_parallel_size")
     if generate.backend == "vllm":
         check_local_machine(address, lambda _: check_vllm_device("generate.backend"))
 

@@ -51,7 +51,7 @@ def stage_resources(
         generating: False for a pass that only scores.
 
     Raises:
-        UserError: the cluster has fewer resources than requested.
+        UserError: the cluster has fewer resources than requested, or a generator fewer GPUs than it spans.
     """
     free = cpus - TASKS * TASK_CPUS
     if not generating:
@@ -63,6 +63,11 @@ def stage_resources(
     # On a GPU a generator needs one CPU to drive it; on CPUs it computes with all that are left.
     gpu_share = float(generate.tensor_parallel_size) if gpus else 0.0
     generator_gpus = gpu_share if pipeline.generator_gpus is None else pipeline.generator_gpus
+    if 0 < generator_gpus < generate.tensor_parallel_size and generate.tensor_parallel_size > 1:
+        raise UserError(
+            f"pipeline.generator_gpus: a generator takes whole GPUs, expected {generate.tensor_parallel_size} "
+            f"(generate.tensor_parallel_size), found {generator_gpus:g}"
+        )
     generator_cpus = pipeline.generator_cpus or _floor(min(left, 1.0) if generator_gpus else left)
     requested = generators * generator_cpus + scorers * SHARED_SCORER_CPUS + TASKS * TASK_CPUS
     if generator_cpus <= 0 or requested > cpus + 1e-6 or generators * generator_gpus > gpus:

@@ -55,6 +55,8 @@ def check_divides_heads(model: ModelSection, devices: int, key: str) -> None:
     Raises:
         UserError: it does not.
     """
+    if devices == 1:
+        return
     heads = getattr(load_architecture(model).get_text_config(), "num_attention_heads", None)
     if isinstance(heads, int) and heads % devices:
         fitting = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)

@@ -37,6 +37,15 @@ def test_a_generator_takes_the_gpus_of_its_tensor_parallel_group():
     assert (share.generator_gpus, share.generator_cpus) == (2.0, 1.0)
 
 
+@pytest.mark.parametrize("found", [0.5, 1.0])
+def test_a_generator_with_fewer_gpus_than_its_tensor_parallel_group_is_refused(found):
+    pair = GenerateSection(tensor_parallel_size=2)
+    with pytest.raises(UserError, match=rf"^pipeline\.generator_gpus: .* expected 2 \(.*\), found {found:g}$"):
+        divide(16.0, 8.0, generate=pair, generator_gpus=found)
+    assert divide(16.0, 8.0, generate=pair, generator_gpus=0.0).generator_gpus == 0.0
+    assert divide(16.0, 8.0, generator_gpus=0.5).generator_gpus == 0.5
+
+
 @pytest.mark.parametrize(
     ("cpus", "gpus", "settings"),
     [(2.0, 0.0, {"generators": 8, "generator_cpus": 1.0}), (1.0, 0.0, {"scorers": 16}), (64.0, 2.0, {"generators": 4})],

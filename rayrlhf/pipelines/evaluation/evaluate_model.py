@@ -27,6 +27,7 @@ from rayrlhf.environments.registry import check_environment
 from rayrlhf.environments.transcript import transcript_lines
 from rayrlhf.errors import AlarmError
 from rayrlhf.models.load import load_architecture, load_tokenizer
+from rayrlhf.models.start_check import check_divides_heads
 from rayrlhf.observe.cuda import check_vllm_device
 from rayrlhf.observe.resampling import Interval, bootstrap_mean, distinct_share
 from rayrlhf.observe.run_folder import check_run_folder, open_run
@@ -86,7 +87,8 @@ def check_evaluation(config: EvaluateConfig) -> str:
     """Check a configuration without loading the model, and return the plan in words.
 
     Raises:
-        UserError: invalid data, reward functions, rollout backend, environment or lengths.
+        UserError: invalid data, reward functions, rollout backend, environment or lengths, or attention heads that the
+            replica cannot divide.
     """
     functions = load_functions(config.reward)
     check_rollout_backend(config.rollout)
@@ -194,6 +196,7 @@ def load_evaluation_prompts(config: EvaluateConfig, functions: Sequence[BoundFun
     context = context_length(config.rollout, load_architecture(config.model))
     longest = config.data.max_prompt_tokens or context - config.rollout.max_new_tokens
     check_room(context, config.data.max_prompt_tokens, config.rollout.max_new_tokens)
+    check_divides_heads(config.model, config.rollout.tensor_parallel_size, "rollout.tensor_parallel_size")
     data = DataSection(train=config.data, chat=config.data.chat, system_prompt=config.data.system_prompt)
     return load_prompt_dataset(config.data, data, load_tokenizer(config.model), longest, required_columns(functions))
 

@@ -84,7 +84,7 @@ def check_distillation(config: ICLDistillConfig) -> str:
             unknown; an unusable rollout engine.
     """
     if config.teacher.responses == "sampled":
-        check_generator(config.generate, config.pipeline.address)
+        check_generator(config.generate, config.pipeline.address, [config.model])
     load_context_tokenizer(config.model, config.context.layout)
     check_encoder(config.teacher)
     teacher = config.teacher

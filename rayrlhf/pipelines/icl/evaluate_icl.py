@@ -60,7 +60,7 @@ def check_evaluation(config: ICLEvaluateConfig) -> str:
     Raises:
         UserError: no tokenizer, or no chat template where one is needed; an unusable rollout engine.
     """
-    check_generator(config.generate, config.pipeline.address)
+    check_generator(config.generate, config.pipeline.address, config.models.values())
     for model in config.models.values():
         load_context_tokenizer(model, config.context.layout)
     shots = config.demonstrations

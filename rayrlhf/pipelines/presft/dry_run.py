@@ -21,7 +21,8 @@ def check_presft(config: PreSFTConfig) -> None:
             load_functions(section)
     samples = config.probe.response_field is None or config.quality is not None
     if samples:
-        check_generator(config.generate, config.pipeline.address)
+        models = [config.model, *([config.probe.model] if config.probe.model else [])]
+        check_generator(config.generate, config.pipeline.address, models)
 
 
 def describe(config: PreSFTConfig) -> str:

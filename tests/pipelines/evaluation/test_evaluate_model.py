@@ -58,6 +58,13 @@ def test_the_check_counts_prompts_and_refuses_lengths_that_do_not_fit(tmp_path):
         check_evaluation(config(tmp_path, "data.max_prompt_tokens=63"))
 
 
+def test_a_tensor_parallel_size_that_does_not_divide_the_heads_is_refused_before_the_engine_starts(tmp_path):
+    pair = config(tmp_path, "rollout.backend=vllm", "rollout.tensor_parallel_size=2")
+    for command in (check_evaluation, evaluate_model):
+        with pytest.raises(UserError, match=r"^rollout\.tensor_parallel_size 2: .* has 1 attention heads; expected one of 1$"):
+            command(pair)
+
+
 def test_several_answers_a_prompt_give_pass_at_k_and_best_of_k_from_the_answers_that_are_kept(tmp_path):
     judge = tmp_path / "judge.py"
     code = "def first(prompts, responses, **columns):\n    return [float(ord(text[:1] or 'a')) for text in responses]\n"

@@ -83,6 +83,12 @@ def test_an_answer_is_scored_by_equality_bleu_or_a_function(tmp_path):
     assert AnswerScorer(config(tmp_path, "metric=reward", reward)).scores(rows) == [0.0, 1.0]
 
 
+def test_a_tensor_parallel_size_that_does_not_divide_the_heads_of_a_model_is_refused(tmp_path):
+    generate = "generate={backend: vllm, tensor_parallel_size: 2, max_new_tokens: 3}"
+    with pytest.raises(UserError, match=r"^generate\.tensor_parallel_size 2: .* has 1 attention heads; expected one of 1$"):
+        check_evaluation(config(tmp_path, generate))
+
+
 def test_the_plan_is_told_without_starting_anything(tmp_path):
     told = check_evaluation(config(tmp_path))
     assert "demonstrations: 0, 2; random, far to near; none, format; 2 draws" in told

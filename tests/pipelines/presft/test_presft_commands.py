@@ -78,6 +78,8 @@ def test_the_plan_says_what_will_be_done(tmp_path, overrides, line):
     ("overrides", "message"),
     [
         (["relabel.verifier.functions=[{name: gsm8q}]"], "did you mean 'gsm8k'"),
+        (["generate.tensor_parallel_size=3"], "generate.tensor_parallel_size 3: builtin:tiny has"),
+        (["probe.model.path=builtin:tiny?hidden=64", "generate.tensor_parallel_size=2"], "hidden=64 has 1 attention heads"),
         (["quality.data.path=h.jsonl", "quality.verifier.functions=[{name: no.module:f}]"], "no.module"),
     ],
 )
