@@ -6,6 +6,7 @@ The stand-in answers what those methods ask of a trainer (generated ids, rewards
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -90,7 +91,9 @@ def trl_experience(
         return (reference if model == "reference" else logprobs)[:, :width], None, None
 
     self._get_per_token_logps_and_entropies = logps
-    made: dict[str, Tensor] = trainer._generate_and_score_completions(self, [{"prompt": "p"} for _ in lengths])
+    # Accelerate's function asks for the process group of any test before this one in the same process.
+    with patch(f"{trainer.__module__}.gather_object", lambda items: items):
+        made: dict[str, Tensor] = trainer._generate_and_score_completions(self, [{"prompt": "p"} for _ in lengths])
     return made
 
 
