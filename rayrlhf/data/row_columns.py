@@ -154,7 +154,7 @@ def read_extras(
 
 
 def is_label(value: object) -> bool:
-    """Return True for a label by which a row is kept: true or false, also as text."""
+    """Return True for a label that selects rows, true or false, also as text."""
     return isinstance(value, bool) or (isinstance(value, str) and value.lower() in _LABELS)
 
 

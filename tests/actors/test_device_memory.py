@@ -84,8 +84,8 @@ def test_a_rebuild_without_room_is_a_loss_and_not_the_end_of_the_run(monkeypatch
     ("role", "build"),
     [
         (PolicyActor, (None, None)),
-        (ReferenceActor, (None, 1, False, "off")),
-        (RewardActor, (None, "off")),
+        (ReferenceActor, (None, 1, False)),
+        (RewardActor, (None,)),
         (RolloutActor, (None,)),
     ],
 )
