@@ -132,7 +132,7 @@ def test_a_run_is_submitted_stopped_and_resumed_over_two_nodes_and_no_one_withou
     assert "403: the token is not the cluster's" in output
 
     following = bench.start(*submit, "--submission-id", "first")
-    end = time.monotonic() + 100
+    end = time.monotonic() + 300
     while len(steps(bench)) < 2 and following.poll() is None and time.monotonic() < end:
         time.sleep(0.2)
     assert len(steps(bench)) >= 2, following.communicate(timeout=10)[0] if following.poll() is not None else "no steps"

@@ -28,7 +28,7 @@ class KillsAWorker(Callback):
             self.workers[1].kill()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_replica_that_lost_a_worker_is_rebuilt_and_samples_from_the_current_weights(tmp_path):
     settings = [
         "rollout.tensor_parallel_size=2",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 POLL_SECONDS = 1.0
-AGENT_SECONDS = 60.0
+AGENT_SECONDS = 180.0
 """Longest wait for the first job agent of a cluster that has just started."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
