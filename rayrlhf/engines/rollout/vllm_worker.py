@@ -21,7 +21,7 @@ class WorkerExtension:
 
 
 def unname_shared_memory() -> None:
-    """Make workers remove the names of their shared memory as soon as all have mapped it.
+    """Remove the names of workers' shared memory once all have mapped it.
 
     vLLM removes them at a regular end only, and a killed replica would leave 8 MiB.
     """
