@@ -180,18 +180,24 @@ def test_a_mistake_of_the_run_is_no_failure_of_a_sample(name, message):
         play([[*ids("a"), END]], name)
 
 
-def test_an_answer_that_no_one_waited_for_is_not_learned_from():
-    engine, scripted = engine_of([[*ids("a"), END], [*ids("b"), END]], "impatient")
-    slow = scripted.poll
+def delayed_rollout(engine, scripted, delay, *, asked):
+    """The rollout of one request, whose completion comes late once the sampler was asked `asked` times."""
+    decode = scripted.poll
 
     def poll(minimum, seconds=None):
-        time.sleep(0.5 if len(scripted.asked) == 2 else 0)
-        return slow(minimum, seconds)
+        time.sleep(delay if len(scripted.asked) == asked else 0)
+        return decode(minimum, seconds)
 
     scripted.poll = poll
     engine.submit([request()], temperature=1.0, max_new_tokens=50)
     (rollout,) = engine.poll(1)
     engine.close()
+    return rollout
+
+
+def test_an_answer_that_no_one_waited_for_is_not_learned_from():
+    engine, scripted = engine_of([[*ids("a"), END], [*ids("b"), END]], "impatient")
+    rollout = delayed_rollout(engine, scripted, 0.5, asked=2)
     assert len(scripted.asked) == 2
     assert rollout.response_ids.tolist() == [*ids("a"), END]
     assert rollout.extra_segments == ()
@@ -199,16 +205,7 @@ def test_an_answer_that_no_one_waited_for_is_not_learned_from():
 
 def test_a_completion_whose_client_is_gone_is_left_out():
     engine, scripted = engine_of([[*ids("a"), END], [*ids("b"), END]], "giving_up")
-    slow = scripted.poll
-
-    def poll(minimum, seconds=None):
-        time.sleep(1.0 if len(scripted.asked) == 1 else 0)
-        return slow(minimum, seconds)
-
-    scripted.poll = poll
-    engine.submit([request()], temperature=1.0, max_new_tokens=50)
-    (rollout,) = engine.poll(1)
-    engine.close()
+    rollout = delayed_rollout(engine, scripted, 1.0, asked=1)
     assert len(scripted.asked) == 2
     assert rollout.response_ids.tolist() == [*ids("b"), END]
     assert rollout.extra_segments == ()
