@@ -29,6 +29,7 @@ from rayrlhf.config.loading.presets import PRESETS
 from rayrlhf.config.section import Section
 from rayrlhf.observe.diagnostics import CHECKS
 from rayrlhf.tools.data_view import data_lines
+from rayrlhf.tools.starters.trl_fields import GRPO, KEYS, REASONS
 
 DOCS = Path(__file__).parent
 PAGES = {
@@ -42,6 +43,8 @@ COMMANDS = {
     "cluster": "rayrlhf plan CONFIG --cluster FILE",
     "simulation": "rayrlhf plan CONFIG --simulate FILE",
 }
+PPO_ONLY = {"reward_model", "local_rollout_forward_batch_size", "num_sample_generations", "stop_token", "stop_token_id"}
+"""Fields that `GRPOConfig` does not have."""
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "at least", "max_length": "at most"}
 NAMES: dict[Any, str] = {int: "int", float: "float", str: "text", bool: "bool", Path: "path", type(None): "null", Any: "any"}
 
@@ -159,6 +162,7 @@ def cli_page() -> str:
     text = re.sub(r"\*\*Options\*\*:\n\n(?=#|\Z|\n)", "", text)
     text = text[text.index("## `") :].replace("```console\n$ ", "```text\n")
     head = "# Commands\n\nAll commands of `rayrlhf`, generated from the code. `rayrlhf COMMAND --help` prints the same.\n\n"
+    head += "`rayrlhf --verbose COMMAND` also shows warnings of libraries, which are in `warnings.log` of the run folder.\n\n"
     head += (
         "Exit codes: 0 success, 1 a run that stopped itself, 2 a mistake in the input, 75 stopped on request and resumable.\n\n"
     )
@@ -188,7 +192,8 @@ def preset_row(name: str) -> str:
     """The row of a preset in the table of all."""
     tree = PRESETS[name]
     algorithm = tree["algorithm"]
-    loss, kl = algorithm["policy_loss"], algorithm["kl"]
+    kl, pairs = algorithm["kl"], algorithm.get("online_dpo")
+    loss = {"name": pairs["loss"], "loss_aggregation": "pair"} if pairs else algorithm["policy_loss"]
     clip = ", ".join(f"{loss[key]:g}" for key in ("clip_low", "clip_high") if key in loss)
     penalty = f"{kl['estimator']} in the {kl['placement']}, {kl['coefficient']:g}" if kl["coefficient"] else "none"
     cells = [
@@ -225,6 +230,27 @@ def presets_page() -> str:
     return text
 
 
+def grpo_page() -> str:
+    """The reference page of TRL's `GRPOConfig`, field by field."""
+    rows = {field: (f"`{key}`", "") for field, key in KEYS["GRPOConfig"].items()}
+    rows |= {field: (f"`{key}`", note) for field, (key, note) in GRPO.items()}
+    rows |= {field: ("", REASONS[field]) for field in REASONS if field not in rows and field not in PPO_ONLY}
+    table = "".join(f"| `{field}` | {key} | {note} |\n" for field, (key, note) in rows.items())
+    return (
+        "# From TRL's GRPOTrainer\n\n`preset: grpo` and its relatives set the algorithm; this table is that of\n"
+        "`rayrlhf init --from-trl`, which writes the file. Reward functions of TRL run unchanged: `completions`,\n"
+        "`completion_ids`, `trainer_state` and columns arrive in TRL's form, and None means that a function does not apply.\n\n"
+        "```bash\nrayrlhf init --from-trl \"GRPOConfig(num_generations=16, beta=0.04, loss_type='dr_grpo')\"\n```\n\n"
+        "| TRL | here |\n|---|---|\n"
+        "| `reward_funcs` | `reward.functions`, each with its `weight`; a reward model is `reward.model` |\n"
+        "| `train_dataset` with `prompt` | `data.train`, text or messages; the chat template is applied for you |\n"
+        "| `trainer.train()` | `rayrlhf ppo FILE`, or a loop of your own over `rayrlhf.open_trainer` |\n"
+        "| `accelerate launch`, `trl vllm-serve` | one command; policy and replicas are actors on Ray |\n\n"
+        "## `GRPOConfig`, field by field\n\nFields of TRL 1.16. A row without a key has no equivalent, or needs none.\n\n"
+        f"| field | key | note |\n|---|---|---|\n{table}"
+    )
+
+
 def families_page() -> str:
     """The reference page of tried model families."""
     rows = json.loads((DOCS.parent / "tests/models/families.json").read_text(encoding="utf-8"))
@@ -233,14 +259,16 @@ def families_page() -> str:
         "output layer, samples alone against padded and packed ones. A scale or a soft cap behind the output layer is\n"
         "applied. Samples that would influence each other are padded or computed alone. Any other difference is refused\n"
         "before anything runs. `--dry-run`, `rayrlhf plan` and `environment.json` of the run name the outcome.\n"
-        "Multimodal checkpoints are refused.\n\n"
+        "Multimodal and quantized checkpoints,\n"
+        "encoder-decoder models and others whose tokens see later ones are refused.\n\n"
         "`python -m tests.models.test_families` found this table with tiny random checkpoints in float32 on a CPU:\n"
-        "attention (`model.attention`), logits, samples per row, SFT with `gradient_checkpointing`, `model.lora`, the rollout\n"
-        "backend `transformers`, reward models, and exports that are loaded again. Every cell with `yes` had equal log-probs,\n"
-        "gradients or scores.\n\n"
+        "attention (`model.attention`), logits, samples per row, SFT with `gradient_checkpointing`, `model.lora` and its\n"
+        "merge, the rollout backends `transformers` and `vllm` before and after a weight sync, reward models, and exports\n"
+        "that are loaded again.\n"
+        "Every cell with `yes` had equal log-probs, gradients or scores; an empty one was not tried.\n\n"
     )
-    columns = ("load", "logits", "rows", "training", "lora", "sampling", "reward", "export")
-    names = ("family", "attention", "logits", "rows", "SFT", "LoRA", "sampling", "reward model", "export")
+    columns = ("load", "logits", "rows", "training", "lora", "sampling", "vllm", "reward", "export")
+    names = ("family", "attention", "logits", "rows", "SFT", "LoRA", "transformers", "vLLM", "reward model", "export")
     head += f"| {' | '.join(names)} |\n|{'---|' * len(names)}\n"
     return head + "".join(
         f"| {' | '.join([f'`{name}`', *(one_line(row.get(column, '')) for column in columns)])} |\n"
@@ -267,6 +295,12 @@ FORMATS: list[tuple[str, str, str, dict[str, Any]]] = [
         "hh.jsonl",
         {"chosen": f"\n\nHuman: {ASKED}\n\nAssistant: 5", "rejected": f"\n\nHuman: {ASKED}\n\nAssistant: No idea."},
     ),
+    (
+        "Better answers of Anthropic HH (`messages_field: chosen`)",
+        "sft",
+        "better.jsonl",
+        {"chosen": f"\n\nHuman: {ASKED}\n\nAssistant: 5", "rejected": f"\n\nHuman: {ASKED}\n\nAssistant: No idea."},
+    ),
     ("UltraFeedback", "dpo", "ultra.jsonl", {"prompt": ASKED, "chosen": turns(ASKED, "5"), "rejected": turns(ASKED, "6")}),
     ("Orca pairs", "dpo", "orca.jsonl", {"system": "Be brief.", "question": ASKED, "chosen": "5", "rejected": "6"}),
 ]
@@ -288,7 +322,10 @@ def formats_page() -> str:
         for title, task, name, row in FORMATS:
             stored = json.dumps([row] if name.endswith(".json") else row)
             Path(name).write_text(stored + "\n", encoding="utf-8")
-            paths = [f"data.train.path={name}", f"data.evaluation.path={name}"]
+            named = re.findall(r"`(\w+): (\w+)`", title)
+            paths = [
+                f"data.{part}.{key}={value}" for part in ("train", "evaluation") for key, value in [("path", name), *named]
+            ]
             lines = data_lines(Path("config.yaml"), paths, task, 1, color=False)
             # The held-out rows are the same file: their lines are, too.
             shown = "\n".join(dict.fromkeys(line.plain for line in lines)).rstrip()
@@ -300,6 +337,7 @@ def pages() -> dict[Path, str]:
     """All generated pages by path."""
     found = {DOCS / f"reference/configuration/{task}.md": configuration_page(task) for task in PAGES}
     others = {"cli": cli_page(), "findings": findings_page(), "presets": presets_page(), "families": families_page()}
+    others["from-grpo"] = grpo_page()
     others["formats"] = formats_page()
     return {**found, **{DOCS / f"reference/{name}.md": text for name, text in others.items()}}
 

@@ -18,11 +18,19 @@ import typer
 import typer.core
 
 from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, StoppedError, UserError
-from rayrlhf.observe.loop_control import stop_as_error
+from rayrlhf.observe.library_warnings import LIBRARY_WARNINGS
+from rayrlhf.observe.loop_control import job_lines, stop_as_error
 from rayrlhf.pipelines.icl.icl_commands import app as icl_app
 from rayrlhf.pipelines.presft.presft_commands import app as presft_app
+from rayrlhf.storage.atomic import full_disk
 from rayrlhf.tools.bench.bench_commands import bench
+from rayrlhf.tools.debug.debug_command import debug
+from rayrlhf.tools.debug.replay_command import replay
+from rayrlhf.tools.doctor_command import doctor
 from rayrlhf.tools.launch.launch_commands import plan, submit
+from rayrlhf.tools.publish.push_command import push
+from rayrlhf.tools.report.compare_command import compare
+from rayrlhf.tools.watch.watch_command import watch
 
 if TYPE_CHECKING:
     from rayrlhf.config.section import Section
@@ -65,10 +73,14 @@ EXIT_STOPPED = 75
 """Exit code of a stopped run that the same command resumes (`EX_TEMPFAIL` of sysexits.h)."""
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that replace those of the file: section.key=value ...")]
-From = Annotated[
-    Path | None, typer.Option("--from", help="Begin with the weights of this finished run, under another run.name.")
-]
+From = Annotated[Path | None, typer.Option("--from", help="Begin with a finished run's weights, under another run.name.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")]
+
+
+@app.callback()
+def options(verbose: Annotated[bool, typer.Option("--verbose", help="Also show warnings of libraries.")] = False) -> None:
+    """Apply the options of all commands."""
+    LIBRARY_WARNINGS.shown = verbose
 
 
 @app.command()
@@ -161,9 +173,7 @@ def _check_or_train(
 
 @app.command()
 def data(
-    config: Annotated[
-        Path, typer.Argument(help="A YAML file with a configuration of SFT, DPO, a reward model, PPO or an evaluation.")
-    ],
+    config: Annotated[Path, typer.Argument(help="A YAML configuration of SFT, DPO, a reward model, PPO or evaluation.")],
     overrides: Overrides = None,
     task: Annotated[
         str | None, typer.Option(help="sft, dpo, reward, ppo or evaluate; the first that fits if not given.")
@@ -269,7 +279,8 @@ def report(
     run: Annotated[Path, typer.Argument(help="The folder of a run: finished, running, or stopped.")],
     compare: Annotated[Path | None, typer.Option(help="Another run's folder, for comparison.")] = None,
     output: Annotated[
-        Path | None, typer.Option(help="The file to write; `report.html` in the run folder if not given.")
+        Path | None,
+        typer.Option(help="The file to write; if not given, `report.html` or `report-against-NAME.html` in the run folder."),
     ] = None,
 ) -> None:
     """Write a report of a run as one HTML file that opens offline."""
@@ -286,30 +297,8 @@ def report(
     typer.echo(f"report: {write_presft_report(run, output)}")
 
 
-@app.command()
-def watch(
-    run: Annotated[Path, typer.Argument(help="The folder of a run, also of another machine.")],
-    serve: Annotated[bool, typer.Option("--serve", help="Serve a page for a browser on this machine.")] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 for a free one.")] = 0,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between updates.")] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="Show the current state and exit.")] = False,
-) -> None:
-    """Follow a run on the terminal or as a local page, reading its folder only."""
-    from rayrlhf.tools.watch.watch_server import serve_run
-    from rayrlhf.tools.watch.watch_terminal import watch_terminal
-
-    if serve:
-        serve_run(
-            run,
-            port=port,
-            announce=lambda address: typer.echo(f"{address}\n(this machine only; Ctrl-C ends it)"),
-        )
-    else:
-        watch_terminal(run, every=every, once=once)
-
-
-app.command()(plan)
-app.command()(submit)
+for command in (watch, compare, debug, replay, plan, submit, push, doctor):
+    app.command()(command)
 app.add_typer(presft_app, name="presft")
 app.add_typer(icl_app, name="icl")
 app.add_typer(bench, name="bench")
@@ -362,34 +351,24 @@ def schema(
     typer.echo(json.dumps(json_schema(task), indent=1))
 
 
-@app.command()
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="A list of findings for programs.")] = False,
-) -> None:
-    """Check this machine and installation, with a fix for each problem."""
-    from rayrlhf.tools.doctor.machine_checks import run_doctor
-
-    if not run_doctor(as_json=as_json, echo=typer.echo):
-        raise typer.Exit(1)
-
-
 def main() -> None:
     """Entry point of the console script."""
-    # Progress bars of model files would break the live view.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "RAY_USAGE_STATS_ENABLED": "0"}
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
     try:
-        app()
-    except UserError as error:
-        print(f"rayrlhf: {error}", file=sys.stderr)  # noqa: T201 - the command's own output
+        for line in job_lines():
+            typer.echo(line, err=True)
+        with LIBRARY_WARNINGS.kept():
+            app()
+    except OSError as error:
+        if not (reason := full_disk(error)):
+            raise
+        print(f"rayrlhf: {reason}; free some space, then the same command resumes", file=sys.stderr)  # noqa: T201
         sys.exit(2)
-    except (AlarmError, DeadlineError, ActorLostError) as error:
-        print(f"rayrlhf: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(1)
-    except StoppedError as error:
-        print(f"rayrlhf: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(EXIT_STOPPED)
+    except (UserError, AlarmError, DeadlineError, ActorLostError, StoppedError) as error:
+        print(f"rayrlhf: {error}", file=sys.stderr)  # noqa: T201 - the command's own output
+        sys.exit(2 if isinstance(error, UserError) else EXIT_STOPPED if isinstance(error, StoppedError) else 1)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from rayrlhf.errors import UserError
 
 Plugin = TypeVar("Plugin")
 Value = TypeVar("Value")
+PLUGIN_FILES: set[str] = set()
+"""Files, and folders of packages, of the modules that plugins were imported from."""
 
 
 class Registry(Generic[Plugin]):
@@ -201,11 +203,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def _import_module(name: str, where: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except UserError:
         raise
     except Exception as error:
         raise _import_error(where, repr(name), error) from error
+    file = getattr(module, "__file__", None)
+    if file and not name.startswith("rayrlhf."):
+        PLUGIN_FILES.add(file.removesuffix("__init__.py"))
+    return module
 
 
 def _import_error(where: str, source: str, error: Exception) -> UserError:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def test_every_formula_has_a_function_and_a_test():
 
 def test_every_loss_and_estimator_of_the_registries_is_on_the_page():
     from rayrlhf.algorithms.advantages import ADVANTAGE_ESTIMATORS
-    from rayrlhf.algorithms.policy_losses import POLICY_LOSSES
+    from rayrlhf.algorithms.policy_loss_registry import POLICY_LOSSES
 
     text = MATHS.read_text(encoding="utf-8").lower().replace(". ", "_")
     named = {"ppo": "policy loss", "reinforce++-baseline": "group baseline"}
@@ -178,6 +179,7 @@ def clone(tmp_path_factory):
     pairs = [{"prompt": f"What is {n}+1?", "chosen": f"{n + 1}", "rejected": "0"} for n in range(256)]
     for name, rows in {"train.jsonl": solved, "test.jsonl": solved, "gsm8k/pairs.jsonl": pairs}.items():
         (folder / "data" / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    runpy.run_path(str(ROOT / "examples/presft/make_data.py"))["make"](folder / "data/presft", 64, 0)
     return folder
 
 
@@ -236,7 +238,7 @@ PPO_BASE = {
 def test_every_block_is_in_a_language_that_a_test_checks():
     output = {block.path.name for block in BLOCKS if block.language == "text"}
     assert {block.language for block in BLOCKS} <= CHECKED | {"text"}
-    assert output <= {"cli.md", "formats.md", "tutorial.md"}
+    assert output <= {"cli.md", "formats.md", "replay.md", "tutorial.md"}
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "bash"], ids=str)
@@ -270,6 +272,8 @@ def test_every_yaml_block_is_a_valid_configuration_or_a_part_of_one(block, tmp_p
     if task not in COMPLETE:
         base = PPO_BASE if task == "ppo" else yaml.safe_load(starter(task))
         tree = merged(base if task == "ppo" else {key: base[key] for key in base if key not in tree}, tree)
+    if "teacher" in tree:  # a preset names no model
+        tree["teacher"].setdefault("model", {"path": "builtin:tiny"})
     path = tmp_path / "block.yaml"
     path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
     load_config(COMPLETE[task] if task in COMPLETE else config_class(task), path)

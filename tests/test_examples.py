@@ -31,8 +31,11 @@ OTHER_FILES = {
 CHAINS = [
     "examples/agents/calculator.yaml",
     "examples/arithmetic/chain.yaml",
+    "examples/distillation/chain.yaml",
     "examples/dpo/chain.yaml",
     "examples/icl/chain.yaml",
+    "examples/preferences/chain.yaml",
+    "examples/preferences/tiny.yaml",
     "examples/rft/chain.yaml",
     "examples/tools/agent.yaml",
     "examples/tools/calculator.yaml",

@@ -1,8 +1,7 @@
-"""Agent with a tool that adds numbers, over OpenAI's client.
+"""Agent with a calculator and a lookup tool, over OpenAI's client.
 
-It knows nothing of training.
-
-It needs the package `openai`, which vLLM brings along. `calculator.yaml` trains the policy that it talks to.
+It knows nothing of training. It needs the package `openai`, which vLLM brings along. `calculator.yaml` trains the policy that
+it talks to.
 """
 
 import json
@@ -10,36 +9,38 @@ from typing import Any
 
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-SCHEMA = {"type": "object", "properties": {"s": {"type": "string"}}, "required": ["s"]}
-TOOLS: Any = [{"type": "function", "function": {"name": "add", "description": "Add numbers: 1+2", "parameters": SCHEMA}}]
+from rayrlhf.data.toy.played_turns import TOOLS, record
+
 TURNS = 3
 
 
 async def solve(prompt: Any, endpoint: Any) -> float:
-    """Ask for a sum, and run the tool as often as the model calls it.
+    """Ask for a sum or a record, and run the tools as often as the model calls them.
 
     Returns:
         1.0 for the right answer, else 0.0.
     """
+    tools: Any = list(TOOLS.values())
     messages: list[Any] = [{"role": "user", "content": prompt.text}]
     async with _model(endpoint) as model:
         for _ in range(TURNS):
-            answer = await model.chat.completions.create(model=endpoint.model, messages=messages, tools=TOOLS)
+            answer = await model.chat.completions.create(model=endpoint.model, messages=messages, tools=tools)
             message = answer.choices[0].message
             messages.append(message.model_dump(exclude_none=True))
             if not message.tool_calls:
                 return float((message.content or "").strip() == prompt.columns["answer"])
             for call in message.tool_calls:
                 if call.type == "function":
-                    result = add(call.function.arguments)
+                    result = run(call.function.name, call.function.arguments)
                     messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
     return 0.0
 
 
-def add(arguments: str) -> str:
-    """Run the tool on the JSON of a call."""
+def run(name: str, arguments: str) -> str:
+    """Run a tool on the JSON of a call."""
     try:
-        return str(sum(int(part) for part in json.loads(arguments)["s"].split("+")))
+        text = json.loads(arguments)["s"]
+        return record(int(text)) if name == "lookup" else str(sum(int(part) for part in text.split("+")))
     except (ValueError, KeyError, TypeError, AttributeError):
         return "?"
 

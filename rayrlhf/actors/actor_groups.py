@@ -1,9 +1,9 @@
 """All actors of a run: placed, started in parallel and ended together."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, overload
 
 import ray
@@ -13,8 +13,10 @@ from rayrlhf.actors.actor_group import ActorGroup, create_actor
 from rayrlhf.actors.placement import (
     ClusterResources,
     ForwardRole,
+    FrozenRole,
     GroupPlan,
     ResourcePlan,
+    RewardRole,
     Role,
     StatelessRole,
     TrainRole,
@@ -25,6 +27,7 @@ from rayrlhf.actors.remote import Handle, PendingCalls, Ref
 from rayrlhf.actors.role_groups import (
     GROUP_CLASSES,
     CriticGroup,
+    JudgeGroup,
     PolicyGroup,
     ReferenceGroup,
     RewardGroup,
@@ -33,17 +36,19 @@ from rayrlhf.actors.role_groups import (
 )
 from rayrlhf.actors.role_specs import RoleSpecs
 from rayrlhf.actors.rollout_actor import RolloutActor
-from rayrlhf.actors.scoring_actors import ReferenceActor, RewardActor
+from rayrlhf.actors.scoring_actors import JudgeActor, ReferenceActor, RewardActor
 from rayrlhf.actors.train_actor import CriticActor, PolicyActor
 from rayrlhf.actors.waiting import wait_all
-from rayrlhf.actors.worker import Worker
+from rayrlhf.actors.worker import ModelCheck, Worker
 from rayrlhf.errors import ActorLostError, DeadlineError, UserError
 
 ACTOR_CLASSES: Mapping[Role, type[Worker]] = {
     "policy": PolicyActor,
     "critic": CriticActor,
     "reference": ReferenceActor,
+    "teacher": ReferenceActor,
     "reward": RewardActor,
+    "judge": JudgeActor,
     "rollout": RolloutActor,
 }
 CLOSE_SECONDS = 30.0
@@ -63,6 +68,7 @@ class ActorGroups:
         specs: what the actors are built from.
         run_name: first part of every actor's name.
         placement_groups: by name.
+        sharing: roles that compute common beginnings of samples once; known after `load_checks`.
     """
 
     groups: dict[Role, ActorGroup[Worker]]
@@ -71,15 +77,20 @@ class ActorGroups:
     specs: RoleSpecs
     run_name: str
     placement_groups: dict[str, PlacementGroup]
+    sharing: set[Role] = field(default_factory=set)
 
     @overload
     def __getitem__(self, role: Literal["policy"]) -> PolicyGroup: ...
     @overload
     def __getitem__(self, role: Literal["critic"]) -> CriticGroup: ...
     @overload
-    def __getitem__(self, role: Literal["reference"]) -> ReferenceGroup: ...
+    def __getitem__(self, role: FrozenRole) -> ReferenceGroup: ...
     @overload
     def __getitem__(self, role: Literal["reward"]) -> RewardGroup: ...
+    @overload
+    def __getitem__(self, role: Literal["judge"]) -> JudgeGroup: ...
+    @overload
+    def __getitem__(self, role: RewardRole) -> RewardGroup | JudgeGroup: ...
     @overload
     def __getitem__(self, role: Literal["rollout"]) -> RolloutGroup: ...
     @overload
@@ -96,49 +107,48 @@ class ActorGroups:
         """Return True if the run has the role."""
         return role in self.groups
 
-    def load_checks(self, seconds: float) -> dict[str, str]:
+    def load_checks(self, roles: Sequence[Role], seconds: float) -> dict[str, str]:
         """Return the outcomes of the checks on load by role, as rank 0 found them."""
-        calls: dict[str, Ref[str]] = {role: group.call_rank(0, Worker.load_check) for role, group in self.groups.items()}
-        found = zip(calls, wait_all(calls, "check of the models", seconds), strict=True)
-        return {role: line for role, line in found if line}
+        calls: dict[str, Ref[ModelCheck]] = {
+            self.groups[role].names[0]: self.groups[role].call_rank(0, Worker.load_check) for role in roles
+        }
+        found = dict(zip(roles, wait_all(calls, "check of the models", seconds), strict=True))
+        self.sharing.update(role for role, check in found.items() if check.shares_prefixes)
+        return {role: check.line for role, check in found.items() if check.line}
 
     def restart(self, role: StatelessRole, rank: int) -> Ref[None]:
         """Replace one process of a role without training state; returns its `build`, without waiting."""
-        self._replace(role, rank)
+        self.replace(role, (rank,))
         return self.build_rank(role, rank)
 
-    def restart_gang(self, role: TrainRole, seconds: float) -> PendingCalls[None]:
-        """Replace all processes of a role in training; returns their `build`.
-
-        A process group cannot continue without a member.
+    def build_gang(self, role: TrainRole, seconds: float) -> PendingCalls[None]:
+        """Begin to load a model in training; waits for the address of rank 0.
 
         Raises:
-            ActorLostError: the new rank 0 died as well.
+            ActorLostError: rank 0 died.
             DeadlineError: it did not respond in time.
         """
-        for rank in range(len(self.groups[role])):
-            self._replace(role, rank)
-        return self.build_gang(role, seconds)
-
-    def build_gang(self, role: TrainRole, seconds: float) -> PendingCalls[None]:
-        """Begin to load a model in training; waits for the address of rank 0."""
         return self[role].build(self.specs.train(role), self.specs.backend(role), seconds)
 
     def build_rank(self, role: StatelessRole, rank: int) -> Ref[None]:
         """Begin to load the model of one rank of a role without training state."""
         match role:
-            case "reference":
-                return self["reference"].build(rank, self.specs.reference())
+            case "reference" | "teacher":
+                return self[role].build(rank, self.specs.frozen(role))
             case "reward":
-                return self["reward"].build(rank, self.specs.reward())
+                return self["reward"].build(rank, *self.specs.reward())
+            case "judge":
+                return self["judge"].build(rank, self.specs.judge())
             case "rollout":
                 return self["rollout"].build(rank, self.specs.rollout())
 
-    def _replace(self, role: Role, rank: int) -> None:
-        group = self.groups[role]
-        ray.kill(group.handles[rank])
-        handle = self._create(role, group.names[rank], self.workers[role][rank])
-        self.groups[role] = replace(group, handles=(*group.handles[:rank], handle, *group.handles[rank + 1 :]))
+    def replace(self, role: Role, ranks: Iterable[int]) -> None:
+        """Replace processes of a role by new ones without models; in training, all ranks."""
+        for rank in ranks:
+            group = self.groups[role]
+            ray.kill(group.handles[rank])
+            handle = self._create(role, group.names[rank], self.workers[role][rank])
+            self.groups[role] = replace(group, handles=(*group.handles[:rank], handle, *group.handles[rank + 1 :]))
 
     def request_placement_group(self, name: str) -> PlacementGroup:
         """Request a named placement group for one more rollout replica, without waiting for it."""
@@ -231,26 +241,49 @@ def _create_placement_group(group: GroupPlan) -> PlacementGroup:
     return placement_group([dict(bundle) for bundle in group.bundles], group.strategy, bundle_label_selector=labels)
 
 
+def _wanted(plan: ResourcePlan) -> dict[str, float]:
+    bundles = [bundle for group in plan.groups.values() for bundle in group.bundles]
+    return {kind: sum(bundle.get(kind, 0) for bundle in bundles) for kind in _KINDS}
+
+
 def _await_placement_groups(
     placement_groups: Mapping[str, PlacementGroup], plan: ResourcePlan, seconds: float, say: Callable[[str], None]
 ) -> None:
-    began, told = time.monotonic(), False
+    began, told, all_wanted = time.monotonic(), False, _wanted(plan)
     for name, group in placement_groups.items():
         while not group.wait(max(0.01, min(SAY_SECONDS, began + seconds - time.monotonic()))):
             if not told:
-                say(f"waiting up to {seconds:.0f} s for {_shortage(plan)}")
+                say(f"waiting up to {seconds:.0f} s for {shortage(all_wanted)}")
                 told = True
             if time.monotonic() - began >= seconds:
                 wanted = _requested(plan.groups[name])
-                raise UserError(f"{wanted} not granted within {seconds:.0f} s (placement.wait_seconds): {_shortage(plan)}")
+                raise UserError(f"{wanted} not granted within {seconds:.0f} s (placement.wait_seconds): {shortage(all_wanted)}")
 
 
-def _shortage(plan: ResourcePlan) -> str:
-    """Return the request, the free resources, and the runs that hold the others."""
+def wait_for_room(wanted: Mapping[str, float], say: Callable[[str], None]) -> None:
+    """Wait up to `SAY_SECONDS` for free CPUs and GPUs of the connected cluster.
+
+    If they do not suffice then, say what is waited for.
+    """
+    end = time.monotonic() + SAY_SECONDS
+    while any(ray.available_resources().get(kind, 0.0) < amount - 1e-6 for kind, amount in wanted.items() if amount):
+        if time.monotonic() > end:
+            say(f"waiting for {shortage(wanted)}")
+            return
+        time.sleep(0.2)
+
+
+def shortage(wanted: Mapping[str, float]) -> str:
+    """Return the request, the free resources, and the runs that hold the others.
+
+    Args:
+        wanted: number of `CPU` and `GPU`.
+    """
     free, total = ray.available_resources(), ray.cluster_resources()
-    wanted = {kind: sum(bundle.get(kind, 0) for group in plan.groups.values() for bundle in group.bundles) for kind in _KINDS}
     parts = [
-        f"{wanted[kind]:g} {kind}s, of {total.get(kind, 0):g} are {free.get(kind, 0):g} free" for kind in _KINDS if wanted[kind]
+        f"{wanted[kind]:g} {kind}s, of {total.get(kind, 0):g} are {free.get(kind, 0):g} free"
+        for kind in _KINDS
+        if wanted.get(kind)
     ]
     named = ray.util.list_named_actors(all_namespaces=True)
     holders = sorted({actor["name"].partition("/")[0] for actor in named if "/" in actor["name"]})
@@ -265,7 +298,8 @@ def _requested(group: GroupPlan) -> str:
 
 
 def _close(actor_groups: ActorGroups) -> None:
-    """Let rollout engines free resources outside their processes, which are killed next."""
-    if "rollout" in actor_groups:
-        with suppress(ActorLostError, DeadlineError):
-            wait_all(actor_groups["rollout"].close(), "rollout.close", CLOSE_SECONDS)
+    """Let engines of replicas free resources outside their processes, which are killed next."""
+    closing: PendingCalls[None] = actor_groups["rollout"].close() if "rollout" in actor_groups else {}
+    closing |= actor_groups["judge"].close() if "judge" in actor_groups else {}
+    with suppress(ActorLostError, DeadlineError):
+        wait_all(closing, "close", CLOSE_SECONDS)

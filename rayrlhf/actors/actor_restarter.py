@@ -1,6 +1,6 @@
-"""Restarts of reward and reference processes.
+"""Restarts of reward, judge, reference and teacher processes.
 
-They keep no state, so their calls are repeated on the new process.
+They keep no state, so their calls are repeated on the new process. A new process without room on its device is restarted too.
 """
 
 import time
@@ -62,7 +62,10 @@ class ActorRestarter:
             self._monitor.remove(name)
 
         def rebuild(_: ActorLostError) -> None:
-            wait_all({name: self._actor_groups.restart(role, rank)}, "rebuild", self._build_seconds)
+            building = self._actor_groups.restart(role, rank)
+            if self._monitor:
+                self._monitor.add(name, self._actor_groups[role].handles[rank], self._build_seconds)
+            wait_all({name: building}, "rebuild", self._build_seconds)
 
         named = error if error.actor == name else ActorLostError(str(error), name)
         self._rebuilders.setdefault(name, Rebuilder(self._retry)).rebuild_with_backoff(named, rebuild)

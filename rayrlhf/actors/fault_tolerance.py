@@ -1,6 +1,6 @@
 """Fault tolerance of a run's actors, assembled from the configuration."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -65,10 +65,19 @@ def make_fault_tolerance(
 
 
 @contextmanager
-def monitored(config: PPOConfig, actor_groups: ActorGroups, listener: RecoveryListener) -> Iterator[FaultTolerance]:
-    """Ping and rebuild actors that have been built, inside the block."""
+def monitored(
+    config: PPOConfig,
+    actor_groups: ActorGroups,
+    listener: RecoveryListener,
+    on_output: Callable[[str, Sequence[str]], None],
+    on_stacks: Callable[[str, str], None],
+) -> Iterator[FaultTolerance]:
+    """Ping and rebuild actors that have been built, inside the block.
+
+    `on_output` receives the output of user code, `on_stacks` the stacks of actors that hang.
+    """
     retry, every = retry_policy(config.recovery), config.recovery.ping_every
-    with HeartbeatMonitor(retry, every, lambda name, line: listener("hung", name, line, 0.0)) as monitor:
+    with HeartbeatMonitor(retry, every, listener, on_output, on_stacks) as monitor:
         for group in actor_groups.groups.values():
             for name, handle in zip(group.names, group.handles, strict=True):
                 monitor.add(name, handle)

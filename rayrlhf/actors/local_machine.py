@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from rayrlhf.actors.placement import ClusterResources
 from rayrlhf.observe.cuda import check_devices
+from rayrlhf.observe.host_limits import check_host_limits
 
 
 def check_local_machine(address: str | None, fits: Callable[[ClusterResources], object]) -> None:
@@ -15,7 +16,7 @@ def check_local_machine(address: str | None, fits: Callable[[ClusterResources], 
         fits: raises a `UserError` if the machine is too small.
 
     Raises:
-        UserError: of `fits`, or GPUs that torch cannot use.
+        UserError: of `fits`, GPUs that torch cannot use, or a limit of the system that is too low.
     """
     import ray
 
@@ -23,6 +24,7 @@ def check_local_machine(address: str | None, fits: Callable[[ClusterResources], 
 
     if not ray.is_initialized() and (address or os.environ.get("RAY_ADDRESS") or ambient_address()) == "local":
         check_devices()
+        check_host_limits()
         fits(this_machine())
 
 

@@ -7,6 +7,7 @@ from ray.exceptions import RayTaskError
 
 from rayrlhf.actors.actor_groups import ActorGroups
 from rayrlhf.actors.health import RetryPolicy
+from rayrlhf.actors.heartbeat import HeartbeatMonitor
 from rayrlhf.actors.placement import Role, building_order
 from rayrlhf.actors.rebuild import Rebuilder, RecoveryListener
 from rayrlhf.actors.remote import PendingCalls
@@ -17,40 +18,53 @@ _CALL = "start"
 
 
 def load_models(
-    actor_groups: ActorGroups, seconds: float, retry: RetryPolicy | None = None, listener: RecoveryListener = lambda *_: None
-) -> None:
-    """Load all models, in parallel as far as `building_order` allows.
+    actor_groups: ActorGroups,
+    seconds: float,
+    retry: RetryPolicy | None = None,
+    listener: RecoveryListener = lambda *_: None,
+    monitor: HeartbeatMonitor | None = None,
+) -> dict[str, str]:
+    """Load all models; returns the outcomes of their checks by role.
 
-    Loading is mostly reading and importing, so it overlaps well even on two cores.
+    They load in parallel as far as `building_order` allows: mostly reading and importing, which overlap well even on two cores.
 
     Args:
         seconds: deadline, counted from the start and from every loss.
         retry: bounds of the replacements; None raises at the first loss.
         listener: receives losses and recoveries.
+        monitor: kills processes that are stopped, which then count as lost.
 
     Raises:
         UserError: a role refuses its spec.
         DeadlineError: a role was not ready in time.
         ActorLostError: a process was lost too often.
     """
+    checks: dict[str, str] = {}
     for roles in building_order({role: actor_groups.workers[role] for role in actor_groups.groups}):
-        _Loading(actor_groups, seconds, retry, listener).load(roles)
+        checks |= _Loading(actor_groups, seconds, retry, listener, monitor).load(roles)
+    return checks
 
 
 class _Loading:
     def __init__(
-        self, actor_groups: ActorGroups, seconds: float, retry: RetryPolicy | None, listener: RecoveryListener
+        self,
+        actor_groups: ActorGroups,
+        seconds: float,
+        retry: RetryPolicy | None,
+        listener: RecoveryListener,
+        monitor: HeartbeatMonitor | None,
     ) -> None:
         self._actor_groups = actor_groups
         self._seconds = seconds
         self._retry = retry
         self._listener = listener
+        self._monitor = monitor
         self._calls: PendingCalls[None] = {}
         self._places: dict[str, tuple[Role, int]] = {}
         self._rebuilders: dict[str, Rebuilder] = {}
         self._lost_at: dict[str, float] = {}
 
-    def load(self, roles: Sequence[Role]) -> None:
+    def load(self, roles: Sequence[Role]) -> dict[str, str]:
         for role in roles:
             for rank, name in enumerate(self._actor_groups[role].names):
                 self._places[name] = role, rank
@@ -60,6 +74,14 @@ class _Loading:
                     self._start(role, rank, again=False)
                 except ActorLostError as error:
                     self._replace(name, error)
+        while True:
+            self._finish_calls()
+            try:
+                return self._actor_groups.load_checks(roles, self._seconds)
+            except ActorLostError as error:
+                self._replace(error.actor, error)
+
+    def _finish_calls(self) -> None:
         end = time.monotonic() + self._seconds
         while self._calls:
             try:
@@ -75,10 +97,16 @@ class _Loading:
     def _start(self, role: Role, rank: int, again: bool) -> None:
         """Begin to load one process, or all of a role in training."""
         groups = self._actor_groups
+        ranks = range(len(groups[role].names)) if _is_gang(role) else (rank,)
+        if again:
+            groups.replace(role, ranks)
+        if self._monitor is not None:  # also while rank 0 of a gang is asked for its address
+            for one in ranks:
+                self._monitor.add(groups[role].names[one], groups[role].handles[one], self._seconds)
         if role == "policy" or role == "critic":
-            self._calls |= (groups.restart_gang if again else groups.build_gang)(role, self._seconds)
+            self._calls |= groups.build_gang(role, self._seconds)
         else:
-            self._calls[groups[role].names[rank]] = (groups.restart if again else groups.build_rank)(role, rank)
+            self._calls[groups[role].names[rank]] = groups.build_rank(role, rank)
 
     def _finish(self, name: str) -> None:
         """Take the result of a process that has its model, or raise its error."""

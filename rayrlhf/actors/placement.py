@@ -5,18 +5,23 @@ tensor-parallel replica always has its own group on one node, so that it can be 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.errors import UserError
 
 TrainRole = Literal["policy", "critic"]
-StatelessRole = Literal["reference", "reward", "rollout"]
-ForwardRole = Literal[TrainRole, "reference"]
+FrozenRole = Literal["reference", "teacher"]
+RewardRole = Literal["reward", "judge"]
+"""Roles that compute rewards."""
+StatelessRole = Literal[FrozenRole, RewardRole, "rollout"]
+ForwardRole = Literal[TrainRole, FrozenRole]
 """Roles whose models compute log-probs or values."""
 Role = Literal[TrainRole, StatelessRole]
+ENGINE_ROLES: tuple[Role, ...] = ("rollout", "judge")
+"""Roles of replicas that generate."""
 Strategy = Literal["PACK", "STRICT_PACK"]
 Transfer = Literal["shared_memory", "nccl", "ipc"]
 GPU_THREADS = 16
@@ -101,7 +106,8 @@ def demands(config: PPOConfig) -> list[Demand]:
         ("policy", True),
         ("critic", config.critic.kind == "separate"),
         ("reference", config.needs_reference and not config.reference_in_policy),
-        ("reward", config.reward.configured),
+        ("teacher", config.teacher is not None),
+        ("reward", config.reward.computed),
     ]
     requested = []
     for role, needed in roles:
@@ -109,6 +115,10 @@ def demands(config: PPOConfig) -> list[Demand]:
             part = getattr(placement, role)
             uses_gpu = role != "reward" or config.reward.model is not None
             requested.append(Demand(role, part.ranks, part.cpus, part.gpus, part.threads, uses_gpu, labels=part.labels))
+    if (judge := config.reward.judge) is not None:
+        part = placement.judge
+        size = judge.tensor_parallel_size
+        requested.append(Demand("judge", judge.replicas, part.cpus, part.gpus, part.threads, devices=size, labels=part.labels))
     tensor_parallel = config.rollout.tensor_parallel_size
     rollout = Demand(
         "rollout",
@@ -173,9 +183,10 @@ def _resolve_demand(
     else:
         gpus = _floor(1.0 / sum(other.uses_gpu and other.devices == 1 for other in requested))
     if demand.devices > 1 and gpus not in (0.0, demand.devices):
+        key, section = ("rollout_gpus", "rollout") if demand.role == "rollout" else ("judge.gpus", "reward.judge")
         raise UserError(
-            f"placement.{demand.role}_gpus: a replica takes whole GPUs, expected {demand.devices} "
-            f"(rollout.tensor_parallel_size), found {gpus:g}"
+            f"placement.{key}: a replica takes whole GPUs, expected {demand.devices} ({section}.tensor_parallel_size), "
+            f"found {gpus:g}"
         )
     node_cpus = int(min(machine.node_cpus, default=1.0))
     if machine.gpus:
@@ -221,7 +232,7 @@ def _disaggregated(resolved: Sequence[_ResolvedDemand], overlap: bool) -> Resour
     groups: dict[str, GroupPlan] = {}
     workers: dict[Role, tuple[WorkerPlacement, ...]] = {}
     for part in resolved:
-        if part.role == "rollout":
+        if part.role in ENGINE_ROLES:
             workers[part.role] = _replica_groups(part, groups)
             continue
         groups[part.role] = GroupPlan("PACK", tuple(_bundle(part.cpus, part.gpus) for _ in range(part.ranks)), part.labels)
@@ -231,20 +242,31 @@ def _disaggregated(resolved: Sequence[_ResolvedDemand], overlap: bool) -> Resour
     return ResourcePlan(groups, workers, overlap)
 
 
-def building_order(workers: Mapping[Role, Sequence[WorkerPlacement]]) -> list[list[Role]]:
-    """Order the roles' builds: all at once, unless rollout engines share GPUs with other roles.
+def without_roles(plan: ResourcePlan, roles: Collection[Role]) -> ResourcePlan:
+    """Return a plan without some roles; the others keep resources and threads."""
+    workers = {role: mine for role, mine in plan.workers.items() if role not in roles}
+    used = {worker.group for mine in workers.values() for worker in mine}
+    return replace(plan, workers=workers, groups={name: group for name, group in plan.groups.items() if name in used})
 
-    While it starts, vLLM measures the GPU memory its model takes and counts what others load meanwhile as its own. So it goes
-    first.
+
+def building_order(workers: Mapping[Role, Sequence[WorkerPlacement]]) -> list[list[Role]]:
+    """Order the roles' builds: all at once, unless replicas share GPUs with other roles.
+
+    While it starts, vLLM measures the GPU memory its model takes and counts what others load meanwhile as its own. So these
+    engines go first, one role after the other.
     """
-    others: list[Role] = [role for role in workers if role != "rollout"]
-    taken = {(worker.group, bundle) for role in others for worker in workers[role] if worker.gpus for bundle in worker.bundles}
-    shares = any((worker.group, bundle) in taken for worker in workers["rollout"] if worker.gpus for bundle in worker.bundles)
-    return [["rollout"], others] if shares else [list(workers)]
+    used = {
+        role: {(worker.group, bundle) for worker in mine if worker.gpus for bundle in worker.bundles}
+        for role, mine in workers.items()
+    }
+    engines = [role for role in ENGINE_ROLES if role in workers]
+    others = [role for role in workers if role not in engines]
+    shares = any(used[one] & used[other] for one in engines for other in workers if other != one)
+    return [*([role] for role in engines), others] if shares else [list(workers)]
 
 
 def _replica_groups(part: _ResolvedDemand, groups: dict[str, GroupPlan]) -> tuple[WorkerPlacement, ...]:
-    """Create one group per rollout replica.
+    """Create one group per replica.
 
     It has one bundle: the replica's process holds all its GPUs, and its tensor-parallel workers are that process's children.
     """
@@ -262,6 +284,22 @@ def replica_group(plan: ResourcePlan) -> GroupPlan:
     return GroupPlan("STRICT_PACK", (_bundle(worker.cpus, worker.gpus),), plan.groups[worker.group].labels)
 
 
+def serves_adapters(config: PPOConfig, plan: ResourcePlan) -> bool:
+    """Return whether the rollout engine serves the policy's adapters unmerged.
+
+    Resolves `rollout.lora: auto`; `model.dtype: auto` is resolved for this machine.
+    """
+    import torch
+
+    from rayrlhf.models.load import resolve_dtype
+
+    if config.model.lora is None or config.rollout.backend != "vllm":
+        return False
+    if config.rollout.lora != "auto":
+        return config.rollout.lora == "adapter"
+    return plan.workers["policy"][0].gpus > 0 or resolve_dtype(config.model.dtype, cpu=True) != torch.float32
+
+
 def weight_transfer(config: PPOConfig, plan: ResourcePlan) -> Transfer:
     """Return the transport of weights from the policy to the replicas.
 
@@ -271,7 +309,7 @@ def weight_transfer(config: PPOConfig, plan: ResourcePlan) -> Transfer:
     if transfer != "auto":
         return transfer
     policy, replicas = plan.workers["policy"], plan.workers["rollout"]
-    if config.rollout.backend != "vllm" or config.serves_adapters or not (policy[0].gpus and replicas[0].gpus):
+    if config.rollout.backend != "vllm" or serves_adapters(config, plan) or not (policy[0].gpus and replicas[0].gpus):
         return "shared_memory"
     if next(_apart(plan), None) is None:
         return "ipc"

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 from rayrlhf.actors.health import Built, Event, Health, Lost, RetryPolicy, Started, StepCompleted, advance
-from rayrlhf.errors import ActorLostError
+from rayrlhf.errors import ActorLostError, DeviceMemoryError
 
 RecoveryListener = Callable[[str, str, str, float], None]
 """Receives losses and recoveries: (event, actor, reason, seconds since the loss)."""
@@ -24,7 +24,8 @@ class Rebuilder:
         """Call `rebuild` until it succeeds, with growing delays.
 
         Args:
-            rebuild: one attempt, given the latest loss; blocks until the new process is ready.
+            rebuild: one attempt, given the latest loss; blocks until the new process is ready. A lack of device memory counts
+                as a loss, because others may give memory back before the next attempt.
 
         Raises:
             ActorLostError: too many losses without a completed step in between.
@@ -41,6 +42,8 @@ class Rebuilder:
                 break
             except ActorLostError as again:
                 error = again
+            except DeviceMemoryError as lack:
+                error = ActorLostError(str(lack), name)
         self._advance(Built(current=True))
 
     def step_completed(self) -> None:

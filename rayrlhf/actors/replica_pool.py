@@ -68,7 +68,7 @@ class RolloutReplica:
 
 
 class ReplicaPool:
-    """All replicas of a run.
+    """All replicas of a run; none in one that only replays.
 
     Args:
         monitor: pings the replicas; None for no pings.
@@ -93,17 +93,14 @@ class ReplicaPool:
         self._actor_groups = actor_groups
         self._retry = retry or RetryPolicy()
         self._monitor = monitor
-        self._minimum = max(minimum, 1)
         self._patience = patience
         self._listener = listener
         self._enabled = enabled
         self._build_seconds = build_seconds
-        now = time.monotonic()
-        group = actor_groups["rollout"]
-        self.replicas = [
-            RolloutReplica(rank, name, handle, Health(since=now))
-            for rank, (name, handle) in enumerate(zip(group.names, group.handles, strict=True))
-        ]
+        now, present = time.monotonic(), "rollout" in actor_groups
+        named = zip(actor_groups["rollout"].names, actor_groups["rollout"].handles, strict=True) if present else ()
+        self.replicas = [RolloutReplica(rank, name, handle, Health(since=now)) for rank, (name, handle) in enumerate(named)]
+        self._minimum = max(minimum, 1) if present else 0
         self._requested: dict[str, PlacementGroup] = {}
         self._request_count = 0
         self._joining: set[int] = set()
@@ -162,6 +159,7 @@ class ReplicaPool:
             if replica.health.is_due(now):
                 replica.building = self._actor_groups.restart("rollout", replica.rank)
                 replica.handle = self._actor_groups["rollout"].handles[replica.rank]
+                self._watch(replica, self._build_seconds)
                 self._event(replica, Started())
             elif replica.building is not None and ray.wait([replica.building], timeout=0)[0]:
                 self._finish_build(replica, replica.building)
@@ -213,6 +211,7 @@ class ReplicaPool:
             rank = len(group) - 1
             health = Health("rebuilding", since=now)
             self.replicas.append(RolloutReplica(rank, group.names[rank], group.handles[rank], health, building))
+            self._watch(self.replicas[-1], self._build_seconds)
             self._joining.add(rank)
             self._down_since[rank] = now
 
@@ -225,8 +224,11 @@ class ReplicaPool:
             self.lost(replica, error)
             return
         self._event(replica, Built())
+        self._watch(replica)
+
+    def _watch(self, replica: RolloutReplica, loading_seconds: float = 0.0) -> None:
         if self._monitor:
-            self._monitor.add(replica.name, replica.handle)
+            self._monitor.add(replica.name, replica.handle, loading_seconds)
 
     def _event(self, replica: RolloutReplica, event: Event) -> None:
         replica.health = advance(replica.health, event, time.monotonic(), self._retry)

@@ -8,13 +8,14 @@ from rayrlhf.actors.actor_group import ActorGroup
 from rayrlhf.actors.placement import Role
 from rayrlhf.actors.remote import PendingCalls, Ref, as_argument, remote_stream
 from rayrlhf.actors.replica_client import DeviceSyncRequest
-from rayrlhf.actors.role_specs import ReferenceSpec
+from rayrlhf.actors.role_specs import JudgeSpec, ReferenceSpec
 from rayrlhf.actors.rollout_actor import RolloutActor
-from rayrlhf.actors.scoring_actors import ReferenceActor, RewardActor
+from rayrlhf.actors.scoring_actors import JudgeActor, ReferenceActor, RewardActor
 from rayrlhf.actors.train_actor import TrainActor
 from rayrlhf.actors.waiting import wait_all
 from rayrlhf.actors.worker import Worker
 from rayrlhf.config.reward import RewardSection
+from rayrlhf.config.train import SharePrefixes
 from rayrlhf.data.records import Prompt, Rollout, TokenScores, TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import Objective
@@ -23,7 +24,7 @@ from rayrlhf.engines.train.backends.base import StateFiles
 from rayrlhf.engines.train.plan import UpdatePlan, UpdateReport
 from rayrlhf.engines.train.process_group import ProcessGroupSpec
 from rayrlhf.engines.train.spec import TrainEngineSpec
-from rayrlhf.models.network import OutputName
+from rayrlhf.models.network_io import OutputName
 from rayrlhf.rewards.score import RewardBatch
 from rayrlhf.storage.manifest import FileRecord
 from rayrlhf.weight_sync.buckets import SharedTensor, SyncDtype
@@ -76,9 +77,9 @@ class TrainGroup(ActorGroup[TrainActor]):
         """Continue from the snapshots of all ranks."""
         return self.call(TrainActor.load_snapshot, *map(as_argument, parts))
 
-    def checksum(self) -> PendingCalls[int]:
-        """Return a checksum of the merged weights."""
-        return self.call(TrainActor.checksum)
+    def checksums(self) -> PendingCalls[dict[str, int]]:
+        """Return a checksum of each parameter."""
+        return self.call(TrainActor.checksums)
 
 
 class PolicyGroup(TrainGroup):
@@ -103,7 +104,7 @@ class PolicyGroup(TrainGroup):
         return {self.names[0]: self.call_rank(0, TrainActor.sync_dtype)}
 
     def update_arrived(self) -> PendingCalls[float | None]:
-        """Return the share of the adapters' update that the last merged sync brought."""
+        """Return the share of the update that the last merged sync brought."""
         return {self.names[0]: self.call_rank(0, TrainActor.update_arrived)}
 
     def send_weights(self, request: DeviceSyncRequest) -> PendingCalls[None]:
@@ -122,13 +123,13 @@ class CriticGroup(TrainGroup):
 
 
 class ReferenceGroup(ActorGroup[ReferenceActor]):
-    """Copies of the reference model."""
+    """Copies of the reference model or of the teacher."""
 
     __slots__ = ()
 
     def build(self, rank: int, spec: ReferenceSpec) -> Ref[None]:
         """Load the model on one rank."""
-        return self.call_rank(rank, ReferenceActor.build, spec.model, spec.batch_tokens, spec.offload)
+        return self.call_rank(rank, ReferenceActor.build, *spec)
 
     def score(
         self, rank: int, sequences: Sequence[TokenSequence], outputs: frozenset[OutputName], temperature: float, reference: bool
@@ -142,13 +143,31 @@ class RewardGroup(ActorGroup[RewardActor]):
 
     __slots__ = ()
 
-    def build(self, rank: int, section: RewardSection) -> Ref[None]:
+    def build(self, rank: int, section: RewardSection, share_prefixes: SharePrefixes) -> Ref[None]:
         """Load the functions and models on one rank."""
-        return self.call_rank(rank, RewardActor.build, section)
+        return self.call_rank(rank, RewardActor.build, section, share_prefixes)
 
     def score(self, rank: int, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Ref[RewardBatch]:
         """Score rollouts on one rank, one prompt per rollout."""
         return self.call_rank(rank, RewardActor.score, prompts, rollouts)
+
+
+class JudgeGroup(ActorGroup[JudgeActor]):
+    """Replicas of the judge."""
+
+    __slots__ = ()
+
+    def build(self, rank: int, spec: JudgeSpec) -> Ref[None]:
+        """Start the engine of one replica."""
+        return self.call_rank(rank, JudgeActor.build, *spec)
+
+    def score(self, rank: int, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Ref[RewardBatch]:
+        """Judge rollouts on one rank, one prompt per rollout."""
+        return self.call_rank(rank, JudgeActor.score, prompts, rollouts)
+
+    def close(self) -> PendingCalls[None]:
+        """Free the engines."""
+        return self.call(JudgeActor.close)
 
 
 class RolloutGroup(ActorGroup[RolloutActor]):
@@ -169,6 +188,8 @@ GROUP_CLASSES: Mapping[Role, type[ActorGroup[Worker]]] = {
     "policy": PolicyGroup,
     "critic": CriticGroup,
     "reference": ReferenceGroup,
+    "teacher": ReferenceGroup,
     "reward": RewardGroup,
+    "judge": JudgeGroup,
     "rollout": RolloutGroup,
 }

@@ -3,21 +3,40 @@
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from rayrlhf.actors.placement import ResourcePlan, Role, TrainRole, Transfer, weight_transfer
+from rayrlhf.actors.placement import FrozenRole, ResourcePlan, Role, TrainRole, Transfer, serves_adapters, weight_transfer
+from rayrlhf.config.judge import JudgeSection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.reward import RewardSection
+from rayrlhf.config.train import SharePrefixes
 from rayrlhf.engines.rollout.common import RolloutSpec, rollout_environment
 from rayrlhf.engines.train.spec import TrainEngineSpec
-from rayrlhf.models.network import Head
+from rayrlhf.models.network_io import Head
+
+
+class JudgeSpec(NamedTuple):
+    """The judge, the seed of its completions, and `reward.probe`."""
+
+    section: JudgeSection
+    seed: int
+    probe: bool
 
 
 class ReferenceSpec(NamedTuple):
-    """Reference model, tokens per forward pass, and whether its weights are kept in CPU memory."""
+    """Reference or teacher model, and how it computes.
+
+    Attributes:
+        batch_tokens: tokens per forward pass.
+        offload: keep its weights in CPU memory.
+        share_prefixes: `train.share_prefixes`.
+        vocabulary: most likely tokens that a teacher returns; None for log-probs of the sampled ones alone.
+    """
 
     model: ModelSection
     batch_tokens: int
     offload: bool
+    share_prefixes: SharePrefixes
+    vocabulary: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +51,9 @@ class RoleSpecs:
         worker = self.plan.workers[role][0]
         if role == "rollout":
             return rollout_environment(self.config.rollout, threads=worker.threads)
-        return TRAINER_ENVIRONMENT if role in ("policy", "critic", "reference") else {}
+        if role == "judge":
+            return rollout_environment(self.judge().section.engine, threads=worker.threads)
+        return TRAINER_ENVIRONMENT if role in ("policy", "critic", "reference", "teacher") else {}
 
     def backend(self, role: Role) -> Literal["gloo", "nccl"]:
         """Return the collective backend of a role's process group."""
@@ -43,14 +64,29 @@ class RoleSpecs:
         """Transport of weights; see `rollout.weight_transfer`."""
         return weight_transfer(self.config, self.plan)
 
-    def reward(self) -> RewardSection:
-        """Return the reward functions and models."""
-        return self.config.reward
+    @property
+    def serves_adapters(self) -> bool:
+        """True if the rollout engine serves adapters unmerged; see `rollout.lora`."""
+        return serves_adapters(self.config, self.plan)
 
-    def reference(self) -> ReferenceSpec:
-        """Return the spec of the reference model."""
-        config = self.config
-        return ReferenceSpec(config.reference.model or config.model, config.train.score_batch_tokens, config.reference.offload)
+    def reward(self) -> tuple[RewardSection, SharePrefixes]:
+        """Return the reward functions and models, and `train.share_prefixes`."""
+        return self.config.reward, self.config.train.share_prefixes
+
+    def judge(self) -> JudgeSpec:
+        """Return the spec of the judge."""
+        reward = self.config.reward
+        assert reward.judge is not None
+        return JudgeSpec(reward.judge, self.config.run.seed, reward.probe)
+
+    def frozen(self, role: FrozenRole) -> ReferenceSpec:
+        """Return the spec of the reference model or of the teacher."""
+        config, train = self.config, self.config.train
+        model, offload, vocabulary = config.reference.model or config.model, config.reference.offload, None
+        if role == "teacher" and config.teacher is not None:
+            model, offload = config.teacher.model, config.teacher.offload
+            vocabulary = config.teacher.divergence.vocabulary if config.teacher.divergence else None
+        return ReferenceSpec(model, train.score_batch_tokens, offload, train.share_prefixes, vocabulary)
 
     def rollout(self) -> RolloutSpec:
         """Return the spec of a rollout engine."""
@@ -65,29 +101,34 @@ class RoleSpecs:
             config.environment,
             lockstep,
             continues=continues,
-            adapters=config.serves_adapters,
+            adapters=self.serves_adapters,
         )
 
     def train(self, role: TrainRole) -> TrainEngineSpec:
         """Return the spec of a train engine."""
-        config = self.config
-        shared = config.critic.kind == "shared"
-        policy = role == "policy"
-        heads: frozenset[Head] = frozenset({"lm", "value"} if policy and shared else {"lm"} if policy else {"value"})
-        model = config.model if policy else config.critic.model or config.model
-        learning_rate = config.train.learning_rate if policy else config.critic.learning_rate or config.train.learning_rate
-        return TrainEngineSpec(
-            model=model,
-            heads=heads,
-            head_init=config.critic.head_init,
-            train=config.train,
-            learning_rate=learning_rate,
-            head_learning_rate=config.critic.learning_rate if policy and shared else None,
-            total_optimizer_steps=optimizer_steps(config),
-            seed=config.run.seed,
-            parity=config.algorithm.parity,
-            sequence_parallel=(config.placement.policy if policy else config.placement.critic).sequence_parallel,
-        )
+        return train_spec(self.config, role)
+
+
+def train_spec(config: PPOConfig, role: TrainRole) -> TrainEngineSpec:
+    """Return the spec of a role's train engine."""
+    shared = config.critic.kind == "shared"
+    policy = role == "policy"
+    heads: frozenset[Head] = frozenset({"lm", "value"} if policy and shared else {"lm"} if policy else {"value"})
+    model = config.model if policy else config.critic.model or config.model
+    learning_rate = config.train.learning_rate if policy else config.critic.learning_rate or config.train.learning_rate
+    return TrainEngineSpec(
+        model=model,
+        heads=heads,
+        head_init=config.critic.head_init,
+        train=config.train,
+        learning_rate=learning_rate,
+        head_learning_rate=config.critic.learning_rate if policy and shared else None,
+        total_optimizer_steps=optimizer_steps(config),
+        seed=config.run.seed,
+        role=role,
+        parity=config.algorithm.parity,
+        sequence_parallel=(config.placement.policy if policy else config.placement.critic).sequence_parallel,
+    )
 
 
 TRAINER_ENVIRONMENT = {

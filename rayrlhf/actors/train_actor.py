@@ -1,6 +1,5 @@
 """Actors of the models in training: one process per rank, a process group per role."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch.distributed
 
 from rayrlhf.actors.actor_metrics import measured
 from rayrlhf.actors.remote import concurrency_group, streaming
-from rayrlhf.actors.worker import Worker, check_assigned_gpu, returns_memory
+from rayrlhf.actors.worker import ModelCheck, Worker, check_assigned_gpu, returns_memory
 from rayrlhf.data.records import Records, TokenScores, TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import Objective
@@ -20,7 +19,7 @@ from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.plan import UpdatePlan, UpdateReport
 from rayrlhf.engines.train.process_group import ProcessGroupSpec, join
 from rayrlhf.engines.train.spec import TrainEngineSpec
-from rayrlhf.models.network import OutputName
+from rayrlhf.models.network_io import OutputName
 from rayrlhf.storage.manifest import FileRecord
 from rayrlhf.weight_sync.buckets import SharedTensor, SyncDtype, to_shared
 
@@ -46,9 +45,9 @@ class TrainActor(Worker):
         join(group)
         self._engine = TrainEngine(spec)
 
-    def load_check(self) -> str:
+    def load_check(self) -> ModelCheck:
         """See `Worker.load_check`."""
-        return self._engine.load_check
+        return ModelCheck(self._engine.load_check, self._engine.shares_prefixes)
 
     def sync_dtype(self) -> SyncDtype:
         """Return the data type in which weights travel: the one this device computes in."""
@@ -87,7 +86,7 @@ class TrainActor(Worker):
         self._engine.join_weights(dtype, adapters=adapters)
 
     def update_arrived(self) -> float | None:
-        """Return the share of the adapters' update that the last merged sync brought."""
+        """Return the share of the update that the last merged sync brought."""
         return self._engine.update_arrived
 
     @measured
@@ -131,14 +130,9 @@ class TrainActor(Worker):
         self._engine.load_captured(parts)
 
     @returns_memory
-    def checksum(self) -> int:
-        """Return a 48-bit checksum of the merged weights, for comparison bit for bit."""
-        digest = hashlib.sha256()
-        for bucket in self._engine.weight_buckets(dtype="float32"):
-            for name, tensor in bucket:
-                digest.update(name.encode())
-                digest.update(tensor.detach().numpy().data.cast("B"))
-        return int.from_bytes(digest.digest()[:6], "big")
+    def checksums(self) -> dict[str, int]:
+        """Return a checksum of each parameter, for comparison bit for bit; a collective call."""
+        return self._engine.checksums()
 
     @returns_memory
     def load_state(self, folder: Path, resized: bool) -> None:

@@ -26,6 +26,7 @@ from ray.exceptions import (
 from rayrlhf.actors.remote import Ref
 from rayrlhf.actors.worker import ProcessLocation
 from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, DeviceMemoryError, UserError
+from rayrlhf.storage.atomic import full_disk
 
 Value = TypeVar("Value")
 INFRASTRUCTURE_ERRORS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError, ObjectLostError)
@@ -113,7 +114,9 @@ LESS_MEMORY = {
     "policy": "lower train.micro_batch_tokens, or set model.gradient_checkpointing=true",
     "critic": "lower train.micro_batch_tokens, or set model.gradient_checkpointing=true",
     "reference": "lower train.score_batch_tokens, or set reference.offload=true",
+    "teacher": "lower train.score_batch_tokens, or set teacher.offload=true",
     "reward": "set reward.model.offload=true",
+    "judge": "lower reward.judge.gpu_memory_utilization",
     "rollout": "lower rollout.gpu_memory_utilization, or set rollout.sleep=true",
 }
 """First change to try by the role that ran out of GPU memory."""
@@ -130,6 +133,8 @@ def _raise_cause(error: RayTaskError, what: str, name: str) -> NoReturn:
         held = lost_because(error.cause).partition(" If reserved")[0].rstrip(".")
         mend = LESS_MEMORY.get(name.split("/")[-2] if "/" in name else name, "use fewer or smaller models on this GPU")
         raise DeviceMemoryError(f"{name}: {what}: {held}; {mend}; `rayrlhf plan` shows what fits") from error
+    if reason := full_disk(error.cause):
+        raise UserError(f"{name}: {what}: {reason}; free some space, then the same command resumes") from error
     if isinstance(error.cause, ActorLostError):
         raise error.cause from error
     if isinstance(error.cause, (UserError, AlarmError)):
@@ -163,6 +168,12 @@ def pending_call(name: str) -> str:
         if began is not None:
             return f"{what} called {time.monotonic() - began:.0f} s ago"
     return ""
+
+
+def pending_calls() -> dict[str, float]:
+    """Return the age in seconds of the oldest open call by name (`generate`)."""
+    now = time.monotonic()
+    return {what: round(now - min(since.values()), 1) for what, since in list(_open) if since}
 
 
 _locations: dict[str, ProcessLocation] = {}

@@ -16,6 +16,8 @@ from rayrlhf.actors.footprint import Footprint, own_footprint
 from rayrlhf.actors.remote import concurrency_group
 from rayrlhf.errors import UserError
 from rayrlhf.observe.cuda import find_fault, read_cuda
+from rayrlhf.observe.stacks import own_stacks, write_on_signal
+from rayrlhf.observe.user_output import UserOutput
 
 
 class ProcessLocation(NamedTuple):
@@ -25,6 +27,13 @@ class ProcessLocation(NamedTuple):
     node: str
     address: str
     footprint: Footprint = Footprint()
+
+
+class Beat(NamedTuple):
+    """Location of a process, and lines of user code since the last beat."""
+
+    location: ProcessLocation
+    output: list[str]
 
 
 def assigned_gpus() -> float:
@@ -48,11 +57,29 @@ def check_assigned_gpu() -> None:
         raise UserError(f"{name} on node {node}: Ray assigned {gpus:g} GPUs, but {fault.found}; {fault.fix}")
 
 
+class ModelCheck(NamedTuple):
+    """Outcome of the checks on load of an actor's models.
+
+    Attributes:
+        line: in words; empty without a model of this package.
+        shares_prefixes: tokens that samples begin with in common are computed once.
+    """
+
+    line: str = ""
+    shares_prefixes: bool = False
+
+
 class Worker:
     """Base of all actor classes."""
 
     PRELOADED: ClassVar[Sequence[str]] = ()
     """Modules that the role needs and that take seconds to import."""
+
+    def __init__(self) -> None:
+        self._output = UserOutput()
+        if ray.is_initialized() and ray.get_runtime_context().get_actor_id():
+            self._output.capture()
+            write_on_signal()
 
     @cached_property
     def actor_metrics(self) -> ActorMetrics:
@@ -76,12 +103,9 @@ class Worker:
             if importlib.util.find_spec(name.partition(".")[0]) is not None:
                 importlib.import_module(name)
 
-    def load_check(self) -> str:
-        """Return the outcome of the models' checks on load, in words.
-
-        Empty for a role without a model of this package.
-        """
-        return ""
+    def load_check(self) -> ModelCheck:
+        """Return the outcome of the models' checks on load."""
+        return ModelCheck()
 
     @concurrency_group("health")
     def ping(self) -> ProcessLocation:
@@ -89,6 +113,16 @@ class Worker:
         context, footprint = ray.get_runtime_context(), own_footprint()
         self.actor_metrics.peak_memory(footprint.resident)
         return ProcessLocation(os.getpid(), context.get_node_id(), ray.util.get_node_ip_address(), footprint)
+
+    @concurrency_group("health")
+    def beat(self, last: bool) -> Beat:
+        """Respond as `ping`, with the output of user code; `last` includes lines without an end."""
+        return Beat(self.ping(), self._output.take(last=last))
+
+    @concurrency_group("health")
+    def stacks(self) -> str:
+        """Return the stacks of all threads of this process."""
+        return own_stacks()
 
     def rendezvous(self) -> tuple[str, int]:
         """Return this node's address and a free port, for rank 0 of a process group."""

@@ -11,10 +11,19 @@ paper's other change, a constant divisor of the token sum, is `algorithm.policy_
 
 RLOO: reward minus the mean of the other responses to the prompt (Kool et al. 2019; Ahmadian et al. 2024, "Back to Basics").
 Leaving the response itself out keeps the baseline independent of it, so the gradient is unbiased. It equals n / (n - 1) times
-the distance to the mean of the whole group.
+the distance to the mean of the whole group. Where a sample has several parts with rewards of their own, all are left out.
 
 REINFORCE (Williams 1992): discounted rewards to go. REINFORCE++ (Hu et al. 2025) has the KL in the token rewards and whitens
 advantages over the whole step, which replaces a baseline; its `-baseline` form first subtracts the group's mean score.
+
+OPO: the baseline is the mean over the group weighted by length, which makes the variance of the gradient smallest where long
+responses have long gradients (Hao et al. 2025, "On-Policy RL with Optimal Reward Baseline").
+
+MaxRL: distance to the group's mean in units of the mean. Its gradient is that of maximum likelihood, up to the order of the
+group's size (Tajwar et al. 2026, "Maximum Likelihood Reinforcement Learning"). It expects rewards of at least 0.
+
+GDPO: each reward is compared within the group by itself, so that two rewards whose sums are equal do not cancel (Liu et al.
+2026, "Group reward-Decoupled Normalization Policy Optimization").
 
 ReMax: the score of the greedy response to the prompt is the baseline (Li et al. 2024, algorithm 1). One sample per prompt is
 enough, plus one greedy response. Where greedy responses score far from samples, as with an untrained model, all advantages have
@@ -55,18 +64,45 @@ def group_moments(rewards: Tensor, groups: Tensor, votes: Tensor | None = None) 
         groups: int64 [B], in any order.
         votes: float [B], weight of each response; None for 1 each.
     """
-    _, index = torch.unique(groups, return_inverse=True)
-    known = (~rewards.isnan()).double() if votes is None else torch.where(rewards.isnan(), 0.0, votes.double())
+    known = _known_votes(rewards, votes)
     values = torch.where(known > 0, rewards.double(), 0.0)
-
-    def total(parts: Tensor) -> Tensor:
-        sums = torch.zeros(int(index.max()) + 1, dtype=torch.float64, device=rewards.device)
-        return sums.index_add(0, index, parts.double())[index]
-
-    size = total(known).mul(2**20).round() / 2**20  # thirds of a vote add up to 1
-    mean = total(known * values) / torch.where(size > 0, size, torch.nan)
-    squares = total(known * torch.where(known > 0, (values - mean).square(), 0.0))
+    size = _whole(_totals(known, groups))
+    mean = _totals(known * values, groups) / torch.where(size > 0, size, torch.nan)
+    squares = _totals(known * torch.where(known > 0, (values - mean).square(), 0.0), groups)
     return GroupMoments(size, mean, (squares / torch.where(size > 1, size - 1, torch.nan)).sqrt())
+
+
+def others_moments(inputs: AdvantageInputs) -> GroupMoments:
+    """Return moments of `sequence_rewards` over the other samples of each response's group.
+
+    A response's own sample is left out with all of its parts.
+    """
+    rewards = inputs.sequence_rewards.double()
+    size, mean, std = group_moments(rewards, inputs.groups, inputs.votes)
+    samples = torch.arange(len(rewards), device=rewards.device) if inputs.samples is None else inputs.samples
+    known = _known_votes(rewards, inputs.votes)
+    gap = torch.where(known > 0, rewards - mean, 0.0)
+    own = _totals(known * gap, samples)
+    left = _whole(size - _totals(known, samples))
+    left = torch.where(left > 0, left, torch.nan)
+    squares = std.square() * (size - 1) - _totals(known * gap.square(), samples) - own.square() / left
+    return GroupMoments(left, mean - own / left, (squares.clamp(min=0) / torch.where(left > 1, left - 1, torch.nan)).sqrt())
+
+
+def _known_votes(rewards: Tensor, votes: Tensor | None) -> Tensor:
+    return (~rewards.isnan()).double() if votes is None else torch.where(rewards.isnan(), 0.0, votes.double())
+
+
+def _totals(values: Tensor, numbers: Tensor) -> Tensor:
+    """Return for each entry the sum over the entries with the same number, float64 [B]."""
+    _, index = torch.unique(numbers, return_inverse=True)
+    sums = torch.zeros(int(index.max()) + 1, dtype=torch.float64, device=values.device)
+    return sums.index_add(0, index, values.double())[index]
+
+
+def _whole(votes: Tensor) -> Tensor:
+    """Return sums of votes without the rounding of their parts: thirds add up to 1."""
+    return votes.mul(2**20).round() / 2**20
 
 
 def known_or_zero(advantages: Tensor) -> Tensor:
@@ -118,15 +154,67 @@ def dr_grpo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip
 
 
 def rloo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_masked: bool) -> Advantages:
-    """Return R - mean of the others in the group, the same for all tokens.
+    """Return R - mean of the group's other samples, the same for all tokens.
 
     `gamma` and `lam` have no effect. R is `sequence_rewards`, with the summed KL where it is in the reward, as in TRL 1.16.0's
     `RLOOTrainer`.
     """
     rewards = inputs.sequence_rewards
-    size, mean, _ = group_moments(rewards, inputs.groups, inputs.votes)
-    others = torch.where(size > 1, size - 1, torch.nan)
-    return Advantages(inputs.broadcast(known_or_zero((rewards - mean) * size / others)), None)
+    return Advantages(inputs.broadcast(known_or_zero(rewards - others_moments(inputs).mean)), None)
+
+
+def leave_one_out_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_masked: bool) -> Advantages:
+    """Return (R - mean) / (std + 1e-4), both of the group's other samples.
+
+    All tokens of a response have the same advantage.
+    Where the others are all equal the division is left out (as NeMo-RL's `use_leave_one_out_baseline`). `gamma` and `lam` have
+    no effect.
+    """
+    rewards = inputs.sequence_rewards.double()
+    _, mean, std = others_moments(inputs)
+    # The difference of two sums is not exactly 0 where the others are equal.
+    scale = torch.where(std <= 1e-6 * rewards.abs().nan_to_num().max().clamp(min=1e-30), 1.0, std + EPSILON)
+    return Advantages(inputs.broadcast(known_or_zero((rewards - mean) / scale)), None)
+
+
+def opo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_masked: bool) -> Advantages:
+    """Return R minus the group's mean of R weighted by length.
+
+    All tokens of a response have the same advantage. `gamma` and `lam` have no effect.
+    """
+    rewards = inputs.sequence_rewards
+    mean = group_moments(rewards, inputs.groups, inputs.mask.sum(1)).mean
+    return Advantages(inputs.broadcast(known_or_zero(rewards - mean)), None)
+
+
+def maxrl_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_masked: bool) -> Advantages:
+    """Return (R - mean) / mean over the group.
+
+    It is 0 where the mean is not positive, and the same for all tokens of a response. `gamma` and `lam` have no effect.
+    """
+    rewards = inputs.sequence_rewards
+    mean = group_moments(rewards, inputs.groups, inputs.votes).mean
+    return Advantages(inputs.broadcast(known_or_zero((rewards - mean) / torch.where(mean > 0, mean, torch.nan))), None)
+
+
+def gdpo_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_masked: bool) -> Advantages:
+    """Return the weighted sum of each reward's GRPO advantage, normalized over the step.
+
+    This is TRL 1.16.0's `multi_objective_aggregation="normalize_then_sum"`. A reward that does not apply to a response adds 0.
+    `gamma` and `lam` have no effect.
+
+    Raises:
+        ValueError: there are no parts.
+    """
+    if inputs.parts is None or inputs.part_weights is None:
+        raise ValueError("the advantage estimator 'gdpo' needs the values of each reward")
+    total = torch.zeros(len(inputs.scores), dtype=torch.float64)
+    for values, weight in zip(inputs.parts.unbind(1), inputs.part_weights, strict=True):
+        moments = group_moments(values, inputs.groups, inputs.votes)
+        total = total + weight * known_or_zero((values - moments.mean) / (moments.std + EPSILON))
+    total = torch.where(inputs.scores.isnan(), torch.nan, total)
+    everywhere = group_moments(total, torch.zeros_like(inputs.groups), inputs.votes)
+    return Advantages(inputs.broadcast(known_or_zero((total - everywhere.mean) / (everywhere.std + EPSILON))), None)
 
 
 def rewards_to_go(inputs: AdvantageInputs, *, gamma: float, skip_masked: bool) -> Tensor:
@@ -174,15 +262,29 @@ def remax_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_m
     return Advantages(zero_masked(known_or_zero(advantages), inputs.mask), None)
 
 
+def zero_estimator(inputs: AdvantageInputs, *, gamma: float, lam: float, skip_masked: bool) -> Advantages:
+    """Return 0 for every token, without reading a reward.
+
+    A teacher's part, which is added to any advantages, is then the whole advantage; a loss of pairs reads none.
+    """
+    return Advantages(torch.zeros_like(inputs.rewards), None)
+
+
 ADVANTAGE_ESTIMATORS: dict[str, AdvantageMethod] = {
     "gae": AdvantageMethod(gae_estimator, critic=True, whitened=True),
     "grpo": AdvantageMethod(grpo_estimator, smallest_group=2),
     "dr_grpo": AdvantageMethod(dr_grpo_estimator, smallest_group=2),
     "rloo": AdvantageMethod(rloo_estimator, smallest_group=2),
+    "grpo_leave_one_out": AdvantageMethod(leave_one_out_estimator, smallest_group=3),
+    "opo": AdvantageMethod(opo_estimator, smallest_group=2),
+    "maxrl": AdvantageMethod(maxrl_estimator, smallest_group=2),
+    "gdpo": AdvantageMethod(gdpo_estimator, smallest_group=2, parts=True),
     "reinforce": AdvantageMethod(reinforce_estimator),
     "reinforce++": AdvantageMethod(reinforce_estimator, whitened=True),
     "reinforce++-baseline": AdvantageMethod(group_baseline_estimator, whitened=True, smallest_group=2),
     "remax": AdvantageMethod(remax_estimator, greedy=True),
+    "distillation": AdvantageMethod(zero_estimator, teacher=True),
+    "pairs": AdvantageMethod(zero_estimator, smallest_group=2, pairs=True),
 }
 
 

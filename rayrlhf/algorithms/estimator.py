@@ -27,6 +27,10 @@ class AdvantageInputs:
         baselines: float [B], shaped score of the greedy response to the same prompt; None unless the estimator reads it.
         votes: float [B], weight of each response in its group's moments; those of the parts of one sample add up to 1. None
             for 1 each.
+        parts: float [B, K], unweighted values of the K rewards, NaN where one does not apply; None unless the estimator reads
+            them.
+        part_weights: float [K], their weights in the score.
+        samples: int64 [B]; parts of one sample share a number. None if each response is a sample of its own.
     """
 
     rewards: Tensor
@@ -37,6 +41,9 @@ class AdvantageInputs:
     values: Tensor | None
     baselines: Tensor | None = None
     votes: Tensor | None = None
+    parts: Tensor | None = None
+    part_weights: Tensor | None = None
+    samples: Tensor | None = None
 
     @property
     def sequence_rewards(self) -> Tensor:
@@ -82,6 +89,9 @@ class AdvantageMethod:
         whitened: whiten its advantages unless the config says otherwise.
         smallest_group: minimum number of samples per prompt.
         greedy: it reads the score of one greedy response to each prompt.
+        parts: it reads the values of each reward, and neither token rewards nor shaped scores.
+        teacher: it learns from a teacher alone, so a run must have one.
+        pairs: a loss of pairs (`algorithm.online_dpo`) learns in place of a policy loss.
     """
 
     estimate: AdvantageEstimator
@@ -89,3 +99,6 @@ class AdvantageMethod:
     whitened: bool = False
     smallest_group: int = 1
     greedy: bool = False
+    parts: bool = False
+    teacher: bool = False
+    pairs: bool = False

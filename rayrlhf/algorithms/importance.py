@@ -54,6 +54,42 @@ def importance_weights(
     return torch.where(mask, bounded, 1.0)
 
 
+Rejection = Literal["geometric", "product", "outlier"]
+REJECTION_BOUNDS: dict[Rejection, tuple[float, float]] = {
+    "geometric": (0.99, 1.01),
+    "product": (0.5, 2.0),
+    "outlier": (1e-4, 100.0),
+}
+"""Bounds outside which a response is rejected (SkyRL's `geo_mask`, `product_mask` and `outlier_token_is_threshold`)."""
+
+
+def accepted_responses(
+    trainer_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, rejection: Rejection, low: float, high: float
+) -> Tensor:
+    """Return True for the responses whose probability ratio is within bounds, bool [B].
+
+    `geometric` bounds the geometric mean of the token ratios, at any length; `product` their product, which leaves the
+    bounds with length; `outlier` each of them, so that one token outside rejects its response.
+
+    Args:
+        trainer_logprobs: float [B, T], by the trainer with the weights that sampled.
+        rollout_logprobs: float [B, T], reported by the rollout engine; NaN counts as no gap.
+        mask: bool [B, T], the action mask.
+        rejection: see above.
+        low: lower bound of the ratio.
+        high: upper bound.
+    """
+    log_ratio = zero_masked(trainer_logprobs - rollout_logprobs, mask).detach().double().nan_to_num(nan=0.0)
+    if rejection == "outlier":
+        measured = log_ratio
+    else:
+        measured = log_ratio.sum(1, keepdim=True)
+        if rejection == "geometric":
+            measured = measured / mask.sum(1, keepdim=True).clamp(min=1)
+    ratio = measured.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return ((ratio >= low) & (ratio <= high)).all(1)
+
+
 def weight_statistics(weights: Tensor, unbounded: Tensor, mask: Tensor) -> dict[str, float]:
     """Return metrics of the off-policy correction of a step.
 

@@ -14,7 +14,16 @@ DPO classifies pairs with the log-ratio to a reference as the reward.
 
 `sigmoid` is DPO (Rafailov et al. 2023, eq. 7); with label smoothing it is conservative DPO (Mitchell 2023: a share of the
 labels is assumed wrong), and `robust` is its unbiased form (Chowdhury et al. 2024, eq. 11). `ipo` is the squared loss of
-Azar et al. (2024, eq. 17) on means per token. All are TRL 1.16 `DPOTrainer`'s.
+Azar et al. (2024, eq. 17) on means per token. `hinge` is that of SLiC (Zhao et al. 2023). `apo_zero` raises the better answer
+and lowers the worse one, `apo_down` lowers both, the worse one more (D'Oosterlinck et al. 2024, eq. 7 and 8). All are TRL 1.16
+`DPOTrainer`'s.
+
+Three need no reference, and read the log-probs alone. `cpo` is DPO without the reference (Xu et al. 2024, eq. 3); `simpo`
+takes means per token and a margin (Meng et al. 2024, eq. 6); `orpo` takes the odds of the mean probabilities (Hong et al. 2024,
+eq. 7). `cpo` and `orpo` add the negative log-likelihood of the better answer.
+
+KTO reads single answers with a label. An answer's log-ratio is compared with the KL of the policy from the reference, estimated
+on answers of other prompts and without gradient (Ethayarajh et al. 2024, eq. 7 and 8; TRL 1.16 `KTOTrainer`).
 """
 
 from dataclasses import dataclass
@@ -130,36 +139,41 @@ def preference_loss(
     return TokenLoss(loss, {name: tensor.detach() for name, tensor in statistics.items()})
 
 
-DirectLoss = Literal["sigmoid", "robust", "ipo"]
+DirectLoss = Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero", "apo_down", "simpo", "cpo", "orpo"]
+_PER_TOKEN: tuple[DirectLoss, ...] = ("ipo", "simpo", "orpo")
+_MOST_CERTAIN = -1e-6
+"""Bound on the mean log-prob in an odds ratio, which is infinite at 0."""
 
 
 def direct_preference_loss(
-    log_ratios: Tensor, lengths: Tensor, *, loss: DirectLoss = "sigmoid", beta: float = 0.1, label_smoothing: float = 0.0
+    log_ratios: Tensor,
+    lengths: Tensor,
+    *,
+    loss: DirectLoss = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    margin: float = 0.5,
 ) -> TokenLoss:
     """Return the loss of pairs from the log-ratios of both answers.
 
     Args:
-        log_ratios: float [B, 2], log policy - log reference, summed over an answer's tokens; the better answer first.
-        lengths: [B, 2], tokens of the answers; only `ipo` reads them.
+        log_ratios: float [B, 2], log policy - log reference, summed over an answer's tokens; the better answer first. Without
+            a reference it is the log-prob.
+        lengths: [B, 2], tokens of the answers; `ipo`, `simpo` and `orpo` divide by them.
         loss: see the module.
-        beta: strength of the KL constraint to the reference; tau of `ipo`.
-        label_smoothing: share of the labels assumed wrong, in [0, 0.5); no effect on `ipo`.
+        beta: strength of the KL constraint to the reference; tau of `ipo`; scale of the reward of `simpo` and `cpo`; weight of
+            `orpo`'s odds ratio.
+        label_smoothing: share of the labels assumed wrong, in [0, 0.5); read by `sigmoid`, `robust`, `simpo` and `cpo`.
+        margin: gamma of `simpo`, by which the better reward should exceed the worse one.
 
     Returns:
         The loss per pair, [B]. Statistics: `loss/direct_preference`, `accuracy` (1 where the better answer has the higher
-        reward), `margin` (of the rewards), `reward_chosen` and `reward_rejected`, where a reward is beta times the log-ratio.
+        reward), `margin` (of the rewards), `reward_chosen` and `reward_rejected`, where a reward is beta times the log-ratio,
+        per token for `simpo` and `orpo`.
     """
-    if loss == "ipo":
-        per_token = log_ratios / lengths.clamp(min=1)
-        losses = (per_token[:, 0] - per_token[:, 1] - 1 / (2 * beta)).square()
-    else:
-        logits = beta * (log_ratios[:, 0] - log_ratios[:, 1])
-        right, wrong = -logsigmoid(logits), -logsigmoid(-logits)
-        if loss == "robust":
-            losses = ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
-        else:
-            losses = (1 - label_smoothing) * right + label_smoothing * wrong
-    rewards = beta * log_ratios.detach()
+    values = log_ratios / lengths.clamp(min=1) if loss in _PER_TOKEN else log_ratios
+    losses = _pair_losses(values[:, 0], values[:, 1], loss, beta, label_smoothing, margin)
+    rewards = beta * (log_ratios if loss == "ipo" else values).detach()
     chosen, rejected = rewards.unbind(1)
     statistics = {
         "loss/direct_preference": losses.detach(),
@@ -169,3 +183,63 @@ def direct_preference_loss(
         "reward_rejected": rejected,
     }
     return TokenLoss(losses, statistics)
+
+
+def _pair_losses(
+    chosen: Tensor, rejected: Tensor, loss: DirectLoss, beta: float, label_smoothing: float, margin: float
+) -> Tensor:
+    gap = chosen - rejected
+    match loss:
+        case "ipo":
+            return (gap - 1 / (2 * beta)).square()
+        case "hinge":
+            return (1 - beta * gap).relu()
+        case "apo_zero":
+            return torch.sigmoid(-beta * chosen) + torch.sigmoid(beta * rejected)
+        case "apo_down":
+            return torch.sigmoid(beta * chosen) + torch.sigmoid(-beta * gap)
+        case "orpo":
+            return -beta * logsigmoid(gap - _log1mexp(chosen) + _log1mexp(rejected))
+    logits = beta * gap - margin if loss == "simpo" else beta * gap
+    right, wrong = -logsigmoid(logits), -logsigmoid(-logits)
+    if loss == "robust":
+        return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+    return (1 - label_smoothing) * right + label_smoothing * wrong
+
+
+def _log1mexp(logprobs: Tensor) -> Tensor:
+    """Return log(1 - e^x) for x < 0."""
+    return torch.log(-torch.expm1(logprobs.clamp(max=_MOST_CERTAIN)))
+
+
+def unpaired_preference_loss(
+    log_ratios: Tensor,
+    desirable: Tensor,
+    kl: Tensor,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> TokenLoss:
+    """Return KTO's loss of single answers.
+
+    It is w (1 - sigmoid(beta (log-ratio - kl))) for a desirable answer, and w (1 - sigmoid(beta (kl - log-ratio))) for another.
+
+    Args:
+        log_ratios: float [B], log policy - log reference, summed over an answer's tokens.
+        desirable: bool [B], the labels.
+        kl: float [B], KL of the policy from the reference in nats per answer, without gradient.
+        beta: scale of the log-ratio.
+        desirable_weight: w of desirable answers.
+        undesirable_weight: w of the others.
+
+    Returns:
+        The loss per answer, [B]. Statistics: `loss/kto`, `accuracy` (1 where the log-ratio is above the KL for a desirable
+        answer, and not above it for another), `batch_kl`.
+    """
+    gap = log_ratios - kl.detach()
+    losses = torch.where(
+        desirable, desirable_weight * torch.sigmoid(-beta * gap), undesirable_weight * torch.sigmoid(beta * gap)
+    )
+    accuracy = ((gap > 0) == desirable).to(torch.float32)
+    return TokenLoss(losses, {"loss/kto": losses.detach(), "accuracy": accuracy.detach(), "batch_kl": kl.detach()})

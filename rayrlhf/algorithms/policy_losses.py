@@ -1,4 +1,4 @@
-"""Policy losses per token: PPO, GSPO, CISPO, and losses from plugins.
+"""Inputs and helpers of policy losses per token, and the losses PPO, GSPO and CISPO.
 
 PPO is the clipped surrogate of Schulman et al. (2017, equation 7). Options are a wider upper bound of the ratio (clip-higher of
 DAPO, Yu et al. 2025) and a bound on the loss of bad actions whose ratio exploded (dual clip, Ye et al. 2020).
@@ -15,24 +15,24 @@ first. Here the ratio is a detached weight on the log-prob, as in REINFORCE, and
 A loss from outside is a function with the signature `PolicyLoss`, named by `module:function` or `path/to/file.py:function`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Concatenate, Literal
+from typing import Concatenate, Literal
 
 import torch
 from torch import Tensor
 
 from rayrlhf.algorithms.losses import TokenLoss
 from rayrlhf.algorithms.masking import zero_masked
-from rayrlhf.plugins import Registry
 
 MAX_LOG_RATIO = 20.0
 """Bound on |log-ratio|. A larger ratio carries no further information and could overflow to inf, which times 0 is NaN."""
 
-LossAggregation = Literal["token", "sequence", "constant"]
+LossAggregation = Literal["token", "sequence", "constant", "prompt"]
 """Divisor of an optimizer step's sum of token losses.
 
 `token`: its tokens. `sequence`: each response's length, then the responses. `constant`: one length for all, then the responses.
+`prompt`: the tokens of all responses to a prompt, then the prompts.
 """
 
 
@@ -50,6 +50,7 @@ class LossInputs:
         ref_logprobs: float [B, T], log-probs under the reference; None without one (`algorithm.kl.coefficient: 0`).
         rollout_logprobs: float [B, T], log-probs reported by the rollout engine; None where the caller has none.
         values: float [B, T], the critic's values before the step's first update; None without a critic.
+        selected: bool [B, T], the tokens that a loss treats differently (`covariance`); None for losses that select none.
     """
 
     logprobs: Tensor
@@ -59,6 +60,7 @@ class LossInputs:
     ref_logprobs: Tensor | None = None
     rollout_logprobs: Tensor | None = None
     values: Tensor | None = None
+    selected: Tensor | None = None
 
 
 PolicyLoss = Callable[Concatenate[LossInputs, ...], TokenLoss]
@@ -187,35 +189,26 @@ def policy_statistics(
     return {name: values.detach() for name, values in statistics.items()}
 
 
-def token_policy_loss(name: str, inputs: LossInputs, arguments: Mapping[str, Any]) -> TokenLoss:
-    """Evaluate a policy loss by name; a plugin's result is checked and completed.
+def prompt_weights(groups: Tensor, mask: Tensor) -> Tensor:
+    """Return each row's weight under the loss aggregation `prompt`, float [B, T].
 
-    Statistics that a plugin does not return come from the token ratios, so the ratio guard and early stopping work with it.
+    Of B responses to P prompts, a token of a prompt with N tokens has B / (P N): the mean over responses is then the mean over
+    prompts of the token means (ScaleRL, Khatri et al. 2025).
 
     Args:
-        name: a key of `POLICY_LOSSES`, `module:function` or `path/to/file.py:function`.
-        inputs: tensors of one micro-batch.
-        arguments: keyword arguments of the loss.
-
-    Raises:
-        UserError: no loss has that name, or its module cannot be imported.
-        TypeError: a plugin returned something else than a `TokenLoss` with a loss of shape [B, T].
+        groups: int64 [B]; responses to the same prompt share a number.
+        mask: bool [B, T], the tokens to train on; responses without any count nowhere.
     """
-    token_loss = POLICY_LOSS_REGISTRY.resolve(name)(inputs, **arguments)
-    if name in POLICY_LOSSES:
-        return token_loss
-    shape = tuple(inputs.mask.shape)
-    if not isinstance(token_loss, TokenLoss) or tuple(token_loss.loss.shape) != shape:
-        found = f"loss {tuple(token_loss.loss.shape)}" if isinstance(token_loss, TokenLoss) else type(token_loss).__name__
-        raise TypeError(f"policy loss {name!r} returned {found}, expected a TokenLoss with a loss of shape {shape}")
-    loss = zero_masked(token_loss.loss, inputs.mask)
-    log_ratio = zero_masked(inputs.logprobs - inputs.old_logprobs, inputs.mask)
-    unclipped = torch.zeros_like(inputs.mask)
-    usual = policy_statistics(loss, unclipped, bounded_ratio(log_ratio), log_ratio, inputs.advantages, inputs.mask)
-    return TokenLoss(loss, usual | token_loss.statistics)
+    _, index = torch.unique(groups, return_inverse=True)
+    lengths = mask.sum(1)
+    tokens = torch.zeros(int(index.max()) + 1).index_add(0, index, lengths.float())
+    weights: Tensor = (lengths > 0).sum() / ((tokens > 0).sum() * tokens[index]).clamp(min=1)
+    return zero_masked(weights[:, None].expand(mask.shape), mask)
 
 
-def aggregated(loss: Tensor, mask: Tensor, loss_aggregation: LossAggregation, longest: int) -> Tensor:
+def aggregated(
+    loss: Tensor, mask: Tensor, loss_aggregation: LossAggregation, longest: int, weights: Tensor | None = None
+) -> Tensor:
     """Divide each row by its part of the divisor.
 
     The caller divides by the step's tokens or responses.
@@ -225,16 +218,13 @@ def aggregated(loss: Tensor, mask: Tensor, loss_aggregation: LossAggregation, lo
         mask: bool [B, T], the action mask.
         loss_aggregation: `token` leaves the loss as it is. `sequence` divides by the row's length, so that every response
             counts the same (Shao et al. 2024). `constant` divides by `longest`, so that every token counts the same at any
-            response length (Liu et al. 2025).
+            response length (Liu et al. 2025). `prompt` multiplies by `weights`.
         longest: the constant, in tokens.
+        weights: float [B, T] of `prompt_weights`, over the whole step.
     """
     if loss_aggregation == "token":
         return loss
+    if loss_aggregation == "prompt":
+        assert weights is not None
+        return loss * weights
     return loss / (mask.sum(1, keepdim=True).clamp(min=1) if loss_aggregation == "sequence" else longest)
-
-
-POLICY_LOSSES: dict[str, PolicyLoss] = {"ppo": ppo_loss, "gspo": gspo_loss, "cispo": cispo_loss}
-"""Built-in policy losses. Each has a section of its own in `rayrlhf.config.policy_loss`."""
-
-POLICY_LOSS_REGISTRY: Registry[PolicyLoss] = Registry("policy loss", POLICY_LOSSES)
-"""Resolves `algorithm.policy_loss.name`."""

@@ -61,15 +61,15 @@ def check_generator(generate: GenerateSection, address: str | None = None, model
         models: the models that generate.
 
     Raises:
-        UserError: `generate.backend` is not installed, cannot be resolved or lacks a method, its arguments do not fit, the
-            tensor-parallel size does not divide a model's attention heads, or vLLM is the build for GPUs and this machine,
-            where it would run, has none.
+        UserError: `generate.backend` is not installed, cannot be resolved or lacks a method, its arguments do not fit, a
+            model's files are not whole, the tensor-parallel size does not divide its attention heads, or vLLM is the build for
+            GPUs and this machine, where it would run, has none.
     """
-    from rayrlhf.models.start_check import check_divides_heads
+    from rayrlhf.models.start_check import check_generating_model
 
     check_rollout_backend(_rollout_section(generate), "generate.backend")
     for model in models:
-        check_divides_heads(model, generate.tensor_parallel_size, "generate.tensor_parallel_size")
+        check_generating_model(model, generate.backend, generate.tensor_parallel_size, "generate")
     if generate.backend == "vllm":
         check_local_machine(address, lambda _: check_vllm_device("generate.backend"))
 

@@ -6,7 +6,7 @@ Which rows are usable depends only on the data and the model's context. One part
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ from rayrlhf.batch_inference.stored_prompts import encode_prompts
 from rayrlhf.config.batch_inference import PairsSection
 from rayrlhf.config.data import DatasetSection
 from rayrlhf.data.dataset_rows import data_files
-from rayrlhf.data.messages import as_conversation, ends_with_answer, extra_keys
+from rayrlhf.data.messages import as_conversation, ends_with_answer, extra_keys, is_transcript, read_transcript
 from rayrlhf.data.row_columns import (
     ANSWERS,
     INPUT,
@@ -29,6 +29,7 @@ from rayrlhf.data.row_columns import (
     recognized,
     starts_with_prompt,
     unmet_need,
+    used_extras,
     with_system,
 )
 from rayrlhf.data.templates import check_messages, check_turns
@@ -104,7 +105,7 @@ def ingest_dataset(
             bad_index = _write_rejected(rejected, bad_index, bad)
     if bad:
         _write_rejected(rejected, bad_index, bad)
-    _check_share(section, reasons, total, count, rejected)
+    _check_share(section, reasons, total, count, next(rejected.rows(), None), f"; all of them are in {rejected.path}")
     facts = {"rows": count, "read": total, "rejected": dict(reasons), "fingerprint": fingerprint}
     rows.seal(facts | (_longest(rows) if tokenizer is not None else {}))
 
@@ -135,6 +136,8 @@ def _pair(section: PairsSection, source: SourceRow, given_field: str | None, ans
         raise RejectedError(source.problem)
     fields = dict(source.fields)
     prompt = as_conversation(_field(fields, section.prompt_field))
+    if is_transcript(prompt) and fields.get(section.response_field) is None:
+        prompt = read_transcript(str(prompt))
     if isinstance(prompt, list) and fields.get(section.response_field) is None and ends_with_answer(prompt):
         # A whole conversation: its last message is the answer.
         fields[section.response_field], prompt = prompt[-1:], prompt[:-1]
@@ -154,12 +157,13 @@ def _pair(section: PairsSection, source: SourceRow, given_field: str | None, ans
     _refuse_parts(section, extras, prompt)
     if lacks := unmet_need(fields, needs):
         raise RejectedError(lacks)
+    lost = extra_keys(prompt) if isinstance(prompt, list) else set()
     if isinstance(prompt, list):
         messages = json.dumps([{"role": one["role"], "content": one["content"]} for one in prompt], ensure_ascii=False)
         prompt = prompt[-1]["content"]
     if not answered and fields.get(section.response_field) is None:
         fields[section.response_field] = ""
-    response = _only_message(_field(fields, section.response_field))
+    response, keys = _only_message(_field(fields, section.response_field))
     if isinstance(response, str) and isinstance(prompt, str) and starts_with_prompt(prompt, response):
         raise RejectedError(f"{section.response_field} repeats the prompt")
     row = {
@@ -169,6 +173,7 @@ def _pair(section: PairsSection, source: SourceRow, given_field: str | None, ans
         "response": _text(response, section.response_field, may_be_empty=not answered),
         "prompt_tokens": None,
         "response_tokens": None,
+        "lost": lost | keys,
     }
     if given_field is not None:
         fields[GIVEN] = _text(_field(fields, given_field), given_field, may_be_empty=True)
@@ -192,18 +197,22 @@ def _field(fields: dict[str, Any], name: str) -> Any:
     return fields[name]
 
 
-def _only_message(value: object) -> Any:
-    """Unwrap a response that is a list with one assistant message."""
+def _only_message(value: object) -> tuple[Any, set[str]]:
+    """Unwrap a response that is one assistant message.
+
+    Returns it, and the message's keys that are not used.
+    """
     value = as_conversation(value)
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        try:
-            [message] = check_turns(value, "answer")
-        except UserError as error:
-            raise RejectedError(str(error)) from error
-        if lost := extra_keys([message]) & CONTENT_KEYS:
-            raise RejectedError(f"answer: {min(lost)}: not supported by this command")
-        return message["content"]
-    return value
+    if not (isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict)):
+        return value, set()
+    try:
+        [message] = check_turns(value, "answer")
+    except UserError as error:
+        raise RejectedError(str(error)) from error
+    keys = extra_keys([message])
+    if lost := keys & CONTENT_KEYS:
+        raise RejectedError(f"answer: {min(lost)}: not supported by this command")
+    return message["content"], keys
 
 
 def _text(value: object, name: str, *, may_be_empty: bool = False) -> str:
@@ -247,25 +256,71 @@ def _rejected_row(row: Row) -> Row:
     return {"source": row["source"], "reason": row["reason"], "content": replace_surrogates(row["content"][:MAX_CONTENT])}
 
 
-def _check_share(section: PairsSection, reasons: Counter[str], total: int, usable: int, folder: PartFolder) -> None:
+def _check_share(
+    section: PairsSection, reasons: Counter[str], total: int, usable: int, first: Row | None, place: str = ""
+) -> None:
     if total == 0:
         raise UserError(f"{section.path}: the dataset has no rows")
     bad = total - usable
-    if usable == 0 or bad > section.max_rejected_share * total:
-        shown = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
-        first = next(iter(folder.rows()))
-        found = ""
-        if first["reason"].startswith("no field"):
-            found = (
-                f"; row {first['source']} has {', '.join(json.loads(first['content'])) or 'nothing'}: name the columns with "
-            )
-            found += "data.prompt_field and data.response_field"
+    if first is None or (usable and bad <= section.max_rejected_share * total):
+        return
+    shown = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
+    found = f"; the first is row {first['source']}"
+    if first["reason"].startswith("no field"):
+        columns = ", ".join(json.loads(first["content"])) or "nothing"
+        found = f"; row {first['source']} has {columns}: name the columns with data.prompt_field and data.response_field"
+    raise UserError(
+        f"{section.path}: {bad} of {total} rows are unusable, expected at most {section.max_rejected_share:.1%} "
+        f"(data.max_rejected_share): {shown}{found}{place}"
+    )
+
+
+def describe_examples(
+    section: PairsSection,
+    *,
+    given_field: str | None = None,
+    answered: bool = True,
+    needs: Mapping[str, str] = MappingProxyType({}),
+    check: Callable[[Row], object] | None = None,
+) -> str:
+    """Return counts, format and columns of a dataset in words.
+
+    All rows are read as `ingest_dataset` does, and not stored.
+
+    Args:
+        section: the dataset.
+        given_field: as in `ingest_dataset`.
+        answered: as in `ingest_dataset`.
+        needs: as in `ingest_dataset`.
+        check: called with each usable row; its errors are the dataset's.
+
+    Raises:
+        UserError: as `ingest_dataset`.
+    """
+    start = next((source.fields for source in stream_rows(section) if source.fields is not None), {})
+    known, layout = recognized(start, section, "examples")
+    reasons: Counter[str] = Counter()
+    columns: set[str] = set()
+    lost: set[str] = set()
+    usable = 0
+    first: Row | None = None
+    for row in _checked(section, given_field, answered, needs):
+        if "reason" in row:
+            reasons[row["reason"]] += 1
+            first = first or _rejected_row(row)
         else:
-            found = f"; the first is row {first['source']}"
-        raise UserError(
-            f"{section.path}: {bad} of {total} rows are unusable, expected at most {section.max_rejected_share:.1%} "
-            f"(data.max_rejected_share): {shown}{found}; all of them are in {folder.path}"
-        )
+            usable += 1
+            if check is not None:
+                check(row)
+            lost |= set(row["lost"])
+            columns |= {name for name, value in json.loads(row["columns"]).items() if value is not None} - {GIVEN}
+    _check_share(section, reasons, usable + sum(reasons.values()), usable, first)
+    named = {name for name in (given_field, getattr(section, "task_field", None), *needs) if name in columns}
+    used = used_extras(columns, known, ANSWERS) | named
+    text = f"{section.path}: {usable} of {usable + sum(reasons.values())} rows, read as {layout}: "
+    text += ", ".join(filter(None, [known.prompt_field, known.response_field, *sorted(used)]))
+    text += f"; not used: {', '.join(sorted(columns - used))}" if columns - used else ""
+    return text + (f"; message keys that are not used: {', '.join(sorted(lost))}" if lost else "")
 
 
 def _longest(rows: PartFolder) -> dict[str, int]:

@@ -5,12 +5,14 @@ atomically. Existing parts are skipped. Ray restarts actors that die and retries
 killed at any time, as long as every stage is a pure function of its part.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from rayrlhf.actors.ray_data import data_context, raise_cause
+from rayrlhf.actors.stopped_processes import StoppedProcesses
 from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS
 from rayrlhf.actors.worker import check_assigned_gpu
 from rayrlhf.batch_inference.parts import PartFolder
@@ -18,6 +20,7 @@ from rayrlhf.batch_inference.stage_resources import TASK_CPUS, TASKS
 from rayrlhf.errors import ActorLostError, DeadlineError, UserError
 from rayrlhf.library_types import ArrowTable
 
+_logger = logging.getLogger(__name__)
 BUFFER_BYTES = 512 * 2**20
 """Maximum memory of parts between stages. Reading is faster than scoring and would fill the machine otherwise."""
 PART, ROWS = "part", "rows"
@@ -90,7 +93,7 @@ def run_pipeline(
         "execution_no_progress_timeout_s": limits.stall_seconds,
         "max_consecutive_actor_init_deaths": limits.max_restarts + 1,
     }
-    with data_context(buffer_bytes=BUFFER_BYTES, **settings):
+    with data_context(buffer_bytes=BUFFER_BYTES, **settings), StoppedProcesses(_logger.warning):
         try:
             for row in _dataset(source, target, missing, stages, limits).iter_rows():
                 done(row[ROWS])
@@ -123,12 +126,11 @@ def _with_part(table: ArrowTable, stage: Callable[[Any], Any]) -> Any:
 
 def _dataset(source: PartFolder, target: PartFolder, missing: list[int], stages: Sequence[Stage], limits: Limits) -> Any:
     import pyarrow as pa
-    import pyarrow.parquet as pq
     import ray
 
     def read(block: ArrowTable) -> ArrowTable:
         part = block.column(PART)[0].as_py()
-        table = pq.read_table(source.part(part))
+        table = source.read(part)
         return table.append_column(PART, pa.array([part] * table.num_rows, pa.int64()))
 
     def write(table: ArrowTable) -> ArrowTable:

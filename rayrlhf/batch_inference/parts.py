@@ -12,7 +12,7 @@ from typing import Any
 
 from rayrlhf.library_types import ArrowTable
 from rayrlhf.storage.atomic import TEMPORARY_SUFFIX, file_atomically, write_atomically
-from rayrlhf.storage.notes import read_note
+from rayrlhf.storage.notes import read_note, reading
 
 SEAL = "done.json"
 
@@ -67,17 +67,30 @@ class PartFolder:
             pq.write_table(table, partial, compression="zstd")
         return self.part(index)
 
+    def read(self, index: int) -> Any:
+        """Return a part as an Arrow table.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        return _read(self.part(index), None)
+
     def tables(self, columns: list[str] | None = None) -> Iterator[Any]:
         """Yield the parts as Arrow tables in order, one in memory at a time."""
-        import pyarrow.parquet as pq
-
         for file in self.files():
-            yield pq.read_table(file, columns=columns)
+            yield _read(file, columns)
 
     def rows(self, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
         """Yield all rows in order as dictionaries."""
         for table in self.tables(columns):
             yield from table.to_pylist()
+
+
+def _read(file: Path, columns: list[str] | None) -> Any:
+    import pyarrow.parquet as pq
+
+    with reading(file, "remove it, and start the command again"):
+        return pq.read_table(file, columns=columns)
 
 
 def merge(parts: PartFolder, path: Path) -> int:

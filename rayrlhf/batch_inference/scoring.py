@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
+from rayrlhf.batch_inference.stored_prompts import whole_prompt
 from rayrlhf.config.reward import RewardSection
 from rayrlhf.data.words import han_share, unspaced_share
 from rayrlhf.errors import UserError
@@ -147,11 +148,13 @@ class Verifier:
         """
         fields = [json.loads(row["columns"]) for row in rows]
         names = sorted({name for row in fields for name in row})
+        prompts = [whole_prompt(row) for row in rows]
         batch = ScoringBatch(
             prompts=[row["prompt"] for row in rows],
             responses=[response.text for response in responses],
             columns={name: [row.get(name) for row in fields] for name in names},
             finish_reasons=[response.finish_reason for response in responses],
+            messages=[None if isinstance(prompt, str) else prompt for prompt in prompts],
         )
         scored = score_batch(self._functions, batch, timeout_seconds=self._timeout_seconds)
         return [float(score) for score in scored.scores]

@@ -1,7 +1,8 @@
 """Tokenization of stored rows: the same tokens for length checks, generation and likelihoods."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,11 @@ from rayrlhf.data.messages import Message
 from rayrlhf.data.records import Int32, TokenSequence
 from rayrlhf.data.templates import conversation, render
 from rayrlhf.library_types import Tokenizer
+
+
+def whole_prompt(row: Mapping[str, Any]) -> str | list[Message]:
+    """Return the prompt of a stored row, with all turns of a conversation."""
+    return str(row["prompt"]) if row["messages"] is None else list(json.loads(row["messages"]))
 
 
 def encode_prompts(

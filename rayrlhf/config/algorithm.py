@@ -88,12 +88,15 @@ class AdvantageSection(Section):
     """From token rewards and values to advantages and returns."""
 
     estimator: str = "gae"
-    """Advantage estimator: `gae`, `grpo`, `dr_grpo`, `rloo`, `reinforce`, `reinforce++`, `reinforce++-baseline`, `remax`, or a
-    function or `AdvantageMethod` of your own as `module:name` or `path/to/file.py:name`. Only `gae` needs a critic."""
+    """Advantage estimator: `gae`, `grpo`, `dr_grpo`, `rloo`, `grpo_leave_one_out`, `opo`, `maxrl`, `gdpo`, `reinforce`,
+    `reinforce++`, `reinforce++-baseline`, `remax`, `distillation` (the teacher's log-ratio alone), `pairs` (none, for
+    `online_dpo`), or a function or `AdvantageMethod` of your own as `module:name` or `path/to/file.py:name`. Only `gae` needs a
+    critic."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of an estimator of your own."""
     gamma: float = Field(1.0, ge=0, le=1)
-    """Discount per token. No effect on grpo, dr_grpo and rloo, whose responses have one advantage each."""
+    """Discount per token. No effect on the estimators that give all tokens of a response one advantage (grpo, rloo, opo and the
+    like)."""
     lam: float = Field(0.95, ge=0, le=1)
     """Lambda of GAE, from one-step differences (0) to whole returns (1) (Schulman et al. 2016). Only gae reads it."""
     whiten: bool | None = None
@@ -112,7 +115,7 @@ class AdvantageSection(Section):
 class OffPolicyCorrectionSection(Section):
     """Importance weights for the log-prob gap between rollout engine and trainer.
 
-    The formulas are in `rayrlhf.algorithms.importance`.     In float32 the gap is about 5e-6 nats, so the correction is off by
+    The formulas are in `rayrlhf.algorithms.importance`. In float32 the gap is about 5e-6 nats, so the correction is off by
     default. In bfloat16 it is about 0.03: use `token`.
     """
 
@@ -124,7 +127,52 @@ class OffPolicyCorrectionSection(Section):
     low: float = Field(0.0, ge=0, le=1)
     """Lower bound of a weight."""
     high: float = Field(3.0, ge=1)
-    """Upper bound of a weight. The default is that of TRL 1.16."""
+    """Upper bound of a weight. The default is that of TRL 1.16. IcePop (Ling Team 2025) is `level: token`, `mode: mask`, `low:
+    0.5`, `high: 5`."""
+    rejection: Literal["none", "geometric", "product", "outlier"] = "none"
+    """Ratio of a response that must be within [`rejection_low`, `rejection_high`], or none of its tokens is trained on:
+    `geometric` the geometric mean of its token ratios, `product` their product, `outlier` each of them."""
+    rejection_low: float | None = Field(None, ge=0)
+    """Lower bound of the accepted ratio. Default: 0.99 for geometric, 0.5 for product, 1e-4 for outlier (SkyRL)."""
+    rejection_high: float | None = Field(None, gt=0)
+    """Upper bound of the accepted ratio. Default: 1.01 for geometric, 2 for product, 100 for outlier (SkyRL)."""
+
+    @property
+    def enabled(self) -> bool:
+        """True with weights or with rejected responses."""
+        return self.level != "none" or self.rejection != "none"
+
+    @model_validator(mode="after")
+    def _check_rejection(self) -> Self:
+        low, high = self.rejection_low, self.rejection_high
+        if self.rejection == "none" and (low is not None or high is not None):
+            raise ValueError("rejection_low and rejection_high have no effect with rejection 'none': remove them")
+        if low is not None and high is not None and low >= high:
+            raise ValueError(f"rejection_low {low:g} is not below rejection_high {high:g}")
+        return self
+
+
+class OnlineDPOSection(Section):
+    """Online DPO: a loss of pairs in place of the policy loss.
+
+    The best response to a prompt is paired with the worst by shaped score, the second best with the second worst, and so on.
+    Equal scores make no pair. The reference is that of the run (Guo et al. 2024).
+    """
+
+    loss: Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero", "apo_down"] = "sigmoid"
+    """Loss of a pair, as `train.loss` of `rayrlhf dpo`."""
+    beta: float = Field(0.1, gt=0)
+    """Strength of the KL constraint to the reference; tau of IPO. Default: TRL 1.16."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of the pairs assumed to be ranked wrongly; read by `sigmoid` and `robust`."""
+
+    @model_validator(mode="after")
+    def _check_smoothing(self) -> Self:
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+            raise ValueError(
+                f"label_smoothing {self.label_smoothing:g} has no effect on loss {self.loss}; expected sigmoid, robust"
+            )
+        return self
 
 
 class ValueLossSection(Section):
@@ -162,5 +210,7 @@ class AlgorithmSection(Section):
     policy_loss: AnyPolicyLoss = PPOLossSection()
     """Loss of the policy. Its key `name` selects the loss, and with it the other keys and their defaults."""
     off_policy_correction: OffPolicyCorrectionSection = OffPolicyCorrectionSection()
+    online_dpo: OnlineDPOSection | None = None
+    """Loss of pairs in place of the policy loss, with `advantage.estimator: pairs`. Default: none."""
     value_loss: ValueLossSection = ValueLossSection()
     parity: ParitySection = ParitySection()

@@ -108,6 +108,10 @@ class PreferenceDatasetSection(DatasetSection):
     """Column with the worse answer, in the same format."""
     margin_field: str = "margin"
     """Column with the required difference of the rewards; used if the rows have it."""
+    completion_field: str = "completion"
+    """Column with a single answer to `prompt_field`, read by DPO's loss `kto` where the rows are no pairs."""
+    label_field: str = "label"
+    """Column that says whether the single answer is desirable: true or false."""
     group_field: str | None = None
     """Column that groups pairs: a group is held out or trained on as a whole. Default: every pair is a group."""
 

@@ -197,8 +197,9 @@ class ICLEvaluateConfig(Section):
     def _check_metric(self) -> Self:
         if (self.reward is not None) != (self.metric == "reward"):
             raise ValueError("reward and metric reward belong together: set both or neither")
-        if self.reward is not None and self.reward.model is not None:
-            raise ValueError("reward.model has no effect: answers are scored by functions; remove it")
+        for name in ("model", "judge"):
+            if self.reward is not None and getattr(self.reward, name) is not None:
+                raise ValueError(f"reward.{name} has no effect: answers are scored by functions; remove it")
         return self
 
 

@@ -74,6 +74,66 @@ class CriticSection(Section):
         return self
 
 
+class DivergenceSection(Section):
+    """Generalized Jensen-Shannon divergence from the teacher (GKD, Agarwal et al. 2024, equation 1).
+
+    It is averaged over the step's sampled tokens, with both distributions at temperature 1.
+    """
+
+    beta: float = Field(0.5, ge=0, le=1)
+    """Interpolation: 0 is the forward KL(teacher || policy), 1 the reverse KL(policy || teacher), 0.5 the Jensen-Shannon
+    divergence. Default: TRL 1.16."""
+    vocabulary: int = Field(64, ge=1)
+    """Most likely tokens of the teacher that are sent to the policy; all others count as one outcome. The divergence is then a
+    lower bound of that over the whole vocabulary, and equal to it with all tokens. Each takes 8 bytes per response token."""
+    student_share: float = Field(1.0, ge=0, le=1)
+    """Share of the steps on the policy's own samples, drawn by `run.seed` and step; the others take responses of the dataset
+    (lambda of GKD). Only in the built-in loop, and only with `algorithm.advantage.estimator: distillation`."""
+    response_field: str | None = None
+    """Column of `data.train` with the dataset's response. Needed with a `student_share` below 1."""
+
+    @model_validator(mode="after")
+    def _check_responses(self) -> Self:
+        if self.student_share < 1 and self.response_field is None:
+            raise ValueError(
+                f"student_share {self.student_share:g} takes the other responses from the dataset: set response_field to their "
+                "column"
+            )
+        if self.student_share == 1 and self.response_field is not None:
+            raise ValueError("response_field has no effect with student_share 1: remove it, or lower student_share")
+        return self
+
+
+class TeacherSection(Section):
+    """Teacher of on-policy distillation: a frozen model that scores the policy's own samples.
+
+    Each sampled token earns the log-ratio log teacher - log policy, the reverse KL's estimate with its sign changed. This is
+    added to the advantages of any `algorithm.advantage.estimator`; with `distillation` it is the whole advantage. With
+    `divergence` the policy loss has a divergence over the vocabulary instead.
+    """
+
+    model: ModelSection
+    """The teacher, with the policy's tokenizer."""
+    coefficient: float = Field(1.0, gt=0)
+    """Weight of a nat of the log-ratio in the advantage, or of the divergence in the loss."""
+    discount: float = Field(0.0, ge=0, le=1)
+    """Discount of later tokens' log-ratios in a token's advantage. 0: its own alone. 1: all from it on, the gradient of the
+    reverse KL of whole responses."""
+    clip: float | None = Field(None, gt=0)
+    """Bound on the absolute log-ratio of a token, in nats. Default: none."""
+    divergence: DivergenceSection | None = None
+    """Divergence over the vocabulary in the policy loss, in place of log-ratios in the advantages. Default: none."""
+    offload: bool = False
+    """Keep the weights in main memory and copy them to the GPU for scoring only. No effect on a CPU."""
+
+    @model_validator(mode="after")
+    def _check_divergence(self) -> Self:
+        if self.divergence is not None and (self.discount or self.clip is not None):
+            key = "discount" if self.discount else "clip"
+            raise ValueError(f"{key} changes the log-ratio in the advantage, which divergence replaces: remove one of them")
+        return self
+
+
 class ReferenceSection(Section):
     """Reference model of the KL penalty."""
 

@@ -59,7 +59,8 @@ class EvaluateConfig(Section):
     right_from: float = 1.0
     """Minimum score of a correct response, for pass@k."""
     best_by: str | None = None
-    """Part of the reward that best-of-k selects by: a function's name or `reward_model`. Default: the whole score."""
+    """Part of the reward that best-of-k selects by: a function's name, `reward_model` or `judge_model`. Default: the whole
+    score."""
     keep: KeepSection | None = None
     """Write the best responses to `kept.jsonl`, for `rayrlhf sft`. Later stages of a chain refer to it by `${this.dataset}`."""
 
@@ -68,8 +69,17 @@ class EvaluateConfig(Section):
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"samples {self.samples} with temperature 0: greedy responses to a prompt are all equal")
         names = [function.name for function in self.reward.functions] + ["reward_model"] * (self.reward.model is not None)
+        names += ["judge_model"] * (self.reward.judge is not None)
         if self.best_by is not None and self.best_by not in names:
             raise ValueError(f"best_by {self.best_by!r}: expected a part of the reward, one of {', '.join(names)}")
+        judge = self.reward.judge
+        if judge is not None and judge.mode != "pointwise" and judge.against is None and self.samples == 1:
+            raise ValueError(
+                f"reward.judge.mode '{judge.mode}' compares responses to one prompt: set samples to 2 or more, or "
+                "reward.judge.against to a column with a response"
+            )
+        if judge is not None:
+            judge.check_letters(self.samples, "samples")
         return self
 
     @model_validator(mode="after")
@@ -132,8 +142,9 @@ class ChainConfig(Section):
 
 
 def _check_functions_only(key: str, section: RewardSection | None) -> None:
-    if section is not None and section.model is not None:
-        raise ValueError(f"{key}.model has no effect: a verifier consists of functions; use relabel.reward_model")
+    for name in ("model", "judge"):
+        if section is not None and getattr(section, name) is not None:
+            raise ValueError(f"{key}.{name} has no effect: a verifier consists of functions; use relabel.reward_model")
 
 
 class PreSFTRunSection(RunFolderSection):

@@ -8,8 +8,8 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from rayrlhf.config.section import Section
 
-LossAggregation = Literal["token", "sequence", "constant"]
-BUILT_IN = ("ppo", "gspo", "cispo")
+LossAggregation = Literal["token", "sequence", "constant", "prompt"]
+BUILT_IN = ("ppo", "gspo", "cispo", "sapo", "gmpo", "dppo", "topr", "clip_cov", "kl_cov")
 TOKEN_CLIP_FLOOR = 0.01
 """Clip ranges of token ratios are at least this wide, those of GSPO's response ratios at most: published ones are 20 times
 away."""
@@ -41,10 +41,12 @@ class PolicyLossSection(Section):
     """Tag of the section: a built-in name, or `plugin`."""
 
     name: str = "ppo"
-    """Policy loss: `ppo`, `gspo`, `cispo`, or a function of your own as `module:function` or `path/to/file.py:function`."""
+    """Policy loss: `ppo`, `gspo`, `cispo`, `sapo`, `gmpo`, `dppo`, `topr`, `clip_cov`, `kl_cov`, or a function of your own as
+    `module:function` or `path/to/file.py:function`."""
     loss_aggregation: LossAggregation = "token"
     """Divisor of the loss of an optimizer step. `token`: the step's tokens (DAPO). `sequence`: each response's length, then the
-    number of responses (GRPO, GSPO). `constant`: `loss_aggregation_length` times the number of responses (Dr. GRPO)."""
+    number of responses (GRPO, GSPO). `constant`: `loss_aggregation_length` times the number of responses (Dr. GRPO). `prompt`:
+    the tokens of all responses to a prompt in the step, then the number of prompts (ScaleRL, Khatri et al. 2025)."""
     loss_aggregation_length: int | None = Field(None, ge=1)
     """Divisor of each response under `loss_aggregation: constant`, in tokens. Default: `rollout.max_new_tokens`."""
     entropy_coefficient: float = Field(0.0, ge=0)
@@ -52,7 +54,7 @@ class PolicyLossSection(Section):
     over tokens under any `loss_aggregation`."""
 
     @classmethod
-    def matches(cls, value: Any) -> bool:
+    def matches(cls, value: object) -> bool:
         """Return True where settings belong to the section of this loss."""
         return cls is PolicyLossSection or loss_kind(value) == cls.kind
 
@@ -68,7 +70,7 @@ class PolicyLossSection(Section):
 
     @field_validator("name", mode="before")
     @classmethod
-    def _check_known(cls, name: Any) -> Any:
+    def _check_known(cls, name: object) -> Any:
         if not isinstance(name, str):
             raise ValueError(f"expected the name of a loss or a path to a function, found {name}")
         check_name("", name, BUILT_IN)
@@ -76,7 +78,7 @@ class PolicyLossSection(Section):
 
     @field_validator("loss_aggregation", mode="before")
     @classmethod
-    def _replace_null(cls, value: Any) -> Any:
+    def _replace_null(cls, value: object) -> Any:
         # Run folders of older versions store null for the default.
         return cls.model_fields["loss_aggregation"].default if value is None else value
 
@@ -168,13 +170,109 @@ class CISPOLossSection(PolicyLossSection):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_unused_keys(cls, settings: Any) -> Any:
+    def _drop_unused_keys(cls, settings: object) -> Any:
         if not isinstance(settings, dict):
             return settings
         if settings.get("dual_clip") is not None:
             raise ValueError("dual_clip has no effect with name 'cispo', whose weight is bounded by clip_high: remove it")
         # Before 0.2.0 all losses shared one section, and run folders store all of its keys.
         return {key: value for key, value in settings.items() if key not in ("clip_low", "dual_clip")}
+
+
+class SAPOLossSection(PolicyLossSection):
+    """A smooth gate on token ratios (Gao et al. 2025, "Soft Adaptive Policy Optimization")."""
+
+    kind: ClassVar[str] = "sapo"
+
+    name: Literal["sapo"]
+    """`sapo`: the ratio passes a sigmoid gate instead of a clip (Gao et al. 2025, "Soft Adaptive Policy Optimization")."""
+    temperature_positive: float = Field(1.0, gt=0)
+    """Temperature of the gate of tokens with a positive advantage; a larger one closes sooner. Default: the paper and TRL
+    1.16."""
+    temperature_negative: float = Field(1.05, gt=0)
+    """Temperature of the gate of all other tokens. Default: the paper and TRL 1.16."""
+    loss_aggregation: LossAggregation = "sequence"
+    """Divisor of the loss of an optimizer step, see the loss `ppo`. Default: the paper."""
+
+
+class GMPOLossSection(PolicyLossSection):
+    """The geometric mean of clipped token ratios (Zhao et al. 2025, "Geometric-Mean Policy Optimization")."""
+
+    kind: ClassVar[str] = "gmpo"
+
+    name: Literal["gmpo"]
+    """`gmpo`: one ratio per response, the geometric mean of its clipped token ratios (Zhao et al. 2025)."""
+    clip_low: float = Field(0.4, gt=0)
+    """Lower clip range of a token's log-ratio: it counts as at least -`clip_low`. Default: the paper."""
+    clip_high: float = Field(0.4, gt=0)
+    """Upper clip range of a token's log-ratio. Default: the paper, whose ratios are within (e^-0.4, e^0.4)."""
+    loss_aggregation: LossAggregation = "sequence"
+    """Divisor of the loss of an optimizer step, see the loss `ppo`. Default: the paper."""
+
+
+class DPPOLossSection(PolicyLossSection):
+    """A trust region by divergence (Qi et al. 2026)."""
+
+    kind: ClassVar[str] = "dppo"
+
+    name: Literal["dppo"]
+    """`dppo`: masks tokens whose distribution has moved too far in the direction of their advantage (Qi et al. 2026,
+    "Rethinking the Trust Region in LLM Reinforcement Learning")."""
+    divergence: Literal["tv", "kl"] = "tv"
+    """Distance of the two events "this token" and "another one": `tv` |p - p_old|, `kl` KL(p_old || p)."""
+    threshold: float | None = Field(None, gt=0)
+    """Divergence beyond which a token has no gradient. Default: the authors' script, 0.15 for `tv` and 0.05 for `kl`."""
+    ratio_high: float = Field(20.0, gt=1)
+    """Upper bound of a token's importance weight. Default: the authors' code."""
+
+
+class TOPRLossSection(PolicyLossSection):
+    """REINFORCE whose negative part tapers off (Le Roux et al. 2025, "Tapered Off-Policy REINFORCE")."""
+
+    kind: ClassVar[str] = "topr"
+
+    name: Literal["topr"]
+    """`topr`: REINFORCE with the weight 1 for responses with a positive advantage, and their bounded probability ratio for the
+    others (Le Roux et al. 2025)."""
+    weight_high: float = Field(1.0, gt=0)
+    """Upper bound of the ratio of a response without a positive advantage. Default: the paper."""
+    loss_aggregation: LossAggregation = "constant"
+    """Divisor of the loss of an optimizer step, see the loss `ppo`. Default: the paper, which sums over a response, but for
+    the constant."""
+
+
+class ClipCovLossSection(PolicyLossSection):
+    """PPO without the gradient of a few tokens with high covariance (Cui et al. 2025)."""
+
+    kind: ClassVar[str] = "clip_cov"
+
+    name: Literal["clip_cov"]
+    """`clip_cov`: PPO's loss, without gradient at a few tokens whose advantage and log-prob covary strongly (Cui et al. 2025,
+    "The Entropy Mechanism of Reinforcement Learning")."""
+    share: float = Field(2e-4, gt=0, le=1)
+    """Tokens to select, as a share of the step's tokens; at least one. Default: the paper."""
+    cov_low: float = 1.0
+    """Lower bound of the covariance of a selected token. Default: the paper."""
+    cov_high: float = 5.0
+    """Upper bound of the covariance of a selected token. Default: the paper."""
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """Lower clip range, see the loss `ppo`."""
+    clip_high: float = Field(0.2, gt=0)
+    """Upper clip range, see the loss `ppo`."""
+
+
+class KLCovLossSection(PolicyLossSection):
+    """The policy gradient with a KL penalty on a few tokens (Cui et al. 2025)."""
+
+    kind: ClassVar[str] = "kl_cov"
+
+    name: Literal["kl_cov"]
+    """`kl_cov`: the unclipped policy gradient, with a KL penalty at the tokens whose advantage and log-prob covary most (Cui et
+    al. 2025, "The Entropy Mechanism of Reinforcement Learning")."""
+    share: float = Field(2e-3, gt=0, le=1)
+    """Tokens to penalize, as a share of the step's tokens; at least one. Default: the paper's for 7B; for 32B it has 2e-4."""
+    penalty: float = Field(1.0, ge=0)
+    """Weight of the absolute log-ratio to the policy before the step. Default: the paper."""
 
 
 class PluginLossSection(PolicyLossSection):
@@ -194,7 +292,7 @@ class PluginLossSection(PolicyLossSection):
         return self.arguments
 
 
-def loss_kind(value: Any) -> str:
+def loss_kind(value: object) -> str:
     """Return the section's tag of a tree of settings or of a section."""
     if isinstance(value, PolicyLossSection):
         return value.kind
@@ -208,6 +306,12 @@ AnyPolicyLoss = Annotated[
     Annotated[PPOLossSection, Tag("ppo")]
     | Annotated[GSPOLossSection, Tag("gspo")]
     | Annotated[CISPOLossSection, Tag("cispo")]
+    | Annotated[SAPOLossSection, Tag("sapo")]
+    | Annotated[GMPOLossSection, Tag("gmpo")]
+    | Annotated[DPPOLossSection, Tag("dppo")]
+    | Annotated[TOPRLossSection, Tag("topr")]
+    | Annotated[ClipCovLossSection, Tag("clip_cov")]
+    | Annotated[KLCovLossSection, Tag("kl_cov")]
     | Annotated[PluginLossSection, Tag("plugin")],
     Discriminator(loss_kind),
 ]

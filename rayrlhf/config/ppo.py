@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from rayrlhf.config.algorithm import AlgorithmSection
 from rayrlhf.config.data import DataSection
-from rayrlhf.config.model import CriticSection, ModelSection, ReferenceSection
+from rayrlhf.config.model import CriticSection, ModelSection, ReferenceSection, TeacherSection
 from rayrlhf.config.policy_loss import check_name
 from rayrlhf.config.reward import PPORewardSection
 from rayrlhf.config.rollout import EnvironmentSection, RolloutSection
@@ -36,6 +36,8 @@ class PPOConfig(Section):
     run: RunSection = RunSection()
     model: ModelSection
     reference: ReferenceSection = ReferenceSection()
+    teacher: TeacherSection | None = None
+    """Teacher of on-policy distillation. Default: none."""
     critic: CriticSection = CriticSection()
     reward: PPORewardSection
     environment: EnvironmentSection | None = None
@@ -82,7 +84,7 @@ class PPOConfig(Section):
     @property
     def needs_reference(self) -> bool:
         """True if the objective reads reference log-probs."""
-        return self.algorithm.kl.coefficient > 0
+        return self.algorithm.kl.coefficient > 0 or self.algorithm.online_dpo is not None
 
     @property
     def old_logprobs(self) -> Literal["recomputed", "rollout", "skipped"]:
@@ -95,10 +97,13 @@ class PPOConfig(Section):
             or algorithm.parity.no_accumulation
             or self.critic.kind == "shared"  # its values come from the same forward pass
             or (self.needs_reference and algorithm.kl.placement == "reward")
-            or algorithm.off_policy_correction.level != "none"
+            or self.teacher is not None
+            or algorithm.online_dpo is not None  # its update reads none, so nothing else could show that a sync arrived
+            or algorithm.off_policy_correction.enabled
             or algorithm.policy_loss.kind == "plugin"
             or self.asynchronous.max_staleness > 0
             or self.trains_without_demonstrations
+            or self.environment is not None  # segments make more rows than samples, so more than one optimizer step
         )
         return "recomputed" if needed else "skipped"
 
@@ -164,10 +169,10 @@ class PPOConfig(Section):
     @model_validator(mode="after")
     def _check_old_logprobs(self) -> Self:
         if self.algorithm.old_logprobs == "rollout":
-            if self.algorithm.off_policy_correction.level != "none":
+            if self.algorithm.off_policy_correction.enabled:
                 raise ValueError(
                     "algorithm.off_policy_correction has no effect with old_logprobs 'rollout', whose ratio contains it: set "
-                    "its level to 'none', or old_logprobs to 'recomputed'"
+                    "its level and rejection to 'none', or old_logprobs to 'recomputed'"
                 )
             if self.asynchronous.max_staleness:
                 raise ValueError(
@@ -197,11 +202,24 @@ class PPOConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_estimator_inputs(self) -> Self:
+        from rayrlhf.config.estimator_checks import check_estimator_inputs
+
+        check_estimator_inputs(self, _advantage_method(self))
+        return self
+
+    @model_validator(mode="after")
     def _check_refill(self) -> Self:
         if self.rollout.refill_rounds and self.rollout.samples_per_prompt == 1:
             raise ValueError(
                 f"rollout.refill_rounds {self.rollout.refill_rounds} replaces prompts whose responses all score the same, as "
                 "a single one always does: set rollout.samples_per_prompt to 2 or more"
+            )
+        if self.rollout.refill_rounds and (self.teacher is not None or _advantage_method(self).parts):
+            reader = "a teacher" if self.teacher is not None else f"the estimator {self.algorithm.advantage.estimator!r}"
+            raise ValueError(
+                f"rollout.refill_rounds {self.rollout.refill_rounds} replaces prompts whose responses all score the same, but "
+                f"{reader} learns from those too; expected 0"
             )
         return self
 
@@ -224,9 +242,11 @@ class PPOConfig(Section):
                 f"rollout.demonstrations.context.layout '{shown.context.layout}' with data.chat {str(self.data.chat).lower()}: "
                 f"expected {wanted}"
             )
-        if self.trains_without_demonstrations and self.algorithm.off_policy_correction.level != "none":
+        correction = self.algorithm.off_policy_correction
+        if self.trains_without_demonstrations and correction.enabled:
+            key = "level" if correction.level != "none" else "rejection"
             raise ValueError(
-                f"algorithm.off_policy_correction.level '{self.algorithm.off_policy_correction.level}' compares with the "
+                f"algorithm.off_policy_correction.{key} '{getattr(correction, key)}' compares with the "
                 "rollout engine, which reads another context with rollout.demonstrations.train_with 'without_demonstrations': "
                 "expected 'none'"
             )
@@ -291,11 +311,6 @@ class PPOConfig(Section):
             )
         return self
 
-    @property
-    def serves_adapters(self) -> bool:
-        """True if the rollout engine serves the policy's adapters unmerged (`rollout.lora`)."""
-        return self.model.lora is not None and self.rollout.backend == "vllm" and self.rollout.lora != "merged"
-
     @model_validator(mode="after")
     def _check_overlong_buffer(self) -> Self:
         buffer, longest = self.algorithm.shaping.overlong_buffer, self.rollout.max_new_tokens
@@ -338,6 +353,15 @@ class PPOConfig(Section):
             raise ValueError(
                 "algorithm.shaping.scale, center and clip change whole scores, not those of turns: switch them off, or set "
                 "environment.credit to 'episode'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_record(self) -> Self:
+        if self.observe.record != "off" and self.teacher is not None and self.teacher.divergence is not None:
+            raise ValueError(
+                f"observe.record '{self.observe.record}' cannot hold the teacher's distributions of teacher.divergence; "
+                "expected 'off'"
             )
         return self
 

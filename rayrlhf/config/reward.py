@@ -1,10 +1,11 @@
-"""Reward functions and reward models."""
+"""Reward functions, reward models and judges."""
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from rayrlhf.config.judge import JudgeSection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.section import Section
 
@@ -41,6 +42,9 @@ class RewardModelSection(Section):
     model: ModelSection
     members: list[ModelSection] = Field(default_factory=list)
     """Further models of an ensemble, each with its own tokenizer. The reward is the mean over `model` and these."""
+    outputs: dict[str, float] | None = Field(None, min_length=1)
+    """Outputs of a classifier with several, by label or number, with their weights: the reward is their weighted sum. Default:
+    the model's only output."""
     uncertainty: float = Field(0.0, ge=0)
     """Penalty for disagreement: multiples of the standard deviation over the members, subtracted from their mean."""
     weight: float = 1.0
@@ -49,7 +53,7 @@ class RewardModelSection(Section):
     """Text that the model scores, with `{prompt}` and `{response}`. Default: the format that `rayrlhf reward` stored with the
     model (system prompt, end of sequence), or the chat template of its tokenizer."""
     max_length: int = Field(1024, ge=1)
-    """Maximum tokens of the scored text."""
+    """Maximum tokens of the scored text, or the model's positions if these are fewer."""
     normalize: bool = False
     """Shift and scale rewards to mean 0 and standard deviation 1 by the statistics that `rayrlhf reward` stored with each
     model."""
@@ -75,11 +79,12 @@ class RewardModelSection(Section):
 
 
 class RewardSection(Section):
-    """Score of a response: the weighted sum of all functions and the reward model."""
+    """Score of a response: the weighted sum of functions, reward model and judge."""
 
     functions: list[RewardFunctionSection] = Field(default_factory=list)
     """Reward functions; their weighted values are added."""
     model: RewardModelSection | None = None
+    judge: JudgeSection | None = None
     timeout_seconds: float = Field(120.0, gt=0)
     """Maximum seconds of an asynchronous function. Synchronous ones are bounded by `deadlines.score`."""
     memory_gib: float | None = Field(None, gt=0)
@@ -87,18 +92,23 @@ class RewardSection(Section):
     files: list[Path] = Field(default_factory=list)
     """Python files to import first; they may register functions."""
     probe: bool = True
-    """Call each function once on two made-up responses before the run starts. false for a function that works only where it
-    runs, for example on a GPU that this machine lacks."""
+    """Call each function once on two made-up responses before the run starts, and the judge when it is loaded. false for a
+    function that works only where it runs, for example on a GPU that this machine lacks."""
+
+    @property
+    def computed(self) -> bool:
+        """True with a function or a reward model, so that the role `reward` has work."""
+        return bool(self.functions) or self.model is not None
 
     @property
     def configured(self) -> bool:
-        """True with a function or a model, so that responses can be scored."""
-        return bool(self.functions) or self.model is not None
+        """True if responses can be scored."""
+        return self.computed or self.judge is not None
 
     @model_validator(mode="after")
     def _check_sources(self) -> Self:
         if not self.configured and not getattr(self, "given_by_loop", False):
-            raise ValueError("expected at least one of reward.functions and reward.model")
+            raise ValueError("expected at least one of reward.functions, reward.model and reward.judge")
         return self
 
 

@@ -80,8 +80,8 @@ class EnvironmentSection(Section):
     """
 
     name: str
-    """Environment: `calculator`, `guessing`, `module:Class` or `path/to/file.py:Class`. Or an agent that calls the policy by
-    HTTP: `program`, `module:function` or `path/to/file.py:function`."""
+    """Environment: `calculator`, `guessing`, `gym`, `module:Class` or `path/to/file.py:Class`. Or an agent, which calls the
+    policy by HTTP: `program`, `tools`, `mcp`, `module:function` or `path/to/file.py:function`."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the class, which is constructed for each sample, or of the agent's function."""
     max_turns: int = Field(8, ge=1)
@@ -89,6 +89,9 @@ class EnvironmentSection(Section):
     refused."""
     max_turn_tokens: int | None = Field(None, ge=1)
     """Maximum tokens of a turn; the environment receives the truncated turn. Default: the remaining tokens of the response."""
+    max_sampled_tokens: int | None = Field(None, ge=1)
+    """Maximum sampled tokens of an agent's sample, over all of its conversations; further requests are refused. Default:
+    `rollout.max_new_tokens` per conversation alone."""
     timeout_seconds: float = Field(30.0, gt=0)
     """Maximum seconds of one environment step, or between two requests of an agent."""
     retries: int = Field(1, ge=0)
@@ -196,7 +199,8 @@ class RolloutSection(Section):
     lora: Literal["auto", "adapter", "merged"] = "auto"
     """How the engine serves LoRA adapters (`model.lora`). `adapter`: unmerged, by vLLM's own LoRA layers; a weight sync carries
     the adapter only. `merged`: base + adapter in the engine's precision. In bfloat16 most of a small update is then lost to
-    rounding. `auto` is `adapter` with `backend: vllm`, else `merged`. Not measured on GPUs."""
+    rounding; in float32 nothing is, and a CPU samples about twice as fast. `auto` is `adapter` with `backend: vllm`, but for a
+    policy that computes in float32 on a CPU; `merged` there and with other backends. Not measured on GPUs."""
     mismatch_alarm: float = Field(0.5, gt=0)
     """Maximum mean |trainer log-prob - rollout log-prob| of a step, in nats per token; above it the run stops. Only tokens
     sampled with the newest weights count, because older ones (`async.max_staleness`) differ by the updates since."""

@@ -53,11 +53,9 @@ class CheckpointSection(Section):
     the environment, never from the URI. Default: none."""
 
 
-class RolePlacement(Section):
-    """Processes of one role, and the resources that each requests from Ray."""
+class ProcessPlacement(Section):
+    """Resources that each process of a role requests from Ray."""
 
-    ranks: int = Field(1, ge=1)
-    """Number of processes (ranks) of the role."""
     cpus: float | None = Field(None, gt=0)
     """CPUs per process. Default: an equal share of the machine."""
     gpus: float | None = Field(None, ge=0)
@@ -67,6 +65,13 @@ class RolePlacement(Section):
     CPUs of the node are divided among the processes that run at a time, up to 16 each."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Required labels of the node (`ray start --labels`), with `placement.mode: disaggregated`. Default: any node."""
+
+
+class RolePlacement(ProcessPlacement):
+    """Processes of one role, and the resources that each requests from Ray."""
+
+    ranks: int = Field(1, ge=1)
+    """Number of processes (ranks) of the role."""
 
 
 class TrainPlacement(RolePlacement):
@@ -98,7 +103,10 @@ class PlacementSection(Section):
     policy: TrainPlacement = TrainPlacement()
     critic: TrainPlacement = TrainPlacement()
     reference: RolePlacement = RolePlacement()
+    teacher: RolePlacement = RolePlacement()
     reward: RolePlacement = RolePlacement()
+    judge: ProcessPlacement = ProcessPlacement()
+    """Replicas of `reward.judge`."""
     rollout_cpus: float | None = Field(None, gt=0)
     """CPUs per rollout replica. Default: an equal share."""
     rollout_gpus: float | None = Field(None, ge=0)
@@ -114,7 +122,7 @@ class PlacementSection(Section):
 
     @model_validator(mode="after")
     def _check_labels(self) -> Self:
-        roles = [name for name in ("policy", "critic", "reference", "reward") if getattr(self, name).labels]
+        roles = [name for name in ("policy", "critic", "reference", "teacher", "reward", "judge") if getattr(self, name).labels]
         if self.mode == "colocated" and (roles or self.rollout_labels):
             raise ValueError(
                 f"{roles[0]}.labels: roles that share bundles share nodes; set mode to 'disaggregated'"
@@ -159,11 +167,18 @@ class ObserveSection(Section):
     """Experiment trackers that receive the same metrics. Configured by their own environment variables."""
     samples_per_step: int = Field(8, ge=0)
     """Rollouts written to `samples/` per step."""
+    record: Literal["off", "light", "full"] = "off"
+    """Record of each step in `records/`, with which `rayrlhf replay` executes it again. `light` holds rollouts, rewards,
+    outputs of the models and advantages, at most 40 bytes a token. `full` adds the results of each optimizer step and a
+    checksum of each parameter, for which the weights are read once per step."""
     on_alarm: Literal["warn", "checkpoint", "stop"] = "warn"
     """Reaction to the first alarm of a diagnostic. `warn` reports it, `checkpoint` also writes a checkpoint, `stop` also ends
     the run, which can be resumed. Warnings are only reported."""
     live: bool = True
     """Show the live view on a terminal; without one, plain lines are printed."""
+    user_output: bool = False
+    """Show on the terminal what reward functions, environments and other plugins print or log in their processes. It is always
+    written to `user_output.log`."""
     trace: bool = True
     """Write `trace.json` for Perfetto: the phases of every role over time."""
     callbacks: list[CallbackSection] = Field(default_factory=list)

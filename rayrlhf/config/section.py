@@ -4,16 +4,34 @@ A section is a pydantic model; a file holds the sections of one topic. Unknown k
 errors, which `rayrlhf.config.loading.load` turns from pydantic's report into one line each.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 GIB = 2**30
 """Bytes of a gibibyte."""
+_JOB_FOLDERS = "working_dir_files"
+"""Ray's folder of unpacked working directories."""
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder.")]
 Count = Annotated[int, Field(ge=1)]
+
+
+def lasting(path: Path) -> Path:
+    """Return a path of results that outlives a Ray job.
+
+    Ray unpacks the directory of `ray job submit --working-dir` into its package cache, and deletes it after the job.
+    """
+    if path.is_absolute() or not in_job_folder():
+        return path
+    return Path(os.environ.get("RAYRLHF_JOB_RUNS") or "~/rayrlhf-jobs").expanduser().absolute() / path
+
+
+def in_job_folder() -> bool:
+    """Return True if the working directory is Ray's copy of that of a job."""
+    return _JOB_FOLDERS in Path.cwd().parts
 
 
 class Section(BaseModel):
@@ -30,7 +48,7 @@ class Section(BaseModel):
     """Key -> old value -> new value."""
 
     @classmethod
-    def matches(cls, value: Any) -> bool:
+    def matches(cls, value: object) -> bool:
         """Return True where settings belong to this section, not to another of its union."""
         return True
 
@@ -40,12 +58,13 @@ class FolderSection(Section):
 
     name: RunName
     root: Path = Path("runs")
-    """Parent folder of run folders."""
+    """Parent folder of run folders. In a Ray job, whose working directory is deleted, a relative one is below the folder
+    `RAYRLHF_JOB_RUNS`, by default `~/rayrlhf-jobs` of the node that the driver runs on."""
 
     @property
     def folder(self) -> Path:
         """Run folder."""
-        return self.root / self.name
+        return lasting(self.root) / self.name
 
 
 class RunFolderSection(FolderSection):

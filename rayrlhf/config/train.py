@@ -1,5 +1,6 @@
 """Training sections: batches, optimizer, schedule, sharding."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,6 +10,9 @@ from rayrlhf.config.section import Count, Section
 DEFAULT_BATCH_SIZE = 32
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """Decay rate of a moving average."""
+SharePrefixes = Literal["auto", "off"]
+UNSHARED: Mapping[SharePrefixes, str] = {"auto": "", "off": "train.share_prefixes is off"}
+"""Reason why no prefixes are shared, by `train.share_prefixes`."""
 
 
 class OptimizerSection(Section):
@@ -51,6 +55,9 @@ class UpdateSection(Section):
     """Maximum norm of the whole gradient; larger ones are scaled down. null does not clip."""
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
+    share_prefixes: SharePrefixes = "auto"
+    """Tokens that samples of a batch begin with in common: `auto` computes them once if that saves at least 3 % of its
+    tokens, in training and in scoring; `off` computes each copy. Losses and gradients are the same."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage, sharding over the ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also parameters."""
     offload_optimizer: bool = False
@@ -174,18 +181,56 @@ class DirectPreferenceTrainSection(TuningTrainSection):
 
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate of the schedule."""
-    loss: Literal["sigmoid", "robust", "ipo"] = "sigmoid"
-    """Loss of a pair. `sigmoid`: DPO. `robust`: its unbiased form for wrong labels. `ipo`: the squared loss of mean
-    log-ratios."""
+    loss: Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero", "apo_down", "simpo", "cpo", "orpo", "kto"] = "sigmoid"
+    """Loss of a pair. `sigmoid`: DPO. `robust`: its unbiased form for wrong labels. `hinge`: SLiC. `ipo`: the squared loss of
+    mean log-ratios. `apo_zero`, `apo_down`: APO, for chosen answers better or worse than the model's. Without a reference:
+    `simpo`, mean log-probs with a margin; `cpo`; `orpo`, the odds ratio. Of single answers with a label: `kto`."""
     beta: float = Field(0.1, gt=0)
-    """Strength of the KL constraint to the reference; tau of IPO."""
+    """Strength of the KL constraint to the reference; tau of IPO; scale of the reward of CPO and SimPO (whose paper takes 2 to
+    2.5); weight of ORPO's odds ratio."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """Share of the labels assumed wrong. With `sigmoid` this is conservative DPO."""
+    target_margin: float | None = Field(None, ge=0)
+    """SimPO's gamma, by which the reward of the chosen answer should exceed that of the rejected one. Default: 0.5, as TRL
+    1.16; only `simpo` reads it."""
+    nll_coefficient: float | None = Field(None, ge=0)
+    """Weight of the negative log-likelihood of the chosen answers, a mean over their tokens. Default: 1 for `cpo` and `orpo`, 0
+    for the others."""
+    desirable_weight: float = Field(1.0, gt=0)
+    """Weight of KTO's answers with label true."""
+    undesirable_weight: float = Field(1.0, gt=0)
+    """Weight of KTO's answers with label false. The paper keeps the weights times the counts of both within 1 to 4/3."""
     reference: Literal["initial", "none"] = "initial"
-    """Reference model. `initial`: the initial policy, scored once on all pairs. `none`: no reference."""
+    """Reference model. `initial`: the initial policy, scored once on all pairs. `none`: no reference. The default of `simpo`,
+    `cpo` and `orpo` is `none`."""
+
+    @property
+    def has_reference(self) -> bool:
+        """True if the loss compares with the initial policy."""
+        return self.reference == "initial"
+
+    @property
+    def nll_weight(self) -> float:
+        """Weight of the negative log-likelihood of chosen answers."""
+        return float(self.loss in ("cpo", "orpo")) if self.nll_coefficient is None else self.nll_coefficient
 
     @model_validator(mode="after")
-    def _check_ipo(self) -> Self:
-        if self.loss == "ipo" and self.label_smoothing:
-            raise ValueError(f"label_smoothing {self.label_smoothing:g} has no effect on loss ipo; expected sigmoid or robust")
+    def _check_unread_keys(self) -> Self:
+        smoothed = ("sigmoid", "robust", "simpo", "cpo")
+        if self.loss not in smoothed and self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing {self.label_smoothing:g} has no effect on loss {self.loss}; expected {', '.join(smoothed)}"
+            )
+        if self.loss != "simpo" and self.target_margin is not None:
+            raise ValueError(f"target_margin {self.target_margin:g} has no effect on loss {self.loss}; expected simpo")
+        free = self.loss in ("simpo", "cpo", "orpo")
+        if free and "reference" not in self.model_fields_set:
+            # A default that follows another key; a section is frozen from here on.
+            object.__setattr__(self, "reference", "none")
+        if free and self.reference == "initial":
+            raise ValueError(f"reference initial has no effect on loss {self.loss}, which reads none; expected none")
+        if self.loss == "kto" and (self.reference == "none" or self.nll_weight):
+            raise ValueError("loss kto compares single answers with the initial policy: expected reference initial and no nll")
+        if self.loss != "kto" and (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0):
+            raise ValueError(f"desirable_weight and undesirable_weight have no effect on loss {self.loss}; expected kto")
         return self

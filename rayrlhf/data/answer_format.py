@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from rayrlhf.data.templates import conversation
+from rayrlhf.data.messages import Message
+from rayrlhf.data.templates import conversation, last_user_text
 from rayrlhf.errors import UserError
 from rayrlhf.storage.atomic import write_atomically
 
@@ -36,13 +37,16 @@ class AnswerFormat:
     system_prompt: str | None = None
     end: str | None = None
 
-    def token_ids(self, tokenizer: "PreTrainedTokenizerBase", prompt: str, response: str) -> list[int]:
-        """Tokenize prompt and response as in training, with exactly one end token."""
+    def token_ids(self, tokenizer: "PreTrainedTokenizerBase", prompt: str | list[Message], response: str) -> list[int]:
+        """Tokenize prompt and response as in training, with exactly one end token.
+
+        A conversation has all of its turns in the chat template, and its last user turn in plain text.
+        """
         if self.chat:
             turns = [*conversation(prompt, self.system_prompt), {"role": "assistant", "content": response}]
             ids: list[int] = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
             return ids
-        text = f"{prompt}{response}"
+        text = f"{last_user_text(prompt)}{response}"
         if self.end is not None and not text.endswith(self.end):
             text += self.end
         return list(tokenizer(text)["input_ids"])

@@ -117,6 +117,11 @@ def read_transcript(text: str) -> list[Message]:
     return [{"role": roles[role], "content": words.strip()} for role, words in zip(parts[::2], parts[1::2], strict=True)]
 
 
+def before_last_answer(text: str) -> str:
+    """Return an Anthropic HH transcript up to the place of its last answer."""
+    return text[: text.rindex("\n\nAssistant:")] + "\n\nAssistant:"
+
+
 def loss_free(messages: Iterable[Mapping[str, Any]]) -> bool:
     """Return True if a turn is excluded from the loss."""
     return any(message.get("train") is False for message in messages)

@@ -14,9 +14,19 @@ import numpy as np
 
 from rayrlhf.config.data import DataSection, DatasetSection, template_fields
 from rayrlhf.data.dataset_rows import Rows, open_rows, read_rows, recognized_prompts
-from rayrlhf.data.messages import Message, as_conversation
+from rayrlhf.data.messages import Message, as_conversation, before_last_answer, is_transcript, read_transcript
 from rayrlhf.data.records import Int32, Prompt
-from rayrlhf.data.row_columns import INPUT, INSTRUCTION, PROMPTS, prompt_text, read_extras, unmet_need, used_extras, with_system
+from rayrlhf.data.row_columns import (
+    INPUT,
+    INSTRUCTION,
+    LAST_ANSWER,
+    PROMPTS,
+    prompt_text,
+    read_extras,
+    unmet_need,
+    used_extras,
+    with_system,
+)
 from rayrlhf.data.row_files import place_of
 from rayrlhf.data.templates import (
     Options,
@@ -186,6 +196,8 @@ def _read_all(rows: Rows, section: DatasetSection, *, chat: bool) -> list[tuple[
         try:
             read.append(_prompt_of(rows, index, section, chat=chat))
         except UserError as error:
+            if index == 0 and rows.prompt_field not in rows.values[0]:
+                raise  # the dataset has no such column
             errors.add(error)
     errors.raise_any()
     return read
@@ -197,17 +209,21 @@ def _prompt_of(rows: Rows, index: int, section: DatasetSection, *, chat: bool) -
     named = template_fields(section.template)
     needed = not named or "prompt" in named
     if field not in row and needed:
-        raise UserError(
-            f"{where}: the row has no such field, only {', '.join(map(str, row)) or 'none'}; name the right one in prompt_field"
-        )
+        chosen = as_conversation(row.get("chosen"))
+        pair = isinstance(chosen, list) or is_transcript(chosen)
+        remedy = "prompt_field=chosen takes it without its last answer" if pair else "name the right one in prompt_field"
+        raise UserError(f"{where}: the row has no such field, only {', '.join(map(str, row)) or 'none'}; {remedy}")
     value: Any = as_conversation(row.get(field))
+    opening = rows.layout.endswith(LAST_ANSWER)
+    if opening and is_transcript(value):
+        value = read_transcript(value) if chat else before_last_answer(value)
     used = {field, *named, *((INPUT,) if field == INSTRUCTION else ())}
     extras = read_extras(row, used, PROMPTS, section.ignored_fields, place, turns=chat or isinstance(value, list))
     if isinstance(value, list):
         if section.template is not None:
             raise UserError(f"{where}: template: no effect on conversations, expected prompts as text")
         turns = check_turns(value, where)
-        if rows.layout.endswith("last answer") and turns[-1]["role"] == "assistant" and len(turns) > 1:
+        if opening and turns[-1]["role"] == "assistant" and len(turns) > 1:
             turns = turns[:-1]
         messages = check_messages(turns, where)
         return with_system(messages, extras.system, place), extras.options

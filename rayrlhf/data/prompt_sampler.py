@@ -51,6 +51,21 @@ class PromptSampler:
         self._epoch_order: tuple[int, list[int]] = (-1, [])
 
     @property
+    def size(self) -> int:
+        """Number of prompts of a pass."""
+        return len(self._ids)
+
+    @property
+    def issued(self) -> int:
+        """Prompts drawn from the stream so far; those issued again after a resume count once."""
+        return self._issued
+
+    @property
+    def outstanding(self) -> list[int]:
+        """Ids of prompts that were issued and not consumed."""
+        return [*self._out, *self._again]
+
+    @property
     def epoch(self) -> float:
         """Number of passes over the dataset, by consumed prompts."""
         return (self._issued - len(self._out) - len(self._again)) / len(self._ids)
@@ -92,7 +107,7 @@ class PromptSampler:
             "prompts": len(self._ids),
             "digest": self._digest,
             "issued": self._issued,
-            "outstanding": [*self._out, *self._again],
+            "outstanding": self.outstanding,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -114,15 +129,16 @@ class PromptSampler:
 
     def _draw(self) -> int:
         epoch, place = divmod(self._issued, len(self._ids))
-        if self._epoch_order[0] != epoch:
-            self._epoch_order = (epoch, self._order(epoch))
         self._issued += 1
-        return self._epoch_order[1][place]
+        return self.order(epoch)[place]
 
-    def _order(self, epoch: int) -> list[int]:
+    def order(self, epoch: int) -> list[int]:
+        """Return the ids of a pass in stream order, not to be changed."""
         if not self._shuffle:
             return self._ids
-        return [self._ids[index] for index in permutation(len(self._ids), self._seed, epoch)]
+        if self._epoch_order[0] != epoch:
+            self._epoch_order = epoch, [self._ids[index] for index in permutation(len(self._ids), self._seed, epoch)]
+        return self._epoch_order[1]
 
     @cached_property
     def _digest(self) -> str:

@@ -117,6 +117,8 @@ class RolloutRequest(Record):
     """The whole prompt, for environments."""
     stop: tuple[str, ...] = ()
     """Stop strings besides those of the rollout engine."""
+    constraint: dict[str, Any] | None = None
+    """Form of the response, as arguments of vLLM's `StructuredOutputsParams`; only for engines with `constrains`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,8 @@ class Rollout(Record):
         prompt_ids: int32 [P].
         response_ids: int32 [R], R >= 1; the stop token included when one was sampled.
         action_mask: bool [R]; True on tokens the policy sampled, False on tool or environment tokens.
-        logprobs: float32 [R], of the rollout engine, at the rollout temperature; 0 where `action_mask` is False.
+        logprobs: float32 [R], of the rollout engine, at the rollout temperature; 0 where `action_mask` is False. They are those
+            of the distribution sampled: under a constraint of what it allows.
         versions: int32 [R], weight version that sampled each token.
         finish_reason: "stop" (stop token or stop string) or "length".
         text: the response decoded without special tokens.
@@ -136,7 +139,11 @@ class Rollout(Record):
         rewards: float32 [R], environment rewards, each at the last token of its turn; None without an environment.
         failure: reason why the environment could not play the sample, which is then not trained on; empty otherwise.
         extra_segments: further segments of the same sample, where its agent started a new conversation: each has its own
-            prompt, the sample's reward, and a sample number `SEGMENT_STRIDE` above the previous one.
+            prompt, the reward of its path, and a sample number `SEGMENT_STRIDE` above the previous one.
+        read_tokens: prompt tokens of the requests that sampled it; 0 where the engine has no prefix cache.
+        cached_tokens: of these, tokens that the prefix cache held.
+        path: the agent's name for this part of the sample.
+        constrained: bool [R], True on tokens sampled under a constraint; None without any.
     """
 
     key: SampleKey
@@ -151,6 +158,10 @@ class Rollout(Record):
     rewards: Float32 | None = None
     failure: str = ""
     extra_segments: "tuple[Rollout, ...]" = ()
+    read_tokens: int = 0
+    cached_tokens: int = 0
+    path: str = ""
+    constrained: Bool | None = None
 
     def sequence(self) -> "TokenSequence":
         """The rollout as a token sequence for scoring and training."""
@@ -188,9 +199,13 @@ class TokenScores(Record):
         entropy: float32 [R], entropy in nats of the distribution each response token was drawn from.
         values: float32 [R + 1], value before each response token, and last the value after the final one.
         hidden: float32 [R, H], final hidden state that predicted each response token (for the full KL).
+        teacher_ids: int32 [R, K], most likely tokens at each response token.
+        teacher_logprobs: float32 [R, K + 1], their log-probs, and in the last column that of all others together.
     """
 
     logprobs: Float32 | None = None
     entropy: Float32 | None = None
     values: Float32 | None = None
     hidden: Float32 | None = None
+    teacher_ids: Int32 | None = None
+    teacher_logprobs: Float32 | None = None

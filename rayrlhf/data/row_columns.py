@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from rayrlhf.config.data import TEMPLATE_FIELD, template_fields
 from rayrlhf.config.section import Section
-from rayrlhf.data.messages import Message, as_conversation, is_transcript, short
+from rayrlhf.data.messages import Message, as_conversation, ends_with_answer, is_transcript, short
 from rayrlhf.data.templates import Options
 from rayrlhf.data.words import words_of
 from rayrlhf.errors import UserError
@@ -31,7 +31,11 @@ PROMPTS = {*SYSTEM, *TEMPLATE_ARGUMENTS, *NO_TEXT}
 ANSWERS = {*PROMPTS, *LOSS, LABEL, INPUT}
 QUESTIONS = ("question", INSTRUCTION, "query", INPUT)
 """Columns with the prompt of a pair, in order of precedence."""
+CONVERSATIONS = ("conversations", "messages")
+"""Columns with a conversation, in order of precedence."""
 LABEL_FALSE = "label is false"
+LAST_ANSWER = "last answer"
+"""End of the names of formats whose prompt is a conversation up to its last answer."""
 _LABELS: dict[object, bool] = {"true": True, "false": False}
 """Labels as text, as in CSV files, in lower case."""
 
@@ -66,7 +70,7 @@ def recognized(row: Row, section: SectionType, purpose: str) -> tuple[SectionTyp
     """
     names = section.model_dump(include={key for key in type(section).model_fields if key.endswith("_field")})
     answer = {"samples": "completion_field", "examples": "response_field"}.get(purpose)
-    conversations = next((name for name in ("conversations", "messages") if _is_turns(row.get(name))), None)
+    conversations = next((name for name in CONVERSATIONS if _is_turns(row.get(name))), None)
     default = type(section).model_fields["prompt_field"].default
     free = names["prompt_field"] == default and row.get(default) is None
     if purpose == "pairs":
@@ -80,13 +84,21 @@ def recognized(row: Row, section: SectionType, purpose: str) -> tuple[SectionTyp
         if free and conversations and _is_message(chosen) and _is_message(rejected):
             return section.model_copy(update={"prompt_field": conversations}), f"pairs with {conversations}"
         return section, "pairs of conversations" if _is_turns(chosen) else "pairs"
+    value = as_conversation(row.get(names["prompt_field"]))
+    answered = is_transcript(value) or (isinstance(value, list) and ends_with_answer(value))
+    if purpose == "prompts" and names["prompt_field"] != default and answered:
+        return section, f"{names['prompt_field']} without its {LAST_ANSWER}"
     if purpose == "samples":
+        if is_transcript(row.get(names["messages_field"])):
+            return section, "Anthropic HH transcripts"
+        if conversations is not None and names["prompt_field"] == conversations:
+            return section, f"{conversations} with answers"
         if row.get(names["messages_field"]) is None and conversations == "conversations":
             return section.model_copy(update={"messages_field": conversations}), "ShareGPT conversations"
         if row.get(names["messages_field"]) is not None:
             kept = ", of which those with label true are kept" if is_label(row.get(LABEL)) else ""
             return section, f"conversations{kept}"
-    alpaca = INSTRUCTION in row and (answer is None or "output" in row)
+    alpaca = row.get(INSTRUCTION) is not None and (answer is None or "output" in row)
     if free and alpaca:
         columns = {"prompt_field": INSTRUCTION} | ({answer: "output"} if answer and names[answer] not in row else {})
         return section.model_copy(update=columns), "Alpaca instructions"
@@ -96,12 +108,24 @@ def recognized(row: Row, section: SectionType, purpose: str) -> tuple[SectionTyp
         if row.get(names["tokens_field"]) is not None and row.get(names["prompt_field"]) is None:
             return section, "tokens"
     if free and conversations and purpose != "samples":
-        return section.model_copy(update={"prompt_field": conversations}), f"{conversations} without their last answer"
+        return section.model_copy(update={"prompt_field": conversations}), f"{conversations} without their {LAST_ANSWER}"
     if is_label(row.get(LABEL)) and answer:
         return section, "KTO answers, of which those with label true are kept"
     if INPUT in row and names["prompt_field"] == INSTRUCTION:
         return section, "Alpaca instructions"
     return section, "prompts" if answer is None else "prompts with answers"
+
+
+def answer_key(row: Row, prompt_field: str) -> str:
+    """Return the settings by which SFT learns the better answer of a pair."""
+    chosen = as_conversation(row["chosen"])
+    if is_transcript(chosen) or (isinstance(chosen, list) and len(chosen) > 1):
+        return "messages_field=chosen"
+    turns = CONVERSATIONS if isinstance(chosen, list) else ()
+    prompt = next((name for name in (prompt_field, *QUESTIONS, *turns) if row.get(name) is not None), None)
+    if prompt is None:
+        return "text_field=chosen"
+    return f"{f'prompt_field={prompt} and ' if prompt != prompt_field else ''}completion_field=chosen"
 
 
 def _is_turns(value: object) -> bool:
@@ -153,6 +177,11 @@ def read_extras(
     return Extras(system, options or None, rejected)
 
 
+def label_value(value: object) -> bool | None:
+    """Return a label, also as text; None for anything else."""
+    return value if isinstance(value, bool) else _LABELS.get(str(value).lower())
+
+
 def is_label(value: object) -> bool:
     """Return True for a label that selects rows, true or false, also as text."""
     return isinstance(value, bool) or (isinstance(value, str) and value.lower() in _LABELS)
@@ -194,7 +223,7 @@ def _parsed(value: object) -> object:
         return value
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: object) -> Any:
     """Remove the nulls that Parquet fills in for missing keys."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
@@ -230,11 +259,18 @@ def prompt_text(row: Row, text: str, prompt_field: str, template: str | None, pl
     return TEMPLATE_FIELD.sub(written, template)
 
 
-def used_extras(row_columns: Iterable[str], section: Any, special: set[str]) -> set[str]:
-    """Return the special columns and those of the template that a dataset uses."""
+def used_extras(row_columns: Iterable[str], section: Any, special: set[str], *, prompts: bool = True) -> set[str]:
+    """Return the special columns and those of the template that a dataset uses.
+
+    Args:
+        row_columns: of the dataset.
+        section: names the columns.
+        special: `PROMPTS` or `ANSWERS`.
+        prompts: False for rows without a prompt as text, which have no Alpaca input.
+    """
     used = set(template_fields(section.template if "template" in type(section).model_fields else None)) - {"prompt"}
     honored = {*SYSTEM, *TEMPLATE_ARGUMENTS, LABEL} & special
-    if section.prompt_field == INSTRUCTION:
+    if section.prompt_field == INSTRUCTION and prompts:
         honored |= {INPUT}
     return (used | honored) & set(row_columns) - set(section.ignored_fields)
 

@@ -70,12 +70,17 @@ def require_chat_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Check that the tokenizer can render conversations.
 
     Raises:
-        UserError: it has no chat template.
+        UserError: it has no chat template, or several without a default.
     """
     if not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template; "
             "set model.chat_template to a Jinja file, or data.chat to false for plain text prompts"
+        )
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path or 'the model'} has the chat templates "
+            f"{', '.join(tokenizer.chat_template)} and no default; set model.chat_template to a Jinja file"
         )
 
 
@@ -115,7 +120,7 @@ def render(
         ]
     try:
         return list(tokenizer.apply_chat_template(list(conversations), add_generation_prompt=not whole, tokenize=False))
-    except (TemplateError, TypeError):  # Render one by one, to name the row.
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError):  # Render one by one, to name the row.
         pass
     return [_render_one(tokenizer, one, place, {}, whole=whole) for one, place in zip(conversations, places, strict=True)]
 
@@ -123,11 +128,15 @@ def render(
 def _render_one(
     tokenizer: "PreTrainedTokenizerBase", messages: list[Message], place: str, options: Options, *, whole: bool
 ) -> str:
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, TemplateSyntaxError
 
     try:
         return str(tokenizer.apply_chat_template(messages, add_generation_prompt=not whole, tokenize=False, **options))
-    except (TemplateError, TypeError) as error:
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"the chat template is not Jinja: {error.message} in line {error.lineno}; correct it, or set model.chat_template"
+        ) from error
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{place}: the chat template refuses this conversation: {error}") from error
 
 

@@ -21,11 +21,13 @@ class TrainingBatch:
             `advantages`, `action_mask` (policy), `old_values`, `returns`, `value_mask` (critic), and if configured
             `ref_logprobs` and `importance_weights`. Masked-out entries may have any value, NaN included.
         group_size: consecutive rows that must share a micro-batch, because the objective compares them; 2 for pairs.
+        cause: first non-finite number that the arrays were computed from, in words; empty if all are finite.
     """
 
     sequences: Sequence[TokenSequence]
     arrays: Mapping[str, NDArray[np.float32] | NDArray[np.bool_] | NDArray[np.int32]]
     group_size: int = 1
+    cause: str = ""
 
     def __post_init__(self) -> None:
         if not self.sequences or not self.arrays:
@@ -57,4 +59,4 @@ class TrainingBatch:
         sequences = [self.sequences[row] for row in rows]
         width = min(self.width, 1 + max(sequence.response_length for sequence in sequences))
         arrays = {name: array[list(rows), :width] for name, array in self.arrays.items()}
-        return TrainingBatch(sequences, arrays, self.group_size)
+        return TrainingBatch(sequences, arrays, self.group_size, self.cause)

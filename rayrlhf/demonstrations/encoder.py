@@ -19,23 +19,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Pooling = Literal["mean", "cls"]
+_MODULES = ("Transformer", "Pooling", "Normalize")
+"""Modules of sentence-transformers that are computed here."""
 
 
 def pooling_of(folder: Path) -> Pooling:
     """Return the pooling that an encoder's folder states.
 
     Raises:
-        UserError: none is stated, or an unsupported one.
+        UserError: none is stated, or an unsupported one, or the encoder has more layers after it.
     """
-    path = folder / "1_Pooling" / "config.json"
+    path, modules = folder / "1_Pooling" / "config.json", folder / "modules.json"
     if not path.is_file():
         raise UserError(f"encoder {folder}: no 1_Pooling/config.json states its pooling; set pooling to mean or cls")
+    for module in json.loads(modules.read_text()) if modules.is_file() else ():
+        kind = str(module.get("type")).rpartition(".")[2]
+        if kind not in _MODULES:
+            raise UserError(f"{modules}: a layer {kind} is not supported, expected {', '.join(_MODULES)}")
     stored = json.loads(path.read_text())
-    if stored.get("pooling_mode_mean_tokens"):
+    modes = [name.removeprefix("pooling_mode_") for name, used in stored.items() if name.startswith("pooling_mode_") and used]
+    if modes == ["mean_tokens"]:
         return "mean"
-    if stored.get("pooling_mode_cls_token"):
+    if modes == ["cls_token"]:
         return "cls"
-    raise UserError(f"{path}: expected pooling by mean or cls, found neither; set pooling")
+    raise UserError(f"{path}: expected pooling by mean or cls, found {' and '.join(modes) or 'none'}; set pooling")
 
 
 def pool(hidden: "Tensor", mask: "Tensor", pooling: Pooling) -> "Tensor":
@@ -70,15 +77,13 @@ class Encoder:
         Raises:
             UserError: no such model, or its pooling is unknown.
         """
-        from transformers import AutoModel, AutoTokenizer
+        from rayrlhf.models.load import load_encoder
+        from rayrlhf.models.model_path import model_folder
 
-        from rayrlhf.models.load import resolve_path
-
-        folder = resolve_path(ModelSection(path=path))
-        self._pooling = pooling or pooling_of(Path(folder))
+        section = ModelSection(path=path)
+        self._pooling = pooling or pooling_of(model_folder(section))
         self._max_tokens = max_tokens
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._model = AutoModel.from_pretrained(folder, dtype="float32").eval()
+        self._tokenizer, self._model = load_encoder(section)
 
     def encode(self, texts: Sequence[str], batch: int = 32) -> NDArray[np.float32]:
         """Return float32 [texts, width], rows of length 1, zeros for a text without tokens."""

@@ -8,15 +8,14 @@ position. In a pool of several tasks only positions of the question's own task a
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rayrlhf.config.rollout import SelectionSection
-from rayrlhf.data.words import search_words
+from rayrlhf.data.word_index import WordIndex, nearest
 from rayrlhf.demonstrations.example import Example
-from rayrlhf.errors import UserError
 
 AT_ONCE = 64
 """Queries per pass over a pool of vectors."""
@@ -66,71 +65,28 @@ class RandomRanker:
 class Bm25Ranker:
     """Ranks by BM25 of the prompts' words.
 
-    Robertson and Zaragoza 2009, Lucene's variant, k1 = 1.5, b = 0.75.
+    Args:
+        index: of the pool's prompts.
+        max_words: see `WordIndex.scores`.
     """
 
-    def __init__(self, index: Any, size: int, tasks: Tasks | None = None, max_words: int | None = None) -> None:
-        """Use an index of `build` or `open`.
-
-        Args:
-            index: of `bm25s`.
-            size: number of texts in it.
-            max_words: a longer query is reduced to this many distinct words, the rarest; None uses all words, with their
-                counts.
-        """
-        self._index, self._size, self._tasks, self._max_words = index, size, tasks, max_words
+    def __init__(self, index: WordIndex, tasks: Tasks | None = None, max_words: int | None = None) -> None:
+        self._index, self._tasks, self._max_words = index, tasks, max_words
 
     @classmethod
     def build(cls, texts: Iterable[str], folder: Path | None = None, tasks: Tasks | None = None) -> "Bm25Ranker":
-        """Build an index of texts, and save it where a folder is given.
-
-        Only words are held in memory. `tasks` is as for `RandomRanker`.
-
-        Raises:
-            UserError: no text has a word.
-        """
-        import bm25s
-
-        # One string object per distinct word: a long document costs eight bytes per word.
-        known: dict[str, str] = {}
-        words = [[known.setdefault(word, word) for word in search_words(text)] for text in texts]
-        if not any(words):
-            raise UserError(f"BM25: none of the {len(words)} examples has a word in its prompt, expected text to search")
-        index = bm25s.BM25()
-        index.index(words, show_progress=False)
-        if folder is not None:
-            index.save(str(folder), show_progress=False)
-        return cls(index, len(words), tasks)
+        """Build an index; see `WordIndex.build`. `tasks` is as for `RandomRanker`."""
+        return cls(WordIndex.build(texts, folder), tasks)
 
     @classmethod
     def open(cls, folder: Path, tasks: Tasks | None = None, max_words: int | None = None) -> "Bm25Ranker":
-        """Open a saved index memory-mapped, so that processes of a node share its pages.
-
-        Other arguments are as for `__init__`.
-        """
-        import bm25s
-
-        index = bm25s.BM25.load(str(folder), mmap=True, show_progress=False)
-        return cls(index, int(index.scores["num_docs"]), tasks, max_words)
+        """Open a saved index; see `WordIndex.open`."""
+        return cls(WordIndex.open(folder), tasks, max_words)
 
     def rank(self, queries: Sequence[Example], depth: int) -> list[list[int]]:
         """Return positions by descending score; see `Ranker`."""
-        return [_nearest_of_task(self._scores(query), query, self._tasks, depth) for query in queries]
-
-    def _scores(self, query: Example) -> NDArray[np.float32]:
-        known = [word for word in search_words(query.prompt) if word in self._index.vocab_dict]
-        if not known:
-            return np.zeros(self._size, dtype=np.float32)
-        if self._max_words is not None:
-            known = sorted(dict.fromkeys(known), key=self._texts_with)[: self._max_words]
-        scores: NDArray[np.float32] = self._index.get_scores(known)
-        return scores
-
-    def _texts_with(self, word: str) -> int:
-        """Return the number of texts with a word: the length of its column."""
-        column = self._index.vocab_dict[word]
-        starts = self._index.scores["indptr"]
-        return int(starts[column + 1] - starts[column])
+        scores = (self._index.scores(query.prompt, self._max_words) for query in queries)
+        return [_nearest_of_task(of_query, query, self._tasks, depth) for of_query, query in zip(scores, queries, strict=True)]
 
 
 class VectorRanker:
@@ -152,7 +108,7 @@ class VectorRanker:
         if self._tasks is not None:
             own = [_positions(self._tasks, query) for query in queries]
             return [
-                [int(places[near]) for near in _nearest(_cosines(self._pool[places], self._queries[query.identity]), depth)]
+                [int(places[near]) for near in nearest(_cosines(self._pool[places], self._queries[query.identity]), depth)]
                 for query, places in zip(queries, own, strict=True)
             ]
         found: list[list[int]] = []
@@ -169,7 +125,7 @@ class VectorRanker:
             return []
         last = np.partition(rough, len(rough) - depth)[len(rough) - depth]
         near = np.flatnonzero(rough >= last - ROUGHNESS)
-        return [int(near[place]) for place in _nearest(_cosines(self._pool[near], query), depth)]
+        return [int(near[place]) for place in nearest(_cosines(self._pool[near], query), depth)]
 
 
 def make_rankers(
@@ -208,10 +164,10 @@ def check_encoder(section: SelectionSection) -> None:
     """
     from rayrlhf.config.model import ModelSection
     from rayrlhf.demonstrations.encoder import pooling_of
-    from rayrlhf.models.load import resolve_path
+    from rayrlhf.models.model_path import model_folder
 
     if section.encoder is not None and section.pooling is None:
-        pooling_of(Path(resolve_path(ModelSection(path=section.encoder))))
+        pooling_of(model_folder(ModelSection(path=section.encoder)))
 
 
 def positions_by_task(pool: Sequence[Example]) -> Tasks:
@@ -234,17 +190,6 @@ def _positions(tasks: Tasks, query: Example) -> NDArray[np.int64]:
 
 def _nearest_of_task(scores: NDArray[np.float32], query: Example, tasks: Tasks | None, depth: int) -> list[int]:
     if tasks is None:
-        return _nearest(scores, depth)
+        return nearest(scores, depth)
     positions = _positions(tasks, query)
-    return [int(positions[place]) for place in _nearest(scores[positions], depth)]
-
-
-def _nearest(scores: NDArray[np.float32], depth: int) -> list[int]:
-    depth = min(depth, len(scores))
-    if depth == 0:
-        return []
-    # All ties of the last place are considered, so that the earlier position wins.
-    last = -np.partition(-scores, depth - 1)[depth - 1]
-    candidates = np.flatnonzero(scores >= last)
-    best = candidates[np.argsort(-scores[candidates], kind="stable")[:depth]]
-    return [int(position) for position in best]
+    return [int(positions[place]) for place in nearest(scores[positions], depth)]

@@ -6,6 +6,10 @@
 Completions requested from `endpoint` are sampled from the policy and trained on. The agent `program` runs a command. Agents run
 in the rollout actor's process with its permissions; do not run untrusted code here.
 
+The returned number is the reward of every branch. To reward parts of a sample separately, name them: a request with
+`metadata: {"path": "planner"}` belongs to that path, and the agent returns {path: reward} or calls `endpoint.reward`. Requests
+without a name have the path "".
+
 A completion whose client has disconnected is left out of the sample. Clients should wait and not retry: with OpenAI's,
 `max_retries=0` and a long `timeout`.
 """
@@ -16,14 +20,16 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rayrlhf.data.records import Prompt
 
+CLOSE_SECONDS = 3.0
+"""Maximum wait for agents and tools to clean up."""
 Agent = Callable[..., Any]
 """See the module's docstring; its `arguments` are already bound."""
 
@@ -37,12 +43,21 @@ class Endpoint:
         api_key: bearer token of the session; unique per sample and valid until the agent ends.
         model: model name for requests.
         seed: seed for the agent's random numbers; differs from sample to sample.
+        rewards: rewards so far by path.
     """
 
     base_url: str
     api_key: str
     model: str
     seed: int
+    rewards: dict[str, float] = field(default_factory=dict, compare=False)
+
+    def reward(self, reward: float, path: str = "") -> None:
+        """Add to the reward of a path.
+
+        The returned number is then not paid to it.
+        """
+        self.rewards[path] = self.rewards.get(path, 0.0) + reward
 
 
 async def run_agent(agent: Agent, prompt: Prompt, endpoint: Endpoint) -> Any:
@@ -84,15 +99,17 @@ async def _in_thread(agent: Agent, prompt: Prompt, endpoint: Endpoint) -> Any:
     return await result
 
 
-async def program(prompt: Prompt, endpoint: Endpoint, command: Sequence[str]) -> float:
+async def program(prompt: Prompt, endpoint: Endpoint, command: Sequence[str]) -> float | Mapping[str, float]:
     """Run a command as an agent; its last printed line is the reward.
+
+    That is a number, or a JSON object {path: reward}.
 
     Its environment has `OPENAI_BASE_URL`, `OPENAI_API_KEY` and `OPENAI_MODEL`, which OpenAI's clients read, and the same for
     Anthropic's. Its standard input has one line of JSON: `prompt`, `columns` of the dataset's row, and `seed`. The process and
     its children are killed at the end of the sample.
 
     Raises:
-        RuntimeError: the exit code is not 0, or the last line is not a number.
+        RuntimeError: the exit code is not 0, or the last line is neither.
     """
     variables = {
         "OPENAI_BASE_URL": endpoint.base_url,
@@ -120,9 +137,10 @@ async def program(prompt: Prompt, endpoint: Endpoint, command: Sequence[str]) ->
         text = " ".join(errors.decode("utf-8", "replace").split())[-300:]
         raise RuntimeError(f"{command[0]} ended with exit code {process.returncode}: {text}")
     try:
-        return float(last)
+        rewards = json.loads(last) if last.startswith("{") else float(last)
     except ValueError as error:
         raise RuntimeError(f"{command[0]} printed {last[:100]!r} as its last line, expected the reward") from error
+    return rewards
 
 
 class AgentLoop:
@@ -149,8 +167,10 @@ class AgentLoop:
 
         async def wait_for_agents() -> None:
             running = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            await asyncio.wait(running, timeout=1.0) if running else None
+            for task in running:  # those of tools' servers run on until here
+                task.cancel()
+            await asyncio.wait(running, timeout=CLOSE_SECONDS) if running else None
 
         with suppress(TimeoutError):
-            self.start(wait_for_agents()).result(2.0)
+            self.start(wait_for_agents()).result(CLOSE_SECONDS + 1.0)
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -5,6 +5,8 @@ environment that blocks the loop instead of awaiting: the loop is abandoned in i
 """
 
 import asyncio
+import inspect
+import logging
 import math
 import threading
 import time
@@ -15,6 +17,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from rayrlhf.errors import UserError
 
+_logger = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 3.0
+"""Maximum wait for environments that are being closed when the loop ends."""
 GRACE_SECONDS = 5.0
 """Time beyond the limit of a call after which the loop itself counts as blocked."""
 
@@ -49,17 +55,25 @@ class EnvironmentLoop(Generic[Key]):
         self._grace = grace
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pending: dict[Key, tuple[Future[Any], float]] = {}
+        self._closing: set[Future[Any]] = set()
 
     def __len__(self) -> int:
         return len(self._pending)
 
     def start(self, key: Key, call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         """Start a coroutine; `results` returns its result under `key`."""
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="environments", daemon=True).start()
-        future = asyncio.run_coroutine_threadsafe(self._bounded(call), self._loop)
-        self._pending[key] = (future, time.monotonic())
+        self._pending[key] = (self._run(self._bounded(call)), time.monotonic())
+
+    def close_environment(self, environment: object) -> None:
+        """Start an environment's `close`, if it has one.
+
+        Its end is not awaited. A failure is logged.
+        """
+        close = getattr(environment, "close", None)
+        if close is not None:
+            future = self._run(self._closed(close))
+            self._closing.add(future)
+            future.add_done_callback(self._closing.discard)
 
     def results(self, *, block: bool, all_calls: bool = False, seconds: float = math.inf) -> dict[Key, Any]:
         """Return the results since the last call; a `Failed` for calls that failed.
@@ -89,11 +103,29 @@ class EnvironmentLoop(Generic[Key]):
         self._pending.clear()
 
     def close(self) -> None:
-        """Stop the loop and drop unfinished calls."""
+        """Stop the loop and drop unfinished calls.
+
+        Environments that are being closed have up to `CLOSE_SECONDS`.
+        """
+        wait(list(self._closing), timeout=CLOSE_SECONDS)
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
         self._loop = None
         self._pending.clear()
+
+    def _run(self, call: Coroutine[Any, Any, Any]) -> Future[Any]:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name="environments", daemon=True).start()
+        return asyncio.run_coroutine_threadsafe(call, self._loop)
+
+    async def _closed(self, close: Callable[[], Any]) -> None:
+        try:
+            async with asyncio.timeout(self._seconds):
+                result = close() if inspect.iscoroutinefunction(close) else await asyncio.to_thread(close)
+                await result if inspect.isawaitable(result) else None
+        except Exception as error:  # noqa: BLE001 - the boundary to user code; the sample is over
+            _logger.warning("an environment could not be closed: %s", error_line(error))
 
     def _replace_blocked_loop(self) -> None:
         overdue = time.monotonic() - self._seconds - self._grace

@@ -5,7 +5,6 @@ a reward of 0. Its group continues with the other samples. If more than the conf
 the run stops with the first reason.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.rollout import EnvironmentSection
-from rayrlhf.data.records import SEGMENT_STRIDE, Rollout
+from rayrlhf.data.records import SEGMENT_STRIDE, Rollout, SampleKey
 from rayrlhf.errors import AlarmError
 
 PART = "environment"
@@ -54,14 +53,23 @@ def with_extra_segments(rollouts: Iterable[Rollout]) -> list[Rollout]:
     return [part for rollout in rollouts for part in (rollout, *rollout.extra_segments)]
 
 
+def sample_numbers(rollouts: Sequence[Rollout]) -> NDArray[np.int64]:
+    """Return a number of each rollout's sample, int64 [B].
+
+    Segments share the number of their sample.
+    """
+    numbers: dict[SampleKey, int] = {}
+    samples = [rollout.key._replace(sample=rollout.key.sample % SEGMENT_STRIDE) for rollout in rollouts]
+    return np.array([numbers.setdefault(sample, len(numbers)) for sample in samples])
+
+
 def sample_votes(rollouts: Sequence[Rollout]) -> NDArray[np.float64]:
     """Return each rollout's vote in its group, float64 [B].
 
     Segments share the vote of their sample.
     """
-    samples = [rollout.key._replace(sample=rollout.key.sample % SEGMENT_STRIDE) for rollout in rollouts]
-    counts = Counter(samples)
-    return np.array([1 / counts[sample] for sample in samples])
+    numbers = sample_numbers(rollouts)
+    return 1 / np.bincount(numbers)[numbers]
 
 
 def turn_weight(config: PPOConfig) -> float:

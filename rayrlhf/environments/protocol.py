@@ -1,7 +1,8 @@
 """Environment protocol: `reset` starts a sample, `step` responds to a turn.
 
 One object plays one sample. Its methods are coroutines, because many samples wait for their environments at once; blocking code
-belongs in `asyncio.to_thread`. Random numbers should come from the seed, so that a sample can be repeated.
+belongs in `asyncio.to_thread`. Random numbers should come from the seed, so that a sample can be repeated. A method `close`, if
+there is one, is called once when the sample is over, also after a failure, a time-out or a cancellation.
 """
 
 from dataclasses import dataclass

@@ -14,8 +14,11 @@ ENVIRONMENTS: Registry[Any] = Registry(
     "environment.name",
     {
         "calculator": "rayrlhf.environments.calculator:Calculator",
+        "gym": "rayrlhf.environments.gym:Gym",
         "guessing": "rayrlhf.environments.guessing:Guessing",
+        "mcp": "rayrlhf.environments.tool_use.tool_agent:mcp",
         "program": "rayrlhf.environments.agent:program",
+        "tools": "rayrlhf.environments.tool_use.tool_agent:tools",
     },
     "class or function",
     lambda found: inspect.isclass(found) or inspect.isfunction(found),

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from rayrlhf.data.records import Float32, Int32, Rollout, RolloutRequest
+from rayrlhf.data.records import SEGMENT_STRIDE, Float32, Int32, Rollout, RolloutRequest
 from rayrlhf.library_types import Tokenizer
 from rayrlhf.observe.samples import Line
 
@@ -38,6 +38,8 @@ class Transcript:
         self._logprobs: list[np.ndarray] = []
         self._versions: list[Int32] = []
         self._rewards: dict[int, float] = {}
+        self._read = self._cached = 0
+        self._constrained: list[slice] = []
 
     def __len__(self) -> int:
         return self.spans[-1].end if self.spans else 0
@@ -47,10 +49,14 @@ class Transcript:
         """Prompt and response so far, int32 [P + R]: the context of the next turn."""
         return np.concatenate([self.request.prompt_ids, *self._ids])
 
-    def append_turn(self, turn: Rollout) -> None:
-        """Append a turn of the policy as recorded by the rollout engine."""
+    def append_turn(self, turn: Rollout, *, constrained: bool = False) -> None:
+        """Append a turn of the policy as recorded by the rollout engine; see `Rollout.constrained`."""
         self._append("policy", turn.response_ids, turn.logprobs, turn.versions)
+        if constrained:
+            self._constrained.append(slice(self.spans[-1].start, self.spans[-1].end))
         self.turns += 1
+        self._read += turn.read_tokens
+        self._cached += turn.cached_tokens
 
     def append_observation(self, token_ids: Int32, version: int) -> None:
         """Append observation tokens with the current weight version.
@@ -77,6 +83,9 @@ class Transcript:
         rewards = np.zeros(len(response), dtype=np.float32)
         for position, reward in self._rewards.items():
             rewards[position] = reward
+        constrained = np.zeros(len(response), dtype=np.bool_)
+        for part in self._constrained:
+            constrained[part] = True
         return Rollout(
             key=self.request.key,
             prompt_ids=self.request.prompt_ids,
@@ -88,6 +97,9 @@ class Transcript:
             text=tokenizer.decode(response.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False),
             seed=self.request.seed,
             rewards=rewards,
+            read_tokens=self._read,
+            cached_tokens=self._cached,
+            constrained=constrained if self._constrained else None,
         )
 
     def _append(
@@ -103,17 +115,22 @@ class Transcript:
 def transcript_lines(rollout: Rollout, tokenizer: Tokenizer) -> list[Line]:
     """Return one line per span of a sample, without special tokens.
 
+    A branch of an agent's sample begins with the tokens before it, which have special tokens.
+
     Args:
         rollout: rollout of one or several turns.
     """
+    branch = rollout.key.sample >= SEGMENT_STRIDE
+    context = [Line("context", tokenizer.decode(rollout.prompt_ids.tolist()), 0.0)] if branch else []
     ids, mask = rollout.response_ids, rollout.action_mask
     paid = np.zeros(len(ids), np.float32) if rollout.rewards is None else rollout.rewards
     bounds = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
-    return [
+    return context + [
         Line(
             "policy" if mask[start] else "environment",
             tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False),
             float(paid[start:end].sum()),
+            end - start,
         )
         for start, end in pairwise(bounds)
     ]

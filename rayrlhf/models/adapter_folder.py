@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from rayrlhf.config.model import ModelSection
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PreTrainedModel, Tokenizer
-from rayrlhf.models.load import checkpoint_dtype, load_causal_model, resolve_path, save_model_folder
+from rayrlhf.models.load import checkpoint_dtype, load_causal_model, save_model_folder
 from rayrlhf.models.lora import checkpoint_tensors
-from rayrlhf.models.rounding import UpdateShare
+from rayrlhf.models.model_path import resolve_path
+from rayrlhf.models.rounding import UpdateShare, write_share
 from rayrlhf.storage.atomic import folder_atomically
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -55,18 +56,29 @@ def peft_config(model: ModelSection, state: Mapping[str, Tensor], layers: int) -
 
     if model.lora is None:
         raise ValueError("a model without adapters has none to save")
-    suffix, last = ".lora_A.weight", model.lora.last_layers
+    suffix, last, path = ".lora_A.weight", model.lora.last_layers, resolve_path(model)
     return LoraConfig(
         r=model.lora.rank,
         lora_alpha=model.lora.alpha,
         lora_dropout=model.lora.dropout,
-        target_modules=sorted({name.removesuffix(suffix).rpartition(".")[2] for name in state if name.endswith(suffix)}),
+        target_modules=sorted({_module_name(name.removesuffix(suffix)) for name in state if name.endswith(suffix)}),
         layers_to_transform=None if last is None else list(range(layers - last, layers)),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=resolve_path(model),
+        # Absolute, so that they are merged into this model from any working directory.
+        base_model_name_or_path=str(Path(path).absolute()) if Path(path).is_dir() else path,
         revision=model.revision,
         inference_mode=True,
     )
+
+
+def _module_name(path: str) -> str:
+    """Return the end of a module's path that names it.
+
+    For a layer in a list it is the list's name with the number, which alone would name decoder layers, too.
+    """
+    parts = path.split(".")
+    first = next(index for index in range(len(parts) - 1, -1, -1) if not parts[index].isdecimal())
+    return ".".join(parts[first:])
 
 
 def is_adapter_folder(folder: Path) -> bool:
@@ -101,6 +113,7 @@ def merge_adapters(folder: Path, target: Path, *, trust_remote_code: bool = Fals
         revision=adapters.revision,
         trust_remote_code=trust_remote_code,
         dtype="float32",
+        attention="eager",  # every architecture has it
     )
     adapted, share, dtype = (
         PeftModel.from_pretrained(load_causal_model(base), str(folder)),
@@ -116,4 +129,5 @@ def merge_adapters(folder: Path, target: Path, *, trust_remote_code: bool = Fals
     state = {name: tensor if name in buffers else tensor.to(dtype) for name, tensor in merged.state_dict().items()}
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     save_model_folder(target, merged, state, tokenizer, dtype=dtype)
+    write_share(target, share.value, dtype)
     return share.value

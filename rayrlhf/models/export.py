@@ -11,6 +11,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.library_types import PretrainedConfig, PreTrainedModel, Tokenizer
 from rayrlhf.models.load import load_architecture, save_model_folder
 from rayrlhf.models.network import Network
+from rayrlhf.models.tensor_files import TensorStream
 from rayrlhf.models.value_head import HEAD_FILE
 
 SCORE = "score.weight"
@@ -18,7 +19,11 @@ SCORE = "score.weight"
 
 
 def save_network(
-    network: Network, state: Mapping[str, Tensor], tokenizer: Tokenizer, folder: Path, dtype: torch.dtype = torch.float32
+    network: Network,
+    state: Mapping[str, Tensor] | TensorStream,
+    tokenizer: Tokenizer,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write merged weights, tokenizer and value head atomically; an older folder is replaced.
 
@@ -26,7 +31,7 @@ def save_network(
 
     Args:
         network: network the weights are of.
-        state: weights by checkpoint name, adapters merged.
+        state: weights by checkpoint name, adapters merged; a stream is written as it comes.
         tokenizer: saved with them.
         folder: path to write.
         dtype: of the weights, recorded in the configuration.
@@ -43,7 +48,11 @@ def save_network(
 
 
 def save_reward_model(
-    network: Network, state: Mapping[str, Tensor], tokenizer: Tokenizer, folder: Path, dtype: torch.dtype = torch.float32
+    network: Network,
+    state: Mapping[str, Tensor] | TensorStream,
+    tokenizer: Tokenizer,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a reward model as a sequence classifier with one label.
 
@@ -62,11 +71,17 @@ def save_reward_model(
     if network.v_head is None:
         raise ValueError("the network has no scalar head, expected a reward model")
     config = type(network.model.config).from_dict(network.model.config.to_dict())
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= config.vocab_size:
+        tokenizer.pad_token = tokenizer.eos_token  # its own has no embedding
     config.pad_token_id = tokenizer.pad_token_id
-    classifier = _classifier(config, state)
-    tensors = {f"{classifier.base_model_prefix}.{name}": tensor for name, tensor in state.items()}
-    tensors[SCORE] = network.v_head.summary.weight.detach().cpu().clone()
-    save_model_folder(folder, classifier, tensors, tokenizer, dtype=dtype)
+    kinds = state.kinds if isinstance(state, TensorStream) else state
+    classifier = _classifier(config, kinds)
+    prefix, score = f"{classifier.base_model_prefix}.", network.v_head.summary.weight.detach().cpu().clone()
+    if isinstance(state, TensorStream):
+        save_model_folder(folder, classifier, state.renamed(prefix, **{SCORE: score}), tokenizer, dtype=dtype)
+        return
+    tensors = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+    save_model_folder(folder, classifier, {**tensors, SCORE: score}, tokenizer, dtype=dtype)
 
 
 def check_reward_model(model: ModelSection) -> None:

@@ -5,7 +5,12 @@ epoch. Their output is one hidden state per token, which is small: it is stored 
 from it. Old log-probs, reference and one update then take one pass through the lower layers instead of three.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rayrlhf.config.section import GIB
@@ -26,39 +31,52 @@ class FrozenPrefix:
         self._bytes = 0
 
     @staticmethod
-    def supports(trunk: PreTrainedModel, first_layer: int) -> bool:
+    def supports(trunk: PreTrainedModel, first_layer: int, **named: Any) -> bool:
         """Return True if starting at layer `first_layer` reproduces this trunk bit for bit.
 
         It runs both and compares them.
+
+        Args:
+            trunk: the trunk.
+            first_layer: number of the first layer that is not cached.
+            named: further arguments that every forward of the trunk needs.
         """
         kinds = getattr(trunk.config, "layer_types", None) or ["full_attention"]
         if first_layer < 1 or not isinstance(getattr(trunk, "layers", None), nn.ModuleList) or len(set(kinds)) > 1:
             return False
         probe = FrozenPrefix(trunk, first_layer)
         tokens = torch.arange(6, device=next(trunk.parameters()).device).view(2, 3) % trunk.config.vocab_size
+        places = list(np.arange(6).reshape(2, 3))
         with torch.no_grad():
-            whole = trunk(input_ids=tokens, use_cache=False).last_hidden_state
-            return torch.equal(probe.run(tokens, [3, 3]), whole) and torch.equal(probe.run(tokens, [3, 3]), whole)
+            whole = trunk(input_ids=tokens, use_cache=False, **named).last_hidden_state
+            return all(torch.equal(probe.run(tokens, places, **named), whole) for _ in range(2))
 
-    def run(self, input_ids: Tensor, lengths: list[int]) -> Tensor:
-        """Return the trunk's final hidden states [B, L, H] of right-padded int64 tokens [B, L].
+    def run(self, input_ids: Tensor, places: Sequence[NDArray[np.int64]], **named: Any) -> Tensor:
+        """Return the trunk's final hidden states [B, L, H] of int64 tokens [B, L].
 
-        Hidden states of padding are undefined.
+        Hidden states outside of `places` are undefined.
+
+        Args:
+            input_ids: tokens in any layout.
+            places: for each sequence the index of each of its tokens in the flattened batch, int64 [its length].
+            named: further arguments of the trunk.
         """
-        keys = [row[:length].numpy().tobytes() for row, length in zip(input_ids.cpu(), lengths, strict=True)]
+        tokens = input_ids.flatten().cpu().numpy()
+        keys = [tokens[own].tobytes() for own in places]
         if all(key in self._known for key in keys):
-            return self._from_first_layer(self._padded(keys, input_ids))
+            return self._from_first_layer(self._start(keys, places, input_ids), named)
         kept: list[Tensor] = []
         handle = self._trunk.layers[self._first_layer].register_forward_pre_hook(
-            lambda _, arguments, named: kept.append((arguments[0] if arguments else named["hidden_states"]).detach()),
+            lambda _, arguments, given: kept.append((arguments[0] if arguments else given["hidden_states"]).detach()),
             with_kwargs=True,
         )
         try:
-            hidden: Tensor = self._trunk(input_ids=input_ids, use_cache=False).last_hidden_state
+            hidden: Tensor = self._trunk(input_ids=input_ids, use_cache=False, **named).last_hidden_state
         finally:
             handle.remove()
-        for key, row, length in zip(keys, kept[0], lengths, strict=True):
-            self._keep(key, row[:length])
+        states = kept[0].flatten(0, 1)
+        for key, own in zip(keys, places, strict=True):
+            self._keep(key, states, own)
         return hidden
 
     def clear(self) -> None:
@@ -66,25 +84,25 @@ class FrozenPrefix:
         self._known.clear()
         self._bytes = 0
 
-    def _keep(self, key: bytes, hidden: Tensor) -> None:
-        size = hidden.numel() * hidden.element_size()
+    def _keep(self, key: bytes, states: Tensor, own: NDArray[np.int64]) -> None:
+        size = len(own) * states.shape[-1] * states.element_size()
         if key not in self._known and self._bytes + size <= BUDGET_BYTES:
-            self._known[key] = hidden.clone()
+            self._known[key] = states[torch.from_numpy(own)]
             self._bytes += size
 
-    def _padded(self, keys: list[bytes], input_ids: Tensor) -> Tensor:
+    def _start(self, keys: list[bytes], places: Sequence[NDArray[np.int64]], input_ids: Tensor) -> Tensor:
+        """Return the input [B, L, H] of the first layer that is not cached."""
         first = self._known[keys[0]]
-        hidden = first.new_zeros(*input_ids.shape, first.shape[-1])
-        for row, key in enumerate(keys):
-            known = self._known[key]
-            hidden[row, : len(known)] = known
-        return hidden
+        states = first.new_zeros(input_ids.numel(), first.shape[-1])
+        for key, own in zip(keys, places, strict=True):
+            states[torch.from_numpy(own)] = self._known[key]
+        return states.view(*input_ids.shape, -1)
 
-    def _from_first_layer(self, hidden: Tensor) -> Tensor:
+    def _from_first_layer(self, hidden: Tensor, named: Mapping[str, Any]) -> Tensor:
         layers = self._trunk.layers
         self._trunk.layers = layers[self._first_layer :]
         try:
-            result: Tensor = self._trunk(inputs_embeds=hidden, use_cache=False).last_hidden_state
+            result: Tensor = self._trunk(inputs_embeds=hidden, use_cache=False, **named).last_hidden_state
         finally:
             self._trunk.layers = layers
         return result

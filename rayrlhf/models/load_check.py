@@ -1,15 +1,16 @@
 """Check of a loaded model on 32 random tokens, before anything is trained or scored.
 
-The log-probs of two short samples are computed four ways: by the model's own forward pass, and by trunk and output layer with
-the samples alone, padded into one batch, and packed into one row. A scale or a soft cap behind the output layer is recognized
-and applied. Layouts in which samples influence each other are not used. Any other difference is an error.
+The log-probs of two short samples are computed by the model's own forward pass, and by trunk and output layer in the layouts of
+batches: padded, packed into one row, and with the tokens once that other samples begin with. A scale or a soft cap behind the
+output layer is recognized and applied. Layouts in which samples influence each other are not used. Any other difference is an
+error. A model that passes at once takes four forward passes of the trunk.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +66,9 @@ class LoadCheck:
         gap: largest difference to the model's own log-probs, nats; None for a trunk without output layer.
         layout: the densest layout that keeps samples independent.
         longest_together: samples beyond this many tokens are computed alone; None without such a limit.
+        shares_prefixes: tokens that several samples begin with may be computed once.
+        unshared: the setting because of which they are computed again all the same; empty for none.
+        unused: tensors of the files that the model does not have.
     """
 
     family: str
@@ -72,6 +76,9 @@ class LoadCheck:
     gap: float | None = None
     layout: Layout = "padded"
     longest_together: int | None = None
+    shares_prefixes: bool = False
+    unshared: str = ""
+    unused: tuple[str, ...] = ()
 
     def line(self) -> str:
         """Return the outcome in words."""
@@ -82,14 +89,21 @@ class LoadCheck:
             parts.append(f"logits scaled by {self.logits.scale:g}")
         if self.logits.cap is not None:
             parts.append(f"logits capped at {self.logits.cap:g}")
+        shares = f" {'and' if self.shares_prefixes else 'but do not'} share prefixes"
         rows = {
-            "packed": "samples may be packed",
+            "packed": f"samples may be packed{'' if self.unshared else shares}",
             "padded": "samples are padded, not packed",
             "alone": "samples are computed one by one, because neighbors in a batch would influence each other",
         }
         parts.append(rows[self.layout])
+        if self.unshared:
+            parts.append(f"prefixes are not shared: {self.unshared}")
         if self.longest_together is not None:
             parts.append(f"beyond {self.longest_together} tokens one by one, because LongRoPE depends on the longest")
+        if self.unused:
+            parts.append(
+                f"not used of its files: {self.unused[0]}{f' and {len(self.unused) - 1} more' if self.unused[1:] else ''}"
+            )
         return ", ".join(parts)
 
 
@@ -106,17 +120,23 @@ def check_network(network: "Network", path: str) -> LoadCheck:
     """
     model = network.model
     text = model.config.get_text_config()
-    check = LoadCheck(str(model.config.model_type), longest_together=rope_limit(text))
-    samples = probe_tokens(int(text.vocab_size))
-    padded = network.read(samples, "padded")
+    unused = tuple(getattr(model, "unused_weights", ()))
+    check = LoadCheck(str(model.config.model_type), longest_together=rope_limit(text), unused=unused)
+    samples = probe_samples(model)
+    network.probed = network.read([*samples, _branch(*samples)], "padded")
+    padded = network.probed[: sum(LENGTHS)]
     if not network.has_lm_head:
-        return replace(check, layout="padded" if _equal(padded, network.read(samples, "alone")) else "alone")
+        if _equal(padded, network.read(samples, "alone")):
+            return check
+        _check_causal(network, samples[0], path)
+        return replace(check, layout="alone")
     own = torch.cat([model(input_ids=sample[None], use_cache=False).logits[0].float() for sample in samples])
     logits, gap = _match(own, _product(model, padded), samples, text)
-    if gap > _allowed(own):
+    if not gap <= _allowed(own):  # NaN, too
+        _check_causal(network, samples[0], path)
         check = replace(check, layout="alone")
         logits, gap = _match(own, _product(model, network.read(samples, "alone")), samples, text)
-    if gap > _allowed(own):
+    if not gap <= _allowed(own):
         raise UserError(
             f"model.path {path!r}: the log-probs of a {check.family} model differ by up to {gap:.1g} nats from trunk and "
             "output layer, because it computes more behind them; such models are not supported"
@@ -124,14 +144,45 @@ def check_network(network: "Network", path: str) -> LoadCheck:
     return replace(check, logits=logits, gap=gap)
 
 
+def _check_causal(network: "Network", sample: Tensor, path: str) -> None:
+    """Check that tokens do not see later ones.
+
+    Needed only where padding on the right changes something.
+
+    Raises:
+        UserError: they do.
+    """
+    half = sample[: len(sample) // 2]
+    if not _equal(network.read([half], "alone"), network.read([sample], "alone")[: len(half)]):
+        raise UserError(
+            f"model.path {path!r}: its tokens see later ones ({network.check.family}), expected a causal language model"
+        )
+
+
 @torch.no_grad()
-def packs(network: "Network") -> bool:
-    """Return True if packed samples are computed as padded ones."""
-    samples = probe_tokens(int(network.model.config.get_text_config().vocab_size))
+def densest_layout(network: "Network", probed: Tensor | None, *, share: bool) -> tuple[Layout, bool]:
+    """Return the densest layout with the states of padded samples; True if prefixes are shared.
+
+    A row with shared prefixes has packed samples in it, so packed ones are only read apart where that row is wrong.
+
+    Args:
+        network: computes padded samples rightly.
+        probed: padded states of `check_network`; None reads them.
+        share: prefixes may be shared.
+    """
     text = network.model.config.get_text_config()
     if getattr(text, "attention_chunk_size", None) is not None:  # chunks count from the start of the row
-        return False
-    return _equal(network.read(samples, "packed"), network.read(samples, "padded"))
+        return "padded", False
+    first, second = probe_samples(network.model)
+    samples = [first, second, _branch(first, second)]
+    wanted = network.read(samples, "padded") if probed is None else probed
+    if share and network.by_segments and rope_limit(text) is None:
+        beginning = first[:7]
+        row = network.read([*samples, beginning], "shared")
+        if _equal(row, torch.cat([wanted, wanted[: len(beginning)]])):
+            return "packed", True
+    packed = _equal(network.read([first, second], "packed"), wanted[: sum(LENGTHS)])
+    return "packed" if packed else "padded", False
 
 
 @torch.no_grad()
@@ -140,8 +191,7 @@ def splits(network: "Network", split: RowSplit) -> bool:
 
     All ranks return the same. Every rank of the group takes part.
     """
-    device = next(network.parameters()).device
-    samples = [sample.to(device) for sample in probe_tokens(int(network.model.config.get_text_config().vocab_size))]
+    samples = probe_samples(network.model)
     fits = False
     try:
         with attention_on_cpu(network.trunk):
@@ -155,7 +205,7 @@ def splits(network: "Network", split: RowSplit) -> bool:
             fits = _equal(padded, wanted) and _equal(packed, wanted)
     except SegmentsError:
         fits = False
-    return split.agree(fits, device)
+    return split.agree(fits, samples[0].device)
 
 
 @torch.no_grad()
@@ -165,13 +215,19 @@ def reads_embeddings(trunk: PreTrainedModel) -> bool:
     The embeddings are changed a little.
     Some scale embeddings, or look up which tokens they are of.
     """
-    sample = probe_tokens(int(trunk.config.get_text_config().vocab_size))[0][None]
+    sample = probe_samples(trunk)[0][None]
     try:
         almost = trunk.get_input_embeddings()(sample) * (1 + 1e-6)
         embedded = trunk(inputs_embeds=almost, use_cache=False).last_hidden_state
     except (TypeError, ValueError, AttributeError, RuntimeError):
         return False
     return _equal(embedded, trunk(input_ids=sample, use_cache=False).last_hidden_state)
+
+
+def probe_samples(model: PreTrainedModel) -> list[Tensor]:
+    """Return `probe_tokens` of a model's vocabulary, on its device."""
+    device = next(model.parameters()).device
+    return [sample.to(device) for sample in probe_tokens(int(model.config.get_text_config().vocab_size))]
 
 
 def probe_tokens(vocabulary: int) -> list[Tensor]:
@@ -181,10 +237,15 @@ def probe_tokens(vocabulary: int) -> list[Tensor]:
     return list(torch.split(tokens, list(LENGTHS)))
 
 
+def _branch(first: Tensor, second: Tensor) -> Tensor:
+    """Return a sample that branches off the first one after 15 of its tokens."""
+    return torch.cat([first[:15], second[:4]])
+
+
 def _product(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Apply the output layer: float32 [L, V] from [L, H]."""
     head = model.get_output_embeddings()
-    return torch.nn.functional.linear(hidden, head.weight, head.bias).float()
+    return torch.nn.functional.linear(hidden, head.weight.to(hidden.dtype), head.bias).float()
 
 
 def _match(own: Tensor, product: Tensor, samples: Sequence[Tensor], text: PretrainedConfig) -> tuple[LogitMap, float]:
@@ -210,7 +271,7 @@ def _round(scale: float) -> float:
     return min(near, key=lambda value: abs(value - scale))
 
 
-def _positive(value: Any) -> bool:
+def _positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
@@ -248,7 +309,7 @@ def check_training_mode(model: PreTrainedModel, path: str) -> None:
         UserError: they differ, because some noise cannot be switched off.
     """
     text = model.config.get_text_config()
-    sample = probe_tokens(int(text.vocab_size))[0][None]
+    sample = probe_samples(model)[0][None]
     # Noise of a router shows only on tokens near a tie between experts.
     noisy = any("jitter" in name and _positive(value) for name, value in text.to_dict().items())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad][:2]

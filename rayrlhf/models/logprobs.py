@@ -6,7 +6,7 @@ and one entropy. So the output layer is applied to the response positions only, 
 and the cost of new memory pages (as much as the arithmetic, on a CPU) is avoided.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -66,7 +66,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         cap: float | None,
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        dtype = product_dtype(weight)
+        dtype = product_dtype(hidden, weight)
         log_normalizer = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         picked, entropies = torch.empty_like(log_normalizer), torch.zeros_like(log_normalizer)
         buffer, product = chunk_buffer(hidden, weight), weight.detach().to(dtype)
@@ -88,11 +88,8 @@ class _LogprobsAndEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         logprob_gradient, entropy_gradient = gradients
         hidden, weight, bias, targets, log_normalizer, entropies = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
-        weight_gradient = torch.zeros_like(weight) if needs_weight else None
-        bias_gradient = torch.zeros_like(bias) if needs_bias else None
         buffer, product = chunk_buffer(hidden, weight), weight.detach().to(ctx.dtype)
+        total = LayerGradients(ctx.needs_input_grad, hidden, weight, bias, product)
         for rows in chunks(len(hidden), len(buffer)):
             inputs = hidden[rows].to(ctx.dtype)
             logits = logits_into(inputs, product, bias, ctx.temperature, buffer, ctx.cap)
@@ -108,14 +105,8 @@ class _LogprobsAndEntropy(torch.autograd.Function):
             ).div_(ctx.temperature)
             if slope is not None:
                 gradient.mul_(slope)
-            if bias_gradient is not None:
-                bias_gradient += gradient.sum(0)
-            gradient = gradient.to(ctx.dtype)
-            if hidden_gradient is not None:
-                hidden_gradient[rows] = (padded(gradient, len(weight)) @ product)[: len(inputs)].to(hidden.dtype)
-            if weight_gradient is not None:
-                add_product(weight_gradient, gradient, inputs)
-        return hidden_gradient, weight_gradient, bias_gradient, None, None, None, None
+            total.add(rows, gradient, inputs)
+        return total.hidden, total.weight, total.bias, None, None, None, None
 
 
 def _logit_gradient(
@@ -167,10 +158,39 @@ def add_product(total: Tensor, gradient: Tensor, inputs: Tensor) -> None:
         total.add_(padded(gradient, len(total)).t() @ padded(inputs, len(total)))
 
 
-def product_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype of products with a weight: autocast's if enabled."""
+class LayerGradients:
+    """Gradients of an output layer, added up over chunks of rows.
+
+    Attributes:
+        hidden: [N, H] of its inputs; None if not needed.
+        weight: [V, H]; None if not needed.
+        bias: [V]; None if not needed.
+    """
+
+    def __init__(self, needed: Sequence[bool], hidden: Tensor, weight: Tensor, bias: Tensor | None, product: Tensor) -> None:
+        self.hidden = torch.empty_like(hidden) if needed[0] else None
+        self.weight = torch.zeros_like(weight) if needed[1] else None
+        self.bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
+        self._product = product
+
+    def add(self, rows: slice, gradient: Tensor, inputs: Tensor) -> None:
+        """Add a chunk: the float32 gradient of its logits [n, V], its inputs [n, H]."""
+        if self.bias is not None:
+            self.bias += gradient.sum(0)
+        gradient = gradient.to(self._product.dtype)
+        if self.hidden is not None:
+            own = padded(gradient, len(self._product)) @ self._product
+            self.hidden[rows] = own[: len(inputs)].to(self.hidden.dtype)
+        if self.weight is not None:
+            add_product(self.weight, gradient, inputs)
+
+
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the dtype of products: autocast's if enabled, else the wider one of the factors."""
     kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return (
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.promote_types(hidden.dtype, weight.dtype)
+    )
 
 
 def padded(rows: Tensor, vocabulary: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rayrlhf.config.model import LoraSection
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PreTrainedModel
-from rayrlhf.models.load_check import probe_tokens
+from rayrlhf.models.load_check import probe_samples
 
 _EXPERT_PROJECTIONS = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate", "router"})
 _BASE, _ADAPTERS = ".base_layer.", (".lora_A.", ".lora_B.")
@@ -39,6 +39,12 @@ class CheckpointTensor:
     value: Callable[[], Tensor]
     is_buffer: bool = False
     base: nn.Parameter | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the value, known without gathering it."""
+        source = next(iter([self.base] if self.base is not None else self.parameters), None)
+        return self.value().shape if source is None else torch.Size(getattr(source, "ds_shape", source.shape))
 
 
 def add_lora(network: PreTrainedModel, section: LoraSection, seed: int) -> None:
@@ -67,11 +73,27 @@ def add_lora(network: PreTrainedModel, section: LoraSection, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            inject_adapter_in_model(config, network)
+            with _wide_weights(network):
+                inject_adapter_in_model(config, network)
         except ValueError as error:  # modules whose weights a fused kernel reads
             reason = str(error).removeprefix("[PEFT:PeftType.LORA] ").partition(". ")[0]
             raise UserError(f"model.lora.target_modules: {reason}") from error
     _check_reached(network)
+
+
+@contextmanager
+def _wide_weights(network: PreTrainedModel) -> Iterator[None]:
+    """Show float32 weights without memory to PEFT, which gives adapters the dtype of their base."""
+    own = {module: module._parameters["weight"] for module in _linear_layers(network).values()}
+    try:
+        for module, weight in own.items():
+            if weight is not None and not weight.is_meta:
+                shape = getattr(weight, "ds_shape", weight.shape)
+                module._parameters["weight"] = nn.Parameter(weight.new_zeros((), dtype=torch.float32).expand(shape), False)
+        yield
+    finally:
+        for module, weight in own.items():
+            module._parameters["weight"] = weight
 
 
 def _check_reached(network: PreTrainedModel) -> None:
@@ -83,7 +105,7 @@ def _check_reached(network: PreTrainedModel) -> None:
     if network.device.type == "meta":
         return
     factors = {name: parameter for name, parameter in network.named_parameters() if ".lora_B." in name}
-    sample = probe_tokens(int(network.config.get_text_config().vocab_size))[0][None]
+    sample = probe_samples(network)[0][None]
     with torch.enable_grad():
         output = network(input_ids=sample, use_cache=False)[0]
         gradients = torch.autograd.grad(output.float().square().mean(), list(factors.values()), allow_unused=True)
@@ -172,7 +194,7 @@ def checkpoint_tensors(network: nn.Module) -> Iterator[CheckpointTensor]:
 def _folded(layer: Any, base: nn.Parameter) -> Callable[[], Tensor]:
     def value() -> Tensor:
         with torch.no_grad():
-            total = base.detach()
+            total = base.detach().float()
             for adapter in layer.active_adapters:
                 total = total + layer.get_delta_weight(adapter).to(total.dtype)
             return total

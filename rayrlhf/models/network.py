@@ -2,98 +2,46 @@
 
 It computes only the requested outputs, only at the requested positions, as flat [N] tensors. Batches are padded on the right
 and attention is causal, so no real token attends to padding: no attention mask is needed (the fast causal kernel runs) and
-positions count from 0. Packed rows hold samples end to end without padding. Models in which this would make samples influence
-each other compute them one by one (`rayrlhf.models.load_check`).
+positions count from 0. Packed rows hold samples end to end without padding, and may hold the tokens that samples begin with
+once. Models in which this would make samples influence each other compute them one by one (`rayrlhf.models.load_check`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from rayrlhf.config.model import ModelSection
+from rayrlhf.data.prefix_tree import prefix_tree
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PreTrainedModel
+from rayrlhf.models.direct_load import WeightShards
 from rayrlhf.models.distillation import FullTeacher, TopTeacher, divergence
 from rayrlhf.models.frozen_prefix import FrozenPrefix
-from rayrlhf.models.load import disable_dropout, load_causal_model, load_trunk, model_folder
+from rayrlhf.models.load import disable_dropout, load_causal_model, load_trunk
 from rayrlhf.models.load_check import (
     Layout,
     LoadCheck,
     attention_on_cpu,
     check_network,
     check_training_mode,
-    packs,
+    densest_layout,
     reads_embeddings,
     splits,
 )
 from rayrlhf.models.logprobs import logprobs_and_entropy
 from rayrlhf.models.lora import add_lora
-from rayrlhf.models.packed_attention import SegmentsError, attend_within_segments
+from rayrlhf.models.model_path import model_folder
+from rayrlhf.models.network_io import Head, NetworkOutput, OutputName, Positions, TeacherSignal
+from rayrlhf.models.packed_attention import Segments, SegmentsError, attend_within_segments
 from rayrlhf.models.sequence_parallel import RowSplit
-from rayrlhf.models.value_head import HeadInit, ValueHead, find_head, make_head
-
-Head = Literal["lm", "value"]
-OutputName = Literal["logprobs", "entropy", "values", "hidden", "divergence"]
-
-
-class Positions(NamedTuple):
-    """Positions to read in a padded batch [B, L], as flat indices.
-
-    The flat index of position t in row b is b * L + t.
-
-    Attributes:
-        predictors: int64 [N], the position that predicts each response token.
-        targets: int64 [N], the response tokens.
-        values: int64 [M], positions of values: before each response token, and after the last one.
-        lengths: tokens of each sample without padding.
-        packed: samples are end to end in one row [1, sum of lengths], instead of one row each.
-    """
-
-    predictors: Tensor
-    targets: Tensor
-    values: Tensor
-    lengths: list[int]
-    packed: bool = False
-
-
-class TeacherSignal(NamedTuple):
-    """Teacher outputs at N positions: hidden states, or most likely tokens.
-
-    See `rayrlhf.models.distillation`.
-
-    Attributes:
-        hidden: float32 [N, H], for `Network.teacher_layer`; None if `ids` is set.
-        ids: int64 [N, K], or None.
-        logprobs: float32 [N, K + 1], or None.
-    """
-
-    hidden: Tensor | None = None
-    ids: Tensor | None = None
-    logprobs: Tensor | None = None
-
-
-class NetworkOutput(NamedTuple):
-    """Requested outputs, flat in the order of the positions; None for the rest.
-
-    A NamedTuple, so that module hooks see the tensors.
-
-    Attributes:
-        logprobs: float32 [N].
-        entropy: float32 [N], nats.
-        values: float32 [M].
-        hidden: [N, H], the final hidden state at each predictor.
-        divergence: float32 [N], forward KL from a teacher, nats.
-    """
-
-    logprobs: Tensor | None
-    entropy: Tensor | None
-    values: Tensor | None
-    hidden: Tensor | None
-    divergence: Tensor | None = None
+from rayrlhf.models.value_head import HEAD_NAMES, HeadInit, ValueHead, find_head, make_head
 
 
 class Network(nn.Module):
@@ -109,6 +57,7 @@ class Network(nn.Module):
             None without a teacher.
         noise_alpha: strength of NEFTune noise on the embeddings while gradients are enabled; None adds none.
         check: outcome of the check on load; decides how samples share a forward, and what follows the output layer.
+        probed: padded states of that check, until `accept_packed_rows` compares others with them.
     """
 
     def __init__(self, model: PreTrainedModel, v_head: ValueHead | None) -> None:
@@ -121,12 +70,16 @@ class Network(nn.Module):
         self.teacher_layer: tuple[Tensor, Tensor | None] | None = None
         self.noise_alpha: float | None = None
         self.check = LoadCheck(str(model.config.model_type))
+        self.probed: Tensor | None = None
         self.by_segments = False
 
     @property
     def trunk(self) -> Any:
         """Transformer without its output layer."""
-        return getattr(self.model, self.model.base_model_prefix) if self.has_lm_head else self.model
+        if not self.has_lm_head:
+            return self.model
+        # A few families hold their trunk under another name than their prefix says.
+        return getattr(self.model, self.model.base_model_prefix, None) or self.model.model
 
     def remember_frozen_layers(self, count: int) -> None:
         """Run the first `count` layers, which must be frozen, once per sequence.
@@ -134,7 +87,8 @@ class Network(nn.Module):
         No effect for architectures that do not allow it (see `FrozenPrefix.supports`).
         """
         together = self.check.layout != "alone" and self.check.longest_together is None
-        if together and FrozenPrefix.supports(self.trunk, count):
+        named = {"segments": None} if self.by_segments else {}
+        if together and FrozenPrefix.supports(self.trunk, count, **named):
             self.prefix = FrozenPrefix(self.trunk, count)
 
     def add_noise(self, alpha: float) -> None:
@@ -152,25 +106,34 @@ class Network(nn.Module):
             )
         self.noise_alpha = alpha
 
-    def accept_packed_rows(self) -> None:
-        """Prepare for packed rows, and check that samples in them do not influence each other.
+    def accept_packed_rows(self, *, packing: bool = True, unshared: str = "") -> None:
+        """Prepare for packed rows and shared prefixes, and check both.
 
-        Models that fail the check compute packed samples one by one. Not together with `remember_frozen_layers`, which needs
-        padded rows.
+        Samples in them must not influence each other. Models that fail the check compute packed samples one by one, or without
+        sharing. Call it before `remember_frozen_layers`.
+
+        Args:
+            packing: samples will be packed; otherwise only shared.
+            unshared: the setting because of which no prefixes are shared; empty for none.
         """
-        if self.check.layout == "alone":
+        self.check = replace(self.check, unshared=unshared)
+        probed, self.probed = self.probed, None
+        if self.check.layout == "alone" or (unshared and not packing):
             return
         own = self.trunk.config._attn_implementation
         self.by_segments = attend_within_segments(self.trunk)
         with attention_on_cpu(self.trunk):
             try:
-                fits = packs(self)
+                layout, shares = densest_layout(self, probed, share=not unshared)
             except SegmentsError:
                 self.by_segments = False
                 self.trunk.set_attn_implementation(own)
-                fits = packs(self)
-        if fits:
-            self.check = replace(self.check, layout="packed")
+                layout, shares = densest_layout(self, probed, share=False)
+            if layout == "padded" and self.by_segments:  # the kernel may be wrong for padded rows too
+                self.by_segments = False
+                self.trunk.set_attn_implementation(own)
+                layout, shares = densest_layout(self, probed, share=False)
+        self.check = replace(self.check, layout=layout, shares_prefixes=shares)
 
     def split_rows(self, split: RowSplit, path: str) -> None:
         """Compute only this rank's columns of every row, and check them.
@@ -191,12 +154,17 @@ class Network(nn.Module):
                 "share a row; expected 1"
             )
 
-    def read(self, samples: Sequence[Tensor], layout: Layout) -> Tensor:
+    def read(self, samples: Sequence[Tensor], layout: Layout | Literal["shared"]) -> Tensor:
         """Return the final hidden states of samples in one layout.
 
         Samples are int64 [L] each, states [sum of L, H].
         """
         lengths = [len(sample) for sample in samples]
+        if layout == "shared":
+            tree = prefix_tree([sample.cpu().numpy() for sample in samples])
+            row = torch.from_numpy(tree.token_ids)[None].to(samples[0].device)
+            states = self._trunk_states(row, tree.lengths, packed=True, parents=tree.parents)[0]
+            return torch.cat([states[torch.from_numpy(places).to(states.device)] for places in tree.places])
         if layout == "alone":
             return torch.cat([self._trunk_states(sample[None], [len(sample)], packed=False)[0] for sample in samples])
         if layout == "packed":
@@ -235,10 +203,7 @@ class Network(nn.Module):
         if split is not None:
             part = split.part(positions, teacher, input_ids.shape[1])
             positions, teacher = part.positions, part.teacher
-        if self.prefix is not None:
-            hidden = self.prefix.run(input_ids, positions.lengths).flatten(0, 1)
-        else:
-            hidden = self._hidden(input_ids, positions)
+        hidden = self._hidden(input_ids, positions)
         logprobs = entropy = values = predicting = None
         if outputs & {"logprobs", "entropy", "hidden", "divergence"}:
             predicting = hidden.index_select(0, positions.predictors)
@@ -272,10 +237,11 @@ class Network(nn.Module):
     def _divergence(self, predicting: Tensor, teacher: TeacherSignal) -> Tensor:
         head = self.model.get_output_embeddings()
         if teacher.ids is not None and teacher.logprobs is not None:
-            return divergence(predicting, head.weight, head.bias, TopTeacher(teacher.ids, teacher.logprobs))
+            return divergence(predicting, head.weight, head.bias, TopTeacher(teacher.ids, teacher.logprobs), teacher.beta)
         if teacher.hidden is None or self.teacher_layer is None:
             raise ValueError("a teacher's hidden states need its output layer: expected teacher_layer to be set")
-        return divergence(predicting, head.weight, head.bias, FullTeacher(teacher.hidden, *self.teacher_layer))
+        full = FullTeacher(teacher.hidden, *self.teacher_layer)
+        return divergence(predicting, head.weight, head.bias, full, teacher.beta)
 
     def _hidden(self, input_ids: Tensor, positions: Positions) -> Tensor:
         """Return the final hidden states of a batch, [B * L, H], undefined at padding.
@@ -283,9 +249,15 @@ class Network(nn.Module):
         They are [B * columns, H] where ranks share rows.
         """
         lengths, packed, limit = positions.lengths, positions.packed, self.check.longest_together
+        if positions.parents is not None:
+            if not self.check.shares_prefixes:
+                raise ValueError(f"a {self.check.family} model cannot share prefixes: expected samples in rows of their own")
+            return self._trunk_states(
+                input_ids, lengths, packed=True, parents=positions.parents, places=positions.places
+            ).flatten(0, 1)
         apart = self.check.layout == "alone" or (packed and self.check.layout != "packed")
         if self.row_split is not None or len(lengths) == 1 or not (apart or (limit is not None and max(lengths) > limit)):
-            return self._trunk_states(input_ids, lengths, packed=packed).flatten(0, 1)
+            return self._trunk_states(input_ids, lengths, packed=packed, places=positions.places).flatten(0, 1)
         rows = (
             torch.split(input_ids[0], lengths)
             if packed
@@ -295,22 +267,32 @@ class Network(nn.Module):
         width = 0 if packed else input_ids.shape[1]
         return torch.cat([pad(state, (0, 0, 0, max(0, width - len(state)))) for state in states])
 
-    def _trunk_states(self, input_ids: Tensor, lengths: list[int], *, packed: bool) -> Tensor:
-        """Run the trunk on [B, L] tokens as they are.
+    def _trunk_states(
+        self,
+        input_ids: Tensor,
+        lengths: list[int],
+        *,
+        packed: bool,
+        parents: list[int] | None = None,
+        places: Sequence[NDArray[np.int64]] = (),
+    ) -> Tensor:
+        """Run the trunk on [B, L] tokens, from cached layers if `places` are given.
 
         Returns [B, L, H], or this rank's columns of them.
         """
         inputs: dict[str, Any] = {"input_ids": input_ids}
-        if packed:
-            starts = [torch.arange(length, device=input_ids.device) for length in lengths]
-            inputs["position_ids"] = torch.cat(starts)[None]
+        segments = Segments.of(lengths, parents, input_ids.device) if packed else None
+        if segments is not None:
+            inputs["position_ids"] = segments.positions(input_ids.device)
         if self.by_segments:
-            inputs["segments"] = lengths if packed else None
+            inputs["segments"] = segments
         if self.row_split is not None:
             inputs = self.row_split.inputs(input_ids, lengths, packed=packed)
         if self.noise_alpha is not None and torch.is_grad_enabled():
             embedded = self.trunk.get_input_embeddings()(inputs.pop("input_ids"))
             inputs["inputs_embeds"] = embedded + self._noise(embedded, lengths, self.noise_alpha, packed=packed)
+        elif self.prefix is not None and places:
+            return self.prefix.run(inputs.pop("input_ids"), places, **inputs)
         states: Tensor = self.trunk(**inputs, use_cache=False).last_hidden_state
         return states
 
@@ -337,11 +319,20 @@ class Network(nn.Module):
 
 
 def build_network(
-    model: ModelSection, heads: frozenset[Head], head_init: HeadInit, seed: int, *, head_bias: bool = True
+    model: ModelSection,
+    heads: frozenset[Head],
+    head_init: HeadInit,
+    seed: int,
+    *,
+    head_bias: bool = True,
+    frozen: bool = False,
+    shards: WeightShards | None = None,
+    outputs: Mapping[str, float] | None = None,
 ) -> Network:
-    """Load a role's network in float32 on the CPU, without dropout.
+    """Load a role's network without dropout, on the CPU or in shards.
 
-    As in TRL, dropout is off because log-probs must be deterministic.
+    As in TRL, dropout is off because log-probs must be deterministic. Weights to train are float32; frozen ones, the base of
+    adapters included, keep the dtype of their checkpoint (`rayrlhf.models.held_weights`).
 
     Args:
         model: initial weights, and adapters.
@@ -349,6 +340,9 @@ def build_network(
         head_init: initialization of a value head that the checkpoint does not hold.
         seed: for the head and the adapters; equal on every rank.
         head_bias: a new value head has a bias.
+        frozen: nothing is trained.
+        shards: keep this rank's part of each weight; every rank takes part.
+        outputs: of a classifier whose weighted sum is the value, see `find_head`.
 
     Raises:
         UserError: the model cannot be loaded, its value head has another width, or its log-probs are not those of trunk and
@@ -357,30 +351,30 @@ def build_network(
     """
     if not heads:
         raise ValueError("a network needs at least one head")
-    backbone: PreTrainedModel = load_causal_model(model) if "lm" in heads else load_trunk(model)
-    v_head = None
+    load, v_head = load_causal_model if "lm" in heads else load_trunk, None
+    backbone: PreTrainedModel = load(model, frozen=frozen or model.lora is not None, shards=shards)
     if "value" in heads:
         try:
-            stored = find_head(model_folder(model))
+            stored = find_head(model_folder(model), outputs)
             v_head = make_head(backbone.config.hidden_size, stored, head_init, seed, bias=head_bias)
         except ValueError as error:
             raise UserError(f"model.path {model.path!r}: {error}") from error
-    if model.lora is not None:
-        backbone.requires_grad_(False)
-        add_lora(backbone, model.lora, seed)
+        unused = backbone.unused_weights
+        backbone.unused_weights = unused if stored is None else [name for name in unused if not name.startswith(HEAD_NAMES)]
     disable_dropout(backbone)
     network = Network(backbone, v_head)
-    with attention_on_cpu(backbone):
-        network.check = check_network(network, model.path)
+    with attention_on_cpu(backbone), nullcontext() if shards is None else shards.in_use(backbone):
+        if model.lora is not None:
+            add_lora(backbone, model.lora, seed)
+        try:
+            network.check = check_network(network, model.path)
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"model.path {model.path!r}: not computed as trunk and output layer ({network.check.family}): {reason}"
+            ) from error
         if model.gradient_checkpointing:
-            _checkpoint_activations(backbone)
+            # Recomputing needs training mode; dropout is 0 everywhere, so nothing else changes.
+            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             check_training_mode(backbone, model.path)
-    return network
-
-
-def _checkpoint_activations(backbone: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass.
-
-    It needs training mode; dropout is 0 everywhere, so nothing else changes.
-    """
-    backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return network.requires_grad_(False) if frozen else network

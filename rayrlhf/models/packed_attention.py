@@ -3,24 +3,68 @@
 All other layers work on single tokens, so a packed row costs exactly its tokens: no padding, and no mask of squared length,
 which transformers builds from restarting positions. It replaces the `sdpa` kernel only. FlashAttention supports restarts
 itself, and models with sliding-window attention keep the mask of transformers.
+
+Samples that begin with the same tokens may share them: a segment then attends to the segments it continues, up to the start of
+its sample, and to itself. The fused CPU kernel gives a token the same bits as in a sample of its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rayrlhf.library_types import PreTrainedModel
-from rayrlhf.models.block_attention import LONGEST, block_attention
 
-_NOT_PASSED: list[int] = []
 NAME = "rayrlhf_segments"
 """Name of the function in transformers' registry."""
+LONGEST = 1024
+"""Maximum tokens for which scores are kept: heads x tokens / 2 numbers per token and layer."""
+_SMALL, _LARGE = 128, 256
 
 
 class SegmentsError(Exception):
     """A model does not pass `segments` to its attention."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Segments of a packed row.
+
+    Attributes:
+        lengths: tokens of each segment.
+        chains: numbers of the segments that each one attends to, from the start of its sample to itself.
+        masks: bool [1, 1, length, tokens of the chain], True at keys that a token attends to; None for causal attention alone.
+    """
+
+    lengths: list[int]
+    chains: list[list[int]]
+    masks: list[Tensor | None]
+
+    @classmethod
+    def of(cls, lengths: list[int], parents: Sequence[int] | None, device: torch.device) -> "Segments":
+        """Build from the segment that each one continues, or -1.
+
+        Without `parents` each is a sample.
+        """
+        chains: list[list[int]] = []
+        masks: list[Tensor | None] = []
+        for number, parent in enumerate(parents or [-1] * len(lengths)):
+            chains.append([*chains[parent], number] if parent >= 0 else [number])
+            keys = sum(lengths[member] for member in chains[number])
+            ones = torch.ones(1, 1, lengths[number], keys, dtype=torch.bool, device=device) if parent >= 0 else None
+            masks.append(None if ones is None else ones.tril(keys - lengths[number]))
+        return cls(lengths, chains, masks)
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Return each token's position in its sample, int64 [1, sum of lengths]."""
+        starts = [sum(self.lengths[member] for member in chain[:-1]) for chain in self.chains]
+        parts = [torch.arange(start, start + length) for start, length in zip(starts, self.lengths, strict=True)]
+        return torch.cat(parts)[None].to(device)
+
+
+_NOT_PASSED = Segments([], [], [])
 
 
 def attend_within_segments(model: PreTrainedModel) -> bool:
@@ -45,14 +89,14 @@ def attend_within_segments(model: PreTrainedModel) -> bool:
 
 
 def _segment_attention(
-    module: Any,
+    module: object,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    segments: list[int] | None = _NOT_PASSED,
-    **rest: Any,
+    segments: Segments | None = _NOT_PASSED,
+    **rest: object,
 ) -> tuple[Tensor, None]:
     """Causal attention of [B, heads, T, d]; B = 1 with several segments.
 
@@ -62,22 +106,65 @@ def _segment_attention(
     if segments is _NOT_PASSED:
         raise SegmentsError(f"{type(module).__name__} does not pass `segments`")
     if segments is None:
-        return _attention(module, query, key, value, rest), None
-    split = (torch.split(tensor, segments, dim=2) for tensor in (query, key, value))
-    return torch.cat([_attention(module, q, k, v, rest) for q, k, v in zip(*split, strict=True)], dim=1), None
+        return _attention(module, query, key, value, None, rest), None
+    queries, keys, values = (torch.split(tensor, segments.lengths, dim=2) for tensor in (query, key, value))
+    found = [
+        _attention(module, query, _joined(keys, chain), _joined(values, chain), mask, rest)
+        for query, chain, mask in zip(queries, segments.chains, segments.masks, strict=True)
+    ]
+    return torch.cat(found, dim=1), None
 
 
-def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, rest: Mapping[str, Any]) -> Tensor:
-    """Attention of whole sequences, [B, L, heads, d]."""
+def _joined(parts: Sequence[Tensor], chain: Sequence[int]) -> Tensor:
+    return parts[chain[0]] if len(chain) == 1 else torch.cat([parts[number] for number in chain], dim=2)
+
+
+def _attention(
+    module: object, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rest: Mapping[str, Any]
+) -> Tensor:
+    """Attention of the keys' last tokens, causal, [B, L, heads, d]."""
     scaling = rest.get("scaling")
-    fits = value.dtype == torch.bfloat16 and query.device.type == "cpu" and query.shape[2] <= LONGEST
+    fits = value.dtype == torch.bfloat16 and query.device.type == "cpu" and key.shape[2] <= LONGEST
     if fits and not rest.get("dropout"):
         return block_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    output: Tensor = sdpa_attention_forward(module, query, key, value, None, **rest)[0]
+    output: Tensor = sdpa_attention_forward(module, query, key, value, mask, **rest)[0]
     return output
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
+def _no_mask(*_: object, **__: object) -> None:
     """Return no mask: the kernel is causal, and real tokens do not attend to padding."""
+
+
+def block_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Causal attention on a CPU in blocks of queries.
+
+    Each block attends to the keys up to its own end. Torch's fused CPU kernel keeps no scores; its backward pass recomputes
+    them in pieces too small for the matrix units. For sequences of usual length the scores fit into memory, and two plain
+    products per block take half the time in bfloat16. In float32 they gain nothing, and longer sequences use the fused kernel,
+    whose memory grows only linearly with length.
+
+    Args:
+        query: [B, heads, L, d].
+        key: [B, key heads, E + L, d]; key heads divide heads. The queries are those of the last L keys.
+        value: as `key`.
+        scaling: factor of the scores before the softmax, which is taken in float32.
+
+    Returns:
+        [B, L, heads, d].
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    length, earlier = query.shape[2], key.shape[2] - query.shape[2]
+    size = _SMALL if length <= 4 * _SMALL else _LARGE
+    query = query * scaling
+    future = torch.full((size, size), float("-inf"), device=query.device).triu(1)
+    blocks = []
+    for start in range(0, length, size):
+        end = min(length, start + size)
+        scores = torch.matmul(query[:, :, start:end], key[:, :, : earlier + end].transpose(-1, -2)).float()
+        scores[..., earlier + start :] += future[: end - start, : end - start]
+        blocks.append(torch.matmul(scores.softmax(-1).to(value.dtype), value[:, :, : earlier + end]))
+    return torch.cat(blocks, dim=2).transpose(1, 2)

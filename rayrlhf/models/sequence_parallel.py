@@ -19,12 +19,12 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from rayrlhf.library_types import PreTrainedModel
 from rayrlhf.models.packed_attention import NAME as SEGMENTS
-from rayrlhf.models.packed_attention import SegmentsError
+from rayrlhf.models.packed_attention import Segments, SegmentsError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from rayrlhf.models.network import NetworkOutput, Positions, TeacherSignal
+    from rayrlhf.models.network_io import NetworkOutput, Positions, TeacherSignal
 
 NAME = "rayrlhf_row_split"
 """Name of the attention in transformers' registry."""
@@ -77,11 +77,11 @@ class RowSplit:
         count, width = input_ids.shape
         starts = lengths if packed else [width]
         places = torch.cat([torch.arange(length, device=input_ids.device) for length in starts])[None]
-        segments = [*lengths, -width % self.size] if packed else None
+        parts = [length for length in (*lengths, -width % self.size) if length]
         return {
             "input_ids": self.own(input_ids),
             "position_ids": self.own(places).expand(count, -1),
-            "segments": [length for length in segments if length] if segments is not None else None,
+            "segments": Segments.of(parts, None, input_ids.device) if packed else None,
             "row_split": self,
         }
 
@@ -100,9 +100,8 @@ class RowSplit:
         values, valued = mine(positions.values)
         own = positions._replace(predictors=predicting, targets=positions.targets[predictors], values=valued)
         if teacher is not None:
-            teacher = teacher._replace(
-                **{name: field[predictors] for name, field in teacher._asdict().items() if field is not None}
-            )
+            own_rows = {name: field[predictors] for name, field in teacher._asdict().items() if isinstance(field, Tensor)}
+            teacher = type(teacher)(**own_rows, beta=teacher.beta)
         return OwnPart(own, teacher, predictors, values, (len(positions.predictors), len(positions.values)))
 
     def join(self, output: "NetworkOutput", part: OwnPart) -> "NetworkOutput":
@@ -151,7 +150,7 @@ def _row_split_attention(
     attention_mask: Tensor | None,
     *,
     row_split: RowSplit | None = None,
-    segments: list[int] | None = None,
+    segments: Segments | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """Attention of this rank's columns [B, heads, columns, d] to whole rows."""
@@ -215,7 +214,7 @@ def _exchange(parts: Tensor, split: RowSplit) -> Tensor:
 
 
 def _attend_to_gathered(
-    split: RowSplit, query: Tensor, key: Tensor, value: Tensor, segments: list[int] | None, scaling: float | None
+    split: RowSplit, query: Tensor, key: Tensor, value: Tensor, segments: Segments | None, scaling: float | None
 ) -> Tensor:
     """Attention of the own columns to the gathered keys and values, [B, columns, heads, d].
 
@@ -227,7 +226,7 @@ def _attend_to_gathered(
     key, value = gathered.movedim(0, 2).reshape(*shape[:2], -1, shape[3]).tensor_split([key.shape[-1]], dim=-1)
     columns, length = split.columns(key.shape[2]), key.shape[2]
     outputs, start = [], 0
-    for end in accumulate(segments or [length]):
+    for end in accumulate([length] if segments is None else segments.lengths):
         first, last = max(start, columns.start), min(end, columns.stop)
         if first < last:
             mask = None

@@ -9,7 +9,8 @@ from rayrlhf.config.model import ModelSection
 from rayrlhf.config.section import GIB
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PretrainedConfig, PreTrainedModel
-from rayrlhf.models.load import load_architecture
+from rayrlhf.models.held_weights import holdable
+from rayrlhf.models.load import checkpoint_dtype, load_architecture
 from rayrlhf.models.lora import check_targets
 
 FLOAT = 4
@@ -37,7 +38,7 @@ def _skeleton(described: str) -> PreTrainedModel | None:
     try:
         with torch.device("meta"):
             network: PreTrainedModel = AutoModelForCausalLM.from_config(architecture, trust_remote_code=model.trust_remote_code)
-    except (ValueError, ImportError, AttributeError):
+    except (ValueError, ImportError, AttributeError, KeyError, TypeError):
         return None
     return network
 
@@ -48,16 +49,25 @@ def parameter_count(model: ModelSection) -> int:
     return 0 if network is None else sum(parameter.numel() for parameter in network.parameters())
 
 
+def exported_bytes(model: ModelSection) -> int:
+    """Return the bytes of the model's weights in its checkpoint's dtype; 0 if unknown."""
+    return checkpoint_dtype(model).itemsize * parameter_count(model)
+
+
 def least_training_bytes(model: ModelSection, *, states: int = 2) -> int:
     """Return the bytes of a trained model without activations and adapters.
 
-    They are float32 weights, and, unless only adapters are trained, gradients and optimizer states.
+    They are float32 weights, gradients and optimizer states, or the frozen weights under adapters in the checkpoint's dtype.
 
     Args:
         model: the model.
         states: float32 optimizer states per parameter: 2 for Adam, 0 for SGD.
     """
-    return FLOAT * parameter_count(model) * (1 if model.lora is not None else 2 + states)
+    network = skeleton(model)
+    if model.lora is None or network is None:
+        return FLOAT * parameter_count(model) * (2 + states)
+    held = sum(parameter.numel() for parameter in holdable(network).values())
+    return FLOAT * parameter_count(model) - (FLOAT - checkpoint_dtype(model).itemsize) * held
 
 
 def check_adapters(model: ModelSection) -> None:

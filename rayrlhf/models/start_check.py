@@ -4,7 +4,7 @@ They read its configuration, and its weights if these are small.
 """
 
 from collections.abc import Iterable
-from pathlib import Path
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,11 @@ from rayrlhf.config.model import ModelSection
 from rayrlhf.config.section import GIB
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import Tokenizer
-from rayrlhf.models.load import load_architecture, require_text_model, resolve_path
-from rayrlhf.models.network import Head, build_network
+from rayrlhf.models.load import check_architecture, load_architecture
+from rayrlhf.models.model_files import check_weights
+from rayrlhf.models.model_path import present_folder
+from rayrlhf.models.network import build_network
+from rayrlhf.models.network_io import Head
 from rayrlhf.models.skeleton import check_adapters
 
 SMALL = 2 * GIB
@@ -24,13 +27,16 @@ SMALL = 2 * GIB
 def check_tokens(model: ModelSection, tokenizer: Tokenizer, sequences: Iterable[NDArray[np.int32]]) -> None:
     """Check that the model has an embedding for every token.
 
+    The one that ends a text counts, too.
+
     Raises:
         UserError: it has not; names the first such token.
     """
     rows = int(load_architecture(model).get_text_config().vocab_size)
     if len(tokenizer) <= rows:
         return
-    for sequence in sequences:
+    end = [] if tokenizer.eos_token_id is None else [np.array([tokenizer.eos_token_id], dtype=np.int32)]
+    for sequence in chain(end, sequences):
         if len(sequence) and sequence.max() >= rows:
             token = int(sequence[sequence >= rows][0])
             raise UserError(
@@ -40,13 +46,37 @@ def check_tokens(model: ModelSection, tokenizer: Tokenizer, sequences: Iterable[
 
 
 def check_configuration(model: ModelSection) -> None:
-    """Check what the configuration alone shows.
+    """Check what the configuration and the names and sizes of files show.
 
     Raises:
-        UserError: a multimodal model, or adapters on modules that cannot have them.
+        UserError: a model that is not supported, weight files that are not whole, or adapters on modules that cannot have them.
     """
-    require_text_model(load_architecture(model), model)
+    check_architecture(load_architecture(model), model)
+    folder = present_folder(model)
+    if folder is not None:
+        check_weights(folder, model.path)
     check_adapters(model)
+
+
+def check_generating_model(model: ModelSection, backend: str, devices: int, section: str) -> None:
+    """Check files and attention heads of a model that only generates.
+
+    Backends other than `transformers` may read quantized and multimodal models.
+
+    Args:
+        model: the model.
+        backend: of generation.
+        devices: tensor-parallel size.
+        section: that holds it in the configuration, for the message.
+
+    Raises:
+        UserError: files that are not whole, a model that `transformers` does not compute here, or heads that do not divide.
+    """
+    if backend == "transformers":
+        check_configuration(model)
+    elif (folder := present_folder(model)) is not None:
+        check_weights(folder, model.path, quantized=True)
+    check_divides_heads(model, devices, f"{section}.tensor_parallel_size")
 
 
 def check_divides_heads(model: ModelSection, devices: int, key: str) -> None:
@@ -63,24 +93,25 @@ def check_divides_heads(model: ModelSection, devices: int, key: str) -> None:
         raise UserError(f"{key} {devices}: {model.path} has {heads} attention heads; expected one of {fitting}")
 
 
-def describe_check(model: ModelSection, heads: frozenset[Head], *, packing: bool = False) -> str:
+def describe_check(model: ModelSection, heads: frozenset[Head], *, packing: bool = False, unshared: str = "") -> str:
     """Load a small model, check it, and return the outcome in words.
 
     Args:
         model: model with its adapters.
         heads: as in `build_network`.
-        packing: check packed rows too.
+        packing: the run packs samples.
+        unshared: the setting because of which it shares no prefixes; empty where it may.
 
     Raises:
         UserError: the model cannot be loaded, or is refused.
     """
     check_configuration(model)
-    folder = Path(resolve_path(model))
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    folder = present_folder(model)
+    size = check_weights(folder, model.path) if folder is not None else 0
     if not 0 < size <= SMALL:
-        amount = f"{size / GIB:.1f} GiB of weights" if size else "no weights in a local folder"
-        return f"{amount}, checked when the run loads it"
+        amount = f"{size / GIB:.1f} GiB of weights" if size else "a model of the hub that is not in its cache"
+        later = f"{amount}, checked when the run loads it"
+        return f"{later}, prefixes are not shared: {unshared}" if unshared else later
     network = build_network(model, heads, "zero", 0)
-    if packing:
-        network.accept_packed_rows()
+    network.accept_packed_rows(packing=packing, unshared=unshared)
     return network.check.line()

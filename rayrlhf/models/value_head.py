@@ -2,23 +2,29 @@
 
 A critic on the policy's trunk and a separate critic use the same head. It is stored under TRL's names (`v_head.summary.*`), and
 is initialized from any checkpoint with a scalar head: a critic of this project, a TRL policy with a value head, or a reward
-model, which is a sequence classifier whose head is called `score`.
+model, which is a sequence classifier whose head is called `score`. The files may be safetensors or pickled.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+
+from rayrlhf.errors import UserError
+from rayrlhf.plugins import did_you_mean
 
 HEAD_FILE = "value_head/model.safetensors"
 """Value head in a Hugging Face folder. It has a subfolder because vLLM loads every safetensors file next to the weights."""
 OLD_HEAD_FILE = "value_head.safetensors"
 
 HeadInit = Literal["normal", "zero", "default"]
-_SUMMARY, _SCORE = "v_head.summary.", "score."
+HEAD_NAMES = ("v_head.summary.", "score.")
+"""Beginnings of a stored head's names."""
 
 
 class ValueHead(nn.Module):
@@ -61,23 +67,44 @@ class ValueHead(nn.Module):
                 weight.normal_(std=(weight.shape[1] + 1) ** -0.5, generator=generator)
 
 
-def find_head(folder: Path) -> dict[str, Tensor] | None:
+def find_head(folder: Path, outputs: Mapping[str, float] | None = None) -> dict[str, Tensor] | None:
     """Return the scalar head stored in a Hugging Face folder, or None.
 
-    The head is {"weight": [1, H]}, with "bias": [1] if it has one. A classifier with several labels has no scalar head.
+    The head is {"weight": [1, H]}, with "bias": [1] if it has one. A classifier with several labels has no scalar head, unless
+    `outputs` weights them: a weighted sum of linear outputs is one linear output.
+
+    Args:
+        outputs: label or number of an output -> its weight.
+
+    Raises:
+        UserError: pickled weights cannot be read, or the classifier has no such output.
     """
     for file in _head_files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            names = set(tensors.keys())
-            for prefix in (_SUMMARY, _SCORE):
-                if f"{prefix}weight" not in names:
-                    continue
-                head = {
-                    part: tensors.get_tensor(f"{prefix}{part}") for part in ("weight", "bias") if f"{prefix}{part}" in names
-                }
-                if head["weight"].shape[0] == 1:
-                    return head
+        tensors = _read_heads(file)
+        for prefix in HEAD_NAMES:
+            head = {part: tensors[prefix + part] for part in ("weight", "bias") if prefix + part in tensors}
+            if "weight" in head and outputs:
+                weights = _output_weights(folder, outputs, len(head["weight"]))
+                return {part: (weights @ tensor.float()).reshape(1, *tensor.shape[1:]) for part, tensor in head.items()}
+            if "weight" in head and head["weight"].shape[0] == 1:
+                return head
     return None
+
+
+def _output_weights(folder: Path, outputs: Mapping[str, float], count: int) -> Tensor:
+    """Return the weight of each output of a classifier, float32 [count]."""
+    labels = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
+    # Labels may be numerals, and then override the numbers.
+    numbers = {str(number): number for number in range(count)} | {str(label): int(number) for number, label in labels.items()}
+    weights = torch.zeros(count)
+    for name, weight in outputs.items():
+        if not 0 <= numbers.get(name, -1) < count:
+            near = did_you_mean(name, numbers)
+            raise UserError(
+                f"reward.model.outputs: {folder} has no output {name!r}{near}; expected one of {', '.join(numbers)}"
+            )
+        weights[numbers[name]] += weight
+    return weights
 
 
 def make_head(hidden_size: int, stored: dict[str, Tensor] | None, kind: HeadInit, seed: int, *, bias: bool = True) -> ValueHead:
@@ -97,7 +124,23 @@ def make_head(hidden_size: int, stored: dict[str, Tensor] | None, kind: HeadInit
     return head
 
 
+def _read_heads(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file that may be of a head."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as stored:
+            return {name: stored.get_tensor(name) for name in stored.keys() if name.startswith(HEAD_NAMES)}  # noqa: SIM118
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+    except Exception as error:  # pickle, zip and torch have classes of their own
+        raise UserError(f"{file}: cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+    return {name: tensor.clone() for name, tensor in tensors.items() if name.startswith(HEAD_NAMES)}
+
+
 def _head_files(folder: Path) -> Iterable[Path]:
-    """Files that may hold the head, dedicated ones first."""
+    """Files that may hold the head, dedicated ones first.
+
+    Pickled weights are read where there are no others.
+    """
     dedicated = [folder / name for name in (HEAD_FILE, OLD_HEAD_FILE) if (folder / name).is_file()]
-    return dedicated + sorted(set(folder.glob("*.safetensors")) - set(dedicated))
+    weights = sorted(set(folder.glob("*.safetensors")) - set(dedicated)) or sorted(folder.glob("pytorch_model*.bin"))
+    return dedicated + weights

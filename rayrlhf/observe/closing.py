@@ -26,7 +26,7 @@ def closing_lines(folder: Path, steps: int, seconds: float, *, chat: bool = True
     """
     path = folder.absolute()
     yield f"finished: {steps} steps, {duration(seconds)} in this command"
-    yield from _held_out(path)
+    yield from held_out_lines(path)
     yield f"run folder: {path}"
     adapted = merged and re.search(r"(?m)^model:\n(  .*\n)*?  lora:\n", (path / "config.yaml").read_text(encoding="utf-8"))
     yield f"model: {path / 'export'}{' (adapters merged into their base model)' if adapted else ''}"
@@ -41,8 +41,8 @@ def folder_line(folder: Path) -> list[str]:
     return [f"folder: {folder.absolute()}"]
 
 
-def _held_out(folder: Path) -> Iterator[str]:
-    """Yield the first and last evaluation, scores with their interval over prompts."""
+def held_out_lines(folder: Path) -> Iterator[str]:
+    """Yield the first and last evaluation of a run, scores with their interval over prompts."""
     rows = [row for row in read_metrics(folder) if any(f"evaluation/{name}" in row for name in _SHOWN)]
     if not rows:
         return

@@ -22,7 +22,7 @@ class RecoveryJournal:
         """Append one event.
 
         Args:
-            event: "lost", "recovered", "hung", "replayed", "resumed", "joined" or "left", or `MIRROR`.
+            event: "lost", "recovered", "hung", "silent", "replayed", "resumed", "joined" or "left", or `MIRROR`.
             actor: `<run>/<role>/<rank>`; the run for a copy.
             seconds: time since the loss, for a recovery.
 

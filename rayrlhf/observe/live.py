@@ -1,13 +1,14 @@
 """Terminal view of a run: a live panel, or one plain line per step.
 
 Both show the same `Progress`. A wait shows its reason and duration: as a spinner on a terminal, else as a line every
-`heartbeat_seconds`, so that a log never falls silent. Lines of a log begin with the time of day.
+`heartbeat_seconds`, so that a log never falls silent. So does the phase of a step, in a log of the first step only. Lines of a
+log begin with the time of day.
 """
 
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -28,7 +29,7 @@ SILENT_SECONDS = 1.0
 
 
 class LiveView:
-    """Shows a run: `start`, `step` after each step, `note` and `wait` anytime, `stop`."""
+    """Shows a run: `start`, `phase` and `step` of each step, `note` and `wait` anytime, `stop`."""
 
     def __init__(
         self,
@@ -57,6 +58,9 @@ class LiveView:
         self._stamped = stamped
         self._progress: Progress | None = None
         self._waits: list[tuple[Spinner, str, float]] = []
+        self._phases: list[tuple[Spinner, str, float]] = []
+        self._phase_lines = ExitStack()
+        self._first = True
         self._live: Live | None = None
 
     def start(self, total: int, step: int = 0) -> None:
@@ -71,10 +75,25 @@ class LiveView:
         if progress is None:
             raise RuntimeError("step() before start()")
         progress.finish_step(step, metrics, self._clock())
+        self._first = False
+        self.phase("")
         if self._live_wanted:
             self._update()
         else:
-            self._print(progress.line(self._clock()))
+            self.note(progress.line(self._clock()))
+
+    def phase(self, name: str) -> None:
+        """Show the phase of the step in progress; "" ends it."""
+        self._phase_lines.close()
+        self._phases.clear()
+        if not name or self._progress is None:
+            return
+        text = f"step {self._progress.step + 1}: {name}"
+        if self._live_wanted:
+            self._phases.append((Spinner("dots"), text, self._clock()))
+            self._update()
+        elif self._first:
+            self._phase_lines.enter_context(self._heartbeats(text))
 
     def replay(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record an earlier step without showing it; the next output includes it."""
@@ -84,7 +103,8 @@ class LiveView:
 
     def note(self, text: str) -> None:
         """Print a line that stays, above the panel."""
-        self._print(text)
+        clock = "" if self._console.is_terminal or not self._stamped else time.strftime("%H:%M:%S ")
+        self._console.print(Text(clock + printable(text)), soft_wrap=True)
 
     @contextmanager
     def wait(self, text: str) -> Iterator[None]:
@@ -107,13 +127,14 @@ class LiveView:
 
     def stop(self) -> None:
         """Stop updating; the panel's last state stays on the terminal. Idempotent."""
+        self.phase("")
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [] if self._progress is None else [self._panel(self._progress)]
-        for spinner, text, since in self._waits:
+        for spinner, text, since in [*self._phases, *self._waits]:
             row = Table.grid(padding=(0, 1))
             row.add_row(spinner, Text(printable(text)), Text(duration(self._clock() - since), style="dim"))
             parts.append(row)
@@ -144,10 +165,6 @@ class LiveView:
         self._live.transient = self._progress is None
         self._live.refresh()
 
-    def _print(self, text: str) -> None:
-        clock = "" if self._console.is_terminal or not self._stamped else time.strftime("%H:%M:%S ")
-        self._console.print(Text(clock + printable(text)), soft_wrap=True)
-
     @contextmanager
     def _heartbeats(self, text: str) -> Iterator[None]:
         since, done, begun = self._clock(), threading.Event(), False
@@ -157,9 +174,9 @@ class LiveView:
             if done.wait(min(SILENT_SECONDS, self._heartbeat)):
                 return
             begun = True
-            self._print(f"{text} ...")
+            self.note(f"{text} ...")
             while not done.wait(self._heartbeat):
-                self._print(f"{text}: still waiting after {duration(self._clock() - since)}")
+                self.note(f"{text}: still waiting after {duration(self._clock() - since)}")
 
         thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
         thread.start()
@@ -171,7 +188,7 @@ class LiveView:
             done.set()
             thread.join()
             if begun or ended == "failed":
-                self._print(f"{text}: {ended} after {duration(self._clock() - since)}")
+                self.note(f"{text}: {ended} after {duration(self._clock() - since)}")
 
 
 def _phase_rows(progress: Progress) -> list[Text]:

@@ -12,9 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rayrlhf.config.section import in_job_folder, lasting
 from rayrlhf.errors import StoppedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -128,6 +130,13 @@ def stop_as_error() -> Iterator[None]:
         except KeyboardInterrupt as error:
             name = seen[0][0] if seen else "SIGINT"
             raise StoppedError(f"stopped on {name}; the same command resumes") from error
+
+
+def job_lines() -> list[str]:
+    """Return the first lines of a Ray job: the folder of its results."""
+    if not in_job_folder():
+        return []
+    return [f"Ray job: a relative run.root is below {lasting(Path())}, because the working directory is deleted after the job"]
 
 
 def is_due(step: int, every: int) -> bool:

@@ -1,4 +1,4 @@
-"""Peak memory of a whole run: this process, its descendants, and given Ray workers.
+"""Peak memory of a whole run: this process and its descendants.
 
 Resident sizes of processes must not be added up: actors map the same object store and the same libraries. Each process is
 therefore counted with its proportional set size (PSS: a page that n processes map counts 1/n for each), and the sum is the
@@ -11,7 +11,7 @@ cheap, so they are monitored, and PSS is read when their sum has grown since the
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -34,26 +34,16 @@ class PeakMemory:
 
     Attributes:
         peak_bytes: largest sampled sum over all processes.
-        peak_by_process: bytes of each process at that moment, (pid, name) -> bytes.
         samples: number of PSS readings.
+        resident_bytes: newest sum of the resident sizes.
     """
 
-    def __init__(
-        self, interval_seconds: float = 0.5, pids: Iterable[int] = (), more_pids: Callable[[], Iterable[int]] | None = None
-    ) -> None:
-        """Prepare to monitor this process's tree and others.
-
-        Args:
-            interval_seconds: time between readings of the resident sizes; a peak between two readings is missed.
-            pids: further processes to monitor with their descendants, for example a raylet that was started elsewhere.
-            more_pids: called before each sample for further processes, for example Ray workers that come and go.
-        """
+    def __init__(self, interval_seconds: float = 0.5) -> None:
+        """Set the time between readings of the resident sizes."""
         self.peak_bytes = 0
-        self.peak_by_process: dict[tuple[int, str], int] = {}
         self.samples = 0
+        self.resident_bytes = 0
         self._interval = interval_seconds
-        self._pids = (os.getpid(), *pids)
-        self._more_pids = more_pids
         self._largest_resident = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="peak-memory", daemon=True)
@@ -70,21 +60,16 @@ class PeakMemory:
 
     def sample(self) -> int:
         """Read PSS now, at any cost; returns the sum in bytes."""
-        by_process = {key: memory_bytes(key[0]) for key in self._processes()}
-        total = sum(by_process.values())
+        total = sum(memory_bytes(pid) for pid, _ in process_tree([os.getpid()]))
         self.samples += 1
-        if total > self.peak_bytes:
-            self.peak_bytes, self.peak_by_process = total, by_process
+        self.peak_bytes = max(self.peak_bytes, total)
         return total
-
-    def _processes(self) -> list[tuple[int, str]]:
-        return process_tree({*self._pids, *(self._more_pids() if self._more_pids else ())})
 
     def _run(self) -> None:
         pause = self._interval
         while not self._stop.wait(pause):
             pause = self._interval
-            resident = sum(resident_bytes(pid) for pid, _ in self._processes())
+            self.resident_bytes = resident = sum(resident_bytes(pid) for pid, _ in process_tree([os.getpid()]))
             if resident > GROWTH * self._largest_resident:
                 self._largest_resident = resident
                 start = time.thread_time()

@@ -25,11 +25,20 @@ class Span:
 
 
 class PhaseTimer:
-    """Times the phases of each step; phases outside a step are not counted."""
+    """Times the phases of each step; phases outside a step are not counted.
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        """Use `clock`, which returns seconds."""
+    Args:
+        clock: returns seconds.
+        listener: called with the name of an outermost phase of a step when it begins, and with "" when it ends.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, listener: Callable[[str], None] = lambda phase: None
+    ) -> None:
         self._clock = clock
+        self._listener = listener
+        self._in_step = False
+        self._open = 0
         self._epoch = time.time() - clock()
         self._end: float | None = None
         self._begin()
@@ -38,18 +47,24 @@ class PhaseTimer:
     def step(self) -> Iterator[None]:
         """Time one step and discard the previous one."""
         self._begin()
+        self._in_step = True
         try:
             yield
         finally:
+            self._in_step = False
             self._end = self._clock()
 
     @contextmanager
     def phase(self, name: str, tokens: int = 0) -> Iterator[None]:
         """Time a block, also if it raises; durations of one name add up."""
         start = self._clock()
+        self._open += 1
+        self._tell(name)
         try:
             yield
         finally:
+            self._tell("")
+            self._open -= 1
             self._spans.append(Span(name, start + self._epoch, self._clock() + self._epoch))
             self._tokens[name] += tokens
 
@@ -86,6 +101,10 @@ class PhaseTimer:
         if generated_tokens:
             metrics[TOKENS_PER_SECOND] = generated_tokens / step_seconds
         return metrics
+
+    def _tell(self, phase: str) -> None:
+        if self._in_step and self._open == 1:
+            self._listener(phase)
 
     def _begin(self) -> None:
         self._start = self._clock()

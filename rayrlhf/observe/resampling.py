@@ -1,4 +1,4 @@
-"""Bootstrap confidence intervals of means, and the share of distinct answers.
+"""Bootstrap confidence intervals of means, wins of paired values, and the share of distinct answers.
 
 Intervals are percentile bootstrap intervals (Efron 1979; Efron and Tibshirani 1993, ch. 13): resample the observations with
 replacement, and take the quantiles of the resampled means. They assume nothing about the distribution of rewards.
@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 _RESAMPLED_VALUES_AT_ONCE = 4_000_000
 
@@ -67,6 +67,16 @@ def bootstrap_paired_difference(
     if first.shape != second.shape:
         raise ValueError(f"pairs need equal numbers of values, got {first.shape} and {second.shape}")
     return bootstrap_mean(second - first, level=level, resamples=resamples, seed=seed)
+
+
+def wins(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
+    """Return 1 per pair whose first value is larger, 0.5 if equal, else 0.
+
+    Args:
+        first: [N] numbers; the mean of the result is their win rate.
+        second: [N] numbers of the same units.
+    """
+    return np.asarray(0.5 * (1 + np.sign(np.subtract(first, second, dtype=np.float64))))
 
 
 def distinct_share(answers: Sequence[Hashable]) -> float:

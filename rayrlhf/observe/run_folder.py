@@ -19,6 +19,7 @@ from typing import IO, Literal, Self
 
 from rayrlhf.errors import UserError
 from rayrlhf.observe.host_facts import write_environment
+from rayrlhf.observe.library_warnings import LIBRARY_WARNINGS
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.storage.atomic import folder_atomically, write_atomically, writing
 from rayrlhf.storage.notes import reading
@@ -114,6 +115,7 @@ def open_run(
         elif config.read_text(encoding="utf-8") != config_text:
             write_atomically(config, config_text)  # update the settings that may differ
         write_environment(folder)
+        LIBRARY_WARNINGS.write_to(folder)
         return RunFolder(folder, not begins, lock)
 
 

@@ -3,27 +3,36 @@
 One file per step (`step-000012.parquet`), written atomically. Any Parquet reader opens the folder as one table.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
+from rayrlhf.data.records import Rollout
 from rayrlhf.storage.atomic import file_atomically, writing
+from rayrlhf.storage.notes import reading
 
 PART_PREFIX = "reward/"
 """Prefix of each reward component's column."""
 TOKENS, TOKEN_KL = "tokens", "token_kl"
 """Optional columns: the response's tokens as text, and the KL of each."""
 TRANSCRIPT = "transcript"
-"""Optional column for environments: turns with speaker, text and reward."""
+"""Optional column for environments: turns with speaker, text, reward and number of tokens."""
+PATH = "path"
+"""Optional column for environments: the agent's name for a part of a sample."""
 
 
 class Line(NamedTuple):
-    """One turn of a multi-turn sample: `policy` or `environment`, text, reward."""
+    """One turn of a multi-turn sample: `policy` or `environment`, text, reward, number of tokens.
+
+    The tokens before a branch of an agent's sample are its first line, `context`, and not part of the response.
+    """
 
     speaker: str
     text: str
     reward: float
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +50,7 @@ class Sample:
         tokens: each token of the response as text; None if not decoded.
         token_kl: log-prob of the policy minus that of the reference for each of `tokens`, in nats.
         transcript: the response by turns; None without an environment.
+        path: the agent's name for this part of the sample.
     """
 
     prompt_id: int
@@ -56,6 +66,28 @@ class Sample:
     tokens: Sequence[str] | None = None
     token_kl: Sequence[float] | None = None
     transcript: Sequence[Line] | None = None
+    path: str = ""
+
+    @classmethod
+    def of(cls, rollout: Rollout, prompt: str, score: float = math.nan, *, version: int | None = None, **more: Any) -> Self:
+        """Return a rollout as a sample.
+
+        Args:
+            version: the newest of its tokens when not given.
+            more: further fields.
+        """
+        return cls(
+            rollout.key.prompt,
+            rollout.key.sample,
+            prompt,
+            rollout.text,
+            score,
+            len(rollout.response_ids),
+            rollout.finish_reason,
+            int(rollout.versions.max()) if version is None else version,
+            path=rollout.path,
+            **more,
+        )
 
 
 class SampleSink:
@@ -96,11 +128,21 @@ class SampleSink:
                 path.unlink(missing_ok=True)
 
 
-def read_samples(folder: Path) -> list[dict[str, Any]]:
-    """Return all rows of a samples folder in step order; columns may differ between steps."""
+def read_samples(folder: Path, step: int | None = None) -> list[dict[str, Any]]:
+    """Return all rows of a samples folder in step order, or those of a step.
+
+    Columns may differ between steps.
+
+    Raises:
+        UserError: a file is damaged.
+    """
     import pyarrow.parquet as pq
 
-    return [row for path in sorted(folder.glob("step-*.parquet")) for row in pq.read_table(path).to_pylist()]
+    rows: list[dict[str, Any]] = []
+    for path in sorted(folder.glob("step-*.parquet" if step is None else f"step-{step:06d}.parquet")):
+        with reading(path, "restore it, or remove it"):
+            rows += pq.read_table(path).to_pylist()
+    return rows
 
 
 def _schema(parts: Sequence[str], *, by_token: bool, played: bool) -> Any:
@@ -111,8 +153,8 @@ def _schema(parts: Sequence[str], *, by_token: bool, played: bool) -> Any:
     numbers = [("score", pa.float32()), *((PART_PREFIX + name, pa.float32()) for name in parts), ("kl", pa.float32())]
     rest = [("length", pa.int32()), ("finish_reason", pa.string()), ("version", pa.int64())]
     tokens = [(TOKENS, pa.list_(pa.string())), (TOKEN_KL, pa.list_(pa.float32()))] if by_token else []
-    line = pa.struct([("speaker", pa.string()), ("text", pa.string()), ("reward", pa.float32())])
-    lines = [(TRANSCRIPT, pa.list_(line))] if played else []
+    line = pa.struct([("speaker", pa.string()), ("text", pa.string()), ("reward", pa.float32()), ("tokens", pa.int32())])
+    lines = [(TRANSCRIPT, pa.list_(line)), (PATH, pa.string())] if played else []
     return pa.schema([*integers, *texts, *numbers, *rest, *tokens, *lines])
 
 
@@ -131,6 +173,7 @@ def _row(step: int, sample: Sample) -> dict[str, Any]:
         "version": sample.version,
         TOKENS: None if sample.tokens is None else [_storable(token) for token in sample.tokens],
         TOKEN_KL: None if sample.token_kl is None else list(sample.token_kl),
+        PATH: _storable(sample.path),
         TRANSCRIPT: None if sample.transcript is None else [_line(line) for line in sample.transcript],
     }
 

@@ -1,8 +1,8 @@
 """`trace.json`: timeline of all actors for Perfetto (ui.perfetto.dev) and chrome://tracing.
 
 The format is the JSON array of the Trace Event Format, in which the closing bracket is optional. Events are therefore appended
-as they occur: memory is bounded, the file of a killed run loads, and a resumed run continues it. Actors are shown as processes
-and their lanes as threads; their numbers derive from their names, so that they agree across restarts.
+as they occur: memory is bounded, the file of a killed run loads, and a resumed run continues it. Actors are shown as processes;
+their numbers derive from their names, so that they agree across restarts.
 """
 
 import json
@@ -43,19 +43,20 @@ class TraceWriter:
         start: float,
         duration: float,
         *,
-        lane: str = "main",
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
         """Add an event with a duration; a click on it shows `arguments`."""
-        self._add({"ph": "X", "name": name, "ts": _us(start), "dur": _us(duration), "args": dict(arguments or {})}, actor, lane)
-
-    def instant(self, name: str, actor: str, at: float, *, lane: str = "main") -> None:
-        """Add an instantaneous event: a lost actor, a checkpoint."""
-        self._add({"ph": "i", "name": name, "ts": _us(at), "s": "p"}, actor, lane)
-
-    def counter(self, name: str, actor: str, at: float, values: Mapping[str, float]) -> None:
-        """Add values of a time series: memory, queue lengths."""
-        self._add({"ph": "C", "name": name, "ts": _us(at), "args": dict(values)}, actor, "main")
+        process, thread = _number(actor), _number(f"{actor}\0main")
+        for number, kind, shown in ((process, "process_name", actor), (thread, "thread_name", "main")):
+            if number not in self._named:
+                self._named.add(number)
+                naming = {"ph": "M", "name": kind, "pid": process, "tid": thread, "args": {"name": shown}}
+                self._pending.append(json.dumps(naming))
+        times = {"ts": round(start * 1e6), "dur": round(duration * 1e6)}
+        event = {"ph": "X", "name": name, **times, "args": dict(arguments or {}), "pid": process, "tid": thread}
+        self._pending.append(json.dumps(event))
+        if len(self._pending) >= BUFFERED_EVENTS:
+            self.flush()
 
     def flush(self) -> None:
         """Write pending events; a crash after this loses none of them.
@@ -80,17 +81,6 @@ class TraceWriter:
             self._file.write(b"[]\n" if self._empty else b"\n]\n")
         self._file.close()
 
-    def _add(self, event: dict[str, Any], actor: str, lane: str) -> None:
-        process, thread = _number(actor), _number(f"{actor}\0{lane}")
-        for number, kind, name in ((process, "process_name", actor), (thread, "thread_name", lane)):
-            if number not in self._named:
-                self._named.add(number)
-                naming = {"ph": "M", "name": kind, "pid": process, "tid": thread, "args": {"name": name}}
-                self._pending.append(json.dumps(naming))
-        self._pending.append(json.dumps({**event, "pid": process, "tid": thread}))
-        if len(self._pending) >= BUFFERED_EVENTS:
-            self.flush()
-
     def _seek_to_the_last_event(self) -> bool:
         """Remove a closing bracket and an incomplete last event; an event ends in }.
 
@@ -110,14 +100,6 @@ class TraceWriter:
         return end > 0
 
 
-def read_trace(path: Path) -> list[dict[str, Any]]:
-    """Return the events of a trace, with or without its closing bracket."""
-    text = path.read_text().rstrip().removesuffix(",")
-    events = json.loads(text if text.endswith("]") else text + "]")
-    assert isinstance(events, list)
-    return events
-
-
 def _is_event(line: bytes) -> bool:
     try:
         return isinstance(json.loads(line), dict)
@@ -127,7 +109,3 @@ def _is_event(line: bytes) -> bool:
 
 def _number(name: str) -> int:
     return zlib.crc32(name.encode()) & 0x7FFFFFFF
-
-
-def _us(seconds: float) -> int:
-    return round(seconds * 1e6)

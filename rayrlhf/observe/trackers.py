@@ -141,5 +141,10 @@ class TensorBoardSink:
             self._writer.flush()
 
     def close(self) -> None:
-        """Flush and close the event file."""
-        self._writer.close()
+        """Flush and close the event file.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        with writing(self.folder):
+            self._writer.close()

@@ -14,11 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayrlhf.algorithms.advantages import estimate_advantages, has_contrast
+from rayrlhf.algorithms.advantages import advantage_method, estimate_advantages, has_contrast
+from rayrlhf.algorithms.covariance import clip_cov_tokens, covariances, kl_cov_tokens
+from rayrlhf.algorithms.distillation import teacher_advantages
 from rayrlhf.algorithms.estimator import AdvantageInputs, Advantages
-from rayrlhf.algorithms.importance import importance_weights, mismatch, weight_statistics
+from rayrlhf.algorithms.importance import (
+    REJECTION_BOUNDS,
+    accepted_responses,
+    importance_weights,
+    mismatch,
+    weight_statistics,
+)
 from rayrlhf.algorithms.kl import kl_controller, kl_penalty
-from rayrlhf.algorithms.masking import whiten
+from rayrlhf.algorithms.masking import masked_mean, whiten, zero_masked
+from rayrlhf.algorithms.policy_losses import prompt_weights
 from rayrlhf.algorithms.reward_shaping import (
     RunningMoments,
     overlong_penalty,
@@ -28,12 +37,18 @@ from rayrlhf.algorithms.reward_shaping import (
     token_rewards,
 )
 from rayrlhf.algorithms.statistics import length_statistics, objective_statistics, value_statistics
+from rayrlhf.config.policy_loss import ClipCovLossSection, KLCovLossSection
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.data.records import Records, Rollout, TokenScores
+from rayrlhf.data.records import Records, Rollout, SampleKey
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.environments.episodes import sample_votes, turn_weight
-from rayrlhf.ppo.scoring import ScoredRollouts
+from rayrlhf.engines.train.supervised_batches import IDS, LOGPROBS
+from rayrlhf.environments.episodes import sample_numbers, sample_votes, turn_weight
+from rayrlhf.errors import AlarmError
+from rayrlhf.ppo.scoring import ScoredRollouts, padded_rows
+from rayrlhf.rewards.functions import JUDGE_PART, MODEL_PART
 
+MIN_LOG_Z = -0.05
+"""Least log-probability, in nats, that a constraint leaves at a token that is trained."""
 CONTEXT = "context/"
 """Prefix of the same metrics where the rollout engine reads demonstrations that the trainer does not."""
 
@@ -44,13 +59,17 @@ class Experience:
 
     Attributes:
         batch: sequences and the arrays that the objectives read.
+        keys: sample of each row.
         kl: float [B], nats per sequence; zeros without a reference.
         metrics: statistics of the step before its update, with TRL's names.
+        scores: float [B], after shaping.
     """
 
     batch: TrainingBatch
+    keys: list[SampleKey]
     kl: Tensor
     metrics: dict[str, float]
+    scores: Tensor
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -59,6 +78,14 @@ class Experience:
     def learnable(self) -> list[int]:
         """Rows of the batch with tokens to train on."""
         return [int(row) for row in np.flatnonzero(self.batch.arrays["action_mask"].any(1))]
+
+    @property
+    def learnable_groups(self) -> list[list[int]]:
+        """The same rows by prompt, in the order of their first rows."""
+        groups: dict[int, list[int]] = {}
+        for row in self.learnable:
+            groups.setdefault(self.keys[row].prompt, []).append(row)
+        return list(groups.values())
 
 
 class ExperienceMaker:
@@ -77,39 +104,33 @@ class ExperienceMaker:
 
     def make(self, scored: ScoredRollouts) -> Experience:
         """Make one step's experience and update the KL controller."""
-        algorithm = self._config.algorithm
-        rollouts = scored.rollouts
-        position = algorithm.shaping.score_position
-        longest = max(len(rollout.response_ids) for rollout in rollouts)
-        width = slot_count(longest, self._config.rollout.max_new_tokens, position)
-        mask = _padded([rollout.action_mask for rollout in rollouts], width).bool()
-        engine = _padded([rollout.logprobs for rollout in rollouts], width)
+        algorithm, rollouts = self._config.algorithm, scored.rollouts
+        width = self._width(rollouts)
+        mask = padded_rows([rollout.action_mask for rollout in rollouts], width).bool()
+        engine = padded_rows([rollout.logprobs for rollout in rollouts], width)
         recomputed = self._config.old_logprobs == "recomputed"
-        logprobs = _forward_passes(scored, "policy", "logprobs", width) if recomputed else engine
+        logprobs = scored.table("policy", "logprobs", width) if recomputed else engine
         scores = self._shape(scored)
-        kl = None
-        if "reference" in scored.forward_passes:
-            kl = kl_penalty(
-                logprobs,
-                _forward_passes(scored, "reference", "logprobs", width),
-                algorithm.kl.estimator,
-                algorithm.kl.arguments,
-            )
+        free = mask & ~self._bent(rollouts, logprobs, engine, width)
+        kl = self._kl(scored, logprobs, free | ~mask)
         in_reward = kl if algorithm.kl.placement == "reward" else None
         coefficient = self._controller.value
         at_end, by_token = self._credited(scores, scored, width)
+        position = algorithm.shaping.score_position
         earned = token_rewards(in_reward, at_end, mask, coefficient, position=position, token_scores=by_token)
         rewards = earned.rewards
         if algorithm.shaping.whiten_rewards:
             rewards = whiten(rewards, earned.value_mask, shift_mean=False)
         values = self._values(scored, width)
+        cause = self._nonfinite(scored, logprobs, values, by_token, mask, earned.value_mask)
         groups = torch.tensor([rollout.key.prompt for rollout in rollouts])
-        environment = self._config.environment
-        votes = torch.from_numpy(sample_votes(rollouts)) if environment and environment.votes == "sample" else None
-        inputs = AdvantageInputs(rewards, scores, groups, mask, earned.value_mask, values, self._baselines(scored), votes)
+        compared = (self._baselines(scored), self._votes(rollouts), *self._parts(scored), self._samples(rollouts))
+        inputs = AdvantageInputs(rewards, scores, groups, mask, earned.value_mask, values, *compared)
         result = self._estimate(inputs)
-        kept = self._kept(rollouts)[:, None]
-        arrays = {"advantages": result.advantages, "action_mask": mask & kept}
+        advantages, taught, teacher_metrics = self._taught(result.advantages, logprobs, scored, mask)
+        weights, weight_metrics, accepted = self._corrected(logprobs, engine, free)
+        kept = self._kept(rollouts)[:, None] & accepted
+        arrays = {"advantages": advantages, "action_mask": free & kept}
         if self._config.old_logprobs != "skipped":
             arrays["old_logprobs"] = logprobs
         if values is not None and result.returns is not None:
@@ -117,21 +138,37 @@ class ExperienceMaker:
         if algorithm.policy_loss.kind == "plugin" or not recomputed:
             arrays["rollout_logprobs"] = engine
         if "reference" in scored.forward_passes:
-            arrays["ref_logprobs"] = _forward_passes(scored, "reference", "logprobs", width)
-        weights, weight_metrics = self._corrected(logprobs, engine, mask)
+            arrays["ref_logprobs"] = scored.table("reference", "logprobs", width)
+        if algorithm.policy_loss.loss_aggregation == "prompt":
+            arrays["prompt_weights"] = prompt_weights(groups, arrays["action_mask"])
+        arrays |= self._selected(advantages, logprobs, arrays["action_mask"], rollouts[0].key.step)
         batch = TrainingBatch(
-            Records(rollout.sequence() for rollout in rollouts), {k: v.numpy() for k, v in (arrays | weights).items()}
+            Records(rollout.sequence() for rollout in rollouts),
+            {k: v.numpy() for k, v in (arrays | weights | taught).items()},
+            cause=cause if _spread(advantages, arrays["action_mask"]) else "",
         )
-        metrics = self._metrics(rollouts, logprobs, kl, earned.non_score, scores, mask) | weight_metrics
-        if recomputed:
-            metrics |= self._gap(logprobs, engine, mask)
+        metrics = self._metrics(rollouts, logprobs, kl, earned.non_score, scores, mask) | weight_metrics | teacher_metrics
+        if recomputed and free.any():
+            metrics |= self._gap(logprobs, engine, free)
         if self._config.rollout.samples_per_prompt > 1:
             metrics["frac_reward_zero_std"] = 1 - has_contrast(scores, groups).float().mean().item()
         if values is not None and result.returns is not None:
             metrics |= value_statistics(values, result.returns, earned.value_mask)
         sequence_kl = torch.zeros(len(rollouts)) if kl is None else torch.where(mask, kl, torch.zeros_like(kl)).sum(1)
         self._controller.update(float(sequence_kl.mean()), len(rollouts))
-        return Experience(batch, sequence_kl, metrics | {"objective/kl_coef": coefficient})
+        metrics["objective/kl_coef"] = coefficient
+        return Experience(batch, [rollout.key for rollout in rollouts], sequence_kl, metrics, scores)
+
+    def _bent(self, rollouts: Sequence[Rollout], logprobs: Tensor, engine: Tensor, width: int) -> Tensor:
+        """Mask the tokens whose distribution a constraint changed, bool [B, T].
+
+        A token is then sampled from p(a) / Z, with Z the probability of all allowed tokens, and the gradient of log p lacks
+        that of log Z. Z is the same for each token that could have been drawn, so leaving tokens out by Z adds no bias.
+        """
+        none = np.zeros(0, np.bool_)
+        constrained = padded_rows([none if one.constrained is None else one.constrained for one in rollouts], width)
+        known = self._config.old_logprobs == "recomputed"
+        return constrained & (logprobs - engine < MIN_LOG_Z) if known else constrained
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
@@ -141,6 +178,44 @@ class ExperienceMaker:
         """Load a saved state."""
         self._controller.load_state_dict(state["controller"])
         self._moments.load_state_dict(state["moments"])
+
+    def _kl(self, scored: ScoredRollouts, logprobs: Tensor, counted: Tensor) -> Tensor | None:
+        """Return the KL penalty of counted tokens, float [B, T]; None without a reference."""
+        if "reference" not in scored.forward_passes:
+            return None
+        section = self._config.algorithm.kl
+        reference = scored.table("reference", "logprobs", logprobs.shape[1])
+        kl = kl_penalty(logprobs, reference, section.estimator, section.arguments)
+        return torch.where(counted, kl, torch.zeros_like(kl))
+
+    def _width(self, rollouts: Sequence[Rollout]) -> int:
+        longest = max(len(rollout.response_ids) for rollout in rollouts)
+        return slot_count(longest, self._config.rollout.max_new_tokens, self._config.algorithm.shaping.score_position)
+
+    def _nonfinite(
+        self,
+        scored: ScoredRollouts,
+        logprobs: Tensor,
+        values: Tensor | None,
+        by_token: Tensor | None,
+        mask: Tensor,
+        value_mask: Tensor,
+    ) -> str:
+        """Name sample, token and role of the first non-finite input."""
+        sampler = "policy" if self._config.old_logprobs == "recomputed" else "rollout engine"
+        owner = "policy" if self._config.critic.kind == "shared" else "critic"
+        read = [(f"log-prob of the {sampler}", logprobs, mask)]
+        for role in ("reference", "teacher"):
+            if role in scored.forward_passes:
+                read.append((f"log-prob of the {role}", scored.table(role, "logprobs", mask.shape[1]), mask))
+        if values is not None:
+            read.append((f"value of the {owner}", values, value_mask))
+        if by_token is not None:
+            read.append(("reward of the token", by_token, mask))
+        for name, table, under in read:
+            for row, token in (~table.isfinite() & under).nonzero().tolist():
+                return f"{_described(scored, row)}, token {token}, {name}"
+        return ""
 
     def _estimate(self, inputs: AdvantageInputs) -> Advantages:
         section = self._config.algorithm.advantage
@@ -154,6 +229,24 @@ class ExperienceMaker:
             arguments=section.arguments,
         )
 
+    def _taught(
+        self, advantages: Tensor, logprobs: Tensor, scored: ScoredRollouts, mask: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
+        """Return the advantages with a teacher's part, arrays for its divergence, and metrics."""
+        section = self._config.teacher
+        if section is None:
+            return advantages, {}, {}
+        known = scored.table("teacher", "logprobs", mask.shape[1])
+        gap = zero_masked(logprobs - known, mask)
+        metrics = {
+            "objective/teacher_kl": gap.sum(1).mean().item(),
+            "objective/teacher_kl_per_token": masked_mean(gap, mask).item(),
+        }
+        if section.divergence is not None:
+            return advantages, {name: scored.table("teacher", name, mask.shape[1]) for name in (IDS, LOGPROBS)}, metrics
+        part = teacher_advantages(logprobs, known, mask, discount=section.discount, clip=section.clip)
+        return advantages + section.coefficient * part, {}, metrics
+
     def _shape(self, scored: ScoredRollouts) -> Tensor:
         shaping = self._config.algorithm.shaping
         penalized = self._penalized(scored)
@@ -165,11 +258,11 @@ class ExperienceMaker:
         weight = turn_weight(self._config)
         paid = [rollout.rewards for rollout in scored.rollouts if rollout.rewards is not None]
         if weight and paid:
-            parts.append(weight * _padded(paid, width))
+            parts.append(weight * padded_rows(paid, width))
         if scored.rewards.tokens is not None:
             rows = zip(scored.rewards.tokens, scored.rollouts, strict=True)
             filled = [np.zeros(len(rollout.response_ids), np.float32) if row is None else row for row, rollout in rows]
-            parts.append(_padded(filled, width))
+            parts.append(padded_rows(filled, width))
         if not parts:
             return scores, None
         by_token = torch.stack(parts).sum(0)
@@ -188,8 +281,14 @@ class ExperienceMaker:
         return torch.stack([by_prompt[rollout.key.prompt] for rollout in scored.rollouts])
 
     def _penalized(self, scored: ScoredRollouts) -> Tensor:
-        """Return the scores with the penalties for length and a missing stop token, float [B]."""
+        """Return the scores with the penalties for length and a missing stop token, float [B].
+
+        Raises:
+            AlarmError: a score is inf or NaN, which the running moments would keep.
+        """
         scores, rollouts = torch.from_numpy(scored.rewards.scores), scored.rollouts
+        for row in (~scores.isfinite()).nonzero().flatten().tolist()[:1]:
+            raise AlarmError(f"reward: {float(scores[row])} for {_described(scored, row)}, expected a finite number")
         shaping, limit = self._config.algorithm.shaping, self._config.rollout.max_new_tokens
         buffer = self._config.overlong_tokens
         if buffer is not None:
@@ -206,20 +305,61 @@ class ExperienceMaker:
             return torch.ones(len(rollouts), dtype=torch.bool)
         return torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
 
-    def _corrected(self, logprobs: Tensor, engine: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return the importance weights of the off-policy correction, if any, and their metrics."""
-        section = self._config.algorithm.off_policy_correction
-        if section.level == "none":
-            return {}, {}
-        weigh = partial(importance_weights, logprobs, engine, mask, level=section.level)
-        weights = weigh(mode=section.mode, low=section.low, high=section.high)
-        return {"importance_weights": weights}, weight_statistics(weights, weigh(low=0.0, high=math.inf), mask)
+    def _corrected(self, logprobs: Tensor, engine: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], dict[str, float], Tensor]:
+        """Return importance weights, if any, their metrics, and the accepted responses, bool [B, 1]."""
+        section, accepted = self._config.algorithm.off_policy_correction, torch.ones(len(mask), dtype=torch.bool)
+        if not section.enabled or not mask.any():
+            return {"importance_weights": mask.float()} if section.enabled else {}, {}, accepted[:, None]
+        weights, metrics = mask.float(), {}
+        if section.level != "none":
+            weigh = partial(importance_weights, logprobs, engine, mask, level=section.level)
+            weights = weigh(mode=section.mode, low=section.low, high=section.high)
+            metrics = weight_statistics(weights, weigh(low=0.0, high=math.inf), mask)
+        if section.rejection != "none":
+            low, high = REJECTION_BOUNDS[section.rejection]
+            low = low if section.rejection_low is None else section.rejection_low
+            high = high if section.rejection_high is None else section.rejection_high
+            accepted = accepted_responses(logprobs, engine, mask, rejection=section.rejection, low=low, high=high)
+            metrics["sampling/responses_rejected"] = 1 - accepted.float().mean().item()
+        return {"importance_weights": weights}, metrics, accepted[:, None]
+
+    def _selected(self, advantages: Tensor, logprobs: Tensor, mask: Tensor, step: int) -> dict[str, Tensor]:
+        """Return the tokens that the losses Clip-Cov and KL-Cov treat differently."""
+        loss = self._config.algorithm.policy_loss
+        if not isinstance(loss, ClipCovLossSection | KLCovLossSection) or not mask.any():
+            return {}
+        covariance = covariances(advantages, logprobs, mask)
+        if isinstance(loss, KLCovLossSection):
+            return {"selected_tokens": kl_cov_tokens(covariance, mask, share=loss.share)}
+        generator = torch.Generator().manual_seed(self._config.run.seed * 1_000_003 + step)
+        bounds = {"share": loss.share, "cov_low": loss.cov_low, "cov_high": loss.cov_high}
+        return {"selected_tokens": clip_cov_tokens(covariance, mask, generator=generator, **bounds)}
+
+    def _votes(self, rollouts: Sequence[Rollout]) -> Tensor | None:
+        environment = self._config.environment
+        return torch.from_numpy(sample_votes(rollouts)) if environment and environment.votes == "sample" else None
+
+    def _samples(self, rollouts: Sequence[Rollout]) -> Tensor:
+        return torch.from_numpy(sample_numbers(rollouts))
+
+    def _parts(self, scored: ScoredRollouts) -> tuple[Tensor | None, Tensor | None]:
+        """Return each reward's values [B, K] and their weights [K], if they are read."""
+        if not advantage_method(self._config.algorithm.advantage.estimator).parts:
+            return None, None
+        reward, parts = self._config.reward, scored.rewards.parts
+        weights = {function.name: function.weight for function in reward.functions}
+        if reward.model is not None:
+            weights[MODEL_PART] = reward.model.weight
+        if reward.judge is not None:
+            weights[JUDGE_PART] = reward.judge.weight
+        values = [torch.from_numpy(parts[name]) for name in weights]
+        return torch.stack(values, 1), torch.tensor(list(weights.values()), dtype=torch.float64)
 
     def _values(self, scored: ScoredRollouts, width: int) -> Tensor | None:
         if self._config.critic.kind == "none":
             return None
         owner = "policy" if self._config.critic.kind == "shared" else "critic"
-        return _forward_passes(scored, owner, "values", width)
+        return scored.table(owner, "values", width)
 
     def _metrics(
         self,
@@ -246,15 +386,10 @@ class ExperienceMaker:
         return {names[name]: value for name, value in gap.items()}
 
 
-def _padded(rows: Sequence[np.ndarray], width: int) -> Tensor:
-    """Pad or cut rows to float32 or bool [B, width]."""
-    padded = np.zeros((len(rows), width), dtype=rows[0].dtype)
-    kept = [row[:width] for row in rows]
-    lengths = np.array([len(row) for row in kept])
-    padded[np.arange(width) < lengths[:, None]] = np.concatenate(kept)
-    return torch.from_numpy(padded)
+def _described(scored: ScoredRollouts, row: int) -> str:
+    return f"sample {row} (prompt {scored.rollouts[row].key.prompt}, sample {scored.rollouts[row].key.sample})"
 
 
-def _forward_passes(scored: ScoredRollouts, name: str, field: str, width: int) -> Tensor:
-    rows: list[TokenScores] = scored.forward_passes[name]
-    return _padded([getattr(row, field) for row in rows], width)
+def _spread(advantages: Tensor, trained: Tensor) -> bool:
+    """Return True if non-finite advantages are in more than one row."""
+    return int((~advantages.isfinite() & trained).any(1).sum()) > 1

@@ -99,8 +99,9 @@ class Recovery:
         snapshot = self._usable_snapshot()
         # Without a committed state all roles restart.
         for role in lost if snapshot or checkpoint else self._roles:
-            self._unmonitor(role)
-            wait_all(actor_groups.restart_gang(role, seconds), f"rebuilding the {role}", seconds)
+            actor_groups.replace(role, range(len(actor_groups[role])))
+            self._monitor(role, seconds)
+            wait_all(actor_groups.build_gang(role, seconds), f"rebuilding the {role}", seconds)
             self._monitor(role)
         if snapshot:
             for role, parts in snapshot.parts.items():
@@ -124,17 +125,11 @@ class Recovery:
             self._snapshot = None
         return self._snapshot
 
-    def _monitor(self, role: TrainRole) -> None:
+    def _monitor(self, role: TrainRole, loading_seconds: float = 0.0) -> None:
         monitor, group = self._driver.fault_tolerance.monitor, self._driver.actor_groups[role]
         for name, handle in zip(group.names, group.handles, strict=True):
             if monitor:
-                monitor.add(name, handle)
-
-    def _unmonitor(self, role: TrainRole) -> None:
-        monitor = self._driver.fault_tolerance.monitor
-        for name in self._driver.actor_groups[role].names:
-            if monitor:
-                monitor.remove(name)
+                monitor.add(name, handle, loading_seconds)
 
 
 def _await_values(group: TrainGroup, pending: list[Ref[StateFiles]], seconds: float) -> None:

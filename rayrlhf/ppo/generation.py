@@ -22,6 +22,7 @@ from rayrlhf.actors.waiting import fetch, overrun, track_calls
 from rayrlhf.data.records import Records, Rollout, RolloutRequest, SampleKey
 from rayrlhf.errors import ActorLostError
 from rayrlhf.ppo.request_queue import RequestQueue
+from rayrlhf.ppo.sample_ledger import fault
 
 GENERATE = "generate"
 MESSAGE_SIZE = 32
@@ -46,13 +47,13 @@ class GenerationBatch:
 
     Attributes:
         temperature: of sampling.
-        missing: number of unfinished requests.
+        missing: unfinished requests.
         finished: rollouts that are not collected yet.
     """
 
     requests: Sequence[RolloutRequest]
     temperature: float
-    missing: int
+    missing: set[SampleKey]
     finished: list[Rollout] = field(default_factory=list)
 
 
@@ -65,6 +66,9 @@ class Generation:
         seconds: longest time in which no replica finishes a response.
         sticky: see `RequestQueue`.
         poll_seconds: longest time of one poll, for which new weights may have to wait; None for no bound.
+
+    Attributes:
+        served_by: rank of the replica that sampled each finished response.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class Generation:
         self._submits: dict[int, list[Ref[None]]] = {}
         self._pending: dict[str, float] = {}
         self._sent_to: dict[int, Handle[RolloutActor]] = {}
+        self.served_by: dict[SampleKey, int] = {}
 
     def add(self, requests: Sequence[RolloutRequest], temperature: float) -> GenerationBatch:
         """Add requests, to be sampled at a temperature (0 is greedy) during any wait.
@@ -103,7 +108,7 @@ class Generation:
             self._queue = RequestQueue(requests, len(self._pool.replicas), sticky=self._sticky)
         else:
             self._queue.add(requests)
-        batch = GenerationBatch(requests, temperature, len(requests))
+        batch = GenerationBatch(requests, temperature, {request.key for request in requests})
         self._batches |= dict.fromkeys((request.key for request in requests), batch)
         return batch
 
@@ -113,6 +118,7 @@ class Generation:
         Raises:
             DeadlineError: no response finished for too long, and rebuilding did not help.
             ActorLostError: too few replicas are left.
+            AlarmError: a request has no rollout and is in flight nowhere.
         """
         progress = time.monotonic()
         with track_calls(GENERATE, self._pending):
@@ -121,6 +127,9 @@ class Generation:
                     finished, batch.finished = batch.finished, []
                     yield finished
                     continue
+                if self._queue.done:
+                    lost = min(batch.missing)
+                    raise fault(lost.step, lost, "was issued and got lost while it was sampled")
                 self._pool.poll_rebuilds()
                 if self._pool.stale:
                     self._refresh(self._pool.stale)
@@ -146,6 +155,10 @@ class Generation:
                 for replica in self._ready(polls):
                     self._receive(replica)
 
+    def vitals(self) -> dict[str, object]:
+        """Return the number of unfinished requests, and of those in flight by rank."""
+        return self._queue.counts()
+
     def cut(self) -> None:
         """Cancel the requests in flight on the replicas; the next wait dispatches them again."""
         serving = {replica.rank: replica for replica in self._pool.serving}
@@ -164,6 +177,10 @@ class Generation:
         self.cut()
         self._queue = RequestQueue([], 0, sticky=False)
         self._batches.clear()
+
+    def forget(self, step: int) -> None:
+        """Drop the ranks of the responses of steps before `step`."""
+        self.served_by = {key: rank for key, rank in self.served_by.items() if key.step >= step}
 
     def _drop(self, rank: int) -> None:
         """Take back the requests in flight on a rank, and stop waiting for it."""
@@ -242,5 +259,6 @@ class Generation:
             return
         for rollout in self._queue.finished(finished):
             batch = self._batches[rollout.key]
-            batch.missing -= 1
+            self.served_by[rollout.key] = replica.rank
+            batch.missing.discard(rollout.key)
             batch.finished.append(rollout)

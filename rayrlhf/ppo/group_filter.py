@@ -48,8 +48,16 @@ class GroupFilter:
 
     def rollouts(self) -> list[Rollout]:
         """Return the responses of the step: groups with signal, filled up with zero-variance groups."""
-        fill = self._zero_variance[: self._prompts - len(self._with_signal)]
+        fill = self._zero_variance[: self._filled]
         return [rollout for group in [*self._with_signal, *fill] for rollout in group]
+
+    def left_out(self) -> list[Rollout]:
+        """Return the other responses, which are of zero-variance groups."""
+        return [rollout for group in self._zero_variance[self._filled :] for rollout in group]
+
+    @property
+    def _filled(self) -> int:
+        return self._prompts - len(self._with_signal)
 
     def metrics(self) -> dict[str, float]:
         """Return the number of groups sampled and left out, and the response tokens of all."""

@@ -2,20 +2,26 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rayrlhf.actors.actor_groups import ActorGroups
 from rayrlhf.actors.connection import connected, running_actor_groups
 from rayrlhf.actors.fault_tolerance import monitored, retry_policy
+from rayrlhf.actors.heartbeat import HeartbeatMonitor
 from rayrlhf.actors.model_loading import load_models
+from rayrlhf.actors.waiting import pending_calls
 from rayrlhf.config.loading.describe import warnings
 from rayrlhf.config.loading.load import dump_config, load_config, load_tree
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.section import GIB
 from rayrlhf.data.prompt_sampler import PromptSampler
+from rayrlhf.errors import ActorLostError, DeadlineError
 from rayrlhf.observe.host_facts import record_model_checks
 from rayrlhf.observe.live import LiveView
 from rayrlhf.observe.loop_control import stop_requests
+from rayrlhf.observe.vitals import Vitals
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.checkpoint import Checkpointer
 from rayrlhf.ppo.cluster_metrics import ClusterMetrics
@@ -66,6 +72,8 @@ def open_trainer(
         # Only a run that can start leaves a folder.
         recorder = stack.enter_context(Recorder(config, dump_config(config), stored_differences, view))
         _load_models(config, actor_groups, recorder, view)
+        watched = monitored(config, actor_groups, recorder.recovery, recorder.user_output, recorder.stacks)
+        tolerance = stack.enter_context(watched)
         driver = StepDriver(
             config,
             actor_groups,
@@ -73,12 +81,12 @@ def open_trainer(
             evaluation_prompts,
             recorder.timer,
             callbacks=[recorder, ClusterMetrics(config.run.name), *callbacks, *(make() for make in configured_callbacks)],
-            fault_tolerance=stack.enter_context(monitored(config, actor_groups, recorder.recovery)),
+            fault_tolerance=tolerance,
+            observer=recorder.flight,
         )
-        checkpointer = Checkpointer(
-            recorder.folder.checkpoints, actor_groups, config.checkpoint, fingerprint(config), config.deadlines.update, mirror
-        )
-        loop = RunLoop(driver, recorder, checkpointer, train_prompts, stop)
+        stack.enter_context(Vitals(recorder.folder.path, partial(_vitals, driver, recorder)))
+        stack.enter_context(_stacks_kept(tolerance.monitor, recorder))
+        loop = RunLoop(driver, recorder, _checkpointer(config, actor_groups, recorder, mirror), train_prompts, stop)
         loop.resume()
         trainer = PPOTrainer(driver, loop, recorder)
         for callback in driver.callbacks:
@@ -99,13 +107,43 @@ def _resolved(config: PPOConfig | Path | str | Mapping[str, Any]) -> PPOConfig:
 
 def _load_models(config: PPOConfig, actor_groups: ActorGroups, recorder: Recorder, view: LiveView) -> None:
     """Load all models, and record the outcome of each one's check."""
-    with view.wait("loading the models"):
-        retry = retry_policy(config.recovery) if config.recovery.enabled else None
-        load_models(actor_groups, config.deadlines.start, retry, recorder.recovery)
-        checks = actor_groups.load_checks(config.deadlines.start)
+    section, seconds = config.recovery, config.deadlines.start
+    retry = retry_policy(section) if section.enabled else None
+    with view.wait("loading the models"), ExitStack() as stack:
+        monitor = None
+        if retry is not None:
+            monitor = stack.enter_context(
+                HeartbeatMonitor(retry, section.ping_every, recorder.recovery, recorder.user_output, recorder.stacks)
+            )
+        stack.enter_context(_stacks_kept(monitor, recorder))
+        checks = load_models(actor_groups, seconds, retry, recorder.recovery, monitor)
     record_model_checks(recorder.folder.path, checks)
     for role, line in checks.items():
         view.note(f"{role}: {line}")
+
+
+def _checkpointer(config: PPOConfig, actor_groups: ActorGroups, recorder: Recorder, mirror: Mirror | None) -> Checkpointer:
+    folder, seconds = recorder.folder.checkpoints, config.deadlines.update
+    return Checkpointer(folder, actor_groups, config.checkpoint, fingerprint(config), seconds, mirror)
+
+
+def _vitals(driver: StepDriver, recorder: Recorder) -> dict[str, Any]:
+    """Return the run's part of a line of `vitals.jsonl`."""
+    monitor = driver.fault_tolerance.monitor
+    actors = {} if monitor is None else monitor.vitals()
+    resident = round(recorder.memory.resident_bytes / GIB, 3)
+    return {**driver.vitals(), "waits": pending_calls(), "resident_gib": resident, "actors": actors}
+
+
+@contextmanager
+def _stacks_kept(monitor: HeartbeatMonitor | None, recorder: Recorder) -> Iterator[None]:
+    """Keep the stacks of all processes if one is lost or silent."""
+    try:
+        yield
+    except (DeadlineError, ActorLostError):
+        for actor, text in ({} if monitor is None else monitor.stacks()).items():
+            recorder.stacks(actor, text)
+        raise
 
 
 def _open_mirror(config: PPOConfig) -> Mirror | None:

@@ -65,6 +65,10 @@ class RequestQueue:
         """True when every request has its rollout."""
         return not self._open
 
+    def counts(self) -> dict[str, object]:
+        """Return the number of open requests, and of those in flight by rank."""
+        return {"open": len(self._open), "in_flight": {str(rank): count for rank, count in list(self._in_flight.items())}}
+
     def dispatch(self, serving: Sequence[int]) -> dict[int, list[RolloutRequest]]:
         """Put the waiting requests in flight on the serving ranks; returns each rank's new share."""
         shares = {rank: list(self._shares[rank]) for rank in serving if rank in self._due}

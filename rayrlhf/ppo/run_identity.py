@@ -22,10 +22,19 @@ _LENGTH = (
     "rollout.weight_transfer:",
 )
 """Settings of a run's length and outputs, and of the path of its weights, which no step depends on."""
-MAY_CHANGE = (*_LENGTH, "placement.", "rollout.replicas:", "rollout.tensor_parallel_size:", "recovery.")
-"""Settings that a resumed run may change: its length and outputs, and where it is carried out."""
+MAY_CHANGE = (
+    *_LENGTH,
+    "placement.",
+    "rollout.replicas:",
+    "rollout.tensor_parallel_size:",
+    "reward.judge.replicas:",
+    "reward.judge.tensor_parallel_size:",
+    "recovery.",
+    "train.share_prefixes:",
+)
+"""Settings that a resumed run may change: its length and outputs, where it is carried out, and what changes rounding only."""
 
-_BEFORE = {"environment": ("votes", "segment")}
+_BEFORE = {"environment": ("votes", "segment"), "train": ("share_prefixes", "off")}
 """Section -> key that older run folders do not have, and the behavior of the code that wrote them."""
 
 

@@ -19,10 +19,10 @@ from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.checkpoint import Checkpoint, Checkpointer, load_checkpoint
 from rayrlhf.ppo.evaluation import Evaluation
 from rayrlhf.ppo.gang_recovery import Recovery
+from rayrlhf.ppo.model_updater import sft_warmup_batch
 from rayrlhf.ppo.replica_scaling import wanted_replicas
 from rayrlhf.ppo.run_recorder import Recorder
 from rayrlhf.ppo.scoring import ScoredRollouts
-from rayrlhf.ppo.sft_warmup import sft_warmup_batch
 from rayrlhf.ppo.step_driver import StepDriver
 
 

@@ -10,12 +10,12 @@ from rayrlhf.data.prompt_datasets import load_prompt_dataset
 from rayrlhf.data.records import Int32, Prompt
 from rayrlhf.data.templates import check_messages, conversation, render, require_chat_template
 from rayrlhf.demonstrations.prompt_demonstrations import PromptDemonstrations
-from rayrlhf.engines.rollout.common import check_room, context_length
+from rayrlhf.engines.rollout.common import check_room, trained_context
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_architecture, load_tokenizer
-from rayrlhf.models.load_check import rope_limit
 from rayrlhf.models.start_check import check_tokens
 from rayrlhf.rewards.functions import load_functions, required_columns
+from rayrlhf.rewards.judgments import check_judge_columns, judge_columns
 
 
 def load_prompts(config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
@@ -28,14 +28,16 @@ def load_prompts(config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
     longest = max_prompt_tokens(config)
     shown = config.rollout.demonstrations
     demonstrator = PromptDemonstrations(shown, config.data, tokenizer, longest, config.run.seed) if shown is not None else None
-    needs = required_columns(load_functions(config.reward))
+    needs = required_columns(load_functions(config.reward)) | judge_columns(config.reward.judge)
     train = load_prompt_dataset(config.data.train, config.data, tokenizer, longest, needs)
+    check_judge_columns(config.reward.judge, train)
     if demonstrator is not None:
         train = demonstrator.show(config.data.train, train)
     check_tokens(config.model, tokenizer, (prompt.token_ids for prompt in train))
     if config.data.evaluation is None or not config.evaluation.enabled:
         return train, []
     held_out = load_prompt_dataset(config.data.evaluation, config.data, tokenizer, longest, needs)[: config.evaluation.prompts]
+    check_judge_columns(config.reward.judge, held_out)
     if demonstrator is not None and not config.trains_without_demonstrations:
         held_out = demonstrator.show(config.data.evaluation, held_out)
     check_tokens(config.model, tokenizer, (prompt.token_ids for prompt in held_out))
@@ -48,13 +50,7 @@ def max_prompt_tokens(config: PPOConfig) -> int:
     Raises:
         UserError: prompt and response exceed the model's context.
     """
-    architecture = load_architecture(config.model)
-    context, limit = context_length(config.rollout, architecture), rope_limit(architecture)
-    if config.rollout.backend == "vllm" and limit is not None and context > limit:
-        raise UserError(
-            f"rollout.max_model_length {context}: beyond {limit} tokens vLLM gives LongRoPE's long frequencies to short ones "
-            f"too, the trained model does not; expected at most {limit}"
-        )
+    context = trained_context(config.rollout, load_architecture(config.model))
     longest = config.data.max_prompt_tokens or context - config.rollout.max_new_tokens
     check_room(context, config.data.max_prompt_tokens, config.rollout.max_new_tokens)
     return longest

@@ -1,4 +1,4 @@
-"""Scores finished rollouts with the reward, the reference, the critic and the policy itself.
+"""Scores finished rollouts with reward, judge, reference, teacher, critic and policy.
 
 `Scorer.add` takes rollouts as they finish. Where roles have devices of their own, their calls start at once, while other
 rollouts are still being generated. Where roles share cores, they take turns at the end, each with all cores.
@@ -10,27 +10,32 @@ from functools import partial
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from rayrlhf.actors.actor_groups import ActorGroups
 from rayrlhf.actors.actor_restarter import ActorRestarter
-from rayrlhf.actors.placement import ForwardRole
+from rayrlhf.actors.placement import ForwardRole, RewardRole
 from rayrlhf.actors.remote import Handle, Ref
 from rayrlhf.actors.worker import Worker
 from rayrlhf.data.batching import balance
+from rayrlhf.data.prefix_tree import in_prefix_order
 from rayrlhf.data.records import Float32, Prompt, Records, Rollout, SampleKey, TokenScores, TokenSequence
 from rayrlhf.errors import ActorLostError, DeadlineError, UserError
-from rayrlhf.models.network import OutputName
+from rayrlhf.models.network_io import OutputName
 from rayrlhf.observe.phases import PhaseTimer
+from rayrlhf.ppo.reward_rows import RewardRow, add_judgments, merged_rows, reward_rows
 from rayrlhf.rewards.returned_values import checked_values, length_of, token_rewards
 from rayrlhf.rewards.score import RewardBatch
 
 REWARD: Literal["reward"] = "reward"
+JUDGE: Literal["judge"] = "judge"
 OWN_REWARD = "loop"
 """Name of the reward part that a loop passes to `PPOTrainer.step`."""
 _OWN = "rewards of the loop"
 OwnRewards = Sequence[float] | Sequence[Sequence[float]] | Sequence[Float32] | Float32
 """Rewards of B rollouts: a number each [B], or one per response token of each, B rows of [R]."""
-ScoringRole = Literal[ForwardRole, "reward"]
+ScoringRole = Literal[ForwardRole, RewardRole]
 Result = TypeVar("Result")
 
 
@@ -44,6 +49,7 @@ class ForwardPass(NamedTuple):
         reference: adapters off.
         replicate: every rank reads all rollouts (ZeRO-3 ranks must run equally many forwards); else they split them.
         group: number of consecutive ranks that read the same rollouts, because they share rows.
+        shares_prefixes: the role computes common beginnings once.
     """
 
     name: str
@@ -53,14 +59,7 @@ class ForwardPass(NamedTuple):
     reference: bool = False
     replicate: bool = False
     group: int = 1
-
-
-class RewardRow(NamedTuple):
-    """A response's score, its parts, and the share of single tokens (see `RewardBatch`)."""
-
-    score: float
-    parts: dict[str, float]
-    tokens: Float32 | None = None
+    shares_prefixes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,7 @@ class ScoredRollouts:
     Attributes:
         rollouts: [B].
         rewards: scores and their parts, [B]; NaN where the configuration has no reward.
-        forward_passes: name (`policy`, `reference`, `critic`) -> TokenScores of each rollout.
+        forward_passes: name (`policy`, `reference`, `teacher`, `critic`) -> TokenScores of each rollout.
         prompts: prompt id -> prompt, for all prompts of the step.
         greedy: one greedy response to each prompt, with rewards alone; None where no estimator compares with it.
     """
@@ -103,9 +102,21 @@ class ScoredRollouts:
         own = RewardBatch(scores, {**self.rewards.parts, OWN_REWARD: scores}, tokens)
         return replace(self, rollouts=tuple(replace(rollout, rewards=None) for rollout in self.rollouts), rewards=own)
 
+    def table(self, name: str, field: str, width: int) -> Tensor:
+        """Return one field of a forward pass, [B, width] or [B, width, K]."""
+        return padded_rows([getattr(row, field) for row in self.forward_passes[name]], width)
+
     def reward_rows(self) -> dict[SampleKey, RewardRow]:
         """Return the reward of each response by its key."""
-        return dict(zip((rollout.key for rollout in self.rollouts), _rows(self.rewards), strict=True))
+        return dict(zip((rollout.key for rollout in self.rollouts), reward_rows(self.rewards), strict=True))
+
+
+def padded_rows(rows: Sequence[np.ndarray], width: int) -> Tensor:
+    """Pad or cut rows [R] or [R, K] to a table of `width` columns."""
+    padded = np.zeros((len(rows), width, *rows[0].shape[1:]), dtype=rows[0].dtype)
+    kept = [row[:width] for row in rows]
+    padded[np.arange(width) < np.array([[len(row)] for row in kept])] = np.concatenate(kept)
+    return torch.from_numpy(padded)
 
 
 class _Call(NamedTuple, Generic[Result]):
@@ -124,8 +135,8 @@ class Scorer:
     """Collects rollouts and scores them, concurrently or in turns.
 
     Attributes:
-        actor_groups: the actors; without a reward role the scores are NaN.
-        restarter: replaces lost reward and reference actors, whose calls are then repeated.
+        actor_groups: the actors; without reward and judge the scores are NaN.
+        restarter: replaces lost reward, judge and reference actors, whose calls are then repeated.
         forward_passes: the models that read the rollouts.
         prompts: prompt id -> prompt, for the reward functions' columns.
         overlap: start calls as rollouts arrive.
@@ -133,6 +144,8 @@ class Scorer:
         timer: counts each forward pass and the reward as a phase.
         known_rewards: rewards that are known already; the reward actors are not called then.
         meanwhile: called with pending calls and the longest wait for them.
+        reward_shares_prefixes: the reward is a model that computes common beginnings once.
+        compares: the judge compares the responses to a prompt, so its calls start when all have arrived.
     """
 
     actor_groups: ActorGroups
@@ -144,8 +157,10 @@ class Scorer:
     timer: PhaseTimer
     known_rewards: Mapping[SampleKey, RewardRow] | None = None
     meanwhile: Callable[[Mapping[str, Ref[object]], float], None] = lambda *_: None
+    reward_shares_prefixes: bool = False
+    compares: bool = False
     _rollouts: list[Rollout] = field(default_factory=list)
-    _reward_calls: list[_Call[RewardBatch]] = field(default_factory=list)
+    _reward_calls: dict[RewardRole, list[_Call[RewardBatch]]] = field(default_factory=dict)
     _forward_calls: dict[str, list[_Call[list[TokenScores]]]] = field(default_factory=dict)
 
     def add(self, finished: Sequence[Rollout]) -> None:
@@ -154,7 +169,9 @@ class Scorer:
         self._rollouts.extend(finished)
         if self.overlap:
             if self.known_rewards is None:
-                self._start_reward(finished)
+                for role in self._reward_roles:
+                    if not self._waits(role):
+                        self._start_reward(role, finished)
             for forward_pass in self.forward_passes:
                 self._start_forward_pass(forward_pass, finished)
 
@@ -169,39 +186,59 @@ class Scorer:
                     self._start_forward_pass(forward_pass, ordered)
                 scores = self._collect_scores(forward_pass.name)
             forward_passes[forward_pass.name] = [scores[rollout.key] for rollout in ordered]
-        merged = _merged([rewards[rollout.key] for rollout in ordered])
+        merged = merged_rows([rewards[rollout.key] for rollout in ordered])
         return ScoredRollouts(tuple(ordered), merged, forward_passes, self.prompts)
 
+    @property
+    def _reward_roles(self) -> list[RewardRole]:
+        roles: tuple[RewardRole, ...] = (REWARD, JUDGE)
+        return [role for role in roles if role in self.actor_groups]
+
+    def _waits(self, role: RewardRole) -> bool:
+        """True if the calls of a role start when all rollouts have arrived."""
+        return not self.overlap or (role == JUDGE and self.compares)
+
     def _rewards(self, ordered: Sequence[Rollout]) -> Mapping[SampleKey, RewardRow]:
-        if REWARD not in self.actor_groups:
-            return {rollout.key: RewardRow(float("nan"), {}) for rollout in ordered}
-        with self.timer.phase(REWARD):
-            if not self.overlap:
-                self._start_reward(ordered)
+        found = {role: self._collect_rewards(role, ordered) for role in self._reward_roles}
+        if JUDGE in found:
+            return add_judgments(ordered, found[JUDGE], found.get(REWARD))
+        return found[REWARD] if found else {rollout.key: RewardRow(float("nan"), {}) for rollout in ordered}
+
+    def _collect_rewards(self, role: RewardRole, ordered: Sequence[Rollout]) -> dict[SampleKey, RewardRow]:
+        """Wait for all calls of a role; returns the reward of each rollout."""
+        with self.timer.phase(role):
+            if self._waits(role):
+                self._start_reward(role, ordered)
             return {
                 key: row
-                for call in self._reward_calls
-                for key, row in zip(call.keys, _rows(self._result(call, REWARD)), strict=True)
+                for call in self._reward_calls.get(role, [])
+                for key, row in zip(call.keys, reward_rows(self._result(call, role)), strict=True)
             }
 
-    def _start_reward(self, rollouts: Sequence[Rollout]) -> None:
-        if REWARD not in self.actor_groups:
-            return
-        for rank, share in enumerate(_shares(rollouts, len(self.actor_groups[REWARD]))):
+    def _start_reward(self, role: RewardRole, rollouts: Sequence[Rollout]) -> None:
+        ranks, calls = len(self.actor_groups[role]), self._reward_calls.setdefault(role, [])
+        if role == JUDGE and self.compares:
+            shares = _whole_groups(rollouts, ranks)
+        else:
+            shares = _shares(rollouts, ranks, shares_prefixes=role == REWARD and self.reward_shares_prefixes)
+        for rank, share in enumerate(shares):
             prompts = Records(self.prompts[rollout.key.prompt] for rollout in share)
-            send = partial(self._send_reward, rank, prompts, Records(share))
-            self._reward_calls.append(self._call(REWARD, rank, send, share))
+            send = partial(self._send_reward, role, rank, prompts, Records(share))
+            calls.append(self._call(role, rank, send, share))
 
-    def _send_reward(self, rank: int, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Ref[RewardBatch]:
-        return self.actor_groups[REWARD].score(rank, prompts, rollouts)
+    def _send_reward(
+        self, role: RewardRole, rank: int, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]
+    ) -> Ref[RewardBatch]:
+        return self.actor_groups[role].score(rank, prompts, rollouts)
 
     def _start_forward_pass(self, forward_pass: ForwardPass, rollouts: Sequence[Rollout]) -> None:
         ranks = len(self.actor_groups[forward_pass.role])
         size = forward_pass.group
-        shares = [list(rollouts)] * ranks if forward_pass.replicate else _shares(rollouts, ranks // size)
+        parts = 1 if forward_pass.replicate else ranks // size
+        shares = _shares(rollouts, parts, shares_prefixes=forward_pass.shares_prefixes)
         calls = self._forward_calls.setdefault(forward_pass.name, [])
         for rank in range(ranks):
-            share = shares[rank if forward_pass.replicate else rank // size]
+            share = shares[0 if forward_pass.replicate else rank // size]
             send = partial(self._send_forward_pass, forward_pass, rank, Records(rollout.sequence() for rollout in share))
             calls.append(self._call(forward_pass.role, rank, send, share))
 
@@ -244,27 +281,23 @@ def as_trained(rollout: Rollout, prompt: Prompt) -> Rollout:
     return rollout if prompt.context_ids is None else replace(rollout, prompt_ids=prompt.token_ids)
 
 
-def _shares(rollouts: Sequence[Rollout], ranks: int) -> list[list[Rollout]]:
-    """Split rollouts over ranks by tokens."""
-    lengths = [len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts]
-    return [[rollouts[index] for index in part] for part in balance(lengths, ranks)]
+def _whole_groups(rollouts: Sequence[Rollout], ranks: int) -> list[list[Rollout]]:
+    """Split rollouts over ranks by their number; all responses to a prompt stay together."""
+    groups: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.key.prompt, []).append(rollout)
+    lists = list(groups.values())
+    return [[rollout for index in part for rollout in lists[index]] for part in balance([len(one) for one in lists], ranks)]
 
 
-def _rows(batch: RewardBatch) -> list[RewardRow]:
-    return [
-        RewardRow(
-            float(score),
-            {name: float(values[index]) for name, values in batch.parts.items()},
-            None if batch.tokens is None else batch.tokens[index],
-        )
-        for index, score in enumerate(batch.scores)
-    ]
+def _shares(rollouts: Sequence[Rollout], ranks: int, *, shares_prefixes: bool) -> list[list[Rollout]]:
+    """Split rollouts over ranks by tokens.
 
-
-def _merged(rows: Sequence[RewardRow]) -> RewardBatch:
-    names = rows[0].parts if rows else {}
-    return RewardBatch(
-        np.array([row.score for row in rows], dtype=np.float32),
-        {name: np.array([row.parts[name] for row in rows], dtype=np.float32) for name in names},
-        [row.tokens for row in rows] if any(row.tokens is not None for row in rows) else None,
-    )
+    With `shares_prefixes` those with a common beginning stay together, if it is long enough to share.
+    """
+    if ranks == 1:
+        return [list(rollouts)]
+    tokens = [rollout.sequence().token_ids for rollout in rollouts]
+    order = in_prefix_order(tokens) if shares_prefixes else None
+    parts = order.row_parts(ranks) if order is not None and order.pays else balance([len(one) for one in tokens], ranks)
+    return [[rollouts[index] for index in part] for part in parts]

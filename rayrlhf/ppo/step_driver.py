@@ -6,7 +6,7 @@ built-in step; it is made of the same primitives that `PPOTrainer` offers to oth
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,42 +22,23 @@ from rayrlhf.data.records import Prompt, Rollout, RolloutRequest
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.train.plan import UpdateReport
 from rayrlhf.environments.episodes import episode_metrics, with_extra_segments
-from rayrlhf.errors import AlarmError, UserError
-from rayrlhf.observe.metric_names import LOGPROB_GAP, SAMPLED_TOKENS, UPDATE_ARRIVED
+from rayrlhf.errors import UserError
+from rayrlhf.observe.metric_names import LOGPROB_GAP, SAMPLED_TOKENS, STUDENT_STEP, UPDATE_ARRIVED
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.evaluation import Evaluation, OwnReward
+from rayrlhf.ppo.executed_step import ExecutedStep, StepObserver, Weights
 from rayrlhf.ppo.experience import ExperienceMaker
 from rayrlhf.ppo.generation import POLL_SECONDS, Generation
-from rayrlhf.ppo.model_updater import ModelUpdater
-from rayrlhf.ppo.rollout_collector import RolloutCollector
-from rayrlhf.ppo.rollout_requests import RequestBuilder
+from rayrlhf.ppo.given_responses import GivenResponses, is_given_step
+from rayrlhf.ppo.model_updater import ModelUpdater, checksum_metrics, step_plan
+from rayrlhf.ppo.rollout_collector import RequestBuilder, RolloutCollector
 from rayrlhf.ppo.scoring import OwnRewards, ScoredRollouts
-from rayrlhf.ppo.step_metrics import fresh_gap, reward_metrics, staleness_metrics, step_metrics
-from rayrlhf.ppo.step_pipeline import IssuedStep, StepPipeline
+from rayrlhf.ppo.step_metrics import cache_metrics, check_gap, fresh_gap, reward_metrics, staleness_metrics, step_metrics
+from rayrlhf.ppo.step_pipeline import OpenStep, StepPipeline
+from rayrlhf.ppo.stream_witness import StreamWitness
 from rayrlhf.weight_sync.buckets import SyncDtype
 from rayrlhf.weight_sync.driver import SyncReport, make_transfer, put_to_sleep, sync_weights
-
-
-@dataclass
-class _OpenStep:
-    """The step in progress.
-
-    Attributes:
-        drawn: ids of the prompts drawn from the stream.
-        numbers: prompt id -> its next free sample number.
-        requested: responses requested.
-        issued: a step issued ahead, until its rollouts are collected.
-        metrics: of the group filter.
-        timing: ends the timing of the step.
-    """
-
-    drawn: list[int] = field(default_factory=list)
-    numbers: dict[int, int] = field(default_factory=dict)
-    requested: int = 0
-    issued: IssuedStep | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    timing: ExitStack | None = None
 
 
 class StepDriver:
@@ -71,6 +52,7 @@ class StepDriver:
         timer: collects the phases of a step.
         callbacks: called in order after each step and evaluation.
         fault_tolerance: handles lost processes; without heartbeats when not given.
+        observer: receives each step after its update.
 
     Attributes:
         steps_done: PPO steps completed.
@@ -88,6 +70,7 @@ class StepDriver:
         timer: PhaseTimer | None = None,
         callbacks: Iterable[Callback] = (),
         fault_tolerance: FaultTolerance | None = None,
+        observer: StepObserver | None = None,
     ) -> None:
         self.config = config
         self.actor_groups = actor_groups
@@ -101,9 +84,13 @@ class StepDriver:
         self.warmed_up = config.sft_warmup is None
         self.consistent = True
         self._evaluating = False
-        self._open = _OpenStep()
+        self._observer = observer
+        self._weights: Weights | None = None
+        self._open = OpenStep()
         self._experience = ExperienceMaker(config)
+        self._stream_witness = StreamWitness(sampler)
         self._requests = RequestBuilder(config)
+        self._given = GivenResponses(config)
         self._generation = Generation(
             self.fault_tolerance.pool,
             self._refresh,
@@ -152,6 +139,13 @@ class StepDriver:
         scorer.add(with_extra_segments(rollouts))
         return self._collector.with_greedy(scorer.finish(), self.steps_done)
 
+    def rescore(self, scored: ScoredRollouts) -> ScoredRollouts:
+        """Compute the outputs of the models again; rewards and greedy responses stay."""
+        self._begin()
+        scorer = self._collector.scorer(list(scored.prompts.values()), scored.reward_rows())
+        scorer.add(scored.rollouts)
+        return replace(scorer.finish(), greedy=scored.greedy)
+
     def generate_and_score(self, prompts: Sequence[Prompt]) -> ScoredRollouts:
         """Generate and score, overlapping where roles do not share devices."""
         self._begin()
@@ -163,10 +157,18 @@ class StepDriver:
 
     def train_step(self) -> dict[str, float]:
         """Draw prompts and run one whole step on them; returns its metrics."""
+        strict, divergence = self._open.timing is None, self.config.teacher.divergence if self.config.teacher else None
+        self._begin()
+        if divergence is not None and divergence.student_share < 1:
+            given = is_given_step(self.config, self.steps_done)
+            self._open.ledger.strict = strict and not given
+            scored = self._given_and_scored() if given else self.generate_and_score(self.prompts())
+            self._open.metrics = {STUDENT_STEP: float(not given)}
+            return self.step(scored)
+        self._open.ledger.strict = strict
         if not self.config.rollout.refill_rounds:
             return self.step(self.generate_and_score(self.prompts()))
-        self._begin()
-        scored, self._open.metrics = self._collector.refill(self.prompts, self.steps_done, self._open.numbers)
+        scored, self._open.metrics = self._collector.refill(self.prompts, self._open.numbers, self._open.ledger)
         return self.step(self._collector.with_greedy(scored, self.steps_done))
 
     def step(self, scored: ScoredRollouts, rewards: OwnRewards | None = None) -> dict[str, float]:
@@ -174,25 +176,43 @@ class StepDriver:
         self._begin()
         scored = self._with_rewards(scored, rewards)
         self.consistent = False
+        with self.timer.phase("witness"):
+            self._open.ledger.check_scored(scored, self._open.drawn, self.config.rollout.samples_per_prompt)
+        watched = self._observer is not None and self._observer.weights
+        before, state = self._checksums(watched), self._experience.state_dict()
         with self.timer.phase("assemble"):
             experience = self._experience.make(scored)
+        with self.timer.phase("witness"):
+            ledger = self._open.ledger.check_batch(experience, scored)
         staleness = staleness_metrics(scored.rollouts, self.weight_version, self.config.asynchronous.max_staleness)
         if self.config.old_logprobs == "recomputed" and not self.config.trains_without_demonstrations:
-            self._check_gap(fresh_gap(experience.batch.arrays["old_logprobs"], scored.rollouts, self.weight_version))
+            arrays = experience.batch.arrays
+            gap = fresh_gap(arrays["old_logprobs"], arrays["action_mask"], scored.rollouts, self.weight_version)
+            check_gap(self.steps_done, gap, self.config.rollout.mismatch_alarm)
         if self.config.rollout.sleep:
             with self.timer.phase("sleep"):
                 put_to_sleep(self.fault_tolerance.pool, self.config.deadlines.sync)
         reports = self._updater.update(experience, self.steps_done)
         if self.config.old_logprobs != "recomputed" and "policy" in reports:
-            self._check_gap(next((first.get(LOGPROB_GAP) for first in reports["policy"].step_metrics), None))
+            gap = next((first.get(LOGPROB_GAP) for first in reports["policy"].step_metrics), None)
+            check_gap(self.steps_done, gap, self.config.rollout.mismatch_alarm)
         with self.timer.phase("weight_sync"):
             sync = self.sync(self.weight_version + 1)
         self.steps_done += 1
+        self._weights = None
         metrics = step_metrics(experience, reports, sync, self.steps_done * self.config.samples_per_step)
         metrics |= self._arrival_metrics()
-        metrics |= staleness | reward_metrics(scored) | (self._updater.checksums() if self._exact else {})
+        after = self._checksums(watched or self._exact)
+        metrics |= staleness | cache_metrics(scored.rollouts) | ledger
+        metrics |= reward_metrics(scored) | checksum_metrics(after)
         metrics |= self._open.metrics or self._episode_metrics(scored)
+        if self._observer is not None:
+            plan, served = step_plan(self.config, experience, self.steps_done - 1), self._generation.served_by
+            begun = (self.steps_done, self.weight_version - 1, self._open.drawn, served, state)
+            self._observer(ExecutedStep(*begun, scored, experience, plan, reports, before, after, dict(metrics)))
+        self._generation.forget(self.steps_done)
         self.sampler.consumed(self._open.drawn)
+        self._stream_witness.check(self.steps_done, self._open.drawn, strict=self._open.ledger.strict)
         self.close_step()
         self.consistent = True
         self.fault_tolerance.step_completed()
@@ -205,6 +225,7 @@ class StepDriver:
     def warm_up(self, batch: TrainingBatch) -> UpdateReport:
         """Train on given responses before the first step, and sync the replicas."""
         self.consistent = False
+        self._weights = None
         report = self._updater.warm_up(batch)
         self.sync(self.weight_version + 1)
         self.warmed_up = self.consistent = True
@@ -226,11 +247,10 @@ class StepDriver:
             callback.on_evaluation(self.steps_done, evaluation)
         return evaluation
 
-    def answer(self, request: RolloutRequest, temperature: float) -> Rollout:
-        """Sample one request outside of the step."""
-        batch = self._generation.add([request], temperature)
-        (rollout,) = (rollout for finished in self._collector.stream(batch) for rollout in finished)
-        return rollout
+    def sample(self, requests: Sequence[RolloutRequest], temperature: float) -> list[Rollout]:
+        """Sample requests outside of the step."""
+        batch = self._generation.add(requests, temperature)
+        return [rollout for finished in self._collector.stream(batch) for rollout in finished]
 
     def export(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder, adapters merged."""
@@ -244,6 +264,10 @@ class StepDriver:
         (dtype,) = policy.wait(policy.sync_dtype(), "weight sync", self.config.deadlines.sync)
         return dtype
 
+    def vitals(self) -> dict[str, Any]:
+        """Return what the driver does now, from any thread: steps done, weight version, open requests."""
+        return {"step": self.steps_done, "version": self.weight_version, "requests": self._generation.vitals()}
+
     def state(self) -> dict[str, Any]:
         """Return the driver's part of a checkpoint."""
         return {
@@ -252,6 +276,8 @@ class StepDriver:
             "warmed_up": self.warmed_up,
             "sampler": self.sampler.state_dict(),
             "experience": self._experience.state_dict(),
+            "optimizer_steps": self._updater.witness.state(),
+            "stream": self._stream_witness.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -261,10 +287,13 @@ class StepDriver:
         """
         self.close_step()
         self._pipeline.reset()
+        self._weights = None
         self.steps_done = state["step"]
         self.warmed_up = state["warmed_up"]
         self.sampler.load_state_dict(state["sampler"])
         self._experience.load_state_dict(state["experience"])
+        self._updater.witness.load_state(state.get("optimizer_steps"))
+        self._stream_witness.load_state(state.get("stream"))
         self.sync(state["weight_version"])
         self.consistent = True
 
@@ -281,6 +310,11 @@ class StepDriver:
     def _exact(self) -> bool:
         return self.config.run.determinism == "exact"
 
+    def _checksums(self, wanted: bool) -> Weights:
+        if wanted and self._weights is None:
+            self._weights = self._updater.weights()
+        return self._weights or {} if wanted else {}
+
     @property
     def _ahead(self) -> bool:
         return self.config.asynchronous.max_staleness > 0
@@ -290,12 +324,13 @@ class StepDriver:
         if self._open.timing is None:
             self._open.timing = ExitStack()
             self._open.timing.enter_context(self.timer.step())
+            self._open.ledger.step = self.steps_done
 
     def close_step(self) -> None:
         """Close the step in progress, completed or abandoned."""
         if self._open.timing is not None:
             self._open.timing.close()
-        self._open = _OpenStep()
+        self._open = OpenStep()
 
     def _stream(self, prompts: Sequence[Prompt], temperature: float | None) -> Iterator[list[Rollout]]:
         """Yield rollouts as they finish, of a step issued ahead or of new requests."""
@@ -307,7 +342,13 @@ class StepDriver:
             requests = self._requests.build(prompts, rollout.samples_per_prompt, self.steps_done, self._open.numbers)
             batch = self._generation.add(requests, rollout.temperature if temperature is None else temperature)
         self._open.requested += len(batch.requests)
-        return self._collector.stream(batch)
+        return self._collector.stream(batch, self._open.ledger)
+
+    def _given_and_scored(self) -> ScoredRollouts:
+        """Score as many responses of the dataset as a step has samples."""
+        prompts = self.prompts(self.config.samples_per_step)
+        requests = self._requests.build(prompts, 1, self.steps_done, self._open.numbers)
+        return self._given.scored(self._collector.scorer(prompts), prompts, requests, self.weight_version)
 
     def _with_rewards(self, scored: ScoredRollouts, rewards: OwnRewards | None) -> ScoredRollouts:
         """Check that every rollout has a reward, and put the loop's own in place."""
@@ -323,18 +364,9 @@ class StepDriver:
             raise UserError("step: algorithm.shaping.scale, center and clip change whole scores; expected one reward a rollout")
         return scored
 
-    def _check_gap(self, gap: float | None) -> None:
-        """Check the log-prob gap of trainer and rollout engine under the same weights."""
-        allowed = self.config.rollout.mismatch_alarm
-        if gap is not None and not gap <= allowed:
-            raise AlarmError(
-                f"step {self.steps_done}: log-probs of trainer and rollout engine differ by {gap:.3g} nats on average, above "
-                f"rollout.mismatch_alarm {allowed:.3g}: the rollout engine does not serve the policy's weights"
-            )
-
     def _arrival_metrics(self) -> dict[str, float]:
-        """Return the share of the adapters' update that arrived, where rounding may lose some."""
-        if self.config.model.lora is None or self.config.serves_adapters or self.sync_dtype == "float32":
+        """Return the share of the update that arrived, where weights are rounded on their way."""
+        if self.actor_groups.specs.serves_adapters or self.sync_dtype == "float32":
             return {}
         policy = self.actor_groups["policy"]
         (share,) = policy.wait(policy.update_arrived(), "weight sync", self.config.deadlines.sync)
@@ -346,9 +378,10 @@ class StepDriver:
         return episode_metrics(scored.rollouts, self._open.requested)
 
     def _send_weights(self, replicas: Sequence[RolloutReplica]) -> SyncReport:
-        adapters = self.config.serves_adapters
-        kind, devices = self.actor_groups.specs.weight_transfer, self.config.rollout.tensor_parallel_size
-        transfer = make_transfer(kind, devices, self.sync_dtype, self.config.deadlines.sync, adapters=adapters)
+        specs, devices = self.actor_groups.specs, self.config.rollout.tensor_parallel_size
+        transfer = make_transfer(
+            specs.weight_transfer, devices, self.sync_dtype, self.config.deadlines.sync, adapters=specs.serves_adapters
+        )
         return sync_weights(self.actor_groups["policy"], self.fault_tolerance.pool, replicas, self.weight_version, transfer)
 
     def _refresh(self, replicas: Sequence[RolloutReplica]) -> None:

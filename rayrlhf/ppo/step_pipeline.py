@@ -6,11 +6,14 @@ loss or a resume the same prompts are issued again for the same steps, and so wi
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.prompt_sampler import PromptSampler
 from rayrlhf.data.records import Prompt, RolloutRequest
+from rayrlhf.ppo.sample_ledger import SampleLedger
 
 if TYPE_CHECKING:
     from rayrlhf.ppo.generation import Generation, GenerationBatch
@@ -37,6 +40,29 @@ class IssuedStep(NamedTuple):
 
     prompts: list[Prompt]
     batch: "GenerationBatch"
+
+
+@dataclass
+class OpenStep:
+    """The step in progress.
+
+    Attributes:
+        drawn: ids of the prompts drawn from the stream.
+        numbers: prompt id -> its next free sample number.
+        requested: responses requested.
+        issued: a step issued ahead, until its rollouts are collected.
+        metrics: of the group filter.
+        ledger: every sample of the step.
+        timing: ends the timing of the step.
+    """
+
+    drawn: list[int] = field(default_factory=list)
+    numbers: dict[int, int] = field(default_factory=dict)
+    requested: int = 0
+    issued: IssuedStep | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    ledger: SampleLedger = field(default_factory=SampleLedger)
+    timing: ExitStack | None = None
 
 
 class StepPipeline:

@@ -13,7 +13,8 @@ from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.open_trainer import open_trainer
 from rayrlhf.ppo.run_models import describe_checks
 from rayrlhf.ppo.start_checks import check_start
-from rayrlhf.rewards.functions import load_functions, read_columns
+from rayrlhf.rewards.functions import load_functions
+from rayrlhf.rewards.judgments import columns_read
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def check_ppo(config: PPOConfig) -> str:
     """
     _require_reward(config)
     checked = check_start(config)
-    read = None if config.environment is not None else read_columns(load_functions(config.reward))
+    read = None if config.environment is not None else columns_read(config.reward, load_functions(config.reward))
     sets = [(config.data.train, checked.train)]
     if config.data.evaluation is not None and checked.held_out:
         sets.append((config.data.evaluation, checked.held_out))
@@ -77,6 +78,6 @@ def train_ppo(config: PPOConfig, callbacks: Iterable[Callback] = ()) -> PPOResul
 def _require_reward(config: PPOConfig) -> None:
     if not config.reward.configured:
         raise UserError(
-            "reward.given_by_loop: the built-in loop has no rewards of its own: expected reward.functions or reward.model, "
-            "or a loop over rayrlhf.open_trainer"
+            "reward.given_by_loop: the built-in loop has no rewards of its own: expected reward.functions, reward.model or "
+            "reward.judge, or a loop over rayrlhf.open_trainer"
         )

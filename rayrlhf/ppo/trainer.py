@@ -228,4 +228,5 @@ class PPOTrainer:
         key = SampleKey(self.steps_done, CHAT_PROMPT, self._chats)
         self._chats += 1
         request = RolloutRequest(key, chat_prompt_ids(self.config, prompt), sample_seed(self.config.run.seed, *key))
-        return self._driver.answer(request, temperature).text
+        (rollout,) = self._driver.sample([request], temperature)
+        return rollout.text

@@ -7,11 +7,13 @@ import numpy as np
 from rayrlhf.actors.placement import TrainRole
 from rayrlhf.algorithms.advantages import advantage_method
 from rayrlhf.algorithms.kl import KL_REGISTRY
-from rayrlhf.algorithms.policy_losses import POLICY_LOSS_REGISTRY
+from rayrlhf.algorithms.policy_loss_registry import POLICY_LOSS_REGISTRY
 from rayrlhf.config.algorithm import AlgorithmSection
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.engines.objectives.base import Objective
 from rayrlhf.engines.objectives.policy import PolicyObjective, SharedObjective, ValueObjective
+from rayrlhf.engines.objectives.preference import DirectPreferenceObjective
+from rayrlhf.engines.objectives.supervised import DistillationObjective
 from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.plugins import bind_arguments
 
@@ -35,7 +37,10 @@ def make_objectives(config: PPOConfig) -> dict[TrainRole, Objective]:
     """Return one objective per learning role; a shared critic has none of its own."""
     algorithm = config.algorithm
     temperature = config.rollout.temperature
-    corrected = algorithm.off_policy_correction.level != "none"
+    if (pairs := algorithm.online_dpo) is not None:
+        loss = DirectPreferenceObjective(pairs.loss, pairs.beta, pairs.label_smoothing, temperature=temperature)
+        return {"policy": loss}
+    corrected = algorithm.off_policy_correction.enabled
     policy = PolicyObjective(
         algorithm.policy_loss,
         algorithm.kl,
@@ -43,6 +48,7 @@ def make_objectives(config: PPOConfig) -> dict[TrainRole, Objective]:
         importance=corrected,
         longest=config.rollout.max_new_tokens,
         gap=config.old_logprobs != "recomputed",
+        distillation=_distillation(config),
     )
     value = ValueObjective(algorithm.value_loss, temperature)
     if config.critic.kind == "shared":
@@ -52,6 +58,13 @@ def make_objectives(config: PPOConfig) -> dict[TrainRole, Objective]:
     return {"policy": policy}
 
 
+def _distillation(config: PPOConfig) -> DistillationObjective | None:
+    teacher = config.teacher
+    if teacher is None or teacher.divergence is None:
+        return None
+    return DistillationObjective(beta=teacher.divergence.beta, coefficient=teacher.coefficient)
+
+
 def learning_roles(objectives: dict[TrainRole, Objective], config: PPOConfig, step: int) -> dict[TrainRole, Objective]:
     """Return the objectives of a step, counted from 0: the critic alone during `critic.warmup_steps`."""
     if step < config.critic.warmup_steps:
@@ -59,14 +72,15 @@ def learning_roles(objectives: dict[TrainRole, Objective], config: PPOConfig, st
     return objectives
 
 
-def plan_update(rows: Sequence[int], epochs: int, mini_batch_size: int, run_seed: int, step: int) -> UpdatePlan:
-    """Shuffle the rows of a step for each epoch and cut them into optimizer steps.
+def plan_update(groups: Sequence[Sequence[int]], epochs: int, mini_batch_size: int, run_seed: int, step: int) -> UpdatePlan:
+    """Shuffle groups of rows for each epoch and cut them into optimizer steps.
 
-    The order depends on (rows, run seed, step) only. Without rows there is no optimizer step.
+    Rows of a group stay together, so that the prompt that they share is computed once. The order depends on (groups, run seed,
+    step) only. Without rows there is no optimizer step.
     """
     random = np.random.default_rng((run_seed, step))
     plan = []
     for _ in range(epochs):
-        order = random.permutation(rows).tolist()
+        order = [row for group in random.permutation(len(groups)) for row in groups[group]]
         plan.append([order[start : start + mini_batch_size] for start in range(0, len(order), mini_batch_size)])
     return UpdatePlan(plan)

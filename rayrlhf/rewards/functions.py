@@ -20,6 +20,7 @@ from itertools import chain, count
 from types import SimpleNamespace
 from typing import Any
 
+from rayrlhf.config.judge import DIAGNOSTICS
 from rayrlhf.config.reward import RewardSection
 from rayrlhf.data.messages import Message
 from rayrlhf.data.records import Prompt, Rollout
@@ -28,6 +29,12 @@ from rayrlhf.rewards.cache import ContentCache
 from rayrlhf.rewards.registry import RewardFunction, import_files, resolve
 from rayrlhf.rewards.returned_values import Per
 
+MODEL_PART = "reward_model"
+"""Name of the reward model's part among those of the functions."""
+SPREAD_PART = "reward_model_spread"
+"""Name of the part with the standard deviation over the members; it has weight 0."""
+JUDGE_PART = "judge_model"
+"""Name of the judge's part among those of the reward; its diagnostics begin with it."""
 BATCH_FIELDS = ("prompts", "responses", "rollouts", "finish_reasons")
 """Fields of every batch; a dataset column of the same name is not passed on."""
 TRL_FIELDS = ("completions", "completion_ids", "trainer_state")
@@ -111,18 +118,24 @@ class ScoringBatch:
     def __len__(self) -> int:
         return len(self.responses)
 
+    @property
+    def whole_prompts(self) -> list[str | list[Message]]:
+        """All turns of each prompt that is a conversation, and the text of others."""
+        messages = self.messages or [None] * len(self)
+        return [text if turns is None else turns for text, turns in zip(self.prompts, messages, strict=True)]
+
     def fields(self) -> dict[str, list[Any]]:
         """Return the lists that are not dataset columns."""
         return {name: value for name in BATCH_FIELDS if (value := getattr(self, name)) is not None}
 
     def trl_fields(self) -> dict[str, Any]:
         """Return the fields of TRL's reward functions."""
-        messages = self.messages or [None] * len(self)
+        prompts = self.whole_prompts
         fields: dict[str, Any] = {
-            "prompts": [text if turns is None else turns for text, turns in zip(self.prompts, messages, strict=True)],
+            "prompts": prompts,
             "completions": [
-                text if turns is None else [{"role": "assistant", "content": text}]
-                for text, turns in zip(self.responses, messages, strict=True)
+                text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+                for text, prompt in zip(self.responses, prompts, strict=True)
             ],
         }
         if self.rollouts:
@@ -168,9 +181,10 @@ def load_functions(section: RewardSection) -> list[BoundFunction]:
     """Resolve a config's reward functions; one listed twice gets the names `name` and `name_2`.
 
     Raises:
-        UserError: a name cannot be resolved, or an argument does not fit the function's signature.
+        UserError: a name cannot be resolved or is that of a model's part, or an argument does not fit the function's signature.
     """
     import_files(section.files)
+    owners = _owned_parts(section)
     functions: list[BoundFunction] = []
     for entry in section.functions:
         function = resolve(entry.name)
@@ -181,9 +195,20 @@ def load_functions(section: RewardSection) -> list[BoundFunction]:
         short = entry.name.rpartition(":")[2]
         taken = {bound.name for bound in functions}
         name = next(name for name in chain([short], (f"{short}_{n}" for n in count(2))) if name not in taken)
+        if name in owners:
+            raise UserError(f"reward function {entry.name!r}: the name {name!r} is that of a part of {owners[name]}; rename it")
         cache = ContentCache(name) if entry.cache else None
         functions.append(BoundFunction(name, function, entry.weight, entry.arguments, cache, entry.per))
     return functions
+
+
+def _owned_parts(section: RewardSection) -> dict[str, str]:
+    """Return the names of the models' parts and metrics, and the section of each."""
+    owned = dict.fromkeys((MODEL_PART, SPREAD_PART), "reward.model") if section.model is not None else {}
+    if section.judge is not None:
+        names = [*DIAGNOSTICS, *(criterion.name for criterion in section.judge.criteria)]
+        owned |= dict.fromkeys((JUDGE_PART, *(f"{JUDGE_PART}_{name}" for name in names)), "reward.judge")
+    return owned
 
 
 def _check_arguments(name: str, function: RewardFunction, arguments: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from rayrlhf.config.judge import FIELD
 from rayrlhf.errors import UserError
 from rayrlhf.rewards.transport import Service, UnusableError, post_all
 
@@ -29,7 +30,6 @@ whole number from 0 (useless or wrong) to 10 (nothing could be better). Nothing 
 """Default prompt of the judge."""
 VERDICT = r"[Ss]core:[*\s]*(-?\d+(?:\.\d+)?)"
 """Default pattern of the grade."""
-_FIELD = re.compile(r"\{(prompt|response|answer)\}")
 
 
 async def judge(
@@ -110,8 +110,8 @@ async def _grades(
 
 
 def fill(template: str, row: Mapping[str, str]) -> str:
-    """Fill a template with the texts of a row; braces within a text stay unchanged."""
-    return _FIELD.sub(lambda found: row[found[1]], template)
+    """Fill a template with the texts of a row; other braces stay unchanged."""
+    return FIELD.sub(lambda found: row.get(found[1], found[0]), template)
 
 
 def grade_in(text: str, pattern: re.Pattern[str], low: float, high: float) -> float | None:

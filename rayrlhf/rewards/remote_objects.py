@@ -4,9 +4,10 @@ Standard library alone, because it runs in the sandbox. Values of built-in types
 given as arguments receive the changes that a call made. Objects of other classes remain with their process, which has a proxy:
 
 - It equals only other proxies, for any `__eq__` of the object. An operator between a proxy and a value may return a
-  proxy but no plain value, because the value may show the expected result.
+  proxy but no plain value, because the value may show the expected result. What follows from a difference stays a proxy too:
+  `abs(proxy - 5)` is no number.
 - With `open_names` false, the other process calls functions and uses objects of this one that it was given, but no names that
-  start with an underscore, and no modules and frames.
+  start with an underscore, no modules and frames, and nothing that it names itself.
 """
 
 import builtins
@@ -29,6 +30,10 @@ MESSAGE_BYTES = 2**26
 _NAMED = "abc bisect builtins cmath collections copy dataclasses datetime decimal enum fractions functools heapq itertools "
 LIBRARY = frozenset((_NAMED + "json math operator random re statistics string typing").split())
 """Modules whose functions and classes are named, not called, across processes."""
+_CODE = ("breakpoint", "compile", "eval", "exec", "input", "open")
+_NAMES = ("delattr", "globals", "locals", "setattr", "vars")
+"""Built-in functions that a result of the other process cannot be with `open_names` false."""
+_DIFFERENCES = ("sub", "xor")
 _BASES: tuple[type, ...] = (int, float, str, list, tuple, dict, set, frozenset)
 _CHANGING = (list, dict, set, bytearray)
 _HIDDEN = (types.ModuleType, types.FrameType, types.CodeType, types.TracebackType)
@@ -75,31 +80,45 @@ class Closed(BaseException):
 class Remote:
     """Object of the other process."""
 
-    __slots__ = ("_link", "_number")
+    __slots__ = ("_differs", "_link", "_number", "_stops")
 
     def __init__(self, link: "Link", number: int) -> None:
         object.__setattr__(self, "_link", link)
         object.__setattr__(self, "_number", number)
+        object.__setattr__(self, "_differs", False)
+        object.__setattr__(self, "_stops", False)
 
-    def __call__(self, *values: Any, **named: Any) -> Any:
+    def __call__(self, *values: object, **named: object) -> Any:
         """Call the object."""
-        return self._link.call(self, values, named)
+        return _derived(self._link.call(self, values, named), self._differs)
 
     def __getattr__(self, name: str) -> Any:
-        return self._link.ask("get", self, name)
+        result = _derived(self._link.ask("get", self, name), self._differs)
+        if isinstance(result, Remote):
+            object.__setattr__(result, "_stops", name in ("send", "throw", "__next__"))
+        return result
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         self._link.ask("set", self, name, value)
 
-    def __instancecheck__(self, value: Any) -> bool:
+    def __instancecheck__(self, value: object) -> bool:
         return type(value) in (Remote, *_foreign) and bool(self._link.ask("op", "isinstance", self, value))
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> Any:
-        return self._link.ask("op", "exit", self, kind, error, None)
+    def __exit__(self, kind: object, error: object, trace: object) -> Any:
+        return self._link.ask("op", "exit", self, kind, error, None) and self._link.suppresses
+
+
+def _derived(result: Any, differs: bool) -> Any:
+    """Return a result, which must be a proxy if it follows from a difference."""
+    if differs:
+        if not isinstance(result, Remote):
+            raise TypeError("the difference of an object of the program and a value of the tests gave a plain value")
+        object.__setattr__(result, "_differs", True)
+    return result
 
 
 def _unary(name: str) -> Callable[..., Any]:
-    return lambda self, *values: self._link.ask("op", name, self, *values)
+    return lambda self, *values: _derived(self._link.ask("op", name, self, *values), self._differs)
 
 
 def _binary(name: str, *, swapped: bool) -> Callable[[Any, Any], Any]:
@@ -107,7 +126,8 @@ def _binary(name: str, *, swapped: bool) -> Callable[[Any, Any], Any]:
         result = self._link.ask("op", name, *((other, self) if swapped else (self, other)))
         if not isinstance(other, Remote) and not isinstance(result, Remote):
             raise TypeError(f"{name} of an object of the program and a value of the tests returned a plain value")
-        return result
+        differs = name in _DIFFERENCES and not isinstance(other, Remote) and not self._link.open_names
+        return _derived(result, self._differs or differs)
 
     return forward
 
@@ -142,17 +162,20 @@ class Link:
     """Connection to the other process.
 
     Attributes:
-        open: the other process may use names that start with an underscore.
+        open_names: the other process may use all names of this one.
+        names: names that the other process may ask for.
+        suppresses: a context manager of the other process may end an exception.
     """
 
     def __init__(self, receive: BinaryIO, send: BinaryIO, *, open_names: bool) -> None:
-        self._receive, self._send, self._open_names = receive, send, open_names
+        self._receive, self._send, self.open_names = receive, send, open_names
         self._own: list[Any] = []
         self._numbers: dict[int, int] = {}
         self._errors: dict[int, type[BaseException]] = {}
         self.names: dict[str, Any] = {}
+        self.suppresses = True
 
-    def tell(self, *message: Any) -> None:
+    def tell(self, *message: object) -> None:
         """Send a message."""
         try:
             self._send.write(json.dumps(message).encode() + b"\n")
@@ -171,11 +194,11 @@ class Link:
             raise Closed
         return message
 
-    def ask(self, *request: Any) -> Any:
+    def ask(self, *request: object) -> Any:
         """Return the other process's result of a request, and serve its requests meanwhile."""
         return self._answer(*request)[0]
 
-    def call(self, function: Any, values: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def call(self, function: object, values: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Call a function of the other process; lists, dicts and sets receive the changes."""
         result, changes = self._answer("call", function, list(values), named)
         for index, changed in changes:
@@ -187,7 +210,7 @@ class Link:
                 value.update(changed)
         return result
 
-    def _answer(self, *request: Any) -> tuple[Any, list[Any]]:
+    def _answer(self, *request: object) -> tuple[Any, list[Any]]:
         self.tell("ask", [self.pack(part) for part in request])
         while True:
             kind, *rest = self.hear()
@@ -201,6 +224,9 @@ class Link:
             except (LookupError, TypeError, ValueError, AttributeError, RecursionError, ArithmeticError) as wrong:
                 raise Closed from wrong
             if kind != "ask":
+                stops = request[0] != "call" or getattr(request[1], "_stops", False)
+                if isinstance(error, StopIteration) and not stops and not self.open_names:
+                    raise RuntimeError("the program raised StopIteration") from error  # it would end a `map` of the tests
                 raise error
             self.serve(*parts)
 
@@ -221,6 +247,9 @@ class Link:
         self.tell(*reply)
 
     def _run(self, kind: str, *parts: Any) -> tuple[Any, list[Any]]:
+        used = parts[1:3] if kind == "op" else parts[:1]
+        if not self.open_names and not any(id(part) in self._numbers for part in used):
+            raise TypeError("not an object that the program was given")
         if kind == "call":
             function, values, named = parts
             before = {index: self.pack(value) for index, value in enumerate(values) if isinstance(value, _CHANGING)}
@@ -229,17 +258,15 @@ class Link:
             return result, [[index, value] for index, value in after if value != before[index]]
         if kind == "op":
             return OPERATIONS[parts[0]](*parts[1:]), []
-        if kind == "name" and self._open_names:
+        if kind == "name" and self.open_names:
             return [parts[0] in self.names, self.names.get(parts[0])], []
         target, name, *values = parts
-        if not self._open_names and (
-            name.startswith("_") or isinstance(target, types.FunctionType | types.BuiltinFunctionType)
-        ):
+        if not self.open_names and (name.startswith("_") or isinstance(target, types.FunctionType | types.BuiltinFunctionType)):
             raise AttributeError(name)
         if kind == "get":
             return getattr(target, name), []
         known = getattr(type(target), name, None)
-        if not self._open_names and (type(target).__module__ != "__main__" or callable(known) or hasattr(known, "__get__")):
+        if not self.open_names and (type(target).__module__ != "__main__" or callable(known) or hasattr(known, "__get__")):
             raise AttributeError(f"cannot set {name}")
         setattr(target, name, values[0])
         return None, []
@@ -274,7 +301,7 @@ class Link:
         place = _place(value)
         if place:
             return ["import", *place]
-        if not self._open_names and isinstance(value, _HIDDEN):
+        if not self.open_names and isinstance(value, _HIDDEN):
             raise TypeError(f"a {kind.__name__} cannot be given to the program")
         number = self._numbers.setdefault(id(value), len(self._own))
         if number == len(self._own):
@@ -284,7 +311,7 @@ class Link:
                 return ["subclass", base.__name__, self.pack(_plain(base, value)), number]
         return ["coroutine" if kind is types.CoroutineType else "mine", number]
 
-    def unpack(self, packed: Any) -> Any:
+    def unpack(self, packed: object) -> Any:
         """Return the value of a packed one."""
         if not isinstance(packed, list):
             return packed
@@ -309,6 +336,8 @@ class Link:
             value.__dict__.update(_link=self, _number=int(parts[2]))
             return value
         if kind == "import":
+            if not self.open_names and parts[1] in (*_CODE, *_NAMES):
+                raise ValueError(f"{parts[1]} is not shared")
             return _imported(*parts)
         if kind == "array":
             if not isinstance(parts[0], str) or parts[0][1:2] not in tuple("biufc"):
@@ -346,7 +375,7 @@ def _plain(base: type, value: Any) -> Any:
     return {int: int.__index__, float: float.__float__, str: str.__str__}.get(base, base)(value)
 
 
-def _place(value: Any) -> list[str]:
+def _place(value: object) -> list[str]:
     """Return module and name of a shared library object; empty for anything else."""
     if isinstance(value, types.ModuleType):
         return [value.__name__, ""]

@@ -60,7 +60,7 @@ def length_of(returned: Any) -> int | None:
         return None
 
 
-def brief(value: Any) -> str:
+def brief(value: object) -> str:
     """Return type and value in at most one line."""
     shown = " ".join(repr(value).split())
     return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"
@@ -92,7 +92,7 @@ def token_rewards(name: str, returned: Any, rollouts: Sequence[Rollout], per: Pe
     return [_response_rewards(name, index, values, rollouts[index], per) for index, values in enumerate(returned)]
 
 
-def _response_rewards(name: str, index: int, returned: Any, rollout: Rollout, per: Per) -> Float32 | None:
+def _response_rewards(name: str, index: int, returned: object, rollout: Rollout, per: Per) -> Float32 | None:
     if returned is None:
         return None
     mask = rollout.action_mask

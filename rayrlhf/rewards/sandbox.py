@@ -44,6 +44,10 @@ PAUSE_SECONDS = 0.5
 _MIB = 2**20
 
 
+class UncontainedWarning(RuntimeWarning):
+    """Programs run without a sandbox."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Resource limits of a program.
@@ -114,7 +118,7 @@ def run_program(
         line = f"programs cannot be contained on this machine: {lacking}"
         if unsafe == "refuse":
             raise UserError(f"{line}; allow it to create namespaces, or accept resource limits alone with unsafe: warn")
-        warnings.warn(f"{line}; they run with resource limits alone", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{line}; they run with resource limits alone", UncontainedWarning, stacklevel=2)
     for attempt in range(ATTEMPTS):
         try:
             return _run(files, stdin, limits or Limits(), contained=not lacking)

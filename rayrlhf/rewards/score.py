@@ -38,11 +38,13 @@ class RewardBatch:
         parts: name -> float32 [B], unweighted; NaN where the function does not apply.
         tokens: float32 [R] or None per sample, the weighted part of its score that belongs to single tokens; the rest belongs
             to the whole response. None if no function has `per: token` or `per: turn`.
+        seals: of each sample with its reward, see `reward_seal`; None for rewards that no actor computed.
     """
 
     scores: Float32
     parts: dict[str, Float32]
     tokens: list[Float32 | None] | None = None
+    seals: list[int] | None = None
 
 
 class FunctionValues(NamedTuple):
@@ -94,7 +96,11 @@ def _token_rewards(function: BoundFunction, returned: object, batch: ScoringBatc
 
 
 def weighted_sum(
-    parts: Mapping[str, Float32], weights: Mapping[str, float], tokens: Mapping[str, list[Float32 | None]] | None = None
+    parts: Mapping[str, Float32],
+    weights: Mapping[str, float],
+    tokens: Mapping[str, list[Float32 | None]] | None = None,
+    *,
+    complete: bool = True,
 ) -> RewardBatch:
     """Sum parts, of functions and reward models, into scores.
 
@@ -102,16 +108,17 @@ def weighted_sum(
         parts: name -> float32 [B], NaN where a part does not apply to a sample.
         weights: name -> factor, for every part.
         tokens: token rewards, see `FunctionValues`.
+        complete: there are no other parts; else a sample without any of these has the score 0.
 
     Raises:
-        UserError: no part applies to some sample.
+        UserError: no part applies to some sample of complete parts.
     """
     if not parts:
         raise ValueError("no parts to sum")
     values = np.stack([np.asarray(part, dtype=np.float64) for part in parts.values()])
     factors = np.array([weights[name] for name in parts], dtype=np.float64)
     unscored = np.flatnonzero(np.isnan(values).all(axis=0))
-    if len(unscored):
+    if len(unscored) and complete:
         raise UserError(f"no reward applies to sample {unscored[0]}: all of {', '.join(parts)} returned None")
     scores = (np.nan_to_num(values) * factors[:, None]).sum(axis=0)
     checked = {name: np.asarray(part, dtype=np.float32) for name, part in parts.items()}

@@ -102,7 +102,10 @@ def judge() -> str:
 def _passes(test: str, names: Names, link: Link) -> bool:
     try:
         link.ask("name", "")  # raises when the program has ended
-        exec(compile(test, "test", "exec"), names)  # noqa: S102
+        tree = ast.parse(test)
+        blocks = [node for node in ast.walk(tree) if isinstance(node, ast.With)]
+        link.suppresses = not any(isinstance(node, ast.Assert) for block in blocks for node in ast.walk(block))
+        exec(compile(tree, "test", "exec"), names)  # noqa: S102
     except Closed:
         raise
     except BaseException:  # noqa: BLE001 - a test that raises has failed

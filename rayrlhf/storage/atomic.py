@@ -4,6 +4,7 @@ Content goes to a hidden sibling first, is flushed to the disk (fsync), and then
 that resumes after a power failure, therefore sees the old content or the new one, never a part of either.
 """
 
+import errno
 import os
 import secrets
 import shutil
@@ -18,16 +19,42 @@ TEMPORARY_SUFFIX = ".partial"
 """Suffix of every file and folder that is still being written; leftovers of killed processes may be deleted."""
 
 
+_FULL = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
+
+
+def full_disk(error: BaseException) -> str:
+    """Return the system's reason if a full disk caused an error, else an empty string.
+
+    A quota and a limit of file sizes count too. torch and safetensors pass the reason on as text of errors of their own.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        text = str(seen)
+        reason = next((reason for code, reason in _FULL.items() if getattr(seen, "errno", None) == code or reason in text), "")
+        if reason:
+            named = getattr(seen, "filename", None)
+            return f"{reason} ({named})" if named else reason
+        cause = getattr(seen, "cause", None)
+        seen = cause if isinstance(cause, BaseException) else seen.__cause__
+    return ""
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Convert an `OSError` of the block to a `UserError`.
+    """Convert an `OSError`, or any error about a full disk, to a `UserError`.
 
     Raises:
         UserError: names the path and the system's reason.
     """
     try:
         yield
-    except OSError as error:
+    except UserError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError):
+            if reason := full_disk(error):
+                raise UserError(f"cannot write {path}: {reason}") from error
+            raise
         # Name the cause if it is a parent folder: a file with its name, a read-only mount.
         above = error.filename is not None and Path(error.filename) in path.parents
         raise UserError(f"cannot write {path}: {error.strerror or error}{f' ({error.filename})' if above else ''}") from error

@@ -16,7 +16,6 @@ from rayrlhf.storage.atomic import write_atomically
 FORMAT = 1
 """Version of the layout of a checkpoint folder."""
 FILE_NAME = "manifest.json"
-_BLOCK = 2**20
 
 
 class DamagedError(Exception):
@@ -67,7 +66,9 @@ def record_file(path: Path) -> FileRecord:
     Raises:
         OSError: it cannot be read.
     """
-    return FileRecord(*_hash(path))
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileRecord(file.tell(), digest)
 
 
 def write_manifest(folder: Path, manifest: Manifest, name: str = FILE_NAME) -> None:
@@ -112,7 +113,7 @@ def verify(folder: Path, name: str = FILE_NAME) -> Manifest:
     manifest = read_manifest(folder, name)
     for path, record in manifest.files.items():
         try:
-            size, digest = _hash(folder / path)
+            size, digest = record_file(folder / path)
         except OSError as error:
             raise DamagedError(f"{path}: {error.strerror or error}") from error
         if size != record.size:
@@ -130,15 +131,6 @@ def fingerprint_differences(stored: Mapping[str, str], wanted: Mapping[str, str]
         for key in keys
         if stored.get(key) != wanted.get(key)
     ]
-
-
-def _hash(path: Path) -> tuple[int, str]:
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            size += len(block)
-    return size, digest.hexdigest()
 
 
 def _digest(body: Mapping[str, Any]) -> str:

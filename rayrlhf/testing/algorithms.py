@@ -11,7 +11,8 @@ from rayrlhf.algorithms.advantages import ADVANTAGE_REGISTRY
 from rayrlhf.algorithms.estimator import AdvantageEstimator, AdvantageInputs, AdvantageMethod, Advantages
 from rayrlhf.algorithms.kl import KL_REGISTRY, KLEstimator
 from rayrlhf.algorithms.losses import TokenLoss
-from rayrlhf.algorithms.policy_losses import POLICY_LOSS_REGISTRY, LossInputs, PolicyLoss
+from rayrlhf.algorithms.policy_loss_registry import POLICY_LOSS_REGISTRY
+from rayrlhf.algorithms.policy_losses import LossInputs, PolicyLoss
 from rayrlhf.errors import UserError
 from rayrlhf.plugins import bind_arguments
 from rayrlhf.testing.expect import expect
@@ -20,7 +21,7 @@ LENGTHS = (5, 3, 1, 4)
 """Response lengths of the checked batch."""
 
 
-def check_policy_loss(loss: PolicyLoss | str, **arguments: Any) -> TokenLoss:
+def check_policy_loss(loss: PolicyLoss | str, **arguments: object) -> TokenLoss:
     """Check a policy loss on a small batch.
 
     Loss and statistics must have the shape of the log-probs, be finite, and be 0 outside the mask. The gradient must reach the
@@ -60,7 +61,7 @@ def check_policy_loss(loss: PolicyLoss | str, **arguments: Any) -> TokenLoss:
     return result
 
 
-def check_advantage_estimator(estimator: AdvantageEstimator | AdvantageMethod | str, **arguments: Any) -> Advantages:
+def check_advantage_estimator(estimator: AdvantageEstimator | AdvantageMethod | str, **arguments: object) -> Advantages:
     """Check an advantage estimator on a small step of two groups.
 
     Advantages, and returns where there are any, must have the shape of the mask and be finite. Advantages must be 0 outside the
@@ -89,13 +90,13 @@ def check_advantage_estimator(estimator: AdvantageEstimator | AdvantageMethod | 
     for name, value in before.items():
         expect(torch.equal(value, getattr(inputs, name)), f"the estimator changed its input {name}")
     order = torch.tensor([2, 0, 3, 1])
-    reordered = replace(inputs, **{name: value[order] for name, value in before.items()})
+    reordered = replace(inputs, **{name: value[order] for name, value in before.items() if len(value) == len(order)})
     again = method.estimate(reordered, gamma=0.9, lam=0.95, skip_masked=True, **arguments).advantages
     expect(torch.allclose(again, result.advantages[order], atol=1e-6), "reordering the responses changes their advantages")
     return result
 
 
-def check_kl_estimator(estimator: KLEstimator | str, **arguments: Any) -> Tensor:
+def check_kl_estimator(estimator: KLEstimator | str, **arguments: object) -> Tensor:
     """Check a KL kind on log-ratios from -3 to 3 nats.
 
     The result must have the shape of the input and be finite, elementwise, and 0 where the log-ratio is 0.
@@ -158,7 +159,8 @@ def _loss_inputs(rows: slice = slice(None)) -> LossInputs:
 
     old = torch.where(mask, -draw(1.0).abs() - 0.1, 0.0)
     logprobs, ref, rollout, advantages, values = old + draw(1e-4), old + draw(0.1), old + draw(1e-3), draw(1.0), draw(1.0)
-    tensors = [part[rows].clone() for part in (logprobs, old, advantages, mask, ref, rollout, values)]
+    selected = mask & (advantages > 0)
+    tensors = [part[rows].clone() for part in (logprobs, old, advantages, mask, ref, rollout, values, selected)]
     return LossInputs(tensors[0].requires_grad_(), *tensors[1:])
 
 
@@ -169,4 +171,5 @@ def _advantage_inputs(method: AdvantageMethod) -> AdvantageInputs:
     rewards = torch.where(last, scores[:, None], 0.0) - 0.01 * mask
     values = torch.where(mask, torch.randn(mask.shape, generator=random), 0.0) if method.critic else None
     groups, baselines = torch.tensor([0, 0, 1, 1]), torch.full((4,), 0.3) if method.greedy else None
-    return AdvantageInputs(rewards, scores, groups, mask, mask, values, baselines)
+    parts, weights = (scores[:, None], torch.ones(1)) if method.parts else (None, None)
+    return AdvantageInputs(rewards, scores, groups, mask, mask, values, baselines, None, parts, weights)

@@ -1,6 +1,7 @@
 """Contract test of environments."""
 
 import asyncio
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -78,6 +79,9 @@ async def _play(environment: Environment, prompt: Prompt, turns: Sequence[str]) 
         answers.append(answer)
         if answer.done:
             break
+    if hasattr(environment, "close"):
+        closed = environment.close()
+        await _unblocked("close", closed) if inspect.isawaitable(closed) else None
     return opening, answers
 
 

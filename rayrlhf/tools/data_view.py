@@ -77,16 +77,21 @@ def _shown(config: Any, rows: int, *, color: bool) -> "Iterator[Text]":
 def _prompts(config: "PPOConfig | EvaluateConfig", tokenizer: "PreTrainedTokenizerBase", rows: int) -> "Iterator[Text]":
     from rich.text import Text
 
-    from rayrlhf.pipelines.evaluation.evaluate_model import check_evaluation, load_evaluation_prompts
+    from rayrlhf.data.prompt_datasets import describe_columns
+    from rayrlhf.pipelines.evaluation.evaluate_model import load_evaluation_prompts
     from rayrlhf.ppo.run_prompts import load_prompts
-    from rayrlhf.ppo.train_ppo import check_ppo
     from rayrlhf.rewards.functions import load_functions
+    from rayrlhf.rewards.judgments import columns_read
 
+    functions = load_functions(config.reward)
     if isinstance(config, PPOConfig):
-        plan, prompts = check_ppo(config), load_prompts(config)[0]
+        prompts, held_out = load_prompts(config)
+        section, counts = config.data.train, f"prompts: {len(prompts)} to train on, {len(held_out)} held out"
     else:
-        plan, prompts = check_evaluation(config), load_evaluation_prompts(config, load_functions(config.reward))
-    lines = [line for line in plan.splitlines() if "read as" in line or line.startswith("prompts:")]
+        prompts = load_evaluation_prompts(config, functions)
+        section, counts = config.data, f"prompts: {len(prompts)} of {config.data.path}"
+    read = None if config.environment is not None else columns_read(config.reward, functions)
+    lines = [describe_columns(section, prompts, read), counts]
     lines.append(_lengths([len(prompt.token_ids) for prompt in prompts]))
     shown = [Text(f"\nrow {prompt.id + 1}\n").append(tokenizer.decode(prompt.token_ids), REST) for prompt in prompts[:rows]]
     return iter([*map(Text, lines), *shown])
@@ -98,13 +103,19 @@ def _samples(config: Any, tokenizer: "PreTrainedTokenizerBase", rows: int, *, co
     from rayrlhf.data.supervised.datasets import load_preference_data, load_supervised_data
 
     pairs = not isinstance(config, SFTConfig)
-    dataset: Any = (load_preference_data if pairs else load_supervised_data)(config.data, tokenizer)[0]
-    parts = [part for one in dataset.samples for part in ((one.chosen, one.rejected) if pairs else (one,))]
+    labels = isinstance(config, DPOConfig) and config.train.loss == "kto"
+    if pairs:
+        dataset: Any = load_preference_data(config.data, tokenizer, labels=labels)[0]
+    else:
+        dataset = load_supervised_data(config.data, tokenizer)[0]
+    parts = [part for one in dataset.samples for part in (one.answers if pairs else (one,))]
     lines = [*dataset.report.lines(), _lengths([len(part.token_ids) for part in parts])]
     written = partial(masked_text, tokenizer, color=color)
     shown = []
     for one in dataset.samples[:rows]:
         named = (("chosen", one.chosen), ("rejected", one.rejected)) if pairs else (("", one),)
+        if pairs and one.label is not None:
+            named = ((f"label {str(one.label).lower()}", one.chosen),)
         for name, part in named:
             shown.append(Text(f"\nrow {one.row}{f', {name}' if name else ''}\n") + written(part.token_ids, part.loss_mask))
     return iter([*map(Text, lines), *shown])

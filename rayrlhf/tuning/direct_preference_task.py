@@ -19,20 +19,22 @@ from rayrlhf.config.tuning import DPOConfig
 from rayrlhf.data.records import Float32
 from rayrlhf.data.supervised.datasets import SliceMapper, load_preference_data, map_in_order
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.objectives.preference import DirectPreferenceObjective
+from rayrlhf.engines.objectives.preference import NLL, DirectPreferenceObjective
 from rayrlhf.engines.train.engine import TrainEngine
-from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.engines.train.supervised_batches import direct_preference_batch
 from rayrlhf.library_types import Tokenizer
 from rayrlhf.storage.atomic import write_atomically, writing
-from rayrlhf.tuning.held_out import PreferenceScores, answer_logprobs
+from rayrlhf.tuning.held_out import answer_logprobs
 from rayrlhf.tuning.sample_table import PairTable, Table
-from rayrlhf.tuning.task import Datasets, tuning_spec
+from rayrlhf.tuning.task import Datasets, Metrics, Task
+
+DEFAULT_MARGIN = 0.5
+"""SimPO's gamma, as TRL 1.16's `simpo_gamma`."""
 
 
 @dataclass(frozen=True)
-class DirectPreferenceTask:
-    """DPO with the initial model as reference."""
+class DirectPreferenceTask(Task):
+    """DPO or a relative of it, with the initial model as reference."""
 
     config: DPOConfig
 
@@ -40,7 +42,10 @@ class DirectPreferenceTask:
     def objective(self) -> DirectPreferenceObjective:
         """DPO objective."""
         train = self.config.train
-        return DirectPreferenceObjective(train.loss, train.beta, train.label_smoothing)
+        if train.loss == "kto":
+            raise ValueError("the loss kto has a task of its own, `UnpairedTask`")
+        margin = DEFAULT_MARGIN if train.target_margin is None else train.target_margin
+        return DirectPreferenceObjective(train.loss, train.beta, train.label_smoothing, margin, train.nll_weight)
 
     def load(self, tokenizer: Tokenizer, map_slices: SliceMapper = map_in_order) -> Datasets:
         """See `Task.load`."""
@@ -48,40 +53,41 @@ class DirectPreferenceTask:
         rows = self.config.evaluation.rows
         return PairTable.of(train.samples), PairTable.of(held_out.samples[:rows]) if held_out else None, train.report
 
-    def spec(self, total_steps: int) -> TrainEngineSpec:
-        """See `Task.spec`."""
-        return tuning_spec(self.config, total_steps)
-
     def prepare(self, engine: TrainEngine, table: Table, folder: Path) -> Table:
         """Compute the reference log-probs of all pairs with the initial weights (see `Task.prepare`)."""
-        if self.config.train.reference == "none" or not isinstance(table, PairTable):
+        if not self.config.train.has_reference or not isinstance(table, PairTable):
             return table
         return with_references(engine, table, folder, adapters=self.config.model.lora is not None)
 
-    def batch(self, samples: Sequence[Any]) -> TrainingBatch:
+    def batch(self, samples: Sequence[Any], engine: TrainEngine | None = None) -> TrainingBatch:
         """See `Task.batch`."""
         return direct_preference_batch(samples)
 
     def loss(self, metrics: Mapping[str, float]) -> float:
-        """Mean over pairs."""
-        return metrics["loss/direct_preference"]
+        """Mean over pairs, plus the weighted negative log-likelihood."""
+        weight = self.config.train.nll_weight
+        return metrics["loss/direct_preference"] + (weight * metrics[NLL] if weight else 0.0)
 
-    def evaluate(self, engine: TrainEngine, held_out: Table) -> tuple[dict[str, float], PreferenceScores | None]:
+    def evaluate(self, engine: TrainEngine, held_out: Table) -> Metrics:
         """Loss, accuracy and rewards on held-out pairs."""
         pairs = held_out.take(range(len(held_out))) if isinstance(held_out, PairTable) else []
         answers = [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
         found = answer_logprobs(engine, answers)
         reference = np.array([value for pair in pairs for value in pair.reference or (0.0, 0.0)], dtype=np.float32)
         lengths = torch.tensor([int(answer.loss_mask.sum()) for answer in answers])
-        train = self.config.train
+        objective = self.objective
         terms = direct_preference_loss(
             torch.from_numpy(found - reference).view(-1, 2),
             lengths.view(-1, 2),
-            loss=train.loss,
-            beta=train.beta,
-            label_smoothing=train.label_smoothing,
+            loss=objective.loss,
+            beta=objective.beta,
+            label_smoothing=objective.label_smoothing,
+            margin=objective.margin,
         )
         means = {name: float(values.mean()) for name, values in terms.statistics.items()}
+        if objective.nll:
+            means["nll"] = -float(found[::2].sum()) / float(lengths[::2].sum())
+            means["loss/direct_preference"] += objective.nll * means["nll"]
         return {f"evaluation/{name.removesuffix('/direct_preference')}": mean for name, mean in means.items()}, None
 
 

@@ -15,14 +15,13 @@ from rayrlhf.data.supervised.supervised_samples import count_tokens
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.supervised import DistillationObjective
 from rayrlhf.engines.train.engine import TrainEngine
-from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.engines.train.supervised_batches import HIDDEN, IDS, LOGPROBS, distillation_batch, supervised_sequence
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import Tokenizer
 from rayrlhf.models.distillation import FullTeacher, Teacher, TopTeacher, divergence
-from rayrlhf.tuning.held_out import PreferenceScores, shared_scores
+from rayrlhf.tuning.held_out import shared_scores
 from rayrlhf.tuning.sample_table import DistillationTable, SampleTable, Table
-from rayrlhf.tuning.task import Datasets, SupervisedTask
+from rayrlhf.tuning.task import Datasets, Metrics, SupervisedTask
 from rayrlhf.tuning.teacher import with_teacher
 
 MISMATCH = "the response has other tokens behind the teacher's context"
@@ -31,7 +30,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class DistillationTask:
+class DistillationTask(SupervisedTask):
     """Forward KL from the initial model, which reads `data.context_field` instead of the prompt."""
 
     config: DistillationConfig
@@ -55,10 +54,6 @@ class DistillationTask:
             held_out = _table(_joined(students[1], teachers[1]), self.config.evaluation.rows)
         return _table(train), held_out, train[0].report
 
-    def spec(self, total_steps: int) -> TrainEngineSpec:
-        """See `Task.spec`."""
-        return SupervisedTask(self.config).spec(total_steps)
-
     def prepare(self, engine: TrainEngine, table: Table, folder: Path) -> Table:
         """Compute the teacher's outputs at all responses with the initial weights (see `Task.prepare`)."""
         if not isinstance(table, DistillationTable):
@@ -71,7 +66,7 @@ class DistillationTask:
             adapters=self.config.model.lora is not None,
         )
 
-    def batch(self, samples: Sequence[Any]) -> TrainingBatch:
+    def batch(self, samples: Sequence[Any], engine: TrainEngine | None = None) -> TrainingBatch:
         """See `Task.batch`."""
         return distillation_batch(samples)
 
@@ -79,7 +74,7 @@ class DistillationTask:
         """Mean KL per response token, in nats."""
         return metrics["loss/distillation"]
 
-    def evaluate(self, engine: TrainEngine, held_out: Table) -> tuple[dict[str, float], PreferenceScores | None]:
+    def evaluate(self, engine: TrainEngine, held_out: Table) -> Metrics:
         """Return the same mean on held-out responses."""
         samples = held_out.take(range(len(held_out))) if isinstance(held_out, DistillationTable) else []
         sequences = [supervised_sequence(sample) for sample in samples]

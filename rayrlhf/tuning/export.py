@@ -10,8 +10,9 @@ from rayrlhf.data.answer_format import AnswerFormat
 from rayrlhf.engines.scoring.reward_model import STATISTICS_FILE
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.errors import AlarmError
+from rayrlhf.observe.metric_names import CHANCE_LEVEL
 from rayrlhf.storage.atomic import write_atomically
-from rayrlhf.tuning.held_out import CHANCE_LEVEL, PreferenceScores
+from rayrlhf.tuning.held_out import PreferenceScores
 
 
 def export_model(

@@ -1,4 +1,4 @@
-"""Evaluation on held-out samples and pairs, divided among the workers."""
+"""Evaluation on held-out samples and pairs, and the length baseline of a reward model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +20,12 @@ from rayrlhf.data.records import Float32, TokenScores, TokenSequence
 from rayrlhf.data.supervised.datasets import PreferencePair, SupervisedSample
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.supervised_batches import answer_sequence, supervised_sequence
-from rayrlhf.models.network import OutputName
+from rayrlhf.models.network_io import OutputName
+from rayrlhf.observe.resampling import wins
+from rayrlhf.tuning.sample_table import PairTable
 
-CHANCE_LEVEL = 0.05
-"""Significance level at which a reward model counts as better than chance."""
+LENGTH_METRIC = "evaluation/length_accuracy"
+"""Metric name of the length baseline, to be compared with `evaluation/accuracy`."""
 
 
 @dataclass(frozen=True)
@@ -144,3 +146,37 @@ def shared_scores(
 def _field(score: TokenScores, outputs: OutputName) -> Float32:
     values: Float32 = getattr(score, outputs)
     return values
+
+
+@dataclass(frozen=True, slots=True)
+class LengthBaseline:
+    """Length rule fitted on the training pairs and measured on the held-out pairs.
+
+    Attributes:
+        prefers: `shorter` or `longer`, the one that is right on more training pairs.
+        accuracy: share of held-out pairs it ranks correctly; equal lengths count as half.
+        pairs: number of held-out pairs.
+    """
+
+    prefers: str
+    accuracy: float
+    pairs: int
+
+    def line(self) -> str:
+        """Return a description in one line."""
+        return (
+            f"length rule: preferring the {self.prefers} answer is right on {self.accuracy:.1%} of {self.pairs} held-out pairs"
+        )
+
+
+def length_baseline(train: PairTable, held_out: PairTable) -> LengthBaseline:
+    """Fit and measure the length rule; lengths are in tokens."""
+    longer = _longer_wins(train) >= 0.5
+    accuracy = _longer_wins(held_out)
+    return LengthBaseline("longer" if longer else "shorter", accuracy if longer else 1 - accuracy, len(held_out))
+
+
+def _longer_wins(table: PairTable) -> float:
+    """Return the share of pairs whose chosen response is longer; equal lengths count as half."""
+    lengths = np.diff(table.answers.offsets)
+    return float(wins(lengths[::2], lengths[1::2]).mean())

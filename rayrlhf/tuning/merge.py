@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
-
 from rayrlhf.errors import UserError
 from rayrlhf.models.adapter_folder import is_adapter_folder, merge_adapters
-from rayrlhf.models.load import EXPORT, MERGED
+from rayrlhf.models.model_path import EXPORT, MERGED
+from rayrlhf.models.rounding import share_line
+from rayrlhf.storage.notes import read_note, reading
 
 
 def exported_model(
@@ -34,13 +34,13 @@ def exported_model(
     if not is_adapter_folder(export):
         raise UserError(f"{export}: a whole model without adapters; use it as it is, without --merge")
     merged = target or run / MERGED
-    share = merge_adapters(export, merged, trust_remote_code=_trusts_remote_code(run))
-    if share is not None:
-        report(f"the merged model's dtype keeps {share:.0%} of the adapters' update ({export} has the adapters)")
+    merge_adapters(export, merged, trust_remote_code=_trusts_remote_code(run))
+    report(f"{share_line(merged)} ({export} has the adapters)")
     return merged
 
 
 def _trusts_remote_code(run: Path) -> bool:
     """Return `model.trust_remote_code` of the run."""
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    return bool(config["model"].get("trust_remote_code", False))
+    config = run / "config.yaml"
+    with reading(config, "restore it"):
+        return bool(read_note(config, "restore it")["model"].get("trust_remote_code", False))

@@ -1,16 +1,42 @@
 """Ray Train settings of a run: workers, their resources, checkpoints and retries."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayrlhf.actors.actor_groups import read_cluster_resources
 from rayrlhf.actors.placement import ClusterResources
+from rayrlhf.actors.waiting import lost_because
 from rayrlhf.config.tuning import TuningCheckpointSection, WorkersSection
 from rayrlhf.errors import UserError
+from rayrlhf.observe.journal import RecoveryJournal
 from rayrlhf.tuning.data_plan import TRAIN_NAME
 from rayrlhf.tuning.tuning_loop import TuningJob, train_loop
+
+SILENCE = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+SILENCE_SECONDS = "120"
+"""Ray Train's variable, and our default for it (Ray's is 600): time after which a worker that does not respond is lost."""
+
+
+class LossRecorder(UserCallback):  # type: ignore[misc]
+    """Writes lost workers to the run's journal, which the command shows.
+
+    Args:
+        folder: the run folder.
+        run: name of the run.
+    """
+
+    def __init__(self, folder: Path, run: str) -> None:
+        self._folder, self._run = folder, run
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Write one event per lost worker."""
+        for rank, error in worker_exceptions.items():
+            RecoveryJournal(self._folder).write("lost", f"{self._run}/worker/{rank}", lost_because(error), 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +76,7 @@ def make_trainer(job: TuningJob, resources: WorkerResources) -> TorchTrainer:
     """Return the trainer; its checkpoints are in the run folder, and the same folder resumes."""
     config = job.task.config
     workers = config.workers
+    os.environ.setdefault(SILENCE, SILENCE_SECONDS)
     elastic = workers.fewest != workers.most
     environment = {"OMP_NUM_THREADS": str(resources.threads)}
     if workers.most > 1 and not resources.gpus:
@@ -69,6 +96,7 @@ def make_trainer(job: TuningJob, resources: WorkerResources) -> TorchTrainer:
             failure_config=FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=checkpoint_config(config.checkpoint),
             worker_runtime_env={"env_vars": environment},
+            callbacks=[LossRecorder(job.folder, config.run.name)],
         ),
     )
 

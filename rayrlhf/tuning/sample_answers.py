@@ -54,21 +54,10 @@ class AnswerSampler:
                 self._engine.receive_weights(bucket)
         if first and self._engine is not None:
             self._engine.finish_weights()
-            self._sink.write(step, [self._sample(rollout) for rollout in self._answers(self._engine)])
+            answers = self._answers(self._engine)
+            self._sink.write(step, [Sample.of(one, self._tokenizer.decode(one.prompt_ids)) for one in answers])
 
     def _answers(self, engine: TransformersRolloutEngine) -> list[Rollout]:
         settings = self._settings
         engine.submit(self._requests, temperature=settings.temperature, max_new_tokens=settings.max_new_tokens)
         return sorted(engine.poll(len(self._requests)), key=lambda rollout: rollout.key)
-
-    def _sample(self, rollout: Rollout) -> Sample:
-        return Sample(
-            prompt_id=rollout.key.prompt,
-            sample=0,
-            prompt=self._tokenizer.decode(rollout.prompt_ids),
-            response=rollout.text,
-            score=float("nan"),
-            length=len(rollout.response_ids),
-            finish_reason=rollout.finish_reason,
-            version=int(rollout.versions.max()),
-        )

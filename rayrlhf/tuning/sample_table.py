@@ -109,19 +109,22 @@ class PairTable:
         margins: float32 [N]; NaN for pairs without one.
         format: text around a prompt and its response.
         references: float32 [2N], see `PreferencePair.reference`; None before they are computed.
+        labels: bool [N], see `PreferencePair.label`; None for pairs.
     """
 
     answers: SampleTable
     margins: Float32
     format: AnswerFormat
     references: Float32 | None = None
+    labels: Bool | None = None
 
     @classmethod
     def of(cls, pairs: Sequence[PreferencePair], answer_format: AnswerFormat | None = None) -> Self:
         """Return the table of some pairs, at least one."""
         margins = [float("nan") if pair.margin is None else pair.margin for pair in pairs]
         answers = SampleTable.of([answer for pair in pairs for answer in (pair.chosen, pair.rejected)])
-        return cls(answers, np.array(margins, dtype=np.float32), answer_format or AnswerFormat())
+        labels = None if pairs[0].label is None else np.array([bool(pair.label) for pair in pairs])
+        return cls(answers, np.array(margins, dtype=np.float32), answer_format or AnswerFormat(), labels=labels)
 
     def __len__(self) -> int:
         return len(self.margins)
@@ -153,6 +156,7 @@ class PairTable:
                 None if np.isnan(self.margins[index]) else float(self.margins[index]),
                 answers[2 * place].row,
                 None if self.references is None else (float(self.references[2 * index]), float(self.references[2 * index + 1])),
+                None if self.labels is None else bool(self.labels[index]),
             )
             for place, index in enumerate(numbers)
         ]

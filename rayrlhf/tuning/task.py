@@ -3,10 +3,11 @@
 SFT and reward modeling are here, DPO in `direct_preference_task.py`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig, TuningConfig
 from rayrlhf.data.supervised.datasets import (
@@ -24,75 +25,74 @@ from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.engines.train.supervised_batches import preference_batch, supervised_batch
 from rayrlhf.library_types import Tokenizer
+from rayrlhf.models.network_io import Head
 from rayrlhf.tuning.held_out import PreferenceScores, held_out_loss, held_out_rewards
 from rayrlhf.tuning.sample_table import PairTable, SampleTable, Table
 
 Datasets = tuple[Table, Table | None, DatasetReport]
 """Training table, held-out table and report of kept and dropped rows."""
+Metrics = tuple[dict[str, float], PreferenceScores | None]
+"""Metrics on held-out samples, and the rewards of pairs where there are some."""
 
 
-class Task(Protocol):
+class Task(ABC):
     """One way of tuning a model; picklable."""
 
-    @property
-    def config(self) -> TuningConfig:
-        """The run's configuration."""
-        ...
+    config: TuningConfig
 
     @property
+    @abstractmethod
     def objective(self) -> Objective:
         """Training objective."""
-        ...
 
+    @abstractmethod
     def load(self, tokenizer: Tokenizer, map_slices: SliceMapper = map_in_order) -> Datasets:
         """Read, check and encode the data by `map_slices`.
 
         Errors as `load_supervised_data` and `load_preference_data`.
         """
-        ...
 
     def spec(self, total_steps: int) -> TrainEngineSpec:
-        """Engine spec of every worker."""
-        ...
+        """Return the engine spec of every worker: a language model under the run's `train` section."""
+        train = self.config.train
+        return TrainEngineSpec(
+            self.config.model,
+            frozenset({"lm"}),
+            train.engine_section(),
+            train.learning_rate,
+            total_optimizer_steps=total_steps,
+            seed=self.config.run.seed,
+            role="model",
+            packing=train.packing,
+            targets_only=True,
+            sequence_parallel=self.config.workers.sequence_parallel,
+        )
 
     def prepare(self, engine: TrainEngine, table: Table, folder: Path) -> Table:
         """Add values that the initial weights compute, such as reference log-probs.
 
         Every worker takes part, before a checkpoint is loaded.
         """
-        ...
+        return table
 
-    def batch(self, samples: Sequence[Any]) -> TrainingBatch:
-        """Return samples as a training batch."""
-        ...
+    @abstractmethod
+    def batch(self, samples: Sequence[Any], engine: TrainEngine | None = None) -> TrainingBatch:
+        """Return samples as a training batch.
 
+        `engine` has the current weights, which some losses read; every worker takes part.
+        """
+
+    @abstractmethod
     def loss(self, metrics: Mapping[str, float]) -> float:
         """Loss of an optimizer step, from its statistics."""
-        ...
 
-    def evaluate(self, engine: TrainEngine, held_out: Table) -> "tuple[dict[str, float], PreferenceScores | None]":
+    @abstractmethod
+    def evaluate(self, engine: TrainEngine, held_out: Table) -> Metrics:
         """Evaluate on held-out samples; every worker takes part and gets the same result."""
-        ...
-
-
-def tuning_spec(config: TuningConfig, total_steps: int) -> TrainEngineSpec:
-    """Return the engine spec of a language model under the run's `train` section."""
-    train = config.train
-    return TrainEngineSpec(
-        config.model,
-        frozenset({"lm"}),
-        train.engine_section(),
-        train.learning_rate,
-        total_optimizer_steps=total_steps,
-        seed=config.run.seed,
-        packing=train.packing,
-        targets_only=True,
-        sequence_parallel=config.workers.sequence_parallel,
-    )
 
 
 @dataclass(frozen=True)
-class SupervisedTask:
+class SupervisedTask(Task):
     """Cross-entropy of the target tokens."""
 
     config: SFTConfig
@@ -110,13 +110,9 @@ class SupervisedTask:
 
     def spec(self, total_steps: int) -> TrainEngineSpec:
         """See `Task.spec`."""
-        return replace(tuning_spec(self.config, total_steps), noise_alpha=self.config.train.neftune_alpha)
+        return replace(super().spec(total_steps), noise_alpha=self.config.train.neftune_alpha)
 
-    def prepare(self, engine: TrainEngine, table: Table, folder: Path) -> Table:
-        """Return the table unchanged."""
-        return table
-
-    def batch(self, samples: Sequence[Any]) -> TrainingBatch:
+    def batch(self, samples: Sequence[Any], engine: TrainEngine | None = None) -> TrainingBatch:
         """See `Task.batch`."""
         return supervised_batch(samples)
 
@@ -124,14 +120,14 @@ class SupervisedTask:
         """Mean over the target tokens, in nats."""
         return metrics[CROSS_ENTROPY]
 
-    def evaluate(self, engine: TrainEngine, held_out: Table) -> tuple[dict[str, float], PreferenceScores | None]:
+    def evaluate(self, engine: TrainEngine, held_out: Table) -> Metrics:
         """Return the same mean on held-out samples."""
         samples = held_out.take(range(len(held_out))) if isinstance(held_out, SampleTable) else []
         return {"evaluation/loss": held_out_loss(engine, samples)}, None
 
 
 @dataclass(frozen=True)
-class PreferenceTask:
+class PreferenceTask(Task):
     """Bradley-Terry loss of pairs, with a bias-free scalar head."""
 
     config: RewardTrainingConfig
@@ -150,14 +146,11 @@ class PreferenceTask:
 
     def spec(self, total_steps: int) -> TrainEngineSpec:
         """See `Task.spec`."""
-        spec = tuning_spec(self.config, total_steps)
-        return replace(spec, heads=frozenset({"value"}), head_init=self.config.train.head_init, head_bias=False)
+        heads = frozenset[Head]({"value"})
+        spec = super().spec(total_steps)
+        return replace(spec, role="reward model", heads=heads, head_init=self.config.train.head_init, head_bias=False)
 
-    def prepare(self, engine: TrainEngine, table: Table, folder: Path) -> Table:
-        """Return the table unchanged."""
-        return table
-
-    def batch(self, samples: Sequence[Any]) -> TrainingBatch:
+    def batch(self, samples: Sequence[Any], engine: TrainEngine | None = None) -> TrainingBatch:
         """See `Task.batch`."""
         return preference_batch(samples)
 
@@ -165,7 +158,7 @@ class PreferenceTask:
         """Mean over pairs, including centering."""
         return metrics["loss/bradley_terry"] + self.config.train.center_coefficient * metrics["loss/centering"]
 
-    def evaluate(self, engine: TrainEngine, held_out: Table) -> tuple[dict[str, float], PreferenceScores | None]:
+    def evaluate(self, engine: TrainEngine, held_out: Table) -> Metrics:
         """Return accuracy, calibration and loss on held-out pairs."""
         pairs = held_out.take(range(len(held_out))) if isinstance(held_out, PairTable) else []
         scores = held_out_rewards(engine, pairs)

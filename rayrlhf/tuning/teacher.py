@@ -13,12 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from rayrlhf.data.records import Float32
+from rayrlhf.engines.scoring.frozen import stored_signal
 from rayrlhf.engines.train.engine import TrainEngine
-from rayrlhf.engines.train.supervised_batches import HIDDEN, IDS, LOGPROBS, supervised_sequence
-from rayrlhf.models.distillation import most_likely
+from rayrlhf.engines.train.supervised_batches import HIDDEN, supervised_sequence
 from rayrlhf.storage.atomic import folder_atomically, writing
 from rayrlhf.tuning.held_out import shared_scores
 from rayrlhf.tuning.sample_table import DistillationTable
@@ -26,8 +24,6 @@ from rayrlhf.tuning.sample_table import DistillationTable
 FOLDER = "teacher"
 SAMPLES_AT_ONCE = 64
 """Samples whose hidden states are in memory at a time."""
-
-Layer = tuple[Tensor, Tensor | None]
 
 
 def with_teacher(
@@ -70,17 +66,10 @@ def with_teacher(
                 states = shared_scores(engine, sequences, "hidden", reference=adapters)
                 if written is not None:
                     targets = [state[one.loss_mask[-len(state) :]] for one, state in zip(samples, states, strict=True)]
-                    written.append(stored_signal(np.concatenate(targets), layer, vocabulary))
+                    hidden = np.concatenate(targets)
+                    written.append({HIDDEN: hidden} if vocabulary == "full" else stored_signal(hidden, layer, vocabulary))
         torch.distributed.barrier()
     return replace(table, signal={file.stem: np.load(file, mmap_mode="r") for file in sorted(path.glob("*.npy"))})
-
-
-def stored_signal(hidden: Float32, layer: Layer, vocabulary: int | Literal["full"]) -> dict[str, np.ndarray]:
-    """Return the stored form of hidden states [N, H]; see `DistillationSample`."""
-    if vocabulary == "full":
-        return {HIDDEN: hidden}
-    ids, logprobs = most_likely(torch.from_numpy(hidden).to(layer[0].device), *layer, vocabulary)
-    return {IDS: ids.cpu().numpy().astype(np.int32), LOGPROBS: logprobs.cpu().numpy()}
 
 
 class _Arrays:

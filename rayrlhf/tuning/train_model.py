@@ -12,6 +12,8 @@ from typing import Any
 
 from rayrlhf.actors.local_machine import check_local_machine
 from rayrlhf.actors.placement import ClusterResources
+from rayrlhf.actors.stopped_processes import StoppedProcesses
+from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS, lost_because
 from rayrlhf.config.loading.describe import describe_tuning
 from rayrlhf.config.loading.load import dump_config, stored_differences
 from rayrlhf.config.model import LoraSection
@@ -20,24 +22,28 @@ from rayrlhf.data.supervised.datasets import DatasetReport, SliceMapper, map_in_
 from rayrlhf.errors import ActorLostError, StoppedError, UserError
 from rayrlhf.models.export import check_reward_model
 from rayrlhf.models.load import load_architecture, load_tokenizer
-from rayrlhf.models.skeleton import check_memory, check_row_split, least_training_bytes
+from rayrlhf.models.skeleton import check_memory, check_row_split, exported_bytes, least_training_bytes
 from rayrlhf.models.start_check import check_configuration, check_tokens, describe_check
 from rayrlhf.observe.host_facts import read_model_checks
+from rayrlhf.observe.host_limits import FREE_BYTES, check_free_space
+from rayrlhf.observe.journal import RecoveryJournal
 from rayrlhf.observe.live import LiveView
 from rayrlhf.observe.loop_control import StopRequest, stop_requests
 from rayrlhf.observe.memory import memory_limit_bytes
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.observe.run_folder import RunFolder, check_run_folder, open_run
+from rayrlhf.observe.vitals import Vitals, local_processes
+from rayrlhf.storage.atomic import full_disk
 from rayrlhf.tuning.data_plan import batch_plan, best_step
 from rayrlhf.tuning.direct_preference_task import DirectPreferenceTask
 from rayrlhf.tuning.distillation_task import DistillationTask
 from rayrlhf.tuning.follow import following
-from rayrlhf.tuning.length_baseline import METRIC as LENGTH_METRIC
-from rayrlhf.tuning.length_baseline import LengthBaseline, length_baseline
+from rayrlhf.tuning.held_out import LENGTH_METRIC, LengthBaseline, length_baseline
 from rayrlhf.tuning.refusal import clear_refusal, raise_refusal, request_stop
 from rayrlhf.tuning.sample_table import PairTable, Table
 from rayrlhf.tuning.task import PreferenceTask, SupervisedTask, Task
 from rayrlhf.tuning.training_result import TuningResult, read_result
+from rayrlhf.tuning.unpaired_task import UnpairedTask
 from rayrlhf.tuning.whole_checkpoints import drop_damaged
 
 __all__ = [
@@ -65,12 +71,16 @@ _FREE_KEYS = (
     "run.resume",
     "train.epochs",
     "train.steps",
+    "train.share_prefixes",
     "evaluation.every",
     "checkpoint.every",
     "checkpoint.keep",
     "data.reader",
 )
-"""Prefixes of keys that may change when a run resumes: its length and outputs, and where it is carried out."""
+"""Prefixes of keys that may change when a run resumes.
+
+Its length and outputs, where it is carried out, and what changes rounding only.
+"""
 
 
 def check_sft(config: SFTConfig) -> str:
@@ -89,7 +99,7 @@ def check_reward(config: RewardTrainingConfig) -> str:
 
 def check_dpo(config: DPOConfig) -> str:
     """Check a configuration and its data, and return the plan; errors as `check_sft`."""
-    return _check(DirectPreferenceTask(config))
+    return _check(_dpo_task(config))
 
 
 def train_sft(config: SFTConfig) -> TuningResult:
@@ -117,8 +127,12 @@ def train_reward(config: RewardTrainingConfig) -> TuningResult:
 
 
 def train_dpo(config: DPOConfig) -> TuningResult:
-    """Train a policy on preference pairs (DPO), as `train_sft` does; errors as `train_sft`."""
-    return _train(DirectPreferenceTask(config))
+    """Train a policy on preference pairs (DPO) or labeled answers (KTO); errors as `train_sft`."""
+    return _train(_dpo_task(config))
+
+
+def _dpo_task(config: DPOConfig) -> Task:
+    return UnpairedTask(config) if config.train.loss == "kto" else DirectPreferenceTask(config)
 
 
 def train_distillation(config: DistillationConfig) -> TuningResult:
@@ -169,7 +183,7 @@ def _check(task: Task) -> str:
     data = _load(task)
     steps = batch_plan(task, data.train).total_steps
     spec = task.spec(steps)
-    check = describe_check(spec.model, spec.heads, packing=spec.packing or spec.targets_only)
+    check = describe_check(spec.model, spec.heads, packing=spec.packing or spec.targets_only, unshared=spec.unshared)
     return "\n".join([describe_tuning(task.config), f"model: {check}", *data.lines(), f"optimizer steps: {steps}"])
 
 
@@ -186,6 +200,8 @@ def _check_start(config: TuningConfig) -> None:
     if isinstance(config, RewardTrainingConfig):
         check_reward_model(config.model)
     check_local_machine(config.workers.address, partial(_check_fits, config))
+    written = 0 if config.model.lora is not None else exported_bytes(config.model)
+    check_free_space(config.run.folder, FREE_BYTES + written, "the run and its model", "free some, or choose another run.root")
 
 
 def _check_fits(config: TuningConfig, machine: ClusterResources) -> None:
@@ -254,22 +270,31 @@ def _fit(task: Task, data: _Data, folder: RunFolder, view: LiveView, stack: Exit
         import ray
         from ray.train import TrainingFailedError
 
+        from rayrlhf.actors.actor_groups import wait_for_room
         from rayrlhf.actors.connection import connected
         from rayrlhf.tuning.ray_train import make_trainer, worker_resources
         from rayrlhf.tuning.tuning_loop import TuningJob
 
         stack.enter_context(connected(task.config.workers.address))
         resources = worker_resources(task.config.workers)
+        fewest = task.config.workers.fewest
+        wait_for_room({"CPU": fewest * resources.cpus, "GPU": fewest * resources.gpus}, view.note)
         reference = ray.put((data.train, data.held_out))
         job = TuningJob(task, folder.path.resolve(), Path.cwd(), reference, resources.threads)
-        trainer = make_trainer(job, resources)
-    for line in drop_damaged(job.folder):
-        view.note(line)
     clear_refusal(job.folder)
     total = batch_plan(task, data.train).total_steps
-    with following(job.folder, view, total), stop_requests() as stop:
+
+    def fit() -> None:
+        for line in drop_damaged(job.folder):
+            view.note(line)
+        _in_thread(make_trainer(job, resources).fit, job.folder, stop)
+
+    watched = (following(job.folder, view, total), StoppedProcesses(view.note), Vitals(job.folder, local_processes))
+    with stop_requests() as stop, ExitStack() as inner:
+        for one in watched:
+            inner.enter_context(one)
         try:
-            _in_thread(trainer.fit, job.folder, stop)
+            fit_again(fit, job.folder, f"{task.config.run.name}/controller", task.config.workers.max_failures)
         except TrainingFailedError as error:
             raise_refusal(job.folder)
             raise _lost(error, task.config.workers.max_failures) from error
@@ -277,6 +302,31 @@ def _fit(task: Task, data: _Data, folder: RunFolder, view: LiveView, stack: Exit
     if stop and _last_step(folder.path) < total:
         step = _last_step(folder.path)
         raise StoppedError(f"stopped after step {step} on {stop.signal_name}, with a checkpoint; the same command resumes")
+
+
+def fit_again(fit: Callable[[], None], folder: Path, name: str, losses: int) -> None:
+    """Call `fit` until Ray Train's controller is not lost on the way.
+
+    Each call goes on from the last checkpoint.
+
+    Args:
+        folder: the run folder, whose journal has the losses.
+        name: of the controller, there.
+        losses: number of losses after which the next one is raised.
+
+    Raises:
+        ActorLostError: it was lost once more.
+    """
+    for left in range(losses, -1, -1):
+        try:
+            fit()
+            return
+        except INFRASTRUCTURE_ERRORS as error:
+            reason = lost_because(error)
+            if not left:
+                again = "the same command goes on from the last checkpoint"
+                raise ActorLostError(f"{name} was lost, after {losses} recoveries: {reason}; {again}", name) from error
+            RecoveryJournal(folder).write("lost", name, reason, 0.0)
 
 
 def _in_thread(fit: Callable[[], object], folder: Path, stop: StopRequest) -> None:
@@ -300,10 +350,14 @@ def _in_thread(fit: Callable[[], object], folder: Path, stop: StopRequest) -> No
 
 
 def _lost(error: object, allowed: int) -> Exception:
-    """Return the workers' own error if it is a bug, else a lost worker."""
+    """Return the workers' own error, else a lost worker."""
     import ray
 
     failures = dict(getattr(error, "worker_failures", None) or {})
+    controller = getattr(error, "controller_failure", None)
+    for failure in [*failures.values(), *([] if controller is None else [controller])]:
+        if reason := full_disk(failure):
+            return UserError(f"training: {reason}; free some space, then the same command resumes")
     lost = [rank for rank, failure in failures.items() if isinstance(failure, ray.exceptions.RayActorError)]
     if failures and not lost:
         return error if isinstance(error, Exception) else RuntimeError(str(error))

@@ -21,14 +21,15 @@ from rayrlhf.engines.train.process_group import leave
 from rayrlhf.errors import AlarmError, UserError
 from rayrlhf.observe.host_facts import record_model_checks
 from rayrlhf.observe.loop_control import is_due
+from rayrlhf.observe.stacks import write_on_signal
+from rayrlhf.storage.atomic import full_disk, writing
 from rayrlhf.tuning.data_plan import STATE_FILE, TRAIN_NAME, batch_plan, best_step, checkpoint_name
 from rayrlhf.tuning.export import export_model
 from rayrlhf.tuning.held_out import PreferenceScores
 from rayrlhf.tuning.refusal import has_refusal, has_stop_request, write_refusal
 from rayrlhf.tuning.sample_answers import AnswerSampler
 from rayrlhf.tuning.sample_table import PairTable
-from rayrlhf.tuning.step_recorder import StepRecorder
-from rayrlhf.tuning.step_trainer import StepTrainer
+from rayrlhf.tuning.step_trainer import StepRecorder, StepTrainer
 from rayrlhf.tuning.task import Task
 from rayrlhf.tuning.whole_checkpoints import seal
 
@@ -57,14 +58,27 @@ def train_loop(settings: dict[str, Any]) -> None:
 
     User errors are written to the run folder instead of raised, because Ray Train would retry them.
     """
+    write_on_signal()
     job: TuningJob = settings["job"]
     if has_refusal(job.folder):
         return
     try:
         _Worker(job).run()
     except (UserError, AlarmError) as error:
-        write_refusal(job.folder, error)
-        leave()  # the others stop waiting for this one
+        _refuse(job.folder, error)
+    except Exception as error:
+        if reason := full_disk(error):
+            _refuse(job.folder, UserError(f"{job.folder}: {reason}; free some space, then the same command resumes"))
+        else:
+            raise
+
+
+def _refuse(folder: Path, error: UserError | AlarmError) -> None:
+    try:
+        write_refusal(folder, error)
+    except OSError:
+        raise error from None  # no room for the file either: Ray Train passes it on, after its retries
+    leave()  # the others stop waiting for this one
 
 
 class _Worker:
@@ -134,7 +148,8 @@ class _Worker:
 
     def _save(self, step: int, metrics: dict[str, float]) -> None:
         """Report a checkpoint; every worker adds its part, and Ray Train commits the whole."""
-        with tempfile.TemporaryDirectory(prefix="rayrlhf-checkpoint-") as folder:
+        kept = self._job.folder / "checkpoints"
+        with writing(kept), tempfile.TemporaryDirectory(prefix="rayrlhf-checkpoint-") as folder:
             self._engine.save_state(Path(folder))
             if self._rank == 0:
                 state = {"step": step, "tokens": self._trainer.tokens, "workers": self._ranks}

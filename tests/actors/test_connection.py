@@ -1,19 +1,18 @@
 """Which cluster a run joins when it is not told one."""
 
+import json
 import os
 import stat
-import subprocess
-import sys
 import threading
 from contextlib import closing, suppress
 from socket import create_server
+from types import SimpleNamespace
 
-import psutil
 import pytest
 import ray
 from ray._common.utils import get_ray_address_file
 
-from rayrlhf.actors.connection import ambient_address, cluster_file, connected, make_token_private
+from rayrlhf.actors.connection import _give_job_time, ambient_address, cluster_file, connected, make_token_private
 from rayrlhf.errors import UserError
 
 
@@ -34,13 +33,10 @@ def test_a_note_that_says_nothing_is_no_cluster(tmp_path, text):
     assert ambient_address(tmp_path / "note") == "local"
 
 
-def test_a_cluster_that_answers_is_joined_and_one_that_is_gone_is_not(tmp_path, port):
+def test_a_cluster_that_is_gone_is_not_joined(tmp_path, port):
     note = tmp_path / "note"
     note.write_text(f"127.0.0.1:{port}\n")
     assert ambient_address(note) == "local"
-    with connected("local"):
-        note.write_text(ray.get_runtime_context().gcs_address)
-        assert ambient_address(note) == note.read_text()
 
 
 @pytest.mark.parametrize("answer", [b"", b"-ERR unknown command 'PRI'\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
@@ -81,26 +77,6 @@ def test_rays_token_is_readable_by_its_user_alone(tmp_path, monkeypatch, mask):
     assert (stat.S_IMODE(token.stat().st_mode), token.read_text()) == (0o600, text)
 
 
-def test_the_note_of_a_killed_cluster_costs_no_minutes(tmp_path, port, monkeypatch):
-    note = tmp_path / "note"
-    note.write_text(f"127.0.0.1:{port}")
-    monkeypatch.setattr("rayrlhf.actors.connection.ambient_address", lambda: ambient_address(note))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with connected(None):
-        assert len(ray.nodes()) == 1
-        children = psutil.Process().children(recursive=True)
-        assert children
-        assert all(os.getsid(child.pid) != os.getsid(0) for child in children), "signals to the group end the driver only"
-    assert not ray.is_initialized()
-
-
-def test_a_run_does_not_join_the_cluster_of_another_run(monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with connected(None):
-        assert not cluster_file().exists()
-        assert ambient_address() == "local"
-
-
 def test_rays_folder_is_found_as_ray_finds_it(monkeypatch):
     for name in ("RAY_TMPDIR", "TMPDIR"):
         monkeypatch.delenv(name, raising=False)
@@ -111,19 +87,30 @@ def test_rays_folder_is_found_as_ray_finds_it(monkeypatch):
     assert str(cluster_file()) == get_ray_address_file(None)
 
 
-def test_a_cluster_of_this_machine_is_joined_and_outlives_the_run():
-    code = (
-        "import ray; from rayrlhf.actors.connection import connected\n"
-        "with connected(None): print(ray.get_runtime_context().gcs_address)"
-    )
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        address = ray.get_runtime_context().gcs_address
-        environment = os.environ | {"RAY_ADDRESS": address}
-        run = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True, timeout=120
-        )
-        assert run.stdout.split()[-1] == address
-        assert len(ray.nodes()) == 1
-    finally:
-        ray.shutdown()
+def test_a_job_gets_time_to_end_from_its_supervisor_or_says_that_it_has_none(monkeypatch, capsys):
+    def call(function, *arguments):
+        changed.append(arguments)
+        function(None, *arguments)
+
+    def actor(name, namespace):
+        if name != "_ray_internal_job_actor_mine":
+            raise ValueError("no such actor")
+        return SimpleNamespace(__ray_call__=SimpleNamespace(remote=call))
+
+    changed = []
+    monkeypatch.setattr(ray, "get_actor", actor)
+    monkeypatch.setattr(ray, "get", lambda found, timeout: found)
+    monkeypatch.setattr(os, "environ", {"HOME": "/"})
+    _give_job_time()
+    assert changed == [], "no job"
+    os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps({"metadata": {"job_submission_id": "mine"}})
+    _give_job_time()
+    assert changed == [("RAY_JOB_STOP_WAIT_TIME_S", 600)]
+    assert os.environ["RAY_JOB_STOP_WAIT_TIME_S"] == "600"
+    _give_job_time()
+    assert len(changed) == 1, "its own time is kept"
+    del os.environ["RAY_JOB_STOP_WAIT_TIME_S"]
+    for config in ({"metadata": {"job_submission_id": "other"}}, {}, []):
+        os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps(config)
+        _give_job_time()
+        assert "`ray job stop` kills it 3 s after the signal" in capsys.readouterr().err

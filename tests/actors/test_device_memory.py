@@ -32,6 +32,7 @@ def calls():
         export=lambda *_: None,
         weight_buckets=lambda *_, **__: [[], []],
         capture_state=dict,
+        checksums=dict,
     )
     policy, reference, reward = PolicyActor(), ReferenceActor(), RewardActor()
     policy._engine = reference._engine = report
@@ -41,7 +42,7 @@ def calls():
         (policy, lambda: policy.export(None)),
         (policy, lambda: list(policy.weights(1, "float32"))),
         (policy, policy.snapshot),
-        (policy, policy.checksum),
+        (policy, policy.checksums),
         (reference, lambda: reference.score([], frozenset(), 1.0, False)),
         (reward, lambda: reward.score([], [])),
     ]
@@ -84,13 +85,15 @@ def test_a_rebuild_without_room_is_a_loss_and_not_the_end_of_the_run(monkeypatch
     ("role", "build"),
     [
         (PolicyActor, (None, None)),
-        (ReferenceActor, (None, 1, False)),
-        (RewardActor, (None,)),
+        (ReferenceActor, (None, 1, False, "auto")),
+        (RewardActor, (None, "auto")),
         (RolloutActor, (None,)),
     ],
 )
 def test_an_actor_whose_gpu_torch_cannot_use_is_refused_in_one_line(monkeypatch, role, build):
-    context = SimpleNamespace(get_assigned_resources=lambda: {"GPU": 0.5}, get_actor_name=lambda: "run/policy/0")
+    context = SimpleNamespace(
+        get_assigned_resources=lambda: {"GPU": 0.5}, get_actor_name=lambda: "run/policy/0", get_actor_id=lambda: None
+    )
     monkeypatch.setattr(worker.ray, "is_initialized", lambda: True)
     monkeypatch.setattr(worker.ray, "get_runtime_context", lambda: context)
     monkeypatch.setattr(worker.ray.util, "get_node_ip_address", lambda: "10.0.0.7")

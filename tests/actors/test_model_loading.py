@@ -22,12 +22,14 @@ class Groups:
         self.workers = self.groups = NAMES
         self.started = []
         self.lost = None
+        self.replaced = []
+        self.checks = []
         monkeypatch.setattr(model_loading, "building_order", lambda workers: [list(workers)])
         monkeypatch.setattr(model_loading, "wait_any", lambda calls, *_: sorted(calls)[-1])
         monkeypatch.setattr(model_loading, "fetch", self.fetch)
 
     def __getitem__(self, role):
-        return SimpleNamespace(names=NAMES[role], find_lost=lambda: self.lost)
+        return SimpleNamespace(names=NAMES[role], handles=NAMES[role], find_lost=lambda: self.lost)
 
     def build_gang(self, role, seconds):
         self.started.append(role)
@@ -36,7 +38,13 @@ class Groups:
     def build_rank(self, role, rank):
         self.started.append(role)
 
-    restart_gang, restart = build_gang, build_rank
+    def replace(self, role, ranks):
+        self.replaced += [f"{role}/{rank}" for rank in ranks]
+
+    def load_checks(self, roles, seconds):
+        if self.checks:
+            raise self.checks.pop(0)
+        return dict.fromkeys(roles, "checked")
 
     def fetch(self, call, what, name):
         left = self.outcomes.get(name)
@@ -53,6 +61,7 @@ def test_a_lost_process_is_loaded_again_and_one_of_a_group_with_its_group(monkey
     groups = Groups(monkeypatch, **{"rollout/0": [gone("rollout/0")], "policy/1": [gone("policy/1")]})
     load_models(groups, 9.0, RETRY, lambda *event: lines.append(event[:2]))
     assert groups.started == ["policy", "rollout", "rollout", "policy"]
+    assert groups.replaced == ["rollout/0", "policy/0", "policy/1"]
     assert lines == [
         (event, f"run/{name}/{rank}") for name, rank in (("rollout", 0), ("policy", 1)) for event in ("lost", "recovered")
     ]
@@ -76,3 +85,10 @@ def test_the_rank_that_is_gone_is_named_and_not_the_one_that_failed_for_it(monke
     groups = Groups(monkeypatch, **{"policy/1": [RayTaskError("build", "a bug", None)]})
     with pytest.raises(RayTaskError):
         load_models(groups, 9.0, RETRY)
+
+
+def test_a_process_that_dies_once_it_has_its_model_is_loaded_again(monkeypatch):
+    groups = Groups(monkeypatch)
+    groups.checks = [gone("policy/0"), gone("rollout/0")]
+    assert load_models(groups, 9.0, RETRY) == {"policy": "checked", "rollout": "checked"}
+    assert groups.started == ["policy", "rollout", "policy", "rollout"]

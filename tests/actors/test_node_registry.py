@@ -5,16 +5,18 @@ from types import SimpleNamespace
 from rayrlhf.actors import heartbeat as monitor
 from rayrlhf.actors.health import RetryPolicy
 from rayrlhf.actors.waiting import describe_location, overrun
-from rayrlhf.actors.worker import ProcessLocation
+from rayrlhf.actors.worker import Beat, ProcessLocation
 
 NAME = "ppo/reward/0"
 
 
 def test_a_deadline_that_is_over_names_role_rank_process_node_call_and_how_long_it_waited(monkeypatch):
     """Ray is left out: the ping has been answered."""
-    answered = SimpleNamespace(wait=lambda refs, timeout: (refs, []), get=lambda ref: ProcessLocation(4711, "node", "10.0.0.7"))
+    answered = SimpleNamespace(
+        wait=lambda refs, timeout: (refs, []), get=lambda ref: Beat(ProcessLocation(4711, "node", "10.0.0.7"), [])
+    )
     monkeypatch.setattr(monitor, "ray", answered)
-    guard = monitor.HeartbeatMonitor(RetryPolicy(ping_deadline=8.0), 1.0, lambda name, line: None)
+    guard = monitor.HeartbeatMonitor(RetryPolicy(ping_deadline=8.0), 1.0)
     guard.add(NAME, "handle")
     assert "reward: no response from ppo/reward/0 within 15 s (called at " in str(overrun("reward", [NAME], 15.0))
     guard._monitored[NAME].ping = "ping"

@@ -44,8 +44,9 @@ def test_the_line_about_a_hanging_process_names_role_rank_process_node_call_and_
     """Ray is left out: it would not let a ping be as old as this."""
     killed, lines = [], []
     monkeypatch.setattr(monitor, "ray", SimpleNamespace(wait=lambda refs, timeout: ([], refs), kill=killed.append))
-    guard = monitor.HeartbeatMonitor(RetryPolicy(ping_deadline=8.0), 1.0, lambda name, line: lines.append((name, line)))
-    actor = monitor._Monitored("handle", ping="ping", sent=time.monotonic() - 9)
+    retry = RetryPolicy(ping_deadline=8.0)
+    guard = monitor.HeartbeatMonitor(retry, 1.0, lambda event, name, line, _: lines.append((name, line)))
+    actor = monitor._Monitored("handle", retry, ping="ping", sent=time.monotonic() - 9)
     record_location("ppo/rollout/1", ProcessLocation(4711, "node", "10.0.0.7"))
     with track_calls("generate", {"ppo/rollout/1": time.monotonic() - 11}):
         guard._check("ppo/rollout/1", actor)

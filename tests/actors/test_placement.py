@@ -108,6 +108,27 @@ def test_too_little_hardware_says_what_is_asked_and_what_is_there():
         make_plan(config(placement={"policy": {"gpus": 1}}), LAPTOP)
 
 
+def test_a_teacher_has_processes_of_its_own():
+    taught = config(teacher={"model": {"path": "builtin:tiny"}}, placement={"teacher": {"ranks": 2}})
+    assert len(make_plan(taught, LAPTOP).workers["teacher"]) == 2
+
+
+JUDGED = {"reward": {"judge": {"model": {"path": "builtin:tiny"}, "replicas": 2, "tensor_parallel_size": 2}}}
+
+
+def test_a_judge_alone_needs_no_reward_process_and_its_replicas_are_placed_like_those_of_the_policy():
+    plan = make_plan(config(**JUDGED, placement=DISAGGREGATED | {"judge": {"cpus": 3}}), CLUSTER)
+    assert "reward" not in plan.workers
+    assert [plan.groups[f"judge-{index}"].bundles for index in range(2)] == [({"CPU": 3.0, "GPU": 2},)] * 2
+    one = config(reward={"judge": {"model": {"path": "builtin:tiny"}}, "functions": [{"name": "length"}]})
+    assert {worker.group for worker in make_plan(one, LAPTOP).workers["judge"]} == {"colocated"}
+    assert building_order(make_plan(one, CLUSTER).workers)[:2] == [["rollout"], ["judge"]]
+    with pytest.raises(
+        UserError, match=r"placement.judge.gpus: .* expected 2 \(reward.judge.tensor_parallel_size\), found 0.5"
+    ):
+        make_plan(config(**JUDGED, placement={"judge": {"gpus": 0.5}}), CLUSTER)
+
+
 @pytest.mark.parametrize(
     ("sections", "machine", "first"),
     [
@@ -147,6 +168,26 @@ def test_weights_take_the_fastest_path_that_the_placement_allows(sections, machi
     settings = config(**sections)
     specs = RoleSpecs(settings, make_plan(settings, machine))
     assert specs.weight_transfer == specs.rollout().rollout.weight_transfer == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "rollout", "machine", "unmerged"),
+    [
+        ({"lora": None}, {}, CLUSTER, False),
+        ({}, {}, CLUSTER, True),
+        ({"dtype": "float32"}, {}, CLUSTER, True),
+        ({"dtype": "bfloat16"}, {}, LAPTOP, True),
+        ({"dtype": "float32"}, {}, LAPTOP, False),  # nothing is rounded, and merged weights sample faster
+        ({"dtype": "float32"}, {"lora": "adapter"}, LAPTOP, True),
+        ({"dtype": "bfloat16"}, {"lora": "merged"}, LAPTOP, False),
+        ({"dtype": "bfloat16"}, {"backend": "transformers"}, LAPTOP, False),
+        ({"dtype": "bfloat16"}, {"backend": "plugins.py:Engine"}, LAPTOP, False),
+    ],
+)
+def test_adapters_are_served_unmerged_by_vllm_where_rounding_would_lose_them(model, rollout, machine, unmerged):
+    settings = config(model={"path": "builtin:tiny", "lora": {}} | model, rollout=rollout)
+    specs = RoleSpecs(settings, make_plan(settings, machine))
+    assert specs.serves_adapters == specs.rollout().adapters == unmerged
 
 
 def test_weights_that_go_from_gpu_to_gpu_need_gpus_at_both_ends():

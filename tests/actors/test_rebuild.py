@@ -5,7 +5,7 @@ import pytest
 from rayrlhf.actors import rebuild
 from rayrlhf.actors.health import RetryPolicy
 from rayrlhf.actors.rebuild import Rebuilder
-from rayrlhf.errors import ActorLostError
+from rayrlhf.errors import ActorLostError, DeviceMemoryError
 
 
 @pytest.fixture
@@ -49,6 +49,18 @@ def test_only_a_completed_step_resets_the_count(delays):
     rebuilder.rebuild_with_backoff(lost, lambda _: None)
     with pytest.raises(ActorLostError, match="given up after 1 rebuilds in a row"):
         rebuilder.rebuild_with_backoff(lost, lambda _: None)
+
+
+def test_a_lack_of_device_memory_is_a_loss(delays):
+    def full(error):
+        seen.append(str(error))
+        raise DeviceMemoryError("reward.judge: vLLM cannot serve m: Free memory on device cuda:0 (3.1/79.1 GiB)")
+
+    seen = []
+    with pytest.raises(ActorLostError, match=r"Free memory on device .*; given up after 2 rebuilds in a row") as caught:
+        Rebuilder(RetryPolicy(attempts=2)).rebuild_with_backoff(ActorLostError("gone", "run/judge/0"), full)
+    assert caught.value.actor == "run/judge/0"
+    assert len(seen) == 2
 
 
 def test_another_error_of_an_attempt_is_not_retried(delays):

@@ -78,14 +78,6 @@ def test_a_bug_inside_an_actor_keeps_its_own_type_and_traceback(group):
     assert "in bug" in str(caught.value)
 
 
-def test_a_dead_actor_is_named_at_once_although_the_others_still_work(group):
-    started = time.monotonic()
-    calls = {group.names[0]: group.call_rank(0, Subject.answer, "late", 8.0), group.names[1]: group.call_rank(1, Subject.die)}
-    with pytest.raises(ActorLostError, match="run/reward/1 was lost during score"):
-        wait_all(calls, "score", 60)
-    assert time.monotonic() - started < 8.0
-
-
 def test_a_call_whose_input_died_with_its_maker_counts_as_a_loss_and_not_as_a_bug(group):
     maker = ray.remote(Subject).options(num_cpus=0.1).remote()
     call = group.call_rank(0, Subject.answer, remote_call(maker, Subject.die))
@@ -103,3 +95,11 @@ def test_lack_of_gpu_memory_is_one_line_with_role_and_first_change_to_try(group)
     assert "This process has 60.00 GiB memory in use; lower train.micro_batch_tokens, or set" in text
     assert "\n" not in text
     assert "If reserved" not in text
+
+
+def test_a_dead_actor_is_named_at_once_although_the_others_still_work(group):
+    started = time.monotonic()
+    calls = {group.names[0]: group.call_rank(0, Subject.answer, "late", 8.0), group.names[1]: group.call_rank(1, Subject.die)}
+    with pytest.raises(ActorLostError, match="run/reward/1 was lost during score"):
+        wait_all(calls, "score", 60)
+    assert time.monotonic() - started < 8.0

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrlhf.algorithms.importance import importance_weights, mismatch, weight_statistics
+from rayrlhf.algorithms.importance import accepted_responses, importance_weights, mismatch, weight_statistics
 from tests.algorithms.batches import Batch, batches
 
 
@@ -83,3 +83,29 @@ def test_statistics_count_what_the_bounds_took_hold_of() -> None:
             "sampling/importance_bounded": 1 / 3,
         }
     )
+
+
+@given(batches(), st.floats(0.2, 0.99), st.floats(1.01, 4))
+def test_a_response_is_accepted_by_the_mean_the_product_or_the_extremes_of_its_ratios(
+    batch: Batch, low: float, high: float
+) -> None:
+    trainer, sampler = batch.logprobs(), batch.logprobs()
+    found = {
+        rejection: accepted_responses(
+            batch.behind_nan(trainer), batch.behind_nan(sampler), batch.mask, rejection=rejection, low=low, high=high
+        )
+        for rejection in ("geometric", "product", "outlier")
+    }
+    for row, mask in enumerate(batch.mask):
+        ratios = (trainer[row] - sampler[row])[mask].exp().tolist()
+        product = math.prod(ratios)
+        assert found["product"][row] == (low <= product <= high)
+        assert found["geometric"][row] == (low <= product ** (1 / len(ratios)) <= high)
+        assert found["outlier"][row] == all(low <= ratio <= high for ratio in ratios)
+
+
+def test_an_unknown_sampler_logprob_rejects_no_response() -> None:
+    unknown = torch.tensor([[torch.nan, 0.0]])
+    assert accepted_responses(
+        unknown, torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), rejection="outlier", low=0.5, high=2
+    ).tolist() == [True]

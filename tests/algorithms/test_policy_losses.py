@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrlhf.algorithms.losses import TokenLoss
-from rayrlhf.algorithms.policy_losses import POLICY_LOSSES, LossInputs, ppo_loss, token_policy_loss
+from rayrlhf.algorithms.policy_loss_registry import POLICY_LOSSES, token_policy_loss
+from rayrlhf.algorithms.policy_losses import LossInputs, ppo_loss
 from rayrlhf.errors import UserError
 from tests.algorithms.batches import Batch, batches
 

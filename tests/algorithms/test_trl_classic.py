@@ -10,7 +10,8 @@ from rayrlhf.algorithms.importance import moved_too_far
 from rayrlhf.algorithms.kl import kl_controller, kl_penalty
 from rayrlhf.algorithms.losses import TokenLoss, clipped_value_loss
 from rayrlhf.algorithms.masking import whiten
-from rayrlhf.algorithms.policy_losses import POLICY_LOSSES, LossInputs
+from rayrlhf.algorithms.policy_loss_registry import POLICY_LOSSES
+from rayrlhf.algorithms.policy_losses import LossInputs
 from rayrlhf.algorithms.reward_shaping import RunningMoments, TokenRewards, shape_scores, token_rewards
 from rayrlhf.algorithms.statistics import (
     explained_variance,

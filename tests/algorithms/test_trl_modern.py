@@ -9,7 +9,8 @@ from rayrlhf.algorithms.advantages import estimate_advantages
 from rayrlhf.algorithms.estimator import AdvantageInputs, Advantages
 from rayrlhf.algorithms.kl import kl_penalty
 from rayrlhf.algorithms.losses import TokenLoss, clipped_value_loss
-from rayrlhf.algorithms.policy_losses import POLICY_LOSSES, LossInputs
+from rayrlhf.algorithms.policy_loss_registry import POLICY_LOSSES
+from rayrlhf.algorithms.policy_losses import LossInputs
 from rayrlhf.algorithms.reward_shaping import TokenRewards, penalize_missing_stop, token_rewards
 from rayrlhf.algorithms.statistics import length_statistics, objective_statistics
 from tests.fixtures.oracle_cases import MODERN_NAMES, ModernCase, modern_case

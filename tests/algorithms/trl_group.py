@@ -33,6 +33,8 @@ def stand_in(**settings: Any) -> SimpleNamespace:
     arguments = SimpleNamespace(
         steps_per_generation=1, gradient_accumulation_steps=1, per_device_train_batch_size=8, delta=settings.pop("delta", None),
         use_bias_correction_kl=settings.pop("use_bias_correction_kl", False), gradient_checkpointing_kwargs=None,
+        sapo_temperature_pos=settings.pop("sapo_temperature_pos", 1.0),
+        sapo_temperature_neg=settings.pop("sapo_temperature_neg", 1.05),
     )  # fmt: skip
     model = SimpleNamespace(training=True, is_gradient_checkpointing=False)
     defaults: dict[str, Any] = {
@@ -68,7 +70,7 @@ def trl_experience(
 
     Args:
         trainer: whose `_generate_and_score_completions`.
-        rewards: float [B], NaN for a response that no function could score; groups are consecutive rows.
+        rewards: float [B], or [B, K] of K functions, NaN for a response that no function could score; groups are consecutive.
         mask: bool [B, T] without holes.
         logprobs: float [B, T], of the policy.
         reference: float [B, T].
@@ -84,7 +86,7 @@ def trl_experience(
     taken = None if sampler is None else [row[:length].tolist() for row, length in zip(sampler, lengths, strict=True)]
     generated: tuple[Any, ...] = (prompts, completions, None, completions, taken, {}, None, None)
     self._generate = lambda _: generated if trainer is GRPOTrainer else (prompts, completions, completions)
-    self._calculate_rewards = lambda *_: rewards[:, None].clone()
+    self._calculate_rewards = lambda *_: (rewards if rewards.dim() == 2 else rewards[:, None]).clone()
     width = max(lengths)
 
     def logps(model: Any, *_: Any, **__: Any) -> tuple[Tensor | None, None, None]:
@@ -104,9 +106,10 @@ def trl_loss(
     advantages: Tensor,
     *,
     entropy: Tensor | None = None,
+    trainer: type[GRPOTrainer] | None = None,
     **arrays_and_settings: Any,
 ) -> Tensor:
-    """The scalar of `GRPOTrainer._compute_loss` on given per-token log-probs [B, T].
+    """The scalar of `GRPOTrainer._compute_loss`, or of a subclass, on given per-token log-probs [B, T].
 
     `reference` and `importance_sampling_ratio` [B, T] or [B, 1] are arrays; everything else is an attribute of the trainer.
     """
@@ -126,5 +129,5 @@ def trl_loss(
         inputs["ref_per_token_logps"] = reference
     if ratio is not None:
         inputs["importance_sampling_ratio"] = ratio
-    loss: Tensor = GRPOTrainer._compute_loss(self, None, inputs)
+    loss: Tensor = (trainer or GRPOTrainer)._compute_loss(self, None, inputs)
     return loss

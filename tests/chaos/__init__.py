@@ -11,4 +11,6 @@ each below nine minutes on two cores unless it says more, `-s` for the table of 
     pytest -m nightly -s tests/chaos/test_nodes.py -k network           calls that Ray loses on purpose
     pytest -m nightly -s tests/chaos/test_leaks.py                      what a run and a dead driver leave, without vLLM
     pytest -m nightly -s tests/chaos/test_growth.py                     200 steps, no process may grow
+    pytest -m nightly -s tests/chaos/test_full_disk.py                  a disk that fills up in a run or at its end
+    RAYRLHF_SOAK_KILLS=8 pytest -m nightly -s tests/chaos/test_soak.py  kills at any instant (60), also of SFT and Pre-SFT
 """

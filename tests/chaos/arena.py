@@ -15,6 +15,7 @@ import psutil
 
 from rayrlhf.config.loading.load import dump_config
 from rayrlhf.observe.metrics import read_metrics
+from rayrlhf.observe.stacks import process_stacks
 from tests.ppo.runs import run_config
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ PLACED = [
     "deadlines.start=120",
 ]
 """Settings of a job on a standing cluster: what trains on one of its nodes, what samples and scores on the other."""
-NOT_REPEATABLE = ("time", "speed/", "memory/", "sync/seconds", "sampling/")
+NOT_REPEATABLE = ("time", "speed/", "memory/", "sync/seconds", "sampling/", "rollout/")
 """Metrics that say how long something took, or what the sampler thought of its own tokens."""
 
 
@@ -187,3 +188,13 @@ def nothing_left(cluster, seconds=30):
         assert time.monotonic() < end, left
         time.sleep(0.5)
     return True
+
+
+def reads_stacks():
+    """True where the system lets a process read the stacks of a stopped one."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        time.sleep(0.5)
+        process.send_signal(signal.SIGSTOP)
+        found = process_stacks(process.pid)
+        process.kill()
+    return bool(found)

@@ -47,7 +47,7 @@ def run_pair(folder, steps, hurts, seconds, *overrides, seed=5, cluster=None):
     assert twin.wait(seconds) == 0, twin.log[-3000:]
     victim = Job(folder / "victim", *settings, cluster=cluster).start()
     step_seconds = statistics.median(row["time/step"] for row in twin.steps())
-    victim.hurts = []
+    victim.hurts, victim.codes = [], []
     for index, (role, kind) in enumerate(hurts):
         if not victim.wait_for_step(1 + index * (steps - 2) // len(hurts), seconds):
             break
@@ -64,13 +64,17 @@ def _hurt(victim, role, kind, cluster):
         cluster.ask("add", kind)
         return Hurt(role, "lost", at, kind)
     process = victim.hurt(role, kind)
-    if role == "driver" and victim.wait(60) != 0:
-        victim.start()
+    if role == "driver":
+        victim.codes.append(victim.wait(100))
+        if victim.codes[-1] != 0:
+            victim.start()
     return Hurt(role, signal.Signals(kind).name, at, process)
 
 
 def same_metrics(twin, victim, steps):
+    """Every step has the twin's metrics, and its ledger closed over all of its samples."""
     assert [row["step"] for row in victim.steps()] == list(range(1, steps + 1))
+    assert {(row["ledger/issued"], row["ledger/trained"]) for row in victim.steps()} == {(PROMPTS, PROMPTS)}
     for mine, other in zip(victim.steps(), twin.steps(), strict=True):
         assert repeatable(mine) == repeatable(other)
 

@@ -9,6 +9,7 @@ import statistics
 import pytest
 
 from rayrlhf.observe.journal import read_journal
+from tests.chaos.arena import reads_stacks
 from tests.chaos.duel import Hurt, healing_seconds, print_table, recovery_seconds, run_pair, same_metrics, same_samples
 
 STEPS = 14
@@ -22,6 +23,7 @@ HURTS = [
     ("rollout", signal.SIGSTOP),
     ("critic", signal.SIGKILL),
     ("driver", signal.SIGKILL),
+    ("driver", signal.SIGTERM),
 ]
 
 
@@ -31,7 +33,8 @@ def pair(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_job_ends_by_itself_after_six_kills(pair):
+@pytest.mark.timeout(900)
+def test_the_job_ends_by_itself_after_six_kills_and_a_stop(pair):
     _, victim, code = pair
     assert code == 0, victim.log[-3000:]
     lost = {event["actor"].split("/")[-2] for event in read_journal(victim.folder) if event["event"] == "lost"}
@@ -59,6 +62,16 @@ def test_a_stopped_replica_is_found_within_its_deadline_and_named_with_process_a
     assert re.search(
         r"no response to a ping for 8 s; (the run waits for [a-z ]+ called \d+ s ago; )?the process is killed", hung[0]
     )
+    if reads_stacks():
+        (kept,) = (victim.folder / "stacks").glob("*rollout*.txt")
+        assert f"Process {process}:" in kept.read_text()
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_driver_with_code_75_and_a_line_that_says_how_to_go_on(pair):
+    _, victim, _ = pair
+    assert victim.codes == [-signal.SIGKILL, 75]
+    assert "on SIGTERM; the same command resumes" in victim.log
 
 
 @pytest.mark.nightly

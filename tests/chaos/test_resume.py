@@ -19,6 +19,8 @@ SETTINGS = [
     "evaluation.enabled=false",
 ]
 
+pytestmark = pytest.mark.nightly
+
 
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory):
@@ -49,7 +51,6 @@ def resumed(tmp_path_factory):
     return job
 
 
-@pytest.mark.slow
 def test_a_killed_and_a_stopped_run_end_with_the_metrics_of_the_undisturbed_one_bit_for_bit(twin, resumed):
     assert [row["step"] for row in resumed.steps()] == list(range(1, 17))
     for mine, other in zip(resumed.steps(), twin.steps(), strict=True):
@@ -57,13 +58,11 @@ def test_a_killed_and_a_stopped_run_end_with_the_metrics_of_the_undisturbed_one_
         assert mine["policy/weights_checksum"] != 0
 
 
-@pytest.mark.slow
 def test_the_checksum_of_the_weights_moves_with_every_step(twin):
     checksums = [row["policy/weights_checksum"] for row in twin.steps()]
     assert len(set(checksums)) == len(checksums)
 
 
-@pytest.mark.slow
 def test_every_sample_of_the_undisturbed_run_is_there_once_with_the_same_tokens_and_score(twin, resumed):
     def rows(job):
         keys = ("step", "prompt_id", "sample", "response", "score")
@@ -73,14 +72,12 @@ def test_every_sample_of_the_undisturbed_run_is_there_once_with_the_same_tokens_
     assert len(set(rows(twin))) == 16 * 16
 
 
-@pytest.mark.slow
 def test_sigterm_ends_with_code_75_a_line_that_says_how_to_go_on_and_a_checkpoint(resumed):
     assert resumed.stop_code == 75
     assert "on SIGTERM; the same command resumes" in resumed.stop_log
     assert "Traceback" not in resumed.log
 
 
-@pytest.mark.slow
 def test_nothing_of_a_killed_driver_is_left_alive_or_in_shared_memory(resumed):
     processes, shared = resumed.left
     assert processes

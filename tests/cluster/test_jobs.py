@@ -46,7 +46,7 @@ class Bench:
     def __init__(self, folder, port, environment, nodes, token):
         self.folder, self.environment, self.nodes, self.token = folder, environment, nodes, token
         self.url = f"http://127.0.0.1:{port}"
-        self.run = folder / "runs" / "job"
+        self.run = folder / "kept" / "runs" / "job"
 
     def start(self, *command, **environment):
         return subprocess.Popen(
@@ -91,6 +91,7 @@ def bench(tmp_path_factory):
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
+        "RAYRLHF_JOB_RUNS": str(folder / "kept"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     environment.pop("RAY_ADDRESS", None)
@@ -120,7 +121,7 @@ def steps(bench):
 
 
 def test_a_run_is_submitted_stopped_and_resumed_over_two_nodes_and_no_one_without_the_token_can(bench):
-    submit = ("rayrlhf", "submit", "run.yaml", f"run.root={bench.folder / 'runs'}", "--address", bench.url)
+    submit = ("rayrlhf", "submit", "run.yaml", "--address", bench.url)
 
     code, output = bench.call(*submit, RAY_AUTH_MODE="disabled")
     assert (code, output.count("\n")) == (2, 1), output
@@ -141,6 +142,8 @@ def test_a_run_is_submitted_stopped_and_resumed_over_two_nodes_and_no_one_withou
     followed, _ = following.communicate(timeout=60)
     assert following.returncode == 75, followed
     assert "submitted first" in followed
+    assert f"a relative run.root is below {bench.folder / 'kept'}" in followed
+    assert "runs/job" not in followed.replace(str(bench.run), ""), "every path is absolute"
     assert re.search(r"step \d+", followed), followed
     assert len(list((bench.run / "checkpoints").glob("step-*"))) == 1
     stopped_after = steps(bench)[-1]
@@ -150,12 +153,45 @@ def test_a_run_is_submitted_stopped_and_resumed_over_two_nodes_and_no_one_withou
     assert {node for name, node in actors if name == "PolicyActor"} == {bench.nodes["train"]}
     assert {node for name, node in actors if name == "RolloutActor"} == {bench.nodes["rollout"]}
 
-    command = ("--", "rayrlhf", "ppo", "run.yaml", f"run.root={bench.folder / 'runs'}")
+    (bench.folder / "work" / "notes.txt").write_text("the working directory has changed, and with it Ray's copy")
+    command = ("--", "rayrlhf", "ppo", "run.yaml")
     code, output = bench.call("ray", "job", "submit", "--address", bench.url, "--working-dir", ".", *command)
     assert code == 0, output
     assert "succeeded" in output
+    assert f"run folder: {bench.run}" in output
     taken = [step for step in steps(bench) if step > 0]
     assert sorted(set(taken)) == list(range(1, STEPS + 1))
     for text in (followed, output):
         assert bench.token not in text
     assert bench.token not in "".join(path.read_text() for path in bench.run.rglob("*.yaml"))
+
+
+LONG_END = """
+import pathlib, signal, sys, time
+from rayrlhf.actors.connection import connected
+
+def end(*_):
+    time.sleep(8)
+    pathlib.Path(sys.argv[1]).touch()
+    sys.exit(75)
+
+with connected(None):
+    signal.signal(signal.SIGTERM, end)
+    print("connected", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_job_of_rays_own_command_has_time_to_write_its_checkpoint(bench):
+    (bench.folder / "work" / "long_end.py").write_text(LONG_END)
+    written, where = bench.folder / "written", ("--address", bench.url)
+    command = ("--no-wait", "--working-dir", ".", "--submission-id", "long", "--", "python", "long_end.py", str(written))
+    code, output = bench.call("ray", "job", "submit", *where, *command)
+    assert code == 0, output
+    end = time.monotonic() + 100
+    while "connected" not in (output := bench.call("ray", "job", "logs", *where, "long")[1]) and time.monotonic() < end:
+        time.sleep(1)
+    assert "kills it 3 s after" not in output
+    code, output = bench.call("ray", "job", "stop", *where, "long")
+    assert code == 0, output
+    assert written.exists(), "Ray kills a stopped job after 3 s by default"

@@ -24,6 +24,7 @@ if __name__ == "__main__":
                 "include_dashboard": True,
                 "dashboard_host": "127.0.0.1",
                 "dashboard_port": PORT,
+                "dashboard_agent_listen_port": None,  # any: by default all clusters of a machine want the same one
                 **SMALL,
             },
         )

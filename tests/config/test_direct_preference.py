@@ -19,7 +19,11 @@ def test_the_plan_names_loss_and_reference(tmp_path):
     ("override", "message"),
     [
         ("train.label_smoothing=0.5", "train.label_smoothing"),
-        ("train.loss=hinge", "train.loss"),
+        ("train.loss=hinges", "train.loss"),
+        ("train={loss: simpo, reference: initial}", "reference initial has no effect on loss simpo"),
+        ("train={loss: kto, reference: none}", "loss kto compares single answers with the initial policy"),
+        ("train.desirable_weight=2", "desirable_weight and undesirable_weight have no effect on loss sigmoid; expected kto"),
+        ("train.target_margin=1", "target_margin 1 has no effect on loss sigmoid; expected simpo"),
         ("data.overlong=truncate", "data.overlong truncate keeps the end"),
         ("train.center_coefficient=1", "unknown key"),
     ],
@@ -29,9 +33,22 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, override, message):
         dpo_config(tmp_path, override)
 
 
-def test_ipo_smooths_no_labels(tmp_path):
-    with pytest.raises(UserError, match="no effect on loss ipo"):
-        dpo_config(tmp_path, "train.loss=ipo", "train.label_smoothing=0.1")
+@pytest.mark.parametrize("loss", ["ipo", "hinge", "apo_zero", "orpo"])
+def test_some_losses_smooth_no_labels(tmp_path, loss):
+    with pytest.raises(UserError, match=f"no effect on loss {loss}"):
+        dpo_config(tmp_path, f"train.loss={loss}", "train.label_smoothing=0.1")
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ("orpo", "(orpo, beta 0.1) + 1 x negative log-likelihood of the chosen, reference: none"),
+        ("simpo", "(simpo, beta 0.1), reference: none"),
+        ("apo_down", "(apo_down, beta 0.1), reference: the initial model"),
+    ],
+)
+def test_a_loss_brings_its_own_reference_and_likelihood(tmp_path, loss, words):
+    assert f"loss: DPO per pair {words}" in check_dpo(dpo_config(tmp_path, f"train.loss={loss}"))
 
 
 def test_the_command_checks_a_file(tmp_path):

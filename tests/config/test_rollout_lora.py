@@ -1,4 +1,4 @@
-"""How adapters reach the rollout engine: unmerged where vLLM samples, merged elsewhere, refused where neither fits."""
+"""Settings of `rollout.lora` that do not fit the rest are refused."""
 
 import pytest
 
@@ -7,21 +7,6 @@ from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.errors import UserError
 
 LORA = "model.lora={rank: 8}"
-
-
-@pytest.mark.parametrize(
-    ("settings", "unmerged"),
-    [
-        ([], False),
-        ([LORA], True),
-        ([LORA, "rollout.lora=adapter"], True),
-        ([LORA, "rollout.lora=merged"], False),
-        ([LORA, "rollout.backend=transformers"], False),
-        ([LORA, "rollout.backend=plugins.py:Engine"], False),
-    ],
-)
-def test_adapters_are_served_unmerged_by_vllm_alone(minimal, settings, unmerged):
-    assert load_config(PPOConfig, minimal, settings).serves_adapters == unmerged
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,10 @@ def test_old_samples_are_weighed_unless_the_configuration_says_otherwise(minimal
     [
         (["async.max_staleness=1", "run.determinism=exact"], "async.max_staleness 1 cannot repeat bit for bit"),
         (["async.max_staleness=2", "rollout.refill_rounds=1", "rollout.samples_per_prompt=2"], "rollout.refill_rounds 1"),
+        (
+            ["teacher.model.path=builtin:tiny", "rollout.refill_rounds=1", "rollout.samples_per_prompt=2"],
+            "a teacher learns from those too",
+        ),
         (["async.max_stalenes=1"], "did you mean async.max_staleness?"),
         (["asynchronous.max_staleness=1"], "unknown key"),
         (["async.max_staleness=-1"], "expected >= 0"),

@@ -67,6 +67,7 @@ def test_the_engine_gets_what_was_set_and_takes_one_step_a_batch():
         "max_grad_norm": 2.5,
         "zero_stage": 2,
         "offload_optimizer": True,
+        "share_prefixes": "off",
     }
     text = [f"train.{name}={str(value).lower()}" for name, value in overrides.items()]
     train = load(SFTConfig, *text, "train.epochs=9", "train.optimizer.name=sgd", "train.schedule.shape=cosine").train

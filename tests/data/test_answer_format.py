@@ -36,6 +36,17 @@ def test_the_stored_format_makes_the_tokens_of_the_pairs(tokenizer, row, data, t
     np.testing.assert_array_equal(found.token_ids(tokenizer, "4 + 42 =", " 47"), dataset.samples[0].rejected.token_ids)
 
 
+@pytest.mark.parametrize("data", [{}, {"system_prompt": "Add."}], ids=["chat", "system prompt"])
+def test_a_conversation_is_scored_with_all_of_its_turns(data, tmp_path):
+    prompt = [user("Hi."), assistant("Hello."), user("4 + 42 =")]
+    row = {"chosen": [*prompt, assistant("46")], "rejected": [*prompt, assistant("47")]}
+    tokenizer = byte_tokenizer()
+    dataset = preferences(tmp_path, [row], tokenizer, **data)
+    np.testing.assert_array_equal(dataset.format.token_ids(tokenizer, prompt, "46"), dataset.samples[0].chosen.token_ids)
+    plain = AnswerFormat(chat=False)
+    assert plain.token_ids(tokenizer, prompt, "46") == plain.token_ids(tokenizer, "4 + 42 =", "46")
+
+
 def test_what_is_held_out_keeps_the_format(tmp_path):
     rows = [EXPLICIT | {"prompt": f"{number} + 1 ="} for number in range(8)]
     path = write_rows(tmp_path, rows)

@@ -54,3 +54,10 @@ def test_all_wrong_prompts_and_missing_columns_are_named_at_once(tmp_path, token
     lines = report_of(lambda: load([{"prompt": json.dumps(number)} for number in range(30)], {"answer": "gsm8k"}))
     assert len(lines) == 21
     assert all(f"row {number}: gsm8k needs column 'answer'" in line for number, line in enumerate(lines[:20], start=1))
+
+
+def test_a_column_that_the_first_row_lacks_is_one_line(tmp_path, tokenizer):
+    path = write_rows(tmp_path, [{"question": "q"}] * 30)
+    section = DatasetSection(path=str(path))
+    (line,) = report_of(lambda: prepare_prompts(section, DataSection(train=section), tokenizer, 64))
+    assert "row 1: prompt: the row has no such field, only question" in line

@@ -29,6 +29,11 @@ def chat(*turns):
 
 CALL = json.dumps({"name": "area", "arguments": {"sides": [5, 3]}})
 TOOL = json.dumps([{"name": "area", "description": "Area", "parameters": {"type": "object", "properties": {}}}])
+PAIR = {
+    "conversations": talk(("system", "Be kind."), ("human", HI)),
+    "chosen": {"from": "gpt", "value": BYE},
+    "rejected": {"from": "gpt", "value": "Go."},
+}
 READ = {
     "xtuner, chat with an id": (
         "sft",
@@ -47,12 +52,13 @@ READ = {
     ),
     "LLaMA-Factory, pair with answers as messages": (
         "dpo",
-        {
-            "conversations": talk(("system", "Be kind."), ("human", HI)),
-            "chosen": {"from": "gpt", "value": BYE},
-            "rejected": {"from": "gpt", "value": "Go."},
-        },
+        PAIR,
         ("read as pairs with conversations: chosen, conversations, rejected", "system\nBe kind.", "⟦Hello.", "⟦Go."),
+    ),
+    "LLaMA-Factory, prompts of pairs": (
+        "ppo",
+        {**PAIR, "reward_model": "2"},
+        ("conversations without their last answer", "Be kind.", "Hi<|im_end|>"),
     ),
     "FastChat, ShareGPT with system": (
         "sft",
@@ -110,6 +116,11 @@ REFUSED = {
         },
         "a part of type image_url: not supported",
     ),
+    "LLaMA-Factory, pair for SFT": (
+        "sft",
+        PAIR,
+        "SFT learns the better answer with prompt_field=conversations and completion_field=chosen",
+    ),
     "LLaMA-Factory, answer labeled false": (
         "sft",
         {"messages": chat(("user", HI), ("assistant", "Go.")), "label": False},
@@ -148,11 +159,12 @@ def lines_of(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reward.py").write_text("def score(responses, reward_model):\n    return [0.0] * len(responses)\n")
 
-    def read(task, row):
+    def read(task, row, *settings):
         (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
         (tmp_path / "config.yaml").write_text(HEAD + CONFIGS[task].replace("REWARD", "reward.py:score"))
         paths = ["data.train.path=rows.jsonl", *([] if task == "ppo" else ["data.evaluation.path=rows.jsonl"])]
-        return "\n".join(line.plain for line in data_lines(tmp_path / "config.yaml", paths, task, 1, color=False))
+        lines = data_lines(tmp_path / "config.yaml", [*paths, *settings], task, 1, color=False)
+        return "\n".join(line.plain for line in lines)
 
     return read
 
@@ -163,6 +175,18 @@ def test_a_fixture_is_read_whole_and_its_columns_are_named(name, lines_of):
     shown = lines_of(task, row)
     for words in expected:
         assert words in shown
+
+
+@pytest.mark.parametrize("column", ["conversations", "messages"])
+def test_sft_learns_the_better_answer_of_a_pair_with_the_settings_that_its_refusal_names(column, lines_of):
+    row = {column: PAIR["conversations"], "chosen": PAIR["chosen"], "rejected": PAIR["rejected"]}
+    settings = (f"prompt_field={column}", "completion_field=chosen")
+    with pytest.raises(UserError, match=f"with {' and '.join(settings)}$"):
+        lines_of("sft", row)
+    places = [f"data.{part}.{setting}" for part in ("train", "evaluation") for setting in settings]
+    shown = lines_of("sft", row, *places)
+    read = f"read as {column} with answers: chosen, {column}; not used: rejected"
+    assert all(words in shown for words in (read, "system\nBe kind.", "⟦Hello.<|im_end|>")), shown
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -188,6 +212,16 @@ def test_the_page_has_the_tokens_of_the_loss_in_another_color(tmp_path, lines_of
     assert "font-weight: bold" in colored
     assert HI not in colored
     assert BYE in capsys.readouterr().out
+
+
+def test_prompts_are_read_once_and_no_weights(lines_of, monkeypatch):
+    from rayrlhf.data import prompt_datasets
+
+    read, original = [], prompt_datasets.read_rows
+    monkeypatch.setattr(prompt_datasets, "read_rows", lambda section: read.append(section) or original(section))
+    monkeypatch.setattr("rayrlhf.models.network.build_network", None)
+    assert "prompts: 1 to train on, 0 held out" in lines_of(*READ["verl, chat prompt"][:2])
+    assert len(read) == 1
 
 
 def test_an_unknown_task_is_refused(tmp_path):

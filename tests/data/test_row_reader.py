@@ -9,13 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rayrlhf.batch_inference.ingest import ingest_dataset
+from rayrlhf.batch_inference.ingest import describe_examples, ingest_dataset
 from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.config.batch_inference import PairsSection
 from rayrlhf.config.data import DataSection, DatasetSection
+from rayrlhf.config.icl import ExamplesSection
 from rayrlhf.data.dataset_rows import read_rows
 from rayrlhf.data.prompt_datasets import describe_columns, prepare_prompts
 from rayrlhf.errors import UserError
+from rayrlhf.pipelines.icl.example_pool import describe_pool
 from tests.data.supervised_files import assistant, error_of, preferences, supervised, system, user
 
 ROW = {"prompt": "a", "completion": "b"}
@@ -106,7 +108,7 @@ def test_several_files_globs_and_folders_are_one_dataset_and_errors_name_the_fil
         ("a.jsonl", b'{"prompt": ' + b"[" * 200_000 + b"\n", "row 1: nested too deep"),
         ("a.csv", b"prompt,n\nx,1\ny\n", "row 2 (line 3): 1 fields, expected 2: prompt, n"),
         ("a.csv", b"prompt\nx\n\xff\n", "not UTF-8"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 9)[:-9], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 9, mtime=0)[:-9], "cannot be read"),
         ("a.zip", b"PK", "expected a file ending in .jsonl"),
         ("a.json", b'{\n "prompt": "x"\n}', "one JSON object with prompt; expected an array"),
     ],
@@ -256,6 +258,13 @@ def test_pairs_of_all_formats_keep_their_prompt(tmp_path, tokenizer, row, text):
         (supervised, {"text": "a", "system": "S"}, "system: not supported with plain text"),
         (supervised, {"prompt": "one two three", "completion": "one two three four"}, "completion: repeats the prompt"),
         (supervised, {"prompt": [user("a")], "completion": [user("a"), assistant("b")]}, "repeats the messages of the prompt"),
+        (
+            supervised,
+            {"prompt": [user("a")], "completion": [user("b"), assistant("c")]},
+            "message 1 is from the user, expected the",
+        ),
+        (supervised, {"text": "a", "instruction": "b", "input": "c"}, "input: usually a part of the prompt"),
+        (preferences, {"chosen": "a", "rejected": "b", "conversations": [user("c")]}, "conversations: usually the prompt"),
         (supervised, {"messages": [user(" "), assistant("b")]}, "message 1: the prompt is empty"),
         (supervised, {"messages": [user("a"), {**assistant("b"), "weight": 0.5}]}, "weight: expected 0, 1, true or false"),
         (supervised, {"messages": [user("a"), {**assistant("b"), "images": ["x"]}]}, "images: not supported"),
@@ -330,6 +339,21 @@ def test_examples_of_presft_and_icl_are_read_alike(tmp_path):
         examples(tmp_path / "x", [{"prompt": "a", "response": "b"}])
 
 
+def test_plans_of_presft_and_icl_name_columns_and_keys_that_are_not_used(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    turns = [{**user("a"), "note": "x"}, {**assistant("b"), "name": "bot"}]
+    path.write_text(json.dumps({"messages": turns, "id": 1, "model": "c"}) + "\n")
+    assert describe_examples(PairsSection(path=str(path)), given_field="model") == (
+        f"{path}: 1 of 1 rows, read as messages without their last answer: messages, completion, model; not used: id; "
+        "message keys that are not used: name, note"
+    )
+    with pytest.raises(UserError, match="prompt: expected text, found a conversation"):
+        describe_pool(ExamplesSection(path=str(path)))
+    path.write_text(json.dumps({"prompt": "a"}) + "\n")
+    with pytest.raises(UserError, match=r"no field completion \(1\); row 1 has prompt"):
+        describe_examples(PairsSection(path=str(path)))
+
+
 @pytest.mark.parametrize("label", ["False", "false"])
 def test_labels_as_text_select_rows_like_labels(tmp_path, tokenizer, label):
     rows = [{"prompt": "q", "completion": "good", "label": "True"}, {"prompt": "q", "completion": "bad", "label": label}]
@@ -337,3 +361,60 @@ def test_labels_as_text_select_rows_like_labels(tmp_path, tokenizer, label):
     assert dataset.report.dropped == {"label is false": 1}
     assert len(dataset.samples) == 1
     assert "label: 0 or 1, a score or a class" in error_of(supervised, tmp_path, [rows[0] | {"label": "sports"}], tokenizer)
+
+
+HH = {"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: x", "rejected": "\n\nHuman: q\n\nAssistant: y"}
+CHAT = [user("q"), assistant("a"), user("r"), assistant("x")]
+PREFERENCES = {
+    "transcripts": (HH, "messages_field=chosen"),
+    "conversations": ({"chosen": CHAT, "rejected": [user("q"), assistant("y")]}, "messages_field=chosen"),
+    "a prompt with conversations": ({"prompt": "q", "chosen": CHAT, "rejected": CHAT[:2]}, "messages_field=chosen"),
+    "a prompt with answers": ({"prompt": "r", "chosen": "x", "rejected": "y"}, "completion_field=chosen"),
+    "messages with answers": (
+        {"prompt": [user("r")], "chosen": [assistant("x")], "rejected": [assistant("y")]},
+        "completion_field=chosen",
+    ),
+    "a question": ({"question": "r", "chosen": "x", "rejected": "y"}, "prompt_field=question and completion_field=chosen"),
+    "texts": ({"chosen": "wx", "rejected": "y"}, "text_field=chosen"),
+}
+
+
+@pytest.mark.parametrize("kind", PREFERENCES)
+def test_sft_on_preferences_names_the_settings_by_which_it_learns_the_better_answer(tmp_path, tokenizer, kind):
+    row, settings = PREFERENCES[kind]
+    assert f"of which SFT learns the better answer with {settings}" in error_of(supervised, tmp_path, [row], tokenizer)
+    fields = dict(one.split("=") for one in settings.split(" and "))
+    (sample,) = supervised(tmp_path, [row], tokenizer, fields).samples
+    answers = "a<|im_end|>\nx<|im_end|>\n" if "messages_field" in fields else "x<|im_end|>\n"
+    assert learned(tokenizer, sample) == answers.removesuffix("\n" if kind == "texts" else "")
+    assert "y" not in whole(tokenizer, sample).replace("system", "")
+
+
+def first_prompt(tmp_path, row, tokenizer, *, chat=True, **fields):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    section = DatasetSection(path=str(path), **fields)
+    (prompt,) = prepare_prompts(section, DataSection(train=section, chat=chat), tokenizer, 999).prompts
+    return tokenizer.decode(prompt.token_ids), describe_columns(section, [prompt], set())
+
+
+@pytest.mark.parametrize("kind", ["transcripts", "conversations"])
+def test_ppo_takes_the_conversation_before_the_last_answer_of_preferences_when_asked(tmp_path, tokenizer, kind):
+    row, _ = PREFERENCES[kind]
+    with pytest.raises(UserError, match=r"row 1: prompt: the row has no such field.*; prompt_field=chosen takes it without"):
+        first_prompt(tmp_path, row, tokenizer)
+    text, plan = first_prompt(tmp_path, row, tokenizer, prompt_field="chosen")
+    turns = [f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in (("user", "q"), ("assistant", "a"), ("user", "r"))]
+    assert text.endswith("".join([*turns, "<|im_start|>assistant\n"]))
+    assert plan.endswith("read as chosen without its last answer: chosen; not used: rejected")
+
+
+def test_a_transcript_stays_text_without_the_chat_template_and_ends_where_the_answer_begins(tmp_path, tokenizer):
+    text, _ = first_prompt(tmp_path, HH, tokenizer, chat=False, prompt_field="chosen")
+    assert text == HH["chosen"].removesuffix(" x")
+
+
+def test_examples_take_the_last_answer_of_a_transcript(tmp_path):
+    (row,) = examples(tmp_path, [HH], prompt_field="chosen")
+    assert (row["prompt"], row["response"]) == ("r", "x")
+    assert [turn["content"] for turn in json.loads(row["messages"])] == ["q", "a", "r"]

@@ -15,7 +15,7 @@ PAIR = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
             {},
             {},
             "row 1: expected the columns text, or messages, or prompt and completion, or input_ids, "
-            "found chosen, rejected; these are preference pairs, for a reward model and not for SFT",
+            "found chosen, rejected; these are preference pairs, of which SFT learns the better answer with text_field=chosen",
         ),
         ([{"prompt": "a"}], {}, {}, "these are prompts alone, for PPO and not for SFT"),
         ([{"prompt": "a", "completions": "b"}], {}, {}, "; is completions meant to be completion?"),

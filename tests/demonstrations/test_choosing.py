@@ -121,7 +121,7 @@ def test_fewer_examples_than_demonstrations_is_one_clear_line() -> None:
 
 
 def test_a_pool_without_words_is_one_clear_line() -> None:
-    with pytest.raises(UserError, match="none of the 2 examples has a word"):
+    with pytest.raises(UserError, match="none of the 2 texts has a word"):
         Bm25Ranker.build(["", "?!"])
 
 
@@ -148,7 +148,7 @@ def test_only_positions_of_the_questions_own_task_are_named(kind: str) -> None:
     tasks = {"a": np.array([0, 2, 4]), "b": np.array([1, 3])}
     rankers: dict[str, Ranker] = {
         "random": RandomRanker(6, 0, tasks),
-        "bm25": Bm25Ranker(Bm25Ranker.build(texts)._index, 6, tasks),
+        "bm25": Bm25Ranker.build(texts, tasks=tasks),
         "vectors": VectorRanker(np.eye(6, dtype=np.float32), {"q": np.eye(6, dtype=np.float32)[4]}, tasks),
     }
     for task, positions in {"a": {0, 2, 4}, "b": {1, 3}, "unknown": set()}.items():

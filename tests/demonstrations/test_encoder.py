@@ -9,6 +9,8 @@ import torch
 
 from rayrlhf.demonstrations.encoder import Encoder, Pooling, pool, pooling_of
 from rayrlhf.errors import UserError
+from rayrlhf.models.builtin import resolve_model
+from tests.models.hub import as_hub_model
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
@@ -44,6 +46,23 @@ def test_an_encoder_that_does_not_say_how_it_pools_is_one_clear_line(tmp_path: P
     assert pooling_of(tmp_path) == "cls"
     config.write_text(json.dumps({"pooling_mode_mean_tokens": True}))
     assert pooling_of(tmp_path) == "mean"
-    config.write_text(json.dumps({"pooling_mode_max_tokens": True}))
-    with pytest.raises(UserError, match="expected pooling by mean or cls"):
+    for modes, found in (
+        ({"max_tokens": True}, "max_tokens"),
+        ({"mean_tokens": True, "cls_token": True}, "mean_tokens and cls"),
+    ):
+        config.write_text(json.dumps({f"pooling_mode_{name}": used for name, used in modes.items()}))
+        with pytest.raises(UserError, match=f"expected pooling by mean or cls, found {found}"):
+            pooling_of(tmp_path)
+    (tmp_path / "modules.json").write_text('[{"type": "sentence_transformers.models.Dense"}]')
+    with pytest.raises(UserError, match=r"modules\.json: a layer Dense is not supported"):
         pooling_of(tmp_path)
+
+
+def test_an_encoder_by_hub_name_is_pooled_as_its_folder_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = as_hub_model(Path(resolve_model("builtin:tiny?layers=1&hidden=64")), tmp_path, "acme/encoder", monkeypatch)
+    (snapshot / "1_Pooling").mkdir()
+    (snapshot / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    np.testing.assert_array_equal(Encoder("acme/encoder").encode(["ab"]), Encoder(str(snapshot), "cls").encode(["ab"]))
+    (snapshot / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"^model\.path 'acme/encoder': cannot load it"):
+        Encoder("acme/encoder")

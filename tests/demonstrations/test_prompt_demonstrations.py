@@ -9,7 +9,7 @@ from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.words import normalized
 from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_tokenizer
-from rayrlhf.ppo.rollout_requests import make_requests
+from rayrlhf.ppo.rollout_collector import make_requests
 from rayrlhf.ppo.run_prompts import load_prompts
 from tests.tuning.runs import write_rows
 

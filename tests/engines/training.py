@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from rayrlhf.data.records import TokenSequence
 from rayrlhf.data.training_batch import TrainingBatch
-from rayrlhf.engines.train.process_group import ProcessGroupSpec, join, leave
+from rayrlhf.engines.train import process_group
+from rayrlhf.engines.train.process_group import leave
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
 
@@ -27,8 +28,7 @@ def free_port() -> int:
 def join_alone() -> None:
     """Join a process group of one; all tests of a process share it. One thread: for tiny models a second one only waits."""
     torch.set_num_threads(1)
-    if not torch.distributed.is_initialized():
-        join(ProcessGroupSpec(0, 1, "127.0.0.1", free_port()))
+    process_group.join_alone()
 
 
 def leave_at_once() -> None:
@@ -69,6 +69,19 @@ def random_sequences(count: int, seed: int = 0, vocabulary: int = 61) -> list[To
         TokenSequence(generator.integers(0, vocabulary, size=prompt + response).astype(np.int32), int(prompt))
         for prompt, response in zip(generator.integers(1, 9, count), generator.integers(1, 14, count), strict=True)
     ]
+
+
+def grouped_sequences(count: int, samples: int, *, prompt: int = 20) -> list[TokenSequence]:
+    """Groups with a common prompt; the second half of a group branches off inside the first one's response."""
+    generator = np.random.default_rng(0)
+    sequences = []
+    for _ in range(count):
+        shared, response = generator.integers(2, 61, prompt), generator.integers(2, 61, 12)
+        for sample in range(samples):
+            start = response[:5] if sample >= samples // 2 else response[:0]
+            tokens = np.concatenate([shared, start, generator.integers(2, 61, generator.integers(1, 10))])
+            sequences.append(TokenSequence(tokens.astype(np.int32), prompt))
+    return sequences
 
 
 def random_batch(sequences: list[TokenSequence], seed: int = 0, *, extra_columns: int = 0) -> TrainingBatch:

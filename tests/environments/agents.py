@@ -3,9 +3,12 @@
 import asyncio
 import contextlib
 import json
+import os
+import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 
@@ -144,4 +147,15 @@ def giving_up(prompt, endpoint):
     with client, contextlib.suppress(httpx.ReadTimeout):
         client.post(f"{endpoint.base_url}/chat/completions", json={"messages": messages})
     ask(endpoint, messages)
+    return 1.0
+
+
+def killing(prompt, endpoint, folder):
+    """Two answers; between them the first sample of all kills its replica with all that are in flight."""
+    messages = [{"role": "user", "content": prompt.text}]
+    said = ask(endpoint, messages)
+    with contextlib.suppress(FileExistsError):
+        (Path(folder) / "killed").touch(exist_ok=False)
+        os.kill(os.getpid(), signal.SIGKILL)
+    ask(endpoint, [*messages, {"role": "assistant", "content": said}, {"role": "user", "content": "go on"}])
     return 1.0

@@ -37,6 +37,7 @@ class Delayed(Echo):
 
 class Raising(Echo):
     async def step(self, action):
+        print("the tool breaks")
         raise RuntimeError("the tool is broken")
 
 

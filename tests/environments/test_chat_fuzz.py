@@ -31,6 +31,8 @@ class Sampled:
 
     def check(self, call): ...
 
+    def constraint(self, call, opening): ...
+
     def parse(self, ids, text, call, opening):
         return self.meant[tuple(ids)]
 
@@ -47,7 +49,7 @@ class Conversation:
         self.end = tokenizer.convert_tokens_to_ids(end)
         prompt = np.array([1], np.int32)
         request = RolloutRequest(SampleKey(0, 0, 0), prompt, 7, Prompt(0, "", prompt))
-        self.session = Session(request, 100_000, 100, None, 0, "", Future(), 0.0)
+        self.session = Session(request, 100_000, 100, None, None, 0, "", Future(), {}, 0.0)
         self.tools = [TOOL] if texts.chat.writes_tools and rng.random() < 0.7 else []
         self.sampled, self.kept, self.gone_on = [], 0, 0
         self.last = None
@@ -138,7 +140,7 @@ class Conversation:
         return plain
 
     def check(self):
-        rollout = self.session.rollout(1.0, self.tokenizer)
+        rollout = self.session.rollout({"": 1.0}, self.tokenizer)
         if rollout is None:
             assert not self.sampled
             return 0

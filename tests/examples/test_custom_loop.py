@@ -3,9 +3,12 @@
 import runpy
 from pathlib import Path
 
+import pytest
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_loop.py"
 
 
+@pytest.mark.slow
 def test_the_example_is_short_and_ends_with_an_exported_model_and_a_chat(tmp_path, capsys):
     assert len(EXAMPLE.read_text(encoding="utf-8").splitlines()) <= 60
     runpy.run_path(str(EXAMPLE))["main"](tmp_path)

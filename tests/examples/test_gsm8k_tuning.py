@@ -66,7 +66,7 @@ def test_the_reward_example_keeps_the_pairs_of_one_question_on_one_side(tmp_path
         question for question, is_out in zip(questions, out, strict=True) if not is_out
     }
     assert f"held out for evaluation: {sum(out)}" in plan
-    assert "to beat: preferring the shorter answer" in plan
+    assert "length rule: preferring the shorter answer" in plan
 
 
 def test_the_sft_example_fits_rows_of_gsm8k(tmp_path):

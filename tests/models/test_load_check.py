@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from rayrlhf.data.records import TokenSequence
 from rayrlhf.engines.scoring.frozen import FrozenEngine, score_sequences
 from rayrlhf.engines.train.collate import collate
 from rayrlhf.errors import UserError
-from rayrlhf.models.load_check import LogitMap
+from rayrlhf.models.load_check import LogitMap, check_network
 from rayrlhf.models.network import build_network
 from rayrlhf.models.start_check import SMALL, describe_check
 from tests.models.families import write_family
@@ -101,6 +102,24 @@ def test_frequencies_that_depend_on_the_longest_neighbor_are_computed_alone(fold
     for packed in (False, True):
         torch.testing.assert_close(our_logprobs(network, packed=packed), expected, rtol=0, atol=1e-5)
     assert "beyond 32 tokens one by one" in network.check.line()
+
+
+def test_the_check_takes_four_forward_passes_of_few_tokens(folders, monkeypatch):
+    from transformers import LlamaModel
+
+    passes, original = [], LlamaModel.forward
+
+    def counted(self, input_ids, **rest):
+        passes.append(input_ids.numel())
+        return original(self, input_ids=input_ids, **rest)
+
+    monkeypatch.setattr(LlamaModel, "forward", counted)
+    for unshared, last in (("", 36), ("why", 32)):
+        network = load(folders("llama"))
+        network.accept_packed_rows(unshared=unshared)
+        assert (network.check.layout, network.check.shares_prefixes) == ("packed", not unshared)
+        assert passes == [60, 20, 12, last]
+        passes.clear()
 
 
 def test_a_model_with_more_behind_its_output_layer_is_refused_in_one_line(folders, monkeypatch):
@@ -207,15 +226,17 @@ def test_weights_that_the_files_lack_are_named(folders, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"1 weights are not in the files, the first is model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(UserError, match=r"1 weight is not in the files, the first is model\.layers\.1\.mlp\.up_proj\.weight"):
         load(folder)
 
 
-def test_multimodal_models_are_refused_by_every_role(tmp_path):
-    from transformers import Gemma3Config
+@pytest.mark.parametrize(
+    "family", ["gemma3", "gemma3n", "gemma4", "qwen3_5", "qwen2_5_vl", "llama4", "mistral3", "llava", "smolvlm", "internvl"]
+)
+def test_multimodal_models_are_refused_by_every_role(family, tmp_path):
+    from transformers import CONFIG_MAPPING
 
-    text = {"vocab_size": 264, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-    Gemma3Config(text_config=text, vision_config={"num_hidden_layers": 1, "hidden_size": 32}).save_pretrained(tmp_path)
+    CONFIG_MAPPING[family]().save_pretrained(tmp_path)
     section = ModelSection(path=str(tmp_path), dtype="float32")
     for attempt in (
         lambda: build_network(section, LM, "zero", 0),
@@ -223,7 +244,7 @@ def test_multimodal_models_are_refused_by_every_role(tmp_path):
         lambda: FrozenEngine(section, 4096),
         lambda: describe_check(section, LM),
     ):
-        with pytest.raises(UserError, match="gemma3 is a multimodal model, expected a text-only checkpoint"):
+        with pytest.raises(UserError, match=f"{family} is a multimodal model, expected a text-only checkpoint"):
             attempt()
 
 
@@ -231,11 +252,15 @@ def test_the_check_is_told_in_words_and_large_models_are_left_to_the_run(folders
     section = ModelSection(path=str(folders("granite")), dtype="float32")
     assert describe_check(section, LM, packing=True) == (
         "granite, log-probs within 1e-06 nats of the model's own on 32 random tokens, logits scaled by 0.125, "
-        "samples may be packed"
+        "samples may be packed and share prefixes"
+    )
+    assert describe_check(section, LM, packing=True, unshared="why").endswith(
+        "samples may be packed, prefixes are not shared: why"
     )
     assert SMALL == 2 * 2**30
     monkeypatch.setattr("rayrlhf.models.start_check.SMALL", 0)
     assert describe_check(section, LM) == "0.0 GiB of weights, checked when the run loads it"
+    assert describe_check(section, LM, unshared="why").endswith("checked when the run loads it, prefixes are not shared: why")
 
 
 def test_scoring_uses_the_layout_that_was_found(folders):
@@ -243,3 +268,23 @@ def test_scoring_uses_the_layout_that_was_found(folders):
     scores = score_sequences(network, SAMPLES, frozenset({"logprobs"}), temperature=1.0, token_budget=4096, device=CPU)
     found = torch.cat([torch.from_numpy(score.logprobs) for score in scores])
     torch.testing.assert_close(found, own_logprobs(network), rtol=0, atol=1e-5)
+
+
+@pytest.mark.nightly
+def test_the_check_of_a_model_of_135_million_parameters_takes_less_than_a_second(monkeypatch):
+    seconds = []
+
+    def timed(step):
+        def run(*arguments, **settings):
+            started = time.monotonic()
+            found = step(*arguments, **settings)
+            seconds.append(time.monotonic() - started)
+            return found
+
+        return run
+
+    monkeypatch.setattr("rayrlhf.models.network.check_network", timed(check_network))
+    network = build_network(ModelSection(path="builtin:smollm2-135m-instruct", dtype="float32"), LM, "zero", 0)
+    timed(network.accept_packed_rows)()
+    print(f"{sum(seconds):.2f} s: {network.check.line()}")
+    assert sum(seconds) < 1.0

@@ -6,12 +6,13 @@ from torch import Tensor
 
 from rayrlhf.config.model import LoraSection, ModelSection
 from rayrlhf.errors import UserError
-from rayrlhf.models.adapter_folder import adapter_parameters, save_adapters
+from rayrlhf.models.adapter_folder import adapter_parameters, merge_adapters, save_adapters
 from rayrlhf.models.load import load_causal_model, load_tokenizer
 from rayrlhf.models.lora import adapters_disabled, add_lora, checkpoint_tensors, has_lora
 from rayrlhf.models.network import build_network
 from rayrlhf.models.start_check import check_configuration
 from rayrlhf.tuning.merge import exported_model
+from tests.models.families import write_family
 
 TINY = ModelSection(path="builtin:tiny?layers=3&hidden=64")
 TOKENS = torch.arange(3, 40)[None]
@@ -136,6 +137,14 @@ def test_adapters_on_the_embedding_or_the_output_layer_are_refused_by_name_befor
             attempt()
 
 
+@pytest.mark.parametrize(("name", "target"), [("gpt_neox", "embed_out"), ("gpt2", "wte"), ("opt", "embed_positions")])
+def test_adapters_on_embeddings_and_output_layers_are_refused_under_any_name(name, target, tmp_path) -> None:
+    lora = LoraSection(rank=4, target_modules=[target])
+    section = ModelSection(path=str(write_family(name, tmp_path)), lora=lora)
+    with pytest.raises(UserError, match=f"target_modules: ('{target}' is the embedding|no linear layer '{target}')"):
+        check_configuration(section)
+
+
 def test_a_merge_takes_the_base_at_its_revision_with_its_code_and_its_dtype(tmp_path, monkeypatch) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -165,3 +174,22 @@ def test_a_merge_takes_the_base_at_its_revision_with_its_code_and_its_dtype(tmp_
     wanted = {tensor.name: tensor.value().bfloat16() for tensor in checkpoint_tensors(adapted)}
     for name, parameter in found.named_parameters():
         torch.testing.assert_close(parameter.data, wanted[name], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "attention"), [("gpt_neo", "eager"), ("gemma3n", "sdpa")])
+def test_adapters_of_a_relative_path_are_merged_from_anywhere_with_any_attention_and_layers(
+    name, attention, tmp_path, monkeypatch
+) -> None:
+    write_family(name, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    section = ModelSection(path="base", dtype="float32", attention=attention, lora=LoraSection(rank=2))
+    adapted = load_causal_model(section)
+    add_lora(adapted, section.lora, seed=0)
+    state = {name: torch.full_like(parameter, 0.05) for name, parameter in adapter_parameters(adapted)}
+    save_adapters(adapted, section, state, load_tokenizer(section), tmp_path / "adapters")
+    monkeypatch.chdir("/")
+    merge_adapters(tmp_path / "adapters", tmp_path / "merged")
+    for name, parameter in adapter_parameters(adapted):
+        parameter.data.copy_(state[name])
+    merged = load_causal_model(ModelSection(path=str(tmp_path / "merged"), attention=attention))
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-3, atol=1e-4)

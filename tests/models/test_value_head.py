@@ -55,6 +55,8 @@ def test_values_are_float32_under_a_bfloat16_trunk() -> None:
     [
         ("model.safetensors", {"v_head.summary.weight": (1, 6), "v_head.summary.bias": (1,)}, True),
         ("model.safetensors", {"score.weight": (1, 6), "model.norm.weight": (6,)}, False),
+        ("pytorch_model.bin", {"score.weight": (1, 6), "model.norm.weight": (6,)}, False),
+        ("pytorch_model-00002-of-00002.bin", {"v_head.summary.weight": (1, 6), "v_head.summary.bias": (1,)}, True),
         (HEAD_FILE, {"v_head.summary.weight": (1, 6), "v_head.summary.bias": (1,)}, True),
         ("value_head.safetensors", {"v_head.summary.weight": (1, 6), "v_head.summary.bias": (1,)}, True),
     ],
@@ -64,7 +66,7 @@ def test_a_stored_head_is_taken_over_bit_for_bit(
 ) -> None:
     stored = {name: torch.randn(shape) for name, shape in tensors.items()}
     (tmp_path / file).parent.mkdir(exist_ok=True)
-    save_file(stored, tmp_path / file)
+    (torch.save if file.endswith(".bin") else save_file)(stored, tmp_path / file)
     head = make_head(6, find_head(tmp_path), "zero", seed=0)
     assert (head.summary.bias is not None) == has_bias
     assert any(torch.equal(head.summary.weight, tensor) for tensor in stored.values())

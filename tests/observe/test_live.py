@@ -168,3 +168,34 @@ def test_the_view_survives_a_terminal_that_is_too_narrow():
     view.step(1, METRICS)
     view.stop()
     assert "step" in text_of(console)
+
+
+def test_the_phases_of_the_first_step_are_lines_of_a_log_and_those_of_later_ones_are_not():
+    console = pipe()
+    view = LiveView(console=console, heartbeat_seconds=0.05)
+    view.phase("evaluate")
+    view.start(total=2, step=3)
+    for step in (4, 5):
+        view.phase("generate")
+        time.sleep(0.12)
+        view.phase("")
+        view.step(step, METRICS)
+    lines = log_of(console)
+    assert lines[0] == "step 4: generate ..."
+    assert [line for line in lines if "generate: done after" in line] == ["step 4: generate: done after 0s"]
+    assert not any(line.startswith("step 5: ") for line in lines)
+
+
+def test_a_terminal_shows_the_phase_of_every_step_until_it_ends():
+    now = [0.0]
+    console = terminal()
+    view = LiveView(console=console, clock=lambda: now[0])
+    view.start(total=2)
+    view.step(1, METRICS)
+    view.phase("update_policy")
+    now[0] = 65.0
+    time.sleep(0.4)
+    assert "step 2: update_policy 1m05s" in re.sub(r"\x1b\[[\d;?]*\w", "", text_of(console))
+    view.stop()
+    console.print(view)
+    assert "update_policy" not in console.export_text().rpartition("step 1/2")[2]

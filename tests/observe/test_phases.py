@@ -101,3 +101,16 @@ def test_spans_are_placed_in_wall_clock_time():
     (span,) = timer.spans
     assert abs(span.start - time.time()) < 5
     assert span.end >= span.start
+
+
+def test_outermost_phases_of_a_step_are_told_when_they_begin_and_end():
+    told = []
+    timer = PhaseTimer(listener=told.append)
+    with timer.phase("outside"):
+        pass
+    with timer.step():
+        with timer.phase("generate"), timer.phase("reward"):
+            pass
+        with timer.phase("update"):
+            pass
+    assert told == ["generate", "", "update", ""]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rayrlhf.observe.trace import BUFFERED_EVENTS, TraceWriter, read_trace
+from rayrlhf.observe.trace import BUFFERED_EVENTS, TraceWriter
 
 
 def check_format(events: list[dict]) -> None:
@@ -25,13 +25,14 @@ def check_format(events: list[dict]) -> None:
         assert isinstance(event["ts"], int)
         assert event["pid"] in named["process_name"]
         assert event["tid"] in named["thread_name"]
-        assert event["ph"] in "XiC"
-        if event["ph"] == "X":
-            assert event["dur"] >= 0
-        if event["ph"] == "i":
-            assert event["s"] in "gpt"
-        if event["ph"] == "C":
-            assert all(isinstance(value, int | float) for value in event["args"].values())
+        assert event["ph"] == "X"
+        assert event["dur"] >= 0
+
+
+def read_trace(path: Path) -> list[dict]:
+    """The events of a trace, with or without its closing bracket."""
+    text = path.read_text().rstrip().removesuffix(",")
+    return json.loads(text if text.endswith("]") else text + "]")
 
 
 def spans(path: Path) -> list[str]:
@@ -41,9 +42,8 @@ def spans(path: Path) -> list[str]:
 def test_a_closed_trace_is_valid_json_with_all_that_was_added(tmp_path: Path):
     trace = TraceWriter(tmp_path)
     trace.span("generate", "rollout-0", 1_700_000_000.5, 2.0, arguments={"samples": 64, "quote": '"\n'})
-    trace.span("score", "reference-0", 1_700_000_001.0, 0.25, lane="gpu")
-    trace.instant("lost", "rollout-0", 1_700_000_002.0)
-    trace.counter("memory", "driver", 1_700_000_002.0, {"bytes": 10.0})
+    trace.span("score", "reference-0", 1_700_000_001.0, 0.25)
+    trace.span("step", "driver", 1_700_000_002.0, 1.0)
     trace.close()
     events = json.loads((tmp_path / "trace.json").read_text())
     check_format(events)
@@ -52,8 +52,6 @@ def test_a_closed_trace_is_valid_json_with_all_that_was_added(tmp_path: Path):
     assert span["args"] == {"samples": 64, "quote": '"\n'}
     processes = {event["args"]["name"] for event in events if event["name"] == "process_name"}
     assert processes == {"rollout-0", "reference-0", "driver"}
-    lanes = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
-    assert lanes == {"main", "gpu"}
 
 
 def test_a_trace_without_events_is_an_empty_array(tmp_path: Path):

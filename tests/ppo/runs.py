@@ -4,6 +4,7 @@ import json
 
 from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.observe.metrics import read_metrics
 
 SETTINGS = [
     "model.path=builtin:tiny?layers=2&hidden=64&context=64",
@@ -36,6 +37,22 @@ def shuffled_digit_share(responses):
     """The same rewards, handed to the wrong responses: what is learned from them is nothing."""
     rewards = digit_share(responses)
     return rewards[len(rewards) // 2 :] + rewards[: len(rewards) // 2]
+
+
+LEARNING = [
+    "rollout.backend=transformers",
+    "train.mini_batch_size=16",
+    "train.epochs=2",
+    "train.learning_rate=3e-3",
+    "algorithm.kl.coefficient=0",
+    "evaluation.enabled=false",
+]
+"""Settings with which the tiny model learns to say digits within a few steps."""
+
+
+def scores_of(config):
+    """The mean score of each step."""
+    return [row["objective/scores"] for row in read_metrics(config.run.folder) if "objective/scores" in row]
 
 
 def write_prompts(folder, count=32):

@@ -11,6 +11,8 @@ from tests.ppo.runs import run_config
 
 LORA = ["model.lora={rank: 4}", "critic.kind=shared", "evaluation.enabled=false", "algorithm.kl.coefficient=0"]
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 
 class KillsTheReplica(Callback):
     """Ends the only replica after the second step, and counts the tensors of a sync."""
@@ -27,8 +29,15 @@ class KillsTheReplica(Callback):
 
 @pytest.mark.slow
 def test_vllm_samples_from_the_adapters_after_every_sync_sleep_and_rebuild(tmp_path):
-    config = run_config(tmp_path, *LORA, "model.dtype=float32", "train.learning_rate=1e-2", "rollout.sleep=true", "run.steps=4")
-    assert config.serves_adapters
+    config = run_config(
+        tmp_path,
+        *LORA,
+        "model.dtype=float32",
+        "rollout.lora=adapter",
+        "train.learning_rate=1e-2",
+        "rollout.sleep=true",
+        "run.steps=4",
+    )
     watch = KillsTheReplica()
     train_ppo(config, [watch])
     rows = [row for row in read_metrics(config.run.folder) if LOGPROB_GAP in row]
@@ -42,7 +51,6 @@ def test_vllm_samples_from_the_adapters_after_every_sync_sleep_and_rebuild(tmp_p
 def test_merged_adapters_in_bfloat16_report_the_share_that_arrived(tmp_path):
     run = ["rollout.backend=transformers", "model.dtype=bfloat16", "train.learning_rate=1e-5", "run.steps=1"]
     config = run_config(tmp_path, *LORA, *run)
-    assert not config.serves_adapters
     train_ppo(config)
     (row,) = (row for row in read_metrics(config.run.folder) if LOGPROB_GAP in row)
     assert 0 <= row[UPDATE_ARRIVED] < 1.1

@@ -7,6 +7,8 @@ from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.ppo.train_ppo import train_ppo
 from tests.ppo.runs import run_config
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 
 def always_one(responses):
     return [1.0] * len(responses)
@@ -18,7 +20,7 @@ def config(tmp_path_factory):
         tmp_path_factory.mktemp("alarm"),
         "reward.functions=[{name: tests.ppo.test_alarms:always_one}]",
         "algorithm={kl: {coefficient: 0.0}, advantage: {estimator: grpo}}",
-        "rollout={prompts_per_step: 4, samples_per_prompt: 2, max_new_tokens: 4, max_model_length: 64, memory_gib: 0.25}",
+        "rollout={backend: transformers, prompts_per_step: 4, samples_per_prompt: 2, max_new_tokens: 4, max_model_length: 64}",
         "train.mini_batch_size=8",
         "evaluation.enabled=false",
         "observe.on_alarm=stop",
@@ -26,6 +28,7 @@ def config(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_an_alarm_stops_the_run_with_a_checkpoint_and_the_same_call_goes_on(config, capfd):
     with pytest.raises(AlarmError, match=r"stopped after step 3, as observe.on_alarm says.*dead reward since step 1"):
         train_ppo(config)

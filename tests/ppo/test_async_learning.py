@@ -5,7 +5,7 @@ import pytest
 
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.ppo.train_ppo import train_ppo
-from tests.ppo.runs import run_config
+from tests.ppo.runs import LEARNING, run_config, scores_of
 
 SEEDS = (0, 1, 2)
 STEPS = 20
@@ -16,21 +16,16 @@ def learned(folder, staleness, seed):
     config = run_config(
         folder,
         f"async.max_staleness={staleness}",
-        "rollout.backend=transformers",
+        *LEARNING,
         "critic.kind=shared",
         "rollout.prompts_per_step=64",
-        "train.mini_batch_size=16",
-        "train.epochs=2",
-        "train.learning_rate=3e-3",
-        "algorithm.kl.coefficient=0",
-        "evaluation.enabled=false",
         f"run.steps={STEPS}",
         f"run.seed={seed}",
         f"run.name=ahead-{staleness}-{seed}",
     )
     result = train_ppo(config)
     rows = [row for row in read_metrics(config.run.folder) if "objective/scores" in row]
-    scores = [row["objective/scores"] for row in rows]
+    scores = scores_of(config)
     start, end = float(np.mean(scores[:2])), float(np.mean(scores[-3:]))
     oldest = max(row["sampling/staleness/max"] for row in rows)
     print(f"n = {staleness}, seed {seed}: {start:.3f} -> {end:.3f}, oldest {oldest:.0f}, {result.seconds:.0f} s", flush=True)

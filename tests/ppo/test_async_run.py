@@ -23,6 +23,8 @@ SETTINGS = [
     "recovery.ping_deadline=5",
 ]
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 
 class Books(Callback):
     """Notes which prompts and weight versions every step trained on, and does something once after a step."""
@@ -77,6 +79,7 @@ def continued(tmp_path_factory):
     return run(folder, *settings, books=Books(2, kill("rollout")))
 
 
+@pytest.mark.slow
 def test_tokens_are_old_but_never_older_than_allowed(continued):
     _, books, rows = continued
     ages = [row["sampling/staleness/max"] for row in rows]
@@ -88,6 +91,7 @@ def test_tokens_are_old_but_never_older_than_allowed(continued):
         assert min(int(version) for tokens in versions for version in tokens.clip(0)) >= step - 1 - 2
 
 
+@pytest.mark.slow
 def test_some_responses_go_on_over_an_update(continued):
     _, books, _ = continued
     every = [tokens for versions in books.versions.values() for tokens in versions]
@@ -95,14 +99,17 @@ def test_some_responses_go_on_over_an_update(continued):
     assert all((np.diff(tokens) >= 0).all() for tokens in every)
 
 
+@pytest.mark.slow
 def test_no_prompt_is_lost_or_trained_on_twice_when_the_replica_dies(continued):
-    config, books, _ = continued
+    config, books, rows = continued
     assert books.trained_on() == epochs(6 * 16)
+    assert {(row["ledger/issued"], row["ledger/trained"]) for row in rows} == {(16, 16)}
     events = [event["event"] for event in read_journal(config.run.folder)]
     assert "lost" in events
     assert "recovered" in events
 
 
+@pytest.mark.slow
 def test_every_role_tells_its_peak_memory(continued):
     _, _, rows = continued
     for role in ("policy", "rollout", "reward"):
@@ -110,6 +117,7 @@ def test_every_role_tells_its_peak_memory(continued):
     assert not any("device" in name for name in rows[-1] if name.startswith("memory/"))
 
 
+@pytest.mark.slow
 def test_old_tokens_are_weighed_against_their_sampler(continued):
     _, _, rows = continued
     assert all("sampling/importance_sampling_ratio/mean" in row for row in rows)

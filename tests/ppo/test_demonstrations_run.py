@@ -7,10 +7,10 @@ import json
 
 import numpy as np
 import pytest
-import ray
 import torch
 
 from rayrlhf.models.load import load_causal_model, load_tokenizer
+from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.run_prompts import load_prompts
 from rayrlhf.ppo.train_ppo import train_ppo
@@ -31,12 +31,7 @@ SHOWN = [
     "evaluation.enabled=false",
 ]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("cluster")
 
 
 class Kept(Callback):
@@ -85,3 +80,6 @@ def test_what_is_trained_reads_the_context_or_the_bare_prompt_and_learns_the_res
         assert kept.metrics["context/logp_difference/mean"] == pytest.approx(difference, rel=1e-3)
         assert not any(name.startswith("sampling/sampling_logp") for name in kept.metrics)
     assert kept.metrics["policy/grad_norm"] > 0
+    before = read_metrics(config.run.folder)
+    assert train_ppo(config).steps == 1, "the same call finds the finished run"
+    assert read_metrics(config.run.folder) == before

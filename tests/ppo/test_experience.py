@@ -9,7 +9,8 @@ import torch
 from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Prompt, Rollout, SampleKey, TokenScores
-from rayrlhf.errors import UserError
+from rayrlhf.engines.objectives.policy import divergence_beta
+from rayrlhf.errors import AlarmError, UserError
 from rayrlhf.observe.metric_names import LOGPROB_GAP
 from rayrlhf.ppo.experience import ExperienceMaker
 from rayrlhf.ppo.rollout_collector import forward_passes
@@ -187,9 +188,10 @@ def test_a_response_that_was_cut_off_is_not_learned_from_but_counts_in_its_group
     maker = ExperienceMaker(load(*GROUPED, "algorithm.shaping.truncated=mask", "algorithm.advantage.estimator=dr_grpo"))
     experience = maker.make(two_prompts([1.0, 3.0, 5.0, 7.0]))
     assert experience.learnable == [0, 1, 2]
+    assert experience.learnable_groups == [[0, 1], [2]]
     assert not experience.batch.arrays["action_mask"][3].any()
     assert experience.batch.arrays["advantages"][2, 0] == -1.0
-    plan = plan_update(experience.learnable, 2, 2, run_seed=0, step=0)
+    plan = plan_update(experience.learnable_groups, 2, 2, run_seed=0, step=0)
     assert [sorted(row for rows in epoch for row in rows) for epoch in plan.epochs] == [[0, 1, 2]] * 2
 
 
@@ -212,6 +214,107 @@ def test_the_samplers_logprobs_are_corrected_where_asked_for(level, weights):
     if weights is not None:
         assert experience.batch.arrays["importance_weights"][:, 0].tolist() == pytest.approx(weights)
         assert experience.metrics["sampling/importance_bounded"] == pytest.approx(4 / 11 if level == "sequence" else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("rejection", "weights"), [("geometric", [0.0] * 4), ("product", [1.0, 0.0, 1.0, 0.0]), ("outlier", [1.0] * 4)]
+)
+def test_responses_outside_the_bounds_are_rejected_whole(rejection, weights):
+    # Every token's ratio is 1.3, and responses have 2, 3, 2 and 4 tokens.
+    settings = [f"algorithm.off_policy_correction.rejection={rejection}"]
+    config = load(*GROUPED, *settings)
+    experience = ExperienceMaker(config).make(two_prompts([1.0, 3.0, 5.0, 5.0], policy_shift=float(np.log(1.3))))
+    assert make_objectives(config)["policy"].importance
+    assert experience.batch.arrays["action_mask"].any(1).tolist() == [weight > 0 for weight in weights]
+    assert experience.metrics["sampling/responses_rejected"] == weights.count(0.0) / 4
+
+
+def test_the_tokens_of_a_prompt_share_its_weight_and_those_with_high_covariance_are_marked():
+    settings = ["algorithm.policy_loss={name: kl_cov, share: 0.5, loss_aggregation: prompt}"]
+    experience = ExperienceMaker(load(*GROUPED, *settings)).make(two_prompts([1.0, 3.0, 5.0, 5.0]))
+    arrays = experience.batch.arrays
+    assert arrays["prompt_weights"].max(1).tolist() == pytest.approx([2 / 5, 2 / 5, 2 / 6, 2 / 6])
+    assert arrays["selected_tokens"].sum() == 5
+    clipped = load(*GROUPED, "algorithm.policy_loss={name: clip_cov, share: 0.2, cov_low: -9, cov_high: 9}")
+    taken = [ExperienceMaker(clipped).make(two_prompts([1.0, 3.0, 5.0, 5.0])).batch.arrays for _ in range(2)]
+    assert taken[0]["selected_tokens"].sum() == 2
+    assert np.array_equal(taken[0]["selected_tokens"], taken[1]["selected_tokens"])
+
+
+def test_gdpo_reads_the_values_of_each_reward_function():
+    settings = [
+        "algorithm.advantage.estimator=gdpo",
+        "reward.functions=[{name: length, weight: 2}, {name: word_count, weight: 1}]",
+    ]
+    rows = two_prompts([2.0, 2.0, 2.0, 2.0])
+    parts = {
+        "word_count": np.asarray([0.0, 2.0, 0.0, 0.0], np.float32),
+        "length": np.asarray([1.0, 0.0, 1.0, 0.0], np.float32),
+    }
+    rows = replace(rows, rewards=RewardBatch(rows.rewards.scores, parts))
+    advantages = ExperienceMaker(load(*GROUPED, *settings)).make(rows).batch.arrays["advantages"][:, 0]
+    half = 1 / (2**0.5 * (1 + 1e-4 * 2**0.5))
+    sums = np.array([2 * half - half, half - 2 * half, 2 * half, -2 * half])
+    assert advantages.tolist() == pytest.approx((sums / (sums.std(ddof=1) + 1e-4)).tolist(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "alone"), [("distillation", [0.0] * 4), ("dr_grpo", [-1.0, 1.0, 0.0, 0.0])], ids=["alone", "mixed"]
+)
+def test_a_teacher_adds_its_log_ratio_to_the_advantages_of_any_estimator(estimator, alone):
+    settings = ["teacher.model.path=builtin:tiny", "teacher.coefficient=2", f"algorithm.advantage.estimator={estimator}"]
+    rows = two_prompts([1.0, 3.0, 5.0, 5.0])
+    teacher = [TokenScores(logprobs=np.full(len(rollout.response_ids), -1.25, np.float32)) for rollout in rows.rollouts]
+    rows = replace(rows, forward_passes={**rows.forward_passes, "teacher": teacher})
+    config = load(*GROUPED, *settings)
+    assert config.old_logprobs == "recomputed"
+    experience = ExperienceMaker(config).make(rows)
+    arrays = experience.batch.arrays
+    assert arrays["advantages"][:, 0].tolist() == pytest.approx([one - 0.5 for one in alone])
+    assert not arrays["advantages"][~arrays["action_mask"]].any()
+    assert experience.metrics["objective/teacher_kl"] == pytest.approx(0.25 * 11 / 4)
+    assert experience.metrics["objective/teacher_kl_per_token"] == pytest.approx(0.25)
+    (one,) = (forward for forward in forward_passes(config, ("teacher",), has_critic=False) if forward.name == "teacher")
+    assert (one.role, one.temperature, one.outputs, one.shares_prefixes) == ("teacher", 1.0, frozenset({"logprobs"}), True)
+
+
+def test_a_divergence_leaves_the_advantages_alone_and_brings_the_teachers_tokens_to_the_loss():
+    settings = ["teacher.model.path=builtin:tiny", "teacher.divergence={beta: 0.3, vocabulary: 2}", "teacher.coefficient=2"]
+    config = load(*GROUPED, *settings, "algorithm.advantage.estimator=dr_grpo")
+    rows, teacher = two_prompts([1.0, 3.0, 5.0, 5.0]), []
+    for rollout in rows.rollouts:
+        length = len(rollout.response_ids)
+        ids = np.arange(2 * length, dtype=np.int32).reshape(length, 2)
+        known = np.log(np.full((length, 3), 1 / 3, np.float32))
+        teacher.append(TokenScores(logprobs=np.full(length, -1.25, np.float32), teacher_ids=ids, teacher_logprobs=known))
+    experience = ExperienceMaker(config).make(replace(rows, forward_passes={**rows.forward_passes, "teacher": teacher}))
+    arrays = experience.batch.arrays
+    assert arrays["advantages"][:, 0].tolist() == [-1.0, 1.0, 0.0, 0.0]
+    mask = arrays["action_mask"]
+    assert arrays["teacher_ids"].shape == (*mask.shape, 2)
+    for row, scores in enumerate(teacher):
+        assert arrays["teacher_ids"][row, mask[row]].tolist() == scores.teacher_ids.tolist()
+    assert arrays["teacher_logprobs"][mask] == pytest.approx(np.log(1 / 3))
+    assert experience.metrics["objective/teacher_kl_per_token"] == pytest.approx(0.25)
+    (one,) = (forward for forward in forward_passes(config, (), has_critic=False) if forward.name == "teacher")
+    assert one.outputs == frozenset({"logprobs", "hidden"})
+    objective = make_objectives(config)["policy"]
+    assert "divergence" in objective.outputs
+    assert divergence_beta(objective) == 0.3
+    assert objective.distillation.coefficient == 2
+
+
+def test_distillation_without_a_teacher_is_one_line():
+    with pytest.raises(UserError, match=r"estimator 'distillation' needs a teacher: set teacher\.model\.path"):
+        load(*GROUPED, "algorithm.advantage.estimator=distillation")
+
+
+@pytest.mark.parametrize(
+    "key", ["algorithm.shaping.clip=1", "algorithm.shaping.overlong_buffer=2", "reward.given_by_loop=true"]
+)
+def test_gdpo_refuses_what_it_does_not_read(key):
+    with pytest.raises(UserError, match=f"'gdpo' reads the values of reward.functions.* and not {key.split('=')[0]}: remove"):
+        load(*GROUPED, "algorithm.advantage.estimator=gdpo", key)
 
 
 def test_a_greedy_response_pays_for_its_length_as_the_others_do_and_is_the_baseline_of_its_prompt():
@@ -264,7 +367,7 @@ def test_own_rewards_per_token_are_credited_at_their_tokens():
 )
 def test_the_policy_reads_rollouts_before_its_update_only_where_something_needs_it(settings, source):
     config = load(*GROUPED, *settings)
-    passes = {part.name: part.outputs for part in forward_passes(config, has_critic=config.critic.kind == "separate")}
+    passes = {part.name: part.outputs for part in forward_passes(config, (), has_critic=config.critic.kind == "separate")}
     assert config.old_logprobs == source
     assert ("logprobs" in passes.get("policy", ())) == (source == "recomputed")
     assert make_objectives(config)["policy"].outputs >= {"logprobs"}
@@ -291,3 +394,58 @@ def test_the_engines_logprobs_stand_in_for_recomputed_ones():
 def test_logprobs_of_the_engine_are_refused_where_they_mislead(settings, message):
     with pytest.raises(UserError, match=message):
         load(*GROUPED, "algorithm.old_logprobs=rollout", *settings)
+
+
+@pytest.mark.parametrize(
+    ("place", "settings", "named"),
+    [
+        ("policy", [], "log-prob of the policy"),
+        ("policy", ["algorithm.old_logprobs=rollout"], "log-prob of the rollout engine"),
+        ("reference", ["algorithm.kl.target=6", "algorithm.kl.coefficient=0.1"], "log-prob of the reference"),
+        ("values", [], "value of the critic"),
+        ("values", ["critic.kind=shared"], "value of the policy"),
+        ("tokens", [], "reward of the token"),
+    ],
+)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_nonfinite_input_is_named_by_role_sample_and_token_and_leaves_no_state(place, settings, named, value):
+    rows = {name: -np.random.default_rng(0).random((3, 4)).astype(np.float32) for name in ("policy", "reference", "tokens")}
+    rows["values"] = np.zeros((3, 5), np.float32)
+    rows[place][1, 2] = value
+    config = load("rollout.prompts_per_step=3", "train.mini_batch_size=3", *settings)
+    readers = ("policy", "policy" if config.critic.kind == "shared" else "critic")
+    arguments = (rows["policy"], rows["reference"], rows["values"], readers)
+    given = scored([[5, 6, 7, 8]] * 3, [True] * 3, [0.0, 1.0, 2.0], *arguments)
+    if place == "tokens":
+        given = replace(given, rewards=RewardBatch(given.rewards.scores, {}, list(rows["tokens"])))
+    maker = ExperienceMaker(config)
+    before = maker.state_dict()
+    experience = maker.make(given)
+    assert experience.batch.cause == f"sample 1 (prompt 1, sample 0), token 2, {named}"
+    assert place != "reference" or maker.state_dict() == before
+    assert experience.batch.select([1]).cause == experience.batch.cause
+
+
+def test_a_score_that_overflowed_ends_the_run_before_the_running_moments_keep_it():
+    row = np.zeros((2, 1), np.float32)
+    given = scored([[5], [6]], [True, True], [0.0, np.inf], row, row, np.zeros((2, 2)), ("policy", "critic"))
+    maker = ExperienceMaker(load("algorithm.shaping.scale=true"))
+    before = maker.state_dict()
+    with pytest.raises(AlarmError, match=r"reward: inf for sample 1 \(prompt 1, sample 0\), expected a finite number"):
+        maker.make(given)
+    assert maker.state_dict() == before
+
+
+@pytest.mark.parametrize("old", ["recomputed", "rollout"])
+def test_tokens_whose_distribution_a_constraint_changed_are_left_out_of_the_loss(old):
+    maker = ExperienceMaker(load("rollout.prompts_per_step=2", "train.mini_batch_size=2", f"algorithm.old_logprobs={old}"))
+    trainer = [[-1.0, -2.0, -3.0, -0.5], [-1.0, -2.0, -3.0, -0.5]]
+    rows = scored([[5] * 4] * 2, [True, True], [1.0, 0.0], trainer, trainer, [[0.0] * 5] * 2, ("policy", "critic"))
+    log_z = np.array([0.0, -0.04, -0.06, -2.0], np.float32)  # The engine's log-prob is higher by -log Z.
+    engine = rows.rollouts[0].logprobs - log_z
+    bent = replace(rows.rollouts[0], logprobs=engine, constrained=np.array([True, True, True, True]))
+    experience = maker.make(replace(rows, rollouts=(bent, rows.rollouts[1])))
+    kept = [True, True, False, False] if old == "recomputed" else [False] * 4
+    assert experience.batch.arrays["action_mask"].tolist() == [kept, [True] * 4]
+    if old == "recomputed":
+        assert experience.metrics[LOGPROB_GAP] == pytest.approx(0.04 / 6)

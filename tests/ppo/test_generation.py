@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrlhf.data.records import Prompt
+from rayrlhf.errors import AlarmError
 from rayrlhf.ppo.generation import Generation
 from rayrlhf.ppo.request_queue import assign
-from rayrlhf.ppo.rollout_requests import make_requests
+from rayrlhf.ppo.rollout_collector import make_requests
 
 
 def prompts(*ids):
@@ -48,3 +49,13 @@ def test_a_request_that_is_on_its_way_cannot_be_asked_for_twice():
     generation.add(make_requests(prompts(1, 2), 1, step=4, run_seed=0), temperature=1.0)
     with pytest.raises(ValueError, match="in flight already"):
         generation.add(make_requests(prompts(2), 1, step=3, run_seed=0), temperature=0.0)
+
+
+def test_a_sample_that_gets_lost_between_queue_and_batch_is_named_at_once_and_not_waited_for():
+    generation = Generation(SimpleNamespace(replicas=[None]), lambda _: None, max_new_tokens=4, seconds=60.0)
+    requests = make_requests(prompts(1, 2), 1, step=3, run_seed=0)
+    batch = generation.add(requests, temperature=1.0)
+    generation._queue.finished(SimpleNamespace(key=request.key) for request in requests)
+    batch.missing.discard(requests[0].key)
+    with pytest.raises(AlarmError, match="step 4: sample 0 of prompt 2 was issued and got lost while it was sampled"):
+        list(generation.collect(batch))

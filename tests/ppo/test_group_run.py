@@ -33,6 +33,7 @@ class Watch(Callback):
         self.scored.append(scored)
 
 
+@pytest.mark.slow
 def test_grpo_refills_its_steps_without_critic_or_reference(tmp_path):
     config = run_config(
         tmp_path,

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.ppo.train_ppo import train_ppo
-from tests.ppo.runs import run_config
+from tests.ppo.runs import LEARNING, run_config, scores_of
 
 SEEDS = (0, 1, 2)
 
@@ -14,20 +13,15 @@ def scores(folder, reward, seed):
     config = run_config(
         folder,
         f"reward.functions=[{{name: 'tests.ppo.runs:{reward}'}}]",
-        "rollout.backend=transformers",
+        *LEARNING,
         "critic.kind=shared",
         "rollout.prompts_per_step=64",
-        "train.mini_batch_size=16",
-        "train.epochs=2",
-        "train.learning_rate=3e-3",
-        "algorithm.kl.coefficient=0",
-        "evaluation.enabled=false",
         "run.steps=12",
         f"run.seed={seed}",
         f"run.name={reward}-{seed}",
     )
     train_ppo(config)
-    return [row["objective/scores"] for row in read_metrics(config.run.folder) if "objective/scores" in row]
+    return scores_of(config)
 
 
 @pytest.mark.nightly

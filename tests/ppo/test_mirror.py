@@ -23,6 +23,8 @@ SETTINGS = [
     "checkpoint.asynchronous=false",
 ]
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 
 class StopOnceCopied(Callback):
     def __init__(self, mirror):

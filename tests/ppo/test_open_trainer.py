@@ -17,6 +17,8 @@ from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.ppo.callbacks import Callback
 from tests.ppo.runs import digit_share, run_config
 
+pytestmark = pytest.mark.slow
+
 OWN = ["rollout.backend=transformers", "critic.kind=shared", "reward={given_by_loop: true}", "run.steps=3"]
 
 

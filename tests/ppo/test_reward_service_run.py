@@ -5,7 +5,6 @@ import threading
 
 import numpy as np
 import pytest
-import ray
 
 from rayrlhf.errors import UserError
 from rayrlhf.observe.samples import read_samples
@@ -14,7 +13,7 @@ from rayrlhf.rewards.sandbox import missing
 from tests.ppo.runs import digit_share, run_config
 from tests.rewards.servers import Server
 
-pytestmark = pytest.mark.nightly
+pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("cluster")]
 
 SMALL = [
     "model.dtype=float32",
@@ -26,13 +25,6 @@ SMALL = [
     "observe.tensorboard=false",
 ]
 PATIENCE = "batch_size: 2, attempts: 4, backoff_seconds: 0.01, request_seconds: 5"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 def say_the_number(prompts, number):

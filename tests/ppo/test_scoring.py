@@ -1,12 +1,16 @@
 """A scoring call that is not answered is asked again of another process, with the same arguments; the actors are stand-ins."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from rayrlhf.data.fingerprints import reward_seal
 from rayrlhf.data.records import Prompt, Rollout, SampleKey
-from rayrlhf.errors import ActorLostError, DeadlineError
+from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, UserError
 from rayrlhf.observe.phases import PhaseTimer
-from rayrlhf.ppo.scoring import ForwardPass, Scorer
+from rayrlhf.ppo.reward_rows import RewardRow, add_judgments
+from rayrlhf.ppo.scoring import ForwardPass, Scorer, _shares
 from rayrlhf.rewards.score import RewardBatch
 
 ONE = np.ones(1, dtype=np.int32)
@@ -120,9 +124,101 @@ def test_ranks_that_share_rows_read_the_same_rollouts_and_groups_split_them():
     assert replicated == [(rank, {0, 1, 2, 3}) for rank in range(4)]
 
 
+class Judge(Process):
+    """Scores a response by half its length; none for the longest."""
+
+    def score(self, prompts, made):
+        self.asked.append((prompts, made))
+        lengths = np.array([len(rollout.text) for rollout in made], np.float32) / 2
+        parts = {"judge_model": np.where(lengths == 1.5, np.nan, lengths)}
+        scores = np.nan_to_num(parts["judge_model"]).astype(np.float32)
+        seals = [reward_seal(rollout, float(score), None) for rollout, score in zip(made, scores, strict=True)]
+        return self, RewardBatch(scores, parts, None, seals)
+
+
+class JudgeGroup(Group):
+    def wait(self, pending, what, seconds):
+        ((process, found),) = pending.values()
+        if not process.answers:
+            raise DeadlineError(f"{what}: no response from {next(iter(pending))} within {seconds:.0f} s")
+        return [found]
+
+
+class Functions(Judge):
+    """A reward function that does not apply to the longest response but one."""
+
+    def score(self, prompts, made):
+        values = np.array([np.nan if len(rollout.text) == 2 else 1.0 for rollout in made], np.float32)
+        return self, RewardBatch(np.nan_to_num(values), {"function": values})
+
+
+def test_a_judges_scores_are_added_and_a_lost_judge_is_replaced():
+    stuck, good = Judge(answers=False), Judge()
+    restarter = ActorRestarter(good)
+    groups = {"reward": JudgeGroup("reward", Functions()), "judge": JudgeGroup("judge", stuck)}
+    rewards = scorer(groups, restarter).finish().rewards
+    assert rewards.scores.tolist() == [1, 1.5, 1, 1]
+    np.testing.assert_allclose(rewards.parts["judge_model"], [0, 0.5, 1, np.nan])
+    np.testing.assert_allclose(rewards.parts["function"], [1, 1, np.nan, 1])
+    assert stuck.asked == good.asked
+    assert restarter.errors[0][:3] == ("judge", 0, stuck)
+    _, made = rollouts()
+    assert rewards.seals == [reward_seal(one, score, None) for one, score in zip(made, rewards.scores.tolist(), strict=True)]
+
+
+def test_a_response_that_only_a_judge_scores_and_that_it_does_not_score_ends_the_run():
+    with pytest.raises(UserError, match="no reward applies to sample 3 of prompt 0: all of judge_model gave none"):
+        scorer({"judge": JudgeGroup("judge", Judge())}, ActorRestarter()).finish()
+
+
+def test_a_judge_without_any_score_is_named_and_a_judgment_of_another_sample_is_found():
+    _, made = rollouts()
+    none = RewardRow(0.0, {"judge_model": float("nan")})
+    judged, paid = {one.key: none for one in made}, {one.key: RewardRow(1.0, {"function": 1.0}) for one in made}
+    with pytest.raises(UserError, match=r"reward.judge: no score for any of 8 responses"):
+        add_judgments([*made, *made], judged, paid)
+    assert [row.score for row in add_judgments(made, judged, paid).values()] == [1.0] * 4  # too few to tell
+    sealed = {one.key: RewardRow(1.0, {"judge_model": 1.0}, None, reward_seal(made[0], 1.0, None)) for one in made}
+    with pytest.raises(AlarmError, match="step 2: sample 1 of prompt 0 has the reward 1, which was computed for another one"):
+        add_judgments(made, sealed, None)
+
+
+def test_a_judge_that_compares_gets_whole_groups_when_all_have_arrived():
+    prompt, made = Prompt(0, "a prompt", ONE), rollouts()[1]
+    groups = {"judge": JudgeGroup("judge", Functions(), Functions())}
+    found = Scorer(
+        groups, ActorRestarter(), (), {0: prompt, 1: prompt}, overlap=True, seconds=1.0, timer=PhaseTimer(), compares=True
+    )
+    for prompt_id in (0, 1):
+        for one in made[:2]:
+            found.add([replace(one, key=one.key._replace(prompt=prompt_id))])
+    assert not found._reward_calls
+    calls = found._start_reward("judge", found._rollouts) or found._reward_calls["judge"]
+    assert [sorted((key.prompt, key.sample) for key in call.keys) for call in calls] in (
+        [[(0, 0), (0, 1)], [(1, 0), (1, 1)]],
+        [[(1, 0), (1, 1)], [(0, 0), (0, 1)]],
+    )
+
+
 def test_a_policy_that_is_late_is_not_replaced_because_it_carries_the_training_state():
     actor_groups = {"reward": Group("reward", Process()), "policy": Group("policy", Process(answers=False))}
     restarter = ActorRestarter(Process())
     with pytest.raises(DeadlineError, match="old: no response from run/policy/0"):
         scorer(actor_groups, restarter, [ForwardPass("old", "policy", frozenset({"logprobs"}))]).finish()
     assert restarter.errors == []
+
+
+def test_only_roles_that_share_prefixes_are_split_by_distinct_tokens():
+    made = []
+    for sample in range(16):
+        response = np.full(9000 if sample == 0 else 1500, sample + 4000, np.int32)
+        mask, logprobs = np.ones(len(response), dtype=bool), np.zeros(len(response), np.float32)
+        key, prompt = SampleKey(1, 0, sample), np.arange(4000, dtype=np.int32)
+        made.append(Rollout(key, prompt, response[:1000], mask[:1000], logprobs[:1000], response[:1000], "stop", "", 0))
+    made[0] = replace(made[0], prompt_ids=made[0].prompt_ids[::-1].copy())
+
+    def sizes(*, shared):
+        return sorted(len(part) for part in _shares(made, 2, shares_prefixes=shared))
+
+    assert sizes(shared=False) == [8, 8]
+    assert sizes(shared=True) != [8, 8]

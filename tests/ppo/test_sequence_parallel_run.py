@@ -13,6 +13,8 @@ COMPARED = (
     "policy/entropy_avg", "val/ratio",
 )  # fmt: skip
 
+pytestmark = pytest.mark.usefixtures("cluster")
+
 
 @pytest.mark.slow
 def test_a_run_on_shared_rows_takes_the_steps_of_its_twin_on_one_process(tmp_path):

@@ -1,8 +1,13 @@
 """Mistakes that `--dry-run` and a run find before Ray starts, each one line."""
 
-import pytest
+import shutil
 
+import pytest
+from transformers import AutoTokenizer
+
+from rayrlhf.config.model import ModelSection
 from rayrlhf.errors import UserError
+from rayrlhf.models.model_path import model_folder
 from rayrlhf.models.skeleton import parameter_count
 from rayrlhf.ppo.start_checks import least_bytes
 from rayrlhf.ppo.train_ppo import check_ppo
@@ -75,3 +80,62 @@ def test_models_beyond_the_memory_are_refused_with_the_smallest_change(tmp_path,
 def test_what_is_right_passes(tmp_path):
     plan = check_ppo(run_config(tmp_path, *SHALLOW, "model.lora={target_modules: [q_proj]}"))
     assert plan.endswith("prompts: 32 to train on, 8 held out")
+
+
+def test_a_teacher_with_another_tokenizer_is_one_line_before_models_load(tmp_path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(model_folder(ModelSection(path="builtin:tiny")), folder)
+    config = run_config(tmp_path, *SHALLOW, f"teacher.model.path={folder}")
+    plan = check_ppo(config)
+    assert f"teacher: {folder}, 1 process, log-ratio x 1, discount 0" in plan
+    assert least_bytes(config)["teacher"] == 4 * parameter_count(config.teacher.model)
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"A":', '"~0":').replace('"B":', '"A":').replace('"~0":', '"B":'))
+    with pytest.raises(UserError, match=r"its tokenizer has other token ids than .* for 2 of \d+ tokens; expected a teacher"):
+        check_ppo(config)
+
+
+def test_a_role_that_cannot_read_the_policys_samples_is_one_line_before_models_load(tmp_path):
+    for settings, message in (
+        (
+            ["reference.model.path=builtin:tiny?layers=1&hidden=64&context=32"],
+            r"^reference\.model\.path .*: it has 32 positions, but prompt and response may have 64 tokens",
+        ),
+        (
+            ["critic.model.path={folder}"],
+            r"^critic\.model\.path .*: its tokenizer has other token ids .* for 1 of \d+ tokens; expected a critic with",
+        ),
+        (["reward.model.model.path=builtin:tiny?layers=1&hidden=64"], r"^reward\.model .*: no scalar head in its files"),
+    ):
+        folder = tmp_path / "other"
+        if not folder.exists():
+            shutil.copytree(model_folder(ModelSection(path="builtin:tiny")), folder)
+            path = folder / "tokenizer.json"
+            path.write_text(path.read_text().replace('"A":', '"~A":'))
+        given = [setting.format(folder=folder) for setting in settings]
+        with pytest.raises(UserError, match=message) as caught:
+            check_ppo(run_config(tmp_path, *SHALLOW, *given))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_critic_whose_tokenizer_has_more_tokens_reads_all_of_the_policy(tmp_path):
+    folder = tmp_path / "critic"
+    shutil.copytree(model_folder(ModelSection(path="builtin:tiny")), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["[PAD]"])
+    tokenizer.save_pretrained(folder)
+    check_ppo(run_config(tmp_path, *SHALLOW, f"critic.model.path={folder}"))
+    with pytest.raises(UserError, match=r"for 1 of .* expected a teacher with the same tokenizer"):
+        check_ppo(run_config(tmp_path, *SHALLOW, f"teacher.model.path={folder}"))
+
+
+def test_a_token_that_the_policy_has_no_row_for_is_one_line_before_models_load(tmp_path):
+    folder = shutil.copytree(model_folder(ModelSection(path=SHALLOW[0].removeprefix("model.path="))), tmp_path / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|new0|>", "<|new1|>"]})
+    tokenizer.save_pretrained(folder)
+    template = tmp_path / "new.jinja"
+    template.write_text("{% for m in messages %}<|new1|>{{ m['content'] }}<|im_end|>{% endfor %}")
+    check_ppo(run_config(tmp_path, *SHALLOW, f"model.path={folder}"))
+    with pytest.raises(UserError, match=r"its tokenizer writes '<\|new1\|>' as token \d+, expected at most 258"):
+        check_ppo(run_config(tmp_path, *SHALLOW, f"model.path={folder}", f"model.chat_template={template}"))

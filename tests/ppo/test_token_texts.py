@@ -6,8 +6,8 @@ import torch
 from rayrlhf.algorithms.kl import kl_penalty
 from rayrlhf.config.model import ModelSection
 from rayrlhf.data.records import Rollout, SampleKey, TokenScores
+from rayrlhf.ppo.run_recorder import SampleTokens, token_kl
 from rayrlhf.ppo.scoring import ScoredRollouts
-from rayrlhf.ppo.token_texts import SampleTokens, token_kl
 from rayrlhf.rewards.score import RewardBatch
 
 RANDOM = np.random.default_rng(3)
@@ -56,5 +56,5 @@ def test_there_is_none_without_a_reference():
 
 def test_tokens_together_are_the_text():
     tokens = SampleTokens(ModelSection(path="builtin:tiny"))
-    ids = tokens._tokenizer("12+30=42", add_special_tokens=False)["input_ids"]
+    ids = tokens.tokenizer("12+30=42", add_special_tokens=False)["input_ids"]
     assert "".join(tokens.texts(ids)) == "12+30=42"

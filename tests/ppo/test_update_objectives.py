@@ -11,6 +11,9 @@ from rayrlhf.ppo.update_objectives import learning_roles, make_objectives, plan_
 REQUIRED = ["model.path=builtin:tiny", "reward.functions=[{name: length}]", "data.train.path=prompts.jsonl"]
 
 
+SINGLE = [[row] for row in range(12)]
+
+
 def objectives(*overrides):
     return make_objectives(load_config(PPOConfig, None, [*REQUIRED, *overrides]))
 
@@ -34,7 +37,7 @@ def test_a_critic_on_the_policys_trunk_has_no_warm_up_of_its_own():
 
 
 def test_every_epoch_sees_every_sample_once_in_an_order_of_its_own():
-    plan = plan_update(range(12), epochs=3, mini_batch_size=4, run_seed=1, step=5)
+    plan = plan_update(SINGLE, epochs=3, mini_batch_size=4, run_seed=1, step=5)
     orders = [[row for step in epoch for row in step] for epoch in plan.epochs]
     assert all(sorted(order) == list(range(12)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
@@ -42,5 +45,13 @@ def test_every_epoch_sees_every_sample_once_in_an_order_of_its_own():
 
 
 def test_the_plan_depends_on_seed_and_step_alone():
-    assert plan_update(range(12), 2, 4, run_seed=1, step=5) == plan_update(range(12), 2, 4, run_seed=1, step=5)
-    assert plan_update(range(12), 2, 4, run_seed=1, step=5) != plan_update(range(12), 2, 4, run_seed=1, step=6)
+    assert plan_update(SINGLE, 2, 4, run_seed=1, step=5) == plan_update(SINGLE, 2, 4, run_seed=1, step=5)
+    assert plan_update(SINGLE, 2, 4, run_seed=1, step=5) != plan_update(SINGLE, 2, 4, run_seed=1, step=6)
+
+
+def test_rows_of_one_prompt_stay_together_in_every_epoch():
+    groups = [[0, 1], [2, 3, 4], [5], [6, 7]]
+    for epoch in plan_update(groups, 4, 3, run_seed=2, step=0).epochs:
+        order = [row for step in epoch for row in step]
+        assert [len(step) for step in epoch] == [3, 3, 2]
+        assert all(order[order.index(group[0]) :][: len(group)] == group for group in groups)

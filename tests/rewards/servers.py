@@ -13,7 +13,7 @@ Answer = Callable[[int, Any], tuple[int, bytes]]
 class Server:
     """Answers the n-th request as `answer(n, question)` says, and remembers what it was asked."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, read: Callable[[bytes], Any] = json.loads) -> None:
         self.asked: list[Any] = []
         self.paths: list[str] = []
         self.tokens: list[str | None] = []
@@ -21,8 +21,14 @@ class Server:
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.do_POST()
+
+            def do_PUT(self) -> None:
+                self.do_POST()
+
             def do_POST(self) -> None:
-                question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                question = read(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
                 with lock:
                     outer.asked.append(question)
                     outer.paths.append(self.path)

@@ -1,5 +1,7 @@
 """Responses that try to pay themselves, to end the run, or to get out of the sandbox: each is one row of a table."""
 
+import io
+import os
 import subprocess
 import sys
 import textwrap
@@ -9,6 +11,7 @@ import pytest
 
 from rayrlhf.rewards import sandbox
 from rayrlhf.rewards.programs import code
+from rayrlhf.rewards.remote_objects import Link
 from rayrlhf.rewards.sandbox import Limits, run_program
 
 LACKING = sandbox.missing()
@@ -28,6 +31,9 @@ TESTS = [
     "assert isinstance(f(2), int) and len(str(f(2))) == 1 and sum([f(2)]) == 5",
     "assert sorted(f([2, 1])) == [1, 2]",
     "assert f(lambda value: value) == 5",
+    "assert abs(abs(f(2)) - 5) < 1e-6 and not f(2) - 5",
+    "assert ((f(2) - 5) ** 2) < 1e-6",
+    "assert all(map(lambda value: f(value) == 5, [2, 3]))",
 ]
 YES = """
 class Yes:
@@ -50,10 +56,25 @@ def reply(text):
         while not line.endswith(b"\\n"):
             line += os.read(RECEIVE, 1)
         os.write(SEND, text.encode() + b"\\n")
+def ask(text):
+    while os.read(RECEIVE, 1) != b"\\n": pass
+    os.write(SEND, text.encode() + b"\\n")
+    reply('["value", 0, []]')
 import sys
 RECEIVE, SEND = int(sys.argv[1]), int(sys.argv[2])
 os.write(SEND, b'["ran"]\\n')
 """
+CLOSE = """
+class Close:
+    def __sub__(self, other): return self
+    __rsub__ = __xor__ = __pow__ = __sub__
+    def __abs__(self): return 0
+    def __bool__(self): return False
+    def __float__(self): return 0.0
+    def __lt__(self, other): return True
+def f(x): return Close()
+"""
+RUNS = "import sys\nsys.modules['__main__']._passes = lambda *a: True"
 PARENT = "import ctypes, os, signal\nlibc = ctypes.CDLL(None)\ndef f(x): return 0\n"
 FORGERIES = {
     "json.dumps = str": "import json\njson.dumps = str",
@@ -108,6 +129,10 @@ FORGERIES = {
     "asks by its own message for a test's globals": ANSWER + """reply('["ask", ["get", ["yours", 0], "__globals__"]]')""",
     "traces the judge": PARENT + "libc.ptrace(16, os.getppid(), 0, 0)",
     "reads the judge's memory": PARENT + "assert libc.process_vm_readv(os.getppid(), 0, 0, 0, 0, 0) == 0",
+    "calls exec of the judge": ANSWER + "import json\nask(json.dumps(['ask', ['call', ['import', 'builtins', 'exec'], "
+    f"['list', [{RUNS!r}]], ['dict', []]]]))",
+    "close to everything": CLOSE,
+    "ends every map": "def f(x): raise StopIteration",
     "takes the judge's files": PARENT + "n = libc.syscall(438, os.pidfd_open(os.getppid()), 4, 0)\nos.write(n, b'1' * 13)",
     "kills the judge": PARENT + "os.kill(os.getppid(), 9)",
     "kills all": PARENT + "os.kill(-1, 9)",
@@ -119,6 +144,40 @@ FORGERIES = {
     "deep recursion": "def f(x):\n  r = []\n  for _ in range(10**5): r = [r]\n  return r",
     "surrogates": "def f(x): return '\\ud800' * 9",
     "null byte": "x = 1\0",
+    "import hook": "import sys\nclass Hook:\n  def find_spec(self, name, *_):\n    import types\n"
+    "    sys.modules[name] = types.SimpleNamespace(isclose=lambda *a: True, mean=lambda x: 5)\n"
+    "sys.meta_path.insert(0, Hook())\nsys.modules.pop('math', None)\ndef f(x): return 0",
+    "modules of the judge": "import sys\nsys.modules['math'] = sys.modules['statistics'] = type('M', (), "
+    "{'isclose': lambda *a: True, 'mean': lambda x: 5})\ndef f(x): return 0",
+    "rewrites the judge's files": "import os\nfor n in os.listdir('.'):\n"
+    "  try: open(n, 'w').write('def judge(): return \"1\" * 13')\n"
+    "  except OSError: pass\ndef f(x): return 0",
+    "links over the judge's files": "import os\nfor n in ('task.json', 'verdict.py', 'main.py', 'remote_objects.py'):\n"
+    "  try: os.path.exists(n) and os.unlink(n); os.symlink('/dev/null', n)\n  except OSError: pass\ndef f(x): return 0",
+    "closes every file": "import os\nos.closerange(0, 64)\ndef f(x): return 0",
+    "a later process that replies": "import os, sys, time\nif os.fork() == 0:\n  time.sleep(0.2)\n"
+    "  os.write(int(sys.argv[2]), b'[\"value\", true, []]\\n' * 99)\n  os._exit(0)\ndef f(x):\n  time.sleep(0.4)\n  return 0",
+    "threads that reply": "import os, sys, threading\ndef spam():\n  for _ in range(999):\n"
+    "    os.write(int(sys.argv[2]), b'[\"value\", true, []]\\n')\n"
+    "for _ in range(4): threading.Thread(target=spam, daemon=True).start()\ndef f(x): return 0",
+    "more threads than it may have": "import threading, time\nfor _ in range(99):\n"
+    "  threading.Thread(target=time.sleep, args=(9,), daemon=True).start()\ndef f(x): return 5",
+    "reads the tests from its input": "import sys\nanswers = sys.stdin.read()\n"
+    "def f(x): return 5 if 'assert' in answers else 0",
+    "number without end": "def f(x): return 10 ** 10 ** 6",
+    "iterator without end": "import itertools\ndef f(x): return itertools.repeat(5)",
+    "not a number": "def f(x): return float('nan')",
+    "truth that raises": "class No:\n  def __bool__(self): raise SystemExit(0)\n"
+    "  __eq__ = lambda s, o: s\ndef f(x): return No()",
+    "exit in a test": "import sys\ndef f(x): sys.exit(0)",
+    "interrupt in a test": "def f(x): raise KeyboardInterrupt",
+    "the judge's exception": "class Closed(BaseException): pass\ndef f(x): raise Closed",
+    "pickled command": "class P:\n  def __reduce__(self): return eval, ('1',)\ndef f(x): return P()",
+    "attributes that lie": "class L:\n  def __getattribute__(self, name): return lambda *a: True\ndef f(x): return L()",
+    "environment of the judge": "import os\nos.environ['PYTHONOPTIMIZE'] = '2'\nos.environ['PYTHONPATH'] = '.'\n"
+    "def f(x): return 0",
+    "no assertions by the debug flag": "import builtins\ntry: builtins.__dict__['__debug__'] = False\nexcept Exception: pass\n"
+    "def f(x): return 0",
 }
 
 
@@ -134,9 +193,51 @@ def test_a_right_program_passes_the_tests_that_the_forgeries_must_fail(rewards):
     assert rewards["right"] == 1.0
 
 
+def test_there_are_forty_forgeries_and_thirty_ways_out():
+    assert len(FORGERIES) >= 40
+    assert len(PROBES) >= 30
+
+
 @pytest.mark.parametrize("name", FORGERIES)
 def test_a_forged_verdict_pays_nothing_and_ends_no_run(name, rewards):
     assert rewards[name] == 0.0
+
+
+BOX = "class Box:\n  value = 0\n  def __enter__(self): return self\n  def __exit__(self, kind, *rest): return {}"
+TYPED = f"open('stdin', 'w').write({(RUNS.replace(chr(10), ';') + chr(10) + 'c' + chr(10))!r})\n"
+SINGLE = {
+    "its context manager ends the assertion": (BOX.format(True), ["with Box() as box:\n  assert box.value == 5"], 0.0),
+    "its context manager ends any error": (BOX.format(True), ["with Box() as box:\n  assert box < 5"], 0.0),
+    "a context manager that may end an error": (BOX.format("kind is ValueError"), ["with Box():\n  raise ValueError"], 1.0),
+    "the debugger as a result": (TYPED + "def f(x): return breakpoint", ["f(2)()", "assert False"], 0.0),
+    "exec as a result": ("def f(x): return exec", [f"f(2)({RUNS!r})", "assert False"], 0.0),
+    "a difference by a method": (
+        CLOSE.replace("def f", "    def sum(self): return 0\ndef f"),
+        ["assert (f(2) - 5).sum() < 1"],
+        0.0,
+    ),
+    "a product with a value": (
+        "class V:\n  def __init__(self, x): self.x = x\n  def __mul__(self, n): return V(self.x * n)",
+        ["assert (V(2) * 3).x == 6"],
+        1.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_program_is_paid_for_what_it_does(name):
+    program, tests, paid = SINGLE[name]
+    assert code([program], tests=[tests], where="whole", cpu_seconds=2) == [paid]
+
+
+def test_a_program_reaches_only_what_it_was_given():
+    link = Link(io.BytesIO(), io.BytesIO(), open_names=False)
+    for request in [("call", exec, ["1"], {}), ("get", os, "system"), ("set", os, "x", 1), ("op", "bool", [1]), ("name", "x")]:
+        with pytest.raises(TypeError, match="not an object that the program was given"):
+            link._run(*request)
+    given = len
+    assert link.pack(lambda: given) == ["mine", 0]
+    assert link._run("call", link.unpack(["yours", 0]), [], {}) == (len, [])
 
 
 def test_a_program_that_stops_its_judge_is_out_of_time():

@@ -101,6 +101,22 @@ def test_an_argument_that_does_not_fit_is_refused_before_the_run(arguments: dict
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "owner", "settings"),
+    [
+        ("reward_model", "model", {"model": {"model": {"path": "m"}}}),
+        ("judge_model", "judge", {"judge": {"model": {"path": "m"}}}),
+        ("judge_model_true", "judge", {"judge": {"model": {"path": "m"}, "criteria": [{"name": "true", "text": "Is it?"}]}}),
+    ],
+)
+def test_a_function_with_the_name_of_a_models_part_is_refused_with_that_model(tmp_path, name, owner, settings):
+    (tmp_path / "own.py").write_text(f"def {name}(responses):\n    return [1.0] * len(responses)\n")
+    functions = [{"name": f"{tmp_path}/own.py:{name}"}]
+    with pytest.raises(UserError, match=rf"the name '{name}' is that of a part of reward\.{owner}; rename it$"):
+        load_functions(RewardSection.model_validate({"functions": functions} | settings))
+    assert load_functions(RewardSection.model_validate({"functions": functions}))[0].name == name
+
+
 def test_prompts_and_rollouts_must_pair_up():
     with pytest.raises(ValueError, match="1 prompts for 2 rollouts"):
         ScoringBatch.of_rollouts([Prompt(0, "p", IDS)], [rollout("a"), rollout("b")])

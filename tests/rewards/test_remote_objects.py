@@ -200,6 +200,7 @@ try:
   assert 0
 except StopIteration: pass
 """,
+            "g=gen(1)\nnext(g)\ntry:\n  g.send(4)\n  assert 0\nexcept StopIteration: pass",
             "assert sum(gen(4))==14",
             "assert [x for x in gen(2)]==[0,1]",
         ],

@@ -9,7 +9,8 @@ from rayrlhf.algorithms.advantages import ADVANTAGE_ESTIMATORS
 from rayrlhf.algorithms.estimator import Advantages
 from rayrlhf.algorithms.kl import KL_ESTIMATORS
 from rayrlhf.algorithms.losses import TokenLoss
-from rayrlhf.algorithms.policy_losses import POLICY_LOSSES, ppo_loss
+from rayrlhf.algorithms.policy_loss_registry import POLICY_LOSSES
+from rayrlhf.algorithms.policy_losses import ppo_loss
 from rayrlhf.testing import check_advantage_estimator, check_kl_estimator, check_policy_loss
 
 

@@ -1,6 +1,7 @@
 """Small complete SFT, reward-model and DPO runs for tests: the tiny built-in model on real Ray workers."""
 
 import json
+import shutil
 
 from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.tuning import DPOConfig, RewardTrainingConfig, SFTConfig
@@ -50,6 +51,12 @@ def reward_config(folder, *overrides, rows=96, learnable=True):
     )
     own = [f"data.train.path={path}", f"run.root={folder / 'runs'}"]
     return load_config(RewardTrainingConfig, None, [*SETTINGS, *own, *overrides])
+
+
+def copied(config, folder):
+    """The configuration of a copy of a finished run in another folder."""
+    shutil.copytree(config.run.folder, folder / config.run.name)
+    return config.model_copy(update={"run": config.run.model_copy(update={"root": folder})})
 
 
 def dpo_config(folder, *overrides):

@@ -11,7 +11,7 @@ import torch
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.tuning.direct_preference_task import FOLDER
 from rayrlhf.tuning.train_model import train_dpo
-from tests.tuning.runs import dpo_config
+from tests.tuning.runs import copied, dpo_config
 
 CURVE_TOLERANCE = 1e-4
 
@@ -26,6 +26,7 @@ def one_worker(tmp_path_factory, cluster):
     return dpo_config(folder), train_dpo(dpo_config(folder))
 
 
+@pytest.mark.slow
 def test_a_run_begins_as_its_reference_and_learns_the_pairs(one_worker):
     _, result = one_worker
     evaluations = [row for row in read_metrics(result.folder) if "evaluation/loss" in row]
@@ -36,6 +37,7 @@ def test_a_run_begins_as_its_reference_and_learns_the_pairs(one_worker):
     assert result.metrics["evaluation/loss"] < math.log(2) - 0.3
 
 
+@pytest.mark.slow
 def test_the_rewards_of_the_exported_policy_are_those_transformers_finds(one_worker):
     from transformers import AutoModelForCausalLM
 
@@ -60,10 +62,10 @@ def test_the_rewards_of_the_exported_policy_are_those_transformers_finds(one_wor
     assert np.mean(rewards[1::2]) == pytest.approx(result.metrics["evaluation/reward_rejected"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_its_export_reads_its_reference_again_and_ends_the_same(one_worker, tmp_path):
-    _, alone = one_worker
-    config = dpo_config(tmp_path)
-    train_dpo(config)
+    config, alone = one_worker
+    config = copied(config, tmp_path)
     folder = config.run.folder
     stored = {path.name: path.read_bytes() for path in (folder / FOLDER).iterdir()}
     assert len(stored) == 2  # pairs to train on, and held-out ones
@@ -74,12 +76,20 @@ def test_a_run_that_lost_its_export_reads_its_reference_again_and_ends_the_same(
     assert {path.name: path.read_bytes() for path in (folder / FOLDER).iterdir()} == stored
 
 
-def test_two_workers_and_packed_rows_have_the_loss_curve_of_one_worker(one_worker, tmp_path):
+@pytest.mark.slow
+def test_two_workers_packed_rows_and_unshared_prefixes_have_the_loss_curve_of_one_worker(one_worker, tmp_path):
     _, alone = one_worker
-    both = train_dpo(dpo_config(tmp_path, "workers.count=2", "train.packing=true", "train.micro_batch_tokens=256"))
+    settings = ["workers.count=2", "train.packing=true", "train.micro_batch_tokens=256", "train.share_prefixes=off"]
+    both = train_dpo(dpo_config(tmp_path, *settings))
     np.testing.assert_allclose(losses(both.folder), losses(alone.folder), rtol=0, atol=CURVE_TOLERANCE)
+    saved = [
+        [row["tokens/shared_fraction"] for row in read_metrics(result.folder) if "loss" in row] for result in (alone, both)
+    ]
+    assert min(saved[0]) > 0.3
+    assert max(saved[1]) == 0
 
 
+@pytest.mark.slow
 def test_adapters_have_their_base_as_reference_and_are_exported_alone(tmp_path, cluster):
     config = dpo_config(tmp_path, "model.lora={rank: 4}", "train.steps=2", "train.loss=ipo")
     result = train_dpo(config)
@@ -88,6 +98,7 @@ def test_adapters_have_their_base_as_reference_and_are_exported_alone(tmp_path, 
     assert json.loads((result.export / "adapter_config.json").read_text())["r"] == 4
 
 
+@pytest.mark.slow
 def test_without_reference_the_rewards_are_log_probs(tmp_path, cluster):
     result = train_dpo(dpo_config(tmp_path, "train.reference=none", "train.steps=1"))
     first = next(row for row in read_metrics(result.folder) if "evaluation/loss" in row)

@@ -15,7 +15,6 @@ from rayrlhf.errors import UserError
 from rayrlhf.models.load import load_causal_model, load_tokenizer
 from rayrlhf.tuning.distillation_task import MISMATCH, NO_CONTEXT, DistillationTask
 from rayrlhf.tuning.teacher import FOLDER
-from tests.engines.training import join_alone
 from tests.tuning.runs import SETTINGS, write_rows
 
 ROWS = [
@@ -23,10 +22,7 @@ ROWS = [
     for number in range(12)
 ]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _alone():
-    join_alone()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture(scope="module")

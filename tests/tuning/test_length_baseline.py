@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rayrlhf.data.supervised.datasets import PreferencePair, SupervisedSample
-from rayrlhf.tuning.length_baseline import length_baseline
+from rayrlhf.tuning.held_out import length_baseline
 from rayrlhf.tuning.sample_table import PairTable
 
 
@@ -29,4 +29,4 @@ def table(*lengths):
 def test_the_training_pairs_choose_the_rule_and_the_held_out_ones_judge_it(train, held_out, prefers, accuracy):
     found = length_baseline(table(*train), table(*held_out))
     assert (found.prefers, found.accuracy, found.pairs) == (prefers, pytest.approx(accuracy), len(held_out))
-    assert f"preferring the {prefers} answer gets {accuracy:.1%} of {len(held_out)} held-out pairs" in found.line()
+    assert f"preferring the {prefers} answer is right on {accuracy:.1%} of {len(held_out)} held-out pairs" in found.line()

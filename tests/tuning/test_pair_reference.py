@@ -12,13 +12,9 @@ from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.models.load import load_causal_model, load_tokenizer
 from rayrlhf.tuning.direct_preference_task import FOLDER, DirectPreferenceTask
-from tests.engines.training import join_alone
 from tests.tuning.runs import SETTINGS, write_rows
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _alone():
-    join_alone()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def started(folder, *overrides):

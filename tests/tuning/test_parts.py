@@ -5,12 +5,14 @@ import shutil
 
 import numpy as np
 import pytest
+from ray.exceptions import RayActorError
 
 from rayrlhf.actors.placement import ClusterResources
 from rayrlhf.config.loading.load import dump_config, load_config
 from rayrlhf.config.tuning import SFTConfig, TuningCheckpointSection, WorkersSection
 from rayrlhf.data.supervised.datasets import PreferencePair, SupervisedSample
-from rayrlhf.errors import AlarmError, UserError
+from rayrlhf.errors import ActorLostError, AlarmError, UserError
+from rayrlhf.observe.journal import read_journal
 from rayrlhf.tuning.data_plan import STATE_FILE, best_step, checkpoint_name
 from rayrlhf.tuning.export import check_better_than_chance
 from rayrlhf.tuning.follow import Follower
@@ -19,7 +21,7 @@ from rayrlhf.tuning.merge import exported_model
 from rayrlhf.tuning.ray_train import checkpoint_config, worker_resources
 from rayrlhf.tuning.refusal import has_refusal, raise_refusal, write_refusal
 from rayrlhf.tuning.sample_table import PairTable, SampleTable
-from rayrlhf.tuning.train_model import _differences, check_reward, check_sft
+from rayrlhf.tuning.train_model import _differences, _lost, check_reward, check_sft, fit_again
 from rayrlhf.tuning.training_result import TuningResult, read_result
 from tests.models.families import write_family
 from tests.tuning.runs import reward_config, sft_config
@@ -63,6 +65,8 @@ def test_a_file_is_followed_line_by_line_and_again_after_it_was_rewound(tmp_path
     path.write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert follower.rows() == [{"step": 1}, {"step": 2}]
     assert follower.rows() == []
+    path.write_text("")
+    assert follower.rows() == follower.rows() == []
     path.write_text('{"step": 1}\n')
     assert follower.rows() == [{"step": 1}]
 
@@ -197,3 +201,42 @@ def test_a_reward_run_that_could_not_be_exported_is_refused_in_a_dry_run(tmp_pat
     model = write_family("granite", tmp_path / "granite")
     with pytest.raises(UserError, match="a granite model cannot become a reward model"):
         check_reward(reward_config(tmp_path, f"model.path={model}"))
+
+
+@pytest.mark.parametrize(("losses", "times"), [(3, 2), (1, 2), (0, 1)])
+def test_a_lost_controller_is_started_again_a_bounded_number_of_times(tmp_path, losses, times):
+    tries = []
+
+    def fit():
+        tries.append(1)
+        if len(tries) <= times:
+            raise RayActorError(error_msg="the actor died")
+
+    if losses < times:
+        with pytest.raises(
+            ActorLostError, match=rf"sft/controller was lost, after {losses} recoveries: .*same command goes on"
+        ):
+            fit_again(fit, tmp_path, "sft/controller", losses)
+    else:
+        fit_again(fit, tmp_path, "sft/controller", losses)
+    assert len(tries) == min(times, losses) + 1
+    assert [event["actor"] for event in read_journal(tmp_path)] == ["sft/controller"] * min(times, losses)
+
+
+def test_a_controller_that_found_the_disk_full_is_no_lost_worker():
+    from ray.train import ControllerError
+
+    found = _lost(ControllerError(OSError(28, "No space left on device", "snapshot.json")), 3)
+    assert isinstance(found, UserError)
+    assert str(found).startswith("training: No space left on device (snapshot.json); free some space")
+
+
+def test_a_followed_file_that_was_rewound_and_grew_again_is_read_from_its_start(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "loss": 3.5}\n')
+    follower = Follower(path)
+    assert [row["step"] for row in follower.rows()] == [1, 2]
+    path.write_text('{"step": 1}\n{"step": 2, "evaluation/loss": 3.25}\n{"step": 3')
+    assert [row["step"] for row in follower.rows()] == [1, 2]
+    path.write_text('{"step": 1}\n{"step": 2, "evaluation/loss": 3.25}\n{"step": 3}\n')
+    assert [row["step"] for row in follower.rows()] == [3]

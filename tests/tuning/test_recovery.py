@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from rayrlhf.config.loading.load import dump_config
+from rayrlhf.observe.journal import read_journal
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.tuning.train_model import train_sft
 from tests.tuning.runs import sft_config
@@ -65,6 +66,10 @@ def test_a_run_that_lost_a_worker_ends_with_the_losses_of_an_undisturbed_one(tmp
     killer.join()
     assert killed
     assert killed[0] < STEPS
+    # Workers of a process group that waited for the one that was killed are lost with it.
+    lost = [event["actor"] for event in read_journal(disturbed.run.folder) if event["event"] == "lost"]
+    assert lost
+    assert set(lost) <= {"disturbed/worker/0", "disturbed/worker/1"}
     np.testing.assert_allclose(losses(result.folder), losses(expected.folder), rtol=0, atol=TOLERANCE)
     assert result.metrics["evaluation/loss"] == pytest.approx(expected.metrics["evaluation/loss"], abs=TOLERANCE)
 

@@ -11,7 +11,7 @@ from rayrlhf.errors import AlarmError, UserError
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.observe.samples import read_samples
 from rayrlhf.tuning.train_model import check_sft, train_reward, train_sft
-from tests.tuning.runs import reward_config, sft_config
+from tests.tuning.runs import copied, reward_config, sft_config
 
 CURVE_TOLERANCE = 1e-4
 
@@ -40,8 +40,20 @@ def test_an_sft_run_learns_and_leaves_metrics_answers_checkpoints_and_a_model(on
     assert {row["step"] for row in read_samples(result.folder / "samples")} == {0, 6}
     kept = sorted(path.name for path in (result.folder / "checkpoints" / "train").glob("step-*"))
     assert kept == ["step-000004", "step-000006"]
+    (*_, newest) = (result.folder / "vitals.jsonl").read_text().splitlines()
+    assert json.loads(newest)["resident_gib"] > 0.01
     models = json.loads((result.folder / "environment.json").read_text())["models"]
     assert models["model"].startswith("llama, log-probs within 1e-06 nats of the model's own")
+
+
+@pytest.mark.slow
+def test_a_reward_model_has_the_loss_curve_of_its_twin_without_shared_prefixes(cluster, tmp_path):
+    folders = []
+    for share_prefixes in ("auto", "off"):
+        name = f"run.name={share_prefixes}"
+        folders.append(train_reward(reward_config(tmp_path, name, f"train.share_prefixes={share_prefixes}")).folder)
+    np.testing.assert_allclose(losses(folders[0]), losses(folders[1]), rtol=0, atol=CURVE_TOLERANCE)
+    assert all(row["tokens/shared_fraction"] > 0.3 for row in read_metrics(folders[0]) if "loss" in row)
 
 
 def test_the_exported_model_has_the_held_out_loss_of_the_trained_one(one_worker):
@@ -74,15 +86,14 @@ def test_a_finished_run_is_not_run_again_and_another_configuration_is_refused(on
         train_sft(config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": 1.0})}))
 
 
-def test_a_finished_run_goes_on_when_its_steps_are_raised(tmp_path):
-    short = sft_config(tmp_path, "train.steps=1", "evaluation.generations=0")
-    assert train_sft(short).steps == 1
-    longer = sft_config(tmp_path, "train.steps=2", "evaluation.generations=0", "checkpoint.every=1")
-    result = train_sft(longer)
+@pytest.mark.slow
+def test_a_finished_run_goes_on_when_its_steps_are_raised(one_worker, tmp_path):
+    config = copied(one_worker[0], tmp_path)
+    result = train_sft(config.model_copy(update={"train": config.train.model_copy(update={"steps": 7})}))
     rows = read_metrics(result.folder)
-    assert result.steps == 2
-    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
-    assert [row["step"] for row in rows if "evaluation/loss" in row] == [0, 1, 2]
+    assert result.steps == 7
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["step"] for row in rows if "evaluation/loss" in row] == [0, 6, 7]
 
 
 @pytest.mark.nightly
@@ -101,7 +112,8 @@ def test_workers_that_share_rows_take_the_steps_of_one(one_worker, tmp_path):
     assert split.metrics["evaluation/loss"] == pytest.approx(alone.metrics["evaluation/loss"], abs=CURVE_TOLERANCE)
 
 
-def test_a_reward_model_is_exported_with_its_statistics_and_format_and_scores_as_a_classifier(tmp_path):
+@pytest.mark.slow
+def test_a_reward_model_is_exported_with_its_statistics_and_format_and_scores_as_a_classifier(cluster, tmp_path):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from rayrlhf.config.model import ModelSection
@@ -150,7 +162,7 @@ def test_adapters_stay_adapters_until_they_are_merged(tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from rayrlhf.models.load import resolve_path
+    from rayrlhf.models.model_path import resolve_path
     from rayrlhf.tuning.merge import exported_model
 
     config = sft_config(tmp_path, "model.lora={rank: 4}", "train.steps=2", "checkpoint.every=0", "evaluation.generations=1")

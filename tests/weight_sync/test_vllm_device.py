@@ -81,7 +81,7 @@ def memory(monkeypatch):
     return handles
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def engine(request):
     """A sampler for one of the transfers, tied or not."""
     transfer, tie = request.param

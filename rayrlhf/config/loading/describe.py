@@ -32,17 +32,29 @@ def _roles(config: PPOConfig) -> Iterator[str]:
         yield "reference: the policy without its adapters"
     elif config.needs_reference:
         yield f"reference: {(config.reference.model or model).path}, {_count(placement.reference.ranks, 'process', 'es')}"
+    if config.teacher is not None:
+        teacher = config.teacher
+        role = _count(placement.teacher.ranks, "process", "es")
+        learned = f"log-ratio x {teacher.coefficient:g}, discount {teacher.discount:g}"
+        if (part := teacher.divergence) is not None:
+            learned = f"divergence of beta {part.beta:g} x {teacher.coefficient:g}, {part.vocabulary} most likely tokens"
+            if part.student_share < 1:
+                learned += f", own samples in {part.student_share:.0%} of the steps"
+        yield f"teacher: {teacher.model.path}, {role}, {learned}"
     parts = [f"{function.name} x {function.weight:g}" for function in config.reward.functions]
     if config.reward.model is not None:
         section = config.reward.model
         names = " & ".join(model.path for model in section.models)
         doubt = f" less {section.uncertainty:g} deviations" if section.uncertainty else ""
         parts.append(f"model {names}{doubt} x {section.weight:g}")
-    yield (
-        f"reward: {' + '.join(parts)}, {_count(placement.reward.ranks, 'process', 'es')}"
-        if parts
-        else "reward: given by the loop"
-    )
+    if parts:
+        yield f"reward: {' + '.join(parts)}, {_count(placement.reward.ranks, 'process', 'es')}"
+    elif not config.reward.configured:
+        yield "reward: given by the loop"
+    if (judge := config.reward.judge) is not None:
+        role = f"{judge.backend}, {_count(judge.replicas, 'replica')}"
+        rubric = f", criteria {', '.join(one.name for one in judge.criteria)}" if judge.criteria else ""
+        yield f"judge: {judge.model.path} x {judge.weight:g}, {role}, {judge.mode}, score from {judge.score}{rubric}"
 
 
 def _arithmetic(config: PPOConfig) -> Iterator[str]:
@@ -136,9 +148,14 @@ def _subject(config: TuningConfig) -> Iterator[str]:
             yield f"loss: cross-entropy per token to learn ({config.data.loss_on}){noise}"
     elif isinstance(config, DPOConfig):
         train = config.train
+        if train.loss == "kto":
+            weights = f"weights {train.desirable_weight:g} and {train.undesirable_weight:g}"
+            yield f"loss: KTO per answer (beta {train.beta:g}, {weights}), reference: the initial model, asked once"
+            return
         smoothing = f", label smoothing {train.label_smoothing:g}" if train.label_smoothing else ""
-        reference = "the initial model, asked once about all pairs" if train.reference == "initial" else "none"
-        yield f"loss: DPO per pair ({train.loss}, beta {train.beta:g}{smoothing}), reference: {reference}"
+        reference = "the initial model, asked once about all pairs" if train.has_reference else "none"
+        added = f" + {train.nll_weight:g} x negative log-likelihood of the chosen" if train.nll_weight else ""
+        yield f"loss: DPO per pair ({train.loss}, beta {train.beta:g}{smoothing}){added}, reference: {reference}"
     else:
         weight = config.train.center_coefficient
         yield f"loss: Bradley-Terry per pair{f' + {weight:g} x (chosen + rejected)^2' if weight else ''}"

@@ -6,6 +6,8 @@ key and its source, the file or the command line. Every mistake is one line of a
 
 import difflib
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +17,6 @@ import yaml
 from pydantic import ValidationError
 
 from rayrlhf.config.loading.kinds import check_kind
-from rayrlhf.config.loading.paths import expand_paths
 from rayrlhf.config.loading.presets import preset_tree, preset_under
 from rayrlhf.config.loading.problems import problems, sections_in
 from rayrlhf.config.loading.yaml_text import dump, parse, problem_of
@@ -26,6 +27,7 @@ T = TypeVar("T", bound=Section)
 _COMMAND_LINE = "command line"
 _MAX_LINES = 5
 _ABSENT = "(absent)"
+_EXPANDED = re.compile(r"(~|\$\w+|\$\{\w+\})(/|$)")
 _noticed: set[str] = set()
 
 
@@ -266,3 +268,27 @@ def _notice(old: str, new: str) -> None:
     if old not in _noticed:
         _noticed.add(old)
         sys.stderr.write(f"rayrlhf: configuration: {old} is now {new}; the old spelling still works\n")
+
+
+def expand_paths(tree: object, file: str) -> Any:
+    """Replace `~/...` and `$NAME/...` in all values of a tree.
+
+    Args:
+        tree: sections, lists and values.
+        file: name of the source in messages.
+
+    Raises:
+        UserError: a variable is not set.
+    """
+    if isinstance(tree, dict):
+        return {key: expand_paths(value, file) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [expand_paths(value, file) for value in tree]
+    if not isinstance(tree, str) or not _EXPANDED.match(tree):
+        return tree
+    if tree.startswith("~"):
+        return str(Path(tree).expanduser())
+    expanded = os.path.expandvars(tree)
+    if expanded.startswith("$"):
+        raise UserError(f"{file}: {tree!r}: the environment variable {tree.partition('/')[0]} is not set")
+    return expanded

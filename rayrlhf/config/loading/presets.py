@@ -5,19 +5,36 @@ Models, data, lengths and batch sizes belong to the run; where a paper's clip ra
 gives its number. Values without a paper come from the named code. `learning_rate` is for full fine-tuning of models of 1B
 parameters or more.
 
-`trl-classic` is `PPOTrainer` up to TRL 0.11: value head on the policy's trunk, adaptive KL, scores on the last token, Adam.
-`trl-modern` is `PPOv2Trainer`, then `PPOTrainer` of TRL 0.12 to 1.12: separate critic, fixed KL, scores one slot after the stop
-token, temperature 0.7. Both take the mean of each micro-batch by itself. This quirk alone is switched on, because it changes
-the objective and not only its rounding.
+Those of TRL's PPO trainers are in `trl_presets`.
 """
 
 import difflib
 from typing import Any
 
+from rayrlhf.config.loading.trl_presets import CLASSIC, MODERN
 from rayrlhf.errors import UserError
 
 Tree = dict[str, Any]
 _NO_KL: Tree = {"coefficient": 0.0}
+_PER_TOKEN: Tree = {"name": "ppo", "clip_low": 0.2, "clip_high": 0.2, "loss_aggregation": "token"}
+_PER_RESPONSE: Tree = _PER_TOKEN | {"loss_aggregation": "constant", "loss_aggregation_length": 1}
+"""The response is one action, so its token losses are summed and only responses are averaged."""
+
+
+def _group_recipe(estimator: str, policy_loss: Tree, *, samples: int = 8, rate: float = 1e-6, **algorithm: Tree) -> Tree:
+    """Return a recipe without critic, KL and whitening: one pass over several responses."""
+    return {
+        "critic": {"kind": "none"},
+        "rollout": {"samples_per_prompt": samples, "temperature": 1.0},
+        "algorithm": {
+            "kl": _NO_KL,
+            "advantage": {"estimator": estimator, "whiten": False},
+            "policy_loss": policy_loss,
+            **algorithm,
+        },
+        "train": {"learning_rate": rate, "epochs": 1},
+    }
+
 
 # Schulman et al. 2017 (clip, GAE), Ouyang et al. 2022 (InstructGPT, appendix C.4: KL, discount, passes, temperature), Huang et
 # al. 2022 ("The 37 implementation details of PPO": whitening, value clip). InstructGPT takes 8 updates per step.
@@ -32,7 +49,7 @@ _PPO: Tree = {
             "lam": 0.95,  # Schulman et al. 2017, table 3
             "whiten": True,  # 37 details, number 7
         },
-        "policy_loss": {"name": "ppo", "clip_low": 0.2, "clip_high": 0.2, "loss_aggregation": "token"},  # equation 7
+        "policy_loss": _PER_TOKEN,  # equation 7
         "value_loss": {"clip": 0.2},  # 37 details, number 9
     },
     "train": {"epochs": 1},  # InstructGPT: a single inner epoch
@@ -47,48 +64,24 @@ _GRPO: Tree = {
         "kl": {"estimator": "k3", "placement": "loss", "coefficient": 0.04, "target": None},
         "advantage": {"estimator": "grpo", "whiten": False},  # section 4.1.2
         # Equation 3: a mean over each response, then over responses. The paper names no clip range: TRL 1.16 `epsilon`.
-        "policy_loss": {"name": "ppo", "clip_low": 0.2, "clip_high": 0.2, "loss_aggregation": "sequence"},
+        "policy_loss": _PER_TOKEN | {"loss_aggregation": "sequence"},
     },
     "train": {"learning_rate": 1e-6, "epochs": 1},  # section 4.2: 1e-6, a single update per exploration stage
 }
 
 # Liu et al. 2025 ("Understanding R1-Zero-Like Training"), numbers of its experiments.
-_DR_GRPO: Tree = {
-    "critic": {"kind": "none"},
-    "rollout": {"samples_per_prompt": 8, "temperature": 1.0},
-    "algorithm": {
-        "kl": _NO_KL,  # section 2: no reference model for rule-based rewards
-        "advantage": {"estimator": "dr_grpo", "whiten": False},  # section 3.2: no division by the standard deviation
-        # Section 3.2: a constant divisor, here rollout.max_new_tokens.
-        "policy_loss": {"name": "ppo", "clip_low": 0.2, "clip_high": 0.2, "loss_aggregation": "constant"},
-    },
-    "train": {"learning_rate": 1e-6, "epochs": 1},
-}
+# Section 2: no reference model for rule-based rewards. Section 3.2: no division by the standard deviation, and a constant
+# divisor, here rollout.max_new_tokens.
+_DR_GRPO: Tree = _group_recipe("dr_grpo", _PER_TOKEN | {"loss_aggregation": "constant"})
 
-# Yu et al. 2025 (DAPO), section 4.1 for numbers. 512 prompts, 16 updates per step.
-_DAPO: Tree = {
-    "critic": {"kind": "none"},
-    "rollout": {
-        "samples_per_prompt": 16,
-        "temperature": 1.0,
-        "refill_rounds": 10,  # section 3.2 samples until the step is full; verl's recipe: at most 10 batches
-    },
-    "algorithm": {
-        "kl": _NO_KL,  # section 2.3
-        "shaping": {
-            "overlong_buffer": 0.2,  # equation 13: 4096 of 20480 tokens
-            "overlong_penalty": 1.0,  # equation 13
-        },
-        "advantage": {"estimator": "grpo", "whiten": False},  # equation 9
-        "policy_loss": {
-            "name": "ppo",
-            "clip_low": 0.2,  # section 3.1, clip-higher
-            "clip_high": 0.28,  # section 3.1, clip-higher
-            "loss_aggregation": "token",  # section 3.3, equation 12
-        },
-    },
-    "train": {"learning_rate": 1e-6, "epochs": 1},
-}
+# Yu et al. 2025 (DAPO), section 4.1 for numbers, section 2.3 for the missing KL. 512 prompts, 16 updates per step.
+_DAPO: Tree = _group_recipe(
+    "grpo",  # equation 9
+    _PER_TOKEN | {"clip_high": 0.28},  # section 3.1, clip-higher; section 3.3, equation 12: a mean over all tokens
+    samples=16,
+    shaping={"overlong_buffer": 0.2, "overlong_penalty": 1.0},  # equation 13: 4096 of 20480 tokens
+)
+_DAPO["rollout"]["refill_rounds"] = 10  # section 3.2 samples until the step is full; verl's recipe: at most 10 batches
 
 # Ahmadian et al. 2024 ("Back to Basics"), numbers of TRL 1.16 `RLOOConfig`.
 _RLOO: Tree = {
@@ -97,14 +90,7 @@ _RLOO: Tree = {
     "algorithm": {
         "kl": {"estimator": "k1", "placement": "reward", "coefficient": 0.05, "target": None},  # `beta`
         "advantage": {"estimator": "rloo", "whiten": False},  # `normalize_advantages`
-        # The response is one action, so its token losses are summed and only responses are averaged.
-        "policy_loss": {
-            "name": "ppo",
-            "clip_low": 0.2,  # `epsilon`; without effect in the only update of a step
-            "clip_high": 0.2,
-            "loss_aggregation": "constant",
-            "loss_aggregation_length": 1,
-        },
+        "policy_loss": _PER_RESPONSE,  # `epsilon`; without effect in the only update of a step
     },
     "train": {"learning_rate": 1e-6, "epochs": 1},  # `learning_rate`, `num_iterations`
 }
@@ -117,7 +103,7 @@ _REINFORCE_PP: Tree = {
     "algorithm": {
         "kl": {"estimator": "k1", "placement": "reward", "coefficient": 1e-4, "target": None},  # KL in the token rewards
         "advantage": {"estimator": "reinforce++", "gamma": 1.0, "whiten": True},  # global normalization
-        "policy_loss": {"name": "ppo", "clip_low": 0.2, "clip_high": 0.2, "loss_aggregation": "token"},  # PPO's clip
+        "policy_loss": _PER_TOKEN,  # PPO's clip
     },
     "train": {"learning_rate": 5e-7, "epochs": 1},
 }
@@ -130,7 +116,7 @@ _REINFORCE_PP_BASELINE: Tree = {
         "kl": {"estimator": "k2", "placement": "loss", "coefficient": 1e-5, "target": None},  # a KL loss of k2
         # The group's mean as baseline, then global normalization.
         "advantage": {"estimator": "reinforce++-baseline", "gamma": 1.0, "whiten": True},
-        "policy_loss": {"name": "ppo", "clip_low": 0.2, "clip_high": 0.2, "loss_aggregation": "token"},
+        "policy_loss": _PER_TOKEN,
     },
     "train": {"learning_rate": 5e-7, "epochs": 1},
 }
@@ -142,14 +128,8 @@ _REMAX: Tree = {
     "algorithm": {
         "kl": {"estimator": "k1", "placement": "reward", "coefficient": 0.05, "target": None},  # `kl_ctl`
         "advantage": {"estimator": "remax", "gamma": 0.99, "whiten": False},  # `gamma`
-        # The sum over a response, as in RLOO. The paper has no clip, and in the only update of a step it has no effect.
-        "policy_loss": {
-            "name": "ppo",
-            "clip_low": 0.2,
-            "clip_high": 0.2,
-            "loss_aggregation": "constant",
-            "loss_aggregation_length": 1,
-        },
+        # As in RLOO. The paper has no clip, and in the only update of a step it has no effect.
+        "policy_loss": _PER_RESPONSE,
     },
     "train": {
         "learning_rate": 1e-6,  # `actor_learning_rate`
@@ -160,31 +140,64 @@ _REMAX: Tree = {
 }
 
 # Zheng et al. 2025 (GSPO). Section 5.1: four updates per step. Samples per prompt: TRL 1.16 `num_generations`.
-_GSPO: Tree = {
-    "critic": {"kind": "none"},
-    "rollout": {"samples_per_prompt": 8, "temperature": 1.0},
-    "algorithm": {
-        "kl": _NO_KL,  # section 2 omits the KL term
-        "advantage": {"estimator": "grpo", "whiten": False},  # equation 6
-        # Equations 5 and 7; clip ranges of section 5.1.
-        "policy_loss": {"name": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "loss_aggregation": "sequence"},
-    },
-    "train": {"learning_rate": 1e-6, "epochs": 1},  # TRL 1.16
-}
+# Section 2 omits the KL term. Advantages: equation 6; loss: equations 5 and 7, clips of section 5.1. Learning rate: TRL 1.16.
+_GSPO: Tree = _group_recipe("grpo", {"name": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "loss_aggregation": "sequence"})
 
 # MiniMax 2025 (MiniMax-M1), section 3.1. Samples per prompt: TRL 1.16 `num_generations`.
-_CISPO: Tree = {
-    "critic": {"kind": "none"},
-    "rollout": {"samples_per_prompt": 8, "temperature": 1.0, "refill_rounds": 10},  # dynamic sampling, as in DAPO
-    "algorithm": {
-        "kl": _NO_KL,  # no KL term
-        "shaping": {"overlong_buffer": 0.2, "overlong_penalty": 1.0},  # length penalty, as in DAPO
-        "advantage": {"estimator": "grpo", "whiten": False},  # group-relative
-        # Equation 4: a mean over all tokens. Bound 1 + 4: ScaleRL (Khatri et al. 2025), TRL 1.16; the paper has no number.
-        "policy_loss": {"name": "cispo", "clip_high": 4.0, "loss_aggregation": "token"},
-    },
-    "train": {"learning_rate": 1e-6, "epochs": 1},  # TRL 1.16
-}
+# No KL term. Length penalty and dynamic sampling as in DAPO. Equation 4: a mean over all tokens. Bound 1 + 4: ScaleRL (Khatri
+# et al. 2025), TRL 1.16; the paper has no number. Learning rate: TRL 1.16.
+_CISPO: Tree = _group_recipe(
+    "grpo",
+    {"name": "cispo", "clip_high": 4.0, "loss_aggregation": "token"},
+    shaping={"overlong_buffer": 0.2, "overlong_penalty": 1.0},
+)
+_CISPO["rollout"]["refill_rounds"] = 10
+
+# Gao et al. 2025 (SAPO). Its runs take several updates per step. Samples per prompt and learning rate: TRL 1.16.
+# Temperatures of the paper; a mean over each response, then over responses.
+_SAPO: Tree = _group_recipe(
+    "grpo",
+    {"name": "sapo", "temperature_positive": 1.0, "temperature_negative": 1.05, "loss_aggregation": "sequence"},
+)
+
+# Zhao et al. 2025 (GMPO). Samples per prompt and learning rate: TRL 1.16.
+# The clip range is (e^-0.4, e^0.4).
+_GMPO: Tree = _group_recipe("grpo", {"name": "gmpo", "clip_low": 0.4, "clip_high": 0.4, "loss_aggregation": "sequence"})
+
+# Qi et al. 2026 (DPPO); numbers of the authors' run_qwen30b_dppo.sh. Samples per prompt: TRL 1.16 `num_generations`.
+# The divergence is the binary TV.
+_DPPO: Tree = _group_recipe("grpo", {"name": "dppo", "divergence": "tv", "threshold": 0.15, "loss_aggregation": "token"})
+
+# Le Roux et al. 2025 (TOPR), canonical form; the reward minus the group's mean. Samples per prompt: TRL 1.16.
+# The taper bounds the update, without KL.
+_TOPR: Tree = _group_recipe("dr_grpo", {"name": "topr", "weight_high": 1.0, "loss_aggregation": "constant"})
+
+# Cui et al. 2025 ("The Entropy Mechanism of Reinforcement Learning"), numbers for 7B; 8 rollouts per prompt, 8 updates per
+# step.
+_CLIP_COV: Tree = _group_recipe(
+    "grpo",
+    {"name": "clip_cov", "share": 2e-4, "cov_low": 1.0, "cov_high": 5.0, "loss_aggregation": "token"},
+    rate=5e-7,
+)
+
+# Cui et al. 2025, the form with a penalty; numbers for 7B, with those of `clip-cov` for the rest.
+_KL_COV: Tree = _group_recipe("grpo", {"name": "kl_cov", "share": 2e-3, "penalty": 1.0, "loss_aggregation": "token"}, rate=5e-7)
+
+# Hao et al. 2025 (OPO): exact on-policy training, one update per step, without KL; the clip is never reached.
+_OPO: Tree = _group_recipe("opo", _PER_TOKEN)
+
+# Tajwar et al. 2026 (MaxRL): rewards of 0 and 1. Samples per prompt and learning rate: TRL 1.16.
+_MAXRL: Tree = _group_recipe("maxrl", _PER_TOKEN)
+
+# Liu et al. 2026 (GDPO): several rewards. Loss and numbers of TRL 1.16 `GRPOConfig`.
+_GDPO: Tree = _group_recipe("gdpo", _PER_TOKEN)
+
+# Ling Team 2025 (IcePop): GRPO with a double-sided mask of tokens on which trainer and rollout engine differ.
+_ICEPOP: Tree = _group_recipe(
+    "grpo",
+    _PER_TOKEN,
+    off_policy_correction={"level": "token", "mode": "mask", "low": 0.5, "high": 5.0},  # alpha and beta
+)
 
 RECIPES: dict[str, Tree] = {
     "ppo": _PPO,
@@ -197,58 +210,60 @@ RECIPES: dict[str, Tree] = {
     "remax": _REMAX,
     "gspo": _GSPO,
     "cispo": _CISPO,
+    "sapo": _SAPO,
+    "gmpo": _GMPO,
+    "dppo": _DPPO,
+    "topr": _TOPR,
+    "clip-cov": _CLIP_COV,
+    "kl-cov": _KL_COV,
+    "opo": _OPO,
+    "maxrl": _MAXRL,
+    "gdpo": _GDPO,
+    "icepop": _ICEPOP,
 }
 """Trees of values by algorithm."""
 
-_CLASSIC: dict[str, Any] = {
-    "critic": {"kind": "shared", "head_init": "default"},
-    "rollout": {"prompts_per_step": 128, "samples_per_prompt": 1, "temperature": 1.0},
+# Lu and Thinking Machines Lab 2025 ("On-Policy Distillation"), numbers of their cookbook: coefficient 1, discount 0, 4 samples
+# per prompt, one update per step. The teacher is `teacher.model`; rewards are only reported.
+_OPD: Tree = {
+    "critic": {"kind": "none"},
+    "teacher": {"coefficient": 1.0, "discount": 0.0},  # `kl_penalty_coef`, `kl_discount_factor`
+    "rollout": {"samples_per_prompt": 4, "temperature": 1.0},  # `group_size`
     "algorithm": {
-        # init_kl_coef, target, horizon, adap_kl_ctrl of its PPOConfig.
-        "kl": {"estimator": "k1", "placement": "reward", "coefficient": 0.2, "target": 6.0, "horizon": 10_000},
-        "shaping": {"score_position": "last", "whiten_rewards": False},
-        "advantage": {"estimator": "gae", "gamma": 1.0, "lam": 0.95, "whiten": True, "skip_masked": False},
-        "policy_loss": {"name": "ppo", "clip_low": 0.2, "clip_high": 0.2, "entropy_coefficient": 0.0},
-        "value_loss": {"coefficient": 0.1, "clip": 0.2},
-        "parity": {"mini_batch_means": True},
+        "kl": _NO_KL,
+        "advantage": {"estimator": "distillation", "whiten": False},
+        "policy_loss": _PER_TOKEN,  # never reached
     },
-    "train": {
-        "learning_rate": 1.41e-5,
-        "epochs": 4,
-        "mini_batch_size": 128,
-        "micro_batch_size": 128,
-        "max_grad_norm": None,
-        "ratio_guard": 10.0,
-        "early_stop_kl": None,
-        "optimizer": {"name": "adam", "betas": [0.9, 0.999], "epsilon": 1e-8, "weight_decay": 0.0},
-        "schedule": {"shape": "constant"},
-    },
+    "train": {"epochs": 1},
 }
 
-_MODERN: dict[str, Any] = {
-    "critic": {"kind": "separate"},
-    # The batch of TRL's own TL;DR run: 16 prompts a device, accumulated 4 times.
-    "rollout": {"prompts_per_step": 64, "samples_per_prompt": 1, "max_new_tokens": 53, "temperature": 0.7},
-    "algorithm": {
-        "kl": {"estimator": "k1", "placement": "reward", "coefficient": 0.05, "target": None},
-        "shaping": {"score_position": "after_last", "whiten_rewards": False},
-        "advantage": {"estimator": "gae", "gamma": 1.0, "lam": 0.95, "whiten": True},
-        "policy_loss": {"name": "ppo", "clip_low": 0.2, "clip_high": 0.2, "entropy_coefficient": 0.0},
-        "value_loss": {"coefficient": 0.1, "clip": 0.2},
-        "parity": {"mini_batch_means": True},
-    },
-    "train": {
-        "learning_rate": 3e-6,
-        "epochs": 4,
-        "mini_batch_size": 64,
-        "micro_batch_size": 16,
-        "max_grad_norm": None,
-        "optimizer": {"name": "adamw", "betas": [0.9, 0.999], "epsilon": 1e-8, "weight_decay": 0.0},
-        "schedule": {"shape": "linear"},
-    },
+# Agarwal et al. 2024 (GKD), on-policy: one sample per prompt at temperature 1 (section 4), beta 0.5 as in TRL 1.16 `GKDConfig`,
+# the loss on own samples alone. The number of tokens sent by the teacher is ours.
+_GKD: Tree = _OPD | {
+    "teacher": {"coefficient": 1.0, "divergence": {"beta": 0.5, "vocabulary": 64, "student_share": 1.0}},
+    "rollout": {"samples_per_prompt": 1, "temperature": 1.0},
 }
 
-PRESETS: dict[str, dict[str, Any]] = {**RECIPES, "trl-classic": _CLASSIC, "trl-modern": _MODERN}
+# Guo et al. 2024 (online DPO): pairs of two samples; numbers of TRL 1.16 `OnlineDPOConfig`.
+_ONLINE_DPO: Tree = {
+    "critic": {"kind": "none"},
+    "rollout": {"samples_per_prompt": 2, "temperature": 0.9},  # `temperature`
+    "algorithm": {
+        "kl": _NO_KL,  # beta of the pairs' loss is the KL constraint
+        "advantage": {"estimator": "pairs", "whiten": False},
+        "online_dpo": {"loss": "sigmoid", "beta": 0.1},  # `loss_type`, `beta`
+    },
+    "train": {"learning_rate": 5e-7, "epochs": 1},  # `learning_rate`
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    **RECIPES,
+    "opd": _OPD,
+    "gkd": _GKD,
+    "online-dpo": _ONLINE_DPO,
+    "trl-classic": CLASSIC,
+    "trl-modern": MODERN,
+}
 """Trees of values by preset name."""
 
 
@@ -272,7 +287,7 @@ def preset_under(preset: dict[str, Any], settings: dict[str, Any]) -> dict[str, 
     """
     section = settings.get("algorithm")
     chosen = section.get("policy_loss") if isinstance(section, dict) else None
-    name = preset["algorithm"]["policy_loss"]["name"]
+    name = preset["algorithm"].get("policy_loss", {}).get("name")
     if not isinstance(chosen, dict) or chosen.get("name", name) == name:
         return preset
     return preset | {"algorithm": {key: value for key, value in preset["algorithm"].items() if key != "policy_loss"}}

@@ -53,7 +53,7 @@ def problems(error: ValidationError, tree: dict[str, Any], root: type[Section]) 
     return {dotted: _message(dotted, details, root, tree) for dotted, details in found.items()}
 
 
-def known_keys(root: type[Section], prefix: str = "", tree: Any = None) -> Iterator[str]:
+def known_keys(root: type[Section], prefix: str = "", tree: object = None) -> Iterator[str]:
     """Yield every dotted key of a section tree, sections before their keys.
 
     Items of a list have the key `0`.
@@ -70,7 +70,7 @@ def known_keys(root: type[Section], prefix: str = "", tree: Any = None) -> Itera
                 yield from known_keys(section, f"{prefix}{name}.{'0.' if in_list else ''}", None if in_list else value)
 
 
-def _message(dotted: str, details: list[Any], root: type[Section], tree: Any) -> str:
+def _message(dotted: str, details: list[Any], root: type[Section], tree: object) -> str:
     first = details[0]
     if first["type"] == "extra_forbidden":
         return f"unknown key; {_nearest_key(dotted, root, tree)}"
@@ -110,7 +110,7 @@ def _dotted(detail: Any, tree: Any) -> str:
     return ".".join(parts)
 
 
-def _nearest_key(dotted: str, root: type[Section], tree: Any) -> str:
+def _nearest_key(dotted: str, root: type[Section], tree: object) -> str:
     """Return the hint for an unknown key.
 
     In this order: the same name elsewhere, a similar or longer name in the section, a similar name elsewhere, the valid keys.
@@ -139,7 +139,7 @@ def _similar_leaf(leaf: str, keys: list[str]) -> list[str]:
     return [by_leaf[match] for match in near[:1]]
 
 
-def sections_in(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[Section], bool]]:
+def sections_in(annotation: object, in_list: bool = False) -> Iterator[tuple[type[Section], bool]]:
     """Yield the section classes of a field annotation, with True for items of a list."""
     origin = typing.get_origin(annotation)
     if isinstance(annotation, type) and issubclass(annotation, Section):
@@ -151,6 +151,6 @@ def sections_in(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[S
             yield from sections_in(argument, in_list or origin is list)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

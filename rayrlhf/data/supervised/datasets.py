@@ -111,8 +111,12 @@ def load_preferences(
     data: PreferenceDataSection,
     tokenizer: "PreTrainedTokenizerBase",
     map_slices: SliceMapper = map_in_order,
+    *,
+    labels: bool = False,
 ) -> PreferenceDataset:
     """Read, validate and encode a preference dataset; see `load_supervised`.
+
+    `labels` also reads single answers with a label.
 
     Raises:
         UserError: names file, row and field: see `open_rows`, `preference_recipe` and `encode_preference_batch`.
@@ -120,7 +124,7 @@ def load_preferences(
     rows = open_rows(section)
     section = section.model_copy(update={"prompt_field": rows.prompt_field})
     number, row = rows.first()
-    recipe = preference_recipe(row, number, section, data, tokenizer)
+    recipe = preference_recipe(row, number, section, data, tokenizer, labels=labels)
     encode = partial(encode_preference_batch, recipe=recipe, tokenizer=tokenizer)
     return replace(_load(rows, section.group_field, encode, map_slices), format=answer_format(recipe, tokenizer))
 
@@ -142,16 +146,20 @@ def load_supervised_data(
 
 
 def load_preference_data(
-    data: PreferenceDataSection, tokenizer: "PreTrainedTokenizerBase", map_slices: SliceMapper = map_in_order
+    data: PreferenceDataSection,
+    tokenizer: "PreTrainedTokenizerBase",
+    map_slices: SliceMapper = map_in_order,
+    *,
+    labels: bool = False,
 ) -> tuple[PreferenceDataset, PreferenceDataset | None]:
-    """Load the training pairs and the held-out ones; see `load_supervised_data`.
+    """Load the training pairs and the held-out ones; see `load_supervised_data` and `load_preferences`.
 
     Raises:
         UserError: see `load_preferences`; or too few groups to hold any out.
     """
-    train = load_preferences(data.train, data, tokenizer, map_slices)
+    train = load_preferences(data.train, data, tokenizer, map_slices, labels=labels)
     if data.evaluation is not None:
-        return _with_evaluation(train, load_preferences(data.evaluation, data, tokenizer, map_slices))
+        return _with_evaluation(train, load_preferences(data.evaluation, data, tokenizer, map_slices, labels=labels))
     return _divide(train, data.held_out_share) if data.held_out_share else (train, None)
 
 
@@ -203,6 +211,8 @@ def preference_recipe(
     section: PreferenceDatasetSection,
     data: PreferenceDataSection,
     tokenizer: "PreTrainedTokenizerBase",
+    *,
+    labels: bool = False,
 ) -> PreferenceRecipe:
     """Infer the encoding of a preference dataset from its first row; see `supervised_recipe`.
 
@@ -210,7 +220,8 @@ def preference_recipe(
         UserError: the columns are not those of pairs, or the tokenizer lacks a chat template or end-of-sequence token.
     """
     section, layout = recognized(row, section, "pairs")
-    shape = preference_shape(row, section, place_of(section.path, number), transcripts=data.chat)
+    shape = preference_shape(row, section, place_of(section.path, number), transcripts=data.chat, labels=labels)
+    layout = "answers with labels (KTO)" if shape.format == "unpaired" else layout
     _check_tokenizer(tokenizer, _is_chat(shape, data), data)
     return PreferenceRecipe(section, data, shape, layout)
 

@@ -137,6 +137,8 @@ def encode_preference_batch(
     Raises:
         UserError: as `encode_batch`; also for chosen and rejected that are equal, as text or as tokens.
     """
+    if recipe.shape.format == "unpaired":
+        return _encode_singles(rows, numbers, recipe, tokenizer)
     data = recipe.data
     written, dropped = _write(rows, numbers, recipe)
     encoded = _encode([(row.prompt, answer, row) for row in written for answer in row.answers], "completion", tokenizer)
@@ -158,6 +160,25 @@ def encode_preference_batch(
         pairs.append(PreferencePair(ends[0], ends[1], row.margin, row.row))
     report = _report(recipe, rows, pairs, truncated, rewritten, dropped)
     return pairs, replace(report, unwritten=_unwritten(written, tokenizer))
+
+
+def _encode_singles(
+    rows: Sequence[Row], numbers: Sequence[int], recipe: PreferenceRecipe, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[PreferencePair], DatasetReport]:
+    """Encode labeled answers; `rejected` is the same answer until another one takes its place."""
+    written, dropped = _write(rows, numbers, recipe)
+    encoded = _encode([(row.prompt, row.answers[0], row) for row in written], "completion", tokenizer)
+    singles: list[PreferencePair] = []
+    rewritten = 0
+    for row, one in zip(written, encoded, strict=True):
+        if not one.loss_mask.any():
+            _drop(dropped, NOTHING, f"{row.place}: not one token to learn", recipe.data.invalid)
+        elif not _drop_overlong(dropped, len(one.token_ids), row, recipe.data):
+            rewritten += one.rewritten
+            sample = SupervisedSample(one.token_ids, one.loss_mask, row.row)
+            singles.append(PreferencePair(sample, sample, None, row.row, label=row.label))
+    report = _report(recipe, rows, singles, 0, rewritten, dropped)
+    return singles, replace(report, unwritten=_unwritten(written, tokenizer))
 
 
 def _write(
@@ -329,7 +350,9 @@ def _report(
     tokens, targets = count_tokens(samples)
     section, shape = recipe.section, recipe.shape
     columns = {name for row in rows for name, value in row.items() if value is not None}
-    used = (set(used_columns(shape, section)) & columns) | used_extras(columns, section, answer_columns(shape))
+    used = (set(used_columns(shape, section)) & columns) | used_extras(
+        columns, section, answer_columns(shape), prompts=shape.has_prompt
+    )
     if shape.format == "tokens":
         used |= {*TOKEN_MASKS, "attention_mask", "position_ids"} & columns - set(section.ignored_fields)
     return DatasetReport(

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rayrlhf.config.data import PreferenceDatasetSection, SupervisedDatasetSection, template_fields
-from rayrlhf.data.messages import Message, as_conversation, is_transcript
-from rayrlhf.data.row_columns import ANSWERS, LABEL
+from rayrlhf.data.messages import Message, as_conversation, ends_with_answer, is_transcript
+from rayrlhf.data.row_columns import ANSWERS, LABEL, answer_key
 from rayrlhf.errors import UserError
 
-Format = Literal["text", "messages", "prompt-completion", "tokens", "preference"]
+Format = Literal["text", "messages", "prompt-completion", "tokens", "preference", "unpaired"]
 Row = Mapping[str, Any]
 
 _SIMILAR = 0.85
@@ -38,6 +38,11 @@ class RowShape:
     explicit_prompt: bool = True
     has_margin: bool = False
 
+    @property
+    def has_prompt(self) -> bool:
+        """Rows have a prompt in a column of its own."""
+        return self.format in ("prompt-completion", "unpaired") or (self.format == "preference" and self.explicit_prompt)
+
 
 def supervised_shape(row: Row, section: SupervisedDatasetSection, place: str) -> RowShape:
     """Return the shape of an SFT dataset from its first row.
@@ -55,23 +60,36 @@ def supervised_shape(row: Row, section: SupervisedDatasetSection, place: str) ->
     found = [name for name, columns in wanted.items() if all(_has(row, column) for column in columns)]
     if len(found) > 1 and "tokens" in found:
         found.remove("tokens")  # A dataset may store tokens of another tokenizer; the text takes precedence.
+    if section.format == "auto" and "messages" in found and _is_prompt_of_pair(row, section.messages_field):
+        found.remove("messages")
     if len(found) > 1:
         raise UserError(f"{place}: the columns fit more than one format; set format to one of {', '.join(found)}")
     if not found:
         raise UserError(f"{place}: {_expected(wanted.values())}, found {_columns(row)}{_hint(row, wanted.values(), section)}")
     columns = fields[found[0]]
-    conversational = found[0] != "tokens" and any(is_turns(row[column]) for column in columns if column != section.text_field)
+    conversational = found[0] == "messages" or (
+        found[0] == "prompt-completion" and any(is_turns(row[column]) for column in columns)
+    )
     return RowShape(found[0], conversational)
 
 
-def preference_shape(row: Row, section: PreferenceDatasetSection, place: str, *, transcripts: bool = True) -> RowShape:
+def preference_shape(
+    row: Row, section: PreferenceDatasetSection, place: str, *, transcripts: bool = True, labels: bool = False
+) -> RowShape:
     """Return the shape of a preference dataset from its first row; see `supervised_shape`.
+
+    `labels` also allows single answers with a label (KTO).
 
     Transcripts of Anthropic HH without a prompt are conversations, unless `transcripts` is False.
 
     A text prompt next to conversations is ignored: the conversations contain it (as in TRL's `maybe_extract_prompt`).
     """
     columns: tuple[str, ...] = (section.chosen_field, section.rejected_field)
+    single = (section.prompt_field, section.completion_field, section.label_field)
+    if labels and all(_has(row, column) for column in single):
+        return RowShape("unpaired", is_turns(row[section.prompt_field]))
+    if labels and not all(_has(row, column) for column in columns):
+        raise UserError(f"{place}: {_expected([single, columns])}, found {_columns(row)}")
     if not all(_has(row, column) for column in columns):
         raise UserError(f"{place}: {_expected([columns])}, found {_columns(row)}{_hint(row, [columns], section)}")
     pair = row[section.chosen_field], row[section.rejected_field]
@@ -90,10 +108,19 @@ def is_turns(value: object) -> bool:
     return isinstance(as_conversation(value), list)
 
 
+def _is_prompt_of_pair(row: Row, field: str) -> bool:
+    """Return True for a conversation without an answer next to two answers as messages."""
+    turns = as_conversation(row[field])
+    apart = isinstance(turns, list) and not ends_with_answer(turns)
+    return apart and is_turns(row.get("chosen")) and is_turns(row.get("rejected"))
+
+
 def used_columns(shape: RowShape, section: SupervisedDatasetSection | PreferenceDatasetSection) -> tuple[str, ...]:
     """Return the required columns of a shape."""
     if isinstance(section, SupervisedDatasetSection):
         columns = _supervised_fields(section)[shape.format]
+    elif shape.format == "unpaired":
+        columns = (section.prompt_field, section.completion_field, section.label_field)
     else:
         prompt = (section.prompt_field,) if shape.explicit_prompt else ()
         margin = (section.margin_field,) if shape.has_margin else ()
@@ -106,7 +133,7 @@ def answer_columns(shape: RowShape) -> set[str]:
 
     The label of a text or of a pair does not select its row.
     """
-    return ANSWERS - {LABEL} if shape.format in ("text", "preference") else ANSWERS
+    return ANSWERS - {LABEL} if shape.format in ("text", "preference", "unpaired") else ANSWERS
 
 
 def check_columns(row: Row, shape: RowShape, columns: Iterable[str], place: str) -> None:
@@ -159,7 +186,8 @@ def _hint(row: Row, formats: Iterable[tuple[str, ...]], section: SupervisedDatas
     """Return a hint for columns that fit no format."""
     if isinstance(section, SupervisedDatasetSection):
         if _has(row, "chosen") and _has(row, "rejected"):
-            return "; these are preference pairs, for a reward model and not for SFT"
+            settings = answer_key(row, section.prompt_field)
+            return f"; these are preference pairs, of which SFT learns the better answer with {settings}"
         if set(row) == {section.prompt_field}:
             return "; these are prompts alone, for PPO and not for SFT"
     elif _has(row, "completion"):

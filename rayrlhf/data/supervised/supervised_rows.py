@@ -15,11 +15,13 @@ from rayrlhf.config.data import PreferenceDatasetSection, SupervisedDatasetSecti
 from rayrlhf.data.messages import Message, as_conversation, is_transcript, read_transcript
 from rayrlhf.data.row_columns import (
     ANSWERS,
+    CONVERSATIONS,
     INPUT,
     INSTRUCTION,
     LABEL_FALSE,
     TOKEN_MASKS,
     Extras,
+    label_value,
     prompt_text,
     read_extras,
     starts_with_prompt,
@@ -68,6 +70,7 @@ class WrittenRow:
         token_ids: for datasets of tokens, which have no answers.
         token_mask: their targets.
         options: arguments of the chat template.
+        label: of a single answer (KTO).
     """
 
     prompt: Written | None
@@ -78,6 +81,7 @@ class WrittenRow:
     token_ids: tuple[int, ...] = ()
     token_mask: tuple[bool, ...] = ()
     options: Options | None = None
+    label: bool | None = None
 
 
 def write_supervised(
@@ -130,6 +134,8 @@ def write_pair(
     place = place_of(section.path, number)
     columns = used_columns(shape, section)
     check_columns(row, shape, columns, place)
+    if shape.format == "unpaired":
+        return _write_single(row, number, shape, section, data)
     margin = _margin(row, shape, section, place)
     fields = (section.chosen_field, section.rejected_field)
     if row[fields[0]] == row[fields[1]]:
@@ -144,6 +150,9 @@ def write_pair(
     if row.get(section.prompt_field) is not None and not shape.conversational:
         raise UserError(f"{place}: {section.prompt_field}: expected as in the first row, which has none")
     if not shape.conversational:
+        for name in CONVERSATIONS:
+            if is_turns(row.get(name)) and name not in section.ignored_fields:
+                raise UserError(f"{place}: {name}: usually the prompt, and not used next to answers as text; expected messages")
         return WrittenRow(None, tuple(_text(row, field, place) for field in fields), margin, number, place)
     chosen, rejected = (_turns(row, field, place) for field in fields)
     chosen, rejected = _after_prompt(row, (chosen, rejected), section, place)
@@ -158,6 +167,20 @@ def write_pair(
     return WrittenRow(conversation(prompt, data.system_prompt), whole, margin, number, place, options=extras.options)
 
 
+def _write_single(
+    row: Row, number: int, shape: RowShape, section: PreferenceDatasetSection, data: TuningDataSection
+) -> WrittenRow:
+    """Validate a single answer with a label; see `write_pair`."""
+    place = place_of(section.path, number)
+    label = label_value(row[section.label_field])
+    if label is None:
+        raise UserError(f"{place}: {section.label_field}: expected true or false, found {row[section.label_field]!r}")
+    extras = _extras(row, used_columns(shape, section), shape, section, data, place)
+    prompt = _prompt(row, shape, section, place, extras, data)
+    whole = _answered(prompt, row, section, section.completion_field, shape, data, place)
+    return WrittenRow(_opened(prompt, data), (whole,), None, number, place, options=extras.options, label=label)
+
+
 def _extras(
     row: Row,
     columns: Sequence[str],
@@ -167,9 +190,9 @@ def _extras(
     place: str,
 ) -> Extras:
     used = set(columns) | set(template_fields(section.template))
-    if section.prompt_field == INSTRUCTION:
+    has_prompt = shape.has_prompt
+    if section.prompt_field == INSTRUCTION and has_prompt:
         used.add(INPUT)
-    has_prompt = shape.format == "prompt-completion" or (shape.format == "preference" and shape.explicit_prompt)
     special = answer_columns(shape)
     turns = shape.conversational or (data.chat and has_prompt)
     return read_extras(row, used, special, section.ignored_fields, place, turns=turns)
@@ -244,6 +267,10 @@ def _answered(
         opening = conversation(prompt, data.system_prompt)
         if turns[: len(prompt)] == prompt:
             raise InvalidRowError(REPEATED, f"{place}: {field}: repeats the messages of the prompt, expected the answer alone")
+        if turns[0]["role"] != "assistant":
+            raise UserError(
+                f"{place}: {field}: message 1 is from the {turns[0]['role']}, expected the assistant's, after the prompt"
+            )
         return [*opening, *turns]
     text = _text(row, field, place)
     if starts_with_prompt(str(row.get(section.prompt_field) or ""), text):

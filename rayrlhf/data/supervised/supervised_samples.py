@@ -46,6 +46,7 @@ class PreferencePair:
         row: number of its row in the dataset.
         reference: log-probs of both responses under the initial model, summed over their tokens, in nats; None before they are
             computed.
+        label: of a single answer (KTO), which is `chosen`; `rejected` then has the same prompt and the answer of another row.
     """
 
     chosen: SupervisedSample
@@ -53,6 +54,12 @@ class PreferencePair:
     margin: float | None
     row: int
     reference: tuple[float, float] | None = None
+    label: bool | None = None
+
+    @property
+    def answers(self) -> tuple[SupervisedSample, ...]:
+        """Both responses, or the labeled one."""
+        return (self.chosen, self.rejected) if self.label is None else (self.chosen,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +152,5 @@ class DatasetReport:
 
 def count_tokens(samples: Sequence[SupervisedSample] | Sequence[PreferencePair]) -> tuple[int, int]:
     """Return the number of tokens and of target tokens of samples or pairs."""
-    parts = [
-        part
-        for sample in samples
-        for part in ((sample.chosen, sample.rejected) if isinstance(sample, PreferencePair) else (sample,))
-    ]
+    parts = [part for sample in samples for part in (sample.answers if isinstance(sample, PreferencePair) else (sample,))]
     return sum(len(part.token_ids) for part in parts), sum(int(part.loss_mask.sum()) for part in parts)

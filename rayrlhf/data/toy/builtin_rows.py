@@ -60,7 +60,7 @@ BUILTIN_DATASETS = {
         played_turns.calculations,
         "prompt",
         {"train": 20_000, "evaluation": 500},
-        {"count": played_turns.MAX_ROWS, "calls": 100, "digits": played_turns.MAX_DIGITS, "chat": 1},
+        {"count": played_turns.MAX_ROWS, "calls": 100, "digits": played_turns.MAX_DIGITS, "chat": 1, "lookups": 100},
     ),
     "guesses": BuiltinDataset(
         played_turns.guesses,

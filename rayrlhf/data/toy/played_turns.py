@@ -4,7 +4,7 @@ A model fine-tuned on the transcripts knows the form of a turn and no more, whic
 is a whole sample, the environment's text included. `calculations` are sums, rounded to the nearest ten or, for `calls` percent
 of them, computed with `calculator`: `41+25=` and `70`, or `[41+25] 66 66`. `guesses` are games of `guessing`: `game 12: ` and
 `7<3>4`, by a player that uses the feedback in `listens` percent of the guesses. With `chat=1` they are conversations, for
-agents; those of `calculations` call a tool.
+agents; those of `calculations` call tools, and some may ask for a record: `code 417=`.
 """
 
 import random
@@ -19,11 +19,22 @@ LONGEST_GAME = 4
 
 
 TOOL_SCHEMA = {"type": "object", "properties": {"s": {"type": "string"}}, "required": ["s"]}
-TOOL = {"type": "function", "function": {"name": "add", "description": "Add numbers: 1+2", "parameters": TOOL_SCHEMA}}
-"""The calculator as a tool of conversations."""
+TOOLS = {
+    name: {"type": "function", "function": {"name": name, "description": description, "parameters": TOOL_SCHEMA}}
+    for name, description in (("add", "Add numbers: 1+2"), ("lookup", "Look up the record of a code"))
+}
+"""Tools of conversations by name."""
+CODES = range(100, 1000)
 
 
-def calculations(seed: int, count: int, split: Split, calls: int = 0, digits: int = 0, chat: int = 0) -> list[dict[str, Any]]:
+def record(code: int) -> str:
+    """Return the record of a code: two digits that cannot be guessed from it."""
+    return str(random.Random(f"record {code}").randrange(10, 100))
+
+
+def calculations(
+    seed: int, count: int, split: Split, calls: int = 0, digits: int = 0, chat: int = 0, lookups: int = 0
+) -> list[dict[str, Any]]:
     """Return rows with `prompt`, `completion` and the right `answer`.
 
     Args:
@@ -33,11 +44,15 @@ def calculations(seed: int, count: int, split: Split, calls: int = 0, digits: in
         calls: percent of the rows whose completion calls the calculator.
         digits: of each number; 0 is two.
         chat: with 1 the transcript is a conversation with tool calls in `messages` and `tools`, and there is no `completion`.
+        lookups: percent of the rows about a record, whose transcript guesses it, or looks it up in a conversation.
     """
     draw, habits = random.Random(f"calculations {seed} {split}"), random.Random(f"calls {seed} {split}")
     smallest = 10 ** ((digits or 2) - 1)
     rows: list[dict[str, Any]] = []
     while len(rows) < count:
+        if lookups and draw.random() * 100 < lookups:
+            rows.append(_lookup(draw, split, chat, asks=habits.random() * 100 < calls))
+            continue
         left, right = (draw.randrange(smallest, 10 * smallest) for _ in range(2))
         if split_of(left, right) != split:
             continue
@@ -45,16 +60,27 @@ def calculations(seed: int, count: int, split: Split, calls: int = 0, digits: in
         asks = habits.random() * 100 < calls
         prompt = f"{left}+{right}="
         said = f"[{left}+{right}] {answer} {answer}" if asks else str(rounded)
-        transcript = _tool_use(prompt, str(answer if asks else rounded), asks) if chat else {"completion": said}
+        final, tool = str(answer if asks else rounded), "add" if asks else ""
+        transcript = _tool_use(prompt, final, tool, list(TOOLS)[: 2 if lookups else 1]) if chat else {"completion": said}
         rows.append({"prompt": prompt, "answer": str(answer)} | transcript)
     return rows
 
 
-def _tool_use(prompt: str, said: str, asks: bool) -> dict[str, Any]:
-    """Return a conversation that ends with an answer, computed by the tool if it asks."""
-    call = {"type": "function", "function": {"name": "add", "arguments": {"s": prompt.removesuffix("=")}}}
-    used = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": said}] if asks else []
-    return {"messages": [{"role": "user", "content": prompt}, *used, {"role": "assistant", "content": said}], "tools": [TOOL]}
+def _lookup(draw: random.Random, split: Split, chat: int, *, asks: bool) -> dict[str, Any]:
+    """Return a row about a record; a fifth of the codes is for evaluation."""
+    code = draw.choice([code for code in CODES if (code % 5 == 0) == (split == "evaluation")])
+    said = record(code) if asks else str(draw.randrange(1, 10) * 10)
+    prompt = f"code {code}="
+    transcript = _tool_use(prompt, said, "lookup" if asks else "", list(TOOLS)) if chat else {"completion": said}
+    return {"prompt": prompt, "answer": record(code)} | transcript
+
+
+def _tool_use(prompt: str, said: str, tool: str, known: list[str]) -> dict[str, Any]:
+    """Return a conversation that ends with an answer, of the tool if it names one."""
+    call = {"type": "function", "function": {"name": tool, "arguments": {"s": prompt.removeprefix("code ").removesuffix("=")}}}
+    used = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": said}] if tool else []
+    messages = [{"role": "user", "content": prompt}, *used, {"role": "assistant", "content": said}]
+    return {"messages": messages, "tools": [TOOLS[name] for name in known]}
 
 
 def guesses(seed: int, count: int, split: Split, chat: int = 0, listens: int = 0) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rayrlhf.algorithms.losses import TokenLoss
-from rayrlhf.models.network import OutputName
+from rayrlhf.models.network_io import OutputName
 
 RATIO, POLICY_KL = "val/ratio", "ppo/policy/policykl"
 """Statistics read by the ratio guard and by early stopping."""

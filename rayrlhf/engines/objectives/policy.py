@@ -10,11 +10,13 @@ from torch import Tensor
 from rayrlhf.algorithms.kl import kl_loss
 from rayrlhf.algorithms.losses import TokenLoss, clipped_value_loss
 from rayrlhf.algorithms.masking import zero_masked
-from rayrlhf.algorithms.policy_losses import LossInputs, aggregated, bounded_ratio, token_policy_loss
+from rayrlhf.algorithms.policy_loss_registry import token_policy_loss
+from rayrlhf.algorithms.policy_losses import LossInputs, aggregated, bounded_ratio
 from rayrlhf.config.algorithm import KlSection, ValueLossSection
 from rayrlhf.config.policy_loss import PolicyLossSection, PPOLossSection
-from rayrlhf.engines.objectives.base import LossComponent
-from rayrlhf.models.network import OutputName
+from rayrlhf.engines.objectives.base import LossComponent, Objective
+from rayrlhf.engines.objectives.supervised import DistillationObjective
+from rayrlhf.models.network_io import OutputName
 from rayrlhf.observe.metric_names import LOGPROB_GAP
 
 
@@ -30,6 +32,7 @@ class PolicyObjective:
         entropy: report the policy's entropy; always computed if there is a bonus.
         longest: tokens that the loss aggregation `constant` divides a response by, unless `loss` sets a number.
         gap: report the distance to the array `rollout_logprobs`, for steps that do not recompute the old log-probs.
+        distillation: divergence from a teacher to add.
     """
 
     masks: ClassVar[Sequence[str]] = ("action_mask",)
@@ -40,14 +43,15 @@ class PolicyObjective:
     entropy: bool = True
     longest: int = 1
     gap: bool = False
+    distillation: DistillationObjective | None = None
 
     @property
     def outputs(self) -> frozenset[OutputName]:
-        """Log-probs, and entropy if it is reported or rewarded."""
+        """Log-probs, entropy if it is reported or rewarded, and the teacher's divergence."""
         names: set[OutputName] = {"logprobs"}
         if self.entropy or self.loss.entropy_coefficient:
             names.add("entropy")
-        return frozenset(names)
+        return frozenset(names) | (self.distillation.outputs if self.distillation else frozenset())
 
     def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
         """Evaluate on a micro-batch (see `Objective.compute`)."""
@@ -67,8 +71,11 @@ class PolicyObjective:
             statistics["loss/kl_avg"] = penalty.detach()
             loss = loss + self.kl.coefficient * weight * penalty
         loss_aggregation = self.loss.loss_aggregation
-        loss = aggregated(loss, mask, loss_aggregation, self.loss.loss_aggregation_length or self.longest)
+        constant = self.loss.loss_aggregation_length or self.longest
+        loss = aggregated(loss, mask, loss_aggregation, constant, arrays.get("prompt_weights"))
         components = [LossComponent("action_mask", 1.0, TokenLoss(loss, statistics), per_response=loss_aggregation != "token")]
+        if self.distillation is not None:
+            components += self.distillation.compute(outputs, arrays)
         return [*components, self._bonus(outputs["entropy"], mask)] if "entropy" in outputs else components
 
     def _bonus(self, entropy: Tensor, mask: Tensor) -> LossComponent:
@@ -94,6 +101,7 @@ def _loss_inputs(logprobs: Tensor, arrays: Mapping[str, Tensor]) -> LossInputs:
         ref_logprobs=masked("ref_logprobs"),
         rollout_logprobs=masked("rollout_logprobs"),
         values=masked("old_values"),
+        selected=arrays.get("selected_tokens"),
     )
 
 
@@ -139,3 +147,10 @@ class SharedObjective:
     def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
         """Evaluate both parts on a micro-batch (see `Objective.compute`)."""
         return self.policy.compute(outputs, arrays) + self.value.compute(outputs, arrays)
+
+
+def divergence_beta(objective: Objective) -> float:
+    """Return beta of an objective's divergence from a teacher; 0 without one."""
+    part: object = objective.policy if isinstance(objective, SharedObjective) else objective
+    part = part.distillation if isinstance(part, PolicyObjective) else part
+    return part.beta if isinstance(part, DistillationObjective) else 0.0

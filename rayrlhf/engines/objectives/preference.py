@@ -6,11 +6,20 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rayrlhf.algorithms.losses import DirectLoss, TokenLoss, direct_preference_loss, preference_loss
+from rayrlhf.algorithms.losses import (
+    DirectLoss,
+    TokenLoss,
+    direct_preference_loss,
+    preference_loss,
+    unpaired_preference_loss,
+)
 from rayrlhf.algorithms.masking import zero_masked
 from rayrlhf.engines.objectives.base import LossComponent
-from rayrlhf.engines.train.supervised_batches import MARGIN, PAIR_MASK, REFERENCE
-from rayrlhf.models.network import OutputName
+from rayrlhf.engines.train.supervised_batches import BATCH_KL, CHOSEN_MASK, DESIRABLE, MARGIN, PAIR_MASK, REFERENCE
+from rayrlhf.models.network_io import OutputName
+
+NLL = "loss/nll"
+"""Metric of the negative log-likelihood of the better answers."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +47,23 @@ class PreferenceObjective:
 
 @dataclass(frozen=True)
 class DirectPreferenceObjective:
-    """DPO loss of `rayrlhf.algorithms.losses`, averaged over the pairs of the optimizer step."""
+    """Pair loss of `rayrlhf.algorithms.losses`, averaged over the pairs of the optimizer step.
+
+    `nll` times the negative log-likelihood of the better answers is added, averaged over their tokens.
+    """
 
     outputs: ClassVar[frozenset[OutputName]] = frozenset({"logprobs"})
-    masks: ClassVar[Sequence[str]] = ("action_mask", PAIR_MASK)
-    """Masks of the log-probs, and of the pairs that the loss is averaged over."""
     loss: DirectLoss = "sigmoid"
     beta: float = 0.1
     label_smoothing: float = 0.0
+    margin: float = 0.5
+    nll: float = 0.0
     temperature: float = 1.0
+
+    @property
+    def masks(self) -> Sequence[str]:
+        """Masks of the log-probs, of the pairs, and of the better answers' tokens."""
+        return ("action_mask", PAIR_MASK, *((CHOSEN_MASK,) if self.nll else ()))
 
     def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
         """Evaluate on a micro-batch of whole pairs (see `Objective.compute`); losses are [pairs, 1]."""
@@ -58,6 +75,37 @@ class DirectPreferenceObjective:
             loss=self.loss,
             beta=self.beta,
             label_smoothing=self.label_smoothing,
+            margin=self.margin,
         )
         statistics = {name: values[:, None] for name, values in pairs.statistics.items()}
-        return [LossComponent(PAIR_MASK, 1.0, TokenLoss(pairs.loss[:, None], statistics))]
+        components = [LossComponent(PAIR_MASK, 1.0, TokenLoss(pairs.loss[:, None], statistics))]
+        if self.nll:
+            likelihood = zero_masked(-outputs["logprobs"], arrays[CHOSEN_MASK])
+            components.append(LossComponent(CHOSEN_MASK, self.nll, TokenLoss(likelihood, {NLL: likelihood.detach()})))
+        return components
+
+
+@dataclass(frozen=True)
+class UnpairedPreferenceObjective:
+    """KTO loss of `rayrlhf.algorithms.losses`, averaged over the answers of the optimizer step."""
+
+    outputs: ClassVar[frozenset[OutputName]] = frozenset({"logprobs"})
+    masks: ClassVar[Sequence[str]] = ("action_mask", PAIR_MASK)
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    temperature: float = 1.0
+
+    def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
+        """Evaluate on a micro-batch (see `Objective.compute`); losses are [answers, 1]."""
+        sums = zero_masked(outputs["logprobs"], arrays["action_mask"]).sum(1)
+        answers = unpaired_preference_loss(
+            sums - arrays[REFERENCE][:, 0],
+            arrays[DESIRABLE][:, 0],
+            arrays[BATCH_KL][:, 0],
+            beta=self.beta,
+            desirable_weight=self.desirable_weight,
+            undesirable_weight=self.undesirable_weight,
+        )
+        statistics = {name: values[:, None] for name, values in answers.statistics.items()}
+        return [LossComponent(PAIR_MASK, 1.0, TokenLoss(answers.loss[:, None], statistics))]

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from rayrlhf.data.records import Rollout, RolloutRequest
+from rayrlhf.data.records import Float32, Int32, Rollout, RolloutRequest
 from rayrlhf.weight_sync.buckets import WeightBucket
 
 
 class RolloutEngine(Protocol):
     """Generates responses. One thread calls it: `submit`, then `poll` until nothing is unfinished.
 
-    Weights change between polls.
+    Weights change between polls. An engine that samples under `RolloutRequest.constraint` has an attribute `constrains`, True.
     """
 
     version: int
@@ -67,6 +67,17 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Free the engine's processes and memory."""
+        ...
+
+
+class LabelEngine(RolloutEngine, Protocol):
+    """Rollout engine that returns log-probs of chosen next tokens, as a judge needs them."""
+
+    def next_logprobs(self, prompts: Sequence[Int32], tokens: Sequence[int]) -> Float32:
+        """Return the log-probs of `tokens` right after each prompt, float32 [B, K].
+
+        They are in nats at temperature 1. Prompts must fit into the context with one token more, and nothing may be unfinished.
+        """
         ...
 
 

@@ -1,7 +1,9 @@
 """Rollout spec and helpers of all rollout engines: stop tokens, length limits, records."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,8 +15,12 @@ from rayrlhf.config.rollout import EnvironmentSection, RolloutSection
 from rayrlhf.data.records import Rollout, RolloutRequest
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PretrainedConfig, Tokenizer
-from rayrlhf.models.load import resolve_path
+from rayrlhf.models.load_check import rope_limit
+from rayrlhf.models.model_files import special_tokens
+from rayrlhf.models.model_path import resolve_path
 
+_NO_UPDATES = ("gpt_oss",)
+"""Families whose expert and attention weights vLLM 0.32 loads at its start only."""
 START_VERSION = -1
 """Weight version of an engine that still has its initial weights."""
 
@@ -44,6 +50,8 @@ class RolloutSpec:
         logprobs: compute log-probs. Without them those of the rollouts may be NaN; small models then generate faster.
         continues: weights may change while requests are unfinished.
         adapters: serve the model's adapters unmerged; weight updates then hold the adapters' tensors only.
+        eager: never compile the model, so that hooks on its layers run on GPUs too.
+        section: of the configuration, for error messages.
     """
 
     model: ModelSection
@@ -54,6 +62,8 @@ class RolloutSpec:
     logprobs: bool = True
     continues: bool = False
     adapters: bool = False
+    eager: bool = False
+    section: str = "rollout"
 
 
 def rollout_environment(rollout: RolloutSection, *, threads: int) -> dict[str, str]:
@@ -73,17 +83,23 @@ def stop_token_ids(model: ModelSection, tokenizer: Tokenizer) -> list[int]:
 
     They are the union of the model's generation config and the tokenizer's own. Chat models often end a turn with a token that
     is not the tokenizer's end of sequence; generation configs list both.
-    """
-    from transformers import AutoConfig, GenerationConfig
 
-    path = resolve_path(model)
-    try:
-        source = GenerationConfig.from_pretrained(path, revision=model.revision)
-    except OSError:  # the generation config is optional
+    Raises:
+        UserError: the model's are no token ids.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import cached_file
+
+    path, quiet = resolve_path(model), ("missing_entries", "gated_repo", "connection_errors")
+    named = {f"_raise_exceptions_for_{case}": False for case in quiet}
+    file = cached_file(path, "generation_config.json", revision=model.revision, **named)
+    if file is None:  # it is optional
         config = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-        source = config.get_text_config()
-    several = source.eos_token_id if isinstance(source.eos_token_id, list) else [source.eos_token_id]
-    return sorted({int(token) for token in (*several, tokenizer.eos_token_id) if token is not None})
+        name, values = "config.json", config.get_text_config().to_dict()
+    else:  # as stored, because other settings may be invalid
+        name, values = "generation_config.json", json.loads(Path(file).read_text(encoding="utf-8"))
+    found = special_tokens(values, "eos_token_id", f"model.path {model.path!r}: {name}")
+    return sorted({*found, *([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)])})
 
 
 def engine_reason(error: Exception) -> str:
@@ -93,7 +109,8 @@ def engine_reason(error: Exception) -> str:
     """
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        return ": ".join([".".join(map(str, (error.title, *first["loc"]))), first["msg"].splitlines()[0]])
+        message = first["msg"].splitlines()[0].partition(" Supported architectures")[0]  # hundreds of names
+        return ": ".join([".".join(map(str, (error.title, *first["loc"]))), message])
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     for line in reversed(lines):
         if "Error: " in line:
@@ -114,17 +131,25 @@ def check_new(requests: Iterable[RolloutRequest], queued: Iterable[RolloutReques
         keys.add(request.key)
 
 
-def new_token_limits(requests: Iterable[RolloutRequest], max_new_tokens: int, max_model_length: int) -> list[int]:
+def new_token_limits(
+    requests: Iterable[RolloutRequest], max_new_tokens: int, max_model_length: int, vocabulary: int
+) -> list[int]:
     """Return the maximum number of new tokens of each request.
 
     It is `max_new_tokens`, or less if the context has less room.
 
     Raises:
-        UserError: a prompt leaves no room for a single token.
+        UserError: a prompt leaves no room for a single token, or has a token beyond the model's vocabulary.
     """
     limits = []
     for request in requests:
         prompt_length = len(request.prompt_ids)
+        largest = int(request.prompt_ids.max(initial=0))
+        if largest >= vocabulary:
+            raise UserError(
+                f"prompt {request.key.prompt}: token {largest} of its tokenizer, expected at most {vocabulary - 1}, the last"
+                " of the model"
+            )
         if prompt_length >= max_model_length:
             raise UserError(
                 f"prompt {request.key.prompt}: {prompt_length} tokens leave no room for a response, expected fewer than"
@@ -134,8 +159,11 @@ def new_token_limits(requests: Iterable[RolloutRequest], max_new_tokens: int, ma
     return limits
 
 
-def context_length(rollout: RolloutSection, model_config: PretrainedConfig) -> int:
+def context_length(rollout: RolloutSection, model_config: PretrainedConfig, section: str = "rollout") -> int:
     """Return the maximum of prompt + response in tokens: the section's, or the model's own.
+
+    Args:
+        section: of the setting in the configuration, for messages.
 
     Raises:
         UserError: the section sets more than the model's positions, or neither has a limit.
@@ -143,11 +171,36 @@ def context_length(rollout: RolloutSection, model_config: PretrainedConfig) -> i
     positions = getattr(model_config, "max_position_embeddings", None)
     if rollout.max_model_length is None:
         if positions is None:
-            raise UserError("rollout.max_model_length: this model's config names no context length; set it")
+            raise UserError(f"{section}.max_model_length: this model's config names no context length; set it")
         return int(positions)
     if positions is not None and rollout.max_model_length > positions:
-        raise UserError(f"rollout.max_model_length: {rollout.max_model_length} is beyond the model's {positions} positions")
+        raise UserError(f"{section}.max_model_length: {rollout.max_model_length} is beyond the model's {positions} positions")
     return rollout.max_model_length
+
+
+def trained_context(rollout: RolloutSection, model_config: PretrainedConfig) -> int:
+    """Return the context of a model that is trained on its samples (`context_length`).
+
+    Raises:
+        UserError: the backend would sample from another distribution than that of the trained model.
+    """
+    context, limit, family = context_length(rollout, model_config), rope_limit(model_config), model_config.model_type
+    if rollout.backend != "vllm":
+        return context
+    if family in _NO_UPDATES:
+        raise UserError(f"rollout.backend vllm: it does not take new weights of a {family} model; expected transformers")
+    if limit is not None and context > limit:
+        raise UserError(
+            f"rollout.max_model_length {context}: beyond {limit} tokens vLLM gives LongRoPE's long frequencies to short ones "
+            f"too, the trained model does not; expected at most {limit}"
+        )
+    window = getattr(model_config, "sliding_window", None) if family == "cohere2" else None
+    if window is not None and context > window:
+        raise UserError(
+            f"rollout.max_model_length {context}: vLLM's sliding window of a cohere2 model has a token more than the trained "
+            f"model's {window}; expected at most {window}"
+        )
+    return context
 
 
 def check_room(context: int, prompt: int | None, response: int) -> None:

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from rayrlhf.data.records import Rollout, RolloutRequest, SampleKey
+from rayrlhf.data.records import Float32, Int32, Rollout, RolloutRequest, SampleKey
 from rayrlhf.engines.rollout.common import (
     START_VERSION,
     RolloutSpec,
@@ -74,10 +75,11 @@ class TransformersRolloutEngine:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         network: PreTrainedModel = load_causal_model(spec.model)
         self._max_length = context_length(spec.rollout, network.config)
+        self._vocabulary = int(network.config.vocab_size)
         # LongRoPE depends on the longest row: rows are decoded alone, and from the start again beyond its limit.
         limit = rope_limit(network.config)
         self._limit = limit if limit is not None and limit < self._max_length else None
-        if not _decodes_together(network, self._tokenizer.pad_token_id) or self._limit is not None:
+        if not _decodes_together(network) or self._limit is not None:
             self._concurrent = 1
             _logger.warning("%s: responses are decoded one by one, as rows of a batch influence each other", spec.model.path)
         self._network = network.to(device, resolve_dtype(spec.model.dtype))
@@ -94,7 +96,7 @@ class TransformersRolloutEngine:
         """
         if self._incoming is not None:
             raise RuntimeError(f"weight version {self._incoming} is still being loaded")
-        limits = new_token_limits(requests, max_new_tokens, self._max_length)
+        limits = new_token_limits(requests, max_new_tokens, self._max_length, self._vocabulary)
         check_new(requests, (row.request for row in (*self._waiting, *(self._batch.rows if self._batch else ()))))
         for request, limit in zip(requests, limits, strict=True):
             self._waiting.append(_Row(request, temperature, limit, torch.Generator().manual_seed(request.seed)))
@@ -111,7 +113,7 @@ class TransformersRolloutEngine:
         while self.unfinished and len(finished) < minimum and time.monotonic() < end:
             if self._batch is None:
                 rows = [self._waiting.popleft() for _ in range(min(self._concurrent, len(self._waiting)))]
-                self._batch = _Batch(self._network, rows, self._tokenizer.pad_token_id)
+                self._batch = _Batch(self._network, rows)
             for row in self._batch.sample():
                 row.versions.append(self.version)
                 row.finish_reason = self._finish_reason(row)
@@ -120,6 +122,18 @@ class TransformersRolloutEngine:
             if self._batch is not None and self._batch.length - 1 == self._limit:
                 self._restart()
         return finished
+
+    @torch.no_grad()
+    def next_logprobs(self, prompts: Sequence[Int32], tokens: Sequence[int]) -> Float32:
+        """Return the log-probs of `tokens` right after each prompt, float32 [B, K].
+
+        See `LabelEngine`.
+        """
+        found = []
+        for start in range(0, len(prompts), self._concurrent):
+            batch = _Batch(self._network, [_bare_row(prompt) for prompt in prompts[start : start + self._concurrent]])
+            found.append(torch.log_softmax(batch.logits, dim=-1)[:, list(tokens)])
+        return np.asarray(torch.cat(found).numpy() if found else np.zeros((0, len(tokens))), dtype=np.float32)
 
     def cancel(self) -> None:
         """Drop all unfinished requests."""
@@ -176,7 +190,7 @@ class TransformersRolloutEngine:
     def _restart(self) -> None:
         """Recompute the cache of the current batch."""
         if self._batch is not None:
-            self._batch = _Batch(self._network, self._batch.rows, self._tokenizer.pad_token_id)
+            self._batch = _Batch(self._network, self._batch.rows)
 
     def close(self) -> None:
         """Free the model. The engine cannot be used afterwards."""
@@ -207,12 +221,12 @@ class _Batch:
         logits: float32 [rows, V] of each row's next token, on the CPU.
     """
 
-    def __init__(self, network: PreTrainedModel, rows: list[_Row], pad: int) -> None:
+    def __init__(self, network: PreTrainedModel, rows: list[_Row]) -> None:
         self.rows = rows
         self._network = network
         contexts = [torch.tensor([*row.request.prompt_ids.tolist(), *row.tokens]) for row in rows]
         longest = max(len(context) for context in contexts)
-        tokens = torch.full((len(rows), longest), pad)
+        tokens = torch.zeros((len(rows), longest), dtype=torch.long)  # padding is masked, and any token will do
         self._mask = torch.zeros((len(rows), longest), dtype=torch.long, device=network.device)
         for index, context in enumerate(contexts):
             start = longest - len(context)
@@ -271,16 +285,16 @@ class _Batch:
         self.logits = output.logits[:, -1].float().cpu()
 
 
-def _decodes_together(network: PreTrainedModel, pad: int) -> bool:
+def _decodes_together(network: PreTrainedModel) -> bool:
     """Return True if rows may be decoded together, False if alone.
 
     Raises:
         UserError: neither gives the logits of whole forward passes.
     """
     with attention_on_cpu(network):
-        if _decodes(network, pad, together=True):
+        if _decodes(network, together=True):
             return True
-        if _decodes(network, pad, together=False):
+        if _decodes(network, together=False):
             return False
     raise UserError(
         f"rollout.backend transformers: decoding a {network.config.model_type} model with its cache gives other logits than "
@@ -289,21 +303,20 @@ def _decodes_together(network: PreTrainedModel, pad: int) -> bool:
 
 
 @torch.no_grad()
-def _decodes(network: PreTrainedModel, pad: int, *, together: bool) -> bool:
+def _decodes(network: PreTrainedModel, *, together: bool) -> bool:
     """Return True if decoding with a cache gives the logits of whole forward passes.
 
     Args:
         network: in float32 on the CPU.
-        pad: token of padding.
         together: decode two rows of different lengths as one batch, of which one ends first.
     """
     samples = probe_tokens(int(network.config.vocab_size))
     wanted = [network(input_ids=sample[None], use_cache=False).logits[0].float() for sample in samples]
     steps = (4, 2)
     for group in [(0, 1)] if together else [(0,), (1,)]:
-        rows = {index: _probe_row(samples[index][: -steps[index]]) for index in group}
+        rows = {index: _bare_row(samples[index][: -steps[index]].numpy()) for index in group}
         try:
-            batch: _Batch | None = _Batch(network, list(rows.values()), pad)
+            batch: _Batch | None = _Batch(network, list(rows.values()))
             while batch is not None:
                 left = [index for index, row in rows.items() if row.finish_reason is None]
                 for index, logits in zip(left, batch.logits, strict=True):
@@ -319,6 +332,7 @@ def _decodes(network: PreTrainedModel, pad: int, *, together: bool) -> bool:
     return True
 
 
-def _probe_row(prompt: Tensor) -> _Row:
-    request = RolloutRequest(SampleKey(0, 0, 0), prompt.numpy().astype("int32"), 0)
+def _bare_row(prompt: Int32) -> _Row:
+    """Return the row of a prompt that is not sampled from."""
+    request = RolloutRequest(SampleKey(0, 0, 0), prompt.astype(np.int32), 0)
     return _Row(request, 0.0, len(prompt), torch.Generator())

@@ -17,7 +17,8 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 
 from rayrlhf.config.section import GIB
-from rayrlhf.data.records import Rollout, RolloutRequest
+from rayrlhf.data.records import Float32, Int32, Rollout, RolloutRequest
 from rayrlhf.engines.rollout.common import (
     START_VERSION,
     VLLM_ENVIRONMENT,
@@ -38,11 +39,13 @@ from rayrlhf.engines.rollout.common import (
     stop_token_ids,
 )
 from rayrlhf.engines.rollout.token_counts import bound_kernels
-from rayrlhf.engines.rollout.vllm_lora import AdapterSlot, lora_settings
+from rayrlhf.engines.rollout.vllm_calls import next_logprobs, try_out, uncompiled
+from rayrlhf.engines.rollout.vllm_lora import INSTEAD, AdapterSlot, lora_settings
 from rayrlhf.engines.rollout.vllm_plugin import register_transfers, transfer_name
 from rayrlhf.errors import DeviceMemoryError, UserError
 from rayrlhf.library_types import PretrainedConfig
-from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
+from rayrlhf.models.load import load_tokenizer, resolve_dtype
+from rayrlhf.models.model_path import resolve_path
 from rayrlhf.observe.cuda import check_vllm_device
 from rayrlhf.weight_sync.buckets import WeightBucket
 
@@ -54,11 +57,16 @@ the context of a long-context model would take gigabytes of the KV cache."""
 KV_BLOCK_TOKENS = 32
 """Block size of a CPU's prefix cache: the smallest that vLLM's kernels are fast with, because prompts are short."""
 
+STATEFUL = ("mamba2", "falcon_h1", "granitemoehybrid")
+"""Families with states that CPUs serve without a prefix cache, which would need chunked prompts; vLLM refuses others."""
+
 WORKER_EXTENSION = "rayrlhf.engines.rollout.vllm_worker.WorkerExtension"
 
 
 class VLLMRolloutEngine:
     """One replica on vLLM. See `RolloutEngine` for the protocol."""
+
+    constrains = True
 
     def __init__(self, spec: RolloutSpec) -> None:
         """Load the model and allocate the KV cache.
@@ -84,6 +92,7 @@ class VLLMRolloutEngine:
         self._adapter = AdapterSlot(self._engine, spec.model) if spec.adapters else None
         self._engine.set_weight_version(str(self.version))
         self._max_length: int = self._engine.model_config.max_model_len
+        self._vocabulary: int = self._engine.model_config.get_vocab_size()
         self.weight_client = WeightSyncClient(self._engine)
 
     def submit(self, requests: Sequence[RolloutRequest], *, temperature: float, max_new_tokens: int) -> None:
@@ -100,7 +109,7 @@ class VLLMRolloutEngine:
             raise RuntimeError(f"weight version {self._incoming} is still being loaded")
         if self._asleep:
             raise RuntimeError("the engine sleeps and holds no weights; a weight update wakes it")
-        limits = new_token_limits(requests, max_new_tokens, self._max_length)
+        limits = new_token_limits(requests, max_new_tokens, self._max_length, self._vocabulary)
         check_new(requests, self._requests.values())
         if not self._requests:
             # Cached prefixes change how a prompt's sums are split: an empty cache makes a batch's bits reproducible.
@@ -108,9 +117,9 @@ class VLLMRolloutEngine:
         adapter = self._adapter.request if self._adapter else None
         for request, limit in zip(requests, limits, strict=True):
             name = "-".join(map(str, request.key))
-            self._requests[name] = request
             parameters = self._sampling_parameters(request, temperature, limit)
             self._engine.add_request(name, tokens_input(request.prompt_ids.tolist()), parameters, lora_request=adapter)
+            self._requests[name] = request
 
     def poll(self, minimum: int, seconds: float | None = None) -> list[Rollout]:
         """Decode until at least `minimum` requests are finished, none is left, or time is over.
@@ -120,10 +129,14 @@ class VLLMRolloutEngine:
         """
         end = math.inf if seconds is None else time.monotonic() + seconds
         finished: list[Rollout] = []
-        with _uncompiled():
+        with uncompiled():
             while self._requests and len(finished) < minimum and time.monotonic() < end:
                 finished.extend(self._rollout(output) for output in self._engine.step() if output.finished)
         return finished
+
+    def next_logprobs(self, prompts: Sequence[Int32], tokens: Sequence[int]) -> Float32:
+        """Return the log-probs of `tokens` right after each prompt, float32 [B, K]; see `LabelEngine`."""
+        return next_logprobs(self._engine, prompts, tokens)
 
     def cancel(self) -> None:
         """Drop all unfinished requests."""
@@ -149,6 +162,12 @@ class VLLMRolloutEngine:
     def unfinished(self) -> int:
         """Requests submitted and not yet returned."""
         return len(self._requests)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """VLLM's model, in an engine without worker processes."""
+        found: list[torch.nn.Module] = self._engine.apply_model(lambda model: model)
+        return found[0]
 
     def begin_weights(self, version: int) -> None:
         """Start receiving a new weight version.
@@ -210,7 +229,7 @@ class VLLMRolloutEngine:
 
     def _sampling_parameters(self, request: RolloutRequest, temperature: float, limit: int) -> Any:
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         stop = [*self._stop, *request.stop]
         return SamplingParams(
@@ -222,6 +241,7 @@ class VLLMRolloutEngine:
             detokenize=bool(stop),
             logprobs=0 if self._logprobs else None,
             flat_logprobs=True,
+            structured_outputs=StructuredOutputsParams(**request.constraint) if request.constraint else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
@@ -234,7 +254,8 @@ class VLLMRolloutEngine:
         for span in sample.weight_versions:
             versions[span.start : span.end] = int(span.version)
         logprobs = sample.logprobs.logprobs if self._logprobs else [math.nan] * len(sample.token_ids)
-        return make_rollout(request, sample.token_ids, logprobs, versions, sample.finish_reason, self._tokenizer)
+        rollout = make_rollout(request, sample.token_ids, logprobs, versions, sample.finish_reason, self._tokenizer)
+        return replace(rollout, read_tokens=len(request.prompt_ids), cached_tokens=output.num_cached_tokens or 0)
 
 
 UNREADABLE = "llvmlite.binding.ffi"
@@ -252,11 +273,11 @@ def _start(spec: RolloutSpec) -> Any:
     trust = spec.model.trust_remote_code
     config = AutoConfig.from_pretrained(path, revision=spec.model.revision, trust_remote_code=trust)
     if config.get_text_config() is not config and find_spec("torchvision") is None:
-        raise UserError(f"rollout: vLLM needs torchvision for {config.model_type}, a multimodal model: install it")
+        raise UserError(f"{spec.section}: vLLM needs torchvision for {config.model_type}, a multimodal model: install it")
     length = context_length(spec.rollout, config)
-    device = _gpu_settings(spec) if torch.cuda.is_available() else _cpu_settings(spec, config, length)
     register_transfers()
     try:
+        device = _gpu_settings(spec) if torch.cuda.is_available() else _cpu_settings(spec, config, length)
         arguments = EngineArgs(
             model=path,
             revision=spec.model.revision,
@@ -265,7 +286,6 @@ def _start(spec: RolloutSpec) -> Any:
             seed=spec.seed,
             max_model_len=length,
             max_num_seqs=spec.rollout.max_concurrent,
-            enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
             disable_log_stats=True,
@@ -277,9 +297,12 @@ def _start(spec: RolloutSpec) -> Any:
         )
         with _out_of_sight(UNREADABLE):
             engine = LLMEngine.from_engine_args(arguments)
-    except ValueError as error:
+        try_out(engine)
+    except (ValueError, AttributeError, AssertionError, ImportError, KeyError, NotImplementedError, TypeError) as error:
         kind = DeviceMemoryError if "ree memory on device" in str(error) else UserError
-        raise kind(f"rollout: vLLM cannot serve {spec.model.path}: {engine_reason(error)}") from error
+        reason = engine_reason(error)
+        instead = f"; {INSTEAD}" if spec.adapters and "LoRA" in reason else ""
+        raise kind(f"{spec.section}: vLLM cannot serve {spec.model.path}: {reason}{instead}") from error
     if spec.rollout.tensor_parallel_size > 1:
         engine.engine_core.engine_core.model_executor.register_failure_callback(_end_process)
     return engine
@@ -292,11 +315,8 @@ def _worker_settings(devices: int) -> dict[str, Any]:
     """
     if devices == 1:
         return {}
-    return {
-        "tensor_parallel_size": devices,
-        "distributed_executor_backend": "mp",
-        "worker_extension_cls": WORKER_EXTENSION,
-    }
+    named = {"distributed_executor_backend": "mp", "worker_extension_cls": WORKER_EXTENSION}
+    return {"tensor_parallel_size": devices, **named}
 
 
 def _end_process() -> None:
@@ -317,20 +337,12 @@ def _out_of_sight(name: str) -> Iterator[None]:
             sys.modules[name] = module
 
 
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Disable compilation on CPUs.
-
-    vLLM decorates a helper of its log-probs, and compiling it takes longer than it saves. On GPUs vLLM compiles the model
-    itself, which must stay enabled.
-    """
-    return nullcontext() if torch.cuda.is_available() else torch.compiler.set_stance("force_eager")
-
-
 def _cpu_settings(spec: RolloutSpec, config: PretrainedConfig, length: int) -> dict[str, Any]:
     _register_model_class(config)
     bound_kernels()
     return {
         "enforce_eager": True,
+        "enable_prefix_caching": config.model_type not in STATEFUL,
         # Seeded requests crash vLLM 0.32 on a CPU when it chunks a prompt ("CPU Generator does not use offset").
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(CPU_PREFILL_TOKENS, length, spec.rollout.max_concurrent),
@@ -347,8 +359,9 @@ def _useful_cache_bytes(spec: RolloutSpec, config: PretrainedConfig, length: int
     vLLM zeroes its whole cache, which costs memory and a second per GiB.
     """
     text = config.get_text_config()
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    queries = getattr(text, "num_attention_heads", None) or 1  # a model without attention has none
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // queries
+    heads = getattr(text, "num_key_value_heads", None) or queries
     heads = max(1, heads // spec.rollout.tensor_parallel_size)
     token_bytes = 2 * text.num_hidden_layers * heads * head_size * resolve_dtype(spec.model.dtype).itemsize
     blocks = (spec.rollout.max_concurrent + 1) * (length // KV_BLOCK_TOKENS + 1)
@@ -357,8 +370,10 @@ def _useful_cache_bytes(spec: RolloutSpec, config: PretrainedConfig, length: int
 
 def _gpu_settings(spec: RolloutSpec) -> dict[str, Any]:
     return {
+        "enable_prefix_caching": True,
         "max_num_batched_tokens": max(GPU_PREFILL_TOKENS, spec.rollout.max_concurrent),
         "enable_sleep_mode": spec.rollout.sleep,
+        "enforce_eager": spec.eager,
         "gpu_memory_utilization": spec.rollout.gpu_memory_utilization,
     }
 
@@ -371,6 +386,5 @@ def _register_model_class(config: PretrainedConfig) -> None:
     from vllm import ModelRegistry
 
     for architecture in getattr(config, "architectures", None) or ():
-        known = ModelRegistry.models.get(architecture)
-        if known is not None:
+        if (known := ModelRegistry.models.get(architecture)) is not None:
             ModelRegistry.register_model(architecture, known.load_model_cls())

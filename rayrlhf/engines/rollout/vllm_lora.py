@@ -78,14 +78,17 @@ class AdapterSlot:
         zero, layers = _zero_adapter(model)
         self._shapes = {name: tensor.shape for name, tensor in zero.items()}
         self._config = peft_config(model, zero, layers)
+        # Scaled on receipt: vLLM would take one more pass over every B, after its load.
+        self._scale = self._config.lora_alpha / self._config.r
+        self._config.lora_alpha = self._config.r
         try:
             self._load(zero)
         except ValueError as error:
             raise UserError(f"model.lora.target_modules: vLLM cannot serve these adapters; {INSTEAD} ({error})") from error
 
     def receive(self, bucket: WeightBucket) -> None:
-        """Copy one bucket of the adapter, under the names of PEFT's files."""
-        self._tensors |= {name: tensor.clone() for name, tensor in bucket}
+        """Copy one bucket of the adapter, under the names of PEFT's files, and scale B."""
+        self._tensors |= {name: tensor * self._scale if ".lora_B." in name else tensor.clone() for name, tensor in bucket}
 
     def load(self) -> None:
         """Replace the adapter by the received tensors.
@@ -111,6 +114,7 @@ class AdapterSlot:
             # A request with this flag would load the adapter in every decoding step.
             if not self._engine.add_lora(LoRARequest("policy", 1, str(folder), load_inplace=True)):
                 raise RuntimeError("vLLM did not load the adapter")
+        _fused.clear()
 
 
 @contextmanager
@@ -141,10 +145,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def use_plain_products() -> None:
-    """Compute LoRA layers on CPUs by two matrix products per slice.
+    """Compute LoRA layers on CPUs by two matrix products per layer.
 
-    vLLM 0.32 gathers the adapter's matrices once per token on CPUs. With one adapter for all requests no gather is needed. This
-    patches vLLM's class in this process.
+    vLLM 0.32 gathers the adapter's matrices once per token on CPUs. With one adapter for all requests no gather is needed, and
+    the slices of a layer (q, k, v; gate, up) fit into one product each. This patches vLLM's class in this process.
     """
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
@@ -152,24 +156,31 @@ def use_plain_products() -> None:
 
 
 def _add_lora_linear(
-    _: Any,
+    _: object,
     y: Tensor,
     x: Tensor,
     lora_a_stacked: tuple[Tensor, ...],
     lora_b_stacked: tuple[Tensor, ...],
     scale: float,
     output_slices: tuple[int, ...],
-    **__: Any,
+    **__: object,
 ) -> None:
-    """Add `x A^T B^T * scale` to `y` slice by slice.
+    """Add `x A^T B^T * scale` to `y`.
 
-    `x` is [tokens, in], `y` [tokens, out], A [1, 1, rank, in], B [1, 1, slice, rank].
+    `x` is [tokens, in], `y` [tokens, out], A [1, 1, rank, in] and B [1, 1, slice, rank] of each slice.
     """
     inputs, output = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    start = 0
-    for a, b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-        output[:, start : start + size].addmm_(inputs @ a[0, 0].T, b[0, 0].T, alpha=scale)
-        start += size
+    key = lora_a_stacked[0].data_ptr()
+    if key not in _fused:
+        down = [a[0, 0] for a in lora_a_stacked]
+        up = [b[0, 0, :size] for b, size in zip(lora_b_stacked, output_slices, strict=True)]
+        _fused[key] = (down[0], up[0]) if len(up) == 1 else (torch.cat(down), torch.block_diag(*up))  # type: ignore[no-untyped-call]
+    a, b = _fused[key]
+    output[:, : len(b)].addmm_(inputs @ a.T, b.T, alpha=scale)
+
+
+_fused: dict[int, tuple[Tensor, Tensor]] = {}
+"""A [ranks, in] and block-diagonal B [out, ranks] of a layer's slices, by the address of the first A; until the next load."""
 
 
 def _zero_adapter(model: ModelSection) -> tuple[dict[str, Tensor], int]:

@@ -13,26 +13,31 @@ from collections.abc import Sequence
 import numpy as np
 
 from rayrlhf.config.reward import RewardModelSection
+from rayrlhf.config.train import SharePrefixes
+from rayrlhf.data.messages import Message
 from rayrlhf.data.records import Float32
 from rayrlhf.engines.scoring.reward_model import RewardModelEngine
-
-MODEL_PART = "reward_model"
-"""Name of the reward model's part among those of the functions."""
-SPREAD_PART = "reward_model_spread"
-"""Name of the part with the standard deviation over the members; it has weight 0."""
+from rayrlhf.errors import AlarmError
+from rayrlhf.rewards.functions import MODEL_PART, SPREAD_PART
 
 
 class RewardEnsemble:
     """Reward models of a section, one or several."""
 
-    def __init__(self, section: RewardModelSection) -> None:
+    def __init__(self, section: RewardModelSection, share_prefixes: SharePrefixes = "auto") -> None:
         """Load all members.
 
         Raises:
             UserError: a member cannot be loaded.
         """
         self._section = section
-        self._members = [RewardModelEngine(section.model_copy(update={"model": model})) for model in section.models]
+        members = [section.model_copy(update={"model": model}) for model in section.models]
+        self._members = [RewardModelEngine(member, share_prefixes) for member in members]
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """True if all members compute common beginnings once, where that pays."""
+        return all(member.shares_prefixes for member in self._members)
 
     @property
     def load_check(self) -> str:
@@ -44,14 +49,23 @@ class RewardEnsemble:
         """Factor of each part in the score."""
         return {MODEL_PART: self._section.weight} | ({SPREAD_PART: 0.0} if len(self._members) > 1 else {})
 
-    def parts(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Float32]:
-        """Return the reward of each pair, float32 [B], and the standard deviation of several members."""
+    def parts(self, prompts: Sequence[str | list[Message]], responses: Sequence[str]) -> dict[str, Float32]:
+        """Return the reward of each pair, float32 [B], and the standard deviation of several members.
+
+        Raises:
+            AlarmError: a reward is inf or NaN; names member and sample.
+        """
         values = np.stack([member.score(prompts, responses) for member in self._members])
+        for member, sample in np.argwhere(~np.isfinite(values))[:1]:
+            path = self._section.models[member].path
+            raise AlarmError(
+                f"reward model {path}: reward {values[member, sample]} of sample {sample}, expected a finite number"
+            )
         if len(self._members) == 1:
             return {MODEL_PART: values[0]}
         return {MODEL_PART: pessimistic(values, self._section.uncertainty), SPREAD_PART: values.std(0)}
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float32:
+    def score(self, prompts: Sequence[str | list[Message]], responses: Sequence[str]) -> Float32:
         """Return the reward of each pair, float32 [B]."""
         return self.parts(prompts, responses)[MODEL_PART]
 

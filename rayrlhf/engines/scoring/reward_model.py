@@ -11,15 +11,22 @@ from pathlib import Path
 
 import numpy as np
 
+from rayrlhf.config.model import ModelSection
 from rayrlhf.config.reward import RewardModelSection
+from rayrlhf.config.train import UNSHARED, SharePrefixes
 from rayrlhf.data.answer_format import AnswerFormat
+from rayrlhf.data.messages import Message
 from rayrlhf.data.records import Float32, TokenSequence
+from rayrlhf.data.templates import last_user_text
 from rayrlhf.engines.scoring.frozen import autocast, hold_linear_weights_in, score_sequences, training_device
 from rayrlhf.engines.scoring.offload import move_to_device
 from rayrlhf.errors import UserError
-from rayrlhf.models.load import load_tokenizer, model_folder, resolve_dtype
+from rayrlhf.library_types import Tokenizer
+from rayrlhf.models.load import load_tokenizer, resolve_dtype
+from rayrlhf.models.model_path import model_folder, one_line_reason, present_folder
 from rayrlhf.models.network import build_network
 from rayrlhf.models.value_head import find_head
+from rayrlhf.storage.notes import read_note
 
 STATISTICS_FILE = "reward_statistics.json"
 """File next to a reward model's weights: `mean` and `spread` (standard deviation) of its rewards on held-out responses."""
@@ -30,41 +37,34 @@ BATCH_TOKENS = 8192
 class RewardModelEngine:
     """Scores (prompt, response) pairs by the value at the last token, as in reward training."""
 
-    def __init__(self, section: RewardModelSection) -> None:
+    def __init__(self, section: RewardModelSection, share_prefixes: SharePrefixes = "auto") -> None:
         """Load trunk, head and tokenizer on this process's device.
 
         Raises:
             UserError: the model cannot be loaded, has no scalar head, or has no format to join prompt and response.
         """
         self._section = section
-        self._tokenizer = load_tokenizer(section.model)
         folder = model_folder(section.model)
-        self._format = AnswerFormat.read(folder) or AnswerFormat()
-        if section.template is None and self._format.chat and not self._tokenizer.chat_template:
-            raise UserError(
-                f"reward.model {section.model.path!r}: its tokenizer has no chat template; "
-                "set reward.model.template to a text with {prompt} and {response}"
-            )
-        if find_head(folder) is None:
-            raise UserError(
-                f"reward.model {section.model.path!r}: no scalar head in its files, expected weights named "
-                "`score.weight` or `v_head.summary.weight` (train one with a sequence-classification head of one label)"
-            )
-        self._mean, self._std = _statistics(section, folder) if section.normalize else (0.0, 1.0)
+        self._tokenizer, self._format, self._mean, self._std = _read(section, folder)
         self._device = training_device()
         self._dtype = resolve_dtype(section.model.dtype)
-        network = build_network(section.model, frozenset({"value"}), "zero", 0)
-        self.load_check = network.check.line()
-        self._network = network.requires_grad_(False)
+        network = build_network(section.model, frozenset({"value"}), "zero", 0, frozen=True, outputs=section.outputs)
+        _require_head(section, folder)  # of a hub model pickled weights are here only now
+        network.accept_packed_rows(packing=False, unshared=UNSHARED[share_prefixes])
+        self.load_check, self.shares_prefixes = network.check.line(), network.check.shares_prefixes
+        self._network = network
         hold_linear_weights_in(network, self._dtype)
         self._rows = network.model.get_input_embeddings().num_embeddings
+        positions = getattr(network.model.config.get_text_config(), "max_position_embeddings", None)
+        self._longest = min(section.max_length, positions or section.max_length)
         self._offload = move_to_device(network, self._device, offload=section.offload)
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float32:
+    def score(self, prompts: Sequence[str | list[Message]], responses: Sequence[str]) -> Float32:
         """Return one reward per pair, float32 [B].
 
-        Texts longer than `reward.model.max_length` tokens lose their left end. With `reward.model.normalize` rewards have mean
-        0 and standard deviation 1 over the model's held-out responses.
+        A prompt is text, or a conversation, of which `reward.model.template` takes the last user turn.
+        Texts longer than `reward.model.max_length` tokens, or the model's positions, lose their left end. With
+        `reward.model.normalize` rewards have mean 0 and standard deviation 1 over the model's held-out responses.
         """
         sequences = [self._sequence(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         with self._offload.in_place(), autocast(self._device, self._dtype):
@@ -75,23 +75,84 @@ class RewardModelEngine:
                 temperature=1.0,
                 token_budget=BATCH_TOKENS,
                 device=self._device,
+                shares_prefixes=self.shares_prefixes,
             )
         values = np.array([score.values[-1] for score in scores if score.values is not None], dtype=np.float32)
         return (values - np.float32(self._mean)) / np.float32(self._std)
 
-    def _sequence(self, prompt: str, response: str) -> TokenSequence:
+    def _sequence(self, prompt: str | list[Message], response: str) -> TokenSequence:
         if self._section.template is not None:
-            text = self._section.template.replace("{prompt}", prompt).replace("{response}", response)
+            text = self._section.template.replace("{prompt}", last_user_text(prompt)).replace("{response}", response)
             ids = self._tokenizer(text)["input_ids"]
         else:
-            ids = self._format.token_ids(self._tokenizer, prompt, response)
-        kept = np.asarray(ids, dtype=np.int32)[-self._section.max_length :]
+            ids = self._conversation(prompt, response)
+        kept = np.asarray(ids, dtype=np.int32)[-self._longest :]
         if kept.max(initial=0) >= self._rows:
             raise UserError(
                 f"reward.model {self._section.model.path!r}: its tokenizer writes token {kept.max()}, expected at most "
                 f"{self._rows - 1}, the last one of the model"
             )
         return TokenSequence(kept, len(kept) - 1)
+
+    def _conversation(self, prompt: str | list[Message], response: str) -> list[int]:
+        from jinja2 import TemplateError
+
+        try:
+            return self._format.token_ids(self._tokenizer, prompt, response)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise UserError(
+                f"reward.model {self._section.model.path!r}: its chat template refuses a conversation: {one_line_reason(error)}"
+                "; set reward.model.template to a text with {prompt} and {response}, which reads the last user turn"
+            ) from error
+
+
+def check_reward_models(section: RewardModelSection) -> None:
+    """Check heads, formats and statistics of all members before weights load.
+
+    Hub models are checked where they are in the cache.
+
+    Raises:
+        UserError: as `RewardModelEngine`.
+    """
+    for model in section.models:
+        folder = present_folder(model)
+        if folder is not None:
+            _read(section.model_copy(update={"model": model}), folder)
+            _require_head(section.model_copy(update={"model": model}), folder)
+
+
+def _read(section: RewardModelSection, folder: Path) -> tuple[Tokenizer, AnswerFormat, float, float]:
+    """Return tokenizer, format, and mean and standard deviation of the rewards."""
+    tokenizer, stored = load_tokenizer(section.model), AnswerFormat.read(folder) or AnswerFormat()
+    if section.template is None and stored.chat and not tokenizer.chat_template:
+        raise UserError(
+            f"reward.model {section.model.path!r}: its tokenizer has no chat template; "
+            "set reward.model.template to a text with {prompt} and {response}"
+        )
+    return tokenizer, stored, *(_statistics(section, folder) if section.normalize else (0.0, 1.0))
+
+
+def _require_head(section: RewardModelSection, folder: Path) -> None:
+    if find_head(folder, section.outputs) is None:
+        raise UserError(
+            f"reward.model {section.model.path!r}: no scalar head in its files, expected weights named "
+            "`score.weight` or `v_head.summary.weight` with one output (of a classifier with several, set reward.model.outputs)"
+        )
+
+
+def stored_chance(models: Sequence[ModelSection]) -> float | None:
+    """Return the stored `evaluation/chance_probability`, the largest of several models.
+
+    It is the probability that coins order the held-out pairs as well as the model did. None for models without the statistics
+    of `rayrlhf reward`.
+    """
+    found = []
+    for model in models:
+        folder = present_folder(model)
+        path = folder / STATISTICS_FILE if folder is not None else None
+        chance = read_note(path).get("evaluation/chance_probability") if path is not None and path.is_file() else None
+        found += [float(chance)] if isinstance(chance, int | float) else []
+    return max(found, default=None)
 
 
 def _statistics(section: RewardModelSection, folder: Path) -> tuple[float, float]:
@@ -110,5 +171,5 @@ def _statistics(section: RewardModelSection, folder: Path) -> tuple[float, float
             "set reward.model.normalize=false for other models"
         ) from error
     if not std > 0:
-        raise UserError(f"reward.model.normalize: {path}: spread {std:g}, expected > 0 (a standard deviation)")
+        raise UserError(f"reward.model.normalize: {path}: standard deviation {std:g}, expected > 0")
     return mean, std

@@ -1,4 +1,4 @@
-"""Collation of sequences into one batch, right-padded or packed.
+"""Collation of sequences into one batch: right-padded, packed, or as a prefix tree.
 
 Flat network outputs are scattered back to tables [B, T].
 """
@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rayrlhf.data.prefix_tree import prefix_tree
 from rayrlhf.data.records import TokenSequence
-from rayrlhf.models.network import Positions
+from rayrlhf.models.network_io import Positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class CollatedBatch:
     """Micro-batch on its device.
 
     Attributes:
-        input_ids: int64 [B, L]; [1, L] if packed.
+        input_ids: int64 [B, L]; [1, L] if packed or shared.
         positions: positions for the network to read.
         logprob_slots: int64 [N], the cell b * T + j of a [B, T] table for each log-prob.
         value_slots: int64 [M], likewise for values.
@@ -45,27 +46,38 @@ def collate(
     *,
     targets_mask: NDArray[np.bool_] | None = None,
     packed: bool = False,
+    shared: bool = False,
 ) -> CollatedBatch:
-    """Pad sequences on the right, or pack them end to end.
+    """Pad sequences on the right, pack them, or compute their common beginnings once.
+
+    Outputs are per sequence in any layout: a shared position is read once for each sequence that has it, and its gradient is
+    the sum over them.
 
     Args:
         width: T, columns of the tables; the value after the last token is computed only if it has a column.
         targets_mask: bool [B, T], response tokens to compute log-probs of; None computes all.
         packed: end to end in one row.
+        shared: as a prefix tree in one row.
     """
-    lengths = [len(sequence.token_ids) for sequence in sequences]
-    longest = sum(lengths) if packed else max(lengths)
-    starts = np.cumsum([0, *lengths[:-1]]) if packed else np.arange(len(sequences)) * longest
-    flat_ids = np.zeros(longest if packed else len(sequences) * longest, dtype=np.int64)
+    if shared:
+        tree = prefix_tree([sequence.token_ids for sequence in sequences])
+        lengths, parents, places, input_ids = tree.lengths, tree.parents, tree.places, tree.token_ids[None]
+    else:
+        lengths, parents = [len(sequence.token_ids) for sequence in sequences], None
+        longest = sum(lengths) if packed else max(lengths)
+        starts = np.cumsum([0, *lengths[:-1]]) if packed else np.arange(len(sequences)) * longest
+        places = [start + np.arange(length) for start, length in zip(starts, lengths, strict=True)]
+        input_ids = np.zeros((1 if packed else len(sequences), longest), dtype=np.int64)
+        for sequence, own in zip(sequences, places, strict=True):
+            input_ids.reshape(-1)[own] = sequence.token_ids
     predictors, targets, values, logprob_slots, value_slots = [], [], [], [], []
     for row, sequence in enumerate(sequences):
-        length, prompt, response = len(sequence.token_ids), sequence.prompt_length, sequence.response_length
-        flat_ids[starts[row] : starts[row] + length] = sequence.token_ids
-        start, columns = starts[row] + prompt - 1, np.arange(min(response + 1, width))
+        prompt, response = sequence.prompt_length, sequence.response_length
+        columns = np.arange(min(response + 1, width))
         wanted = np.arange(response) if targets_mask is None else np.flatnonzero(targets_mask[row, :response])
-        predictors.append(start + wanted)
+        predictors.append(places[row][prompt - 1 + wanted])
         targets.append(sequence.token_ids[prompt + wanted])
-        values.append(start + columns)
+        values.append(places[row][prompt - 1 + columns])
         logprob_slots.append(row * width + wanted)
         value_slots.append(row * width + columns)
 
@@ -73,8 +85,8 @@ def collate(
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
 
     return CollatedBatch(
-        torch.from_numpy(flat_ids.reshape(-1, longest)).to(device),
-        Positions(tensor(predictors), tensor(targets), tensor(values), lengths, packed),
+        torch.from_numpy(input_ids).to(device),
+        Positions(tensor(predictors), tensor(targets), tensor(values), lengths, packed or shared, parents, places),
         tensor(logprob_slots),
         tensor(value_slots),
         (len(sequences), width),

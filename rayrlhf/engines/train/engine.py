@@ -5,6 +5,7 @@ mini-batch, so micro-batch size, padding and number of ranks change rounding at 
 ratio of new to old log-probs measures the policy update and is deterministic.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -29,9 +30,11 @@ from rayrlhf.errors import UserError
 from rayrlhf.models.adapter_folder import adapter_parameters, save_adapters
 from rayrlhf.models.export import save_network
 from rayrlhf.models.load import checkpoint_dtype, load_tokenizer, resolve_dtype
-from rayrlhf.models.lora import adapters_disabled, checkpoint_tensors, has_lora
-from rayrlhf.models.network import Network, OutputName, build_network
-from rayrlhf.models.rounding import UpdateShare
+from rayrlhf.models.lora import CheckpointTensor, adapters_disabled, checkpoint_tensors, has_lora
+from rayrlhf.models.network import build_network
+from rayrlhf.models.network_io import OutputName
+from rayrlhf.models.rounding import UpdateShare, write_share
+from rayrlhf.models.tensor_files import TensorKind, TensorStream
 from rayrlhf.weight_sync.buckets import SyncDtype, WeightBucket, bucketed
 
 TRAIN_BACKENDS: dict[str, type[TrainBackend]] = {"deepspeed": DeepSpeedBackend}
@@ -57,22 +60,25 @@ class TrainEngine:
         """
         self._spec = spec
         self._device = training_device()
-        network = build_network(spec.model, spec.heads, spec.head_init, spec.seed, head_bias=spec.head_bias)
-        if spec.noise_alpha is not None:
-            network.add_noise(spec.noise_alpha)
-        if spec.packing or spec.targets_only:
-            network.accept_packed_rows()
-        if network.check.layout != "packed":
-            self._spec = spec = replace(spec, packing=False)
-        self._network = network.to(self._device)
-        self.grid: Grid = make_grid(spec.sequence_parallel)
-        if self.grid.row_split is not None:
-            network.split_rows(self.grid.row_split, spec.model.path)
+        backend, dtype = TRAIN_BACKENDS[spec.backend], resolve_dtype(spec.model.dtype)
+        shards = backend.weight_shards(spec.train, dtype, self._device)
+        network = build_network(spec.model, spec.heads, spec.head_init, spec.seed, head_bias=spec.head_bias, shards=shards)
+        packing, lora = spec.packing or spec.targets_only, spec.model.lora
+        with nullcontext() if shards is None else shards.in_use(network.model):
+            if spec.noise_alpha is not None:
+                network.add_noise(spec.noise_alpha)
+            network.accept_packed_rows(packing=packing, unshared=spec.unshared)
+            if network.check.layout != "packed":
+                self._spec = spec = replace(spec, packing=False)
+            self._network = network.to(self._device)
+            self.grid: Grid = make_grid(spec.sequence_parallel)
+            if self.grid.row_split is not None:
+                network.split_rows(self.grid.row_split, spec.model.path)
         head = () if self._network.v_head is None else self._network.v_head.parameters()
         optimizer = build_optimizer(
             self._network.parameters(), spec.train.optimizer, spec.learning_rate, head, spec.head_learning_rate
         )
-        self._backend = TRAIN_BACKENDS[spec.backend].wrap(self._network, optimizer, spec.train, resolve_dtype(spec.model.dtype))
+        self._backend = backend.wrap(self._network, optimizer, spec.train, dtype)
         check = network.check
         if self._backend.shards_parameters and (check.layout == "alone" or check.longest_together is not None):
             raise UserError(
@@ -80,19 +86,27 @@ class TrainEngine:
                 "different numbers of forward passes would wait for each other; expected whole parameters on each rank"
             )
         # ZeRO-3 prefetches layers in one fixed order.
-        if not self._backend.shards_parameters and self.grid.row_split is None:
-            _remember_frozen_layers(self._network, spec)
+        cached = spec.caches_frozen_layers and not self._backend.shards_parameters and self.grid.row_split is None
+        if cached and lora is not None and lora.last_layers is not None:
+            network.remember_frozen_layers(network.model.config.num_hidden_layers - lora.last_layers)
         # Recomputing activations needs training mode, which switches no dropout on: the network has none.
         self._network.train(spec.model.gradient_checkpointing)
         decay = spec.train.ema_decay if "lm" in spec.heads and torch.distributed.get_rank() == 0 else None
         self._average = MovingAverage(self._network, decay) if decay is not None else None
         self._arrived: float | None = None
-        self._updater = Updater(self._backend, spec, self._device, self.grid, self._average)
+        self._updater = Updater(
+            self._backend, spec, self._device, self.grid, self._average, shares_prefixes=self.shares_prefixes
+        )
 
     @property
     def load_check(self) -> str:
         """Outcome of the check on load, in words."""
         return self._network.check.line()
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """True if tokens that samples begin with in common are computed once, where that pays."""
+        return self._network.check.shares_prefixes
 
     @property
     def sync_dtype(self) -> SyncDtype:
@@ -142,6 +156,7 @@ class TrainEngine:
                 temperature=temperature,
                 token_budget=self._spec.train.score_batch_tokens,
                 device=self._device,
+                shares_prefixes=self.shares_prefixes,
             )
 
     def update(self, batch: TrainingBatch, plan: UpdatePlan, objective: Objective) -> UpdateReport:
@@ -185,9 +200,10 @@ class TrainEngine:
 
     @property
     def update_arrived(self) -> float | None:
-        """Share of the adapters' update that survived the last rounding of merged weights.
+        """Share of the update that survived the last rounding of merged weights.
 
-        None without adapters, without an update, or in float32.
+        None without an update, or in float32. It is 1 without adapters: the network multiplies by its weights in the dtype in
+        which they travel, so the rounded weights are the intended ones.
         """
         return self._arrived
 
@@ -197,6 +213,20 @@ class TrainEngine:
         Each is valid until the next; every rank must exhaust the iterator.
         """
         return self._checkpoint(getattr(torch, dtype), self._device)
+
+    def checksums(self) -> dict[str, int]:
+        """Return a 48-bit checksum of each parameter; every rank takes part.
+
+        With adapters, of the merged weights and of the adapters.
+        """
+        head = self._network.v_head
+        sums = {name: _checksum(tensor) for bucket in self.weight_buckets() for name, tensor in bucket}
+        if self._spec.model.lora is not None:
+            sums |= {name: _checksum(tensor) for name, tensor in self._adapters(torch.float32)}
+        if head is not None:
+            with self._backend.gathered(tuple(head.parameters())):
+                sums |= {f"v_head.{name}": _checksum(value.detach().cpu()) for name, value in head.named_parameters()}
+        return sums
 
     def save_state(self, folder: Path) -> None:
         """Write this rank's part of weights, optimizer, counters and random state.
@@ -238,7 +268,8 @@ class TrainEngine:
         Weights have the dtype of the base.
 
         A network with only a bias-free scalar head is a reward model and becomes a sequence classifier with one label. The
-        moving average of the weights, if one is kept, goes to a second folder whose name ends in `-average`.
+        moving average of the weights, if one is kept, goes to a second folder whose name ends in `-average`. A language model's
+        adapters are also written by themselves, to one that ends in `-adapters`: merged ones lose a part to rounding.
 
         Every rank takes part; rank 0 writes. The folder is written atomically and replaces an older one.
 
@@ -246,15 +277,27 @@ class TrainEngine:
             UserError: the model has no tokenizer.
         """
         self._export(folder)
+        if self._spec.model.lora is not None and "lm" in self._spec.heads:
+            self.export_adapters(folder.with_name(f"{folder.name}-adapters"))
         if self._spec.train.ema_decay is not None and "lm" in self._spec.heads:
             with self._average.in_place() if self._average is not None else nullcontext():
                 self._export(folder.with_name(f"{folder.name}-average"))
 
     def _export(self, folder: Path) -> None:
-        dtype = checkpoint_dtype(self._spec.model)
-        state = {name: tensor.clone() for name, tensor in self._checkpoint(dtype)}
-        if torch.distributed.get_rank() == 0:
-            save_network(self._network, state, load_tokenizer(self._spec.model), folder, dtype)
+        dtype, head = checkpoint_dtype(self._spec.model), self._network.v_head
+        with self._backend.gathered(() if head is None else tuple(head.parameters())):
+            if torch.distributed.get_rank() == 0:
+                tokenizer = load_tokenizer(self._spec.model)
+                kinds = {
+                    tensor.name: TensorKind(tensor.shape, tensor.value().dtype if tensor.is_buffer else dtype)
+                    for tensor in checkpoint_tensors(self._network.model)
+                }
+                save_network(self._network, TensorStream(kinds, self._checkpoint(dtype)), tokenizer, folder, dtype)
+                if self._spec.model.lora is not None:
+                    write_share(folder, self._arrived, dtype)
+            else:
+                for _ in self._checkpoint(dtype, self._device):
+                    pass
         torch.distributed.barrier()
 
     def export_adapters(self, folder: Path) -> None:
@@ -300,25 +343,24 @@ class TrainEngine:
     def _checkpoint(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
         share = UpdateShare()
         for tensor in checkpoint_tensors(self._network.model):
-            with self._backend.gathered(tensor.parameters):
-                exact = tensor.value()
-                value = exact.to(exact.dtype if tensor.is_buffer else dtype)
-                if tensor.base is not None and value.dtype != exact.dtype:
-                    share.add(tensor.base.detach(), exact, value)
-                value = value.to(device).contiguous()
-                if self._backend.shards_parameters:
-                    value = value.clone()  # gathered memory is freed at the end of the block
-            yield tensor.name, value
-        self._arrived = share.value
+            yield tensor.name, self._value(tensor, dtype, device, share)  # held by the caller alone
+        rounded_alike = not has_lora(self._network) and dtype == resolve_dtype(self._spec.model.dtype) != torch.float32
+        self._arrived = 1.0 if rounded_alike else share.value
+
+    def _value(
+        self, tensor: CheckpointTensor, dtype: torch.dtype, device: torch.device | str, share: UpdateShare
+    ) -> torch.Tensor:
+        """Compute one tensor of the checkpoint; every rank takes part."""
+        with self._backend.gathered(tensor.parameters):
+            exact = tensor.value()
+            value = exact.to(exact.dtype if tensor.is_buffer else dtype)
+            if tensor.base is not None and value.dtype != exact.dtype:
+                share.add(tensor.base.detach(), exact, value)
+            value = value.to(device).contiguous()
+            if self._backend.shards_parameters and value.untyped_storage().data_ptr() == exact.untyped_storage().data_ptr():
+                value = value.clone()  # gathered memory is freed at the end of the block
+            return value
 
 
-def _remember_frozen_layers(network: Network, spec: TrainEngineSpec) -> None:
-    """Cache outputs of the frozen layers, if adapters are on the last layers only."""
-    lora = spec.model.lora
-    if (
-        lora is not None
-        and lora.last_layers is not None
-        and not (spec.packing or spec.targets_only or spec.noise_alpha)
-        and not spec.model.gradient_checkpointing
-    ):
-        network.remember_frozen_layers(network.model.config.num_hidden_layers - lora.last_layers)
+def _checksum(tensor: torch.Tensor) -> int:
+    return int.from_bytes(hashlib.sha256(tensor.detach().numpy().data.cast("B")).digest()[:6], "big")

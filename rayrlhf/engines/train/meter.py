@@ -10,25 +10,38 @@ from contextlib import contextmanager
 import torch
 
 from rayrlhf.engines.objectives.base import RATIO, LossComponent
-from rayrlhf.engines.train.plan import UpdateReport
+from rayrlhf.engines.train.plan import TrainedRows, UpdateReport
 
 
 class UpdateMeter:
-    """Collects the figures of an `UpdateReport`. A step is one optimizer step."""
+    """Collects the figures of an `UpdateReport`. A step is one optimizer step.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        group: ranks that share each row.
+        data_rank: number of this rank's share of the samples.
+        steps_before: optimizer steps taken before the update.
+
+    Attributes:
+        mini_batches: begun so far.
+        trained: micro-batches computed so far, without fillers.
+    """
+
+    def __init__(self, device: torch.device, group: int = 1, data_rank: int = 0, steps_before: int = 0) -> None:
         self.epochs = 0
         self.stopped_early = False
         self.guarded_steps = self.skipped_steps = 0
         self.grad_norms: list[float] = []
         self.learning_rates: list[float] = []
         self.step_means: dict[str, float] = {}
-        self._device = device
+        self.mini_batches = 0
+        self.trained: list[TrainedRows] = []
+        self._device, self._group = device, group
+        self._data_rank, self._steps_before = data_rank, steps_before
         self._steps: list[dict[str, tuple[float, float]]] = []
         self._sums: dict[str, tuple[float, float]] = {}
         self._step_metrics: list[dict[str, float]] = []
         self._seconds = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
-        self._tokens = self._computed = 0
+        self._tokens = self._distinct = self._computed = 0
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
@@ -53,10 +66,17 @@ class UpdateMeter:
                 before = self._sums.get(name, (0.0, 0.0))
                 self._sums[name] = (before[0] + float(total), before[1] + counts[component.mask])
 
-    def add_tokens(self, lengths: Sequence[int], *, real: bool, packed: bool = False) -> None:
-        """Count the tokens of a forward and backward; those of a filler are padding."""
-        self._tokens += sum(lengths) if real else 0
-        self._computed += sum(lengths) if packed else len(lengths) * max(lengths)
+    def add_tokens(self, tokens: int, distinct: int, computed: int) -> None:
+        """Count the tokens of a forward and backward; those of a filler are padding.
+
+        Args:
+            tokens: of all sequences.
+            distinct: without those that shared prefixes saved.
+            computed: with padding, by this rank.
+        """
+        self._tokens += tokens
+        self._distinct += distinct
+        self._computed += computed
 
     def finish_step(self, *, across_ranks: bool) -> None:
         """Sum the step's statistics over the ranks and form its means in `step_means`."""
@@ -88,9 +108,14 @@ class UpdateMeter:
             guarded_steps=self.guarded_steps,
             skipped_steps=self.skipped_steps,
             tokens=self._tokens,
-            padding_share=1.0 - self._tokens / self._computed if self._computed else 0.0,
+            computed=self._computed,
+            shared_fraction=1.0 - self._distinct / self._tokens if self._tokens else 0.0,
+            padding_share=1.0 - self._distinct / (self._computed * self._group) if self._computed else 0.0,
             seconds=self._seconds,
             step_metrics=self._step_metrics,
+            trained=self.trained,
+            data_rank=self._data_rank,
+            steps_before=self._steps_before,
         )
 
 

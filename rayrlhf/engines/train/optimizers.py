@@ -36,7 +36,7 @@ def build_optimizer(
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
         {
-            "params": [one for one in trainable if (id(one) in apart) == in_head and (one.ndim <= 1) == is_vector],
+            "params": [one for one in trainable if (id(one) in apart) == in_head and (_dimensions(one) <= 1) == is_vector],
             "weight_decay": 0.0 if is_vector else section.weight_decay,
             RATE_FACTOR: factor if in_head else 1.0,
         }
@@ -48,6 +48,11 @@ def build_optimizer(
         return torch.optim.SGD(groups, lr=learning_rate)
     kind = torch.optim.AdamW if section.name == "adamw" else torch.optim.Adam
     return kind(groups, lr=learning_rate, betas=section.betas, eps=section.epsilon, fused=True)
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    """Return the dimensions of the whole parameter, also where ZeRO-3 has divided it."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def learning_rate_factor(schedule: ScheduleSection, step: int, total_steps: int) -> float:

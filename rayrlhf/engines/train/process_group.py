@@ -1,7 +1,7 @@
 """Process group of a role: joining and leaving a `torch.distributed` world."""
 
 import os
-import sys
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -41,9 +41,6 @@ def join(spec: ProcessGroupSpec) -> None:
     """
     if torch.distributed.is_initialized():
         raise ValueError("this process has joined a process group already")
-    if "deepspeed.utils.groups" in sys.modules:
-        # DeepSpeed caches the groups of a world that this process has left.
-        vars(sys.modules["deepspeed.utils.groups"])["_WORLD_GROUP"] = None
     # DeepSpeed reads rank and world size from the environment, as launchers set them.
     os.environ.update(
         RANK=str(spec.rank),
@@ -60,6 +57,16 @@ def join(spec: ProcessGroupSpec) -> None:
         world_size=spec.world_size,
         timeout=timedelta(seconds=spec.timeout_seconds),
     )
+
+
+def join_alone(backend: Literal["gloo", "nccl"] = "gloo") -> None:
+    """Join a world of this process alone; a no-op inside of a world."""
+    if torch.distributed.is_initialized():
+        return
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = int(listener.getsockname()[1])
+    join(ProcessGroupSpec(0, 1, "127.0.0.1", port, backend))
 
 
 @dataclass(frozen=True, slots=True)

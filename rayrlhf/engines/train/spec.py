@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from rayrlhf.config.algorithm import ParitySection
 from rayrlhf.config.model import ModelSection
-from rayrlhf.config.train import TrainSection
-from rayrlhf.models.network import Head
+from rayrlhf.config.train import UNSHARED, TrainSection
+from rayrlhf.models.network_io import Head
 from rayrlhf.models.value_head import HeadInit
 
 
@@ -22,10 +22,12 @@ class TrainEngineSpec:
         head_init: initialization of a value head that the checkpoint does not hold.
         total_optimizer_steps: of the whole run, for the schedule.
         seed: of adapters and heads.
+        role: name of the model in errors.
         parity: quirks of TRL to reproduce.
         packing: concatenate the samples of a micro-batch instead of padding them.
         targets_only: compute logits only at the masks. Log-probs then differ from those of `score` in their last bits, so
-            this is not for PPO, whose first ratio must be exactly 1.
+            this is not for PPO, whose first ratio must be exactly 1 (with shared prefixes up to rounding,
+            1.4e-6 nats in float32).
         head_bias: a new value head has a bias.
         noise_alpha: strength of NEFTune noise on the embeddings in updates; None adds none.
         sequence_parallel: consecutive ranks that share each row; divides the ranks.
@@ -40,6 +42,7 @@ class TrainEngineSpec:
     head_init: HeadInit = "zero"
     total_optimizer_steps: int = 1
     seed: int = 0
+    role: str = "policy"
     parity: ParitySection = field(default_factory=ParitySection)
     packing: bool = False
     targets_only: bool = False
@@ -47,3 +50,22 @@ class TrainEngineSpec:
     noise_alpha: float | None = None
     sequence_parallel: int = 1
     backend: str = "deepspeed"
+
+    @property
+    def caches_frozen_layers(self) -> bool:
+        """True if outputs of frozen layers below the adapters are cached."""
+        on_last_layers = self.model.lora is not None and self.model.lora.last_layers is not None
+        padded = not (self.packing or self.targets_only or self.noise_alpha)
+        return on_last_layers and padded and not self.model.gradient_checkpointing
+
+    @property
+    def unshared(self) -> str:
+        """Reason why these settings share no prefixes; empty where they may be shared."""
+        parity = self.parity.mini_batch_means or self.parity.no_accumulation
+        reasons = {
+            UNSHARED[self.train.share_prefixes]: True,
+            "ranks share rows (sequence_parallel)": self.sequence_parallel > 1,
+            "noise on embeddings differs between samples (train.neftune_alpha)": self.noise_alpha is not None,
+            "micro-batches are consecutive samples (algorithm.parity)": parity,
+        }
+        return next((reason for reason, holds in reasons.items() if reason and holds), "")

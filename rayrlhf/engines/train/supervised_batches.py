@@ -9,7 +9,8 @@ from rayrlhf.data.records import TokenSequence
 from rayrlhf.data.supervised.supervised_samples import DistillationSample, PreferencePair, SupervisedSample
 from rayrlhf.data.training_batch import TrainingBatch
 
-PAIR_MASK, MARGIN, REFERENCE = "pair_mask", "margin", "reference_logprob"
+PAIR_MASK, CHOSEN_MASK, MARGIN, REFERENCE = "pair_mask", "chosen_mask", "margin", "reference_logprob"
+DESIRABLE, BATCH_KL = "desirable", "batch_kl"
 HIDDEN, IDS, LOGPROBS = "teacher_hidden", "teacher_ids", "teacher_logprobs"
 """Arrays of preference pairs, and outputs of a distillation's teacher."""
 
@@ -70,7 +71,32 @@ def direct_preference_batch(pairs: Sequence[PreferencePair]) -> TrainingBatch:
     pair_mask[::2, 0] = True
     reference = np.zeros((len(batch), batch.width), dtype=np.float32)
     reference[:, 0] = [value for pair in pairs for value in pair.reference or (0.0, 0.0)]
-    return TrainingBatch(batch.sequences, dict(batch.arrays) | {PAIR_MASK: pair_mask, REFERENCE: reference}, group_size=2)
+    chosen = batch.arrays["action_mask"].astype(np.bool_)
+    chosen[1::2] = False
+    arrays = dict(batch.arrays) | {PAIR_MASK: pair_mask, CHOSEN_MASK: chosen, REFERENCE: reference}
+    return TrainingBatch(batch.sequences, arrays, group_size=2)
+
+
+def unpaired_batch(pairs: Sequence[PreferencePair], kl: float) -> TrainingBatch:
+    """Build a training batch of single answers, one row each.
+
+    Label, reference and KL are in column 0.
+
+    Args:
+        pairs: labeled answers; the rejected one, to which the KL belongs, is left out.
+        kl: nats per answer, over the whole optimizer step.
+
+    Raises:
+        ValueError: an answer has no target token, or its first token is a target.
+    """
+    batch = supervised_batch([pair.chosen for pair in pairs])
+    shape = (len(batch), batch.width)
+    first, desirable = np.zeros(shape, dtype=np.bool_), np.zeros(shape, dtype=np.bool_)
+    first[:, 0], desirable[:, 0] = True, [bool(pair.label) for pair in pairs]
+    reference, level = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
+    reference[:, 0], level[:, 0] = [pair.reference[0] if pair.reference else 0.0 for pair in pairs], kl
+    arrays = dict(batch.arrays) | {PAIR_MASK: first, DESIRABLE: desirable, REFERENCE: reference, BATCH_KL: level}
+    return TrainingBatch(batch.sequences, arrays)
 
 
 def distillation_batch(samples: Sequence[DistillationSample]) -> TrainingBatch:

@@ -5,7 +5,7 @@ equal on every rank: the batch, the plan, and statistics summed over all ranks.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,15 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rayrlhf.algorithms.importance import moved_too_far, ratio_exploded
+from rayrlhf.data.fingerprints import row_fingerprints
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.base import POLICY_KL, RATIO, LossComponent, Objective, responses_under, weighted_loss
+from rayrlhf.engines.objectives.policy import divergence_beta
 from rayrlhf.engines.objectives.supervised import teacher_signal
 from rayrlhf.engines.train.backends.base import TrainBackend
-from rayrlhf.engines.train.collate import collate
+from rayrlhf.engines.train.collate import CollatedBatch, collate
 from rayrlhf.engines.train.ema import MovingAverage
 from rayrlhf.engines.train.meter import UpdateMeter
 from rayrlhf.engines.train.optimizers import learning_rate_factor
-from rayrlhf.engines.train.plan import MicroBatch, UpdatePlan, UpdateReport, split_mini_batch
+from rayrlhf.engines.train.plan import MicroBatch, TrainedRows, UpdatePlan, UpdateReport, split_mini_batch
 from rayrlhf.engines.train.process_group import Grid
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.errors import AlarmError
@@ -43,6 +45,8 @@ class Updater:
         device: torch.device,
         grid: Grid,
         average: MovingAverage | None = None,
+        *,
+        shares_prefixes: bool = False,
     ) -> None:
         self.optimizer_steps = 0
         self.average = average
@@ -51,11 +55,13 @@ class Updater:
         self._backend = backend
         self._spec = spec
         self._device = device
+        self._shares_prefixes = shares_prefixes
         self._grid, self._ranks = grid, torch.distributed.get_world_size()
+        self._group = 1 if grid.row_split is None else grid.row_split.size
 
     def run(self, batch: TrainingBatch, plan: UpdatePlan, objective: Objective) -> UpdateReport:
         """See `TrainEngine.update`."""
-        meter = UpdateMeter(self._device)
+        meter = UpdateMeter(self._device, self._group, self._grid.data_rank, self.optimizer_steps)
         for epoch in plan.epochs:
             meter.epochs += 1
             for rows in epoch:
@@ -77,6 +83,7 @@ class Updater:
             parity,
             group_size=batch.group_size,
             packing=self._spec.packing,
+            tokens=[sequence.token_ids for sequence in batch.sequences] if self._shares_prefixes else None,
         )
         micro_batches = shares[self._grid.data_rank]
         whole_step = _counts(batch, rows, objective)
@@ -93,9 +100,10 @@ class Updater:
                 denominators = {mask: max(count, 1.0) * real for mask, count in own.items()}
             self._micro_batch(batch.select(micro_batch.rows), micro_batch, objective, denominators, meter, last=last)
             if last:
-                self._step(meter)
+                self._step(meter, micro_batch.rows if parity.no_accumulation else rows)
                 if parity.no_accumulation and index < len(micro_batches) - 1:
                     meter.begin_step()
+        meter.mini_batches += 1
 
     def _micro_batch(
         self,
@@ -108,27 +116,44 @@ class Updater:
         last: bool,
     ) -> None:
         with meter.clock("forward"):
-            components = self._forward(batch, objective)
+            collated = self._collated(batch, objective, shared=micro_batch.shared)
+            components, tables = self._forward(collated, batch, objective)
             loss = weighted_loss(components, denominators) * micro_batch.weight
         if micro_batch.weight:
+            meter.trained.append(_trained(meter.mini_batches, micro_batch.rows, batch, components, denominators, loss))
+            found = batch.cause or _nonfinite_number(tables, batch, objective, micro_batch.rows)
+            if found:
+                loss = loss * math.nan  # clipping can hide an inf
             if not loss.isfinite():
-                self._nonfinite = self._nonfinite or _first_nonfinite(components, batch, micro_batch.rows)
+                found = found or f"in the loss of samples {', '.join(map(str, micro_batch.rows))}"
+                self._nonfinite = self._nonfinite or found
             counts = _counts(batch, range(len(batch)), objective)
             meter.add(components, counts)
             if self._spec.parity.mini_batch_means and self._exploded(_means(components, counts)):
                 loss = loss * 0.0
                 meter.guarded_steps += 1
-        meter.add_tokens(batch.lengths, real=bool(micro_batch.weight), packed=self._spec.packing)
+        real, (rows, width) = bool(micro_batch.weight), collated.input_ids.shape
+        computed = rows * -(-width // self._group)
+        meter.add_tokens(real * sum(batch.lengths), real * sum(collated.positions.lengths), computed)
         with meter.clock("backward"):
             self._backend.backward(loss, last=last)
 
-    def _forward(self, batch: TrainingBatch, objective: Objective) -> list[LossComponent]:
+    def _collated(self, batch: TrainingBatch, objective: Objective, *, shared: bool) -> CollatedBatch:
         targets = None
         if self._spec.targets_only:
             targets = np.logical_or.reduce([batch.arrays[mask] for mask in objective.masks])
-        collated = collate(batch.sequences, batch.width, self._device, targets_mask=targets, packed=self._spec.packing)
+        return collate(
+            batch.sequences, batch.width, self._device, targets_mask=targets, packed=self._spec.packing, shared=shared
+        )
+
+    def _forward(
+        self, collated: CollatedBatch, batch: TrainingBatch, objective: Objective
+    ) -> tuple[list[LossComponent], dict[str, Tensor]]:
+        """Return the loss, and the network's outputs [B, T] that it reads."""
         arrays = {name: torch.from_numpy(array).to(self._device) for name, array in batch.arrays.items()}
-        teacher = teacher_signal(arrays, collated.logprob_slots) if "divergence" in objective.outputs else None
+        teacher = None
+        if "divergence" in objective.outputs:
+            teacher = teacher_signal(arrays, collated.logprob_slots, divergence_beta(objective))
         output = self._backend.forward(
             collated.input_ids, collated.positions, objective.outputs, objective.temperature, teacher
         )
@@ -136,9 +161,9 @@ class Updater:
         for name in objective.outputs:
             slots = collated.value_slots if name == "values" else collated.logprob_slots
             tables[name] = collated.table(getattr(output, name), slots)
-        return objective.compute(tables, arrays)
+        return objective.compute(tables, arrays), tables
 
-    def _step(self, meter: UpdateMeter) -> None:
+    def _step(self, meter: UpdateMeter, rows: Sequence[int]) -> None:
         train, parity = self._spec.train, self._spec.parity
         meter.finish_step(across_ranks=self._ranks > 1)
         if not parity.mini_batch_means and self._exploded(meter.step_means):
@@ -155,13 +180,13 @@ class Updater:
         with meter.clock("optimizer"):
             norm = self._backend.step(learning_rate, clip) if finite else self._backend.discard()
         self.optimizer_steps += 1
-        self._check_skipped(norm, meter)
+        self._check_skipped(norm, meter, rows)
         if self.average is not None:
             self.average.step()
         meter.grad_norms.append(norm)
         meter.learning_rates.append(learning_rate)
 
-    def _check_skipped(self, norm: float, meter: UpdateMeter) -> None:
+    def _check_skipped(self, norm: float, meter: UpdateMeter, rows: Sequence[int]) -> None:
         """Count steps that the backend discarded.
 
         Raises:
@@ -173,19 +198,37 @@ class Updater:
         meter.skipped_steps += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row > self._spec.train.max_nonfinite_steps:
-            role = "policy" if "lm" in self._spec.heads else "critic or reward model"
             found = [""] * self._ranks
             torch.distributed.all_gather_object(found, self._nonfinite)
-            first = next(filter(None, found), "in the backward pass")
+            first = next(filter(None, found), f"in the backward pass of samples {', '.join(map(str, rows))}")
             raise AlarmError(
-                f"{role}: gradient with inf or NaN in {self._skipped_in_a_row} optimizer steps in a row, the last one is step "
-                f"{self.optimizer_steps}; first non-finite value: {first}. "
-                "No weight was changed by them"
+                f"{self._spec.role}: gradient with inf or NaN in {self._skipped_in_a_row} optimizer steps in a row, the last "
+                f"one is step {self.optimizer_steps}; first non-finite value: {first}. No weight was changed by them"
             )
 
     def _exploded(self, means: dict[str, float]) -> bool:
         guard = self._spec.train.ratio_guard
         return guard is not None and RATIO in means and ratio_exploded(means[RATIO], guard)
+
+
+def _trained(
+    mini_batch: int,
+    rows: tuple[int, ...],
+    batch: TrainingBatch,
+    components: Sequence[LossComponent],
+    denominators: Mapping[str, float],
+    loss: Tensor,
+) -> TrainedRows:
+    """Describe a micro-batch from what its forward pass read; `batch` has its rows alone."""
+    sums = [component.coefficient * component.token_loss.loss.detach().sum() for component in components]
+    total, *found = torch.stack([loss.detach(), *sums]).tolist()
+    by_count: dict[str, float] = {}
+    sizes: dict[str, float] = {}
+    for component, value in zip(components, found, strict=True):
+        by_count[component.denominator] = by_count.get(component.denominator, 0.0) + value
+        sizes[component.denominator] = sizes.get(component.denominator, 0.0) + abs(value)
+    used = {name: denominators[name] for name in by_count}
+    return TrainedRows(mini_batch, rows, row_fingerprints(batch, range(len(batch))), used, by_count, sizes, total)
 
 
 def _counts(batch: TrainingBatch, rows: Sequence[int], objective: Objective) -> dict[str, float]:
@@ -198,20 +241,35 @@ def _counts(batch: TrainingBatch, rows: Sequence[int], objective: Objective) -> 
     return counts
 
 
-def _first_nonfinite(components: Sequence[LossComponent], batch: TrainingBatch, rows: Sequence[int]) -> str:
-    """Name sample, token and arrays of the first non-finite loss."""
-    for component in components:
-        found = (~component.token_loss.loss.detach().isfinite()).nonzero()
-        if not len(found):
-            continue
-        row, token = (int(index) for index in found[0])
-        inputs = [name for name, array in batch.arrays.items() if _nonfinite_at(array, row, token)]
-        return f"sample {rows[row]}, token {token}, {', '.join(inputs) or 'computed by the network'}"
+def _nonfinite_number(outputs: Mapping[str, Tensor], batch: TrainingBatch, objective: Objective, rows: Sequence[int]) -> str:
+    """Name sample, token and origin of the first non-finite number of a loss.
+
+    The text is empty if all are finite. A teacher's arrays may have -inf, the log-prob of no remainder, so they count only
+    where an output is not finite.
+    """
+    masks = _masks(batch, objective)
+    every, some = np.logical_and.reduce(masks), np.logical_or.reduce(masks)
+    floats = {name: array for name, array in batch.arrays.items() if array.dtype == np.float32}
+    # An array may be undefined under the mask of another one.
+    found = _first_nonfinite({name: array for name, array in floats.items() if array.ndim == 2}, every, rows)
+    if not found and not all(bool(table.isfinite().all()) for table in outputs.values()):
+        computed = {f"{name} of the network": table.detach().float().cpu().numpy() for name, table in outputs.items()}
+        found = _first_nonfinite(floats, some, rows) or _first_nonfinite(computed, some, rows)
+    return found
+
+
+def _masks(batch: TrainingBatch, objective: Objective) -> list[NDArray[np.bool_]]:
+    """Return the masks, with both rows of a pair where one is masked in."""
+    size = batch.group_size
+    masks = [batch.arrays[name].astype(np.bool_) for name in objective.masks]
+    return [mask.reshape(-1, size, mask.shape[1]).any(1).repeat(size, 0) for mask in masks]
+
+
+def _first_nonfinite(tables: Mapping[str, NDArray[Any]], under: NDArray[np.bool_], rows: Sequence[int]) -> str:
+    bad = {name: ~np.isfinite(table).reshape(*table.shape[:2], -1).all(2) & under for name, table in tables.items()}
+    for row, token in np.argwhere(np.logical_or.reduce([np.zeros_like(under), *bad.values()])):
+        return f"sample {rows[row]}, token {token}, {', '.join(name for name in bad if bad[name][row, token])}"
     return ""
-
-
-def _nonfinite_at(array: NDArray[Any], row: int, token: int) -> bool:
-    return array.ndim == 2 and token < array.shape[1] and not np.isfinite(array[row, token])
 
 
 def _means(components: Sequence[LossComponent], counts: dict[str, float]) -> dict[str, float]:

@@ -71,11 +71,14 @@ class Call:
         tools: tools in OpenAI's form {type: function, function: {name, ...}}.
         template: further arguments of the chat template.
         use_tools: False for `tool_choice: none`.
+        forced: name of the function that must be called, or "" if any must; None without such a constraint.
+        form: JSON schema of the text; None for any text.
         parallel: a completion may have several tool calls.
         count: number of completions.
         stop: further stop strings, which are not part of the text.
         seed: mixed into the seeds of the completions.
         logprobs: return the sampled tokens with their log-probs.
+        path: name of the sample's part to which the completions belong.
         reply: resolved with `count` completions, or a `Refusal` as its exception.
     """
 
@@ -85,12 +88,20 @@ class Call:
     tools: Sequence[Mapping[str, Any]] = ()
     template: Mapping[str, Any] = field(default_factory=dict)
     use_tools: bool = True
+    forced: str | None = None
+    form: Mapping[str, Any] | None = None
     parallel: bool = True
     count: int = 1
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: bool = False
+    path: str = ""
     reply: "Future[list[Completion]]" = field(default_factory=Future)
+
+    @property
+    def constrained(self) -> bool:
+        """True if the completion must have a certain form."""
+        return self.forced is not None or self.form is not None
 
     @property
     def options(self) -> dict[str, Any]:

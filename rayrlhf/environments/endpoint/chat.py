@@ -13,14 +13,16 @@ from rayrlhf.environments.endpoint.call import MODEL, Call, Completion, Refusal,
 from rayrlhf.environments.endpoint.fields import (
     MAX_COUNT,
     check_known,
+    choice_of,
     conversation_of,
     count_of,
     flag_of,
+    form_of,
+    path_of,
     seed_of,
     stops_of,
     template_of,
     tools_of,
-    unforced,
 )
 
 KNOWN = frozenset(
@@ -43,27 +45,27 @@ def read_chat(token: str, fields: Mapping[str, Any]) -> Call:
     """
     messages = conversation_of(fields.get("messages"))
     check_known(fields, KNOWN)
-    form = fields.get("response_format") or {"type": "text"}
-    if form != {"type": "text"}:
-        raise invalid("response_format", "response_format: only text is supported; others need constrained decoding")
     if fields.get("modalities") not in (None, ["text"]):
         raise invalid("modalities", "modalities: expected text only")
     if not isinstance(fields.get("stream_options"), dict | None):
         raise invalid("stream_options", "stream_options: expected an object")
     flag_of(fields, "stream", False)
+    tools = tools_of(fields.get("tools"))
     limits = [count_of(fields.get(name), "max_tokens") for name in ("max_completion_tokens", "max_tokens")]
     return Call(
         token,
         messages,
         max_tokens=limits[0] or limits[1],
-        tools=tools_of(fields.get("tools")),
+        tools=tools,
         template=template_of(fields.get("chat_template_kwargs")),
-        use_tools=unforced(fields.get("tool_choice"), "tool_choice"),
+        **choice_of(fields.get("tool_choice"), tools)._asdict(),
+        form=form_of(fields.get("response_format"), "response_format"),
         parallel=flag_of(fields, "parallel_tool_calls", True),
         count=count_of(fields.get("n"), "n", MAX_COUNT) or 1,
         stop=stops_of(fields.get("stop")),
         seed=seed_of(fields.get("seed")),
         logprobs=flag_of(fields, "logprobs", False),
+        path=path_of(fields.get("metadata")),
     )
 
 
@@ -90,7 +92,7 @@ def stream_chat(fields: Mapping[str, Any], completions: Sequence[Completion]) ->
     """
     head = _head("chat.completion.chunk")
 
-    def event(index: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> str:
+    def event(index: int, delta: dict[str, Any], finish: str | None = None, logprobs: object = None) -> str:
         choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
         return _event(head | {"choices": [choice]} | usage)
 

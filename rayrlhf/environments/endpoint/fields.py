@@ -3,9 +3,9 @@
 import json
 import logging
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 from rayrlhf.data.messages import REFUSED_KEYS, Message
 from rayrlhf.data.templates import REASONING, check_turns
@@ -28,11 +28,11 @@ REFUSED = {
     "allowed_token_ids": "it would sample from another distribution than the policy's",
     "logits_processors": "it would sample from another distribution than the policy's",
     "use_beam_search": "it would sample from another distribution than the policy's",
-    "guided_json": "it needs constrained decoding, which is not supported",
-    "guided_regex": "it needs constrained decoding, which is not supported",
-    "guided_choice": "it needs constrained decoding, which is not supported",
-    "guided_grammar": "it needs constrained decoding, which is not supported",
-    "structured_outputs": "it needs constrained decoding, which is not supported",
+    "guided_json": "expected response_format",
+    "guided_regex": "expected response_format",
+    "guided_choice": "expected response_format",
+    "guided_grammar": "expected response_format",
+    "structured_outputs": "expected response_format",
     "stop_token_ids": "expected stop strings in stop",
     "top_logprobs": "only the log-prob of the sampled token is known, expected 0",
     "prompt_logprobs": "only log-probs of sampled tokens are known",
@@ -170,16 +170,55 @@ def tools_of(tools: object) -> list[dict[str, Any]]:
     return tools
 
 
-def unforced(choice: object, name: str) -> bool:
-    """Return False if tools must not be used.
+class Choice(NamedTuple):
+    """Use of tools: see `Call.use_tools` and `Call.forced`."""
+
+    use_tools: bool
+    forced: str | None
+
+
+def choice_of(choice: object, tools: Sequence[Mapping[str, Any]]) -> Choice:
+    """Return the choice of tools.
+
+    Args:
+        choice: `auto`, `none`, `required` (Anthropic: `any`), or an object with the name of a function.
+        tools: as `tools_of` returns them.
 
     Raises:
-        Refusal: a tool call is required.
+        Refusal: it is none of these, or nothing can be called.
     """
     if choice in (None, "auto", "none"):
-        return choice != "none"
-    why = "a required call needs constrained decoding, which is not supported"
-    raise invalid(name, f"{name} {choice!r:.80}: {why}; expected auto or none")
+        return Choice(choice != "none", None)
+    function = choice.get("function", choice) if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else "" if choice in ("required", "any") else None
+    known = [tool["function"]["name"] for tool in tools]
+    if not isinstance(name, str) or (isinstance(choice, dict) and choice.get("type") not in ("function", "tool")):
+        raise invalid("tool_choice", f"tool_choice: expected auto, none, required or a function, found {choice!r:.80}")
+    if not known or (isinstance(choice, dict) and name not in known):
+        raise invalid("tool_choice", f"tool_choice {choice!r:.80}: tools has no such function; its names: {known!r:.200}")
+    return Choice(True, name)
+
+
+def form_of(form: object, name: str) -> Mapping[str, Any] | None:
+    """Return the JSON schema of a requested text; None for any text.
+
+    Args:
+        form: {type: text}, {type: json_object} or {type: json_schema, schema}; OpenAI's chat has the schema in `json_schema`.
+        name: field of the request.
+
+    Raises:
+        Refusal: it is none of these.
+    """
+    kind = form.get("type") if isinstance(form, dict) else form
+    if kind in (None, "text"):
+        return None
+    if isinstance(form, dict) and kind == "json_object":
+        return {"type": "object"}
+    holder = form.get("json_schema", form) if isinstance(form, dict) and kind == "json_schema" else None
+    schema = holder.get("schema") if isinstance(holder, dict) else None
+    if not isinstance(schema, dict):
+        raise invalid(name, f"{name}: expected text, json_object, or json_schema with an object in schema, found {form!r:.80}")
+    return schema
 
 
 def count_of(value: object, name: str, most: int | None = None) -> int | None:
@@ -219,6 +258,18 @@ def seed_of(value: object) -> int | None:
     if value is None or (isinstance(value, int) and not isinstance(value, bool)):
         return value
     raise invalid("seed", f"seed: expected a whole number, found {value!r:.80}")
+
+
+def path_of(metadata: object) -> str:
+    """Return the path in a request's metadata; empty without one.
+
+    Raises:
+        Refusal: the metadata is no object, or the path no text.
+    """
+    path = metadata.get("path") if isinstance(metadata, dict) else None
+    if not isinstance(metadata, dict | None) or not isinstance(path, str | None):
+        raise invalid("metadata", f"metadata: expected an object with text in path, found {metadata!r:.80}")
+    return path or ""
 
 
 def stops_of(value: object, name: str = "stop") -> tuple[str, ...]:

@@ -9,21 +9,23 @@ from typing import Any
 from rayrlhf.environments.endpoint.call import MODEL, Call, Completion, Refusal, invalid
 from rayrlhf.environments.endpoint.fields import (
     check_known,
+    choice_of,
     conversation_of,
     count_of,
     flag_of,
+    form_of,
     note,
+    path_of,
     seed_of,
     stops_of,
     template_of,
     tools_of,
-    unforced,
 )
 
 KNOWN = frozenset(
     (
         *("messages", "model", "max_tokens", "system", "stop_sequences", "stream", "tools", "tool_choice", "metadata"),
-        *("seed", "chat_template_kwargs", "service_tier"),
+        *("seed", "chat_template_kwargs", "service_tier", "output_config", "output_format"),
     )
 )
 OWNERS = {
@@ -60,16 +62,24 @@ def read_messages(token: str, fields: Mapping[str, Any]) -> Call:
     choice = fields.get("tool_choice")
     if not isinstance(choice, dict | None):
         raise invalid("tool_choice", "tool_choice: expected an object with a type")
+    chosen = choice if (choice or {}).get("type") == "tool" else (choice or {}).get("type")
+    config = fields.get("output_config")
+    if not isinstance(config, dict | None):
+        raise invalid("output_config", "output_config: expected an object")
+    check_known({f"output_config.{key}": value for key, value in (config or {}).items()}, ("output_config.format",))
+    tools = tools_of(_openai_tools(fields.get("tools")))
     return Call(
         token,
         messages,
         max_tokens=count_of(fields.get("max_tokens"), "max_tokens"),
-        tools=tools_of(_openai_tools(fields.get("tools"))),
+        tools=tools,
         template=template_of(fields.get("chat_template_kwargs")),
-        use_tools=unforced((choice or {}).get("type"), "tool_choice"),
+        **choice_of(chosen, tools)._asdict(),
+        form=form_of((config or {}).get("format") or fields.get("output_format"), "output_format"),
         parallel=not flag_of(choice or {}, "disable_parallel_tool_use", False),
         stop=stops_of(fields.get("stop_sequences"), "stop_sequences"),
         seed=seed_of(fields.get("seed")),
+        path=path_of(fields.get("metadata")),
     )
 
 
@@ -110,7 +120,7 @@ def _parts(block: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
             return block | {"input": {}}, {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
 
 
-def _event(kind: str, **content: Any) -> str:
+def _event(kind: str, **content: object) -> str:
     return f"event: {kind}\ndata: {json.dumps({'type': kind} | content)}\n\n"
 
 

@@ -8,8 +8,8 @@ import difflib
 import json
 import logging
 import re
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -44,8 +44,9 @@ TOOL_PARSERS = (
     (r"<\|start_header_id\|>.*\"parameters\"", "llama3_json"),
 )
 """vLLM's tool parser by what the chat template contains; the first that fits counts."""
+HARMONY = "openai_gptoss"
 REASONING_PARSERS = (
-    (r"<\|channel\|>.*analysis", "openai_gptoss"),
+    (r"<\|channel\|>.*analysis", HARMONY),
     (r"<seed:think>", "seed_oss"),
     (r"<minimax:tool_call>.*<think>", "minimax_m2"),
     (r"\[THINK\]", "mistral"),
@@ -61,11 +62,13 @@ class Parsed(NamedTuple):
 
     Attributes:
         calls: tool calls in OpenAI's form, without ids where the parser gives none.
+        raw: the completion with its tags, up to a stop string; empty if it has none.
     """
 
     text: str
     reasoning: str = ""
     calls: Sequence[dict[str, Any]] = ()
+    raw: str = ""
 
 
 class OutputParser:
@@ -105,6 +108,8 @@ class OutputParser:
             if named:
                 raise UserError(f"rollout.tool_parser and rollout.reasoning_parser: {self.missing}")
         else:
+            if tool or reasoning:
+                self._tokenizer = _with_known_vocabulary(tokenizer)
             self.reasoning = self._checked_reasoning(reasoning, named=reasoning_parser != "auto")
             self.tools = self._checked_tool(tool, named=tool_parser != "auto")
         if chat.writes_tools and self.tools is None:
@@ -119,6 +124,27 @@ class OutputParser:
         if call.tools and self.tools is None:
             raise invalid("tools", f"tools are not supported: {self.missing}")
 
+    def constraint(self, call: Call, opening: str) -> dict[str, Any] | None:
+        """Return the constraint of a request; None without one.
+
+        It has the arguments of vLLM's `StructuredOutputsParams`. A forced call has the form of the chat template's calls, by
+        the grammar of vLLM's tool parser.
+
+        Raises:
+            Refusal: vLLM has no grammar for it.
+        """
+        if not call.constrained:
+            return None
+        field = "response_format" if call.forced is None else "tool_choice"
+        if self.reasoning == HARMONY or opening.rstrip().endswith(OPEN_THINKING):
+            hint = "expected chat_template_kwargs that end the reasoning, such as enable_thinking: false"
+            raise invalid(field, f"{field}: the chat template begins with reasoning, which has no grammar; {hint}")
+        try:
+            return _constraint(self._tokenizer, self.tools if call.tools else None, call, single=not self._chat.parallel)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise invalid(field, f"{field}: vLLM cannot constrain this: {reason}") from error
+
     def parse(self, token_ids: Sequence[int], text: str, call: Call, opening: str) -> Parsed:
         """Return the parts of a completion.
 
@@ -130,10 +156,12 @@ class OutputParser:
             opening: text before the completion.
         """
         tools = self.tools if call.tools and call.use_tools else None
-        if not tools and not self.reasoning:
+        raw, reasoning = "", None
+        if tools or self.reasoning:
+            raw = _cut(self._tokenizer.decode(list(token_ids), skip_special_tokens=False), call.stop)
+            reasoning = self.reasoning if self._thinks(raw, opening) and not call.constrained else None
+        if not tools and not reasoning:
             return Parsed(_cut(text, call.stop))
-        raw = _cut(self._tokenizer.decode(list(token_ids), skip_special_tokens=False), call.stop)
-        reasoning = self.reasoning if self._thinks(raw, opening) else None
         try:
             parsed = _run(self._tokenizer, tools, reasoning, raw, token_ids, call)
         except Exception:  # a parser's own fault on unusual text
@@ -144,7 +172,7 @@ class OutputParser:
             return Parsed(_cut(text, call.stop))
         if not parsed.calls and not parsed.reasoning:
             return Parsed(_cut(text, call.stop))
-        return parsed
+        return parsed._replace(raw=raw)
 
     def _thinks(self, text: str, opening: str) -> bool:
         """Return True if the completion has reasoning.
@@ -221,6 +249,16 @@ def _unfit(key: str, name: str, error: Exception) -> UserError:
     return UserError(f"rollout.{key}: vLLM's parser {name!r} does not fit the chat template: {reason}; expected another name")
 
 
+def _with_known_vocabulary(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a copy that keeps its vocabulary, which some parsers read for each completion.
+
+    Transformers builds the dictionary at each call.
+    """
+    from vllm.tokenizers.hf import get_cached_tokenizer
+
+    return get_cached_tokenizer(tokenizer)
+
+
 @cache
 def _parser_class(tools: str | None, reasoning: str | None) -> Any:
     from vllm.parser import ParserManager
@@ -228,26 +266,66 @@ def _parser_class(tools: str | None, reasoning: str | None) -> Any:
     for name in ("vllm.tool_parsers", "vllm.reasoning", "vllm.parser"):  # they log tracebacks of malformed calls
         logging.getLogger(name).setLevel(logging.CRITICAL)
     return ParserManager.get_parser(
-        tools, reasoning, enable_auto_tools=True, is_harmony=tools == "openai" or reasoning == "openai_gptoss"
+        tools, reasoning, enable_auto_tools=True, is_harmony=tools == "openai" or reasoning == HARMONY
     )
 
 
 def _run(
     tokenizer: Tokenizer, tools: str | None, reasoning: str | None, raw: str, token_ids: Sequence[int], call: Call
 ) -> Parsed:
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-
-    keys = ("name", "description", "parameters")  # Of other keys vLLM may expect other types.
-    functions = [{key: tool["function"].get(key) for key in keys} for tool in call.tools]
-    known = [{"type": "function", "function": function} for function in functions] or None
-    fields = {"messages": [{"role": "user", "content": ""}], "model": "policy", "tools": known}
-    request = ChatCompletionRequest.model_validate(fields | ({"tool_choice": "auto"} if tools else {}))
+    request = _parsed_request(json.dumps(_functions(call)), "auto" if tools else None)
     parser = _parser_class(tools, reasoning)(tokenizer, request.tools)
     thought, content, calls = parser.parse(raw, request, enable_auto_tools=True, model_output_token_ids=list(token_ids))
     found = [
         {"id": one.id, "type": "function", "function": {"name": one.name, "arguments": one.arguments}} for one in calls or ()
     ]
     return Parsed(content or "", thought or "", found)
+
+
+def _vllm_request(functions: Sequence[dict[str, Any]], fields: Mapping[str, Any], *, strict: bool | None = None) -> Any:
+    """Return the functions of a request, with further fields, as vLLM's request."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    tools = [{"type": "function", "function": function | {"strict": strict}} for function in functions] or None
+    plain: dict[str, Any] = {"messages": [{"role": "user", "content": ""}], "model": "policy", "tools": tools}
+    return ChatCompletionRequest.model_validate({**plain, **fields})
+
+
+def _functions(call: Call) -> list[dict[str, Any]]:
+    keys = ("name", "description", "parameters")  # Of other keys vLLM may expect other types.
+    return [{key: tool["function"].get(key) for key in keys} for tool in call.tools]
+
+
+@lru_cache(maxsize=64)  # validation takes longer than all parsing
+def _parsed_request(functions: str, choice: str | None) -> Any:
+    return _vllm_request(json.loads(functions), {"tool_choice": choice} if choice else {})
+
+
+def _constraint(tokenizer: Tokenizer, tools: str | None, call: Call, *, single: bool) -> dict[str, Any]:
+    """Return vLLM's constraint of a request; errors are vLLM's.
+
+    Args:
+        single: the chat template writes one call per answer.
+    """
+    from vllm import SamplingParams
+    from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
+
+    fields: dict[str, Any] = {"parallel_tool_calls": call.parallel and not single}
+    if tools and call.use_tools:
+        named = {"type": "function", "function": {"name": call.forced}}
+        fields["tool_choice"] = "auto" if call.forced is None else named if call.forced else "required"
+    if call.form is not None:
+        schema = {"name": "answer", "schema": dict(call.form)}
+        fields["response_format"] = {"type": "json_schema", "json_schema": schema}
+    request = _vllm_request(_functions(call), fields, strict=True)
+    if tools and call.use_tools:
+        request = _parser_class(tools, None)(tokenizer, request.tools).adjust_request(request)
+    parameters = request.extract_structured_outputs()
+    if parameters is None or (call.forced is not None and parameters.structural_tag is None):
+        raise ValueError(f"its tool parser {tools!r} has no grammar of calls")
+    validate_xgrammar_grammar(SamplingParams(structured_outputs=parameters))
+    values = {key: getattr(parameters, key) for key in ("json", "json_object", "structural_tag")}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

@@ -12,14 +12,16 @@ from typing import Any
 from rayrlhf.environments.endpoint.call import MODEL, Call, Completion, invalid
 from rayrlhf.environments.endpoint.fields import (
     check_known,
+    choice_of,
     conversation_of,
     count_of,
     flag_of,
+    form_of,
     note,
+    path_of,
     seed_of,
     template_of,
     tools_of,
-    unforced,
 )
 
 KNOWN = frozenset(
@@ -46,8 +48,9 @@ def read_response(token: str, fields: Mapping[str, Any]) -> Call:
     check_known(fields, KNOWN)
     flag_of(fields, "stream", False)
     form = fields.get("text") or {}
-    if not isinstance(form, dict) or (form.get("format") or {"type": "text"}) != {"type": "text"}:
-        raise invalid("text", "text.format: only text is supported; others need constrained decoding")
+    if not isinstance(form, dict):
+        raise invalid("text", "text: expected an object")
+    tools = tools_of(_openai_tools(fields.get("tools")))
     check_known({f"text.{key}": value for key, value in form.items()}, ("text.format",))
     instructions = fields.get("instructions")
     system = [{"role": "system", "content": instructions}] if instructions else []
@@ -55,11 +58,13 @@ def read_response(token: str, fields: Mapping[str, Any]) -> Call:
         token,
         conversation_of([*system, *_openai_messages(fields.get("input"))]),
         max_tokens=count_of(fields.get("max_output_tokens"), "max_output_tokens"),
-        tools=tools_of(_openai_tools(fields.get("tools"))),
+        tools=tools,
         template=template_of(fields.get("chat_template_kwargs")),
-        use_tools=unforced(fields.get("tool_choice"), "tool_choice"),
+        **choice_of(fields.get("tool_choice"), tools)._asdict(),
+        form=form_of(form.get("format"), "text.format"),
         parallel=flag_of(fields, "parallel_tool_calls", True),
         seed=seed_of(fields.get("seed")),
+        path=path_of(fields.get("metadata")),
     )
 
 
@@ -74,7 +79,7 @@ def stream_response(fields: Mapping[str, Any], completions: Sequence[Completion]
     (completion,) = completions
     head, items, number = _head(fields), _items(completion), 0
 
-    def event(kind: str, **content: Any) -> str:
+    def event(kind: str, **content: object) -> str:
         nonlocal number
         number += 1
         return f"event: {kind}\ndata: {json.dumps({'type': kind, 'sequence_number': number - 1} | content)}\n\n"

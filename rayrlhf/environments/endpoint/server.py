@@ -91,7 +91,7 @@ class ChatServer:
             uvicorn.Config(
                 application,
                 lifespan="off",
-                loop="asyncio",
+                loop="auto",  # uvloop where it is installed
                 log_config=None,
                 log_level="critical",
                 access_log=False,

@@ -1,23 +1,24 @@
 """Player of agents: a rollout engine whose samples are driven by agents.
 
 Agents request completions over HTTP. Each sample gets a session at the endpoint and an agent with its address. The inner engine
-samples the requests of many agents as they arrive. Sampled tokens are recorded unchanged, and the agent's return value is the
-reward of all of them. With `lockstep` a batch is sampled only when every agent waits, so that batches do not depend on the
+samples the requests of many agents as they arrive. Sampled tokens are recorded unchanged, and the agent's return value is their
+reward. With `lockstep` a batch is sampled only when every agent waits, so that batches do not depend on the
 speed of the agents.
 """
 
+import logging
 import math
 import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rayrlhf.config.rollout import EnvironmentSection
 from rayrlhf.data.records import Rollout, RolloutRequest, SampleKey
 from rayrlhf.engines.rollout.base import RolloutEngine
 from rayrlhf.environments.agent import Agent, AgentLoop, Endpoint, run_agent
-from rayrlhf.environments.endpoint.call import MODEL, Call, Refusal, resolve
+from rayrlhf.environments.endpoint.call import MODEL, Call, Refusal, invalid, resolve
 from rayrlhf.environments.endpoint.server import ChatServer
 from rayrlhf.environments.environment_loop import error_line
 from rayrlhf.environments.players.agent_session import Pending, Session, Texts, refuse
@@ -25,8 +26,12 @@ from rayrlhf.environments.players.base import Player
 from rayrlhf.environments.transcript import failed_rollout
 from rayrlhf.errors import UserError
 
+_logger = logging.getLogger(__name__)
+
 SLICE_SECONDS = 0.05
 """Maximum time of decoding before new requests are accepted."""
+CHECK_SECONDS = 0.1
+"""Time between checks for agents that take too long. With 512 sessions a check of all takes about 0.3 ms."""
 BLOCKED_SECONDS = 0.5
 """Time after which an unresponsive event loop of the agents counts as blocked."""
 
@@ -71,6 +76,8 @@ class AgentPlayer(Player):
         self._waiting_calls: list[Call] = []
         self._sampling: dict[SampleKey, tuple[Session, Pending, int]] = {}
         self._finished: list[Rollout] = []
+        self._unused_paths: set[str] = set()
+        self._next_check = 0.0
 
     @property
     def unfinished(self) -> int:
@@ -115,6 +122,9 @@ class AgentPlayer(Player):
     def cancel(self) -> None:
         """Drop all unfinished requests and cancel their agents."""
         self._engine.cancel()
+        self._drop_sessions()
+
+    def _drop_sessions(self) -> None:
         for session in self._sessions.values():
             self._dismiss(session)
         self._sessions.clear()
@@ -125,11 +135,13 @@ class AgentPlayer(Player):
 
     def close(self) -> None:
         """Free the engine, cancel the agents and stop listening."""
-        self.cancel()
-        self._server.close()
-        self._drain()
-        self._loop.close()
-        self._engine.close()
+        try:
+            self._drop_sessions()
+            self._server.close()
+            self._drain()
+            self._loop.close()
+        finally:
+            self._engine.close()
 
     def _start(self, request: RolloutRequest, attempt: int) -> None:
         if request.prompt is None:
@@ -139,17 +151,24 @@ class AgentPlayer(Player):
         run = self._loop.start(run_agent(self._agent, request.prompt, endpoint))
         limits, tokens = self._section, self._limits[request.key][1]
         self._sessions[token] = Session(
-            request, tokens, limits.max_turns, limits.max_turn_tokens, attempt, token, run, time.monotonic()
+            request,
+            tokens,
+            limits.max_turns,
+            limits.max_turn_tokens,
+            limits.max_sampled_tokens,
+            attempt,
+            token,
+            run,
+            endpoint.rewards,
+            time.monotonic(),
         )
         run.add_done_callback(lambda _: self._server.calls.put(_Ended(token)))
 
     def _receive(self, end: float) -> None:
-        """Handle queued events; waits for one or the next time-out when nothing is being decoded."""
-        wait, patience = not self._engine.unfinished, self._section.timeout_seconds
-        due = min((session.since + patience for session in self._busy()), default=math.inf) if wait else math.inf
-        left = min(due, end) - time.monotonic()
+        """Handle queued events; waits for one when nothing is being decoded."""
+        wait, left = not self._engine.unfinished, end - time.monotonic()
         try:
-            event = self._server.calls.get(wait, max(min(left, 1.0), 0.0) if wait else None)
+            event = self._server.calls.get(wait, max(min(left, CHECK_SECONDS), 0.0) if wait else None)
             while True:
                 self._handle(event)
                 event = self._server.calls.get_nowait()
@@ -159,6 +178,12 @@ class AgentPlayer(Player):
         for call in [call for call in self._waiting_calls if call.reply.cancelled()]:
             self._waiting_calls.remove(call)
             self._sessions[call.token].since = now
+        if now >= self._next_check:
+            self._next_check = now + CHECK_SECONDS
+            self._cancel_overdue(now)
+
+    def _cancel_overdue(self, now: float) -> None:
+        patience = self._section.timeout_seconds
         for session in self._busy():
             if now - session.since > patience:
                 session.overdue = f"no request and no end within {patience:g} s (environment.timeout_seconds)"
@@ -205,6 +230,7 @@ class AgentPlayer(Player):
             session.since = time.monotonic()
             return
         try:
+            self._check_constrains(call)
             places, limit = session.open(call, self._texts)
         except Refusal as refusal:
             session.since = time.monotonic()
@@ -221,6 +247,11 @@ class AgentPlayer(Player):
         for request, place in zip(requests, places, strict=True):
             self._sampling[request.key] = (session, place, self.version)
 
+    def _check_constrains(self, call: Call) -> None:
+        if call.constrained and not getattr(self._engine, "constrains", False):
+            field = "response_format" if call.forced is None else "tool_choice"
+            raise invalid(field, f"{field} needs constrained decoding, which rollout.backend vllm has; expected text, or auto")
+
     def _completed(self, turn: Rollout) -> None:
         session, place, version = self._sampling.pop(turn.key)
         session.since = time.monotonic()
@@ -236,27 +267,43 @@ class AgentPlayer(Player):
         request = session.request
         self._dismiss(session)
         del self._sessions[session.token]
-        reward, failure = self._reward(session)
-        rollout = None if failure and not session.refused else session.rollout(reward, self._texts.tokenizer)
+        rewards, failure = self._rewards(session)
+        rollout = None if failure and not session.refused else session.rollout(rewards, self._texts.tokenizer)
         if rollout is None and session.attempt < self._section.retries:
             self._start(request, session.attempt + 1)
             return
         del self._limits[request.key]
         self._finished.append(rollout or failed_rollout(request, failure or "the agent requested no completion"))
 
-    def _reward(self, session: Session) -> tuple[float, str]:
-        """Return the reward, or 0 and the reason of the failure."""
+    def _rewards(self, session: Session) -> tuple[dict[str, float], str]:
+        """Return the rewards by path, and the reason of a failure.
+
+        What a failed agent has not rewarded gets 0.
+        """
+        failure = ""
         try:
-            reward = session.run.result()
+            returned = session.run.result()
         except UserError:
             raise
         except CancelledError:
-            return 0.0, session.overdue or "the agent was cancelled"
+            returned, failure = 0.0, session.overdue or "the agent was cancelled"
         except Exception as error:  # noqa: BLE001 - the boundary to user code
-            return 0.0, error_line(error)
-        if not isinstance(reward, int | float) or not math.isfinite(reward):
-            raise UserError(f"agent {self._section.name!r} returned {reward!r}, expected a finite number, the reward")
-        return float(reward), ""
+            returned, failure = 0.0, error_line(error)
+        shared = None if isinstance(returned, Mapping) else returned
+        own = dict(session.rewards) | (dict(returned) if isinstance(returned, Mapping) else {})
+        rewards: dict[str, Any] = dict.fromkeys(session.paths or ([] if own else [""]), shared) | own
+        for path, reward in rewards.items():
+            if not isinstance(path, str):
+                raise UserError(f"agent {self._section.name!r} returned a reward for {path!r}, expected the text of a path")
+            if not isinstance(reward, int | float) or not math.isfinite(reward):
+                where = f" for path {path!r}" if own else ""
+                raise UserError(
+                    f"agent {self._section.name!r} returned {reward!r}{where}, expected a finite number, the reward"
+                )
+            if path and path not in session.paths | self._unused_paths:
+                self._unused_paths.add(path)
+                _logger.warning("an agent's reward for the path %r has no effect: its sample has no request of it", path[:100])
+        return {path: float(reward) for path, reward in rewards.items()}, failure
 
     def _dismiss(self, session: Session) -> None:
         self._server.dismiss(session.token)

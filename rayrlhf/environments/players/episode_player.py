@@ -116,14 +116,22 @@ class EpisodePlayer(Player):
     def cancel(self) -> None:
         """Drop all unfinished requests and their environments."""
         self._engine.cancel()
-        self._loop.cancel()
-        self._episodes.clear()
-        self._finished.clear()
+        self._drop_episodes()
 
     def close(self) -> None:
-        """Free the engine and drop the environments."""
-        self._loop.close()
-        self._engine.close()
+        """Free the engine and close the environments."""
+        try:
+            self._drop_episodes()
+            self._loop.close()
+        finally:
+            self._engine.close()
+
+    def _drop_episodes(self) -> None:
+        self._loop.cancel()
+        for episode in self._episodes.values():
+            self._loop.close_environment(episode.environment)
+        self._episodes.clear()
+        self._finished.clear()
 
     def _start(self, request: RolloutRequest, limits: _Limits, attempt: int) -> None:
         if request.prompt is None:
@@ -149,6 +157,7 @@ class EpisodePlayer(Player):
         request = episode.transcript.request
         answer = _encodable(answer)
         if isinstance(answer, Failed):
+            self._loop.close_environment(episode.environment)
             if episode.attempt < self._section.retries:
                 self._start(request, episode.limits, episode.attempt + 1)
             else:
@@ -196,6 +205,7 @@ class EpisodePlayer(Player):
                 f"prompt {key.prompt}: the environment's opening text leaves no space for a turn: raise rollout.max_new_tokens"
             )
         self._episodes.pop(key)
+        self._loop.close_environment(episode.environment)
         self._finished.append(episode.transcript.rollout(reason, self._tokenizer))
 
     def _space(self, episode: _Episode) -> int:

@@ -2,6 +2,7 @@
 
 from rayrlhf.observe.diagnostics.finding import Sign, check
 from rayrlhf.observe.diagnostics.history import History, Point, mean
+from rayrlhf.observe.metric_names import CHANCE_LEVEL, REWARD_MODEL_CHANCE
 
 SCORES, DEVIATION, HELD_OUT, LENGTH = "objective/scores", "ppo/std_scores", "evaluation/score", "tokens/responses_len_mean"
 STOPPED, EPISODES, NO_CONTRAST = "val/num_eos_tokens", "episode", "frac_reward_zero_std"
@@ -26,6 +27,19 @@ def reward_hacking(history: History) -> Sign | None:
     return Sign(
         best.step,
         f"training scores rose by {gain:.3f}, held-out ones fell from {best.value:.3f} to {newest.value:.3f}",
+    )
+
+
+@check("alarm", "Train the reward model longer, or on more or cleaner pairs: the policy learns nothing that was preferred.")
+def reward_model_by_chance(history: History) -> Sign | None:
+    """Detect a reward model that orders held-out pairs no better than coins do."""
+    points = history.all_recent(REWARD_MODEL_CHANCE, low=CHANCE_LEVEL, count=1)
+    if not points:
+        return None
+    return Sign(
+        points[0].step,
+        f"coins order the reward model's held-out pairs as well as it does with probability {points[0].value:.2f}, "
+        f"expected below {CHANCE_LEVEL}",
     )
 
 
@@ -76,4 +90,4 @@ def _truncated(history: History) -> list[Point]:
     return shares
 
 
-RESPONSE_CHECKS = (reward_hacking, length_explosion, dead_reward, truncated_responses)
+RESPONSE_CHECKS = (reward_hacking, reward_model_by_chance, length_explosion, dead_reward, truncated_responses)

@@ -42,7 +42,7 @@ def update_lost(history: History) -> Sign | None:
     )
 
 
-@check("alarm", "A replica serves old weights: look at recoveries.jsonl.")
+@check("alarm", "A replica serves old weights: look at recovery.jsonl.")
 def stale_rollouts(history: History) -> Sign | None:
     """Detect responses from weights older than the configuration allows."""
     limit = history.recent(STALENESS_LIMIT, 1)

@@ -3,7 +3,7 @@
 Names and axis titles must be constants of the program, as Plotly interprets a few tags in them. The page escapes the title.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -70,6 +70,16 @@ def points(xs: Sequence[float], ys: Sequence[float], *, title: str, x: str, y: s
     marker = {"size": 5, "opacity": 0.45}
     trace = {"type": "scatter", "mode": "markers", "x": list(xs), "y": list(ys), "marker": marker}
     return {"data": [trace], "layout": axes(title, x, y) | {"showlegend": False}}
+
+
+def constant_range(values: Iterable[float]) -> list[float] | None:
+    """Return an axis range with 0 for equal values; None for others.
+
+    Plotly would center it on the value with a height of 2, so that a learning rate lies on 0.
+    """
+    found = set(values)
+    value = found.pop() if len(found) == 1 else 0.0
+    return None if value == 0 or found else sorted([0.0, 2 * value])
 
 
 def axes(title: str, x: str, y: str) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class DataTable:
             f'<th scope="col"{" class=number" if number else ""}><button>{escape(column)}</button></th>'
             for column, number in zip(self.columns, numeric, strict=True)
         )
-        body = "".join(f"<tr>{''.join(_cell(value) for value in row)}</tr>" for row in self.rows)
+        body = "".join(f"<tr>{''.join(map(_cell, row, self.columns))}</tr>" for row in self.rows)
         kind = ' class="clamped"' if self.clamped else ""
         shown = ", ".join(self.columns[:3])
         table = f'<table id="{name}"{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
@@ -208,15 +208,15 @@ def _policy(scripts: Sequence[str], live: bool) -> str:
     return f"default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; script-src {allowed}{network}"
 
 
-def _cell(value: str | int | float | None) -> str:
-    if value is None:
-        return "<td></td>"
+def _cell(value: str | int | float | None, column: str) -> str:
+    """Return a cell; narrow windows show its column's name in front of it."""
+    label = f' data-label="{escape(column)}"'
     if isinstance(value, str):
-        return f'<td class="text"><div>{escape(value)}</div></td>'
-    if not math.isfinite(value):
+        return f'<td class="text"{label}><div>{escape(value)}</div></td>'
+    if value is None or not math.isfinite(value):
         return "<td></td>"
     shown = f"{value:,}" if isinstance(value, int) else _decimal(value)
-    return f'<td class="number" data-value="{value}">{shown}</td>'
+    return f'<td class="number" data-value="{value}"{label}>{shown}</td>'
 
 
 def _decimal(value: float) -> str:

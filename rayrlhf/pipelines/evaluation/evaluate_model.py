@@ -8,9 +8,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from math import comb
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from rayrlhf.config.data import DataSection
 from rayrlhf.config.loading.load import dump_config, stored_differences
@@ -20,21 +22,23 @@ from rayrlhf.data.records import Float32, Prompt, Rollout, RolloutRequest, Sampl
 from rayrlhf.data.seeds import sample_seed
 from rayrlhf.engines.rollout.common import RolloutSpec, check_room, context_length
 from rayrlhf.engines.rollout.factory import check_rollout_backend
+from rayrlhf.engines.scoring.judge_engine import JudgeEngine, check_judge
 from rayrlhf.engines.scoring.reward_ensemble import RewardEnsemble
+from rayrlhf.engines.scoring.reward_model import check_reward_models
 from rayrlhf.environments.episodes import without_failed
 from rayrlhf.environments.players.factory import build_player
 from rayrlhf.environments.registry import check_environment
 from rayrlhf.environments.transcript import transcript_lines
 from rayrlhf.errors import AlarmError
 from rayrlhf.models.load import load_architecture, load_tokenizer
-from rayrlhf.models.start_check import check_divides_heads
+from rayrlhf.models.start_check import check_generating_model, check_tokens
 from rayrlhf.observe.cuda import check_vllm_device
 from rayrlhf.observe.resampling import Interval, bootstrap_mean, distinct_share
 from rayrlhf.observe.run_folder import check_run_folder, open_run
 from rayrlhf.observe.samples import Line, Sample, SampleSink
-from rayrlhf.pipelines.evaluation.best_of import best_of, pass_at, powers_of_two
 from rayrlhf.pipelines.evaluation.rejection_sampling import KEPT, as_lines, kept_rows
-from rayrlhf.rewards.functions import BoundFunction, ScoringBatch, load_functions, read_columns, required_columns
+from rayrlhf.rewards.functions import JUDGE_PART, BoundFunction, ScoringBatch, load_functions, required_columns
+from rayrlhf.rewards.judgments import check_judge_columns, columns_read, judge_columns
 from rayrlhf.rewards.probe import probe_functions
 from rayrlhf.rewards.score import RewardBatch, run_functions, weighted_sum
 from rayrlhf.storage.atomic import write_atomically
@@ -99,7 +103,8 @@ def check_evaluation(config: EvaluateConfig) -> str:
     check_run_folder(config.run.folder, dump_config(config), _DIFFERENCES, folders=())
     prompts = load_evaluation_prompts(config, functions)
     slow = _probe(config, functions, prompts)
-    columns = describe_columns(config.data, prompts, None if config.environment is not None else read_columns(functions))
+    read = None if config.environment is not None else columns_read(config.reward, functions)
+    columns = describe_columns(config.data, prompts, read)
     counts = f"prompts: {len(prompts)} of {config.data.path}"
     return "\n".join([f"evaluation: {config.run.folder}", f"model: {config.model.path}", columns, counts, *slow])
 
@@ -126,12 +131,30 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult:
         weights = {function.name: function.weight for function in functions}
         if config.reward.model is not None:
             ensemble = RewardEnsemble(config.reward.model)
-            parts |= ensemble.parts(batch.prompts, batch.responses)
+            parts |= ensemble.parts(batch.whole_prompts, batch.responses)
             weights |= ensemble.weights
-        rewards = weighted_sum(parts, weights)
+        if config.reward.judge is not None:
+            judged = _judge(config, batch, rollouts)
+            parts |= judged
+            weights |= dict.fromkeys(judged, 0.0) | {JUDGE_PART: config.reward.judge.weight}
+        rewards = weighted_sum(parts, weights, complete=False)
+        rewards.scores[np.isnan([*parts.values()]).all(0)] = np.nan
         SampleSink(folder.path / ANSWERS).write(0, _samples(config, repeated, rollouts, rewards))
+        weighted_sum(parts, weights)  # refuses an answer without any reward, after all are written
         kept = _keep(config, folder.path, repeated, rollouts, rewards.scores)
         return _write_result(config, folder.path, rollouts, rewards, kept, failed=len(prompts) - len(complete))
+
+
+def _judge(config: EvaluateConfig, batch: ScoringBatch, rollouts: Sequence[Rollout]) -> dict[str, Float32]:
+    """Return the judge's parts of a batch."""
+    assert config.reward.judge is not None
+    judge = JudgeEngine(config.reward.judge, config.run.seed)
+    try:
+        if config.reward.probe:
+            judge.try_out()
+        return judge.parts(batch, [rollout.key.prompt for rollout in rollouts])
+    finally:
+        judge.close()
 
 
 def _probe(config: EvaluateConfig, functions: Sequence[BoundFunction], prompts: Sequence[Prompt]) -> list[str]:
@@ -196,9 +219,16 @@ def load_evaluation_prompts(config: EvaluateConfig, functions: Sequence[BoundFun
     context = context_length(config.rollout, load_architecture(config.model))
     longest = config.data.max_prompt_tokens or context - config.rollout.max_new_tokens
     check_room(context, config.data.max_prompt_tokens, config.rollout.max_new_tokens)
-    check_divides_heads(config.model, config.rollout.tensor_parallel_size, "rollout.tensor_parallel_size")
+    check_generating_model(config.model, config.rollout.backend, config.rollout.tensor_parallel_size, "rollout")
+    if config.reward.model is not None:
+        check_reward_models(config.reward.model)
     data = DataSection(train=config.data, chat=config.data.chat, system_prompt=config.data.system_prompt)
-    return load_prompt_dataset(config.data, data, load_tokenizer(config.model), longest, required_columns(functions))
+    check_judge(config.reward.judge)
+    tokenizer, needs = load_tokenizer(config.model), required_columns(functions) | judge_columns(config.reward.judge)
+    prompts = load_prompt_dataset(config.data, data, tokenizer, longest, needs)
+    check_judge_columns(config.reward.judge, prompts)
+    check_tokens(config.model, tokenizer, (prompt.token_ids for prompt in prompts))
+    return prompts
 
 
 def _key(prompt: Prompt, sample: int) -> SampleKey:
@@ -230,9 +260,10 @@ def _write_result(
         return values.reshape(-1, config.samples)
 
     scores = per_prompt(rewards.scores)
-    parts = {
-        name: bootstrap_mean(per_prompt(values).mean(1)) for name, values in rewards.parts.items() if not np.isnan(values).any()
-    }
+    parts = {name: _present_mean(per_prompt(values)) for name, values in rewards.parts.items() if not np.isnan(values).all()}
+    if JUDGE_PART in rewards.parts:
+        missing = np.isnan(per_prompt(rewards.parts[JUDGE_PART]))
+        parts[f"{JUDGE_PART}_missing"] = bootstrap_mean(missing.mean(1))
     chosen_by = None if config.best_by is None else per_prompt(rewards.parts[config.best_by])
     tries = powers_of_two(config.samples) if config.samples > 1 else []
     result = EvaluationResult(
@@ -252,6 +283,13 @@ def _write_result(
     return result
 
 
+def _present_mean(values: Float32) -> Interval:
+    """Return the mean of a part [P, n] over prompts, without NaNs."""
+    present = ~np.isnan(values)
+    counts = present.sum(1)
+    return bootstrap_mean(np.nan_to_num(values).sum(1)[counts > 0] / counts[counts > 0])
+
+
 def _keep(
     config: EvaluateConfig, folder: Path, repeated: Sequence[Prompt], rollouts: Sequence[Rollout], scores: Float32
 ) -> int:
@@ -269,17 +307,61 @@ def _samples(
 ) -> list[Sample]:
     conversations = transcripts(config, rollouts)
     return [
-        Sample(
-            prompt_id=prompt.id,
-            sample=rollout.key.sample,
-            prompt=prompt.text,
-            response=rollout.text,
-            score=float(rewards.scores[index]),
-            length=len(rollout.response_ids),
-            finish_reason=rollout.finish_reason,
+        Sample.of(
+            rollout,
+            prompt.text,
+            float(rewards.scores[index]),
             version=0,
             parts={name: float(values[index]) for name, values in rewards.parts.items()},
             transcript=conversations[index],
         )
         for index, (prompt, rollout) in enumerate(zip(repeated, rollouts, strict=True))
     ]
+
+
+def best_of(scores: ArrayLike, k: int, *, chosen_by: ArrayLike | None = None) -> NDArray[np.float64]:
+    """Return the expected score of the best of k samples per prompt, without bias.
+
+    The mean over all subsets of k of the n samples has a closed form: the sample of rank i in ascending order is the best of
+    C(i - 1, k - 1) of the C(n, k) subsets. For scores of 0 or 1 this is pass@k, equation 1 of Chen et al. (2021).
+
+    Args:
+        scores: float [P, n], of n independent samples of P prompts.
+        k: number of samples, 1 <= k <= n.
+        chosen_by: float [P, n], the criterion of the best; the scores when not given. A sample with NaN is below all others.
+            Ties go to the later sample, which is unbiased, because samples are independent.
+
+    Returns:
+        Float64 [P]; its mean over prompts is best-of-k.
+
+    Raises:
+        ValueError: k is not between 1 and n.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    tries = values.shape[1]
+    if not 1 <= k <= tries:
+        raise ValueError(f"k {k}: expected 1 to {tries}, the number of tries")
+    criterion = values if chosen_by is None else np.asarray(chosen_by, dtype=np.float64)
+    order = np.argsort(np.where(np.isnan(criterion), -np.inf, criterion), axis=1, kind="stable")
+    weights = np.array([comb(place, k - 1) / comb(tries, k) for place in range(tries)])
+    expected: NDArray[np.float64] = np.take_along_axis(values, order, axis=1) @ weights
+    return expected
+
+
+def pass_at(scores: ArrayLike, k: int, *, right_from: float = 1.0) -> NDArray[np.float64]:
+    """Return pass@k per prompt, float64 [P]; see `best_of`.
+
+    Args:
+        scores: float [P, n].
+        k: number of samples, 1 <= k <= n.
+        right_from: minimum score of a correct sample.
+
+    Raises:
+        ValueError: k is not between 1 and n.
+    """
+    return best_of(np.asarray(scores) >= right_from, k)
+
+
+def powers_of_two(tries: int) -> list[int]:
+    """Return the reported k: 1, 2, 4, ... below `tries`, and `tries`."""
+    return [*(1 << bit for bit in range(tries.bit_length()) if 1 << bit < tries), tries]

@@ -103,5 +103,5 @@ class AnswerScorer:
             return [self._bleu.score(row["text"], row["answer"]) for row in rows]
         if self._verifier is not None:
             responses = [Response(row["text"], row["finish"], row["tokens"]) for row in rows]
-            return self._verifier.scores([row | {"prompt": row["question"]} for row in rows], responses)
+            return self._verifier.scores([row | {"prompt": row["question"], "messages": None} for row in rows], responses)
         return [float(normalized(row["text"]) == normalized(row["answer"])) for row in rows]

@@ -33,7 +33,7 @@ from rayrlhf.demonstrations.ranking import check_encoder, make_rankers
 from rayrlhf.errors import UserError
 from rayrlhf.observe.run_folder import open_run
 from rayrlhf.pipelines.icl.answering import answer_plan, answer_questions, load_context_tokenizer
-from rayrlhf.pipelines.icl.example_pool import ingest_examples, read_examples
+from rayrlhf.pipelines.icl.example_pool import describe_pool, ingest_examples, read_examples
 from rayrlhf.pipelines.icl.questions import QuestionBuilder, question_schema
 from rayrlhf.storage.atomic import file_atomically, write_atomically
 
@@ -102,6 +102,18 @@ def check_distillation(config: ICLDistillConfig) -> str:
     )
 
 
+def describe_data(config: ICLDistillConfig) -> Iterator[str]:
+    """Read all rows, and yield counts, formats and columns in words; errors as `describe_pool`."""
+    yield describe_pool(config.data, answered=_answered(config))
+    if config.pool is not None:
+        yield describe_pool(config.pool)
+
+
+def _answered(config: ICLDistillConfig) -> bool:
+    """Return True if rows need a response: as demonstrations of others, or as the teacher's."""
+    return (config.pool is None and config.teacher.demonstrations > 0) or config.teacher.responses == "given"
+
+
 def distill_context(config: ICLDistillConfig) -> DistillResult:
     """Build the data and train the student, or resume an interrupted run.
 
@@ -167,9 +179,7 @@ def _questions(config: ICLDistillConfig, folder: Path) -> PartFolder:
     if questions.sealed:
         return questions
     size = config.pipeline.rows_per_part
-    shown_to_others = config.pool is None and config.teacher.demonstrations > 0
-    answered = shown_to_others or config.teacher.responses == "given"
-    rows = ingest_examples(config.data, folder / "intake" / "prompts", size, answered=answered)
+    rows = ingest_examples(config.data, folder / "intake" / "prompts", size, answered=_answered(config))
     targets = pool = list(chain.from_iterable(read_examples(config.data, rows)))
     if config.pool is not None:
         pool_rows = ingest_examples(config.pool, folder / "intake" / "pool", size)

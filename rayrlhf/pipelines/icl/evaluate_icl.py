@@ -5,6 +5,7 @@ processes. Answers that exist are not generated again. All answers stay in Parqu
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -24,7 +25,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.observe.run_folder import open_run
 from rayrlhf.pipelines.icl.answering import answer_plan, answer_questions, load_context_tokenizer
 from rayrlhf.pipelines.icl.curve import Point, curve
-from rayrlhf.pipelines.icl.example_pool import ingest_examples, read_examples
+from rayrlhf.pipelines.icl.example_pool import describe_pool, ingest_examples, read_examples
 from rayrlhf.pipelines.icl.questions import QuestionBuilder, question_schema
 from rayrlhf.rewards.functions import load_functions, required_columns
 from rayrlhf.storage.atomic import write_atomically
@@ -74,6 +75,17 @@ def check_evaluation(config: ICLEvaluateConfig) -> str:
             f"models: {', '.join(config.models)}; {config.metric}",
         ]
     )
+
+
+def describe_data(config: ICLEvaluateConfig) -> Iterator[str]:
+    """Read all rows, and yield counts, formats and columns in words; errors as `describe_pool`."""
+    yield describe_pool(config.data, needs=_needed_columns(config))
+    if config.pool is not None:
+        yield describe_pool(config.pool)
+
+
+def _needed_columns(config: ICLEvaluateConfig) -> dict[str, str]:
+    return required_columns(load_functions(config.reward)) if config.reward is not None else {}
 
 
 def evaluate_curve(config: ICLEvaluateConfig) -> CurveResult:
@@ -127,8 +139,8 @@ class _QuestionSet:
 
     @classmethod
     def read(cls, config: ICLEvaluateConfig, folder: Path) -> "_QuestionSet":
-        needs = required_columns(load_functions(config.reward)) if config.reward is not None else {}
-        rows = ingest_examples(config.data, folder / "intake" / "questions", config.pipeline.rows_per_part, needs=needs)
+        size = config.pipeline.rows_per_part
+        rows = ingest_examples(config.data, folder / "intake" / "questions", size, needs=_needed_columns(config))
         targets = list(chain.from_iterable(read_examples(config.data, rows)))
         columns = [row["columns"] for row in rows.rows(["columns"])]
         pool = targets

@@ -6,15 +6,16 @@ selection: a BM25 index, vectors, or nothing.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rayrlhf.batch_inference.ingest import ingest_dataset
+from rayrlhf.batch_inference.ingest import describe_examples, ingest_dataset
 from rayrlhf.batch_inference.parts import PartFolder
 from rayrlhf.config.icl import ExamplesSection
 from rayrlhf.demonstrations.example import Example
@@ -91,23 +92,29 @@ def write_vectors(vectors: Iterator[NDArray[np.float32]], count: int, path: Path
 
 
 def read_examples(section: ExamplesSection, rows: PartFolder) -> Iterator[list[Example]]:
-    """Yield the examples of each part.
+    """Yield the examples of each part; errors as `example_of`."""
+    for table in rows.tables(["source", "prompt", "messages", "response", "columns"]):
+        yield [example_of(row, section) for row in table.to_pylist()]
+
+
+def example_of(row: Mapping[str, Any], section: ExamplesSection) -> Example:
+    """Return an ingested row as an example.
 
     Raises:
         UserError: a conversational prompt, or a row without its task.
     """
-    field = section.task_field
-    for table in rows.tables(["source", "prompt", "messages", "response", "columns"]):
-        part = []
-        for row in table.to_pylist():
-            place = f"{section.path}:{row['source']}"
-            if row["messages"] is not None:
-                raise UserError(f"{place}: {section.prompt_field}: expected text, found a conversation")
-            columns = json.loads(row["columns"]) if field is not None else {}
-            if field is not None and columns.get(field) is None:
-                raise UserError(f"{place}: {field}: missing, expected the row's task; found {', '.join(columns) or 'none'}")
-            part.append(Example(place, row["prompt"], row["response"], str(columns[field]) if field is not None else ""))
-        yield part
+    field, place = section.task_field, f"{section.path}:{row['source']}"
+    if row["messages"] is not None:
+        raise UserError(f"{place}: {section.prompt_field}: expected text, found a conversation")
+    columns = json.loads(row["columns"]) if field is not None else {}
+    if field is not None and columns.get(field) is None:
+        raise UserError(f"{place}: {field}: missing, expected the row's task; found {', '.join(columns) or 'none'}")
+    return Example(place, row["prompt"], row["response"], str(columns[field]) if field is not None else "")
+
+
+def describe_pool(section: ExamplesSection, *, answered: bool = True, needs: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Read all rows as examples; return counts, format and columns in words, see `describe_examples`."""
+    return describe_examples(section, answered=answered, needs=needs, check=partial(example_of, section=section))
 
 
 def ingest_examples(

@@ -1,7 +1,8 @@
 """The `icl` commands of the command line."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,10 +29,10 @@ def build(
     from rayrlhf.config.icl import ICLBuildConfig
     from rayrlhf.config.loading.load import load_config
     from rayrlhf.pipelines.icl.build_dataset import build_dataset, check_build
+    from rayrlhf.pipelines.icl.example_pool import describe_pool
 
     loaded = load_config(ICLBuildConfig, config, overrides or [])
-    for line in [check_build(loaded)] if dry_run else [*build_dataset(loaded).lines(), *folder_line(loaded.run.folder)]:
-        typer.echo(line)
+    _plan_or_run(loaded, dry_run, lambda: [check_build(loaded), describe_pool(loaded.data)], build_dataset)
 
 
 @app.command()
@@ -43,11 +44,12 @@ def pack(
     """Pack related documents into contexts, with a random baseline; resumable."""
     from rayrlhf.config.icl import ICLPackConfig
     from rayrlhf.config.loading.load import load_config
+    from rayrlhf.pipelines.icl.example_pool import describe_pool
     from rayrlhf.pipelines.icl.pack_documents import check_packing, pack_documents
 
     loaded = load_config(ICLPackConfig, config, overrides or [])
-    for line in [check_packing(loaded)] if dry_run else [*pack_documents(loaded).lines(), *folder_line(loaded.run.folder)]:
-        typer.echo(line)
+    pool = loaded.data.examples()
+    _plan_or_run(loaded, dry_run, lambda: [check_packing(loaded), describe_pool(pool, answered=False)], pack_documents)
 
 
 @app.command()
@@ -59,11 +61,10 @@ def evaluate(
     """Score models by the number of demonstrations; resumable."""
     from rayrlhf.config.icl import ICLEvaluateConfig
     from rayrlhf.config.loading.load import load_config
-    from rayrlhf.pipelines.icl.evaluate_icl import check_evaluation, evaluate_curve
+    from rayrlhf.pipelines.icl.evaluate_icl import check_evaluation, describe_data, evaluate_curve
 
     loaded = load_config(ICLEvaluateConfig, config, overrides or [])
-    for line in [check_evaluation(loaded)] if dry_run else [*evaluate_curve(loaded).lines(), *folder_line(loaded.run.folder)]:
-        typer.echo(line)
+    _plan_or_run(loaded, dry_run, lambda: [check_evaluation(loaded), *describe_data(loaded)], evaluate_curve)
 
 
 @app.command()
@@ -75,10 +76,13 @@ def distill(
     """Distill demonstrations or an instruction into a model; resumable."""
     from rayrlhf.config.icl import ICLDistillConfig
     from rayrlhf.config.loading.load import load_config
-    from rayrlhf.pipelines.icl.distill import check_distillation, distill_context
+    from rayrlhf.pipelines.icl.distill import check_distillation, describe_data, distill_context
 
     loaded = load_config(ICLDistillConfig, config, overrides or [])
-    for line in (
-        [check_distillation(loaded)] if dry_run else [*distill_context(loaded).lines(), *folder_line(loaded.run.folder)]
-    ):
+    _plan_or_run(loaded, dry_run, lambda: [check_distillation(loaded), *describe_data(loaded)], distill_context)
+
+
+def _plan_or_run(loaded: Any, dry_run: bool, plan: Callable[[], list[str]], run: Callable[[Any], Any]) -> None:
+    """Print the plan, or run and print the result."""
+    for line in plan() if dry_run else [*run(loaded).lines(), *folder_line(loaded.run.folder)]:
         typer.echo(line)

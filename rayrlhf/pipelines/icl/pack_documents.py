@@ -72,13 +72,14 @@ def check_packing(config: ICLPackConfig) -> str:
     """
     from rayrlhf.config.model import ModelSection
     from rayrlhf.demonstrations.encoder import pooling_of
-    from rayrlhf.models.load import load_tokenizer, resolve_path
+    from rayrlhf.models.load import load_tokenizer
+    from rayrlhf.models.model_path import model_folder
 
     near = config.neighbors
     if load_tokenizer(config.model).eos_token_id is None:
         raise UserError(f"{config.model.path}: no end-of-sequence token, which separates documents")
     if near.encoder is not None and near.pooling is None:
-        pooling_of(Path(resolve_path(ModelSection(path=near.encoder))))
+        pooling_of(model_folder(ModelSection(path=near.encoder)))
     by = "shared words (BM25)" if near.by == "bm25" else f"vectors of {near.encoder}"
     return "\n".join(
         [

@@ -3,26 +3,52 @@
 from collections.abc import Iterator
 
 from rayrlhf.batch_inference.generation import check_generator
+from rayrlhf.batch_inference.ingest import describe_examples
 from rayrlhf.batch_inference.scoring import BleuScorer
 from rayrlhf.config.pipelines import PreSFTConfig
+from rayrlhf.config.reward import RewardSection
 
 
 def check_presft(config: PreSFTConfig) -> None:
     """Load the small parts of later processes, so that errors show before they start.
 
     Raises:
-        UserError: no BLEU tokenizer, or an unusable reward function or rollout engine.
+        UserError: no BLEU tokenizer, an unusable reward function or rollout engine, or a model that cannot do its part.
     """
+    from rayrlhf.engines.scoring.reward_model import check_reward_models
+    from rayrlhf.models.start_check import check_configuration
     from rayrlhf.rewards.functions import load_functions
 
     BleuScorer(config.probe.tokenize)
     for section in (config.relabel.verifier, config.quality.verifier if config.quality else None):
         if section is not None:
             load_functions(section)
+    if config.relabel.reward_model is not None:
+        check_reward_models(config.relabel.reward_model)
+    models = [config.model, *([config.probe.model] if config.probe.model else [])]
+    for model in models if config.probe.likelihood or config.relabel.method == "likelihood" else ():
+        check_configuration(model)
     samples = config.probe.response_field is None or config.quality is not None
     if samples:
-        models = [config.model, *([config.probe.model] if config.probe.model else [])]
         check_generator(config.generate, config.pipeline.address, models)
+
+
+def describe_data(config: PreSFTConfig) -> Iterator[str]:
+    """Read all rows, and yield counts, formats and columns of the datasets in words.
+
+    Raises:
+        UserError: see `describe_examples`.
+    """
+    yield describe_examples(config.data, given_field=config.probe.response_field, needs=needed_columns(config.relabel.verifier))
+    if config.quality is not None:
+        yield describe_examples(config.quality.data, needs=needed_columns(config.quality.verifier))
+
+
+def needed_columns(verifier: RewardSection | None) -> dict[str, str]:
+    """Return the columns that the functions of a verifier need."""
+    from rayrlhf.rewards.functions import load_functions, required_columns
+
+    return {} if verifier is None else required_columns(load_functions(verifier))
 
 
 def describe(config: PreSFTConfig) -> str:

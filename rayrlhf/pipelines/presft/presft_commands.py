@@ -36,10 +36,11 @@ def run(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False
     """Tune, score, select, relabel, and tune again from the base model; resumable."""
     loaded = _load(config, overrides)
     if dry_run:
-        from rayrlhf.pipelines.presft.dry_run import check_presft, describe
+        from rayrlhf.pipelines.presft.dry_run import check_presft, describe, describe_data
 
         check_presft(loaded)
-        typer.echo(describe(loaded))
+        for line in (describe(loaded), *describe_data(loaded)):
+            typer.echo(line)
         return
     from rayrlhf.pipelines.presft.run_presft import run_presft
 

@@ -171,7 +171,7 @@ def _limits(config: PreSFTConfig) -> Limits:
     return Limits(config.pipeline.max_restarts, config.pipeline.stall_seconds)
 
 
-def _column(parts: PartFolder, name: str, kind: Any) -> NDArray[Any]:
+def _column(parts: PartFolder, name: str, kind: object) -> NDArray[Any]:
     pieces: list[NDArray[Any]] = [table.column(name).to_numpy() for table in parts.tables([name])]
     column: NDArray[Any] = np.concatenate(pieces).astype(kind, copy=False)
     return column

@@ -5,16 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 from rayrlhf.batch_inference.generation import BatchGenerator, GenerationPlan, Response
 from rayrlhf.batch_inference.scoring import BleuScorer, Verifier
+from rayrlhf.batch_inference.stored_prompts import whole_prompt
 from rayrlhf.config.batch_inference import PairsSection
 from rayrlhf.config.pipelines import ProbeSection, RelabelSection
 from rayrlhf.library_types import ArrowTable
-from rayrlhf.pipelines.presft.columns import with_columns
-from rayrlhf.pipelines.presft.probing import sampling_text
+from rayrlhf.pipelines.presft.probing import LikelihoodEngine, sampling_text, with_columns
 from rayrlhf.pipelines.presft.selection import LEARNED, Candidate, Cut, Decision, agreement, decide, refusal
 
 if TYPE_CHECKING:
     from rayrlhf.engines.scoring.reward_ensemble import RewardEnsemble
-    from rayrlhf.pipelines.presft.probing import LikelihoodEngine
 
 CANDIDATES = "_candidates"
 """Column of JSON with candidates, read by `PairDecider`."""
@@ -69,7 +68,7 @@ class PairDecider:
     """Decides on every pair of a part."""
 
     _reward_model: "RewardEnsemble | None" = None
-    _likelihood: "LikelihoodEngine | None" = None
+    _likelihood: LikelihoodEngine | None = None
 
     def __init__(
         self, relabel: RelabelSection, probe: ProbeSection, data: PairsSection, plan: GenerationPlan | None, cut: Cut
@@ -87,8 +86,6 @@ class PairDecider:
 
             self._reward_model = RewardEnsemble(relabel.reward_model)
         if relabel.method == "likelihood" and plan is not None:
-            from rayrlhf.pipelines.presft.probing import LikelihoodEngine
-
             self._likelihood = LikelihoodEngine(plan, data)
         self._plan = plan
 
@@ -146,7 +143,7 @@ class PairDecider:
             return []
         if self._reward_model is not None:
             texts = [response.text for _, response in flat]
-            return [float(score) for score in self._reward_model.score([row["prompt"] for row, _ in flat], texts)]
+            return [float(score) for score in self._reward_model.score([whole_prompt(row) for row, _ in flat], texts)]
         if self._likelihood is not None:
             return self._likelihood.mean_logprobs([row for row, _ in flat], [response.text for _, response in flat])
         if self._relabel.method == "verifier":

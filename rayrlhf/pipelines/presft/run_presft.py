@@ -13,12 +13,11 @@ from rayrlhf.batch_inference.ingest import ingest_dataset
 from rayrlhf.batch_inference.stage_resources import PartProgress
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.pipelines import PreSFTConfig
-from rayrlhf.config.reward import RewardSection
 from rayrlhf.errors import UserError
-from rayrlhf.models.load import MERGED
+from rayrlhf.models.model_path import MERGED
 from rayrlhf.pipelines.presft.dataset import repair, write_dataset
 from rayrlhf.pipelines.presft.datasheet import write_datasheet
-from rayrlhf.pipelines.presft.dry_run import check_presft
+from rayrlhf.pipelines.presft.dry_run import check_presft, needed_columns
 from rayrlhf.pipelines.presft.presft_folder import Layout, open_presft
 from rayrlhf.pipelines.presft.presft_report import write_report
 from rayrlhf.pipelines.presft.presft_steps import (
@@ -119,7 +118,7 @@ class Run:
             tokenizer=tokenizer,
             longest=longest,
             given_field=given,
-            needs=_needs(config.relabel.verifier),
+            needs=needed_columns(config.relabel.verifier),
         )
         write_dataset(layout.rows, layout.dataset)
         if config.quality is not None:
@@ -133,7 +132,7 @@ class Run:
                 rows_per_part=size,
                 tokenizer=tokenizer,
                 longest=longest,
-                needs=_needs(config.quality.verifier),
+                needs=needed_columns(config.quality.verifier),
             )
             write_dataset(held_out, self._held_out_dataset())
 
@@ -259,13 +258,6 @@ def _running(config: PreSFTConfig) -> Iterator[Run]:
             run.prepare()
         with connected(config.pipeline.address):
             yield run
-
-
-def _needs(verifier: RewardSection | None) -> dict[str, str]:
-    """Return the columns that the functions of a verifier need."""
-    from rayrlhf.rewards.functions import load_functions, required_columns
-
-    return {} if verifier is None else required_columns(load_functions(verifier))
 
 
 def _tokenizer_and_limit(config: PreSFTConfig) -> tuple[Any, int]:

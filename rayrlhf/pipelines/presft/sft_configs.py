@@ -6,7 +6,7 @@ from rayrlhf.config.data import SupervisedDataSection, SupervisedDatasetSection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.pipelines import PreSFTConfig
 from rayrlhf.config.tuning import SFTConfig, SupervisedEvaluationSection, TuningRunSection
-from rayrlhf.models.load import EXPORT, MERGED
+from rayrlhf.models.model_path import EXPORT, MERGED
 
 TEMPLATE_TOKENS = 16
 """Maximum tokens that a chat template appends to a response."""

@@ -88,6 +88,29 @@ def bench_ppo_command(
         write_atomically(output / "ppo.md", "\n\n".join(one.as_markdown() for one in found) + "\n")
 
 
+@bench.command(name="record")
+def bench_record_command(
+    model: PolicyModel = "builtin:tiny",
+    prompts: Prompts = 64,
+    rounds: Rounds = 15,
+    updates: Annotated[int, typer.Option(min=1, help="Timed PPO steps of a run, of which the median counts.")] = 20,
+    output: Output = None,
+) -> None:
+    """Measure what `observe.record` costs a PPO step."""
+    from rayrlhf.tools.bench.ppo_step import bench_record, write_reward_model
+    from rayrlhf.tools.bench.work import PPOWork
+
+    with TemporaryDirectory() as folder:
+        policy, reward = write_reward_model(model, Path(folder) / "reward")
+        work = PPOWork(policy, reward, "float32", prompts, updates=updates)
+        found = bench_record(work, rounds=rounds, progress=typer.echo)
+    _show([found], output, "record")
+    for level in ("light", "full"):
+        ratio = found.ratio(level)
+        most, cost, least = (f"{1 / value - 1:+.2%}" for value in (ratio.low, ratio.median, ratio.high))
+        typer.echo(f"observe.record={level}: {cost} of a step's time (95 %: {least} to {most})")
+
+
 @bench.command(name="rollout")
 def bench_rollout_command(
     model: Annotated[str, typer.Option(help="The sampled model.")] = "builtin:smollm2-135m-instruct",
@@ -158,6 +181,26 @@ def bench_train_command(
     from rayrlhf.tools.bench.update_speed import bench_training
 
     _show([bench_training(model, samples=samples, rounds=rounds, progress=typer.echo)], output, "train")
+
+
+@bench.command(name="prefix")
+def bench_prefix_command(
+    model: Annotated[str, typer.Option(help="The trained model.")] = "builtin:smollm2-135m-instruct",
+    case: Annotated[list[str] | None, typer.Option(help="group, long-prompt, demonstrations, pairs, agent, none.")] = None,
+    precision: Precisions = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each contender.")] = 3,
+    output: Output = None,
+) -> None:
+    """Compare updates and scoring with shared prefixes, without, and in plain torch."""
+    from rayrlhf.tools.bench.prefix_speed import CASES, bench_prefix
+
+    for name in case or []:
+        if name not in CASES:
+            raise UserError(f"--case {name}: expected {', '.join(CASES)}")
+    found = []
+    for chosen in _chosen(precision or []):
+        found += bench_prefix(model, case or list(CASES), precision=chosen, rounds=rounds, progress=typer.echo)
+    _show(found, output, "prefix")
 
 
 @bench.command(name="overhead")

@@ -29,9 +29,10 @@ from rayrlhf.actors.worker import Worker
 from rayrlhf.config.loading.load import dump_config, load_config
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.section import GIB
+from rayrlhf.data.fingerprints import row_fingerprints
 from rayrlhf.data.prompt_sampler import PromptSampler
 from rayrlhf.data.records import Prompt, Records, Rollout, RolloutRequest, TokenScores
-from rayrlhf.engines.train.plan import UpdateReport
+from rayrlhf.engines.train.plan import TrainedRows, UpdatePlan, UpdateReport
 from rayrlhf.observe.live import LiveView
 from rayrlhf.ppo.run_recorder import Recorder
 from rayrlhf.ppo.step_driver import StepDriver
@@ -140,7 +141,7 @@ class _Stopwatch:
     def simulated(self, function: Callable[..., Any]) -> Any:
         """Simulate an actor's method: `.remote(...)` returns at once, through the object store."""
 
-        def remote(*arguments: Any) -> ray.ObjectRef:
+        def remote(*arguments: object) -> ray.ObjectRef:
             # The driver serializes a call's arguments, which is its own cost; the actor serializes the result.
             ray.cloudpickle.dumps(arguments, protocol=5)
             started = time.perf_counter()
@@ -200,12 +201,11 @@ def _actor_groups(replicas: int, stopwatch: _Stopwatch) -> ActorGroups:
         methods = ("submit", "poll", "begin_weights", "receive_weights", "finish_weights")
         return handle(**{name: getattr(replica, name) for name in methods})
 
-    report = UpdateReport({}, [1.0], [1e-6], 1, 1, False, 0, 0, 1, 0.0, {}, [])
-    policy = handle(score=_read, update=lambda *_: report, sync_dtype=lambda: "float32")
+    policy = handle(score=_read, update=_update, sync_dtype=lambda: "float32")
     policy.weights = SimpleNamespace(remote=lambda *_: _no_weights.remote())
     handles: dict[Role, tuple[Handle[Worker], ...]] = {
         "policy": (policy,),
-        "critic": (handle(score=_read, update=lambda *_: report),),
+        "critic": (handle(score=_read, update=_update),),
         "reference": (handle(score=_read),),
         "reward": (handle(score=_judge),),
         "rollout": tuple(rollout(seed) for seed in range(replicas)),
@@ -215,7 +215,7 @@ def _actor_groups(replicas: int, stopwatch: _Stopwatch) -> ActorGroups:
         for role, mine in handles.items()
     }
     plan = cast(Any, SimpleNamespace(overlap=True))
-    specs = cast(Any, SimpleNamespace(weight_transfer="shared_memory"))
+    specs = cast(Any, SimpleNamespace(weight_transfer="shared_memory", serves_adapters=False))
     return ActorGroups(groups, plan, {}, specs, "bench", {})
 
 
@@ -224,7 +224,15 @@ def _no_weights() -> Iterator[list[Any]]:
     yield []
 
 
-def _read(sequences: Sequence[Any], outputs: frozenset[str], *_: Any) -> Records[TokenScores]:
+def _update(batch: ray.ObjectRef, plan: UpdatePlan, _: object) -> UpdateReport:
+    values = ray.get(batch)
+    prints = row_fingerprints(values, range(len(values)))
+    steps = [list(rows) for epoch in plan.epochs for rows in epoch]
+    trained = [TrainedRows(number, tuple(rows), prints[rows], {}, {}, {}, 0.0) for number, rows in enumerate(steps)]
+    return UpdateReport({}, [1.0], [1e-6], len(steps), len(plan.epochs), False, 0, 0, 1, 1, 0.0, 0.0, {}, trained=trained)
+
+
+def _read(sequences: Sequence[Any], outputs: frozenset[str], *_: object) -> Records[TokenScores]:
     scores: Records[TokenScores] = Records()
     for sequence in sequences:
         logprobs = np.full(sequence.response_length, -1.0, np.float32) if "logprobs" in outputs else None

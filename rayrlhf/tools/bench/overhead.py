@@ -65,10 +65,10 @@ def _run(work: PPOWork, critic: Critic) -> list[float]:
     events: list[Mapping[str, Any]] = []
 
     class Watch(Callback):
-        def on_step_end(self, step: int, metrics: Mapping[str, float], scored: Any) -> None:
+        def on_step_end(self, step: int, metrics: Mapping[str, float], scored: object) -> None:
             ends.append(time.time())
 
-        def on_end(self, trainer: Any) -> None:
+        def on_end(self, trainer: object) -> None:
             time.sleep(1.0)
             events.extend(ray.timeline())
 

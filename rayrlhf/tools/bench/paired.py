@@ -74,7 +74,8 @@ class Comparison:
 
     def as_markdown(self) -> str:
         """Return a Markdown table of medians and ratios."""
-        lines = [f"**{self.title}**", "", f"| | median {self.unit} | times as fast (95 %) |", "|---|---|---|"]
+        times = "times as fast" if self.unit.endswith("/s") else "times as many"
+        lines = [f"**{self.title}**", "", f"| | median {self.unit} | {times} (95 %) |", "|---|---|---|"]
         for name in self.speeds:
             ratio = self.ratio(name)
             times = "1" if name == self.baseline else f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
@@ -105,7 +106,7 @@ def compare(
     return Comparison(title, unit, speeds)
 
 
-def in_new_process(function: Callable[..., Result], *arguments: Any) -> Result:
+def in_new_process(function: Callable[..., Result], *arguments: object) -> Result:
     """Run a contender in a new process, without threads, caches or groups of earlier ones.
 
     Its errors are raised here. The process ends with this call, also when a signal ends the call.

@@ -12,24 +12,30 @@ Times of the phases are reported in seconds and as a share of the fastest matrix
 
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from rayrlhf.config.model import ModelSection
 from rayrlhf.engines.rollout.common import rollout_environment
-from rayrlhf.models.builtin import resolve_model
+from rayrlhf.errors import UserError
+from rayrlhf.models.builtin import cache_folder, resolve_model
+from rayrlhf.storage.atomic import folder_atomically
 from rayrlhf.tools.bench.operations import Lengths, peak_operations, phase_operations, phase_table
 from rayrlhf.tools.bench.paired import Comparison, compare, in_new_process
-from rayrlhf.tools.bench.trl_baseline import installed_trl, run_trl
-from rayrlhf.tools.bench.work import Critic, PPOWork
+from rayrlhf.tools.bench.work import Critic, PPOWork, Record
 from rayrlhf.tools.launch.model_shape import read_shape
 
 PLAIN = "plain torch and vLLM calls"
+RELEASE = "1.12.0"
+"""TRL's last release with a PPO trainer, installed in a folder of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +88,7 @@ def bench_ppo(
     release, folder = installed_trl(progress)
     last: dict[str, Measured] = {}
 
-    def measured(name: str, run: Callable[..., Measured], *arguments: Any) -> Callable[[], float]:
+    def measured(name: str, run: Callable[..., Measured], *arguments: object) -> Callable[[], float]:
         def speed() -> float:
             last[name] = in_new_process(run, work, *arguments)
             return 3600 / last[name].step
@@ -104,6 +110,16 @@ def bench_ppo(
     operations = {name: {} if work.lora else phase_operations(shape, one.lengths, work.epochs) for name, one in last.items()}
     peak = in_new_process(peak_operations, work.precision)
     return PPOBench(comparison, {name: one.phases for name, one in last.items()}, operations, peak)
+
+
+def bench_record(work: PPOWork, *, rounds: int, progress: Callable[[str], None] = lambda _: None) -> Comparison:
+    """Compare the steps per hour of runs with `observe.record` with those of runs without."""
+
+    def run(level: Record) -> float:
+        return 3600 / in_new_process(_run_ours, replace(work, record=level), "shared").step
+
+    title = f"PPO step with a record, {work.prompts} prompts x {work.new_tokens} new tokens x {work.epochs} epochs"
+    return compare(title, "steps/h", {level: partial(run, level) for level in get_args(Record)}, rounds, progress)
 
 
 def write_reward_model(model: str, folder: Path) -> tuple[str, str]:
@@ -148,3 +164,34 @@ def _run_plain(work: PPOWork) -> Measured:
     plain = PlainPPO(work)
     seconds = plain.seconds()
     return Measured(seconds, plain.parts, plain.lengths)
+
+
+def installed_trl(progress: Callable[[str], None]) -> tuple[str, Path]:
+    """Install the release if missing, without dependencies, so that both use the same torch.
+
+    Returns:
+        Its version, and its folder, for `PYTHONPATH`.
+
+    Raises:
+        UserError: pip could not install it.
+    """
+    folder = cache_folder() / "bench" / f"trl-{RELEASE}"
+    if not folder.is_dir():
+        progress(f"installing trl=={RELEASE} into {folder}")
+        with folder_atomically(folder) as partial:
+            command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(partial), f"trl=={RELEASE}"]
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
+            if run.returncode:
+                raise UserError(f"bench ppo: pip could not install trl=={RELEASE}: {run.stderr.strip()[-300:]}")
+    return RELEASE, folder
+
+
+def run_trl(work: PPOWork, folder: Path) -> float:
+    """Run TRL's trainer with its own release first on the path; returns steps per hour."""
+    script = Path(__file__).with_name("trl_ppo.py")
+    job = json.dumps(asdict(work) | {"token_ids": work.token_ids()})
+    environment = os.environ | {"PYTHONPATH": str(folder), "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, str(script)], input=job, env=environment, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(f"TRL's trainer ended with {run.returncode}: {run.stderr[-2000:]}")
+    return 3600 / float(np.median(json.loads(run.stdout.splitlines()[-1])))

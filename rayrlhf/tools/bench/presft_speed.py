@@ -160,7 +160,8 @@ class PlainVLLM:
         """Start vLLM."""
         from vllm import LLM
 
-        from rayrlhf.models.load import resolve_dtype, resolve_path
+        from rayrlhf.models.load import resolve_dtype
+        from rayrlhf.models.model_path import resolve_path
 
         self._limit = plan.generate.max_new_tokens
         self._engine = LLM(

@@ -17,9 +17,10 @@ from rayrlhf.data.records import Prompt
 from rayrlhf.data.toy.word_problems import generate
 from rayrlhf.engines.rollout.common import rollout_environment
 from rayrlhf.engines.rollout.vllm import CPU_PREFILL_TOKENS
-from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
-from rayrlhf.tools.bench.bench_trainer import bench_config, running_trainer
+from rayrlhf.models.load import load_tokenizer, resolve_dtype
+from rayrlhf.models.model_path import resolve_path
 from rayrlhf.tools.bench.paired import Comparison, compare
+from rayrlhf.tools.bench.work import bench_config, running_trainer
 
 PROMPTS = 128
 """Number of prompts per run, all decoded at the same time."""

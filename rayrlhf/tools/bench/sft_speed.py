@@ -25,15 +25,15 @@ from rayrlhf.config.tuning import SFTConfig
 from rayrlhf.data.supervised.datasets import SupervisedSample
 from rayrlhf.data.toy.word_problems import generate
 from rayrlhf.engines.train.engine import TrainEngine
-from rayrlhf.engines.train.process_group import ProcessGroupSpec, join
+from rayrlhf.engines.train.process_group import join_alone
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import Tokenizer
-from rayrlhf.models.load import load_tokenizer, resolve_path
+from rayrlhf.models.load import load_tokenizer
+from rayrlhf.models.model_path import resolve_path
 from rayrlhf.tools.bench.paired import Comparison, Precision, compare, in_new_process
 from rayrlhf.tuning.data_plan import batch_plan
 from rayrlhf.tuning.sample_table import SampleTable
-from rayrlhf.tuning.step_recorder import StepRecorder
-from rayrlhf.tuning.step_trainer import StepTrainer
+from rayrlhf.tuning.step_trainer import StepRecorder, StepTrainer
 from rayrlhf.tuning.task import SupervisedTask
 
 MODEL = "builtin:tiny"
@@ -86,7 +86,7 @@ def bench_sft(
 
 def _run_ours(written: list[str], precision: Precision, packing: bool, steps: int) -> float:
     """Take the steps as a worker does, including metrics in a run folder."""
-    join(ProcessGroupSpec(0, 1, "127.0.0.1", _free_port()))
+    join_alone()
     train = SupervisedTrainSection(
         learning_rate=LEARNING_RATE,
         steps=steps + 1,
@@ -171,7 +171,7 @@ class _StepClock:
         ends = self._ends
 
         class Callback(TrainerCallback):  # type: ignore[misc]
-            def on_step_end(self, *_: Any, **__: Any) -> None:
+            def on_step_end(self, *_: object, **__: object) -> None:
                 ends.append(time.perf_counter())
 
         return Callback()
@@ -186,11 +186,3 @@ class _StepClock:
     def tokens_per_second(self, steps: int) -> float:
         """Return the speed after the first step; batches are collated in step order, some ahead."""
         return sum(self._tokens[1 : steps + 1]) / (self._ends[steps] - self._ends[0])
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

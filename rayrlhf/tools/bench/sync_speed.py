@@ -13,8 +13,8 @@ import ray
 
 from rayrlhf.actors.remote import Ref
 from rayrlhf.ppo.step_driver import StepDriver
-from rayrlhf.tools.bench.bench_trainer import bench_config, running_trainer
 from rayrlhf.tools.bench.paired import Comparison, compare
+from rayrlhf.tools.bench.work import bench_config, running_trainer
 from rayrlhf.weight_sync.buckets import SharedTensor
 from rayrlhf.weight_sync.object_store import BUCKET_BYTES
 

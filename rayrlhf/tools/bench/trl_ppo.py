@@ -23,7 +23,7 @@ def run(job: dict[str, Any]) -> list[float]:
     ends: list[float] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, *_: Any, **__: Any) -> None:
+        def on_step_end(self, *_: object, **__: object) -> None:
             ends.append(time.perf_counter())
 
     def classifier(path: str) -> Any:

@@ -14,15 +14,17 @@ import ray
 import torch
 
 from rayrlhf.actors.remote import put
+from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import TokenSequence
 from rayrlhf.data.toy.word_problems import generate
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.train.plan import UpdatePlan
-from rayrlhf.models.load import load_tokenizer, resolve_dtype, resolve_path
+from rayrlhf.models.load import load_tokenizer, resolve_dtype
+from rayrlhf.models.model_path import resolve_path
 from rayrlhf.ppo.update_objectives import make_objectives
-from rayrlhf.tools.bench.bench_trainer import bench_config, running_trainer
 from rayrlhf.tools.bench.paired import Comparison, compare
+from rayrlhf.tools.bench.work import bench_config, running_trainer
 
 MAX_PROBLEMS = 8
 """Maximum word problems per sample: some 300 tokens."""
@@ -39,7 +41,7 @@ def bench_training(model: str, *, samples: int, rounds: int, progress: Callable[
     tokens = sum(batch.lengths)
     with running_trainer(config) as trainer:
         threads = trainer.actor_groups.plan.workers["policy"][0].threads
-        plain = ray.remote(PlainTrainer).options(num_cpus=0).remote(config, list(batch.sequences), threads)
+        plain = ray.remote(PlainTrainer).options(num_cpus=0).remote(config.model, list(batch.sequences), threads)
         objective = make_objectives(config)["policy"]
         plan = UpdatePlan([[list(range(samples))]])
         reference = put(batch)
@@ -85,13 +87,13 @@ class PlainTrainer:
     ROWS = 4
     """Maximum rows of a forward pass."""
 
-    def __init__(self, config: PPOConfig, sequences: list[TokenSequence], threads: int) -> None:
+    def __init__(self, model: ModelSection, sequences: list[TokenSequence], threads: int) -> None:
         """Load the model and pad the sequences."""
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(threads)
-        self._dtype = resolve_dtype(config.model.dtype)
-        self._model = AutoModelForCausalLM.from_pretrained(resolve_path(config.model), dtype=torch.float32)
+        self._dtype = resolve_dtype(model.dtype)
+        self._model = AutoModelForCausalLM.from_pretrained(resolve_path(model), dtype=torch.float32)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-6, fused=True)
         rows = sorted(sequences, key=lambda sequence: len(sequence.token_ids))
         self._batches = [rows[start : start + self.ROWS] for start in range(0, len(rows), self.ROWS)]

@@ -1,19 +1,27 @@
-"""PPO job of the benchmarks, the same for every contender."""
+"""PPO job of the benchmarks, and the actors of a small run without its loop."""
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from rayrlhf.actors.connection import connected, running_actor_groups
+from rayrlhf.actors.model_loading import load_models
 from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.data.prompt_sampler import PromptSampler
+from rayrlhf.data.records import Prompt
 from rayrlhf.data.toy.word_problems import generate
 from rayrlhf.models.load import load_tokenizer
+from rayrlhf.ppo.step_driver import StepDriver
 from rayrlhf.tools.bench.paired import Precision
 
 Critic = Literal["separate", "shared"]
+Record = Literal["off", "light", "full"]
 MIN_CHARACTERS, MAX_CHARACTERS = 32, 96
 """Length of a prompt in characters."""
 
@@ -31,6 +39,7 @@ class PPOWork:
         epochs: optimizer steps per batch.
         updates: timed PPO steps.
         lora: rank of adapters on all linear layers of the policy, whose reference is then the policy without them; 0 for none.
+        record: `observe.record` of our runs.
     """
 
     policy: str
@@ -41,6 +50,7 @@ class PPOWork:
     epochs: int = 4
     updates: int = 3
     lora: int = 0
+    record: Record = "off"
 
     def texts(self) -> list[str]:
         """Return the prompts of all steps, the first included."""
@@ -74,6 +84,26 @@ class PPOWork:
                 "evaluation.every=0",
                 "checkpoint.every=0",
                 "observe.live=false",
+                f"observe.record={self.record}",
                 *own_critic.get(critic, [f"critic.kind={critic}"] if critic != "none" else []),
             ],
         )
+
+
+def bench_config(overrides: Sequence[str]) -> PPOConfig:
+    """Return a configuration without data, reference or critic; prompts are passed directly."""
+    base = [
+        "run.name=bench",
+        "data.train.path=none",
+        "reward.functions=[{name: format, arguments: {pattern: x}}]",
+        "algorithm={kl: {coefficient: 0.0}, advantage: {estimator: reinforce}}",
+    ]
+    return load_config(PPOConfig, None, [*base, *overrides])
+
+
+@contextmanager
+def running_trainer(config: PPOConfig) -> Iterator[StepDriver]:
+    """Start Ray and the actors with their models for the duration of the block."""
+    with connected(config.placement.address), running_actor_groups(config) as actor_groups:
+        load_models(actor_groups, config.deadlines.start)
+        yield StepDriver(config, actor_groups, PromptSampler([Prompt(0, "", np.zeros(1, np.int32))], seed=0))

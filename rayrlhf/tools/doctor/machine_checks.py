@@ -155,6 +155,19 @@ def ports(facts: Facts) -> Iterator[Diagnosis]:
         yield Diagnosis("ports", "ok", "Ray's usual ports are free")
 
 
+def listeners(facts: Facts) -> Iterator[Diagnosis]:
+    """List the listening ports of Ray and this package.
+
+    Other machines can connect to any but those of the loopback address.
+    """
+    shown = [f"{one.address}:{one.port} {one.name} (process {one.pid})" for one in facts.listeners]
+    if any(not one.is_local for one in facts.listeners):
+        fix = "Other machines can connect: keep these ports inside a trusted network, and Ray's token authentication on."
+        yield Diagnosis("listeners", "warning", ", ".join(shown), fix)
+    else:
+        yield Diagnosis("listeners", "ok", ", ".join(shown) or "no process of Ray or rayrlhf listens")
+
+
 def disk(facts: Facts) -> Iterator[Diagnosis]:
     """Check the disk; Ray fails at 95 % full, and checkpoints are large."""
     for name, free in facts.disk_free.items():
@@ -177,6 +190,18 @@ def environment(facts: Facts) -> Iterator[Diagnosis]:
         yield Diagnosis("environment", "ok", found or "no variable that changes a run is set")
 
 
+def token(facts: Facts) -> Iterator[Diagnosis]:
+    """Check the mode of Ray's token, which clusters of the locked Ray demand."""
+    mode = facts.environment.get("RAY_AUTH_MODE")
+    if mode == "token":
+        yield Diagnosis("token", "ok", "RAY_AUTH_MODE=token: Ray's own commands send the cluster's token")
+    elif mode is not None:
+        fix = "Everyone who reaches Ray's ports can run code. Unset it, or set RAY_AUTH_MODE=token."
+        yield Diagnosis("token", "warning", f"RAY_AUTH_MODE={mode}", fix)
+    else:
+        yield Diagnosis("token", "ok", "rayrlhf sends Ray's token; `ray job submit` and `ray list` need RAY_AUTH_MODE=token")
+
+
 def sandbox(facts: Facts) -> Iterator[Diagnosis]:
     """Check the sandbox; the reward `code` runs untrusted programs only inside one."""
     if facts.sandbox:
@@ -195,8 +220,10 @@ CHECKS: tuple[Check, ...] = (
     processor,
     gpus,
     ports,
+    listeners,
     disk,
     environment,
+    token,
     sandbox,
 )
 

@@ -112,8 +112,7 @@ def submit(
     """
     from rayrlhf.config.loading.load import load_config
     from rayrlhf.config.ppo import PPOConfig
-    from rayrlhf.tools.launch.job_client import JobRequest
-    from rayrlhf.tools.launch.submit import connect, run_job, stop_job
+    from rayrlhf.tools.launch.submit import JobRequest, connect, run_job, stop_job
 
     if resubmit_on_failure and no_wait:
         raise UserError("--resubmit-on-failure must wait for the job: leave --no-wait out")

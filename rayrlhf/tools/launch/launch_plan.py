@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from rayrlhf.actors.placement import ClusterResources, Role, make_plan
+from rayrlhf.config.judge import JudgeSection
 from rayrlhf.config.launch import NodeSection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.rollout import RolloutSection
 from rayrlhf.config.section import GIB
 from rayrlhf.models.logit_chunks import chunk_bytes
 from rayrlhf.ppo.run_models import check_row_splits, models_of
@@ -93,7 +95,7 @@ def plan_run(config: PPOConfig, nodes: NodeSection) -> RunPlan:
     shapes = {role: _shape(model) for role, model in models_of(config).items()}
     precision = _precision(config.model, nodes)
     longest = _longest(config, shapes["policy"])
-    cache = _cache_bytes(config, nodes, shapes["policy"], precision, longest)
+    cache = _cache_bytes(config.rollout, nodes, shapes["policy"], precision, longest)
     memory = {
         role: _memory(config, role, len(workers), shapes.get(role), nodes, longest, cache)
         for role, workers in resources.workers.items()
@@ -103,6 +105,8 @@ def plan_run(config: PPOConfig, nodes: NodeSection) -> RunPlan:
     problems = [*_device_problems(places, memory, nodes), *_node_problems(places, memory, nodes)]
     if cache_tokens < longest:
         problems.append(f"a replica's KV cache holds {cache_tokens} tokens, one sample may have {longest}")
+    if config.reward.judge is not None:
+        problems += _judge_problems(config.reward.judge, nodes, shapes["judge"])
     splits: dict[Role, int] = {
         "policy": config.placement.policy.sequence_parallel,
         "critic": config.placement.critic.sequence_parallel,
@@ -142,9 +146,28 @@ def _longest(config: PPOConfig, shape: ModelShape) -> int:
     return shape.context if prompt is None else min(shape.context, prompt + config.rollout.max_new_tokens)
 
 
-def _cache_bytes(config: PPOConfig, nodes: NodeSection, shape: ModelShape, precision: Precision, longest: int) -> int:
+def _judge_cache(judge: JudgeSection, nodes: NodeSection, shape: ModelShape) -> int:
+    """Return the KV cache of a judge's replica in bytes over all devices, as `_cache_bytes`."""
+    return _cache_bytes(judge.engine, nodes, shape, _precision(judge.model, nodes), judge.max_model_length or shape.context)
+
+
+def _judge_problems(judge: JudgeSection, nodes: NodeSection, shape: ModelShape) -> Iterator[str]:
+    """Yield a line if a judge's KV cache does not hold its longest question.
+
+    vLLM refuses such an engine.
+    """
+    need = judge.max_model_length or shape.context
+    tokens = max(_judge_cache(judge, nodes, shape), 0) // cache_bytes_per_token(shape, _precision(judge.model, nodes))
+    if tokens < need:
+        memory = "gpu_memory_utilization" if nodes.gpus else "memory_gib"
+        yield (
+            f"a judge's KV cache holds {tokens} tokens, a question may have {need} (reward.judge.max_model_length, "
+            f"reward.judge.{memory})"
+        )
+
+
+def _cache_bytes(rollout: RolloutSection, nodes: NodeSection, shape: ModelShape, precision: Precision, longest: int) -> int:
     """Return a replica's KV cache in bytes over all devices; negative if nothing fits."""
-    rollout = config.rollout
     if nodes.gpus:
         devices = rollout.tensor_parallel_size
         rest = rollout_memory(shape, precision, devices=devices, cache=0).total
@@ -177,9 +200,14 @@ def _memory(
     if role == "rollout":
         devices = config.rollout.tensor_parallel_size if nodes.gpus else 1  # on CPUs one memory holds all parts
         return rollout_memory(shape, precision, devices=devices, cache=max(cache, 0))
-    if role == "reference":
+    if role == "judge" and config.reward.judge is not None:
+        devices = config.reward.judge.tensor_parallel_size if nodes.gpus else 1
+        cache = _judge_cache(config.reward.judge, nodes, shape)
+        return rollout_memory(shape, precision, devices=devices, cache=max(cache, 0))
+    if role in ("reference", "teacher"):
         memory = frozen_memory(shape, precision, tokens=max(train.score_batch_tokens, longest), gpu=gpu, chunk=chunk)
-        return offloaded_between_turns(memory) if nodes.gpus and config.reference.offload else memory
+        section = config.teacher if role == "teacher" and config.teacher is not None else config.reference
+        return offloaded_between_turns(memory) if nodes.gpus and section.offload else memory
     from rayrlhf.models.sequence_parallel import key_copies
 
     placement = config.placement.policy if role == "policy" else config.placement.critic

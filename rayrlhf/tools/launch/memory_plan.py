@@ -1,7 +1,8 @@
 """Memory of a process of each role, computed from the shape of its model.
 
 The layout is this package's, which differs from other trainers: master weights, gradients and moments are float32, and bfloat16
-comes from autocast, which keeps a rounded copy of the linear weights during forward and backward. Sharding by stage follows
+comes from autocast, which keeps a rounded copy of the linear weights during forward and backward. Frozen weights, the base of
+adapters included, have the dtype of their checkpoint. Sharding by stage follows
 Rajbhandari et al. 2020 ("ZeRO"); DeepSpeed's stages 1 to 3 keep a float32 copy of a rank's own shard next to the weights.
 Activations are those that autograd saves for a decoder layer like Llama's; a test compares them with the saved tensors.
 """
@@ -45,7 +46,7 @@ class Memory:
     cache: int = 0
     overhead: int = 0
     loading: int = 0
-    """Additional bytes during loading: a rank moves the whole float32 model to its device before it is sharded."""
+    """Additional bytes during loading: two tensors, or the whole model where transformers converts its weights."""
     host: int = 0
     """Main memory in addition to the device; 0 on a CPU, where both are the same."""
     by_turns: int = 0
@@ -132,12 +133,17 @@ def train_memory(
     learned = shape.trainable if shape.adapters else everything
     own = ranks if stage else 1
     master = FLOAT * -(-learned // own) if stage else 0
-    weights = FLOAT * (-(-everything // ranks) if stage == 3 else everything)
+    own_copies = shape.adapters and shape.stored < FLOAT  # a frozen base is stored as autocast would round it
+    whole = (shape.frozen_bytes - shape.stored * frozen_head + FLOAT * shape.trainable) if own_copies else FLOAT * everything
+    weights = -(-whole // ranks) if stage == 3 else whole
+    divided = stage == 3 and not shape.converted  # read and divided tensor by tensor
+    two = 2 * (shape.stored if own_copies else FLOAT) * shape.largest
     gradients = FLOAT * (-(-learned // ranks) if stage >= 2 else learned)
     optimizer = states * FLOAT * -(-learned // own) + master
     offloaded = optimizer if train.offload_optimizer and stage else 0
-    rounded = precision.size * (min(shape.linear, LIVE_ELEMENTS) if stage == 3 else shape.linear) if precision.reduced else 0
-    gathered = FLOAT * min(LIVE_ELEMENTS, everything) if stage == 3 and ranks > 1 else 0
+    rounded = precision.size * (min(shape.linear, LIVE_ELEMENTS) if stage == 3 else shape.linear)
+    rounded = rounded if precision.reduced and not own_copies else 0
+    gathered = whole * min(LIVE_ELEMENTS, everything) // everything if stage == 3 and ranks > 1 else 0
     bucket = FLOAT * min(BUCKET_ELEMENTS, learned) if ranks > 1 else 0
     logits = LOGIT_BUFFERS * _logit_bytes(shape, tokens, chunk) + precision.size * shape.output if language else 0
     process = PROCESS_BYTES if gpu else CPU_PROCESS_BYTES
@@ -149,10 +155,9 @@ def train_memory(
         + backward_bytes(shape, tokens, precision)
         + logits,
         overhead=process,
-        host=max(FLOAT * everything, offloaded),
+        host=max(two if divided else whole, offloaded),
     )
-    whole = FLOAT * everything + process
-    return replace(running, loading=max(0, whole - running.total))
+    return replace(running, loading=max(0, (weights + two if divided else whole) + process - running.total))
 
 
 def frozen_memory(
@@ -160,15 +165,17 @@ def frozen_memory(
 ) -> Memory:
     """Return the memory of a frozen model with one layer's activations.
 
-    Linear weights are in compute precision, the rest in float32.
+    Linear weights are in compute precision or that of the checkpoint, embedding and output layer in that of the checkpoint.
     """
-    weights = precision.size * shape.linear + FLOAT * (shape.parameters - shape.linear)
+    other = shape.linear - shape.held_linear
+    weights = min(precision.size, shape.stored) * shape.held_linear + precision.size * other + shape.stored * shape.held
+    weights += FLOAT * (shape.parameters - shape.linear - shape.held)
     layer = FLOAT * (4 * shape.hidden + 2 * shape.query + 2 * shape.intermediate)
     return Memory(
         weights=weights,
         activations=tokens * layer + _logit_bytes(shape, tokens, chunk) + precision.size * shape.output,
         overhead=PROCESS_BYTES if gpu else CPU_PROCESS_BYTES,
-        host=FLOAT * shape.parameters,
+        host=shape.frozen_bytes,
     )
 
 

@@ -22,6 +22,11 @@ class ModelShape:
         linear: of linear layers except the output layer.
         output: of the output layer, tied or not.
         trainable: all parameters, or those of the adapters.
+        stored: bytes of a number in the checkpoint, 2 or 4.
+        held_linear: the part of `linear` that is held in the checkpoint's dtype where it is frozen (`models/held_weights`).
+        held: the same of embedding and output layer.
+        largest: of the largest tensor.
+        converted: transformers converts the weights on load, so that each process loads all of them.
         hidden: width of the residual stream.
         heads: number of query heads, and of key heads.
         query: width of all query heads together.
@@ -36,6 +41,11 @@ class ModelShape:
     linear: int
     output: int
     trainable: int
+    stored: int
+    held_linear: int
+    held: int
+    largest: int
+    converted: bool
     layers: int
     hidden: int
     heads: tuple[int, int]
@@ -50,6 +60,12 @@ class ModelShape:
     def adapters(self) -> bool:
         """True if only adapters are trained."""
         return self.trainable < self.parameters
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of all weights without masters."""
+        held = self.held + self.held_linear
+        return self.stored * held + 4 * (self.parameters - held)
 
 
 def read_shape(model: ModelSection) -> ModelShape:
@@ -78,6 +94,9 @@ def shape_of(network: PreTrainedModel, lora: LoraSection | None = None) -> Model
     """
     from torch import nn
 
+    from rayrlhf.models.direct_load import is_converted
+    from rayrlhf.models.held_weights import HALVES, holdable
+
     text = network.config.get_text_config()
     head = network.get_output_embeddings()
     linear = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear) and module is not head}
@@ -86,6 +105,8 @@ def shape_of(network: PreTrainedModel, lora: LoraSection | None = None) -> Model
     key_heads = getattr(text, "num_key_value_heads", None) or heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
     layers = int(text.num_hidden_layers)
+    held = {key: parameter.numel() for key, parameter in holdable(network).items()}
+    held_linear = sum(held.get(id(module.weight), 0) for module in linear.values())
     adapted = None if lora is None else {name: module for name, module in linear.items() if _is_adapted(name, lora, layers)}
     return ModelShape(
         parameters=parameters,
@@ -94,6 +115,11 @@ def shape_of(network: PreTrainedModel, lora: LoraSection | None = None) -> Model
         trainable=parameters
         if lora is None or adapted is None
         else lora.rank * sum(module.in_features + module.out_features for module in adapted.values()),
+        stored=2 if network.config.dtype in (*HALVES, "bfloat16", "float16") else 4,
+        held_linear=held_linear,
+        held=sum(held.values()) - held_linear,
+        largest=max(parameter.numel() for parameter in network.parameters()),
+        converted=is_converted(network),
         layers=layers,
         hidden=int(text.hidden_size),
         heads=(heads, key_heads),

@@ -59,15 +59,13 @@ def find_remedy(config: PPOConfig, nodes: NodeSection) -> Remedy | None:
 def unloadable(config: PPOConfig, nodes: NodeSection) -> str | None:
     """Return why no setting helps, or None.
 
-    A rank loads its whole model in float32 before it is sharded.
+    A rank loads the whole of a model whose weights transformers converts, before they are sharded.
     """
     limit = USABLE * nodes.gpu_memory_gib if nodes.gpus else USABLE * nodes.main_memory_gib
     for role, shape in learning_shapes(config).items():
-        whole = FLOAT * shape.parameters / GIB
-        if whole > limit:
-            return (
-                f"each rank of the {role} loads the whole model in float32 before it is sharded: {whole:.1f} of {limit:.1f} GiB"
-            )
+        whole = (shape.frozen_bytes if shape.adapters else FLOAT * shape.parameters) / GIB
+        if shape.converted and whole > limit:
+            return f"each rank of the {role} loads the whole model before it is sharded: {whole:.1f} of {limit:.1f} GiB"
     return None
 
 
@@ -123,6 +121,8 @@ def _single(config: PPOConfig, nodes: NodeSection) -> Iterator[str]:
             yield f"rollout.tensor_parallel_size={devices}"
     if nodes.gpus and config.needs_reference and not config.reference_in_policy and not config.reference.offload:
         yield "reference.offload=true"
+    if nodes.gpus and config.teacher is not None and not config.teacher.offload:
+        yield "teacher.offload=true"
     if nodes.gpus and config.reward.model is not None and not config.reward.model.offload:
         yield "reward.model.offload=true"
     if not train.offload_optimizer:

@@ -108,7 +108,7 @@ def _grant(name: str, group: GroupPlan, nodes: list[_Node]) -> list[tuple[int, t
     together = " on one node" if group.strategy == "STRICT_PACK" else ""
     left = "; ".join(f"node {index}: {node.cpus:g} CPUs, {sum(node.devices):g} GPUs" for index, node in enumerate(nodes))
     raise UserError(
-        f"placement group {name!r}: requested {len(wanted)} bundles of up to {largest[0]:g} CPUs and {largest[1]:g} GPUs"
+        f"placement group {name!r}: requested {len(wanted)} times up to {largest[0]:g} CPUs and {largest[1]:g} GPUs"
         f"{together}, available: {left}"
     )
 

@@ -3,13 +3,106 @@
 Ray runs a job once; retries are the submitter's part. They are safe, because a run resumes from its last checkpoint.
 """
 
+import logging
 import os
+import re
+import shlex
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
 
+from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.errors import ActorLostError, StoppedError, UserError
-from rayrlhf.tools.launch.job_client import JobRequest
+
+EXCLUDES = (
+    ".git/",
+    ".venv/",
+    "__pycache__/",
+    "*.pyc",
+    ".pytest_cache/",
+    ".mypy_cache/",
+    ".ruff_cache/",
+    "runs/",
+    "*.safetensors",
+    "*.bin",
+    "*.gguf",
+    ".env",
+    ".env.*",
+    "*.pem",
+    "*.key",
+    "*token*.txt",
+    "auth_token",
+)
+"""Files left out of the upload (Ray's limit is 100 MiB): caches, run folders, weights, possible secrets."""
+SECRET = re.compile(r"(token|secret|password|api_?key|credential)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class JobRequest:
+    """One run as a Ray job: entrypoint, working folder, environment, metadata; without secrets.
+
+    Attributes:
+        run_name: the run's name, part of the job's name.
+        entrypoint: the command line on the cluster.
+        metadata: shown in lists of jobs.
+        entrypoint_cpus: CPUs that the driver requests; with 0 it runs on the head.
+    """
+
+    run_name: str
+    entrypoint: str
+    runtime_env: dict[str, Any]
+    metadata: dict[str, str]
+    entrypoint_cpus: float
+
+    @classmethod
+    def of(
+        cls,
+        config: PPOConfig,
+        path: Path,
+        overrides: Sequence[str],
+        working_dir: Path,
+        entrypoint_cpus: float = 0.0,
+        stop_seconds: int = 600,
+    ) -> Self:
+        """Describe a run as a job.
+
+        Args:
+            config: the run, loaded here so that errors are found before the upload.
+            path: its file, inside `working_dir`.
+            overrides: settings of the command line; part of the entrypoint, which all users of the cluster can read.
+            working_dir: folder that is uploaded and in which the job runs.
+            stop_seconds: seconds between Ray's stop signal and killing the run.
+
+        Raises:
+            UserError: the file is outside of the folder, or an override looks like a secret.
+        """
+        folder = working_dir.resolve()
+        if not folder.is_dir():
+            raise UserError(f"--working-dir {working_dir}: no such folder")
+        try:
+            inside = path.resolve().relative_to(folder)
+        except ValueError as error:
+            raise UserError(f"{path}: is outside of --working-dir {working_dir}; only that folder is uploaded") from error
+        for override in overrides:
+            key, _, value = override.partition("=")
+            if SECRET.search(key.rpartition(".")[2]) and not value.isdigit():
+                raise UserError(f"{key}: a job's command is visible to all users; pass secrets through the environment")
+        return cls(
+            run_name=config.run.name,
+            entrypoint=shlex.join(["rayrlhf", "ppo", inside.as_posix(), *overrides]),
+            runtime_env={
+                "working_dir": str(folder),
+                "excludes": list(EXCLUDES),
+                # Otherwise Ray kills a stopped job after 3 seconds, in the middle of its checkpoint.
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(stop_seconds), "PYTHONUNBUFFERED": "1"},
+            },
+            metadata={"run": config.run.name, "steps": str(config.run.steps), "seed": str(config.run.seed)},
+            entrypoint_cpus=entrypoint_cpus,
+        )
+
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -23,11 +116,13 @@ ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 def connect(address: str | None) -> Any:
     """Return a client of a cluster's job server.
 
-    With RAY_AUTH_MODE=token the token comes from RAY_AUTH_TOKEN(_PATH) or ~/.ray/auth_token, never from arguments.
+    The token comes from RAY_AUTH_TOKEN(_PATH) or ~/.ray/auth_token, never from arguments. Where there is one, and RAY_AUTH_MODE
+    is not set, it is sent over HTTPS and to this machine's own addresses.
 
     Raises:
         UserError: no address, no response, or the token is wrong.
     """
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
@@ -36,6 +131,10 @@ def connect(address: str | None) -> Any:
         raise UserError("no cluster: give --address URL (for example http://127.0.0.1:8265), or set RAY_API_SERVER_ADDRESS")
     if not address.startswith(("http://", "https://")):
         raise UserError(f"--address {address}: expected the dashboard's URL, for example http://127.0.0.1:8265")
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    place = urlsplit(address)
+    if place.scheme == "https" or place.hostname in ("127.0.0.1", "localhost", "::1"):  # else a network would read the token
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         return JobSubmissionClient(address)
     except ConnectionError as error:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from rayrlhf.observe.metric_names import SHARED_FRACTION
+
 STEP_TIME, EPISODES, SYNC_VERSION = "time/step", "episode", "sync/version"
 SECONDS_PER_RESPONSE = "derived/seconds_per_response"
 STALENESS = "derived/staleness"
@@ -47,6 +49,7 @@ GROUPS = (
         "How far the policy moved",
         (
             Curve("objective/kl", "KL from the reference", "nats per response", "Distance that the KL penalty is based on."),
+            Curve("objective/teacher_kl", "KL to the teacher", "nats per response", "Reverse KL that distillation lowers."),
             Curve("objective/kl_coef", "KL coefficient", "score per nat", "Weight of the KL penalty."),
             Curve("policy/entropy_avg", "Entropy", "nats per token", "Near 0 the policy has stopped exploring."),
             Curve("policy/approxkl_avg", "KL of an update", "nats per token", "How far one step's updates moved the policy."),
@@ -101,9 +104,17 @@ GROUPS = (
             Curve("speed/tokens_per_second", "Throughput", "tokens per second", "Tokens of the step divided by its time."),
             Curve("memory/peak_gib", "Peak memory so far", "GiB", "All processes of the run on the driver's machine."),
             Curve("policy/padding_share", "Padding", "share", "Share of trained positions without a token."),
+            Curve(
+                SHARED_FRACTION,
+                "Shared prefixes",
+                "share",
+                "Share of trained tokens that were computed for another sample.",
+            ),
             Curve("padding_share", "Padding", "share", "Share of trained positions without a token."),
         ),
-        prefixes=tuple(f"memory/{role}_" for role in ("policy", "critic", "reference", "reward", "rollout")),
+        prefixes=tuple(
+            f"memory/{role}_" for role in ("policy", "critic", "reference", "teacher", "reward", "judge", "rollout")
+        ),
     ),
 )
 """Groups of curves in the order of the page."""

@@ -16,7 +16,9 @@ PHASE_ROLES = {
     "generate": ("rollout",),
     "greedy": ("rollout",),
     "reward": ("reward",),
+    "judge": ("judge",),
     "reference": ("reference",),
+    "teacher": ("teacher",),
     "critic": ("critic",),
     "policy": ("policy",),
     "update_policy": ("policy",),
@@ -24,7 +26,7 @@ PHASE_ROLES = {
     "weight_sync": ("policy", "rollout"),
 }
 """Phase of the driver -> the roles that work in it; any other phase is the driver's own."""
-ROLE_ORDER = ("rollout", "reward", "reference", "critic", "policy", DRIVER)
+ROLE_ORDER = ("rollout", "reward", "judge", "reference", "teacher", "critic", "policy", DRIVER)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rayrlhf.observe.html.page import Block, Chart, Ids, preformatted
 
@@ -83,12 +83,50 @@ class ColoredTokens:
     def html(self, ids: Ids) -> str:
         """Return the response."""
         facts = "".join(f"<span>{escape(fact)}</span>" for fact in self.facts)
-        spans = "".join(
-            f'<span class="{kl_class(value)}" title="{value:+.3f} nats">{escape(token)}</span>'
-            for token, value in zip(self.tokens, self.kl, strict=True)
-        )
+        spans = _colored(self.tokens, self.kl)
         prompt = f"<h3>prompt</h3>{preformatted(self.prompt)}<h3>response</h3>"
         return f'<article class="pair"><header>{facts}</header>{prompt}<pre class="tokens" tabindex="0">{spans}</pre></article>'
+
+
+class SpokenTurn(NamedTuple):
+    """One turn: speaker, text or tokens with their KL, and reward."""
+
+    speaker: str
+    text: str
+    reward: float
+    tokens: Sequence[str] = ()
+    kl: Sequence[float] = ()
+
+    def html(self) -> str:
+        """Return the turn as an item of a list."""
+        text = _colored(self.tokens, self.kl) if self.tokens else escape(self.text)
+        reward = f'<span class="reward">reward {self.reward:+.3g}</span>' if self.reward else ""
+        head = f"<header><span>{escape(self.speaker)}</span>{reward}</header>"
+        return f'<li class="{escape(self.speaker)}">{head}<pre class="tokens" tabindex="0">{text}</pre></li>'
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A multi-turn sample: its branches, each with its turns.
+
+    Attributes:
+        facts: about the sample, one line.
+        prompt: text of the prompt.
+        branches: title and turns of each; the first is the trunk.
+    """
+
+    facts: Sequence[str]
+    prompt: str
+    branches: Sequence[tuple[str, Sequence[SpokenTurn]]]
+
+    def html(self, ids: Ids) -> str:
+        """Return the conversation."""
+        facts = "".join(f"<span>{escape(fact)}</span>" for fact in self.facts)
+        parts = "".join(
+            f'<h3>{escape(title)}</h3><ol class="turns">{"".join(turn.html() for turn in turns)}</ol>'
+            for title, turns in self.branches
+        )
+        return f'<article class="pair"><header>{facts}</header><h3>prompt</h3>{preformatted(self.prompt)}{parts}</article>'
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +143,13 @@ class TokenLegend:
             for kind, words in parts
         )
         return f'<p class="note legend">{keys}<span>nats per token or more</span></p>'
+
+
+def _colored(tokens: Sequence[str], kl: Sequence[float]) -> str:
+    return "".join(
+        f'<span class="{kl_class(value)}" title="{value:+.3f} nats">{escape(token)}</span>'
+        for token, value in zip(tokens, kl, strict=True)
+    )
 
 
 def kl_class(value: float) -> str:

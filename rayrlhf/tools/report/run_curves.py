@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from rayrlhf.observe.html.charts import Figure, axes
+from rayrlhf.observe.html.charts import Figure, axes, constant_range
 from rayrlhf.observe.html.page import Block, Chart, DataTable, Heading
 from rayrlhf.tools.report.curve_catalog import (
     EPISODES,
@@ -82,7 +82,11 @@ def curve_figure(curve: Curve, every: Sequence[Mapping[str, Series]], labels: Se
         drawn = thinned(series[curve.metric])
         trace = {"type": "scatter", "name": escape(label), "x": drawn.points[0], "y": drawn.points[1]}
         data.append(trace | {"means": {"x": drawn.means[0], "y": drawn.means[1]}, "compare": place > 0})
-    return {"data": data, "layout": axes(curve.title, "step", curve.unit) | {"showlegend": len(data) > 1}}
+    layout = axes(curve.title, "step", curve.unit) | {"showlegend": len(data) > 1}
+    span = constant_range(value for series in every if curve.metric in series for value in series[curve.metric].values)
+    if span is not None:
+        layout["yaxis"]["range"] = span
+    return {"data": data, "layout": layout}
 
 
 def run_labels(views: Sequence[RunView]) -> list[str]:

@@ -3,17 +3,18 @@
 `rayrlhf report` writes it as a file and `rayrlhf watch --serve` keeps it current; both show the same blocks.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from rayrlhf.observe.diagnostics import CHECKS, Finding, findings
 from rayrlhf.observe.html.page import Block, DataTable, Heading, Paragraph, Tiles, render, write_page
 from rayrlhf.observe.progress import duration
+from rayrlhf.tools.report.difference_causes import flat
+from rayrlhf.tools.report.first_difference import difference_section
+from rayrlhf.tools.report.metric_series import Series
 from rayrlhf.tools.report.run_answers import answers_section, rollouts_section, tokens_section
 from rayrlhf.tools.report.run_blocks import Folded, Notice
+from rayrlhf.tools.report.run_conversations import conversations_section
 from rayrlhf.tools.report.run_curves import curve_sections, run_labels, with_derived
 from rayrlhf.tools.report.run_timeline import timeline_section
 from rayrlhf.tools.report.run_view import RunView, read_run
@@ -37,7 +38,7 @@ def write_run_report(folder: Path, *, compare: Path | None = None, output: Path 
     Args:
         folder: the run folder; only read, except for the default output.
         compare: another run folder, whose curves and settings are shown for comparison.
-        output: the file; `report.html` in the run folder when None.
+        output: the file; in the run folder when None: `report.html`, or `report-against-NAME.html` with `compare`.
 
     Raises:
         UserError: a folder holds no run, or the file cannot be written.
@@ -46,7 +47,7 @@ def write_run_report(folder: Path, *, compare: Path | None = None, output: Path 
 
     view = read_run(folder)
     other = read_run(compare, max_rollouts=0) if compare is not None else None
-    path = output or folder / "report.html"
+    path = output or folder / ("report.html" if compare is None else f"report-against-{compare.resolve().name}.html")
     with writing(path):
         write_page(path, *page_of(view, other))
     return path
@@ -63,24 +64,28 @@ def live_page(folder: Path, *, max_rollouts: int) -> str:
 
 def page_of(view: RunView, other: RunView | None = None) -> tuple[str, str, list[Block]]:
     """Return title, subtitle and blocks of a run's page."""
-    blocks: list[Block] = [_state(view)]
+    blocks: list[Block] = [state_notice(view)]
     if view.missing:
         blocks.append(Notice("info", "Parts of this run cannot be shown", view.missing))
     blocks.append(Tiles(_figures(view)))
     blocks += findings_section(view)
+    if other is not None:
+        blocks += difference_section(view, other)
     blocks += _comparison(view, other)
     blocks += curve_sections(view, other)
     blocks += timeline_section(view)
     blocks += answers_section(view)
+    blocks += conversations_section(view.rollouts.rows)
     blocks += tokens_section(view.rollouts.rows)
     blocks += rollouts_section(view)
-    blocks += _recovery(view)
-    blocks += _what_ran(view)
+    blocks += recovery_section(view)
+    blocks += what_ran(view)
     against = f", against {other.name}" if other is not None else ""
     return f"{view.kind}: {view.name}", f"{_subject(view)}{against}", blocks
 
 
-def _state(view: RunView) -> Notice:
+def state_notice(view: RunView) -> Notice:
+    """Return the state of a run as a notice."""
     kinds = {"finished": "good", "running": "info", "stopped": "warning", "empty": "warning"}
     words = view.state.words()
     return Notice(kinds[view.state.state], words[0].upper() + words[1:])  # type: ignore[arg-type]
@@ -120,12 +125,13 @@ def _comparison(view: RunView, other: RunView | None) -> Iterator[Block]:
     this_label, other_label = run_labels([view, other])
     yield Paragraph(f"{other_label} is drawn dashed ({other.state.words()}).")
     rows = [
-        (label, view.series[metric].last, other.series[metric].last, view.series[metric].last - other.series[metric].last)
+        row
         for metric, label in HEADLINES
         if metric in view.series and metric in other.series
+        for row in _side_by_side(label, view.series[metric], other.series[metric])
     ]
     if rows:
-        yield DataTable(["last value", this_label, other_label, "difference"], rows)
+        yield DataTable(["value", "step", this_label, other_label, "difference"], rows)
     one, two = flat(view.config), flat(other.config)
     keys = [key for key in dict.fromkeys([*one, *two]) if one.get(key) != two.get(key)]
     changed = [(key, one.get(key), two.get(key)) for key in keys]
@@ -133,7 +139,22 @@ def _comparison(view: RunView, other: RunView | None) -> Iterator[Block]:
         yield DataTable(["setting that differs", this_label, other_label], changed)
 
 
-def _recovery(view: RunView) -> Iterator[Block]:
+def _side_by_side(label: str, one: Series, two: Series) -> Iterator[tuple[str, str, float, float, float | None]]:
+    """Yield a metric's values at the newest common step.
+
+    The last values follow if they are of another step.
+    """
+    here, there = (dict(zip(series.steps, series.values, strict=True)) for series in (one, two))
+    common = max(here.keys() & there.keys(), default=None)
+    if common is not None:
+        yield label, f"{common:g}", here[common], there[common], here[common] - there[common]
+    steps = (one.steps[-1], two.steps[-1])
+    if steps != (common, common):
+        yield f"{label}, last", f"{steps[0]:g} and {steps[1]:g}", one.last, two.last, None
+
+
+def recovery_section(view: RunView) -> Iterator[Block]:
+    """Yield the newest events of the run's journal."""
     if not view.recovery:
         return
     yield Heading("Losses and recoveries")
@@ -141,7 +162,8 @@ def _recovery(view: RunView) -> Iterator[Block]:
     yield DataTable(["event", "process", "seconds", "reason"], rows)
 
 
-def _what_ran(view: RunView) -> Iterator[Block]:
+def what_ran(view: RunView) -> Iterator[Block]:
+    """Yield the run's environment and configuration."""
     if not view.config_text and not view.environment:
         return
     yield Heading("Configuration and environment")
@@ -150,18 +172,6 @@ def _what_ran(view: RunView) -> Iterator[Block]:
         yield DataTable(["environment", "value"], facts)
     if view.config_text:
         yield Folded("config.yaml", view.config_text)
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return a tree of settings as dotted key -> value in YAML syntax."""
-    leaves: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            leaves |= flat(value, f"{prefix}{key}.")
-        else:
-            text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10_000)
-            leaves[f"{prefix}{key}"] = text.removesuffix("\n...\n").strip()
-    return leaves
 
 
 def _plain(value: object) -> str | int | float | None:

@@ -30,7 +30,10 @@ def starter(task: str, model: str = MODEL, *, gpus: int = 0, preset: str | None 
         raise UserError(f"--preset {preset}: only the task ppo has presets; found the task {task}")
     text = (files(__package__) / f"{task if preset is None else 'ppo-preset'}.yaml").read_text(encoding="utf-8")
     if preset is not None:
-        samples = preset_tree(preset, "--preset")["rollout"]["samples_per_prompt"]
+        tree = preset_tree(preset, "--preset")
+        samples = tree["rollout"]["samples_per_prompt"]
+        teacher = "teacher:\n  model: {path: MODEL}              # a larger model with the same tokenizer\n"
+        text = text.replace("data:\n", f"{teacher}data:\n", 1) if "teacher" in tree else text
         text = (
             text.replace("my-PRESET", f"my-{preset.replace('+', '-')}")
             .replace("PRESET", preset)

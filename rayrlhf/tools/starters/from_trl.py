@@ -10,13 +10,20 @@ from typing import Any
 from rayrlhf.config.loading.yaml_text import dump, parse
 from rayrlhf.errors import UserError
 from rayrlhf.tools.starters import MODEL, starter
-from rayrlhf.tools.starters.trl_fields import DEFAULTS, KEYS, READ, REASONS, SIGNS, TASKS
+from rayrlhf.tools.starters.trl_fields import CONVERTED, DEFAULTS, KEYS, REASONS, SIGNS, TASKS
 
 Fields = Mapping[str, Any]
-_AGGREGATIONS = {"grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "constant", "cispo": "token"}
+_AGGREGATIONS = {
+    "grpo": "sequence",
+    "bnpo": "token",
+    "dapo": "token",
+    "dr_grpo": "constant",
+    "cispo": "token",
+    "sapo": "sequence",
+}
 """`loss_type` of GRPO -> `loss_aggregation`."""
 _KL_ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2"}
-_DPO_LOSSES = ("sigmoid", "robust", "ipo")
+_DPO_LOSSES = ("sigmoid", "robust", "hinge", "ipo", "apo_zero", "apo_down")
 
 
 def starter_from_trl(source: str, task: str | None, model: str | None) -> tuple[str, str]:
@@ -39,9 +46,11 @@ def starter_from_trl(source: str, task: str | None, model: str | None) -> tuple[
     if model is not None:
         tree["model"]["path"] = model
     for field in fields:
+        if field in CONVERTED[known] or field in KEYS[known]:
+            continue
         if field in REASONS:
             comments.append(f"{field}: {REASONS[field]}")
-        elif field not in KEYS[known] and field not in READ:
+        else:
             comments.append(f"{field}: no equivalent (found {fields[field]!r})")
     comments += [f"{field}: not a plain value; set its key by hand" for field in unread]
     head = [
@@ -112,7 +121,7 @@ def _fill(tree: dict[str, Any], known: str, fields: Fields) -> list[str]:
     return convert.get(known, _fill_tuning)(tree, fields) + _fill_common(tree, fields)
 
 
-def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+def _put(tree: dict[str, Any], dotted: str, value: object) -> None:
     *sections, key = dotted.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
@@ -142,7 +151,8 @@ def _fill_common(tree: dict[str, Any], fields: Fields) -> list[str]:
 
 
 def _fill_classic(tree: dict[str, Any], fields: Fields) -> list[str]:
-    comments = _preset(tree, "trl-classic", fields)
+    comments: list[str] = []
+    _preset(tree, "trl-classic", fields)
     batch, micro = fields.get("batch_size", 128), fields.get("mini_batch_size", 128)
     _put(tree, "run.steps", math.ceil(fields.get("steps", 20000) / batch))
     _put(tree, "train.mini_batch_size", min(batch, micro * fields.get("gradient_accumulation_steps", 1)))
@@ -158,7 +168,8 @@ def _fill_classic(tree: dict[str, Any], fields: Fields) -> list[str]:
 
 
 def _fill_modern(tree: dict[str, Any], fields: Fields) -> list[str]:
-    comments = _preset(tree, "trl-modern", fields)
+    comments: list[str] = []
+    _preset(tree, "trl-modern", fields)
     micro = fields["per_device_train_batch_size"]
     batch = micro * fields["gradient_accumulation_steps"]
     tree["rollout"] = tree.get("rollout", {}) | {"prompts_per_step": batch}
@@ -171,12 +182,11 @@ def _fill_modern(tree: dict[str, Any], fields: Fields) -> list[str]:
     return comments + _length(tree, math.ceil(fields["total_episodes"] / batch) if fields.get("total_episodes") else None)
 
 
-def _preset(tree: dict[str, Any], name: str, fields: Fields) -> list[str]:
+def _preset(tree: dict[str, Any], name: str, fields: Fields) -> None:
     tree["preset"] = name
     if fields.get("cliprange") is not None:
         for side in ("low", "high"):
             _put(tree, f"algorithm.policy_loss.clip_{side}", fields["cliprange"])
-    return []
 
 
 def _length(tree: dict[str, Any], steps: int | None) -> list[str]:
@@ -219,6 +229,10 @@ def _fill_loss(tree: dict[str, Any], fields: Fields) -> list[str]:
     loss["loss_aggregation"] = _AGGREGATIONS.get(kind, "token")
     if kind == "cispo":
         loss |= {"name": "cispo"} | ({"clip_high": high - 1} if high > 1 else {})  # TRL's is the bound itself
+        loss.pop("dual_clip", None)
+    elif kind == "sapo":
+        temperatures = {"temperature_positive": "sapo_temperature_pos", "temperature_negative": "sapo_temperature_neg"}
+        loss |= {"name": "sapo"} | {key: fields[field] for key, field in temperatures.items() if field in fields}
         loss.pop("dual_clip", None)
     else:
         name = "gspo" if fields.get("importance_sampling_level") == "sequence" else "ppo"

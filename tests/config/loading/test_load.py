@@ -12,7 +12,8 @@ from rayrlhf.config.loading.problems import known_keys
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.errors import UserError
 
-KEYS = sorted(key for key in known_keys(PPOConfig) if ".0" not in key)
+PLAIN_LOSS = {"algorithm": {"policy_loss": {"name": "ppo"}}}
+KEYS = sorted(key for key in known_keys(PPOConfig, tree=PLAIN_LOSS) if ".0" not in key)
 
 
 def message_of(path: Path | None, *overrides: str) -> str:
@@ -134,7 +135,15 @@ def test_differences_show_old_and_new(minimal):
         ),
         (
             "algorithm.policy_loss.name=zzz",
-            "algorithm.policy_loss.name: unknown name 'zzz'; expected one of ppo, gspo, cispo, module:function",
+            "algorithm.policy_loss.name: unknown name 'zzz'; expected one of ppo, gspo, cispo, sapo, gmpo",
+        ),
+        (
+            "algorithm.off_policy_correction.rejection_low=0.5",
+            "algorithm.off_policy_correction: rejection_low and rejection_high have no effect with rejection 'none'",
+        ),
+        (
+            "algorithm.off_policy_correction={rejection: product, rejection_low: 2, rejection_high: 1}",
+            "algorithm.off_policy_correction: rejection_low 2 is not below rejection_high 1",
         ),
         ("algorithm.policy_loss.name=gsop", "algorithm.policy_loss.name: unknown name 'gsop'; did you mean gspo?"),
         ("algorithm.policy_loss=5", "algorithm.policy_loss: expected a section with keys and values, found 5"),
@@ -189,6 +198,13 @@ def test_sections_that_contradict_each_other_are_named(minimal, override, messag
     found = message_of(minimal, override)
     assert found.startswith(f"{minimal}: {message}")
     assert "\n" not in found
+
+
+def test_a_ranking_of_more_responses_than_letters_is_refused_and_pairs_of_them_are_not(minimal):
+    judged = ["rollout.samples_per_prompt=27", "evaluation.enabled=false", "reward.judge.model.path=builtin:tiny"]
+    found = message_of(minimal, *judged, "reward.judge.mode=listwise")
+    assert "'listwise' shows at most 26 responses at once, found 27: lower rollout.samples_per_prompt" in found
+    load_config(PPOConfig, minimal, [*judged, "reward.judge.mode=pairwise"])
 
 
 def test_the_file_is_named_for_what_the_file_says(minimal):

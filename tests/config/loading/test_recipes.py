@@ -32,12 +32,26 @@ KEYS = {
     "value_clip": "algorithm.value_loss.clip",
     "rate": "train.learning_rate",
     "epochs": "train.epochs",
+    "tau_pos": "algorithm.policy_loss.temperature_positive",
+    "tau_neg": "algorithm.policy_loss.temperature_negative",
+    "divergence": "algorithm.policy_loss.divergence",
+    "threshold": "algorithm.policy_loss.threshold",
+    "weight_high": "algorithm.policy_loss.weight_high",
+    "share": "algorithm.policy_loss.share",
+    "cov_low": "algorithm.policy_loss.cov_low",
+    "cov_high": "algorithm.policy_loss.cov_high",
+    "penalty": "algorithm.policy_loss.penalty",
+    "level": "algorithm.off_policy_correction.level",
+    "mode": "algorithm.off_policy_correction.mode",
+    "weight_from": "algorithm.off_policy_correction.low",
+    "weight_to": "algorithm.off_policy_correction.high",
     "decay": "train.optimizer.weight_decay",
     "shape": "train.schedule.shape",
     "lr_warmup": "train.schedule.warmup_steps",
 }
 CLIP = {"loss": "ppo", "low": 0.2, "high": 0.2}
 GROUP = {"critic": "none", "temperature": 1.0, "epochs": 1}
+PLAIN = {**GROUP, "samples": 8, "beta": 0, "estimator": "grpo", "whiten": False, "rate": 1e-6}
 TABLE = {
     "ppo": {
         "critic": "separate", "samples": 1, "temperature": 1.0, "kl": "k1", "placement": "reward", "beta": 0.02, "target": None,
@@ -84,6 +98,20 @@ TABLE = {
         **GROUP, "samples": 8, "refill": 10, "beta": 0, "buffer": 0.2, "overlong": 1.0, "estimator": "grpo", "whiten": False,
         "loss": "cispo", "high": 4.0, "aggregation": "token", "rate": 1e-6,
     },
+    "sapo": {**PLAIN, "loss": "sapo", "tau_pos": 1.0, "tau_neg": 1.05, "aggregation": "sequence"},
+    "gmpo": {**PLAIN, "loss": "gmpo", "low": 0.4, "high": 0.4, "aggregation": "sequence"},
+    "dppo": {**PLAIN, "loss": "dppo", "divergence": "tv", "threshold": 0.15, "aggregation": "token"},
+    "topr": {**PLAIN, "estimator": "dr_grpo", "loss": "topr", "weight_high": 1.0, "aggregation": "constant"},
+    "clip-cov": {
+        **PLAIN, "loss": "clip_cov", "share": 2e-4, "cov_low": 1.0, "cov_high": 5.0, "aggregation": "token", "rate": 5e-7,
+    },
+    "kl-cov": {**PLAIN, "loss": "kl_cov", "share": 2e-3, "penalty": 1.0, "aggregation": "token", "rate": 5e-7},
+    "opo": {**PLAIN, **CLIP, "estimator": "opo", "aggregation": "token"},
+    "maxrl": {**PLAIN, **CLIP, "estimator": "maxrl", "aggregation": "token"},
+    "gdpo": {**PLAIN, **CLIP, "estimator": "gdpo", "aggregation": "token"},
+    "icepop": {
+        **PLAIN, **CLIP, "aggregation": "token", "level": "token", "mode": "mask", "weight_from": 0.5, "weight_to": 5.0,
+    },
 }  # fmt: skip
 
 
@@ -101,7 +129,8 @@ def test_a_recipe_holds_the_values_of_its_source_and_no_others(name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_makes_a_valid_run_with_a_plan_and_no_warning(name, minimal):
-    config = load_config(PPOConfig, minimal, [f"preset={name}"])
+    given = ["teacher.model.path=builtin:tiny"] if "teacher" in PRESETS[name] else []
+    config = load_config(PPOConfig, minimal, [f"preset={name}", *given])
     for key, value in leaves(PRESETS[name]).items():
         found = value_at(config, key)
         assert found == (tuple(value) if isinstance(value, list) else value), key
@@ -116,7 +145,7 @@ def test_the_overlong_buffer_of_dapo_is_a_share_of_the_longest_response(minimal)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo"])
+@pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo", "sapo"])
 def test_another_loss_over_a_preset_has_its_own_defaults(name, loss, minimal):
     section = load_config(PPOConfig, minimal, [f"preset={name}", f"algorithm.policy_loss.name={loss}"]).algorithm.policy_loss
     assert section.name == loss

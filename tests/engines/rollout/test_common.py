@@ -122,10 +122,27 @@ def test_a_response_ends_at_max_new_tokens_or_where_the_context_does(engine):
             assert len(rollout.sequence().token_ids) == min(CONTEXT, len(rollout.prompt_ids) + 7)
 
 
+def test_tokens_that_the_prefix_cache_held_are_counted(engine):
+    prompt = np.arange(3, 3 + 70, dtype=np.int32)
+    requests = [RolloutRequest(SampleKey(0, 8, sample), prompt, seed=sample) for sample in range(3)]
+    counted = [(one.read_tokens, one.cached_tokens) for _, one in sorted(sample(engine, requests, max_new_tokens=3).items())]
+    blocks = isinstance(engine, VLLMRolloutEngine)  # of 32 tokens
+    assert counted == ([(70, 0), (70, 64), (70, 64)] if blocks else [(0, 0)] * 3)
+
+
 def test_a_prompt_that_fills_the_context_is_refused_in_one_line_and_nothing_is_queued(engine):
     full = RolloutRequest(SampleKey(0, 17, 0), np.full(CONTEXT, 40, dtype=np.int32), seed=1)
     with pytest.raises(UserError, match=rf"^prompt 17: {CONTEXT} tokens leave no room.*rollout.max_model_length.*$"):
         engine.submit([*make_requests(1), full], temperature=1.0, max_new_tokens=8)
+    assert engine.unfinished == 0
+
+
+def test_a_token_beyond_the_vocabulary_is_refused_in_one_line_and_nothing_is_queued(engine):
+    beyond = RolloutRequest(SampleKey(0, 17, 0), np.array([5, 259], dtype=np.int32), seed=1)
+    with pytest.raises(
+        UserError, match=r"^prompt 17: token 259 of its tokenizer, expected at most 258, the last of the model$"
+    ):
+        engine.submit([*make_requests(1), beyond], temperature=1.0, max_new_tokens=8)
     assert engine.unfinished == 0
 
 
@@ -216,8 +233,10 @@ def test_a_multimodal_model_needs_torchvision_which_is_named_before_the_engine_s
     byte_tokenizer().save_pretrained(tmp_path)
     monkeypatch.setattr("rayrlhf.engines.rollout.vllm.find_spec", lambda name: None)
     spec = RolloutSpec(ModelSection(path=str(tmp_path)), RolloutSection(), seed=0)
-    with pytest.raises(UserError, match="vLLM needs torchvision for gemma3, a multimodal model"):
+    with pytest.raises(UserError, match=r"^rollout: vLLM needs torchvision for gemma3, a multimodal model"):
         VLLMRolloutEngine(spec)
+    with pytest.raises(UserError, match=r"^reward\.judge: vLLM needs torchvision for gemma3, a multimodal model"):
+        VLLMRolloutEngine(replace(spec, section="reward.judge"))
 
 
 def test_the_transformers_sampler_reproduces_the_forward_pass_or_is_refused(tmp_path, monkeypatch):

@@ -17,18 +17,33 @@ from rayrlhf.errors import DeviceMemoryError, UserError
 from tests.engines.rollout_cases import CONTEXT, make_requests, sample, start
 
 
+@pytest.fixture(scope="module")
+def replicas():
+    """What two replicas did one after the other, with log-probs and without, in a process that has loaded numba."""
+    import llvmlite.binding.ffi
+
+    found = {"numba": llvmlite.binding.ffi, "rollouts": [], "models": [], "cache": []}
+    for logprobs in (True, False):
+        engine = start("vllm", logprobs=logprobs, memory_gib=100.0, max_concurrent=3)
+        (model,) = engine._engine.apply_model(weakref.ref)
+        assert model() is not None
+        found["cache"].append(engine._engine.vllm_config.cache_config.kv_cache_memory_bytes)
+        found["rollouts"].append(sample(engine, make_requests(1), max_new_tokens=4))
+        if logprobs:
+            longest = [RolloutRequest(SampleKey(0, 0, n), np.array([7], dtype=np.int32), seed=n) for n in range(3)]
+            found["longest"] = sample(engine, longest, max_new_tokens=CONTEXT)
+        engine.close()
+        gc.collect()
+        found["models"].append(model())
+        engine.close()
+    return found
+
+
 def test_without_vllm_the_error_says_what_to_install(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else found(name, *rest))
     with pytest.raises(UserError, match=r"^rollout.backend: vllm is not installed; pip install 'rayrlhf\[cpu\]'.*$"):
         start("vllm")
-
-
-def test_a_replica_starts_next_to_numba_and_leaves_its_modules_where_they_were():
-    import llvmlite.binding.ffi
-
-    start("vllm").close()
-    assert sys.modules["llvmlite.binding.ffi"] is llvmlite.binding.ffi
 
 
 def test_the_transformers_backend_is_not_tensor_parallel():
@@ -58,28 +73,20 @@ def test_the_prefill_of_a_gpu_does_not_grow_with_the_models_context():
     assert settings["max_num_batched_tokens"] == GPU_PREFILL_TOKENS
 
 
-def test_a_cpu_replica_takes_no_more_cache_than_it_can_fill():
-    engine = start("vllm", memory_gib=100.0, max_concurrent=3)
-    taken = engine._engine.vllm_config.cache_config.kv_cache_memory_bytes
-    requests = [RolloutRequest(SampleKey(0, 0, n), np.array([7], dtype=np.int32), seed=n) for n in range(3)]
-    engine.submit(requests, temperature=1.0, max_new_tokens=CONTEXT)
-    assert len(engine.poll(3)) == 3
-    engine.close()
+def test_a_replica_starts_next_to_numba_and_leaves_its_modules_where_they_were(replicas):
+    assert sys.modules["llvmlite.binding.ffi"] is replicas["numba"]
+
+
+def test_a_cpu_replica_takes_no_more_cache_than_it_can_fill(replicas):
+    assert len(replicas["longest"]) == 3
     token_bytes = 2 * 2 * 1 * 64 * 4  # keys and values, layers, heads, head size, float32
-    assert 3 * CONTEXT * token_bytes <= taken < 6 * CONTEXT * token_bytes
+    for taken in replicas["cache"]:
+        assert 3 * CONTEXT * token_bytes <= taken < 6 * CONTEXT * token_bytes
 
 
-def test_a_closed_engine_gives_its_memory_back_and_another_can_start_which_without_logprobs_samples_the_same():
-    found = []
-    for logprobs in (True, False):
-        engine = start("vllm", logprobs=logprobs)
-        (model,) = engine._engine.apply_model(weakref.ref)
-        assert model() is not None
-        found.append(sample(engine, make_requests(1), max_new_tokens=4))
-        engine.close()
-        gc.collect()
-        assert model() is None
-        engine.close()
+def test_a_closed_engine_gives_its_memory_back_and_another_can_start_which_without_logprobs_samples_the_same(replicas):
+    assert replicas["models"] == [None, None]
+    found = replicas["rollouts"]
     assert {key: one.response_ids.tolist() for key, one in found[0].items()} == {
         key: one.response_ids.tolist() for key, one in found[1].items()
     }

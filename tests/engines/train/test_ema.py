@@ -13,15 +13,12 @@ from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.errors import UserError
-from tests.engines.training import join_alone, random_batch, random_sequences
+from tests.engines.training import random_batch, random_sequences
 
 DECAY = 0.6
 MODEL = "builtin:tiny?layers=1&hidden=64&context=64"
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _alone():
-    join_alone()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def engine_of(*, decay=DECAY, stage=0, lora=None, heads=frozenset({"lm"})):

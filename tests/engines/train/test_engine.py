@@ -25,22 +25,15 @@ from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.errors import UserError
 from rayrlhf.models.frozen_prefix import FrozenPrefix
-from rayrlhf.models.network import Positions, build_network
-from tests.engines.training import join_alone, random_batch, random_sequences, weights_of, write_llama
+from rayrlhf.models.network import build_network
+from rayrlhf.models.network_io import Positions
+from tests.engines.training import grouped_sequences, random_batch, random_sequences, weights_of, write_llama
 
 POLICY, SHARED, CRITIC = frozenset({"lm"}), frozenset({"lm", "value"}), frozenset({"value"})
 LOGPROBS = frozenset({"logprobs"})
 BOTH = SharedObjective(PolicyObjective(PPOLossSection(entropy_coefficient=0.05)), ValueObjective())
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _alone() -> None:
-    join_alone()
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_llama(tmp_path_factory.mktemp("model") / "llama"))
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def engine_of(path: str, heads: frozenset[Any] = SHARED, *, lora: LoraSection | None = None, **settings: Any) -> TrainEngine:
@@ -189,19 +182,23 @@ def test_the_reference_inside_an_adapted_policy_is_the_start_model_exactly(llama
         assert np.array_equal(first.logprobs, second.logprobs)
 
 
-def test_remembered_frozen_layers_change_no_number(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sequences = random_sequences(6)
+@pytest.mark.parametrize("sequences", [random_sequences(6), grouped_sequences(2, 3)], ids=["padded", "shared prefixes"])
+def test_remembered_frozen_layers_change_no_number(llama: str, monkeypatch: pytest.MonkeyPatch, sequences) -> None:
     batch = random_batch(sequences)
     plan = UpdatePlan([[[0, 1, 2], [3, 4, 5]]] * 2)
-    results = []
+    results, lower = [], []
     for supported in (True, False):
         if not supported:
-            monkeypatch.setattr(FrozenPrefix, "supports", lambda *_: False)
+            monkeypatch.setattr(FrozenPrefix, "supports", lambda *_, **__: False)
         engine = engine_of(llama, SHARED, lora=LoraSection(rank=2, last_layers=1), micro_batch_size=3, learning_rate=0.1)
         assert (engine._network.prefix is not None) == supported
+        forwards: list[None] = []
+        engine._network.trunk.layers[0].register_forward_hook(lambda *_, forwards=forwards: forwards.append(None))
         scores = [engine.score(sequences, LOGPROBS, reference=reference) for reference in (False, True, False)]
         report = engine.update(batch, plan, BOTH)
+        lower.append(len(forwards))
         results.append((scores, report.metrics, all_weights(engine), engine.score(sequences, LOGPROBS)))
+    assert lower[0] == (lower[1] - 4) / 3
     for first, second in zip([*results[0][0], results[0][3]], [*results[1][0], results[1][3]], strict=True):
         for one, other in zip(first, second, strict=True):
             np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=0, atol=5e-6)

@@ -30,7 +30,8 @@ from rayrlhf.engines.train.process_group import ProcessGroupSpec, join, make_gri
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.errors import UserError
 from rayrlhf.models import load_check, packed_attention
-from rayrlhf.models.network import Network, Positions, TeacherSignal, build_network
+from rayrlhf.models.network import Network, build_network
+from rayrlhf.models.network_io import Positions, TeacherSignal
 from tests.engines.training import free_port, join_alone, leave_at_once, random_batch, random_sequences, weights_of
 from tests.models.families import write_family
 
@@ -157,7 +158,8 @@ def run_cell(cell: Cell, folder: Path, sequence_parallel: int) -> dict[str, Any]
     engine._backend.step = step  # type: ignore[method-assign]
     found |= {"metrics": report.metrics, "norms": report.grad_norms, "weights": weights_of(engine), "split": [
         engine.grid.row_split is not None, engine._spec.packing
-    ]}  # fmt: skip
+    ], "computed": report.computed, "padding": report.padding_share, "check": engine.load_check}  # fmt: skip
+    assert not engine.shares_prefixes or sequence_parallel == 1
     if cell.stage == 3 and cell.family == "qwen2":
         state = folder.parent / f"state-{cell.name}-{torch.distributed.get_world_size()}"
         engine.save_state(state)
@@ -212,7 +214,7 @@ def network_parts(folder: Path, size: int) -> dict[str, Any]:
     batch = collate(SEQUENCES, 20, torch.device("cpu"), packed=True)
     generator = torch.Generator().manual_seed(3)
     network.teacher_layer = torch.randn(VOCABULARY, 24, generator=generator), None
-    teacher = TeacherSignal(hidden=torch.randn(len(batch.positions.predictors), 24, generator=generator))
+    teacher = TeacherSignal(hidden=torch.randn(len(batch.positions.predictors), 24, generator=generator), beta=0.5)
     with torch.no_grad():
         output = network(batch.input_ids, batch.positions, frozenset({"divergence", "hidden"}), 1.0, teacher)
     found |= {"divergence": output.divergence, "hidden": output.hidden}
@@ -295,6 +297,10 @@ def check(folder: Path, cell: Cell, ranks: int) -> None:
     bound = GRADIENT * (3 if cell.objective == "gspo" else 1)
     for found in every:
         assert found["split"] == [True, cell.packing]
+        assert found["check"].endswith("prefixes are not shared: ranks share rows (sequence_parallel)")
+        if ranks == 2:
+            assert alone["computed"] <= 2 * found["computed"] <= alone["computed"] + 2 * len(SEQUENCES)
+            assert found["padding"] == pytest.approx(alone["padding"], abs=0.05)
         for name, wanted in alone["scores"].items():
             np.testing.assert_allclose(found["scores"][name], wanted, rtol=0, atol=1e-5, err_msg=name)
         print(cell.name, [f"{relative(*both):.1e}" for both in zip(found["gradients"], alone["gradients"], strict=True)])

@@ -1,4 +1,7 @@
-"""Two ranks do what one does, at every ZeRO stage; run in processes of their own, as actors would."""
+"""Two ranks do what one does, at every ZeRO stage; run in processes of their own, as actors would.
+
+The same processes then move a state between numbers of ranks (`resized`).
+"""
 
 import subprocess
 import sys
@@ -11,20 +14,32 @@ import torch
 from rayrlhf.algorithms.importance import moved_too_far
 from rayrlhf.config.algorithm import ParitySection
 from rayrlhf.config.model import ModelSection
-from rayrlhf.config.train import OptimizerSection, TrainSection
+from rayrlhf.config.train import OptimizerSection, SharePrefixes, TrainSection
 from rayrlhf.engines.objectives.base import POLICY_KL
 from rayrlhf.engines.objectives.policy import PolicyObjective, SharedObjective, ValueObjective
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.engines.train.process_group import ProcessGroupSpec, join
 from rayrlhf.engines.train.spec import TrainEngineSpec
-from tests.engines.training import free_port, join_alone, leave_at_once, random_batch, random_sequences, weights_of, write_llama
+from rayrlhf.errors import UserError
+from tests.engines.train import resized
+from tests.engines.training import (
+    free_port,
+    grouped_sequences,
+    join_alone,
+    leave_at_once,
+    random_batch,
+    random_sequences,
+    weights_of,
+    write_llama,
+)
 
 STAGES = (0, 1, 2, 3)
 SAMPLES = 7
 OBJECTIVE = SharedObjective(PolicyObjective(), ValueObjective())
 PLAN = UpdatePlan([[[3, 1, 6], [0, 5, 2, 4]], [[5], [0, 1, 2, 3, 4, 6]]])
 """Uneven on purpose: an optimizer step of one sample leaves the second rank nothing but fillers."""
+GROUPED = UpdatePlan([[range(12)], [range(8), range(8, 12)]])
 
 
 def run_rank(rank: int, ranks: int, folder: Path) -> None:
@@ -42,16 +57,22 @@ def run_rank(rank: int, ranks: int, folder: Path) -> None:
         resumed = engine_at(folder / "model", stage)
         resumed.load_state(folder / f"state-{ranks}-{stage}")
         result["resumed"] = [e.update(batch, PLAN, OBJECTIVE).metrics for e in (engine, resumed)]
+        apart = engine_at(folder / "model", stage, share_prefixes="auto" if ranks > 1 else "off", tokens=70)
+        report = apart.update(random_batch(grouped_sequences(3, 4)), GROUPED, OBJECTIVE)
+        result["grouped"] = {"weights": weights_of(apart), "shared": report.shared_fraction, "metrics": report.metrics}
         torch.save(result, folder / f"result-{ranks}-{rank}-{stage}.pt")
 
 
-def engine_at(model: Path, stage: int, early_stop_kl: float | None = None) -> TrainEngine:
+def engine_at(
+    model: Path, stage: int, early_stop_kl: float | None = None, share_prefixes: SharePrefixes = "auto", tokens: int = 30
+) -> TrainEngine:
     train = TrainSection(
         zero_stage=stage,
-        micro_batch_tokens=30,
+        micro_batch_tokens=tokens,
         optimizer=OptimizerSection(name="sgd"),
         max_grad_norm=0.5,
         early_stop_kl=early_stop_kl,
+        share_prefixes=share_prefixes,
     )
     return TrainEngine(
         TrainEngineSpec(
@@ -76,6 +97,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     join_alone()
     run_rank(0, 1, folder)
+    resized.alone_in_between(folder, processes)
     errors = [process.communicate(timeout=500)[1].decode() for process in processes]
     for process, error in zip(processes, errors, strict=True):
         assert process.returncode == 0, error[-3000:]
@@ -87,6 +109,7 @@ def main() -> None:
     torch.set_num_threads(1)
     join(ProcessGroupSpec(int(rank), int(ranks), "127.0.0.1", int(port), timeout_seconds=300))
     run_rank(int(rank), int(ranks), Path(folder))
+    resized.in_a_world_of_two(int(rank), Path(folder))
     leave_at_once()
 
 
@@ -110,6 +133,18 @@ def test_two_ranks_take_the_steps_of_one(results: Path, stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_with_shared_prefixes_take_the_steps_of_one_without(results: Path, stage: int) -> None:
+    alone = load(results, 1, 0, 0)["grouped"]
+    assert alone["shared"] == 0
+    for rank in (0, 1):
+        found = load(results, 2, rank, stage)["grouped"]
+        assert found["shared"] > 0.2
+        assert found["metrics"] == pytest.approx(alone["metrics"], rel=1e-4, abs=1e-5)
+        for name, tensor in alone["weights"].items():
+            np.testing.assert_allclose(found["weights"][name], tensor, rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_early_stopping_is_decided_alike_on_all_ranks(results: Path, stage: int) -> None:
     alone = load(results, 1, 0, stage)
     for rank in (0, 1):
@@ -124,3 +159,26 @@ def test_a_resumed_world_continues_bit_for_bit(results: Path, stage: int) -> Non
     for rank in (0, 1):
         continued, resumed = load(results, 2, rank, stage)["resumed"]
         assert continued == resumed
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_then_one_then_two_end_where_two_end(results: Path, stage: int) -> None:
+    for rank in range(2):
+        expected = torch.load(results / f"undisturbed-{rank}-{stage}.pt")
+        steps, moved = torch.load(results / f"moved-{rank}-{stage}.pt")
+        assert steps == 6
+        assert {name: float((moved[name] - value).abs().max()) for name, value in expected.items()} == pytest.approx(
+            dict.fromkeys(expected, 0.0), abs=1e-6
+        )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_state_without_one_rank_s_part_or_of_another_model_is_refused(results: Path, tmp_path: Path, stage: int) -> None:
+    join_alone()
+    write_llama(tmp_path / "model", layers=3)
+    engine = resized.engine_at(tmp_path, stage)
+    with pytest.raises(UserError, match="no training state in it"):
+        engine.load_state(tmp_path / "nothing", resized=True)
+    if stage == 3:
+        with pytest.raises(UserError, match="of another model"):
+            engine.load_state(results / "first-3", resized=True)

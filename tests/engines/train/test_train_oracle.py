@@ -22,7 +22,7 @@ from rayrlhf.engines.objectives.policy import PolicyObjective, SharedObjective, 
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.engines.train.spec import TrainEngineSpec
-from tests.engines.training import join_alone, weights_of, write_model
+from tests.engines.training import weights_of, write_model
 from tests.fixtures.oracle_cases import (
     CLASSIC_NAMES,
     MODERN_NAMES,
@@ -56,10 +56,7 @@ processor; `BULK_TOLERANCE` holds the rest.
 BULK_TOLERANCE = 1e-6
 """99.9 % of the weights, where the learning rate is one that anybody would use."""
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _alone() -> None:
-    join_alone()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @dataclass

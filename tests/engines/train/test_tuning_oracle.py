@@ -14,15 +14,12 @@ from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.engines.train.supervised_batches import preference_batch, supervised_batch
-from tests.engines.training import join_alone, write_llama
+from tests.engines.training import write_llama
 
 TOLERANCE = 1e-5
 PAD = 0
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _alone():
-    join_alone()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture

@@ -5,11 +5,12 @@ import json
 import pytest
 
 from rayrlhf.environments.chat_tokens import ChatTokens
+from rayrlhf.environments.endpoint.call import Call
 from rayrlhf.environments.endpoint.output_parser import OutputParser
 from rayrlhf.environments.players.agent_session import Texts
 from rayrlhf.errors import UserError
 from tests.environments.chat_families import families, tokenizer_of
-from tests.environments.players.test_agent_tools import CALLS, SCHEMA, TOKENIZER, TOOL, play, spoken, trained_once
+from tests.environments.players.test_agent_tools import CALLS, SCHEMA, TOKENIZER, TOOL, USER, play, spoken, trained_once
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("vllm")
@@ -52,6 +53,16 @@ def test_a_parser_that_does_not_fit_or_does_not_exist_is_one_line_at_the_start()
         OutputParser(TOKENIZER, chat, "auto", "qwen33")
 
 
+def test_the_vocabulary_is_read_once_and_not_for_each_completion(monkeypatch):
+    texts, reads = Texts.of(TOKENIZER), []
+    monkeypatch.setattr(type(TOKENIZER), "get_vocab", lambda self: reads.append(self) or {})
+    parsed = texts.parser.parse([], "", Call("", USER, tools=[TOOL]), "")
+    assert (parsed.text, reads) == ("", [])
+    thought = spoken("<think>\nI add\n</think>\n\n3")[:-1]
+    assert texts.parser.parse(thought, "", Call("", USER), "").reasoning.strip() == "I add"
+    assert reads == []
+
+
 def answers(first, ask):
     """Answer each tool call of a chat completion; returns the second completion."""
     messages = [{"role": "user", "content": "sums?"}, first.choices[0].message.model_dump(exclude_none=True)]
@@ -81,7 +92,7 @@ def test_openais_client_uses_tools_and_streams(monkeypatch, texts):
         ) as stream:
             final = stream.get_final_completion().choices[0].message
         assert [json.loads(call.function.arguments) for call in final.tool_calls] == [{"b": 2, "a": 1}, {"a": 3, "b": 4}]
-        with pytest.raises(openai.BadRequestError, match="constrained decoding"):
+        with pytest.raises(openai.BadRequestError, match="needs constrained decoding"):
             ask([{"role": "user", "content": "y"}], tool_choice="required")
         response = client.responses.create(model=endpoint.model, input="z")
         assert response.output_text == "z"
@@ -136,7 +147,7 @@ def test_anthropics_client_uses_tools_and_streams(monkeypatch, texts):
             assert stream.get_final_message().stop_reason == "end_turn"
         with client.messages.stream(messages=[{"role": "user", "content": "y"}], **fields) as stream:
             assert stream.get_final_message().content[-1].input == {"a": 3, "b": 4}
-        with pytest.raises(anthropic.BadRequestError, match="constrained decoding"):
+        with pytest.raises(anthropic.BadRequestError, match="needs constrained decoding"):
             client.messages.create(messages=messages, tool_choice={"type": "any"}, **fields)
         with pytest.raises(anthropic.AuthenticationError):
             client.with_options(api_key="another").messages.create(messages=messages, **fields)

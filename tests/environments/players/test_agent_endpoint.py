@@ -62,6 +62,15 @@ def test_the_first_fault_of_a_parser_is_logged_and_the_answer_is_text(monkeypatc
     assert record.exc_info[0] is KeyError
 
 
+def test_a_completion_without_calls_and_reasoning_needs_no_parser(monkeypatch, notices):
+    tokenizer, _ = tokenizer_of("phi3", families()["phi3"])
+    parser = OutputParser(tokenizer, ChatTokens(tokenizer), "auto", "none")
+    parser.reasoning = "deepseek_r1"
+    monkeypatch.setattr(output_parser, "_run", None)
+    assert parser.parse([70], "said", Call("", USER), "").text == "said"
+    assert notices.records == []
+
+
 def test_a_vllm_that_cannot_be_imported_leaves_agents_without_tools_in_one_line(monkeypatch, tmp_path, notices):
     for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
         monkeypatch.delitem(sys.modules, name)
@@ -150,7 +159,7 @@ def test_none_of_several_completions_is_kept_if_the_client_leaves_after_the_firs
     engine._completed(second)
     engine._sample(next_one)
     engine._completed(*scripted.poll(1))
-    rollout = session.rollout(1.0, BYTES)
+    rollout = session.rollout({"": 1.0}, BYTES)
     engine.close()
     assert [one.text for one in next_one.reply.result()] == ["c"]
     assert (rollout.response_ids.tolist(), rollout.extra_segments) == ([*ids("c"), END], ())

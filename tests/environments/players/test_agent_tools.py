@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 
 import httpx
 import pytest
@@ -37,6 +38,9 @@ class Hermes:
     """Reads calls in the form of Qwen's template, without vLLM."""
 
     def check(self, call): ...
+
+    def constraint(self, call, opening):
+        return {"json": call.form} if call.constrained else None
 
     def parse(self, ids, text, call, opening):
         thought, _, said = text.rpartition("</think>")
@@ -211,6 +215,26 @@ def test_reasoning_that_the_template_drops_from_an_earlier_turn_makes_a_new_segm
     assert "I add" in TOKENIZER.decode(scripted.asked[1][0].prompt_ids)
     assert "I add" not in TOKENIZER.decode(other.prompt_ids)
     assert other.response_ids.tolist() == said[2]
+
+
+def test_a_turn_that_continues_a_conversation_is_rendered_at_most_twice(monkeypatch):
+    def agent(prompt, endpoint):
+        messages = list(USER)
+        for _ in range(4):
+            said = post(endpoint, "chat/completions", {"messages": messages}).json()["choices"][0]["message"]
+            messages += [said, {"role": "user", "content": "y"}]
+        return 1.0
+
+    play(monkeypatch, agent, [spoken(letter) for letter in "abcd"])  # headers are known from now on
+    renders, render = [], ChatTokens._render
+
+    def counted(self, messages, options, *, whole):
+        renders.append(len(messages))
+        return render(self, messages, options, whole=whole)
+
+    monkeypatch.setattr(ChatTokens, "_render", counted)
+    play(monkeypatch, agent, [spoken(letter) for letter in "abcd"])
+    assert renders == [1, 3, 3, 5, 5, 7]
 
 
 def test_stop_strings_of_a_request_reach_the_sampler_and_end_the_text(monkeypatch):
@@ -414,3 +438,84 @@ def test_a_template_without_tools_refuses_them_by_name_and_a_parser_named_for_it
         return 1.0
 
     play(monkeypatch, agent, [spoken("a")], Texts(tokenizer, chat, OutputParser(tokenizer, chat, "auto", "none")))
+
+
+def test_each_path_has_a_reward_of_its_own_and_a_request_of_another_path_branches(monkeypatch):
+    paths = [{"metadata": {"path": "planner"}}, {"metadata": {"path": "worker"}}, {}, {"metadata": {"path": "planner"}}]
+
+    def agent(prompt, endpoint):
+        messages = list(USER)
+        for more in paths:
+            said = post(endpoint, "chat/completions", {"messages": messages} | more).json()["choices"][0]["message"]
+            messages += [said, {"role": "user", "content": "y"}]
+        endpoint.reward(0.25, "worker")
+        endpoint.reward(0.5, "worker")
+        return {"planner": 1.0, "": -1}
+
+    said = [spoken(letter) for letter in "abcd"]
+    rollout, scripted = play(monkeypatch, agent, said)
+    trained_once(rollout, scripted, said)
+    segments = [rollout, *rollout.extra_segments]
+    found = [(one.path, float(one.rewards.sum()), float(one.rewards[-1])) for one in segments]
+    assert found == [("planner", 1.0, 1.0), ("worker", 0.75, 0.75), ("", -1.0, -1.0), ("planner", 1.0, 1.0)]
+
+
+def test_a_path_without_a_reward_is_a_mistake_of_the_agent_and_a_number_is_the_reward_of_the_rest(monkeypatch):
+    answers = iter([{"a": 1.0}, 0.5])
+
+    def agent(prompt, endpoint):
+        for path in ("a", "b"):
+            post(endpoint, "messages", {"messages": USER, "metadata": {"path": path}}).raise_for_status()
+        endpoint.reward(0.25, "a")
+        return next(answers)
+
+    with pytest.raises(UserError, match=r"returned None for path 'b', expected a finite number"):
+        play(monkeypatch, agent, [spoken("a"), spoken("b")])
+    rollout, _ = play(monkeypatch, agent, [spoken("a"), spoken("b")])
+    assert [float(one.rewards.sum()) for one in (rollout, *rollout.extra_segments)] == [0.25, 0.5]
+
+
+@pytest.mark.parametrize("body", [{"metadata": "a"}, {"metadata": {"path": 3}}])
+@pytest.mark.parametrize(("read", "field"), [(read_chat, "messages"), (read_messages, "messages"), (read_response, "input")])
+def test_a_path_that_is_no_text_is_refused(read, field, body):
+    with pytest.raises(Refusal, match="metadata: expected an object with text in path"):
+        read("token", {field: USER} | body)
+
+
+def test_the_budget_of_sampled_tokens_counts_all_conversations_of_a_sample(monkeypatch):
+    def agent(prompt, endpoint):
+        for _ in range(2):
+            post(endpoint, "chat/completions", {"messages": USER}).raise_for_status()
+        assert post(endpoint, "chat/completions", {"messages": USER, "n": 3}).status_code == 400
+        post(endpoint, "chat/completions", {"messages": USER, "n": 2}).raise_for_status()
+        refused = post(endpoint, "chat/completions", {"messages": USER})
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
+        assert "environment.max_sampled_tokens" in refused.json()["error"]["message"]
+        return 1.0
+
+    _, scripted = play(monkeypatch, agent, [spoken("aaa"), spoken("b"), [70], [71]], max_sampled_tokens=8)
+    assert [limit for _, limit in scripted.asked] == [8, 4, 1, 1]
+
+
+def test_a_sample_that_spans_a_weight_update_keeps_the_version_of_every_token(monkeypatch):
+    heard, updated = threading.Event(), threading.Event()
+
+    def agent(prompt, endpoint):
+        for _ in range(2):
+            post(endpoint, "chat/completions", {"messages": USER}).raise_for_status()
+            heard.set()
+            assert updated.wait(10)
+        return 1.0
+
+    monkeypatch.setattr(agents, "turns", agent)
+    limits, scripted = section("turns"), Scripted([spoken("a"), spoken("b")], TOKENIZER)
+    engine = AgentPlayer(scripted, find_agent(limits), limits, TEXTS, continues=True)
+    engine.submit([request()], temperature=1.0, max_new_tokens=500)
+    while not heard.is_set():
+        assert engine.poll(1, 0.01) == []
+    engine.begin_weights(6)
+    engine.finish_weights()
+    updated.set()
+    (rollout,) = engine.poll(1)
+    engine.close()
+    assert [set(one.versions.tolist()) for one in (rollout, *rollout.extra_segments)] == [{5}, {6}]

@@ -55,6 +55,7 @@ SICK = {
     "critic_not_learning": run(ppo__val__var_explained=lambda done: -0.2),
     "first_ratio": run(val__ratio_first=lambda done: 1.1),
     "reward_hacking": with_evaluations(run(objective__scores=rising(0.8)), 0.4, 0.5, 0.3),
+    "reward_model_by_chance": run(reward_model__chance_probability=lambda done: 0.4),
     "length_explosion": run(tokens__responses_len_mean=lambda done: 60 + 120 * done),
     "dead_reward": run(ppo__std_scores=lambda done: 0.0),
     "truncated_responses": run(val__num_eos_tokens=lambda done: 20.0),
@@ -71,6 +72,7 @@ WELL = {
     "critic_not_learning": run(ppo__val__var_explained=lambda done: -0.2 if done < 0.7 else 0.05),
     "first_ratio": run(val__ratio_first=lambda done: 1.01),
     "reward_hacking": with_evaluations(run(objective__scores=rising(0.8)), 0.4, 0.5, 0.6),
+    "reward_model_by_chance": run(reward_model__chance_probability=lambda done: 0.01),
     "length_explosion": run(tokens__responses_len_mean=lambda done: 60 + 50 * done),
     "dead_reward": run(ppo__std_scores=lambda done: 0.01, frac_reward_zero_std=lambda done: 0.85),
     "truncated_responses": run(val__num_eos_tokens=lambda done: 33.0),
@@ -148,8 +150,8 @@ def test_what_a_resumed_run_showed_before_is_not_fresh():
 
 def test_a_long_run_is_looked_at_by_its_start_and_its_end():
     watched = Diagnosis()
-    for step in range(3000):
-        watched.add(step, HEALTHY | {"objective/kl": 4.0 + step / 50, "episode": 64.0 * (step + 1)})
+    for step in range(1000):
+        watched.add(step, HEALTHY | {"objective/kl": 4.0 + step / 15, "episode": 64.0 * (step + 1)})
     assert [finding.name for finding in watched.found] == ["kl_blow_up"]
     assert len(watched._first) + len(watched._last) == 440
 

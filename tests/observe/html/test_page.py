@@ -90,8 +90,8 @@ def test_a_figures_data_comes_back_from_the_page():
 
 def test_a_table_keeps_numbers_for_sorting_and_leaves_none_empty():
     page = render("t", "s", [DataTable(["name", "count", "share"], [["a", 1234567, 0.123456], ["b", None, 2.0]])])
-    assert '<td class="number" data-value="1234567">1,234,567</td>' in page
-    assert '<td class="number" data-value="0.123456">0.12</td>' in page
+    assert '<td class="number" data-value="1234567" data-label="count">1,234,567</td>' in page
+    assert '<td class="number" data-value="0.123456" data-label="share">0.12</td>' in page
     assert "<td></td>" in page
 
 
@@ -130,5 +130,5 @@ def test_contents_are_listed_where_a_page_has_many_sections():
 def test_numbers_that_are_none_are_empty_cells_and_small_ones_keep_their_digits():
     page = render("t", "s", [DataTable(["a"], [[float("nan")], [0.0000123], [0.0]], clamped=True)])
     assert page.count("<td></td>") == 1
-    assert '<td class="number" data-value="1.23e-05">1.23e-05</td>' in page
+    assert '<td class="number" data-value="1.23e-05" data-label="a">1.23e-05</td>' in page
     assert 'data-whole="table-1"' in page

@@ -6,7 +6,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from rayrlhf.pipelines.evaluation.best_of import best_of, pass_at, powers_of_two
+from rayrlhf.pipelines.evaluation.evaluate_model import best_of, pass_at, powers_of_two
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 6])
@@ -30,6 +30,10 @@ def test_another_judge_chooses_and_the_score_counts():
     expected = np.mean([scores[0][max(pair, key=lambda at: judge[0][at])] for pair in combinations(range(3), 2)])
     assert best_of(scores, 2, chosen_by=judge)[0] == pytest.approx(expected)
     assert best_of(scores, 1, chosen_by=judge)[0] == pytest.approx(2.0)
+
+
+def test_a_sample_that_the_judge_did_not_score_is_never_the_best():
+    assert best_of([[1.0, 2.0, 3.0]], 3, chosen_by=[[0.1, 0.2, np.nan]]).tolist() == [2.0]
 
 
 def test_the_estimate_has_no_bias_where_the_plain_power_has_one():

@@ -84,6 +84,38 @@ def test_several_answers_a_prompt_give_pass_at_k_and_best_of_k_from_the_answers_
     assert any(line.startswith("best of 3: ") for line in result.lines())
 
 
+def test_a_judge_scores_answers_and_chooses_the_best(tmp_path):
+    judge = "{model: {path: 'builtin:tiny?layers=1&hidden=64&context=512'}, backend: transformers, min_mass: 0, mode: pairwise}"
+    wanted = ["samples=2", "temperature=1.5", "run.name=judged", "best_by=judge_model", "reward.functions=[]"]
+    result = evaluate_model(config(tmp_path, *wanted, f"reward.judge={judge}"))
+    assert result.score.mean == pytest.approx(0.5)
+    assert result.best_of[2].mean > 0.5
+    assert result.parts["judge_model_agreement"].mean <= 1
+    with pytest.raises(UserError, match=r"reward.judge.mode 'pairwise' compares responses to one prompt: set samples to 2"):
+        config(tmp_path, "reward.functions=[]", f"reward.judge={judge}")
+    ranked = f"reward.judge={judge.replace('pairwise', 'listwise, against: answer')}"
+    with pytest.raises(UserError, match=r"'listwise' shows at most 26 responses at once, found 27: lower samples"):
+        config(tmp_path, "samples=26", "temperature=1", "reward.functions=[]", ranked)
+
+
+def test_answers_without_a_verdict_are_counted_and_written_although_no_reward_applies_to_one(tmp_path, monkeypatch):
+    def judged(_, batch, groups):
+        return {"judge_model": np.where(np.arange(len(groups)) % 4 == 1, np.nan, 0.5).astype(np.float32)}
+
+    monkeypatch.setattr("rayrlhf.pipelines.evaluation.evaluate_model.JudgeEngine.parts", judged)
+    judge = "reward.judge={model: {path: 'builtin:tiny?layers=1&hidden=64&context=512'}, backend: transformers}"
+    wanted = ["samples=2", "temperature=1.5", "reward.probe=false", judge]
+    result = evaluate_model(config(tmp_path, *wanted, "run.name=partly"))
+    assert result.parts["judge_model_missing"].mean == pytest.approx(0.25)
+    assert result.parts["judge_model"].mean == pytest.approx(0.5)
+    assert read_result(result.folder) == result
+    alone = config(tmp_path, *wanted, "run.name=alone", "reward.functions=[]")
+    with pytest.raises(UserError, match="no reward applies to sample 1: all of judge_model returned None"):
+        evaluate_model(alone)
+    scores = np.array([row["score"] for row in read_samples(alone.run.folder / ANSWERS)], dtype=float)
+    np.testing.assert_array_equal(np.isnan(scores), [False, True, False, False] * 6)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [(["samples=2"], "greedy responses to a prompt are all equal"), (["best_by=reward_model"], "one of gsm8k, length")],

@@ -7,7 +7,7 @@ import pytest
 
 from rayrlhf.demonstrations.example import Example
 from rayrlhf.errors import UserError
-from rayrlhf.pipelines.icl.ablations import AnswerCorruptor, copy_control
+from rayrlhf.pipelines.icl.questions import AnswerCorruptor, copy_control
 
 LABELS = ["red", "green", "blue", "grey"]
 SHOWN = [Example(f"train:{row}", f"item {row}", LABELS[row % 4]) for row in range(400)]

@@ -184,6 +184,7 @@ def test_what_was_made_already_fixes_the_settings_it_was_made_with() -> None:
         assert not may_change(key, indexed=False)
 
 
+@pytest.mark.slow
 def test_the_command_makes_the_same_dataset_again_and_says_what_it_left_out(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     lines = [json.dumps({"prompt": f"{WORDS[n % 8]} {n}", "completion": f"A{n}"}) for n in range(40)]

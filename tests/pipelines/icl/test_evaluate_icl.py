@@ -32,6 +32,7 @@ def config(folder, *overrides, rows=12):
     return load_config(ICLEvaluateConfig, None, [*base, *overrides])
 
 
+@pytest.mark.slow
 def test_a_curve_has_all_its_points_answers_and_a_page_and_a_rerun_asks_nothing(tmp_path):
     wanted = config(tmp_path)
     result = evaluate_curve(wanted)

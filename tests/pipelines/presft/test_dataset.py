@@ -3,8 +3,8 @@
 import pyarrow as pa
 
 from rayrlhf.batch_inference.parts import PartFolder, merge
-from rayrlhf.pipelines.presft.columns import schemas
 from rayrlhf.pipelines.presft.dataset import repair
+from rayrlhf.pipelines.presft.probing import schemas
 
 
 def test_decisions_are_carried_out_in_order_and_numbered_again(tmp_path):

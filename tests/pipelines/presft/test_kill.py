@@ -20,7 +20,7 @@ def content(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*.parquet"))}
 
 
-def wait_for(condition, seconds=120.0):
+def wait_for(condition, seconds=240.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "nothing to kill came up"
@@ -77,7 +77,7 @@ def test_a_killed_driver_goes_on_where_it_stopped_and_leaves_the_same_bytes(tmp_
     for folder in (twin, killed):
         folder.mkdir()
     assert drive(twin).wait(240) == 0
-    stops = [("scores", 2), ("scores", 5), ("relabeled", 2)]
+    stops = [("scores", 1), ("scores", 3), ("relabeled", 1)]
     for stage, parts in stops:
         process = drive(killed)
         folder = killed / "run" / "round-1" / stage

@@ -20,10 +20,13 @@ def write_config(folder, *lines):
 
 
 @pytest.mark.parametrize("command", [[], ["run"]])
-def test_the_whole_run_is_the_default_command(tmp_path, command):
+def test_the_whole_run_is_the_default_command(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "completion": "b", "id": 1}\n')
     shown = CliRunner().invoke(app, [*command, write_config(tmp_path), "probe.samples=4", "probe.temperature=0.7", "--dry-run"])
     assert shown.exit_code == 0, shown.output
     assert "4 samples at temperature 0.7" in shown.output
+    assert "pairs.jsonl: 1 of 1 rows, read as prompts with answers: prompt, completion; not used: id" in shown.output
 
 
 def test_a_step_without_the_one_before_says_which_to_run(tmp_path, monkeypatch):

@@ -9,11 +9,11 @@ from typer.testing import CliRunner
 from rayrlhf.cli import app
 from rayrlhf.config.loading.load import dump_config
 from rayrlhf.errors import UserError
-from rayrlhf.pipelines.presft.columns import schemas
 from rayrlhf.pipelines.presft.dataset import repair
 from rayrlhf.pipelines.presft.datasheet import rft_tokens, write_datasheet
 from rayrlhf.pipelines.presft.presft_folder import Layout
 from rayrlhf.pipelines.presft.presft_report import MAX_STRUGGLING, read_round, write_presft_report, write_report
+from rayrlhf.pipelines.presft.probing import schemas
 from tests.pipelines.presft.runs import presft_config
 
 ROWS = 300

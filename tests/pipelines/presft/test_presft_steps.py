@@ -75,6 +75,7 @@ def test_scores_of_zero_for_most_pairs_are_named_with_what_to_check(zero, warned
         assert "6 of 10 pairs have BLEU 0" in warning
 
 
+@pytest.mark.slow
 def test_the_model_is_asked_twice_the_same_and_a_missing_part_comes_back_alike(tmp_path):
     config = presft_config(tmp_path, "probe.temperature=1.0", "probe.samples=2", "probe.likelihood=true", count=20)
     model = LabeledModel("tuned", config.model)
@@ -93,6 +94,7 @@ def test_the_model_is_asked_twice_the_same_and_a_missing_part_comes_back_alike(t
     assert {file.name: file.read_bytes() for file in scores.files()} == before
 
 
+@pytest.mark.slow
 def test_parts_of_one_row_make_every_row_a_checkpoint(tmp_path):
     config = presft_config(tmp_path, "probe.temperature=1.0", "pipeline.rows_per_part=1", count=5)
     model = LabeledModel("tuned", config.model)
@@ -108,6 +110,7 @@ def test_parts_of_one_row_make_every_row_a_checkpoint(tmp_path):
     assert {file.name: file.read_bytes() for file in scores.files()} == before
 
 
+@pytest.mark.slow
 def test_struggling_pairs_alone_are_sampled_again(tmp_path):
     settings = ["probe.response_field=answer", f"probe.model.path={MODEL}", "relabel.method=mbr", "relabel.samples=3"]
     config = presft_config(tmp_path, *settings, count=6)
@@ -145,6 +148,7 @@ class Dying:
         os._exit(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("worker", "error", "message"),
     [

@@ -14,8 +14,7 @@ from rayrlhf.config.batch_inference import PairsSection
 from rayrlhf.config.pipelines import ProbeSection
 from rayrlhf.errors import UserError
 from rayrlhf.pipelines.presft import run_presft as run
-from rayrlhf.pipelines.presft.columns import schemas
-from rayrlhf.pipelines.presft.probing import ProbeScorer, correlation, given_probes
+from rayrlhf.pipelines.presft.probing import ProbeScorer, correlation, given_probes, schemas
 from tests.pipelines.presft.runs import presft_config
 
 DATA = PairsSection(path="pairs")

@@ -10,8 +10,7 @@ from rayrlhf.config.batch_inference import GenerateSection, PairsSection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.pipelines import ProbeSection, RelabelSection
 from rayrlhf.config.reward import RewardFunctionSection, RewardSection
-from rayrlhf.pipelines.presft.columns import schemas
-from rayrlhf.pipelines.presft.probing import LikelihoodEngine
+from rayrlhf.pipelines.presft.probing import LikelihoodEngine, schemas
 from rayrlhf.pipelines.presft.relabeling import PairDecider, ProbesAsCandidates, with_candidates
 from rayrlhf.pipelines.presft.selection import Cut
 from tests.pipelines.presft.runs import MODEL

@@ -2,12 +2,14 @@
 
 import json
 
+import pytest
 from typer.testing import CliRunner
 
 from rayrlhf.cli import app
 from rayrlhf.tools.bench.driver_cost import MAKING
 
 
+@pytest.mark.slow
 def test_the_driver_takes_a_whole_step_with_simulated_replicas(tmp_path):
     arguments = ["bench", "driver", "--samples", "60", "--samples", "120", "--replicas", "6", "--output", str(tmp_path)]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)

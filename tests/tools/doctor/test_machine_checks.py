@@ -1,6 +1,8 @@
 """Each check on a machine that is in order and on ones that are not; and one look at this machine."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,7 +11,7 @@ from typer.testing import CliRunner
 from rayrlhf.cli import app
 from rayrlhf.observe.cuda import CudaFacts
 from rayrlhf.tools.doctor.machine_checks import CHECKS, GIB, examine, to_text
-from rayrlhf.tools.doctor.machine_facts import Facts, gather
+from rayrlhf.tools.doctor.machine_facts import Facts, Listener, _listeners, gather
 
 GOOD = Facts(
     python=(3, 11),
@@ -30,6 +32,7 @@ GOOD = Facts(
     gpus=(),
     nccl=None,
     busy_ports=(),
+    listeners=(Listener("127.0.0.1", 8265, 7, "dashboard"),),
     disk_free={"model cache": 50 * GIB},
     memory=24 * GIB,
     writable={"model cache": True},
@@ -46,6 +49,7 @@ ILL = [
     (GPU_BUILD | {"cuda": CUDA._replace(driver="580.95.05", devices=0)}, "gpus", "broken", "no visible GPU"),
     (GPU_BUILD, "gpus", "broken", "torch 2.13.0+cpu is a build without CUDA"),
     ({"cuda": GOOD.cuda._replace(driver="580.95.05", devices=2)}, "gpus", "broken", "2 GPUs (driver 580.95.05), but torch"),
+    ({"environment": {"RAY_AUTH_MODE": "disabled"}}, "token", "warning", "RAY_AUTH_MODE=disabled"),
     ({"sandbox": "creating namespaces (unshare): Operation not permitted"}, "sandbox", "warning", "Operation not permitted"),
     ({"python": (3, 13)}, "python", "warning", "3.13"),
     ({"packages": GOOD.packages | {"torch": "2.12.1"}}, "versions", "broken", "torch 2.12.1 (needs <2.14,>=2.13)"),
@@ -60,6 +64,7 @@ ILL = [
     (H200 | {"nccl": False}, "gpus", "broken", "NCCL"),
     (H200, "gpus", "warning", "CPU build"),
     ({"busy_ports": (8265,)}, "ports", "warning", "8265"),
+    ({"listeners": (Listener("0.0.0.0", 6379, 7, "gcs_server"),)}, "listeners", "warning", "0.0.0.0:6379 gcs_server"),
     ({"disk_free": {"run folders": GIB}}, "disk", "warning", "1.0 GiB free"),
     ({"writable": {"model cache": False}}, "disk", "broken", "cannot be written"),
     ({"environment": {"RAY_ADDRESS": "10.0.0.1:6379"}}, "environment", "warning", "10.0.0.1"),
@@ -107,8 +112,31 @@ def test_a_broken_machine_is_exit_code_1(monkeypatch):
 
 
 def test_facts_of_this_machine_are_gathered(tmp_path, monkeypatch):
-    monkeypatch.setattr("rayrlhf.tools.doctor.machine_facts._import_error", lambda name: None)
+    monkeypatch.setattr("rayrlhf.tools.doctor.machine_facts._import_error", lambda names: None)
     facts = gather(tmp_path / "not" / "there")
     assert facts.packages["torch"]
     assert facts.writable["run folders"]
     assert facts.memory > GIB
+
+
+@pytest.mark.parametrize(("address", "local"), [("127.0.0.1", True), ("::1", True), ("0.0.0.0", False), ("::", False)])
+def test_a_listener_of_this_package_is_listed_and_others_are_not(address, local):
+    script = (
+        "import socket, sys, time\n"
+        f"s = socket.socket(socket.AF_INET6 if ':' in {address!r} else socket.AF_INET)\n"
+        f"s.bind(({address!r}, 0)); s.listen(); print(s.getsockname()[1], flush=True); time.sleep(60)"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script, *words], stdout=subprocess.PIPE, text=True)
+        for words in (["rayrlhf watch"], ["another program"])
+    ]
+    try:
+        ours, other = (int(process.stdout.readline()) for process in processes)
+        found = {one.port: one for one in _listeners()}
+        assert found[ours] == Listener(address, ours, processes[0].pid, "rayrlhf watch")
+        assert found[ours].is_local == local
+        assert other not in found
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()

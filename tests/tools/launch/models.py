@@ -12,6 +12,14 @@ LLAMA_7B = {
     "num_attention_heads": 32,
     "num_key_value_heads": 32,
 }
+QWEN_32B = {
+    "hidden_size": 5120,
+    "intermediate_size": 27648,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "vocab_size": 152064,
+}
 LLAMA_70B = {
     "hidden_size": 8192,
     "intermediate_size": 28672,

@@ -1,5 +1,6 @@
 """Where processes land on simulated clusters, what does not fit, and the change that makes it fit."""
 
+import re
 import time
 
 import pytest
@@ -78,7 +79,7 @@ def test_a_bundle_larger_than_any_node_is_refused_before_a_cluster_would_wait_fo
 def test_a_group_that_must_stay_together_and_cannot_is_refused_with_what_is_left():
     workers = {"rollout": (WorkerPlacement("rollout-0", (0, 1, 2), 1.0, 1.0, 1),)}
     plan = ResourcePlan({"rollout-0": GroupPlan("STRICT_PACK", ({"CPU": 1.0, "GPU": 1.0},) * 3)}, workers, overlap=False)
-    with pytest.raises(UserError, match=r"3 bundles of up to 1 CPUs and 1 GPUs on one node.*node 1: 4 CPUs, 2 GPUs"):
+    with pytest.raises(UserError, match=r"3 times up to 1 CPUs and 1 GPUs on one node.*node 1: 4 CPUs, 2 GPUs"):
         lay_out(plan, ClusterResources((4.0, 4.0), (2.0, 2.0)))
 
 
@@ -117,11 +118,12 @@ def test_a_cache_that_holds_no_sample_is_told_and_cured_by_more_of_the_device(fo
     assert setting.startswith("rollout.gpu_memory_utilization=")
 
 
-def test_70b_is_refused_for_the_reason_that_no_setting_can_cure(folder):
+def test_weights_that_are_converted_whole_are_refused_for_the_reason_that_no_setting_can_cure(folder):
     started = time.monotonic()
-    line = advice(ppo(folder / "70b", "train.zero_stage=3", "placement.policy.ranks=64"), EIGHT)
-    assert line.startswith("no setting helps: each rank of the policy loads the whole model in float32")
-    assert "257.0 of 76.0 GiB" in line
+    experts = {"model_type": "mixtral", "num_local_experts": 8}
+    model = write_model(folder / "experts", LLAMA_7B | experts)
+    line = advice(ppo(model, "train.zero_stage=3", "placement.policy.ranks=64"), EIGHT)
+    assert line.startswith("no setting helps: each rank of the policy loads the whole model before it is sharded: 138.0 of 76")
     assert time.monotonic() - started < 5
 
 
@@ -183,6 +185,30 @@ def test_members_that_wait_take_the_host_all_together_and_the_device_one_at_a_ti
     assert two.total == one.total
     assert two.by_turns == one.weights + one.activations
     assert two.host == 2 * one.host
+
+
+def test_a_judges_replicas_are_placed_and_counted(folder):
+    judge = f"reward.judge={{model: {{path: {folder / '7b'}, dtype: bfloat16}}, replicas: 2, tensor_parallel_size: 2"
+    plan = plan_run(ppo(folder / "7b", DISAGGREGATED, judge + ", gpu_memory_utilization: 0.5}"), EIGHT)
+    assert [len(place.devices) for place in plan.places if place.role == "judge"] == [2, 2]
+    assert plan.memory["judge"].total == pytest.approx(0.5 * EIGHT.gpu_memory_gib * 2**30, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("share", "context", "length", "problem"),
+    [
+        (0.05, 4096, "", "a judge's KV cache holds 0 tokens, a question may have 4096 "),
+        (0.3, 262_144, "", r"a judge's KV cache holds \d{5} tokens, a question may have 262144 "),
+        (0.3, 262_144, ", max_model_length: 8192", None),
+    ],
+)
+def test_a_judges_cache_holds_its_longest_question(folder, share, context, length, problem):
+    model = write_model(folder / f"judge-{context}", LLAMA_7B | {"max_position_embeddings": context})
+    judge = f"reward.judge={{model: {{path: {model}, dtype: bfloat16}}, gpu_memory_utilization: {share}{length}}}"
+    plan = plan_run(ppo(folder / "7b", DISAGGREGATED, judge), EIGHT)
+    found = [line for line in plan.problems if "judge" in line]
+    assert len(found) == (problem is not None)
+    assert all(re.match(problem, line) and "reward.judge.gpu_memory_utilization" in line for line in found)
 
 
 def test_ranks_that_share_rows_hold_their_part_of_the_activations(folder):

@@ -1,11 +1,15 @@
 """Memory estimates against hand numbers, published counts, and what autograd and the train engine really keep."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from rayrlhf.config.model import LoraSection, ModelSection
 from rayrlhf.config.reward import RewardModelSection
 from rayrlhf.config.train import TrainSection
+from rayrlhf.engines.train.engine import TrainEngine
+from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.tools.launch.memory_plan import (
     BUCKET_ELEMENTS,
     FLOAT,
@@ -20,7 +24,9 @@ from rayrlhf.tools.launch.memory_plan import (
     train_memory,
 )
 from rayrlhf.tools.launch.model_shape import read_shape, shape_of
-from tests.tools.launch.models import LLAMA_7B, LLAMA_70B, write_model
+from tests.engines.training import join_alone, write_llama
+from tests.models.test_held_weights import store
+from tests.tools.launch.models import LLAMA_7B, LLAMA_70B, QWEN_32B, write_model
 
 HALF, FULL = Precision(2), Precision(4)
 PARAMETERS_7B, PARAMETERS_70B = 6_738_415_616, 68_976_648_192
@@ -83,9 +89,48 @@ def test_offloading_moves_the_optimizer_to_main_memory(seven):
     assert memory.host == 12 * PARAMETERS_7B
 
 
-def test_every_rank_loads_the_whole_of_70b_whatever_the_stage(seventy):
-    memory = train_memory(seventy, TrainSection(zero_stage=3), HALF, ranks=64, tokens=4096, checkpointing=True)
-    assert memory.total >= 4 * PARAMETERS_70B
+def test_a_rank_of_70b_loads_its_part_and_two_tensors_unless_transformers_converts_the_weights(seventy):
+    settings = {"ranks": 64, "tokens": 4096, "checkpointing": True}
+    memory = train_memory(seventy, TrainSection(zero_stage=3), HALF, **settings)
+    assert (memory.loading, memory.host) == (0, 2 * 4 * 32000 * 8192)
+    converted = train_memory(replace(seventy, converted=True), TrainSection(zero_stage=3), HALF, **settings)
+    assert converted.total >= 4 * PARAMETERS_70B
+    assert converted.host == 4 * PARAMETERS_70B
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parameters", "full", "adapted"),
+    [
+        # Of weights, gradients and moments: 20 bytes a parameter over the ranks; of a bfloat16 base 2, and 20 of its adapters.
+        (LLAMA_7B, 6_738_415_616, (15.69, 7.84, 1.96), (1.66, 0.83, 0.21)),
+        (QWEN_32B, 32_763_417_600, (76.28, 38.14, 9.54), (7.94, 3.97, 0.99)),
+        (LLAMA_70B, 68_976_648_192, (160.60, 80.30, 20.07), (16.54, 8.27, 2.07)),
+    ],
+)
+def test_a_rank_of_8_gpus_on_1_2_and_8_nodes_holds_its_share(tmp_path, sizes, parameters, full, adapted):
+    folder = write_model(tmp_path / "model", sizes | {"dtype": "bfloat16"})
+    for lora, wanted in ((None, full), (LoraSection(rank=16), adapted)):
+        shape = read_shape(ModelSection(path=str(folder), lora=lora))
+        assert shape.parameters == parameters
+        for nodes, gib in zip((1, 2, 8), wanted, strict=True):
+            memory = train_memory(shape, TrainSection(zero_stage=3), HALF, ranks=8 * nodes, tokens=1)
+            everything = parameters + (shape.trainable if lora else 0)
+            whole = shape.frozen_bytes + FLOAT * shape.trainable if lora else FLOAT * parameters
+            rounded = 0 if lora else 2 * min(shape.linear, LIVE_ELEMENTS)
+            buffers = (
+                FLOAT * min(BUCKET_ELEMENTS, shape.trainable) + rounded + whole * min(LIVE_ELEMENTS, everything) // everything
+            )
+            held = memory.weights + memory.gradients + memory.optimizer - buffers
+            assert held / GIB == pytest.approx(gib, abs=0.02)
+            assert memory.loading == 0
+
+
+def test_a_7b_base_of_adapters_takes_its_checkpoints_13_gibibytes(tmp_path):
+    folder = write_model(tmp_path / "model", LLAMA_7B | {"dtype": "bfloat16"})
+    shape = read_shape(ModelSection(path=str(folder), lora=LoraSection(rank=8, target_modules=["q_proj", "v_proj"])))
+    memory = train_memory(shape, TrainSection(), HALF, ranks=1, tokens=1)
+    assert memory.weights == 2 * PARAMETERS_7B + 2 * (2 * 32 + 1) * 4096 + 4 * 4_194_304  # norms stay float32
+    assert memory.weights / GIB == pytest.approx(12.57, abs=0.01)
 
 
 def test_keys_and_values_are_the_published_half_mebibyte_a_token_at_7b_and_grouped_at_70b(seven, seventy):
@@ -95,6 +140,8 @@ def test_keys_and_values_are_the_published_half_mebibyte_a_token_at_7b_and_group
 
 def test_a_frozen_7b_in_bfloat16_holds_two_bytes_a_linear_weight_and_four_elsewhere(seven):
     assert frozen_memory(seven, HALF, tokens=1).weights == 2 * seven.linear + 4 * (PARAMETERS_7B - seven.linear)
+    stored = replace(seven, stored=2)
+    assert frozen_memory(stored, FULL, tokens=1).weights == 2 * PARAMETERS_7B + 2 * (2 * 32 + 1) * 4096
 
 
 def test_a_weight_sync_of_70b_moves_128_gibibytes_in_bfloat16(seventy):
@@ -104,6 +151,25 @@ def test_a_weight_sync_of_70b_moves_128_gibibytes_in_bfloat16(seventy):
 def test_a_chunk_of_logits_adds_its_buffers(seven):
     small, large = (train_memory(seven, TrainSection(), HALF, ranks=1, tokens=2**14, chunk=chunk) for chunk in (2**20, 2**24))
     assert large.activations - small.activations == LOGIT_BUFFERS * (2**24 - 2**20)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("lora", [None, LoraSection(rank=4)])
+def test_trained_models_hold_the_weights_that_the_plan_counts(tmp_path, stored, stage, lora):
+    join_alone()
+    folder = str(store(write_llama(tmp_path / "model", vocabulary=259), stored))
+    section = ModelSection(path=folder, dtype="float32", lora=lora)
+    for heads in (frozenset({"lm"}), frozenset({"value"})):
+        train = TrainSection(zero_stage=stage)
+        engine = TrainEngine(TrainEngineSpec(section, heads, train, 1e-3))
+        held = sum(getattr(one, "ds_tensor", one).nbytes for one in engine._network.parameters())
+        shape = replace(read_shape(section), stored=stored.itemsize)  # its configuration says bfloat16 in both cases
+        planned = train_memory(shape, train, FULL, ranks=1, tokens=1, language="lm" in heads).weights
+        assert held == pytest.approx(planned, rel=0.05)
+        assert (
+            held < planned * 1.05 < sum(4 * getattr(one, "ds_numel", one.numel()) for one in engine._network.parameters()) * 1.1
+        )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -1,7 +1,7 @@
 """Submission: what is sent, how a job is followed, tried again and stopped, and how refusals read. Needs no cluster."""
 
 import http.server
-import subprocess
+import os
 import sys
 import threading
 from types import SimpleNamespace
@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from rayrlhf.cli import app
+from rayrlhf.cli import app, main
 from rayrlhf.errors import ActorLostError, StoppedError, UserError
 from rayrlhf.tools.launch import submit
-from rayrlhf.tools.launch.job_client import JobRequest
+from rayrlhf.tools.launch.submit import JobRequest
 from tests.tools.launch.models import ppo
 
 
@@ -185,18 +185,22 @@ def test_no_address_at_all_is_told(monkeypatch):
         submit.connect(None)
 
 
-def test_the_command_line_plans_and_says_what_does_not_fit_with_exit_code_2(tmp_path):
+def test_the_command_line_plans_and_says_what_does_not_fit_with_exit_code_2(tmp_path, monkeypatch, capsys):
     (tmp_path / "run.yaml").write_text(
         "model: {path: 'builtin:tiny'}\nreward: {functions: [{name: length}]}\ndata: {train: {path: prompts.jsonl}}\n"
     )
     fine = CliRunner().invoke(app, ["plan", str(tmp_path / "run.yaml"), "--cpus-per-node", "2", "--node-memory", "24"])
     assert fine.exit_code == 0
     assert fine.stdout.endswith("everything fits\n")
-    command = [sys.executable, "-m", "rayrlhf.cli", "plan", "run.yaml", "--cpus-per-node", "2"]
-    tight = subprocess.run([*command, "--node-memory", "2"], cwd=tmp_path, capture_output=True, text=True)
-    assert tight.returncode == 2
-    assert "does not fit: node 0" in tight.stdout
-    assert "Traceback" not in tight.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(sys, "argv", ["rayrlhf", "plan", "run.yaml", "--cpus-per-node", "2", "--node-memory", "2"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    tight = capsys.readouterr()
+    assert end.value.code == 2
+    assert "does not fit: node 0" in tight.out
+    assert "Traceback" not in tight.err
 
 
 def test_a_cluster_whose_job_agents_still_start_is_waited_for(request_of):

@@ -11,15 +11,15 @@ def work(name: str, start: float, end: float, actor: str = "driver", step: int |
 
 
 def test_a_phase_of_the_driver_is_the_work_of_its_roles_and_actors_keep_their_names():
-    spans = role_spans([work("weight_sync", 5, 6), work("generate", 0, 5), work("assemble", 6, 7), work("x", 1, 2, "judge")])
+    spans = role_spans([work("weight_sync", 5, 6), work("generate", 0, 5), work("assemble", 6, 7), work("x", 1, 2, "other")])
     assert [(span.role, span.phase) for span in spans] == [
         ("rollout", "generate"),
-        ("judge", "x"),
+        ("other", "x"),
         ("policy", "weight_sync"),
         ("rollout", "weight_sync"),
         ("driver", "assemble"),
     ]
-    assert role_order(spans) == ["rollout", "policy", "driver", "judge"]
+    assert role_order(spans) == ["rollout", "policy", "driver", "other"]
 
 
 def test_shares_of_work_and_waiting_are_of_the_time_in_which_anyone_worked():

@@ -62,7 +62,6 @@ def test_only_finite_numbers_are_kept_of_a_row():
 def test_spans_come_back_with_their_actor_and_damaged_events_are_counted(tmp_path: Path):
     trace = TraceWriter(tmp_path)
     trace.span("generate", "driver", 100.0, 2.0, arguments={"step": 3})
-    trace.instant("lost", "driver", 101.0)
     trace.span("work", "rollout/0", 101.0, 0.5)
     trace.close()
     with (tmp_path / "trace.json").open("a") as file:

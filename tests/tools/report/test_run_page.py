@@ -14,8 +14,12 @@ from rayrlhf.errors import UserError
 from rayrlhf.observe.journal import RecoveryJournal
 from rayrlhf.observe.metrics import MetricsSink
 from rayrlhf.observe.samples import SampleSink
+from rayrlhf.tools.report.curve_catalog import Curve
+from rayrlhf.tools.report.difference_causes import flat
+from rayrlhf.tools.report.metric_series import Series
 from rayrlhf.tools.report.run_blocks import kl_class
-from rayrlhf.tools.report.run_page import flat, live_page, write_run_report
+from rayrlhf.tools.report.run_curves import curve_figure
+from rayrlhf.tools.report.run_page import live_page, write_run_report
 from rayrlhf.tools.report.run_view import kind_of, read_run
 from tests.observe.html.test_page import outline
 from tests.tools.report.runs import HOSTILE, sample, write_run
@@ -85,6 +89,21 @@ def test_another_run_is_drawn_over_and_its_settings_are_compared(run: Path, tmp_
     assert "setting that differs" in page
     assert ">run.steps<" in page
     assert 'id="compare"' in page
+    assert write_run_report(run, compare=other) == run / "report-against-second.html"
+    rows = [row for row in page.split("<tr>") if 'data-label="difference"' in row or " and 12<" in row]
+    at_12, last = (next(row for row in rows if f"<div>{label}</div>" in row) for label in ("score", "score, last"))
+    assert "<div>12</div>" in at_12
+    assert "<div>20 and 12</div>" in last
+    first, second = (read_run(folder).series["objective/scores"].values[11] for folder in (run, other))
+    assert re.findall(r'data-value="([^"]*)"', at_12) == [str(value) for value in (first, second, first - second)]
+
+
+@pytest.mark.parametrize(("value", "span"), [(3e-6, [0, 6e-6]), (-0.5, [-1.0, 0]), (0.0, None)])
+def test_a_constant_is_drawn_at_its_height(value: float, span: list[float] | None):
+    constant, rising = Series([1, 2, 3], [value] * 3), Series([1, 2], [value, value + 1])
+    curve = Curve("lr", "Learning rate", "rate", "")
+    assert curve_figure(curve, [{"lr": constant}], ["one"])["layout"]["yaxis"].get("range") == span
+    assert "range" not in curve_figure(curve, [{"lr": constant}, {"lr": rising}], ["one", "two"])["layout"]["yaxis"]
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(run: Path, tmp_path: Path):

@@ -2,8 +2,10 @@
 
 import dataclasses
 import inspect
+import re
 
 import pytest
+import transformers
 import trl
 from typer.testing import CliRunner
 
@@ -13,7 +15,7 @@ from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.loading.problems import known_keys
 from rayrlhf.errors import UserError
 from rayrlhf.tools.starters.from_trl import starter_from_trl
-from rayrlhf.tools.starters.trl_fields import DEFAULTS, KEYS, TASKS
+from rayrlhf.tools.starters.trl_fields import CONVERTED, DEFAULTS, KEYS, REASONS, TASKS
 from tests.test_docs import CLASSIC, MODERN
 
 GRPO = """
@@ -65,7 +67,7 @@ def test_a_grpo_script_becomes_the_same_run(tmp_path):
     for line in (
         "# reward_weights: set reward.functions.*.weight, one for each function",
         "# top_p: responses are sampled from the full distribution, because log-probs are taken of it",
-        "# sync_ref_model: no equivalent (found True)",
+        "# sync_ref_model: the reference stays the initial model; begin another run with --from to renew it",
         "# seed: not a plain value; set its key by hand",
         "# **more: not a plain value; set its key by hand",
     ):
@@ -110,13 +112,37 @@ def test_a_source_without_a_configuration_is_one_line(source, task, message):
         starter_from_trl(source, task, None)
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "GRPOConfig(beta=0.1, epsilon=0.1, loss_type='dr_grpo', scale_rewards='none', generation_batch_size=64, max_steps=9)",
+        "PPOConfig(total_episodes=10, cliprange=0.1, kl_coef=0.1)",
+        "PPOConfig(steps=128, adap_kl_ctrl=False, cliprange=0.3, early_stopping=True, target_kl=0.1, kl_penalty='abs')",
+        "SFTConfig(num_train_epochs=2, loss_type='nll')",
+        "DPOConfig(loss_type='ipo', num_train_epochs=1)",
+    ],
+)
+def test_a_field_that_is_converted_has_no_comment(source, tmp_path):
+    text, _ = converted(source, None, tmp_path)
+    fields = re.findall(r"(\w+)=", source)
+    assert [field for field in fields if f"# {field}:" in text] == []
+
+
+def test_every_field_of_grpo_has_a_key_or_a_reason():
+    own = {field.name for field in dataclasses.fields(trl.GRPOConfig)} - set(
+        inspect.signature(transformers.TrainingArguments).parameters
+    )
+    assert own - CONVERTED["GRPOConfig"] - KEYS["GRPOConfig"].keys() - REASONS.keys() == set()
+    assert len(own) > 60
+
+
 @pytest.mark.parametrize("name", KEYS)
 def test_every_key_is_one_and_every_field_is_trls(name):
     known = set(known_keys(config_class(TASKS[name]), tree={"algorithm": {"policy_loss": {"name": "ppo"}}}))
     assert set(KEYS[name].values()) - known == set()
     if "PPO" in name:
         common = set(inspect.signature(trl.SFTConfig).parameters)
-        fields = set((CLASSIC + " " + MODERN).split()) | common
+        fields = set((CLASSIC + " " + MODERN).split()) | common | {"exp_name", "query_dataset"}
     else:
         fields = {field.name for field in dataclasses.fields(getattr(trl, name))}
         defaults = {field.name: field.default for field in dataclasses.fields(getattr(trl, name))}

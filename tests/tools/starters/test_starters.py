@@ -37,7 +37,7 @@ def test_a_starter_with_a_preset_loads_with_the_values_of_the_preset(preset, gpu
     config = load_config(config_class("ppo"), path)
     algorithm = PRESETS[preset]["algorithm"]
     assert config.algorithm.advantage.estimator == algorithm["advantage"]["estimator"]
-    assert config.algorithm.policy_loss.name == algorithm["policy_loss"]["name"]
+    assert config.algorithm.policy_loss.name == algorithm.get("policy_loss", {"name": "ppo"})["name"]
     assert config.run.name == "my-" + preset.replace("+", "-")
 
 

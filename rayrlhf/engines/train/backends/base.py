@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rayrlhf.config.train import TrainSection
-from rayrlhf.models.network import Network, NetworkOutput
+from rayrlhf.models.direct_load import WeightShards
+from rayrlhf.models.network import Network
+from rayrlhf.models.network_io import NetworkOutput
 
 StateFiles = dict[str, NDArray[np.uint8]]
 """One rank's part of the training state: path relative to the state's folder -> content as bytes [size]."""
@@ -36,11 +38,19 @@ class TrainBackend(Protocol):
     all_ranks_must_forward: bool
 
     @classmethod
+    def weight_shards(cls, train: TrainSection, dtype: torch.dtype, device: torch.device) -> WeightShards | None:
+        """Return the division of weights while the network loads.
+
+        `wrap` takes it over. None loads whole weights.
+        """
+        ...
+
+    @classmethod
     def wrap(cls, network: Network, optimizer: torch.optim.Optimizer, train: TrainSection, dtype: torch.dtype) -> Self:
         """Wrap a network; the process has joined its process group.
 
         Args:
-            network: in float32, on its device.
+            network: trained weights in float32, on its device.
             optimizer: over the network's trainable parameters.
             train: sharding, offloading and clipping.
             dtype: compute dtype; any but float32 runs under autocast with float32 master weights.

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from rayrlhf.config.train import TrainSection
 from rayrlhf.engines.train.backends import deepspeed_resize, deepspeed_state
 from rayrlhf.engines.train.backends.base import StateFiles
+from rayrlhf.engines.train.backends.zero_shards import ZeroShards
 from rayrlhf.engines.train.optimizers import RATE_FACTOR
 from rayrlhf.library_types import DeepSpeedEngine
-from rayrlhf.models.network import Network, NetworkOutput
+from rayrlhf.models.network import Network
+from rayrlhf.models.network_io import NetworkOutput
 
 PARTITION_THRESHOLD = 10_000
 """ZeRO-3 keeps parameters with fewer elements whole on every rank."""
@@ -34,11 +36,17 @@ class DeepSpeedBackend:
         self._stage = stage
 
     @classmethod
+    def weight_shards(cls, train: TrainSection, dtype: torch.dtype, device: torch.device) -> ZeroShards | None:
+        """Return ZeRO-3's division of weights (see `TrainBackend.weight_shards`)."""
+        if train.zero_stage < 3:
+            return None
+        _prepare_deepspeed()
+        return ZeroShards(_config(train, dtype), device)
+
+    @classmethod
     def wrap(cls, network: Network, optimizer: torch.optim.Optimizer, train: TrainSection, dtype: torch.dtype) -> Self:
         """Wrap a network (see `TrainBackend.wrap`)."""
-        deepspeed = _quiet_deepspeed()
-        # The shared-memory operator serves inference only; without this, DeepSpeed compiles it for half a minute on every node.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed = _prepare_deepspeed()
         engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=_config(train, dtype))
         if train.zero_stage == 0 and torch.distributed.get_world_size() == 1:
             # One rank has nothing to reduce, and flattening all gradients costs two passes over memory.
@@ -142,9 +150,15 @@ def _config(train: TrainSection, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _quiet_deepspeed() -> Any:
-    """Import DeepSpeed with its logger at WARNING: at INFO every process logs its whole configuration."""
+def _prepare_deepspeed() -> Any:
+    """Import DeepSpeed, quiet and without groups of a world that has ended."""
     import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # at INFO every process logs its whole configuration
+    # The shared-memory operator serves inference only; without this, DeepSpeed compiles it for half a minute on every node.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed keeps a copy of the world's group, also after other libraries of this process ended that world.
+    groups = vars(deepspeed.utils.groups)
+    if groups["_WORLD_GROUP"] not in torch.distributed.distributed_c10d._world.pg_group_ranks:
+        groups["_WORLD_GROUP"] = None
     return deepspeed

@@ -53,7 +53,7 @@ class _PlainFiles:
     DeepSpeed's own engine runs pickled code; this one refuses it.
     """
 
-    def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
+    def load(self, path: str, map_location: object = None) -> dict[str, Any]:
         return load_file(Path(path))
 
 
@@ -98,7 +98,7 @@ def load_file(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     return content
 
 
-def load_checkpoint(engine: DeepSpeedEngine, folder: Path, **options: Any) -> dict[str, Any]:
+def load_checkpoint(engine: DeepSpeedEngine, folder: Path, **options: object) -> dict[str, Any]:
     """Load a state through DeepSpeed; returns the counters saved with it.
 
     Raises:

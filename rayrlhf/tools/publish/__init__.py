@@ -1,0 +1,1 @@
+"""Publishing a run's model with a card made from its folder."""
