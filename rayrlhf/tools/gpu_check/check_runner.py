@@ -12,6 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
+
 from rayrlhf.errors import UserError
 from rayrlhf.observe.cuda import find_fault, read_cuda
 from rayrlhf.tools.gpu_check.step_process import STARTED
@@ -126,12 +128,24 @@ def _read(lines: Path) -> list[dict[str, Any]]:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End a step's process and those that it started in its session."""
+    """End a step's process and those that it started in its session; returns when they have ended."""
     _signal(process, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(END_SECONDS)
     _signal(process, signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + END_SECONDS
+    while _runs(process.pid) and time.monotonic() < deadline:  # a killed process ends a moment after the signal
+        time.sleep(POLL_SECONDS)
+
+
+def _runs(group: int) -> bool:
+    """Return whether a process of a group still runs."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def _signal(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
