@@ -19,8 +19,8 @@ from tests.environments.players.test_agent_tools import TOKENIZER, spoken
 from tests.environments.sample_players import Scripted
 
 SESSIONS, TURNS = 512, 4
-MOST_MILLISECONDS = 5.0
-"""Bound of a request's CPU time on a machine that other work shares, where it was 2.6 to 3.1."""
+MOST_MILLISECONDS = 10.0
+"""Bound of a request's CPU time: 2.6 to 4.3 on loaded machines, 19 with a thread a session."""
 CALL = spoken('<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>')
 LAST = spoken("10")
 
