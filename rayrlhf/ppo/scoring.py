@@ -263,9 +263,9 @@ class Scorer:
     def _result(self, call: _Call[Result], what: str) -> Result:
         """Wait for one call; replace a lost process without training state and repeat the call."""
         group = self.actor_groups[call.role]
+        pending = {group.names[call.rank]: call.result}
+        self.meanwhile(pending, self.seconds)  # What it raises is about other processes.
         try:
-            pending = {group.names[call.rank]: call.result}
-            self.meanwhile(pending, self.seconds)
             return group.wait(pending, what, self.seconds)[0]
         except (ActorLostError, DeadlineError) as error:
             if call.role == "policy" or call.role == "critic":

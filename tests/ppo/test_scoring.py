@@ -208,6 +208,20 @@ def test_a_policy_that_is_late_is_not_replaced_because_it_carries_the_training_s
     assert restarter.errors == []
 
 
+def test_a_loss_during_the_wait_is_not_taken_for_one_of_the_process_that_is_waited_for():
+    reward, restarter = Process(), ActorRestarter(Process())
+    found = scorer({"reward": Group("reward", reward)}, restarter)
+
+    def meanwhile(pending, seconds):
+        raise ActorLostError("rollout replicas: 0 of 1 serve, 1 are needed")
+
+    found.meanwhile = meanwhile
+    with pytest.raises(ActorLostError, match="rollout replicas: 0 of 1 serve"):
+        found.finish()
+    assert restarter.errors == []
+    assert len(reward.asked) == 1
+
+
 def test_only_roles_that_share_prefixes_are_split_by_distinct_tokens():
     made = []
     for sample in range(16):
