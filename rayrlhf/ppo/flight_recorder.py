@@ -1,5 +1,6 @@
 """Writes the record of each step while the next one runs."""
 
+import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +35,7 @@ class FlightRecorder:
         self._level = level
         self._thread = ThreadPoolExecutor(1, "flight-recorder")
         self._waiting: deque[Future[None]] = deque()
+        self._spent = self._told = 0.0
 
     def __call__(self, executed: ExecutedStep) -> None:
         """Write the record of a step in the background.
@@ -43,6 +45,12 @@ class FlightRecorder:
         """
         self._settle(_WAITING - 1)
         self._waiting.append(self._thread.submit(self._write, executed))
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU seconds of the thread since the last call."""
+        spent = self._spent
+        since, self._told = spent - self._told, spent
+        return since
 
     def rewind(self, step: int) -> None:
         """Delete the records of later steps, before a run continues after `step`."""
@@ -59,7 +67,9 @@ class FlightRecorder:
         self._settle(0)
 
     def _write(self, executed: ExecutedStep) -> None:
+        began = time.thread_time()
         write_record(self._folder, to_record(executed, self._level))
+        self._spent += time.thread_time() - began
 
     def _settle(self, allowed: int) -> None:
         while len(self._waiting) > allowed:

@@ -26,7 +26,7 @@ from rayrlhf.observe.flight_record import FOLDER
 from rayrlhf.observe.journal import MIRROR, RecoveryJournal
 from rayrlhf.observe.live import LiveView
 from rayrlhf.observe.memory import PeakMemory, memory_limit_bytes
-from rayrlhf.observe.metric_names import MEMORY_LIMIT, PEAK_MEMORY, REWARD_MODEL_CHANCE
+from rayrlhf.observe.metric_names import MEMORY_LIMIT, PEAK_MEMORY, RECORD_THREAD, REWARD_MODEL_CHANCE
 from rayrlhf.observe.metrics import MetricsSink, read_metrics
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.observe.resampling import bootstrap_mean
@@ -187,6 +187,8 @@ class Recorder(Callback):
             row[REWARD_MODEL_CHANCE] = self._reward_chance
         if self._config.checkpoint.mirror is not None:
             row["checkpoint/failed_copies"] = float(self._failed_copies)
+        if self.flight:
+            row[RECORD_THREAD] = self.flight.cpu_seconds()
         self.diagnosis.add(step, row)
         self._write(step, row | self.diagnosis.metrics)
         shown = range(min(len(scored.rollouts), self._config.observe.samples_per_step))

@@ -23,7 +23,7 @@ from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.train.plan import UpdateReport
 from rayrlhf.environments.episodes import episode_metrics, with_extra_segments
 from rayrlhf.errors import UserError
-from rayrlhf.observe.metric_names import LOGPROB_GAP, SAMPLED_TOKENS, STUDENT_STEP, UPDATE_ARRIVED
+from rayrlhf.observe.metric_names import CHECKSUMS, LOGPROB_GAP, RECORD, SAMPLED_TOKENS, STUDENT_STEP, UPDATE_ARRIVED
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.evaluation import Evaluation, OwnReward
@@ -207,9 +207,10 @@ class StepDriver:
         metrics |= reward_metrics(scored) | checksum_metrics(after)
         metrics |= self._open.metrics or self._episode_metrics(scored)
         if self._observer is not None:
-            plan, served = step_plan(self.config, experience, self.steps_done - 1), self._generation.served_by
-            begun = (self.steps_done, self.weight_version - 1, self._open.drawn, served, state)
-            self._observer(ExecutedStep(*begun, scored, experience, plan, reports, before, after, dict(metrics)))
+            with self.timer.phase(RECORD):
+                plan, served = step_plan(self.config, experience, self.steps_done - 1), self._generation.served_by
+                begun = (self.steps_done, self.weight_version - 1, self._open.drawn, served, state)
+                self._observer(ExecutedStep(*begun, scored, experience, plan, reports, before, after, dict(metrics)))
         self._generation.forget(self.steps_done)
         self.sampler.consumed(self._open.drawn)
         self._stream_witness.check(self.steps_done, self._open.drawn, strict=self._open.ledger.strict)
@@ -312,7 +313,8 @@ class StepDriver:
 
     def _checksums(self, wanted: bool) -> Weights:
         if wanted and self._weights is None:
-            self._weights = self._updater.weights()
+            with self.timer.phase(CHECKSUMS):
+                self._weights = self._updater.weights()
         return self._weights or {} if wanted else {}
 
     @property

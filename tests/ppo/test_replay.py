@@ -292,6 +292,8 @@ def test_a_recorder_writes_in_the_background_and_tells_what_it_could_not_write(t
     recorder(step)
     recorder.rewind(1)
     assert read_record(tmp_path / "records", 1).header["drawn"] == list(range(8))
+    assert recorder.cpu_seconds() > 0
+    assert recorder.cpu_seconds() == 0
 
     def full(path, content):
         raise OSError(28, "No space left on device")

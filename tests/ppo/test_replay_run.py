@@ -7,6 +7,7 @@ import pytest
 
 from rayrlhf.errors import AlarmError, UserError
 from rayrlhf.observe.flight_record import FOLDER, read_record, recorded_steps
+from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.ppo import replay
 from rayrlhf.ppo.checkpoint import list_checkpoints
 from rayrlhf.ppo.replay import replay_step
@@ -71,6 +72,9 @@ def test_agents_on_two_ranks_replay_bit_for_bit_and_on_one_rank_within_rounding(
     )
     train_ppo(config)
     assert len(read_record(config.run.folder / FOLDER, 2).columns["prompt"]) == 32  # two conversations of each sample
+    last = read_metrics(config.run.folder)[-1]
+    assert min(last["time/record"], last["time/checksums"]) > 0
+    assert "time/record/thread" in last
     assert bits(replay_step(config.run.folder, 2)) == {"equal bit for bit"}
     moved = replay_step(config.run.folder, 2, "update", ["placement.policy.ranks=1"])
     assert bits(moved) == {"equal bit for bit", "within tolerance"}, "\n".join(moved.lines())

@@ -92,23 +92,19 @@ def bench_ppo_command(
 def bench_record_command(
     model: PolicyModel = "builtin:tiny",
     prompts: Prompts = 64,
-    rounds: Rounds = 15,
-    updates: Annotated[int, typer.Option(min=1, help="Timed PPO steps of a run, of which the median counts.")] = 20,
-    output: Output = None,
+    updates: Annotated[int, typer.Option(min=1, help="Timed PPO steps of each level.")] = 20,
+    output: JsonOutput = None,
 ) -> None:
-    """Measure what `observe.record` costs a PPO step."""
-    from rayrlhf.tools.bench.ppo_step import bench_record, write_reward_model
+    """Measure time and bytes that `observe.record` costs a PPO step."""
+    from rayrlhf.tools.bench.ppo_step import write_reward_model
+    from rayrlhf.tools.bench.record_cost import bench_record
     from rayrlhf.tools.bench.work import PPOWork
 
     with TemporaryDirectory() as folder:
         policy, reward = write_reward_model(model, Path(folder) / "reward")
         work = PPOWork(policy, reward, "float32", prompts, updates=updates)
-        found = bench_record(work, rounds=rounds, progress=typer.echo)
-    _show([found], output, "record")
-    for level in ("light", "full"):
-        ratio = found.ratio(level)
-        most, cost, least = (f"{1 / value - 1:+.2%}" for value in (ratio.low, ratio.median, ratio.high))
-        typer.echo(f"observe.record={level}: {cost} of a step's time (95 %: {least} to {most})")
+        found = bench_record(work, progress=typer.echo)
+    _write(output, "record.json", [asdict(cost) for cost in found])
 
 
 @bench.command(name="rollout")

@@ -5,7 +5,6 @@ calls is messages, bookkeeping and waiting: the cost of the driver and of Ray. W
 since a call may overlap another's overhead.
 """
 
-import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -73,8 +72,7 @@ def _run(work: PPOWork, critic: Critic) -> list[float]:
             events.extend(ray.timeline())
 
     with tempfile.TemporaryDirectory() as name:
-        rows = "".join(json.dumps({"prompt": text}) + "\n" for text in work.texts())
-        (Path(name) / "prompts.jsonl").write_text(rows, encoding="utf-8")
+        work.write_prompts(Path(name))
         train_ppo(work.config(critic, Path(name)), [Watch()])
     calls = [(event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6) for event in events if event["cat"] == EXECUTE]
     return idle_shares(list(pairwise(ends)), calls)

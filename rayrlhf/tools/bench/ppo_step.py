@@ -16,10 +16,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +29,7 @@ from rayrlhf.models.builtin import cache_folder, resolve_model
 from rayrlhf.storage.atomic import folder_atomically
 from rayrlhf.tools.bench.operations import Lengths, peak_operations, phase_operations, phase_table
 from rayrlhf.tools.bench.paired import Comparison, compare, in_new_process
-from rayrlhf.tools.bench.work import Critic, PPOWork, Record
+from rayrlhf.tools.bench.work import Critic, PPOWork
 from rayrlhf.tools.launch.model_shape import read_shape
 
 PLAIN = "plain torch and vLLM calls"
@@ -112,16 +111,6 @@ def bench_ppo(
     return PPOBench(comparison, {name: one.phases for name, one in last.items()}, operations, peak)
 
 
-def bench_record(work: PPOWork, *, rounds: int, progress: Callable[[str], None] = lambda _: None) -> Comparison:
-    """Compare the steps per hour of runs with `observe.record` with those of runs without."""
-
-    def run(level: Record) -> float:
-        return 3600 / in_new_process(_run_ours, replace(work, record=level), "shared").step
-
-    title = f"PPO step with a record, {work.prompts} prompts x {work.new_tokens} new tokens x {work.epochs} epochs"
-    return compare(title, "steps/h", {level: partial(run, level) for level in get_args(Record)}, rounds, progress)
-
-
 def write_reward_model(model: str, folder: Path) -> tuple[str, str]:
     """Write a sequence classifier with a random head; returns paths of model and classifier."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -150,8 +139,7 @@ def _run_ours(work: PPOWork, critic: Critic) -> Measured:
             last["lengths"] = Lengths(prompts, [len(rollout.response_ids) for rollout in scored.rollouts])
 
     with tempfile.TemporaryDirectory() as name:
-        rows = "".join(json.dumps({"prompt": text}) + "\n" for text in work.texts())
-        (Path(name) / "prompts.jsonl").write_text(rows, encoding="utf-8")
+        work.write_prompts(Path(name))
         train_ppo(work.config(critic, Path(name)), [Clock()])
     return Measured(float(np.median(np.diff(ends))), **last)
 

@@ -59,6 +59,11 @@ class PPOWork:
         rows = zip(generate(0, count, "train"), lengths, strict=True)
         return [f"{row['solution']} {row['question']}"[-length:] for row, length in rows]
 
+    def write_prompts(self, folder: Path) -> None:
+        """Write the prompts to the file that `config` reads."""
+        rows = "".join(json.dumps({"prompt": text}) + "\n" for text in self.texts())
+        (folder / "prompts.jsonl").write_text(rows, encoding="utf-8")
+
     def token_ids(self) -> list[list[int]]:
         """Return the prompts as token ids."""
         ids: list[list[int]] = load_tokenizer(self.config("none", Path()).model)(self.texts())["input_ids"]

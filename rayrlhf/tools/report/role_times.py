@@ -24,6 +24,7 @@ PHASE_ROLES = {
     "update_policy": ("policy",),
     "update_critic": ("critic",),
     "weight_sync": ("policy", "rollout"),
+    "checksums": ("policy",),
 }
 """Phase of the driver -> the roles that work in it; any other phase is the driver's own."""
 ROLE_ORDER = ("rollout", "reward", "judge", "reference", "teacher", "critic", "policy", DRIVER)

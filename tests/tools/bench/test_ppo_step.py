@@ -1,12 +1,8 @@
 """What `rayrlhf bench ppo` gives its contenders, and one whole comparison of small ones."""
 
-import re
-
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from rayrlhf.cli import app
 from rayrlhf.config.model import CriticSection, ModelSection
 from rayrlhf.errors import UserError
 from rayrlhf.models.builtin import resolve_model
@@ -49,14 +45,6 @@ def test_adapters_are_on_the_policy_alone(tmp_path):
 def test_a_run_is_recorded_as_asked(tmp_path):
     assert PPOWork("policy", "reward", "float32").config("shared", tmp_path).observe.record == "off"
     assert PPOWork("policy", "reward", "float32", record="light").config("shared", tmp_path).observe.record == "light"
-
-
-@pytest.mark.nightly
-def test_the_cost_of_records_is_told_with_its_interval():
-    words = "bench record --model builtin:tiny?layers=1&hidden=64 --prompts 8 --rounds 1 --updates 2"
-    found = CliRunner().invoke(app, words.split(), catch_exceptions=False)
-    for level in ("light", "full"):
-        assert re.search(rf"observe.record={level}: [+-]\S+% of a step's time \(95 %: [+-]\S+% to [+-]\S+%\)", found.output)
 
 
 def test_an_unknown_precision_is_one_line():
