@@ -135,8 +135,8 @@ class Generation:
                     self._refresh(self._pool.stale)
                 self._dispatch()
                 for replica in self._next_ready(time.monotonic() - progress):
-                    self._receive(replica)
-                    progress = time.monotonic()
+                    if self._receive(replica):
+                        progress = time.monotonic()
         for request in batch.requests:
             del self._batches[request.key]
 
@@ -244,8 +244,12 @@ class Generation:
         ready = set(ray.wait(list(waited), num_returns=len(waited), timeout=0)[0])
         return [self._pool.replicas[rank] for rank, poll in self._polls.items() if poll.result in ready]
 
-    def _receive(self, replica: RolloutReplica) -> None:
-        """Receive the rollouts of a poll, or take back a lost replica's requests."""
+    def _receive(self, replica: RolloutReplica) -> bool:
+        """Receive the rollouts of a poll, or take back a lost replica's requests.
+
+        Returns:
+            False if the replica serves and the poll ended without a rollout.
+        """
         poll, submits = self._polls.pop(replica.rank), self._submits.pop(replica.rank, [])
         self._pending.pop(replica.name, None)
         try:
@@ -256,9 +260,10 @@ class Generation:
             if poll.handle is replica.handle:
                 self._pool.lost(replica, error)
             self._queue.lost(replica.rank)
-            return
+            return True
         for rollout in self._queue.finished(finished):
             batch = self._batches[rollout.key]
             self.served_by[rollout.key] = replica.rank
             batch.missing.discard(rollout.key)
             batch.finished.append(rollout)
+        return bool(finished) or not replica.health.serves

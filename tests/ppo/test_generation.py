@@ -1,5 +1,6 @@
 """Requests and their way to replicas are pure functions; the streaming itself is tested with real actors in test_run.py."""
 
+from collections import namedtuple
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rayrlhf.actors.health import Health
 from rayrlhf.data.records import Prompt
-from rayrlhf.errors import AlarmError
+from rayrlhf.errors import AlarmError, DeadlineError
+from rayrlhf.ppo import generation as module
 from rayrlhf.ppo.generation import Generation
 from rayrlhf.ppo.request_queue import assign
 from rayrlhf.ppo.rollout_collector import make_requests
@@ -59,3 +62,57 @@ def test_a_sample_that_gets_lost_between_queue_and_batch_is_named_at_once_and_no
     batch.missing.discard(requests[0].key)
     with pytest.raises(AlarmError, match="step 4: sample 0 of prompt 2 was issued and got lost while it was sampled"):
         list(generation.collect(batch))
+
+
+Finished = namedtuple("Finished", "key")
+
+
+class LateReplica:
+    """Finishes nothing until it has been replaced, in polls of a second; its pool and its calls, which return at once."""
+
+    rank, name, stale, building, losses = 0, "ppo/rollout/0", (), {}, 0
+
+    def __init__(self, monkeypatch, *, rebuilt):
+        monkeypatch.setattr(module, "ray", SimpleNamespace(wait=lambda refs, **_: (refs, [])))
+        monkeypatch.setattr(module, "fetch", lambda result, *_: result)
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.seconds))
+        self.rebuilt, self.killed, self.requests, self.handle, self.health = rebuilt, 0, [], object(), Health()
+        self.replicas, self.seconds = [self], 0
+
+    @property
+    def serving(self):
+        return self.replicas if self.health.serves else []
+
+    def poll_rebuilds(self):
+        if not self.health.serves:
+            self.health, self.handle, self.requests = Health(), object(), []
+
+    def lost(self, replica, error):
+        if not self.rebuilt:
+            raise error
+        self.health, self.killed = Health("down"), self.killed + 1
+
+    def submit(self, requests, *_):
+        self.requests += requests
+
+    def poll(self, minimum, seconds):
+        self.seconds += 1
+        assert self.seconds < 100, "waited on and on"
+        return tuple(Finished(request.key) for request in self.requests if self.killed), 0
+
+    def collected(self):
+        generation = Generation(self, lambda _: None, max_new_tokens=4, seconds=10, poll_seconds=1.0)
+        batch = generation.add(make_requests(prompts(1, 2), 1, step=3, run_seed=0), temperature=1.0)
+        return [rollout for finished in generation.collect(batch) for rollout in finished]
+
+
+def test_polls_that_bring_no_response_do_not_put_off_the_deadline(monkeypatch):
+    """Where weights change under way, a poll ends every half second."""
+    with pytest.raises(DeadlineError, match="generate: no response from ppo/rollout/0"):
+        LateReplica(monkeypatch, rebuilt=False).collected()
+
+
+def test_the_wait_begins_again_when_a_late_replica_is_replaced(monkeypatch):
+    replica = LateReplica(monkeypatch, rebuilt=True)
+    assert len(replica.collected()) == 2
+    assert replica.killed == 1
