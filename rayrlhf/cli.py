@@ -121,7 +121,7 @@ def reward(
     begin_with: From = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train a reward model on preference pairs; rerun the command to resume."""
+    """Train a reward model on preference pairs or labeled steps; rerun the command to resume."""
     from rayrlhf.config.tuning import RewardTrainingConfig
     from rayrlhf.tuning.train_model import check_reward, train_reward
 

@@ -24,6 +24,9 @@ eq. 7). `cpo` and `orpo` add the negative log-likelihood of the better answer.
 
 KTO reads single answers with a label. An answer's log-ratio is compared with the KL of the policy from the reference, estimated
 on answers of other prompts and without gradient (Ethayarajh et al. 2024, eq. 7 and 8; TRL 1.16 `KTOTrainer`).
+
+A process reward model classifies the steps of a response as right or wrong (Lightman et al. 2023). Its one logit is the
+difference of the two that TRL 1.8's `PRMTrainer` has, so the loss is the same.
 """
 
 from dataclasses import dataclass
@@ -31,7 +34,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from rayrlhf.algorithms.masking import zero_masked
 
@@ -243,3 +246,20 @@ def unpaired_preference_loss(
     )
     accuracy = ((gap > 0) == desirable).to(torch.float32)
     return TokenLoss(losses, {"loss/kto": losses.detach(), "accuracy": accuracy.detach(), "batch_kl": kl.detach()})
+
+
+def step_loss(logits: Tensor, right: Tensor, mask: Tensor) -> TokenLoss:
+    """Return the cross-entropy of the labels of steps: -log sigmoid(z) of a right step, -log sigmoid(-z) of a wrong one.
+
+    Args:
+        logits: float [B, T], z, the log-odds that the step which ends here is right.
+        right: bool [B, T], the labels.
+        mask: bool [B, T], True at the last token of each step.
+
+    Returns:
+        The loss per step. Statistics: `loss/steps`, and `accuracy` (1 where the sign of z is that of the label).
+    """
+    labels = right.to(logits.dtype)
+    losses = zero_masked(binary_cross_entropy_with_logits(zero_masked(logits, mask), labels, reduction="none"), mask)
+    accuracy = zero_masked(((logits > 0) == right).to(logits.dtype), mask)
+    return TokenLoss(losses, {"loss/steps": losses.detach(), "accuracy": accuracy})

@@ -186,3 +186,26 @@ class PreferenceDataSection(TuningDataSection):
 
     train: PreferenceDatasetSection
     evaluation: PreferenceDatasetSection | None = None
+
+
+class RewardDatasetSection(PreferenceDatasetSection):
+    """One dataset of a reward model: preference pairs, or responses with a label per step (`kind: process`)."""
+
+    steps_field: str = "completions"
+    """Column with the steps of a response to `prompt_field`: a list of texts, or one text with `data.step_separator` between
+    them. Read by `kind: process`."""
+    step_labels_field: str = "labels"
+    """Column with a label per step: true for a right one. Read by `kind: process`."""
+
+
+class RewardDataSection(PreferenceDataSection):
+    """Preference pairs, or responses with a label per step.
+
+    `overlong: truncate` keeps the last tokens of a pair, because the score is read from the last one, and the first steps.
+    """
+
+    train: RewardDatasetSection
+    evaluation: RewardDatasetSection | None = None
+    step_separator: str = Field("\n", min_length=1)
+    """Text after each step, the last one too; its last token has the step's score. Read by `kind: process`, and stored with the
+    model."""

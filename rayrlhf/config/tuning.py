@@ -1,10 +1,16 @@
 """Configurations of SFT, reward models and DPO, and checks across their sections."""
 
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from rayrlhf.config.data import DistillationDataSection, PreferenceDataSection, SupervisedDataSection, TuningDataSection
+from rayrlhf.config.data import (
+    DistillationDataSection,
+    PreferenceDataSection,
+    RewardDataSection,
+    SupervisedDataSection,
+    TuningDataSection,
+)
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.section import Count, RunFolderSection, RunName, Section
 from rayrlhf.config.train import (
@@ -129,9 +135,6 @@ class TuningObserveSection(Section):
 class TuningRootConfig(Section):
     """Sections and checks that SFT, reward models and DPO share."""
 
-    sequences: ClassVar[int] = 1
-    """Token sequences per sample: 2 for a preference pair."""
-
     run: TuningRunSection
     model: ModelSection
     data: TuningDataSection
@@ -140,6 +143,11 @@ class TuningRootConfig(Section):
     checkpoint: TuningCheckpointSection = TuningCheckpointSection()
     workers: WorkersSection = WorkersSection()
     observe: TuningObserveSection = TuningObserveSection()
+
+    @property
+    def sequences(self) -> int:
+        """Token sequences per sample: 2 for a preference pair."""
+        return 1
 
     @property
     def has_evaluation(self) -> bool:
@@ -190,23 +198,40 @@ class DistillationConfig(SFTConfig):
 class RewardTrainingConfig(TuningRootConfig):
     """Configuration of `rayrlhf reward`."""
 
-    sequences = 2
-
+    kind: Literal["outcome", "process"] = "outcome"
+    """`outcome` scores whole responses and learns from preference pairs. `process` scores steps and learns from a label per
+    step (rows `prompt`, `completions`, `labels`)."""
     run: RewardRunSection = RewardRunSection()
-    data: PreferenceDataSection
+    data: RewardDataSection
     train: RewardTrainSection = RewardTrainSection()
     export_anyway: bool = False
     """Export the model even if its held-out accuracy is not better than chance."""
+
+    @property
+    def sequences(self) -> int:
+        """Token sequences per sample: 2 for a preference pair."""
+        return 2 if self.kind == "outcome" else 1
+
+    @model_validator(mode="after")
+    def _check_reward_kind(self) -> Self:
+        if self.kind == "process" and self.train.center_coefficient:
+            raise ValueError("train.center_coefficient centers the rewards of pairs and has no effect on kind process")
+        if self.kind == "outcome" and self.data.step_separator != "\n":
+            raise ValueError("data.step_separator has no effect on kind outcome; expected kind process")
+        return self
 
 
 class DPOConfig(TuningRootConfig):
     """Configuration of `rayrlhf dpo`."""
 
-    sequences = 2
-
     run: DirectPreferenceRunSection = DirectPreferenceRunSection()
     data: PreferenceDataSection
     train: DirectPreferenceTrainSection = DirectPreferenceTrainSection()
+
+    @property
+    def sequences(self) -> int:
+        """Token sequences per sample: 2 for a preference pair."""
+        return 2
 
     @model_validator(mode="after")
     def _check_overlong(self) -> Self:

@@ -5,6 +5,7 @@ So `rayrlhf reward` stores the format next to the weights.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -31,11 +32,13 @@ class AnswerFormat:
         chat: render both as turns of the chat template; otherwise concatenate plain text.
         system_prompt: first message of a conversation.
         end: end-of-sequence text after plain text; None for none.
+        step_separator: text after each step, of a process reward model; None for an outcome reward model.
     """
 
     chat: bool = True
     system_prompt: str | None = None
     end: str | None = None
+    step_separator: str | None = None
 
     def token_ids(self, tokenizer: "PreTrainedTokenizerBase", prompt: str | list[Message], response: str) -> list[int]:
         """Tokenize prompt and response as in training, with exactly one end token.
@@ -50,6 +53,18 @@ class AnswerFormat:
         if self.end is not None and not text.endswith(self.end):
             text += self.end
         return list(tokenizer(text)["input_ids"])
+
+    def step_token_ids(
+        self, tokenizer: "PreTrainedTokenizerBase", prompt: str | list[Message], steps: Sequence[str]
+    ) -> tuple[list[int], list[int]]:
+        """Tokenize prompt and steps as in training; returns the tokens and the position of each step's last one."""
+        if self.step_separator is None:
+            raise ValueError("the format of an outcome reward model has no steps")
+        if self.chat:
+            turns = conversation(prompt, self.system_prompt)
+            opening = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
+            return step_tokens(tokenizer, opening["input_ids"], steps, self.step_separator)
+        return step_tokens(tokenizer, plain_prompt_ids(tokenizer, last_user_text(prompt)), steps, self.step_separator)
 
     def write(self, folder: Path) -> None:
         """Store the format next to the weights in `folder`."""
@@ -69,7 +84,30 @@ class AnswerFormat:
             found = cls(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}: expected the format that `rayrlhf reward` stores with the model: {error}") from error
-        fits = isinstance(found.chat, bool) and all(isinstance(text, str | None) for text in (found.system_prompt, found.end))
+        fits = isinstance(found.chat, bool) and all(
+            isinstance(text, str | None) for text in (found.system_prompt, found.end, found.step_separator)
+        )
         if not fits:
-            raise UserError(f"{path}: expected chat true or false, and texts or null in system_prompt and end")
+            raise UserError(f"{path}: expected chat true or false, and texts or null in system_prompt, end and step_separator")
         return found
+
+
+def plain_prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
+    """Return the tokens of a prompt without a chat template, before steps."""
+    start = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    return [*start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+
+
+def step_tokens(
+    tokenizer: "PreTrainedTokenizerBase", prompt_ids: Sequence[int], steps: Sequence[str], separator: str
+) -> tuple[list[int], list[int]]:
+    """Return the tokens of a prompt with its steps, and the position of each step's last token.
+
+    Steps are tokenized one by one, so that no token spans two of them.
+    """
+    *parts, between = tokenizer([*steps, separator], add_special_tokens=False)["input_ids"]
+    ids, ends = list(prompt_ids), []
+    for part in parts:
+        ids += [*part, *between]
+        ends.append(len(ids) - 1)
+    return ids, ends

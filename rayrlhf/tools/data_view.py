@@ -100,12 +100,15 @@ def _prompts(config: "PPOConfig | EvaluateConfig", tokenizer: "PreTrainedTokeniz
 def _samples(config: Any, tokenizer: "PreTrainedTokenizerBase", rows: int, *, color: bool) -> "Iterator[Text]":
     from rich.text import Text
 
-    from rayrlhf.data.supervised.datasets import load_preference_data, load_supervised_data
+    from rayrlhf.data.supervised.datasets import load_preference_data, load_step_data, load_supervised_data
 
-    pairs = not isinstance(config, SFTConfig)
+    steps = isinstance(config, RewardTrainingConfig) and config.kind == "process"
+    pairs = not isinstance(config, SFTConfig) and not steps
     labels = isinstance(config, DPOConfig) and config.train.loss == "kto"
-    if pairs:
-        dataset: Any = load_preference_data(config.data, tokenizer, labels=labels)[0]
+    if steps:
+        dataset: Any = load_step_data(config.data, tokenizer)[0]
+    elif pairs:
+        dataset = load_preference_data(config.data, tokenizer, labels=labels)[0]
     else:
         dataset = load_supervised_data(config.data, tokenizer)[0]
     parts = [part for one in dataset.samples for part in (one.answers if pairs else (one,))]

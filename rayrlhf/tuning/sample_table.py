@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rayrlhf.data.answer_format import AnswerFormat
 from rayrlhf.data.records import Bool, Float32, Int32
 from rayrlhf.data.supervised.datasets import PreferencePair, SupervisedSample
-from rayrlhf.data.supervised.supervised_samples import DistillationSample
+from rayrlhf.data.supervised.supervised_samples import DistillationSample, StepSample
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,35 @@ class DistillationTable(SampleTable):
         samples = super().take(numbers)
         return [
             DistillationSample(one.token_ids, one.loss_mask, one.row, part) for one, part in zip(samples, parts, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class StepTable(SampleTable):
+    """Responses whose steps have labels.
+
+    Attributes:
+        right: bool [sum of lengths], see `StepSample.right`.
+        format: text around a prompt and its steps.
+    """
+
+    right: Bool
+    format: AnswerFormat
+
+    @classmethod
+    def labeled(cls, samples: Sequence[StepSample], answer_format: AnswerFormat) -> Self:
+        """Return the table of some samples, at least one."""
+        table = SampleTable.of(samples)
+        right = np.concatenate([sample.right for sample in samples])
+        return cls(table.token_ids, table.loss_mask, table.offsets, table.rows, right, answer_format)
+
+    def take(self, indices: Iterable[int]) -> Sequence[StepSample]:
+        """Return samples by index, as views."""
+        numbers = list(indices)
+        places = [slice(self.offsets[index], self.offsets[index + 1]) for index in numbers]
+        return [
+            StepSample(one.token_ids, one.loss_mask, one.row, self.right[at])
+            for one, at in zip(super().take(numbers), places, strict=True)
         ]
 
 

@@ -41,6 +41,7 @@ from rayrlhf.tuning.follow import following
 from rayrlhf.tuning.held_out import LENGTH_METRIC, LengthBaseline, length_baseline
 from rayrlhf.tuning.refusal import clear_refusal, raise_refusal, request_stop
 from rayrlhf.tuning.sample_table import PairTable, Table
+from rayrlhf.tuning.step_reward_task import StepRewardTask
 from rayrlhf.tuning.task import PreferenceTask, SupervisedTask, Task
 from rayrlhf.tuning.training_result import TuningResult, read_result
 from rayrlhf.tuning.unpaired_task import UnpairedTask
@@ -94,7 +95,7 @@ def check_sft(config: SFTConfig) -> str:
 
 def check_reward(config: RewardTrainingConfig) -> str:
     """Check a configuration and its data, and return the plan; errors as `check_sft`."""
-    return _check(PreferenceTask(config))
+    return _check(_reward_task(config))
 
 
 def check_dpo(config: DPOConfig) -> str:
@@ -116,19 +117,23 @@ def train_sft(config: SFTConfig) -> TuningResult:
 
 
 def train_reward(config: RewardTrainingConfig) -> TuningResult:
-    """Train a reward model on preference pairs, as `train_sft` does.
+    """Train a reward model on preference pairs or labeled steps, as `train_sft` does.
 
     Raises:
         UserError: see `train_sft`.
         ActorLostError: see `train_sft`.
         AlarmError: the model is not better than chance on held-out pairs, and `export_anyway` is not set.
     """
-    return _train(PreferenceTask(config))
+    return _train(_reward_task(config))
 
 
 def train_dpo(config: DPOConfig) -> TuningResult:
     """Train a policy on preference pairs (DPO) or labeled answers (KTO); errors as `train_sft`."""
     return _train(_dpo_task(config))
+
+
+def _reward_task(config: RewardTrainingConfig) -> Task:
+    return StepRewardTask(config) if config.kind == "process" else PreferenceTask(config)
 
 
 def _dpo_task(config: DPOConfig) -> Task:
@@ -197,7 +202,7 @@ def _check_start(config: TuningConfig) -> None:
     check_run_folder(config.run.folder, dump_config(config), differ, resume=config.run.resume)
     check_configuration(config.model)
     check_row_split(config.model, "workers.sequence_parallel", config.workers.sequence_parallel)
-    if isinstance(config, RewardTrainingConfig):
+    if isinstance(config, RewardTrainingConfig) and config.kind == "outcome":
         check_reward_model(config.model)
     check_local_machine(config.workers.address, partial(_check_fits, config))
     written = 0 if config.model.lora is not None else exported_bytes(config.model)

@@ -28,7 +28,7 @@ from rayrlhf.tuning.export import export_model
 from rayrlhf.tuning.held_out import PreferenceScores
 from rayrlhf.tuning.refusal import has_refusal, has_stop_request, write_refusal
 from rayrlhf.tuning.sample_answers import AnswerSampler
-from rayrlhf.tuning.sample_table import PairTable
+from rayrlhf.tuning.sample_table import PairTable, StepTable
 from rayrlhf.tuning.step_trainer import StepRecorder, StepTrainer
 from rayrlhf.tuning.task import Task
 from rayrlhf.tuning.whole_checkpoints import seal
@@ -177,5 +177,5 @@ class _Worker:
             self._scores = None
         if self._scores is None and self._held_out is not None:
             _, self._scores = self._task.evaluate(self._engine, self._held_out)
-        answer_format = self._train.format if isinstance(self._train, PairTable) else None
+        answer_format = self._train.format if isinstance(self._train, PairTable | StepTable) else None
         export_model(self._config, self._engine, self._scores, answer_format, self._job.folder / "export")

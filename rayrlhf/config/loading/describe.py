@@ -137,6 +137,7 @@ def _subject(config: TuningConfig) -> Iterator[str]:
     yield f"run: {config.run.folder}, {length}, seed {config.run.seed}"
     adapters = f", LoRA rank {model.lora.rank}" if model.lora is not None else ""
     kind = "reward model" if isinstance(config, RewardTrainingConfig) else "policy"
+    kind = f"process {kind}" if isinstance(config, RewardTrainingConfig) and config.kind == "process" else kind
     yield f"{kind}: {model.path}{adapters}, {_worker_range(config)}, {config.train.sharding_label}"
     if isinstance(config, SFTConfig):
         noise = f", NEFTune noise {config.train.neftune_alpha:g}" if config.train.neftune_alpha is not None else ""
@@ -204,7 +205,8 @@ def _kept(config: TuningConfig) -> Iterator[str]:
     often = f"every {checkpoint.every} steps and " if checkpoint.every else ""
     yield f"checkpoints: {often}at the end, the last {checkpoint.keep} kept"
     best = f"the best by held-out {checkpoint.best_metric}" if checkpoint.best_metric else "the last weights"
-    unless = ", unless not better than chance" if isinstance(config, RewardTrainingConfig) and not config.export_anyway else ""
+    checked = isinstance(config, RewardTrainingConfig) and not config.export_anyway
+    unless = ", unless not better than chance" if checked else ""
     yield f"export: {best}{unless}"
 
 

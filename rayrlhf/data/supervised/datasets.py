@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 from rayrlhf.config.data import (
     PreferenceDataSection,
     PreferenceDatasetSection,
+    RewardDataSection,
+    RewardDatasetSection,
     SupervisedDataSection,
     SupervisedDatasetSection,
     TuningDataSection,
@@ -23,9 +25,22 @@ from rayrlhf.data.holdout import group_key, held_out
 from rayrlhf.data.row_columns import recognized
 from rayrlhf.data.row_files import place_of
 from rayrlhf.data.row_slices import RowSlice
-from rayrlhf.data.supervised.encoding import PreferenceRecipe, SupervisedRecipe, encode_batch, encode_preference_batch
-from rayrlhf.data.supervised.row_formats import Row, RowShape, preference_shape, supervised_shape
-from rayrlhf.data.supervised.supervised_samples import DatasetReport, PreferencePair, SupervisedSample, count_tokens
+from rayrlhf.data.supervised.encoding import (
+    PreferenceRecipe,
+    StepRecipe,
+    SupervisedRecipe,
+    encode_batch,
+    encode_preference_batch,
+)
+from rayrlhf.data.supervised.row_formats import Row, RowShape, preference_shape, step_shape, supervised_shape
+from rayrlhf.data.supervised.step_encoding import check_separator, encode_step_batch
+from rayrlhf.data.supervised.supervised_samples import (
+    DatasetReport,
+    PreferencePair,
+    StepSample,
+    SupervisedSample,
+    count_tokens,
+)
 from rayrlhf.data.templates import require_chat_template
 from rayrlhf.errors import UserError
 
@@ -49,7 +64,7 @@ __all__ = [
     "supervised_recipe",
 ]
 
-T = TypeVar("T", SupervisedSample, PreferencePair)
+T = TypeVar("T", SupervisedSample, PreferencePair, StepSample)
 _logger = logging.getLogger(__name__)
 
 
@@ -58,10 +73,10 @@ class SampleDataset(Generic[T]):
     """Samples in the order of their rows.
 
     Attributes:
-        samples: `SupervisedSample` or `PreferencePair`.
+        samples: `SupervisedSample`, `PreferencePair` or `StepSample`.
         report: counts of kept, truncated and dropped rows.
         groups: the group of each sample, for held-out splits.
-        format: text format of a prompt with its response, for pairs.
+        format: text format of a prompt with its response, for pairs and steps.
     """
 
     samples: list[T]
@@ -72,6 +87,7 @@ class SampleDataset(Generic[T]):
 
 SupervisedDataset = SampleDataset[SupervisedSample]
 PreferenceDataset = SampleDataset[PreferencePair]
+StepDataset = SampleDataset[StepSample]
 
 
 class SliceMapper(Protocol):
@@ -163,6 +179,39 @@ def load_preference_data(
     return _divide(train, data.held_out_share) if data.held_out_share else (train, None)
 
 
+def load_step_data(
+    data: RewardDataSection, tokenizer: "PreTrainedTokenizerBase", map_slices: SliceMapper = map_in_order
+) -> tuple[StepDataset, StepDataset | None]:
+    """Load the training responses with labeled steps and the held-out ones; see `load_supervised_data`.
+
+    Raises:
+        UserError: names file, row and field: see `open_rows`, `step_shape` and `encode_step_batch`; the tokenizer cannot write
+            the separator; or too few groups to hold any out.
+    """
+    check_separator(tokenizer, data.step_separator, "data.step_separator")
+    train = _load_steps(data.train, data, tokenizer, map_slices)
+    if data.evaluation is not None:
+        return _with_evaluation(train, _load_steps(data.evaluation, data, tokenizer, map_slices))
+    return _divide(train, data.held_out_share) if data.held_out_share else (train, None)
+
+
+def _load_steps(
+    section: RewardDatasetSection, data: RewardDataSection, tokenizer: "PreTrainedTokenizerBase", map_slices: SliceMapper
+) -> StepDataset:
+    rows = open_rows(section)
+    section = section.model_copy(update={"prompt_field": rows.prompt_field})
+    number, row = rows.first()
+    recipe = StepRecipe(section, data, step_shape(row, section, place_of(section.path, number)), "steps with labels")
+    chat = _is_chat(recipe.shape, data)
+    if chat:
+        require_chat_template(tokenizer)
+    elif data.system_prompt is not None:
+        raise UserError("data.system_prompt: has no effect with plain text, expected conversations or data.chat true")
+    encode = partial(encode_step_batch, recipe=recipe, tokenizer=tokenizer)
+    stored = AnswerFormat(chat=chat, system_prompt=data.system_prompt if chat else None, step_separator=data.step_separator)
+    return replace(_load(rows, section.group_field, encode, map_slices), format=stored)
+
+
 def _with_evaluation(train: SampleDataset[T], evaluation: SampleDataset[T]) -> tuple[SampleDataset[T], SampleDataset[T]]:
     return replace(train, report=replace(train.report, further=tuple(evaluation.report.lines()))), evaluation
 
@@ -235,8 +284,7 @@ def answer_format(recipe: PreferenceRecipe, tokenizer: "PreTrainedTokenizerBase"
 
 def _is_chat(shape: RowShape, data: TuningDataSection) -> bool:
     """Return True if samples use the chat template; text without a prompt has no turns."""
-    has_prompt = shape.format == "prompt-completion" or (shape.format == "preference" and shape.explicit_prompt)
-    return shape.conversational or (data.chat and has_prompt)
+    return shape.conversational or (data.chat and shape.has_prompt)
 
 
 def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", chat: bool, data: TuningDataSection) -> None:

@@ -16,6 +16,8 @@ import numpy as np
 from rayrlhf.config.data import (
     PreferenceDataSection,
     PreferenceDatasetSection,
+    RewardDataSection,
+    RewardDatasetSection,
     SupervisedDataSection,
     SupervisedDatasetSection,
 )
@@ -24,6 +26,7 @@ from rayrlhf.data.records import Bool, Int32
 from rayrlhf.data.row_columns import TOKEN_MASKS, used_extras
 from rayrlhf.data.supervised.chat_spans import assistant_spans, crosses_a_start, tokens_in_spans
 from rayrlhf.data.supervised.row_formats import Row, RowShape, answer_columns, used_columns
+from rayrlhf.data.supervised.step_rows import write_steps
 from rayrlhf.data.supervised.supervised_rows import (
     EQUAL,
     NOTHING,
@@ -79,6 +82,19 @@ class PreferenceRecipe:
 
 
 @dataclass(frozen=True, slots=True)
+class StepRecipe:
+    """Encoding of a dataset of labeled steps; attributes as in `SupervisedRecipe`."""
+
+    section: RewardDatasetSection
+    data: RewardDataSection
+    shape: RowShape
+    layout: str = ""
+
+
+Recipe = SupervisedRecipe | PreferenceRecipe | StepRecipe
+
+
+@dataclass(frozen=True, slots=True)
 class _Encoded:
     token_ids: Int32
     loss_mask: Bool
@@ -104,7 +120,7 @@ def encode_batch(
             that is too long or has no target tokens (the last three depend on `data.invalid` and `data.overlong`).
     """
     data = recipe.data
-    written, dropped = _write(rows, numbers, recipe)
+    written, dropped = write_rows(rows, numbers, recipe)
     if recipe.shape.format == "tokens":
         encoded = [_given(row, len(tokenizer)) for row in written]
     else:
@@ -115,7 +131,7 @@ def encode_batch(
         if not one.loss_mask.any():
             _drop(dropped, NOTHING, f"{row.place}: not one token to learn with data.loss_on {recipe.loss_on}", data.invalid)
             continue
-        if _drop_overlong(dropped, len(one.token_ids), row, data):
+        if drop_overlong(dropped, len(one.token_ids), row, data):
             continue
         ids, mask = one.token_ids[: data.max_length], one.loss_mask[: data.max_length]
         if not mask.any():
@@ -125,8 +141,8 @@ def encode_batch(
         rewritten += one.rewritten
         endless += not (ids[mask] == tokenizer.eos_token_id).any()
         samples.append(SupervisedSample(ids, mask, row.row))
-    report = _report(recipe, rows, samples, truncated, rewritten, dropped)
-    return samples, replace(report, endless=endless, unwritten=_unwritten(written, tokenizer))
+    report = report_of(recipe, rows, samples, truncated, rewritten, dropped)
+    return samples, replace(report, endless=endless, unwritten=unwritten_of(written, tokenizer))
 
 
 def encode_preference_batch(
@@ -140,7 +156,7 @@ def encode_preference_batch(
     if recipe.shape.format == "unpaired":
         return _encode_singles(rows, numbers, recipe, tokenizer)
     data = recipe.data
-    written, dropped = _write(rows, numbers, recipe)
+    written, dropped = write_rows(rows, numbers, recipe)
     encoded = _encode([(row.prompt, answer, row) for row in written for answer in row.answers], "completion", tokenizer)
     pairs: list[PreferencePair] = []
     truncated = rewritten = 0
@@ -149,7 +165,7 @@ def encode_preference_batch(
             _drop(dropped, EQUAL, f"{row.place}: chosen and rejected have the same tokens", data.invalid)
             continue
         longest = max(len(chosen.token_ids), len(rejected.token_ids))
-        if _drop_overlong(dropped, longest, row, data):
+        if drop_overlong(dropped, longest, row, data):
             continue
         ends = [_end(one, data.max_length, row.row) for one in _answers_apart(row, chosen, rejected)]
         if np.array_equal(ends[0].token_ids, ends[1].token_ids):
@@ -158,32 +174,30 @@ def encode_preference_batch(
         truncated += longest > data.max_length
         rewritten += chosen.rewritten or rejected.rewritten
         pairs.append(PreferencePair(ends[0], ends[1], row.margin, row.row))
-    report = _report(recipe, rows, pairs, truncated, rewritten, dropped)
-    return pairs, replace(report, unwritten=_unwritten(written, tokenizer))
+    report = report_of(recipe, rows, pairs, truncated, rewritten, dropped)
+    return pairs, replace(report, unwritten=unwritten_of(written, tokenizer))
 
 
 def _encode_singles(
     rows: Sequence[Row], numbers: Sequence[int], recipe: PreferenceRecipe, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[list[PreferencePair], DatasetReport]:
     """Encode labeled answers; `rejected` is the same answer until another one takes its place."""
-    written, dropped = _write(rows, numbers, recipe)
+    written, dropped = write_rows(rows, numbers, recipe)
     encoded = _encode([(row.prompt, row.answers[0], row) for row in written], "completion", tokenizer)
     singles: list[PreferencePair] = []
     rewritten = 0
     for row, one in zip(written, encoded, strict=True):
         if not one.loss_mask.any():
             _drop(dropped, NOTHING, f"{row.place}: not one token to learn", recipe.data.invalid)
-        elif not _drop_overlong(dropped, len(one.token_ids), row, recipe.data):
+        elif not drop_overlong(dropped, len(one.token_ids), row, recipe.data):
             rewritten += one.rewritten
             sample = SupervisedSample(one.token_ids, one.loss_mask, row.row)
             singles.append(PreferencePair(sample, sample, None, row.row, label=row.label))
-    report = _report(recipe, rows, singles, 0, rewritten, dropped)
-    return singles, replace(report, unwritten=_unwritten(written, tokenizer))
+    report = report_of(recipe, rows, singles, 0, rewritten, dropped)
+    return singles, replace(report, unwritten=unwritten_of(written, tokenizer))
 
 
-def _write(
-    rows: Sequence[Row], numbers: Sequence[int], recipe: SupervisedRecipe | PreferenceRecipe
-) -> tuple[list[WrittenRow], Counter[str]]:
+def write_rows(rows: Sequence[Row], numbers: Sequence[int], recipe: Recipe) -> tuple[list[WrittenRow], Counter[str]]:
     """Return the validated rows, and the number of dropped rows by reason."""
     written: list[WrittenRow] = []
     dropped: Counter[str] = Counter()
@@ -192,6 +206,9 @@ def _write(
         try:
             if isinstance(recipe, SupervisedRecipe):
                 written.append(write_supervised(row, number, recipe.shape, recipe.section, recipe.data))
+            elif isinstance(recipe, StepRecipe):
+                separator = recipe.data.step_separator
+                written.append(write_steps(row, number, recipe.shape, recipe.section, recipe.data, separator))
             else:
                 written.append(write_pair(row, number, recipe.shape, recipe.section, recipe.data))
         except InvalidRowError as error:
@@ -303,7 +320,7 @@ def _end(one: _Encoded, length: int, row: int) -> SupervisedSample:
     return SupervisedSample(one.token_ids[-length:], mask, row)
 
 
-def _drop_overlong(
+def drop_overlong(
     dropped: Counter[str], length: int, row: WrittenRow, data: SupervisedDataSection | PreferenceDataSection
 ) -> bool:
     """Return True and count the row if it is too long and must be dropped.
@@ -328,9 +345,9 @@ def _drop(dropped: Counter[str], reason: str, message: str, invalid: str) -> Non
     dropped[reason] += 1
 
 
-def _unwritten(written: Sequence[WrittenRow], tokenizer: "PreTrainedTokenizerBase") -> frozenset[str]:
+def unwritten_of(written: Sequence[WrittenRow], tokenizer: "PreTrainedTokenizerBase") -> frozenset[str]:
     """Return the message keys that the chat template does not write; see `unwritten_keys`."""
-    turns = [(answer, row) for row in written for answer in row.answers if not isinstance(answer, str)]
+    turns = [(one, row) for row in written for one in row.answers or (row.prompt,) if isinstance(one, list)]
     if not turns:
         return frozenset()
     rows = [row for _, row in turns]
@@ -339,14 +356,15 @@ def _unwritten(written: Sequence[WrittenRow], tokenizer: "PreTrainedTokenizerBas
     )
 
 
-def _report(
-    recipe: SupervisedRecipe | PreferenceRecipe,
+def report_of(
+    recipe: Recipe,
     rows: Sequence[Row],
     samples: Sequence[SupervisedSample] | Sequence[PreferencePair],
     truncated: int,
     rewritten: int,
     dropped: Counter[str],
 ) -> DatasetReport:
+    """Return the counts of encoded rows, and the columns that were read."""
     tokens, targets = count_tokens(samples)
     section, shape = recipe.section, recipe.shape
     columns = {name for row in rows for name, value in row.items() if value is not None}

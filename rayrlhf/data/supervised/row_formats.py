@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rayrlhf.config.data import PreferenceDatasetSection, SupervisedDatasetSection, template_fields
+from rayrlhf.config.data import PreferenceDatasetSection, RewardDatasetSection, SupervisedDatasetSection, template_fields
 from rayrlhf.data.messages import Message, as_conversation, ends_with_answer, is_transcript
 from rayrlhf.data.row_columns import ANSWERS, LABEL, answer_key
 from rayrlhf.errors import UserError
 
-Format = Literal["text", "messages", "prompt-completion", "tokens", "preference", "unpaired"]
+Format = Literal["text", "messages", "prompt-completion", "tokens", "preference", "unpaired", "stepwise"]
 Row = Mapping[str, Any]
 
 _SIMILAR = 0.85
@@ -41,7 +41,9 @@ class RowShape:
     @property
     def has_prompt(self) -> bool:
         """Rows have a prompt in a column of its own."""
-        return self.format in ("prompt-completion", "unpaired") or (self.format == "preference" and self.explicit_prompt)
+        return self.format in ("prompt-completion", "unpaired", "stepwise") or (
+            self.format == "preference" and self.explicit_prompt
+        )
 
 
 def supervised_shape(row: Row, section: SupervisedDatasetSection, place: str) -> RowShape:
@@ -103,6 +105,16 @@ def preference_shape(
     return RowShape("preference", conversational, explicit, _has(row, section.margin_field))
 
 
+def step_shape(row: Row, section: RewardDatasetSection, place: str) -> RowShape:
+    """Return the shape of a dataset of labeled steps from its first row; see `supervised_shape`."""
+    columns = (section.prompt_field, section.steps_field, section.step_labels_field)
+    if not all(_has(row, column) for column in columns):
+        pairs = _has(row, section.chosen_field) and _has(row, section.rejected_field)
+        hint = "; these are preference pairs, for kind outcome" if pairs else "; name them with steps_field, step_labels_field"
+        raise UserError(f"{place}: {_expected([columns])}, found {_columns(row)}{hint}")
+    return RowShape("stepwise", is_turns(row[section.prompt_field]))
+
+
 def is_turns(value: object) -> bool:
     """Return True for messages, also as JSON text."""
     return isinstance(as_conversation(value), list)
@@ -121,6 +133,8 @@ def used_columns(shape: RowShape, section: SupervisedDatasetSection | Preference
         columns = _supervised_fields(section)[shape.format]
     elif shape.format == "unpaired":
         columns = (section.prompt_field, section.completion_field, section.label_field)
+    elif isinstance(section, RewardDatasetSection) and shape.format == "stepwise":
+        columns = (section.prompt_field, section.steps_field, section.step_labels_field)
     else:
         prompt = (section.prompt_field,) if shape.explicit_prompt else ()
         margin = (section.margin_field,) if shape.has_margin else ()
@@ -190,6 +204,8 @@ def _hint(row: Row, formats: Iterable[tuple[str, ...]], section: SupervisedDatas
             return f"; these are preference pairs, of which SFT learns the better answer with {settings}"
         if set(row) == {section.prompt_field}:
             return "; these are prompts alone, for PPO and not for SFT"
+    elif _has(row, "completions") and _has(row, "labels"):
+        return "; these are steps with labels, for a reward model of kind process"
     elif _has(row, "completion"):
         return "; these are completions without a rejected one, for SFT and not for a reward model"
     for column in (column for columns in formats for column in columns if not _has(row, column)):

@@ -71,6 +71,8 @@ class WrittenRow:
         token_mask: their targets.
         options: arguments of the chat template.
         label: of a single answer (KTO).
+        steps: of a response whose steps have labels, which is in no answer.
+        right: their labels.
     """
 
     prompt: Written | None
@@ -82,6 +84,8 @@ class WrittenRow:
     token_mask: tuple[bool, ...] = ()
     options: Options | None = None
     label: bool | None = None
+    steps: tuple[str, ...] = ()
+    right: tuple[bool, ...] = ()
 
 
 def write_supervised(
@@ -179,6 +183,24 @@ def _write_single(
     prompt = _prompt(row, shape, section, place, extras, data)
     whole = _answered(prompt, row, section, section.completion_field, shape, data, place)
     return WrittenRow(_opened(prompt, data), (whole,), None, number, place, options=extras.options, label=label)
+
+
+def write_prompt(
+    row: Row,
+    columns: Sequence[str],
+    shape: RowShape,
+    section: SupervisedDatasetSection | PreferenceDatasetSection,
+    data: TuningDataSection,
+    place: str,
+) -> tuple[Written, Options | None]:
+    """Return a row's prompt as plain text or a conversation, and its arguments of the chat template.
+
+    Raises:
+        InvalidRowError: an empty prompt.
+        UserError: a wrong type, or a column that is not supported next to it.
+    """
+    extras = _extras(row, columns, shape, section, data, place)
+    return _opened(_prompt(row, shape, section, place, extras, data), data), extras.options
 
 
 def _extras(

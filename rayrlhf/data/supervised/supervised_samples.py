@@ -36,6 +36,18 @@ class DistillationSample(SupervisedSample):
 
 
 @dataclass(frozen=True, slots=True)
+class StepSample(SupervisedSample):
+    """A response whose steps have labels.
+
+    Attributes:
+        loss_mask: bool [L]; True at the last token of each step.
+        right: bool [L]; True at the last token of each right step.
+    """
+
+    right: Bool
+
+
+@dataclass(frozen=True, slots=True)
 class PreferencePair:
     """Chosen and rejected responses, each with the prompt; masks are True on responses.
 

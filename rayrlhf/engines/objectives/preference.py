@@ -1,4 +1,4 @@
-"""Objectives of preference pairs: Bradley-Terry for reward models, DPO for policies."""
+"""Objectives of preferences: Bradley-Terry and labels of steps for reward models, DPO and KTO for policies."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +11,21 @@ from rayrlhf.algorithms.losses import (
     TokenLoss,
     direct_preference_loss,
     preference_loss,
+    step_loss,
     unpaired_preference_loss,
 )
 from rayrlhf.algorithms.masking import zero_masked
 from rayrlhf.engines.objectives.base import LossComponent
-from rayrlhf.engines.train.supervised_batches import BATCH_KL, CHOSEN_MASK, DESIRABLE, MARGIN, PAIR_MASK, REFERENCE
+from rayrlhf.engines.train.supervised_batches import (
+    BATCH_KL,
+    CHOSEN_MASK,
+    DESIRABLE,
+    MARGIN,
+    PAIR_MASK,
+    REFERENCE,
+    STEP_MASK,
+    STEP_RIGHT,
+)
 from rayrlhf.models.network_io import OutputName
 
 NLL = "loss/nll"
@@ -43,6 +53,20 @@ class PreferenceObjective:
         pairs = preference_loss(chosen, rejected, arrays[MARGIN].view(-1, 2)[:, 0], center_coefficient=self.center_coefficient)
         statistics = {name: values[:, None] for name, values in pairs.statistics.items()}
         return [LossComponent(PAIR_MASK, 1.0, TokenLoss(pairs.loss[:, None], statistics))]
+
+
+@dataclass(frozen=True)
+class StepObjective:
+    """Cross-entropy of steps' labels (see `rayrlhf.algorithms.losses`), averaged over the steps of the optimizer step."""
+
+    outputs: ClassVar[frozenset[OutputName]] = frozenset({"values"})
+    """The value after a step's last token is its logit."""
+    masks: ClassVar[Sequence[str]] = (STEP_MASK,)
+    temperature: float = 1.0
+
+    def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
+        """Evaluate on a micro-batch (see `Objective.compute`)."""
+        return [LossComponent(STEP_MASK, 1.0, step_loss(outputs["values"], arrays[STEP_RIGHT], arrays[STEP_MASK]))]
 
 
 @dataclass(frozen=True)

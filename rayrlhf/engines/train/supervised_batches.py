@@ -6,13 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayrlhf.data.records import TokenSequence
-from rayrlhf.data.supervised.supervised_samples import DistillationSample, PreferencePair, SupervisedSample
+from rayrlhf.data.supervised.supervised_samples import DistillationSample, PreferencePair, StepSample, SupervisedSample
 from rayrlhf.data.training_batch import TrainingBatch
 
 PAIR_MASK, CHOSEN_MASK, MARGIN, REFERENCE = "pair_mask", "chosen_mask", "margin", "reference_logprob"
 DESIRABLE, BATCH_KL = "desirable", "batch_kl"
+STEP_MASK, STEP_RIGHT = "step_mask", "step_right"
 HIDDEN, IDS, LOGPROBS = "teacher_hidden", "teacher_ids", "teacher_logprobs"
-"""Arrays of preference pairs, and outputs of a distillation's teacher."""
+"""Arrays of preference pairs and of steps, and outputs of a distillation's teacher."""
 
 
 def supervised_batch(samples: Sequence[SupervisedSample]) -> TrainingBatch:
@@ -97,6 +98,22 @@ def unpaired_batch(pairs: Sequence[PreferencePair], kl: float) -> TrainingBatch:
     reference[:, 0], level[:, 0] = [pair.reference[0] if pair.reference else 0.0 for pair in pairs], kl
     arrays = dict(batch.arrays) | {PAIR_MASK: first, DESIRABLE: desirable, REFERENCE: reference, BATCH_KL: level}
     return TrainingBatch(batch.sequences, arrays)
+
+
+def step_batch(samples: Sequence[StepSample]) -> TrainingBatch:
+    """Build a training batch of labeled steps, with a value after the last token of each."""
+    sequences = [step_sequence(sample) for sample in samples]
+    shape = (len(samples), 1 + max(sequence.response_length for sequence in sequences))
+    mask, right = np.zeros(shape, dtype=np.bool_), np.zeros(shape, dtype=np.bool_)
+    for row, (sample, sequence) in enumerate(zip(samples, sequences, strict=True)):
+        size = 1 + sequence.response_length
+        mask[row, :size], right[row, :size] = sample.loss_mask[-size:], sample.right[-size:]
+    return TrainingBatch(sequences, {STEP_MASK: mask, STEP_RIGHT: right})
+
+
+def step_sequence(sample: StepSample) -> TokenSequence:
+    """Return a response as a sequence whose first value is after the last token of the first step."""
+    return TokenSequence(sample.token_ids, int(sample.loss_mask.argmax()) + 1)
 
 
 def distillation_batch(samples: Sequence[DistillationSample]) -> TrainingBatch:

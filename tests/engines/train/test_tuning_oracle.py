@@ -48,11 +48,11 @@ def random_pairs(count, seed=0, *, margins=False):
     ]
 
 
-def engine_of(model, heads, *, packing=False, budget=64, clip=None):
+def engine_of(model, heads, *, packing=False, budget=64, clip=None, head_bias=False):
     train = TrainSection(micro_batch_tokens=budget, max_grad_norm=clip, optimizer=OptimizerSection(name="sgd"))
     spec = TrainEngineSpec(
         ModelSection(path=str(model), dtype="float32"), heads, train, 0.0, packing=packing,
-        targets_only=True, head_bias=False, head_init="normal",
+        targets_only=True, head_bias=head_bias, head_init="normal",
     )  # fmt: skip
     return TrainEngine(spec)
 
