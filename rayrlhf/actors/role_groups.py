@@ -14,6 +14,7 @@ from rayrlhf.actors.scoring_actors import JudgeActor, ReferenceActor, RewardActo
 from rayrlhf.actors.train_actor import TrainActor
 from rayrlhf.actors.waiting import wait_all
 from rayrlhf.actors.worker import Worker
+from rayrlhf.config.model import ModelSection
 from rayrlhf.config.reward import RewardSection
 from rayrlhf.config.train import SharePrefixes
 from rayrlhf.data.records import Prompt, Rollout, TokenScores, TokenSequence
@@ -143,9 +144,9 @@ class RewardGroup(ActorGroup[RewardActor]):
 
     __slots__ = ()
 
-    def build(self, rank: int, section: RewardSection, share_prefixes: SharePrefixes) -> Ref[None]:
+    def build(self, rank: int, section: RewardSection, share_prefixes: SharePrefixes, policy: ModelSection) -> Ref[None]:
         """Load the functions and models on one rank."""
-        return self.call_rank(rank, RewardActor.build, section, share_prefixes)
+        return self.call_rank(rank, RewardActor.build, section, share_prefixes, policy)
 
     def score(self, rank: int, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Ref[RewardBatch]:
         """Score rollouts on one rank, one prompt per rollout."""

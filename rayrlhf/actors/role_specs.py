@@ -69,9 +69,9 @@ class RoleSpecs:
         """True if the rollout engine serves adapters unmerged; see `rollout.lora`."""
         return serves_adapters(self.config, self.plan)
 
-    def reward(self) -> tuple[RewardSection, SharePrefixes]:
-        """Return the reward functions and models, and `train.share_prefixes`."""
-        return self.config.reward, self.config.train.share_prefixes
+    def reward(self) -> tuple[RewardSection, SharePrefixes, ModelSection]:
+        """Return the reward functions and models, `train.share_prefixes`, and the policy's model."""
+        return self.config.reward, self.config.train.share_prefixes, self.config.model
 
     def judge(self) -> JudgeSpec:
         """Return the spec of the judge."""

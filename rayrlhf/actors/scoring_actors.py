@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -17,10 +18,13 @@ from rayrlhf.data.records import Prompt, Records, Rollout, TokenScores, TokenSeq
 from rayrlhf.engines.scoring.frozen import FrozenEngine
 from rayrlhf.engines.scoring.judge_engine import JudgeEngine
 from rayrlhf.engines.scoring.reward_ensemble import RewardEnsemble
+from rayrlhf.library_types import Tokenizer
+from rayrlhf.models.load import load_tokenizer
 from rayrlhf.models.network_io import OutputName
-from rayrlhf.rewards.functions import JUDGE_PART, BoundFunction, ScoringBatch, load_functions
+from rayrlhf.rewards.functions import JUDGE_PART, MODEL_PART, BoundFunction, ScoringBatch, load_functions
 from rayrlhf.rewards.memory_limit import memory_limit
 from rayrlhf.rewards.score import RewardBatch, run_functions, weighted_sum
+from rayrlhf.rewards.step_rewards import paid_at_tokens
 
 
 class RewardActor(Worker):
@@ -29,15 +33,20 @@ class RewardActor(Worker):
     _section: RewardSection
     _functions: list[BoundFunction]
     _model: RewardEnsemble | None
+    _policy_tokenizer: Tokenizer | None
 
     @measured
     @returns_memory
-    def build(self, section: RewardSection, share_prefixes: SharePrefixes) -> None:
-        """Resolve the functions and load the models."""
+    def build(self, section: RewardSection, share_prefixes: SharePrefixes, policy: ModelSection | None = None) -> None:
+        """Resolve the functions and load the models.
+
+        Rewards of steps are paid at tokens of `policy`'s tokenizer, and with None at the end of the response.
+        """
         check_assigned_gpu()
         self._section = section
         self._functions = load_functions(section)
         self._model = RewardEnsemble(section.model, share_prefixes) if section.model else None
+        self._policy_tokenizer = load_tokenizer(policy) if policy is not None and section.pays_steps else None
 
     def load_check(self) -> ModelCheck:
         """See `Worker.load_check`."""
@@ -58,8 +67,12 @@ class RewardActor(Worker):
             parts, tokens = run_functions(self._functions, batch, timeout_seconds=self._section.timeout_seconds)
         weights = {function.name: function.weight for function in self._functions}
         if self._model:
-            parts |= self._model.parts(batch.whole_prompts, batch.responses)
+            found, steps = self._model.parts_with_steps(batch.whole_prompts, batch.responses)
+            parts |= found
             weights |= self._model.weights
+            if steps is not None and self._policy_tokenizer is not None and self._section.model and self._section.model.steps:
+                pay = partial(paid_at_tokens, aggregate=self._section.model.steps.aggregate, tokenizer=self._policy_tokenizer)
+                tokens[MODEL_PART] = [pay(one, rollout=rollout) for one, rollout in zip(steps, rollouts, strict=True)]
         return _sealed(weighted_sum(parts, weights, tokens, complete=self._section.judge is None), rollouts)
 
 

@@ -368,12 +368,15 @@ class PPOConfig(Section):
     @model_validator(mode="after")
     def _check_token_rewards(self) -> Self:
         shaping = self.algorithm.shaping
-        within = [function for function in self.reward.functions if function.per != "response"]
+        within = [f"reward function '{function.name}'" for function in self.reward.functions if function.per != "response"]
+        within += ["reward.model.steps"] * self.reward.pays_steps
         if within and (shaping.scale or shaping.center or shaping.clip is not None):
             raise ValueError(
                 "algorithm.shaping.scale, center and clip change whole scores, not those of tokens and turns: switch them off, "
-                f"or set per to 'response' for reward function '{within[0].name}'"
+                f"or set per to 'response' for {within[0]}"
             )
+        if self.reward.pays_steps and self.environment is not None:
+            raise ValueError("reward.model.steps.per 'step' pays no steps of turns in an environment; expected 'response'")
         return self
 
     @model_validator(mode="after")

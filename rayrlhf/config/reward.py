@@ -34,6 +34,19 @@ class RewardFunctionSection(Section):
         return self
 
 
+class StepRewardSection(Section):
+    """Rewards of a process reward model, which gives the probability that a step is right."""
+
+    aggregate: Literal["min", "product", "last", "sum"] = "min"
+    """Score of a response from the probabilities of its steps: their minimum, product or sum, or the last one. `sum` pays more
+    for more steps."""
+    per: Literal["step", "response"] = "step"
+    """Token that is paid in PPO. `step`: a step's last token gets the change of the score by the step (with `sum`, its
+    probability). `response`: the last token gets the score. An estimator that reads scores alone takes both alike."""
+    separator: str | None = Field(None, min_length=1)
+    """Text between the steps of a response. Default: the one that `rayrlhf reward` stored with the model."""
+
+
 class RewardModelSection(Section):
     """Reward model: a scalar-head model with its own tokenizer, or an ensemble of them."""
 
@@ -45,6 +58,9 @@ class RewardModelSection(Section):
     outputs: dict[str, float] | None = Field(None, min_length=1)
     """Outputs of a classifier with several, by label or number, with their weights: the reward is their weighted sum. Default:
     the model's only output."""
+    steps: StepRewardSection | None = None
+    """Rewards of a process reward model, of `rayrlhf reward` with `kind: process` or a token classifier with the labels 0
+    (wrong) and 1 (right). Default: the model scores whole responses."""
     uncertainty: float = Field(0.0, ge=0)
     """Penalty for disagreement: multiples of the standard deviation over the members, subtracted from their mean."""
     weight: float = 1.0
@@ -77,6 +93,16 @@ class RewardModelSection(Section):
             raise ValueError("template has no {response}, the place of the response")
         return self
 
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        if self.steps is None:
+            return self
+        if self.members or self.normalize:
+            raise ValueError("steps: members and normalize have no effect on probabilities of steps; remove them")
+        if self.template is not None and not self.template.endswith("{response}"):
+            raise ValueError("steps: expected a template that ends with {response}, where the steps are")
+        return self
+
 
 class RewardSection(Section):
     """Score of a response: the weighted sum of functions, reward model and judge."""
@@ -99,6 +125,11 @@ class RewardSection(Section):
     def computed(self) -> bool:
         """True with a function or a reward model, so that the role `reward` has work."""
         return bool(self.functions) or self.model is not None
+
+    @property
+    def pays_steps(self) -> bool:
+        """True if a process reward model pays single steps."""
+        return self.model is not None and self.model.steps is not None and self.model.steps.per == "step"
 
     @property
     def configured(self) -> bool:

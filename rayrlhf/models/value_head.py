@@ -71,7 +71,8 @@ def find_head(folder: Path, outputs: Mapping[str, float] | None = None) -> dict[
     """Return the scalar head stored in a Hugging Face folder, or None.
 
     The head is {"weight": [1, H]}, with "bias": [1] if it has one. A classifier with several labels has no scalar head, unless
-    `outputs` weights them: a weighted sum of linear outputs is one linear output.
+    `outputs` weights them: a weighted sum of linear outputs is one linear output. That of a token classifier with two labels is
+    their difference, the log-odds of the second one.
 
     Args:
         outputs: label or number of an output -> its weight.
@@ -83,12 +84,22 @@ def find_head(folder: Path, outputs: Mapping[str, float] | None = None) -> dict[
         tensors = _read_heads(file)
         for prefix in HEAD_NAMES:
             head = {part: tensors[prefix + part] for part in ("weight", "bias") if prefix + part in tensors}
+            two_labels = "weight" in head and len(head["weight"]) == 2 and not outputs
+            if two_labels and architecture_of(folder).endswith("ForTokenClassification"):
+                return {part: tensor[1:].float() - tensor[:1].float() for part, tensor in head.items()}
             if "weight" in head and outputs:
                 weights = _output_weights(folder, outputs, len(head["weight"]))
                 return {part: (weights @ tensor.float()).reshape(1, *tensor.shape[1:]) for part, tensor in head.items()}
             if "weight" in head and head["weight"].shape[0] == 1:
                 return head
     return None
+
+
+def architecture_of(folder: Path) -> str:
+    """Return the class that a Hugging Face folder names in its configuration; empty for none."""
+    file = folder / "config.json"
+    found = json.loads(file.read_text(encoding="utf-8")).get("architectures") if file.is_file() else None
+    return str(found[0]) if found else ""
 
 
 def _output_weights(folder: Path, outputs: Mapping[str, float], count: int) -> Tensor:

@@ -33,6 +33,8 @@ MODEL_PART = "reward_model"
 """Name of the reward model's part among those of the functions."""
 SPREAD_PART = "reward_model_spread"
 """Name of the part with the standard deviation over the members; it has weight 0."""
+STEPS_PART = "reward_model_steps"
+"""Name of the part with the number of steps that a process reward model scored; it has weight 0."""
 JUDGE_PART = "judge_model"
 """Name of the judge's part among those of the reward; its diagnostics begin with it."""
 BATCH_FIELDS = ("prompts", "responses", "rollouts", "finish_reasons")
@@ -204,7 +206,7 @@ def load_functions(section: RewardSection) -> list[BoundFunction]:
 
 def _owned_parts(section: RewardSection) -> dict[str, str]:
     """Return the names of the models' parts and metrics, and the section of each."""
-    owned = dict.fromkeys((MODEL_PART, SPREAD_PART), "reward.model") if section.model is not None else {}
+    owned = dict.fromkeys((MODEL_PART, SPREAD_PART, STEPS_PART), "reward.model") if section.model is not None else {}
     if section.judge is not None:
         names = [*DIAGNOSTICS, *(criterion.name for criterion in section.judge.criteria)]
         owned |= dict.fromkeys((JUDGE_PART, *(f"{JUDGE_PART}_{name}" for name in names)), "reward.judge")

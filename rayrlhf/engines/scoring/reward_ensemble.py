@@ -18,7 +18,8 @@ from rayrlhf.data.messages import Message
 from rayrlhf.data.records import Float32
 from rayrlhf.engines.scoring.reward_model import RewardModelEngine
 from rayrlhf.errors import AlarmError
-from rayrlhf.rewards.functions import MODEL_PART, SPREAD_PART
+from rayrlhf.rewards.functions import MODEL_PART, SPREAD_PART, STEPS_PART
+from rayrlhf.rewards.step_rewards import ScoredSteps, step_score
 
 
 class RewardEnsemble:
@@ -47,23 +48,39 @@ class RewardEnsemble:
     @property
     def weights(self) -> dict[str, float]:
         """Factor of each part in the score."""
-        return {MODEL_PART: self._section.weight} | ({SPREAD_PART: 0.0} if len(self._members) > 1 else {})
+        extra = [SPREAD_PART] * (len(self._members) > 1) + [STEPS_PART] * (self._section.steps is not None)
+        return {MODEL_PART: self._section.weight} | dict.fromkeys(extra, 0.0)
 
     def parts(self, prompts: Sequence[str | list[Message]], responses: Sequence[str]) -> dict[str, Float32]:
-        """Return the reward of each pair, float32 [B], and the standard deviation of several members.
+        """Return the reward of each pair, float32 [B], and the deviation of several members or the number of steps.
 
         Raises:
             AlarmError: a reward is inf or NaN; names member and sample.
         """
+        return self.parts_with_steps(prompts, responses)[0]
+
+    def parts_with_steps(
+        self, prompts: Sequence[str | list[Message]], responses: Sequence[str]
+    ) -> tuple[dict[str, Float32], list[ScoredSteps] | None]:
+        """Return `parts`, and the steps of each response of a process reward model."""
+        section = self._section.steps
+        if section is not None:
+            steps = self._members[0].score_steps(prompts, responses)
+            scores = np.array([step_score(one.probabilities, section.aggregate) for one in steps], dtype=np.float32)
+            self._check_finite(scores[None])
+            return {MODEL_PART: scores, STEPS_PART: np.array([len(one.ends) for one in steps], dtype=np.float32)}, steps
         values = np.stack([member.score(prompts, responses) for member in self._members])
+        self._check_finite(values)
+        if len(self._members) == 1:
+            return {MODEL_PART: values[0]}, None
+        return {MODEL_PART: pessimistic(values, self._section.uncertainty), SPREAD_PART: values.std(0)}, None
+
+    def _check_finite(self, values: Float32) -> None:
         for member, sample in np.argwhere(~np.isfinite(values))[:1]:
             path = self._section.models[member].path
             raise AlarmError(
                 f"reward model {path}: reward {values[member, sample]} of sample {sample}, expected a finite number"
             )
-        if len(self._members) == 1:
-            return {MODEL_PART: values[0]}
-        return {MODEL_PART: pessimistic(values, self._section.uncertainty), SPREAD_PART: values.std(0)}
 
     def score(self, prompts: Sequence[str | list[Message]], responses: Sequence[str]) -> Float32:
         """Return the reward of each pair, float32 [B]."""

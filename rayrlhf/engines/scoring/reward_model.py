@@ -2,21 +2,25 @@
 
 It has its own tokenizer and template and never receives the policy's token ids, so policy and reward model may come from
 different families. Prompt and response are joined by `reward.model.template`, or the format stored with the model, or its chat
-template, in this order.
+template, in this order. A process reward model has a value after each step of the response, the log-odds that it is right.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.reward import RewardModelSection
 from rayrlhf.config.train import UNSHARED, SharePrefixes
 from rayrlhf.data.answer_format import AnswerFormat
 from rayrlhf.data.messages import Message
-from rayrlhf.data.records import Float32, TokenSequence
+from rayrlhf.data.records import Float32, Int32, TokenSequence
+from rayrlhf.data.supervised.step_encoding import check_separator
 from rayrlhf.data.templates import last_user_text
 from rayrlhf.engines.scoring.frozen import autocast, hold_linear_weights_in, score_sequences, training_device
 from rayrlhf.engines.scoring.offload import move_to_device
@@ -25,7 +29,8 @@ from rayrlhf.library_types import Tokenizer
 from rayrlhf.models.load import load_tokenizer, resolve_dtype
 from rayrlhf.models.model_path import model_folder, one_line_reason, present_folder
 from rayrlhf.models.network import build_network
-from rayrlhf.models.value_head import find_head
+from rayrlhf.models.value_head import architecture_of, find_head
+from rayrlhf.rewards.step_rewards import ScoredSteps, split_steps
 from rayrlhf.storage.notes import read_note
 
 STATISTICS_FILE = "reward_statistics.json"
@@ -67,6 +72,28 @@ class RewardModelEngine:
         `reward.model.normalize` rewards have mean 0 and standard deviation 1 over the model's held-out responses.
         """
         sequences = [self._sequence(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        values = np.array([row[-1] for row in self._values(sequences)], dtype=np.float32)
+        return (values - np.float32(self._mean)) / np.float32(self._std)
+
+    def score_steps(self, prompts: Sequence[str | list[Message]], responses: Sequence[str]) -> list[ScoredSteps]:
+        """Return the probability of each step of each response, for a process reward model.
+
+        Prompts as in `score`; one that is too long with its response loses its left end.
+
+        Raises:
+            UserError: the steps alone are too long.
+        """
+        splits = [split_steps(response, str(self._format.step_separator)) for response in responses]
+        rows = [self._step_row(prompt, steps) for prompt, (steps, _) in zip(prompts, splits, strict=True)]
+        values = self._values([TokenSequence(ids, int(ends[0]) + 1) for ids, ends in rows])
+        found = []
+        for row, (_, places), (_, ends) in zip(values, splits, rows, strict=True):
+            logits = row[ends - ends[0]].astype(np.float64)
+            found.append(ScoredSteps((1 / (1 + np.exp(-logits))).astype(np.float32), places))
+        return found
+
+    def _values(self, sequences: Sequence[TokenSequence]) -> list[Float32]:
+        """Return the values of each sequence, float32 [R + 1]."""
         with self._offload.in_place(), autocast(self._device, self._dtype):
             scores = score_sequences(
                 self._network,
@@ -77,28 +104,50 @@ class RewardModelEngine:
                 device=self._device,
                 shares_prefixes=self.shares_prefixes,
             )
-        values = np.array([score.values[-1] for score in scores if score.values is not None], dtype=np.float32)
-        return (values - np.float32(self._mean)) / np.float32(self._std)
+        return [score.values for score in scores if score.values is not None]
+
+    def _step_row(self, prompt: str | list[Message], steps: Sequence[str]) -> tuple[Int32, NDArray[np.int64]]:
+        """Return the tokens of a prompt with its steps, and the position of each step's last one."""
+        written, template = self._format, self._section.template
+        if template is not None:
+            prompt = template.removesuffix("{response}").replace("{prompt}", last_user_text(prompt))
+            written = replace(written, chat=False)
+        with self._named_template():
+            ids, ends = written.step_token_ids(self._tokenizer, prompt, steps)
+        cut = max(len(ids) - self._longest, 0)
+        if ends[0] < cut:
+            raise UserError(
+                f"reward.model.max_length {self._longest}: the {len(steps)} steps of a response and their prompt have "
+                f"{len(ids)} tokens, so the first step would be cut; expected more, or fewer rollout.max_new_tokens"
+            )
+        return self._checked(np.asarray(ids, dtype=np.int32)[cut:]), np.asarray(ends) - cut
 
     def _sequence(self, prompt: str | list[Message], response: str) -> TokenSequence:
         if self._section.template is not None:
             text = self._section.template.replace("{prompt}", last_user_text(prompt)).replace("{response}", response)
             ids = self._tokenizer(text)["input_ids"]
         else:
-            ids = self._conversation(prompt, response)
-        kept = np.asarray(ids, dtype=np.int32)[-self._longest :]
+            with self._named_template():
+                ids = self._format.token_ids(self._tokenizer, prompt, response)
+        kept = self._checked(np.asarray(ids, dtype=np.int32)[-self._longest :])
+        return TokenSequence(kept, len(kept) - 1)
+
+    def _checked(self, kept: Int32) -> Int32:
+        """Return tokens that the model has an embedding for."""
         if kept.max(initial=0) >= self._rows:
             raise UserError(
                 f"reward.model {self._section.model.path!r}: its tokenizer writes token {kept.max()}, expected at most "
                 f"{self._rows - 1}, the last one of the model"
             )
-        return TokenSequence(kept, len(kept) - 1)
+        return kept
 
-    def _conversation(self, prompt: str | list[Message], response: str) -> list[int]:
+    @contextmanager
+    def _named_template(self) -> Iterator[None]:
+        """Name the model whose chat template refuses a conversation."""
         from jinja2 import TemplateError
 
         try:
-            return self._format.token_ids(self._tokenizer, prompt, response)
+            yield
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise UserError(
                 f"reward.model {self._section.model.path!r}: its chat template refuses a conversation: {one_line_reason(error)}"
@@ -123,13 +172,39 @@ def check_reward_models(section: RewardModelSection) -> None:
 
 def _read(section: RewardModelSection, folder: Path) -> tuple[Tokenizer, AnswerFormat, float, float]:
     """Return tokenizer, format, and mean and standard deviation of the rewards."""
-    tokenizer, stored = load_tokenizer(section.model), AnswerFormat.read(folder) or AnswerFormat()
+    tokenizer, stored = load_tokenizer(section.model), _format(section, folder)
     if section.template is None and stored.chat and not tokenizer.chat_template:
         raise UserError(
             f"reward.model {section.model.path!r}: its tokenizer has no chat template; "
             "set reward.model.template to a text with {prompt} and {response}"
         )
+    if stored.step_separator is not None:
+        check_separator(tokenizer, stored.step_separator, "reward.model.steps.separator")
     return tokenizer, stored, *(_statistics(section, folder) if section.normalize else (0.0, 1.0))
+
+
+def _format(section: RewardModelSection, folder: Path) -> AnswerFormat:
+    """Return the stored format of a model, or that of its kind.
+
+    Raises:
+        UserError: the model scores steps where whole responses are to be scored, or the reverse; or the separator of its steps
+            is unknown.
+    """
+    found, place = AnswerFormat.read(folder), f"reward.model {section.model.path!r}"
+    architecture = architecture_of(folder)
+    process = architecture.endswith("ForTokenClassification") if found is None else found.step_separator is not None
+    if section.steps is None:
+        if process:
+            raise UserError(f"{place}: a process reward model, which scores steps; set reward.model.steps to score them")
+        return found or AnswerFormat()
+    if not process and (found is not None or architecture.endswith("ForSequenceClassification")):
+        raise UserError(f"{place}: an outcome reward model, which scores whole responses; remove reward.model.steps")
+    stored, given = None if found is None else found.step_separator, section.steps.separator
+    if stored is not None and given not in (None, stored):
+        raise UserError(f"{place}: trained with {stored!r} between steps, expected the same as reward.model.steps.separator")
+    if stored is None and given is None:
+        raise UserError(f"{place}: no separator of steps is stored with it; set reward.model.steps.separator")
+    return found or AnswerFormat(step_separator=given)
 
 
 def _require_head(section: RewardModelSection, folder: Path) -> None:
