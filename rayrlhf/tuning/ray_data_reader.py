@@ -16,17 +16,16 @@ from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS
 from rayrlhf.config.data import PreferenceDataSection, SupervisedDataSection
 from rayrlhf.data.dataset_rows import data_files
 from rayrlhf.data.row_slices import RowSlice
-from rayrlhf.data.supervised.datasets import PreferencePair, SampleDataset, SupervisedSample
+from rayrlhf.data.supervised.datasets import PreferencePair, SampleDataset, StepSample, SupervisedSample
 from rayrlhf.errors import ActorLostError, UserError
-from rayrlhf.library_types import ArrowTable
-from rayrlhf.tuning.sample_table import PairTable, SampleTable
+from rayrlhf.tuning.sample_table import table_of
 
 LARGE_BYTES = 64 * 2**20
 """Files from this size on are read through Ray Data where `data.reader` is `auto`; smaller ones are done before Ray starts."""
 BUFFER_BYTES = 512 * 2**20
 INDEX, SLICE, RESULT = "index", "slice", "result"
 
-T = TypeVar("T", SupervisedSample, PreferencePair)
+T = TypeVar("T", SupervisedSample, PreferencePair, StepSample)
 
 
 def through_ray_data(data: SupervisedDataSection | PreferenceDataSection) -> bool:
@@ -86,10 +85,7 @@ def _in_order(parts: Iterable[tuple[int, bytes]]) -> Iterator[bytes]:
 
 def _pack(dataset: SampleDataset[T]) -> bytes:
     """Return samples as flat arrays, with their report and groups."""
-    table: ArrowTable = None
-    if dataset.samples:
-        pairs = isinstance(dataset.samples[0], PreferencePair)
-        table = (PairTable if pairs else SampleTable).of(dataset.samples)  # type: ignore[arg-type]
+    table = table_of(dataset.samples) if dataset.samples else None
     return pickle.dumps((table, replace(dataset, samples=[])), protocol=pickle.HIGHEST_PROTOCOL)
 
 

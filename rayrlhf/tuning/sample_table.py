@@ -113,11 +113,11 @@ class StepTable(SampleTable):
     format: AnswerFormat
 
     @classmethod
-    def labeled(cls, samples: Sequence[StepSample], answer_format: AnswerFormat) -> Self:
+    def labeled(cls, samples: Sequence[StepSample], answer_format: AnswerFormat | None = None) -> Self:
         """Return the table of some samples, at least one."""
         table = SampleTable.of(samples)
         right = np.concatenate([sample.right for sample in samples])
-        return cls(table.token_ids, table.loss_mask, table.offsets, table.rows, right, answer_format)
+        return cls(table.token_ids, table.loss_mask, table.offsets, table.rows, right, answer_format or AnswerFormat())
 
     def take(self, indices: Iterable[int]) -> Sequence[StepSample]:
         """Return samples by index, as views."""
@@ -192,3 +192,12 @@ class PairTable:
 
 
 Table = SampleTable | PairTable
+
+
+def table_of(samples: Sequence[SupervisedSample] | Sequence[PreferencePair]) -> Table:
+    """Return the table of some samples, at least one, all of one class."""
+    steps = [sample for sample in samples if isinstance(sample, StepSample)]
+    if steps:
+        return StepTable.labeled(steps)
+    pairs = [sample for sample in samples if isinstance(sample, PreferencePair)]
+    return PairTable.of(pairs) if pairs else SampleTable.of([one for one in samples if isinstance(one, SupervisedSample)])

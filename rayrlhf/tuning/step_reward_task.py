@@ -9,7 +9,6 @@ import torch
 
 from rayrlhf.algorithms.losses import step_loss
 from rayrlhf.config.tuning import RewardTrainingConfig
-from rayrlhf.data.answer_format import AnswerFormat
 from rayrlhf.data.supervised.datasets import SliceMapper, load_step_data, map_in_order
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.objectives.preference import StepObjective
@@ -37,9 +36,9 @@ class StepRewardTask(Task):
     def load(self, tokenizer: Tokenizer, map_slices: SliceMapper = map_in_order) -> Datasets:
         """See `Task.load`."""
         train, held_out = load_step_data(self.config.data, tokenizer, map_slices)
-        rows, stored = self.config.evaluation.rows, train.format or AnswerFormat()
-        kept = StepTable.labeled(held_out.samples[:rows], stored) if held_out else None
-        return StepTable.labeled(train.samples, stored), kept, train.report
+        rows = self.config.evaluation.rows
+        kept = StepTable.labeled(held_out.samples[:rows], held_out.format) if held_out else None
+        return StepTable.labeled(train.samples, train.format), kept, train.report
 
     def spec(self, total_steps: int) -> TrainEngineSpec:
         """See `Task.spec`."""

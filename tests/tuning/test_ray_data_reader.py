@@ -16,6 +16,8 @@ from rayrlhf.models.tiny import byte_tokenizer
 from rayrlhf.tuning import ray_data_reader as reading
 from rayrlhf.tuning.ray_data_reader import over_cluster, through_ray_data
 from tests.data.hub_folder import write_hub_folder
+from tests.data.supervised.test_step_rows import ROW as STEPS
+from tests.data.supervised.test_step_rows import load as load_steps
 
 ROWS = 10_000
 
@@ -112,3 +114,12 @@ def test_large_files_go_through_ray_data_unless_said_otherwise(tmp_path, monkeyp
     assert not through_ray_data(section(SupervisedDataSection, path, reader="driver"))
     assert not through_ray_data(section(SupervisedDataSection, "some/hub-name"))
     assert not through_ray_data(section(SupervisedDataSection, tmp_path / "gone.jsonl"))
+
+
+def test_steps_keep_their_labels_on_the_way_from_another_process(tmp_path):
+    dataset = load_steps(tmp_path, [STEPS, STEPS | {"labels": [False, True]}])
+    found = reading._unpack(reading._pack(dataset))
+    assert (found.groups, found.report, found.format) == (dataset.groups, dataset.report, dataset.format)
+    for one, other in zip(found.samples, dataset.samples, strict=True):
+        for field in ("token_ids", "loss_mask", "right"):
+            np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
