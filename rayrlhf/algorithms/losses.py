@@ -249,7 +249,9 @@ def unpaired_preference_loss(
 
 
 def step_loss(logits: Tensor, right: Tensor, mask: Tensor) -> TokenLoss:
-    """Return the cross-entropy of the labels of steps: -log sigmoid(z) of a right step, -log sigmoid(-z) of a wrong one.
+    """Return the cross-entropy of the labels of steps.
+
+    It is -log sigmoid(z) of a right step and -log sigmoid(-z) of a wrong one.
 
     Args:
         logits: float [B, T], z, the log-odds that the step which ends here is right.

@@ -189,7 +189,7 @@ class PreferenceDataSection(TuningDataSection):
 
 
 class RewardDatasetSection(PreferenceDatasetSection):
-    """One dataset of a reward model: preference pairs, or responses with a label per step (`kind: process`)."""
+    """One dataset of preference pairs, or of responses with labeled steps (`kind: process`)."""
 
     steps_field: str = "completions"
     """Column with the steps of a response to `prompt_field`: a list of texts, or one text with `data.step_separator` between

@@ -57,7 +57,10 @@ class AnswerFormat:
     def step_token_ids(
         self, tokenizer: "PreTrainedTokenizerBase", prompt: str | list[Message], steps: Sequence[str]
     ) -> tuple[list[int], list[int]]:
-        """Tokenize prompt and steps as in training; returns the tokens and the position of each step's last one."""
+        """Tokenize prompt and steps as in training.
+
+        Returns the tokens, and the position of each step's last one.
+        """
         if self.step_separator is None:
             raise ValueError("the format of an outcome reward model has no steps")
         if self.chat:
@@ -101,7 +104,7 @@ def plain_prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[
 def step_tokens(
     tokenizer: "PreTrainedTokenizerBase", prompt_ids: Sequence[int], steps: Sequence[str], separator: str
 ) -> tuple[list[int], list[int]]:
-    """Return the tokens of a prompt with its steps, and the position of each step's last token.
+    """Return the tokens of a prompt with its steps, and the steps' last positions.
 
     Steps are tokenized one by one, so that no token spans two of them.
     """

@@ -29,9 +29,10 @@ class ScoredSteps(NamedTuple):
 
 
 def split_steps(response: str, separator: str) -> tuple[list[str], list[int]]:
-    """Return the steps of a response and the character at which each ends, its separator included.
+    """Return the steps of a response, and the character at which each ends.
 
-    Blank text between separators belongs to the step before it. A response without any other text is one step.
+    A step ends with its separator. Blank text between separators belongs to the step before it. A response without any other
+    text is one step.
     """
     steps: list[str] = []
     ends: list[int] = []

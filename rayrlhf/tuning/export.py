@@ -41,8 +41,7 @@ def export_model(
             engine.export(folder)
         return
     if scores is not None:
-        better = "right step" if config.kind == "process" else "better answer"
-        check_better_than_chance(scores, anyway=config.export_anyway, better=better)
+        check_better_than_chance(scores, anyway=config.export_anyway)
     engine.export(folder)
     if torch.distributed.get_rank() != 0:
         return
@@ -53,7 +52,7 @@ def export_model(
         write_atomically(folder / STATISTICS_FILE, json.dumps(statistics, indent=1))
 
 
-def check_better_than_chance(scores: PreferenceScores, *, anyway: bool, better: str = "better answer") -> None:
+def check_better_than_chance(scores: PreferenceScores, *, anyway: bool) -> None:
     """Refuse a reward model that is no better than chance.
 
     The test is a one-sided binomial test at `CHANCE_LEVEL`.
@@ -66,7 +65,7 @@ def check_better_than_chance(scores: PreferenceScores, *, anyway: bool, better: 
     pairs = len(scores.chosen)
     correct = int((scores.differences > 0).sum())
     raise AlarmError(
-        f"the reward model prefers the {better} in {correct} of {pairs} held-out pairs, which fair coins reach with "
+        f"the reward model prefers the better answer in {correct} of {pairs} held-out pairs, which fair coins reach with "
         f"probability {scores.chance:.2f} (expected below {CHANCE_LEVEL}): not exported; train longer, give more or cleaner "
         "pairs, or set export_anyway=true"
     )

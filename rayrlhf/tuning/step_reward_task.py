@@ -1,4 +1,4 @@
-"""Process reward models as a task of the tuning loop: labeled steps, and a scalar head read after each step."""
+"""Process reward models as a task of the tuning loop, with a scalar head."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -54,9 +54,10 @@ class StepRewardTask(Task):
         return metrics["loss/steps"]
 
     def evaluate(self, engine: TrainEngine, held_out: Table) -> Metrics:
-        """Return loss and accuracy on held-out steps, the accuracy on the wrong ones, and that of the more frequent label.
+        """Return loss and accuracy on held-out steps.
 
-        The scores are the logits of pairs of a right and a wrong step.
+        Accuracies on wrong steps and of the more frequent label are for comparison. The scores are the logits of pairs of a
+        right and a wrong step.
         """
         samples = held_out.take(range(len(held_out))) if isinstance(held_out, StepTable) else []
         values = shared_scores(engine, [step_sequence(sample) for sample in samples], "values")

@@ -1,4 +1,7 @@
-"""Encoding of responses whose steps have labels; ids and labels equal those of TRL 1.8's `PRMTrainer` for plain text."""
+"""Encoding of responses whose steps have labels.
+
+Of plain text, ids and labels equal those of TRL 1.8's `PRMTrainer`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -193,7 +193,7 @@ def write_prompt(
     data: TuningDataSection,
     place: str,
 ) -> tuple[Written, Options | None]:
-    """Return a row's prompt as plain text or a conversation, and its arguments of the chat template.
+    """Return a row's prompt, and its arguments of the chat template.
 
     Raises:
         InvalidRowError: an empty prompt.

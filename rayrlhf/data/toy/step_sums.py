@@ -58,7 +58,10 @@ def solve(digits: list[int], draw: random.Random, wrong: int) -> tuple[list[str]
 
 
 def mistakes(total: int, digit: int) -> list[int]:
-    """Return typical wrong results of a step: a carry dropped or added, counted one or two too far, or the term left out."""
+    """Return typical wrong results of a step, without duplicates.
+
+    A carry is dropped or added, the count is one or two off, or the term is left out.
+    """
     right = total + digit
     near = (right - 10, right + 10, right - 1, right + 1, right - 2, right + 2, total)
     return [result for result in dict.fromkeys(near) if result > 0 and result != right]

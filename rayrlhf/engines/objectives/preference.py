@@ -1,4 +1,4 @@
-"""Objectives of preferences: Bradley-Terry and labels of steps for reward models, DPO and KTO for policies."""
+"""Objectives of reward models (Bradley-Terry, steps) and of preferences (DPO, KTO)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +57,10 @@ class PreferenceObjective:
 
 @dataclass(frozen=True)
 class StepObjective:
-    """Cross-entropy of steps' labels (see `rayrlhf.algorithms.losses`), averaged over the steps of the optimizer step."""
+    """Cross-entropy of the labels of steps (see `rayrlhf.algorithms.losses`).
+
+    It is averaged over the steps of all responses of the optimizer step.
+    """
 
     outputs: ClassVar[frozenset[OutputName]] = frozenset({"values"})
     """The value after a step's last token is its logit."""

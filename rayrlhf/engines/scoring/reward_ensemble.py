@@ -52,7 +52,9 @@ class RewardEnsemble:
         return {MODEL_PART: self._section.weight} | dict.fromkeys(extra, 0.0)
 
     def parts(self, prompts: Sequence[str | list[Message]], responses: Sequence[str]) -> dict[str, Float32]:
-        """Return the reward of each pair, float32 [B], and the deviation of several members or the number of steps.
+        """Return the reward of each pair, float32 [B], and diagnostics.
+
+        These are the standard deviation of several members, or the number of steps.
 
         Raises:
             AlarmError: a reward is inf or NaN; names member and sample.

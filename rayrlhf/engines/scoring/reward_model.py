@@ -107,7 +107,7 @@ class RewardModelEngine:
         return [score.values for score in scores if score.values is not None]
 
     def _step_row(self, prompt: str | list[Message], steps: Sequence[str]) -> tuple[Int32, NDArray[np.int64]]:
-        """Return the tokens of a prompt with its steps, and the position of each step's last one."""
+        """Return the tokens of a prompt with its steps, and the steps' last positions."""
         written, template = self._format, self._section.template
         if template is not None:
             prompt = template.removesuffix("{response}").replace("{prompt}", last_user_text(prompt))

@@ -101,7 +101,7 @@ def unpaired_batch(pairs: Sequence[PreferencePair], kl: float) -> TrainingBatch:
 
 
 def step_batch(samples: Sequence[StepSample]) -> TrainingBatch:
-    """Build a training batch of labeled steps, with a value after the last token of each."""
+    """Build a training batch of labeled steps, with a value after each."""
     sequences = [step_sequence(sample) for sample in samples]
     shape = (len(samples), 1 + max(sequence.response_length for sequence in sequences))
     mask, right = np.zeros(shape, dtype=np.bool_), np.zeros(shape, dtype=np.bool_)
@@ -112,7 +112,7 @@ def step_batch(samples: Sequence[StepSample]) -> TrainingBatch:
 
 
 def step_sequence(sample: StepSample) -> TokenSequence:
-    """Return a response as a sequence whose first value is after the last token of the first step."""
+    """Return a response as a sequence whose first value is after its first step."""
     return TokenSequence(sample.token_ids, int(sample.loss_mask.argmax()) + 1)
 
 
