@@ -128,7 +128,7 @@ def _read(lines: Path) -> list[dict[str, Any]]:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End a step's process and those that it started in its session; returns when they have ended."""
+    """End a step's process and all others of its session."""
     _signal(process, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(END_SECONDS)
