@@ -16,7 +16,8 @@ from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS
 from rayrlhf.config.data import PreferenceDataSection, SupervisedDataSection
 from rayrlhf.data.dataset_rows import data_files
 from rayrlhf.data.row_slices import RowSlice
-from rayrlhf.data.supervised.datasets import PreferencePair, SampleDataset, StepSample, SupervisedSample
+from rayrlhf.data.supervised.datasets import SampleDataset
+from rayrlhf.data.supervised.supervised_samples import PreferencePair, StepSample, SupervisedSample
 from rayrlhf.errors import ActorLostError, UserError
 from rayrlhf.tuning.sample_table import table_of
 
