@@ -29,6 +29,7 @@ from rayrlhf.tools.debug.replay_command import replay
 from rayrlhf.tools.doctor_command import doctor
 from rayrlhf.tools.launch.launch_commands import plan, submit
 from rayrlhf.tools.publish.push_command import push
+from rayrlhf.tools.publish.serve_command import serve
 from rayrlhf.tools.report.compare_command import compare
 from rayrlhf.tools.watch.watch_command import watch
 
@@ -297,7 +298,7 @@ def report(
     typer.echo(f"report: {write_presft_report(run, output)}")
 
 
-for command in (watch, compare, debug, replay, plan, submit, push, doctor):
+for command in (watch, compare, debug, replay, plan, submit, push, serve, doctor):
     app.command()(command)
 app.add_typer(presft_app, name="presft")
 app.add_typer(icl_app, name="icl")

@@ -39,18 +39,27 @@ def lora_settings(model: ModelSection) -> dict[str, Any]:
     Raises:
         UserError: the rank exceeds vLLM's largest.
     """
-    from vllm.config.lora import MaxLoRARanks
-
     if model.lora is None:
         raise ValueError("a model without adapters has none to serve")
-    # vLLM allocates for a few ranks only; another one fits into the next.
-    ranks = get_args(MaxLoRARanks)
-    rank = next((rank for rank in ranks if rank >= model.lora.rank), None)
-    if rank is None:
-        raise UserError(f"model.lora.rank {model.lora.rank}: vLLM serves adapters up to rank {ranks[-1]}; {INSTEAD}")
+    rank = served_rank(model.lora.rank, f"model.lora.rank {model.lora.rank}", INSTEAD)
     if not torch.cuda.is_available():
         use_plain_products()
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+
+
+def served_rank(rank: int, where: str, remedy: str) -> int:
+    """Return the rank that vLLM allocates for adapters, at least their own.
+
+    Raises:
+        UserError: it exceeds vLLM's largest; the line begins with `where` and ends with `remedy`.
+    """
+    from vllm.config.lora import MaxLoRARanks
+
+    ranks: tuple[int, ...] = get_args(MaxLoRARanks)
+    for one in ranks:
+        if one >= rank:
+            return one
+    raise UserError(f"{where}: vLLM serves adapters up to rank {ranks[-1]}; {remedy}")
 
 
 class AdapterSlot:
