@@ -29,6 +29,13 @@ def test_an_unknown_sampler_logprob_means_no_correction() -> None:
     assert weights.tolist() == [[1.0]]
 
 
+def test_icepop_drops_the_tokens_on_which_the_engines_differ() -> None:
+    ratios = torch.tensor([[0.49, 0.51, 1.0, 4.9, 5.1, 9.0]])
+    mask = torch.tensor([[True, True, True, True, True, False]])
+    weights = importance_weights(ratios.log(), torch.zeros(1, 6), mask, mode="mask", level="token", low=0.5, high=5.0)
+    torch.testing.assert_close(weights, torch.tensor([[0.0, 0.51, 1.0, 4.9, 0.0, 1.0]]))
+
+
 def test_weights_carry_no_gradient() -> None:
     trainer = torch.zeros(1, 1, requires_grad=True)
     assert not importance_weights(trainer, torch.zeros(1, 1), torch.tensor([[True]])).requires_grad
