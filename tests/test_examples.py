@@ -9,6 +9,8 @@ from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.pipelines import PreSFTConfig
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
+from rayrlhf.data.toy.played_turns import calculations
+from rayrlhf.models.tiny import END, byte_tokenizer
 from rayrlhf.pipelines.chain.run_chain import load_chain, plan_chain
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +59,24 @@ def test_an_example_is_a_valid_configuration(path):
 @pytest.mark.parametrize("path", CHAINS)
 def test_the_stages_of_an_example_fit_together(path, tmp_path):
     assert plan_chain(load_chain(ROOT / path, [f"run.root={tmp_path}"]), (ROOT / path).parent)
+
+
+def test_the_limits_of_the_agent_leave_space_for_every_call_and_answer():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (ROOT / "examples/agents/tools.jinja").read_text()
+    chain = load_chain(ROOT / "examples/agents/calculator.yaml")
+    stages = {stage.name: stage.settings for stage in chain.stages}
+    turns, conversations = [], []
+    for row in calculations(0, 400, "train", calls=100, chat=1, lookups=50):
+        text = tokenizer.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False)
+        _, *answers = text.split("<|im_start|>assistant\n")
+        turns += [len(tokenizer.encode(answer.partition(END)[0])) + 1 for answer in answers]
+        response = text.partition("<|im_start|>assistant\n")[2].removesuffix("\n")
+        conversations.append(len(tokenizer.encode(response)))
+    assert len(turns) == 2 * len(conversations)
+    for name in ("after-sft", "ppo"):
+        assert stages[name]["environment"]["max_turn_tokens"] >= max(turns)
+        assert stages[name]["rollout"]["max_new_tokens"] >= max(conversations)
 
 
 def test_no_example_is_left_out():
