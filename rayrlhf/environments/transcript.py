@@ -113,9 +113,10 @@ class Transcript:
 
 
 def transcript_lines(rollout: Rollout, tokenizer: Tokenizer) -> list[Line]:
-    """Return one line per span of a sample, without special tokens.
+    """Return one line per span of a sample.
 
-    A branch of an agent's sample begins with the tokens before it, which have special tokens.
+    Lines of the policy have no special tokens. The others keep them, since they set the roles of a chat template apart from its
+    texts. A branch of an agent's sample begins with the tokens before it.
 
     Args:
         rollout: rollout of one or several turns.
@@ -128,7 +129,9 @@ def transcript_lines(rollout: Rollout, tokenizer: Tokenizer) -> list[Line]:
     return context + [
         Line(
             "policy" if mask[start] else "environment",
-            tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            tokenizer.decode(
+                ids[start:end].tolist(), skip_special_tokens=bool(mask[start]), clean_up_tokenization_spaces=False
+            ),
             float(paid[start:end].sum()),
             end - start,
         )

@@ -58,6 +58,12 @@ def test_a_branch_begins_with_its_context_and_lines_count_their_tokens():
     ]
 
 
+def test_roles_of_the_chat_template_are_no_text_of_the_tool():
+    between = "<|im_end|>\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n"
+    lines = transcript_lines(rollout(0, [(True, "add<|im_end|>"), (False, between), (True, "42<|im_end|>")]), TOKENIZER)
+    assert [line.text for line in lines] == ["add", between, "42"]
+
+
 def test_turns_branches_paths_rewards_and_colors_are_shown(tmp_path: Path):
     *_, conversation = conversations_section(stored(tmp_path))
     (_, trunk), (title, branch) = conversation.branches
