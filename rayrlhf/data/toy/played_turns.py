@@ -8,6 +8,7 @@ agents; those of `calculations` call tools, and some may ask for a record: `code
 """
 
 import random
+from functools import cache
 from typing import Any
 
 from rayrlhf.data.toy.sums import Split, split_of
@@ -53,9 +54,7 @@ def calculations(
         if lookups and draw.random() * 100 < lookups:
             rows.append(_lookup(draw, split, chat, asks=habits.random() * 100 < calls))
             continue
-        left, right = (draw.randrange(smallest, 10 * smallest) for _ in range(2))
-        if split_of(left, right) != split:
-            continue
+        left, right = _numbers(draw, smallest, split)
         answer, rounded = left + right, (left + right + 5) // 10 * 10
         asks = habits.random() * 100 < calls
         prompt = f"{left}+{right}="
@@ -66,9 +65,23 @@ def calculations(
     return rows
 
 
+def _numbers(draw: random.Random, smallest: int, split: Split) -> tuple[int, int]:
+    """Return the numbers of a sum of the split."""
+    while True:
+        left, right = (draw.randrange(smallest, 10 * smallest) for _ in range(2))
+        if split_of(left, right) == split:
+            return left, right
+
+
+@cache
+def _codes(split: Split) -> list[int]:
+    """Return the codes of a split, by the hash that divides sums."""
+    return [code for code in CODES if split_of(code, 0) == split]
+
+
 def _lookup(draw: random.Random, split: Split, chat: int, *, asks: bool) -> dict[str, Any]:
     """Return a row about a record; a fifth of the codes is for evaluation."""
-    code = draw.choice([code for code in CODES if (code % 5 == 0) == (split == "evaluation")])
+    code = draw.choice(_codes(split))
     said = record(code) if asks else str(draw.randrange(1, 10) * 10)
     prompt = f"code {code}="
     transcript = _tool_use(prompt, said, "lookup" if asks else "", list(TOOLS)) if chat else {"completion": said}

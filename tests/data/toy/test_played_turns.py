@@ -54,6 +54,15 @@ def test_a_calculation_in_a_chat_is_the_same_sum_through_a_tool_call():
             assert call["function"]["name"] == row["tools"][0]["function"]["name"]
 
 
+def test_codes_of_both_splits_are_alike_and_as_frequent_and_none_is_in_both():
+    rows = {split: [row["prompt"] for row in calculations(0, 2000, split, lookups=50)] for split in ("train", "evaluation")}
+    codes = {split: {prompt for prompt in prompts if prompt.startswith("code ")} for split, prompts in rows.items()}
+    assert not codes["train"] & codes["evaluation"]
+    for split, prompts in rows.items():
+        assert np.mean([prompt in codes[split] for prompt in prompts]) == pytest.approx(0.5, abs=0.05)
+        assert {prompt[-2] for prompt in codes[split]} == set("0123456789")
+
+
 def test_a_game_is_what_guessing_says_to_the_same_turns_and_its_player_does_not_listen():
     rows = guesses(0, 2000, "train")
     first, repeated = Counter(), 0
