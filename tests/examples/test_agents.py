@@ -1,25 +1,43 @@
-"""The example of an agent with a tool, with its own chat template and vLLM's parser."""
+"""The example of an agent with tools: its chat template and vLLM's parser, and what PPO teaches (by hand: `-m nightly -s`)."""
 
+import json
 import runpy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
+from rayrlhf.config.pipelines import ChainConfig
 from rayrlhf.environments.players.agent_session import Texts
 from rayrlhf.models.tiny import byte_tokenizer
+from rayrlhf.pipelines.chain.run_chain import run_chain
 from tests.environments.players.test_agent_tools import play, trained_once
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("vllm")
 pytest.importorskip("openai")
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples/agents"
+
+
+def chain_of(seed: int, root: Path) -> ChainConfig:
+    """The chain with other start weights, other conversations and other draws, and the same held-out problems."""
+    text = (EXAMPLE / "calculator.yaml").read_text()
+    for built_in in ("builtin:tiny?", "builtin:calculations?calls"):
+        assert built_in in text
+        text = text.replace(built_in, built_in.replace("?", f"?seed={seed}&"))
+    tree = yaml.safe_load(text)
+    tree["run"] = {"name": f"agents-{seed}", "root": str(root)}
+    for stage in tree["stages"]:
+        stage["settings"]["run"] = stage["settings"].get("run", {}) | {"seed": seed}
+    return ChainConfig.model_validate(tree)
 
 
 def test_the_agent_of_the_example_is_paid_for_a_sum_that_its_tool_computed(monkeypatch):
-    root = Path(__file__).parents[2] / "examples/agents"
-    solve = runpy.run_path(str(root / "calculator.py"))["solve"]
+    solve = runpy.run_path(str(EXAMPLE / "calculator.py"))["solve"]
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = (root / "tools.jinja").read_text()
+    tokenizer.chat_template = (EXAMPLE / "tools.jinja").read_text()
     example = Texts.of(tokenizer)
 
     async def agent(prompt, endpoint):
@@ -31,3 +49,19 @@ def test_the_agent_of_the_example_is_paid_for_a_sum_that_its_tool_computed(monke
     trained_once(rollout, scripted, said)
     assert (rollout.rewards.sum(), rollout.extra_segments) == (1.0, ())
     assert "tool\n66<|im_end|>" in tokenizer.decode(rollout.response_ids)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_held_out_success_rises_by_at_least_three_tenths(tmp_path, monkeypatch, seed, capsys):
+    monkeypatch.chdir(ROOT)
+    reports = run_chain(chain_of(seed, tmp_path), ROOT)
+    before, after = (
+        json.loads((tmp_path / f"agents-{seed}" / stage / "evaluation.json").read_text())["score"]["mean"]
+        for stage in ("after-sft", "after-ppo")
+    )
+    with capsys.disabled():
+        for report in reports:
+            print(f"\nseed {seed}, {report.name} ({report.seconds:.0f} s): {report.headline}", end="")
+    assert after >= before + 0.3
