@@ -113,6 +113,7 @@ def train_spec(config: PPOConfig, role: TrainRole) -> TrainEngineSpec:
     """Return the spec of a role's train engine."""
     shared = config.critic.kind == "shared"
     policy = role == "policy"
+    placement = config.placement.policy if policy else config.placement.critic
     heads: frozenset[Head] = frozenset({"lm", "value"} if policy and shared else {"lm"} if policy else {"value"})
     model = config.model if policy else config.critic.model or config.model
     learning_rate = config.train.learning_rate if policy else config.critic.learning_rate or config.train.learning_rate
@@ -127,7 +128,8 @@ def train_spec(config: PPOConfig, role: TrainRole) -> TrainEngineSpec:
         seed=config.run.seed,
         role=role,
         parity=config.algorithm.parity,
-        sequence_parallel=(config.placement.policy if policy else config.placement.critic).sequence_parallel,
+        sequence_parallel=placement.sequence_parallel,
+        tensor_parallel=placement.tensor_parallel,
     )
 
 

@@ -8,6 +8,7 @@ from rayrlhf.config.algorithm import AlgorithmSection
 from rayrlhf.config.data import DataSection
 from rayrlhf.config.model import CriticSection, ModelSection, ReferenceSection, TeacherSection
 from rayrlhf.config.policy_loss import check_name
+from rayrlhf.config.rank_groups import check_whole_rows, group_label
 from rayrlhf.config.reward import PPORewardSection
 from rayrlhf.config.rollout import EnvironmentSection, RolloutSection
 from rayrlhf.config.runtime import (
@@ -126,25 +127,21 @@ class PPOConfig(Section):
             )
         policy = self.placement.policy
         if self.mini_batch_size < policy.data_ranks:
-            groups = f" / sequence_parallel {policy.sequence_parallel}" if policy.sequence_parallel > 1 else ""
             raise ValueError(
-                f"train.mini_batch_size {self.mini_batch_size} is smaller than placement.policy.ranks {policy.ranks}{groups}"
+                f"train.mini_batch_size {self.mini_batch_size} is smaller than placement.policy.ranks {policy.ranks}"
+                f"{group_label(policy)}"
             )
         return self
 
     @model_validator(mode="after")
-    def _check_sequence_parallel(self) -> Self:
+    def _check_groups(self) -> Self:
         models = {"policy": self.model}
         if self.critic.kind == "separate":
             models["critic"] = self.critic.model or self.model
         for role, model in models.items():
-            size = getattr(self.placement, role).sequence_parallel
-            cached = model.lora is not None and model.lora.last_layers is not None and not model.gradient_checkpointing
-            if size > 1 and cached and not self.train.all_ranks_must_forward:
-                raise ValueError(
-                    f"placement.{role}.sequence_parallel {size} with model.lora.last_layers: the outputs of frozen layers are "
-                    "cached for whole rows; expected last_layers null, or model.gradient_checkpointing true, which caches none"
-                )
+            placement, key = getattr(self.placement, role), f"placement.{role}"
+            check_whole_rows(placement, key, model, self.train)
+            self.train.check_shared_weights(f"{key}.tensor_parallel", placement.tensor_parallel)
         return self
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from rayrlhf.config.rank_groups import check_groups, group_size
 from rayrlhf.config.section import RunFolderSection, RunName, Section
 
 
@@ -75,21 +76,28 @@ class RolePlacement(ProcessPlacement):
 
 
 class TrainPlacement(RolePlacement):
-    """Processes of a role in training, which may share the tokens of a sample."""
+    """Processes of a role in training, which may share tokens or weights."""
 
     sequence_parallel: int = Field(1, ge=1)
     """Number of consecutive ranks that share each row of tokens, so that a rank stores this part of its activations. Must
     divide `ranks`; the samples are split over the groups."""
+    tensor_parallel: int = Field(1, ge=1)
+    """Number of consecutive ranks that share the weights of attention and feed-forward layers, so that a rank stores and
+    computes this part of them. Must divide `ranks` and the model's heads; not with `sequence_parallel` or ZeRO stage 3."""
+
+    @property
+    def group(self) -> int:
+        """Number of consecutive ranks that compute the same samples."""
+        return group_size(self)
 
     @property
     def data_ranks(self) -> int:
         """Number of shares that samples are split into."""
-        return self.ranks // self.sequence_parallel
+        return self.ranks // self.group
 
     @model_validator(mode="after")
     def _check_groups(self) -> Self:
-        if self.ranks % self.sequence_parallel:
-            raise ValueError(f"sequence_parallel {self.sequence_parallel} does not divide ranks {self.ranks}")
+        check_groups(self, self.ranks, self.ranks, "ranks")
         return self
 
 

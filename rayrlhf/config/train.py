@@ -69,9 +69,30 @@ class UpdateSection(Section):
         return self.zero_stage > 0
 
     @property
+    def all_ranks_must_forward(self) -> bool:
+        """True if parameters are sharded, so that every rank must run the same forward passes."""
+        return self.zero_stage == 3
+
+    @property
     def sharding_label(self) -> str:
         """Sharding in words, for plans and logs."""
         return f"ZeRO stage {self.zero_stage}"
+
+    def check_shared_weights(self, key: str, size: int) -> None:
+        """Check that no setting needs the weights that ranks share.
+
+        Args:
+            key: setting named in the message.
+            size: its value, the number of ranks.
+
+        Raises:
+            ValueError: weights are sharded twice, averaged, or ranks would add different noise.
+        """
+        if size > 1 and self.zero_stage == 3:
+            raise ValueError(f"{key} {size} with train.zero_stage 3, which shards the same weights; expected stage 0, 1 or 2")
+        for name, reason in (("ema_decay", "an average is of whole weights"), ("neftune_alpha", "ranks draw different noise")):
+            if size > 1 and getattr(self, name, None) is not None:
+                raise ValueError(f"{key} {size} with train.{name}: {reason}; expected null")
 
     @model_validator(mode="after")
     def _check_offload(self) -> Self:
@@ -98,11 +119,6 @@ class TrainSection(UpdateSection):
     ema_decay: float | None = Field(None, ge=0, lt=1)
     """Decay per step of a moving average of the policy's weights, exported to `export-average` in addition to the policy.
     Default: no average."""
-
-    @property
-    def all_ranks_must_forward(self) -> bool:
-        """True if parameters are sharded, so that every rank must run the same forward passes."""
-        return self.zero_stage == 3
 
     def sharding_fingerprint(self) -> dict[str, int]:
         """Settings, by key, that two runs must share to load each other's training state."""

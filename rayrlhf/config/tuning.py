@@ -12,6 +12,7 @@ from rayrlhf.config.data import (
     TuningDataSection,
 )
 from rayrlhf.config.model import ModelSection
+from rayrlhf.config.rank_groups import check_groups, group_label, group_size
 from rayrlhf.config.section import Count, RunFolderSection, RunName, Section
 from rayrlhf.config.train import (
     DirectPreferenceTrainSection,
@@ -91,6 +92,9 @@ class WorkersSection(Section):
     sequence_parallel: int = Field(1, ge=1)
     """Number of consecutive workers that share each row of tokens, so that a worker stores this part of its activations. Must
     divide `count`; the samples are split over the groups."""
+    tensor_parallel: int = Field(1, ge=1)
+    """Number of consecutive workers that share the weights of attention and feed-forward layers, so that a worker stores and
+    computes this part of them. Must divide `count` and the model's heads; not with `sequence_parallel` or ZeRO stage 3."""
     cpus: float | None = Field(None, gt=0)
     """CPUs per worker. Default: an equal share of the machine."""
     gpus: float | None = Field(None, ge=0)
@@ -116,10 +120,7 @@ class WorkersSection(Section):
     def _check_worker_range(self) -> Self:
         if self.fewest > self.most:
             raise ValueError(f"count: expected [fewest, most], found [{self.fewest}, {self.most}]")
-        if self.sequence_parallel > 1 and self.fewest != self.most:
-            raise ValueError(f"sequence_parallel {self.sequence_parallel} needs one number as count, found a range")
-        if self.most % self.sequence_parallel:
-            raise ValueError(f"sequence_parallel {self.sequence_parallel} does not divide count {self.most}")
+        check_groups(self, self.fewest, self.most, "count")
         return self
 
 
@@ -167,9 +168,11 @@ class TuningRootConfig(Section):
     def _check_batch(self) -> Self:
         """Refuse an optimizer step smaller than one sample per worker or the longest sample."""
         train, workers, longest = self.train, self.workers, self.data.max_length
-        if train.samples_per_step is not None and train.samples_per_step < workers.most // workers.sequence_parallel:
-            groups = f" / sequence_parallel {workers.sequence_parallel}" if workers.sequence_parallel > 1 else ""
-            raise ValueError(f"train.batch_size {train.samples_per_step} is smaller than workers.count {workers.most}{groups}")
+        train.check_shared_weights("workers.tensor_parallel", workers.tensor_parallel)
+        if train.samples_per_step is not None and train.samples_per_step < workers.most // group_size(workers):
+            raise ValueError(
+                f"train.batch_size {train.samples_per_step} is smaller than workers.count {workers.most}{group_label(workers)}"
+            )
         both = " for chosen and rejected" if self.sequences == 2 else ""
         limits = {"batch_tokens": train.batch_tokens, "micro_batch_tokens": train.micro_batch_tokens if train.packing else None}
         for key, tokens in limits.items():

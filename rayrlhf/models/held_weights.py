@@ -14,14 +14,25 @@ HALVES = (torch.bfloat16, torch.float16)
 """Dtypes of which float32 holds every number."""
 
 
+def product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return a linear layer's product in autocast's dtype, or in the input's.
+
+    Args:
+        inputs: [..., in features].
+        weight: [out features, in features], possibly in 16 bits.
+        bias: [out features] or None.
+    """
+    if torch.is_autocast_enabled(inputs.device.type) or inputs.dtype == weight.dtype:
+        return nn.functional.linear(inputs, weight, bias)
+    return cast(Tensor, _WidenedProduct.apply(inputs, weight, bias))  # type: ignore[no-untyped-call]
+
+
 class HeldLinear(nn.Linear):
     """Linear layer with a frozen 16-bit weight."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the product in autocast's dtype, or in the input's."""
-        if torch.is_autocast_enabled(input.device.type) or input.dtype == self.weight.dtype:
-            return super().forward(input)
-        return cast(Tensor, _WidenedProduct.apply(input, self.weight, self.bias))  # type: ignore[no-untyped-call]
+        return product(input, self.weight, self.bias)
 
 
 class HeldEmbedding(nn.Embedding):

@@ -19,6 +19,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.library_types import PretrainedConfig, PreTrainedModel
 from rayrlhf.models.packed_attention import SegmentsError, attend_within_segments
 from rayrlhf.models.sequence_parallel import RowSplit, split_attention
+from rayrlhf.models.tensor_parallel import WeightSplit, obstacle
 
 if TYPE_CHECKING:
     from rayrlhf.models.network import Network
@@ -208,6 +209,54 @@ def splits(network: "Network", split: RowSplit) -> bool:
     return split.agree(fits, samples[0].device)
 
 
+def split_weights(network: "Network", split: WeightSplit, path: str, device: torch.device) -> None:
+    """Cut a network's weights, move it to its device, and check it.
+
+    Hidden states must be those of whole weights, and so must the gradients of norms and biases: those of a layer that reads
+    the features of one rank only would miss the other ranks' part. Every rank of the group takes part.
+
+    Args:
+        network: whole, on the CPU.
+        split: the part of each rank.
+        path: of the model, for the message.
+        device: of this rank.
+
+    Raises:
+        UserError: the weights cannot be cut, or the ranks compute something else.
+    """
+    reason = obstacle(network.model, split.size)
+    if reason is None:
+        vectors = [one for one in network.trunk.parameters() if one.requires_grad and one.ndim == 1]
+        with attention_on_cpu(network.trunk):
+            wanted = _states_and_gradients(network, vectors)
+        split.cut(network.model)
+        network.to(device)
+        try:
+            states, *gradients = _states_and_gradients(network, vectors)
+        except RuntimeError:  # a shape that counts on all heads
+            fits = False
+        else:
+            found = [states, *(split.whole(*both) for both in zip(vectors, gradients, strict=True))]
+            floor = 1e-5 * max((float(one.abs().max()) for one in wanted[1:]), default=0.0)
+            fits = all(_equal(*both, floor=floor) for both in zip(found, (one.to(device) for one in wanted), strict=True))
+        if not split.agree(fits, device):
+            reason = "computes something else where ranks share its weights; expected 1"
+    if reason is not None:
+        raise UserError(f"tensor_parallel {split.size}: a {network.check.family} model ({path}) {reason}")
+    network.weight_split = split
+
+
+@torch.enable_grad()
+def _states_and_gradients(network: "Network", parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return the states of the probe and the gradients of a sum of them."""
+    states = network.read(probe_samples(network.model), "padded")
+    if not parameters:
+        return [states.detach()]
+    signs = torch.arange(states.numel(), device=states.device).cos().view_as(states)
+    gradients = torch.autograd.grad((states * signs).sum(), list(parameters), materialize_grads=True)
+    return [states.detach(), *gradients]
+
+
 @torch.no_grad()
 def reads_embeddings(trunk: PreTrainedModel) -> bool:
     """Return True if a trunk computes the same from embeddings as from tokens.
@@ -286,8 +335,8 @@ def _logprobs(logits: Tensor, samples: Sequence[Tensor]) -> Tensor:
     return torch.cat([part[:-1].gather(-1, sample[1:, None])[:, 0] for part, sample in zip(parts, samples, strict=True)])
 
 
-def _equal(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
+def _equal(found: Tensor, wanted: Tensor, floor: float = 0.0) -> bool:
+    return bool((found - wanted).abs().max() <= TOLERANCE * wanted.abs().max() + floor)
 
 
 def rope_limit(text: PretrainedConfig) -> int | None:

@@ -17,6 +17,7 @@ from rayrlhf.config.model import LoraSection
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PreTrainedModel
 from rayrlhf.models.load_check import probe_samples
+from rayrlhf.models.tensor_parallel import whole_shape
 
 _EXPERT_PROJECTIONS = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate", "router"})
 _BASE, _ADAPTERS = ".base_layer.", (".lora_A.", ".lora_B.")
@@ -43,8 +44,12 @@ class CheckpointTensor:
     @property
     def shape(self) -> torch.Size:
         """Shape of the value, known without gathering it."""
-        source = next(iter([self.base] if self.base is not None else self.parameters), None)
-        return self.value().shape if source is None else torch.Size(getattr(source, "ds_shape", source.shape))
+        return self.value().shape if self.source is None else whole_shape(self.source)
+
+    @property
+    def source(self) -> nn.Parameter | None:
+        """The parameter that the value replaces; None for a buffer."""
+        return self.base if self.base is not None else next(iter(self.parameters), None)
 
 
 def add_lora(network: PreTrainedModel, section: LoraSection, seed: int) -> None:

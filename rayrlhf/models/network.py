@@ -41,6 +41,7 @@ from rayrlhf.models.model_path import model_folder
 from rayrlhf.models.network_io import Head, NetworkOutput, OutputName, Positions, TeacherSignal
 from rayrlhf.models.packed_attention import Segments, SegmentsError, attend_within_segments
 from rayrlhf.models.sequence_parallel import RowSplit
+from rayrlhf.models.tensor_parallel import WeightSplit
 from rayrlhf.models.value_head import HEAD_NAMES, HeadInit, ValueHead, find_head, make_head
 
 
@@ -53,6 +54,7 @@ class Network(nn.Module):
         prefix: cached outputs of the frozen lower layers, if `remember_frozen_layers` was called.
         by_segments: the trunk attends within segments; see `attend_within_segments`.
         row_split: this rank's columns of each row, if `split_rows` was called.
+        weight_split: this rank's part of each weight, if they are cut (`rayrlhf.models.load_check.split_weights`).
         teacher_layer: weight [V, H] and bias of the output layer for a teacher's hidden states; not parameters of this network.
             None without a teacher.
         noise_alpha: strength of NEFTune noise on the embeddings while gradients are enabled; None adds none.
@@ -67,6 +69,7 @@ class Network(nn.Module):
         self.has_lm_head = model.get_output_embeddings() is not None
         self.prefix: FrozenPrefix | None = None
         self.row_split: RowSplit | None = None
+        self.weight_split: WeightSplit | None = None
         self.teacher_layer: tuple[Tensor, Tensor | None] | None = None
         self.noise_alpha: float | None = None
         self.check = LoadCheck(str(model.config.model_type))

@@ -20,10 +20,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from rayrlhf.library_types import PreTrainedModel
 from rayrlhf.models.packed_attention import NAME as SEGMENTS
 from rayrlhf.models.packed_attention import Segments, SegmentsError
+from rayrlhf.models.rank_group import RankGroup
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
     from rayrlhf.models.network_io import NetworkOutput, Positions, TeacherSignal
 
 NAME = "rayrlhf_row_split"
@@ -48,19 +47,11 @@ class OwnPart(NamedTuple):
     sizes: tuple[int, int]
 
 
-class RowSplit:
+class RowSplit(RankGroup):
     """Equal columns of padded or packed rows, one part per rank of a group.
 
     Rows whose length the ranks do not divide are padded on the right.
-
-    Attributes:
-        size: number of ranks.
-        rank: index of this rank in the group.
     """
-
-    def __init__(self, group: "ProcessGroup") -> None:
-        self.group = group
-        self.size, self.rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
 
     def columns(self, width: int) -> slice:
         """Return this rank's columns of a row of `width` tokens after padding."""
@@ -115,12 +106,6 @@ class RowSplit:
 
         fields = {name: whole(name, field) for name, field in output._asdict().items() if field is not None}
         return output._replace(**fields)
-
-    def agree(self, verdict: bool, device: torch.device) -> bool:
-        """Return True if the verdict of every rank is True."""
-        every = torch.tensor(int(verdict), device=device)
-        torch.distributed.all_reduce(every, torch.distributed.ReduceOp.MIN, group=self.group)
-        return bool(every)
 
     @torch.no_grad()
     def gather(self, states: Tensor, width: int) -> Tensor:

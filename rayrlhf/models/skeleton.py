@@ -1,4 +1,4 @@
-"""Checks of a model from its configuration alone: adapters, memory, sequence parallelism."""
+"""Checks of a model from its configuration alone: adapters, memory, sequence and tensor parallelism."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -12,6 +12,7 @@ from rayrlhf.library_types import PretrainedConfig, PreTrainedModel
 from rayrlhf.models.held_weights import holdable
 from rayrlhf.models.load import checkpoint_dtype, load_architecture
 from rayrlhf.models.lora import check_targets
+from rayrlhf.models.tensor_parallel import obstacle
 
 FLOAT = 4
 """Bytes of a float32."""
@@ -103,6 +104,20 @@ def check_row_split(model: ModelSection, key: str, size: int) -> None:
             f"{key} {size}: a {network.config.model_type} model ({model.path}) {obstacle}, which needs whole rows on a rank; "
             "expected 1"
         )
+
+
+def check_weight_split(model: ModelSection, key: str, size: int) -> None:
+    """Check, before weights load, that they can be split over ranks.
+
+    See `check_row_split` for the arguments.
+
+    Raises:
+        UserError: they cannot be split.
+    """
+    network = None if size == 1 else skeleton(model)
+    reason = None if network is None else obstacle(network, size)
+    if network is not None and reason is not None:
+        raise UserError(f"{key} {size}: a {network.config.model_type} model ({model.path}) {reason}")
 
 
 def _obstacle(network: PreTrainedModel, text: PretrainedConfig) -> str | None:

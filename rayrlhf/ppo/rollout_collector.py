@@ -190,7 +190,7 @@ def forward_passes(config: PPOConfig, sharing: Collection[Role], *, has_critic: 
     logprobs: frozenset[OutputName] = frozenset({"logprobs"})
     values: frozenset[OutputName] = frozenset({"values"})
     replicate = config.train.all_ranks_must_forward
-    policy, critic = config.placement.policy.sequence_parallel, config.placement.critic.sequence_parallel
+    policy, critic = config.placement.policy.group, config.placement.critic.group
     passes = []
     if config.needs_reference:
         owner: ForwardRole = "policy" if config.reference_in_policy else "reference"

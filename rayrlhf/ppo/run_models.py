@@ -40,7 +40,7 @@ def check_models(config: PPOConfig) -> None:
     for _, model in _different_models(config):
         check_configuration(model)
     check_divides_heads(config.model, config.rollout.tensor_parallel_size, "rollout.tensor_parallel_size")
-    check_row_splits(config)
+    check_splits(config)
     check_readers(config)
     if config.reward.model is not None:
         check_reward_models(config.reward.model)
@@ -84,18 +84,19 @@ def check_readers(config: PPOConfig) -> None:
             )
 
 
-def check_row_splits(config: PPOConfig) -> None:
-    """Check that ranks can share rows where the placement says so.
+def check_splits(config: PPOConfig) -> None:
+    """Check that ranks can share rows or weights where the placement says so.
 
     Raises:
-        UserError: see `check_row_split`.
+        UserError: see `check_row_split` and `check_weight_split`.
     """
-    from rayrlhf.models.skeleton import check_row_split
+    from rayrlhf.models.skeleton import check_row_split, check_weight_split
 
     models = models_of(config)
     for role, placement in (("policy", config.placement.policy), ("critic", config.placement.critic)):
         if role in models:
             check_row_split(models[role], f"placement.{role}.sequence_parallel", placement.sequence_parallel)
+            check_weight_split(models[role], f"placement.{role}.tensor_parallel", placement.tensor_parallel)
 
 
 def describe_checks(config: PPOConfig) -> Iterator[str]:

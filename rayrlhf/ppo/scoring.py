@@ -48,7 +48,7 @@ class ForwardPass(NamedTuple):
         temperature: of the distribution log-probs are taken from.
         reference: adapters off.
         replicate: every rank reads all rollouts (ZeRO-3 ranks must run equally many forwards); else they split them.
-        group: number of consecutive ranks that read the same rollouts, because they share rows.
+        group: number of consecutive ranks that read the same rollouts, because they share rows or weights.
         shares_prefixes: the role computes common beginnings once.
     """
 

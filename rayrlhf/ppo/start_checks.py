@@ -110,7 +110,7 @@ def least_bytes(config: PPOConfig) -> dict[str, int]:
     """
     states = 0 if config.train.optimizer.name == "sgd" else 2
     precision = resolve_dtype(config.model.dtype).itemsize
-    ranks = 1 if config.train.sharded else config.placement.policy.ranks
+    ranks = 1 if config.train.sharded else config.placement.policy.ranks // config.placement.policy.tensor_parallel
     parts = {
         "policy": ranks * least_training_bytes(config.model, states=states),
         "rollout": config.rollout.replicas * precision * parameter_count(config.model),

@@ -136,7 +136,7 @@ def shared_scores(
     own = [_field(score, outputs) for score in engine.score(mine, frozenset({outputs}), reference=reference)] if mine else []
     parts: list[list[Float32]] = [[] for _ in range(ranks)]
     torch.distributed.all_gather_object(parts, own)
-    first = parts[:: ranks // grid.data_ranks]  # ranks that share rows have the same scores
+    first = parts[:: ranks // grid.data_ranks]  # ranks that share rows or weights have the same scores
     by_index = {
         index: score for share, part in zip(shares, first, strict=True) for index, score in zip(share, part, strict=True)
     }

@@ -66,6 +66,7 @@ class Task(ABC):
             packing=train.packing,
             targets_only=True,
             sequence_parallel=self.config.workers.sequence_parallel,
+            tensor_parallel=self.config.workers.tensor_parallel,
         )
 
     def prepare(self, engine: TrainEngine, table: Table, folder: Path) -> Table:

@@ -38,6 +38,10 @@ def no_cluster(monkeypatch):
             r"placement.policy.sequence_parallel 2 with model.attention 'eager': expected 'sdpa'",
         ),
         (
+            ["placement.policy={ranks: 2, tensor_parallel: 2}"],
+            r"placement.policy.tensor_parallel 2: a llama model .* has 1 heads and 1 key heads; expected a divisor of both$",
+        ),
+        (
             ["reward.functions=[{name: gsm8k}]"],
             "row 1: reward function 'gsm8k' needs column 'answer'; the row's columns are: prompt, number",
         ),

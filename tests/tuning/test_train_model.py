@@ -112,6 +112,20 @@ def test_workers_that_share_rows_take_the_steps_of_one(one_worker, tmp_path):
     assert split.metrics["evaluation/loss"] == pytest.approx(alone.metrics["evaluation/loss"], abs=CURVE_TOLERANCE)
 
 
+@pytest.mark.nightly
+def test_workers_that_share_weights_take_the_steps_of_one(cluster, tmp_path):
+    wide = ("model.path=builtin:tiny?layers=2&hidden=256&context=128", "train.learning_rate=1e-3")
+    alone, cut = (
+        train_sft(sft_config(tmp_path, f"run.name={name}", *wide, *settings))
+        for name, settings in (
+            ("alone", []),
+            ("cut", ["workers={count: 2, tensor_parallel: 2, cpus: 1}", "train.zero_stage=1"]),
+        )
+    )
+    np.testing.assert_allclose(losses(cut.folder), losses(alone.folder), rtol=0, atol=CURVE_TOLERANCE)
+    assert cut.metrics["evaluation/loss"] == pytest.approx(alone.metrics["evaluation/loss"], abs=CURVE_TOLERANCE)
+
+
 @pytest.mark.slow
 def test_a_reward_model_is_exported_with_its_statistics_and_format_and_scores_as_a_classifier(cluster, tmp_path):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer

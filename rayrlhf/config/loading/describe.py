@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.rank_groups import shared_parts
 from rayrlhf.config.runtime import TrainPlacement
 from rayrlhf.config.tuning import DistillationConfig, DPOConfig, RewardTrainingConfig, SFTConfig, TuningConfig
 
@@ -116,11 +117,7 @@ def _count(count: int, word: str, ending: str = "s") -> str:
 
 
 def _ranks(placement: TrainPlacement) -> str:
-    return _count(placement.ranks, "process", "es") + _shared_rows(placement.sequence_parallel)
-
-
-def _shared_rows(size: int) -> str:
-    return f", rows split over {size}" if size > 1 else ""
+    return _count(placement.ranks, "process", "es") + shared_parts(placement)
 
 
 def describe_tuning(config: TuningConfig) -> str:
@@ -166,7 +163,7 @@ def _worker_range(config: TuningConfig) -> str:
     fewest, most = config.workers.fewest, config.workers.most
     if fewest != most:
         return f"{fewest} to {most} workers"
-    return _count(most, "worker") + _shared_rows(config.workers.sequence_parallel)
+    return _count(most, "worker") + shared_parts(config.workers)
 
 
 def _data(config: TuningConfig) -> Iterator[str]:

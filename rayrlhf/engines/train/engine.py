@@ -30,6 +30,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.models.adapter_folder import adapter_parameters, save_adapters
 from rayrlhf.models.export import save_network
 from rayrlhf.models.load import checkpoint_dtype, load_tokenizer, resolve_dtype
+from rayrlhf.models.load_check import split_weights
 from rayrlhf.models.lora import CheckpointTensor, adapters_disabled, checkpoint_tensors, has_lora
 from rayrlhf.models.network import build_network
 from rayrlhf.models.network_io import OutputName
@@ -70,8 +71,10 @@ class TrainEngine:
             network.accept_packed_rows(packing=packing, unshared=spec.unshared)
             if network.check.layout != "packed":
                 self._spec = spec = replace(spec, packing=False)
+            self.grid: Grid = make_grid(spec.sequence_parallel, spec.tensor_parallel)
+            if self.grid.weight_split is not None:
+                split_weights(network, self.grid.weight_split, spec.model.path, self._device)
             self._network = network.to(self._device)
-            self.grid: Grid = make_grid(spec.sequence_parallel)
             if self.grid.row_split is not None:
                 network.split_rows(self.grid.row_split, spec.model.path)
         head = () if self._network.v_head is None else self._network.v_head.parameters()
@@ -141,7 +144,7 @@ class TrainEngine:
     ) -> list[TokenScores]:
         """Score sequences, in input order; `reference` disables the adapters.
 
-        All ranks pass the same sequences if `all_ranks_must_forward`, and ranks that share rows do always.
+        All ranks pass the same sequences if `all_ranks_must_forward`, and ranks that share rows or weights do always.
 
         Raises:
             ValueError: the network has no head for one of `outputs`, or no adapters to disable.
@@ -337,7 +340,10 @@ class TrainEngine:
     def _adapters(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         parameters = dict(adapter_parameters(self._network.model))
         with self._backend.gathered(tuple(parameters.values())):
-            copies = {name: parameter.detach().to("cpu", dtype, copy=True) for name, parameter in parameters.items()}
+            copies = {
+                name: self._whole(parameter, parameter.detach()).to("cpu", dtype, copy=True)
+                for name, parameter in parameters.items()
+            }
         yield from copies.items()
 
     def _checkpoint(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
@@ -352,14 +358,19 @@ class TrainEngine:
     ) -> torch.Tensor:
         """Compute one tensor of the checkpoint; every rank takes part."""
         with self._backend.gathered(tensor.parameters):
-            exact = tensor.value()
+            exact = self._whole(tensor.source, tensor.value())
             value = exact.to(exact.dtype if tensor.is_buffer else dtype)
             if tensor.base is not None and value.dtype != exact.dtype:
-                share.add(tensor.base.detach(), exact, value)
+                share.add(self._whole(tensor.base, tensor.base.detach()), exact, value)
             value = value.to(device).contiguous()
             if self._backend.shards_parameters and value.untyped_storage().data_ptr() == exact.untyped_storage().data_ptr():
                 value = value.clone()  # gathered memory is freed at the end of the block
             return value
+
+    def _whole(self, parameter: torch.nn.Parameter | None, part: torch.Tensor) -> torch.Tensor:
+        """Gather the parts of a tensor like `parameter`, if ranks share weights."""
+        split = self._network.weight_split
+        return part if split is None or parameter is None else split.whole(parameter, part)
 
 
 def _checksum(tensor: torch.Tensor) -> int:

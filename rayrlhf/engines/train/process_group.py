@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch.distributed
 
 from rayrlhf.models.sequence_parallel import RowSplit
+from rayrlhf.models.tensor_parallel import WeightSplit
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,34 +72,48 @@ def join_alone(backend: Literal["gloo", "nccl"] = "gloo") -> None:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Ranks of a world as (data_ranks, sequence parallel ranks), the latter consecutive.
+    """Ranks of a world as (data_ranks, ranks of a group), the latter consecutive.
+
+    The ranks of a group share rows (sequence parallelism) or weights (tensor parallelism).
 
     Attributes:
         data_rank: 0 .. data_ranks-1, the share of the samples that this rank's group computes.
         data_ranks: number of shares.
-        row_split: columns of each row that this rank computes; None if groups have one rank.
+        row_split: columns of each row that this rank computes; None if it computes whole rows.
+        weight_split: part of each weight that this rank holds; None if it holds them whole.
     """
 
     data_rank: int
     data_ranks: int
     row_split: RowSplit | None = None
+    weight_split: WeightSplit | None = None
 
 
-def make_grid(sequence_parallel: int) -> Grid:
-    """Form the groups of `sequence_parallel` ranks that share rows.
+def make_grid(sequence_parallel: int, tensor_parallel: int = 1) -> Grid:
+    """Form the groups of ranks that share rows, or weights.
 
     Every rank of the world takes part.
 
+    Args:
+        sequence_parallel: ranks that share rows.
+        tensor_parallel: ranks that share weights; one of both must be 1.
+
     Raises:
-        ValueError: it does not divide the ranks.
+        ValueError: both are more, or the ranks cannot be divided.
     """
-    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if ranks % sequence_parallel:
-        raise ValueError(f"{ranks} ranks in groups of {sequence_parallel}")
-    if sequence_parallel == 1:
+    rank, ranks, size = torch.distributed.get_rank(), torch.distributed.get_world_size(), sequence_parallel * tensor_parallel
+    if ranks % size or (sequence_parallel > 1 and tensor_parallel > 1):
+        raise ValueError(f"{ranks} ranks in groups of {sequence_parallel} x {tensor_parallel}")
+    if size == 1:
         return Grid(rank, ranks)
-    group, _ = torch.distributed.new_subgroups(group_size=sequence_parallel, timeout=_timeout())  # type: ignore[no-untyped-call]
-    return Grid(rank // sequence_parallel, ranks // sequence_parallel, RowSplit(group))
+    timeout = _timeout()
+    group, _ = torch.distributed.new_subgroups(group_size=size, timeout=timeout)  # type: ignore[no-untyped-call]
+    share, shares = rank // size, ranks // size
+    if sequence_parallel > 1:
+        return Grid(share, shares, RowSplit(group))
+    alike = [list(range(first, ranks, size)) for first in range(size)]
+    data, _ = torch.distributed.new_subgroups_by_enumeration(alike, timeout=timeout)  # type: ignore[no-untyped-call]
+    return Grid(share, shares, weight_split=WeightSplit(group, data))
 
 
 def _timeout() -> timedelta:

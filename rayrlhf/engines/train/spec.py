@@ -31,6 +31,7 @@ class TrainEngineSpec:
         head_bias: a new value head has a bias.
         noise_alpha: strength of NEFTune noise on the embeddings in updates; None adds none.
         sequence_parallel: consecutive ranks that share each row; divides the ranks.
+        tensor_parallel: consecutive ranks that share each weight; divides the ranks.
         backend: name in `TRAIN_BACKENDS` of `rayrlhf.engines.train.engine`.
     """
 
@@ -49,6 +50,7 @@ class TrainEngineSpec:
     head_bias: bool = True
     noise_alpha: float | None = None
     sequence_parallel: int = 1
+    tensor_parallel: int = 1
     backend: str = "deepspeed"
 
     @property

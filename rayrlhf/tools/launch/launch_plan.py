@@ -13,15 +13,18 @@ from rayrlhf.config.judge import JudgeSection
 from rayrlhf.config.launch import NodeSection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.rank_groups import shared_parts
 from rayrlhf.config.rollout import RolloutSection
+from rayrlhf.config.runtime import TrainPlacement
 from rayrlhf.config.section import GIB
 from rayrlhf.models.logit_chunks import chunk_bytes
-from rayrlhf.ppo.run_models import check_row_splits, models_of
+from rayrlhf.ppo.run_models import check_splits, models_of
 from rayrlhf.tools.launch.memory_plan import (
     FLOAT,
     Memory,
     Precision,
     cache_bytes_per_token,
+    cut_on_load,
     frozen_memory,
     in_one_process,
     offloaded_between_turns,
@@ -29,7 +32,7 @@ from rayrlhf.tools.launch.memory_plan import (
     sync_bytes,
     train_memory,
 )
-from rayrlhf.tools.launch.model_shape import ModelShape, read_shape
+from rayrlhf.tools.launch.model_shape import ModelShape, cut_shape, read_shape
 from rayrlhf.tools.launch.role_layout import Place, lay_out
 
 USABLE = 0.95
@@ -48,7 +51,7 @@ class RunPlan:
         sync: bytes that a weight sync sends to each node with a replica.
         cache_tokens: capacity of a replica's KV cache in tokens.
         longest: maximum tokens of prompt and response.
-        row_splits: ranks that share a row, by role in training.
+        groups: ranks that share rows or weights, by role in training.
     """
 
     nodes: NodeSection
@@ -58,7 +61,7 @@ class RunPlan:
     sync: int
     cache_tokens: int
     longest: int
-    row_splits: Mapping[Role, int]
+    groups: Mapping[Role, TrainPlacement]
 
     def lines(self) -> Iterator[str]:
         """Yield the plan as text."""
@@ -67,8 +70,7 @@ class RunPlan:
         yield f"cluster: {nodes.count} x ({nodes.cpus} CPUs, {nodes.main_memory_gib:g} GiB, {kind})"
         for role, memory in self.memory.items():
             mine = [place for place in self.places if place.role == role]
-            size = self.row_splits.get(role, 1)
-            shared = f", rows split over {size}" if size > 1 else ""
+            shared = shared_parts(self.groups[role]) if role in self.groups else ""
             yield f"{role}: {len(mine)} x {memory.total / GIB:.1f} GiB ({memory.describe()}) on {_where(mine)}{shared}"
         sequences = self.cache_tokens // self.longest
         yield f"KV cache of a replica: {self.cache_tokens} tokens, {sequences} samples of {self.longest}"
@@ -85,11 +87,11 @@ def plan_run(config: PPOConfig, nodes: NodeSection) -> RunPlan:
     """Plan a run without starting anything.
 
     Raises:
-        UserError: a model's configuration cannot be read, its rows cannot be split, or the cluster has too few CPUs or GPUs for
-            the placement.
+        UserError: a model's configuration cannot be read, its rows or weights cannot be split, or the cluster has too few CPUs
+            or GPUs for the placement.
     """
     machine = ClusterResources((float(nodes.cpus),) * nodes.count, (float(nodes.gpus),) * nodes.count)
-    check_row_splits(config)
+    check_splits(config)
     resources = make_plan(config, machine)
     places = lay_out(resources, machine)
     shapes = {role: _shape(model) for role, model in models_of(config).items()}
@@ -107,11 +109,8 @@ def plan_run(config: PPOConfig, nodes: NodeSection) -> RunPlan:
         problems.append(f"a replica's KV cache holds {cache_tokens} tokens, one sample may have {longest}")
     if config.reward.judge is not None:
         problems += _judge_problems(config.reward.judge, nodes, shapes["judge"])
-    splits: dict[Role, int] = {
-        "policy": config.placement.policy.sequence_parallel,
-        "critic": config.placement.critic.sequence_parallel,
-    }
-    return RunPlan(nodes, places, memory, tuple(problems), sync, cache_tokens, longest, splits)
+    groups: dict[Role, TrainPlacement] = {"policy": config.placement.policy, "critic": config.placement.critic}
+    return RunPlan(nodes, places, memory, tuple(problems), sync, cache_tokens, longest, groups)
 
 
 def learning_shapes(config: PPOConfig) -> dict[Role, ModelShape]:
@@ -211,17 +210,18 @@ def _memory(
     from rayrlhf.models.sequence_parallel import key_copies
 
     placement = config.placement.policy if role == "policy" else config.placement.critic
-    size = placement.sequence_parallel
+    size, parts = placement.sequence_parallel, placement.tensor_parallel
+    own = cut_shape(shape, parts)
     samples = -(-config.mini_batch_size // placement.data_ranks)
     if train.micro_batch_size is not None:
         tokens = min(train.micro_batch_size, samples) * longest
     else:
         tokens = min(max(train.micro_batch_tokens, longest), samples * longest)
-    return train_memory(
-        replace(shape, key_value=shape.key_value * key_copies(*shape.heads, size)),
+    memory = train_memory(
+        replace(own, key_value=own.key_value * key_copies(*shape.heads, size)),
         train,
         precision,
-        ranks=ranks,
+        ranks=ranks // parts,
         tokens=-(-tokens // size),
         checkpointing=model.gradient_checkpointing,
         language=role == "policy",
@@ -229,6 +229,7 @@ def _memory(
         gpu=gpu,
         chunk=chunk,
     )
+    return memory if parts == 1 else cut_on_load(memory, shape, language=role == "policy", gpu=gpu)
 
 
 def _device_problems(places: tuple[Place, ...], memory: Mapping[Role, Memory], nodes: NodeSection) -> Iterator[str]:

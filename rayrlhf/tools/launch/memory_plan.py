@@ -160,6 +160,23 @@ def train_memory(
     return replace(running, loading=max(0, (weights + two if divided else whole) + process - running.total))
 
 
+def cut_on_load(memory: Memory, shape: ModelShape, *, language: bool = True, gpu: bool = True) -> Memory:
+    """Add the load of a model whose weights ranks share.
+
+    Each reads the whole into main memory before it keeps its part.
+
+    Args:
+        memory: of a rank with its part.
+        shape: of the whole model.
+        language: the model has the output layer.
+        gpu: the part is on a GPU, so that the whole is on another device.
+    """
+    whole = shape.frozen_bytes if shape.adapters else FLOAT * (shape.parameters - (0 if language else _head_parameters(shape)))
+    running = memory.total - memory.loading
+    loading = 0 if gpu else max(0, whole + CPU_PROCESS_BYTES - running)
+    return replace(memory, loading=loading, host=max(memory.host, whole))
+
+
 def frozen_memory(
     shape: ModelShape, precision: Precision, *, tokens: int, gpu: bool = True, chunk: int = CHUNK_BYTES
 ) -> Memory:

@@ -5,7 +5,7 @@ one.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rayrlhf.config.model import LoraSection, ModelSection
 from rayrlhf.library_types import PreTrainedModel
@@ -129,6 +129,24 @@ def shape_of(network: PreTrainedModel, lora: LoraSection | None = None) -> Model
         vocabulary=int(text.vocab_size),
         context=int(getattr(text, "max_position_embeddings", None) or 2048),
         learned_layers=layers if lora is None or lora.last_layers is None else min(lora.last_layers, layers),
+    )
+
+
+def cut_shape(shape: ModelShape, size: int) -> ModelShape:
+    """Return the shape of one rank's part of a model whose weights ranks share.
+
+    See `models/tensor_parallel`. Only linear layers are cut; their few biases and adapters count as whole.
+    """
+    linear, held = -(-shape.linear // size), -(-shape.held_linear // size)
+    return replace(
+        shape,
+        parameters=shape.parameters - shape.linear + linear,
+        linear=linear,
+        trainable=shape.trainable if shape.adapters else shape.parameters - shape.linear + linear,
+        held_linear=held,
+        query=shape.query // size,
+        key_value=shape.key_value // size,
+        intermediate=-(-shape.intermediate // size),
     )
 
 

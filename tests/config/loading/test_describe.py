@@ -38,6 +38,11 @@ def test_the_arithmetic_of_a_step_is_right(minimal):
             ["policy: builtin:tiny, 4 processes, rows split over 2, ZeRO stage 0", "reward: length x 1, 2 processes"],
             "policy: builtin:tiny, 4 processes, Z",
         ),
+        (
+            ["placement.critic={ranks: 2, tensor_parallel: 2}"],
+            ["critic: builtin:tiny, 2 processes, weights split over 2"],
+            "policy: builtin:tiny, 1 process, weights",
+        ),
         (["model.lora.rank=4"], ["reference: the policy without its adapters"], "reference: builtin:tiny"),
         (["critic.kind=shared"], ["critic: a head on the policy's trunk"], "critic: builtin:tiny"),
         (["rollout.replicas=2", "rollout.tensor_parallel_size=4"], ["rollout: vllm, 2 replicas of 4 devices"], "vllm, 1"),

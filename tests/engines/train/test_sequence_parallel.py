@@ -4,40 +4,43 @@ The default matrix has two ranks. The wider one has groups within data paralleli
 """
 
 import json
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from rayrlhf.algorithms.losses import TokenLoss
 from rayrlhf.config.algorithm import ParitySection
 from rayrlhf.config.model import LoraSection, ModelSection
 from rayrlhf.config.policy_loss import GSPOLossSection
 from rayrlhf.config.train import OptimizerSection, TrainSection
-from rayrlhf.engines.objectives.base import LossComponent
 from rayrlhf.engines.objectives.policy import PolicyObjective
 from rayrlhf.engines.train.collate import collate
 from rayrlhf.engines.train.engine import TrainEngine
-from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.engines.train.process_group import ProcessGroupSpec, join, make_grid
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.errors import UserError
 from rayrlhf.models import load_check, packed_attention
 from rayrlhf.models.network import Network, build_network
 from rayrlhf.models.network_io import Positions, TeacherSignal
-from tests.engines.training import free_port, join_alone, leave_at_once, random_batch, random_sequences, weights_of
+from tests.engines.train.ranks import (
+    PLAN,
+    SEQUENCES,
+    VOCABULARY,
+    PlainObjective,
+    gradients,
+    outputs_of,
+    relative,
+    run_processes,
+)
+from tests.engines.training import leave_at_once, random_batch, weights_of
 from tests.models.families import write_family
 
-VOCABULARY = 264
-SEQUENCES = random_sequences(7, vocabulary=VOCABULARY)
-PLAN = UpdatePlan([[[3, 1, 6, 5], [0, 2, 4]]])
 TIMEOUT = 300
 segment_attention = packed_attention._segment_attention
 GRADIENT = 5e-7
@@ -87,34 +90,6 @@ WIDE = (
 )
 
 
-@dataclass(frozen=True)
-class PlainObjective:
-    """Terms that are linear in log-probs and entropy and square in values, so that no rounding is amplified."""
-
-    outputs: frozenset[Any]
-    masks: ClassVar[tuple[str, ...]] = ("action_mask", "value_mask")
-    temperature: float = 0.9
-
-    def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
-        def component(mask: str, loss: Tensor) -> LossComponent:
-            kept = loss * arrays[mask]
-            return LossComponent(mask, 1.0, TokenLoss(kept, {f"loss/{mask}": kept.detach()}))
-
-        parts = []
-        if "logprobs" in outputs:
-            advantages = torch.where(arrays["action_mask"], arrays["advantages"], 0.0)
-            parts.append(component("action_mask", -outputs["logprobs"] * advantages - 0.01 * outputs["entropy"]))
-        if "values" in outputs:
-            returns = torch.where(arrays["value_mask"], arrays["returns"], 0.0)
-            parts.append(component("value_mask", 0.5 * (outputs["values"] - returns) ** 2))
-        return parts
-
-
-def outputs_of(cell: Cell) -> frozenset[Any]:
-    read = {"lm": ("logprobs", "entropy"), "value": ("values",)}
-    return frozenset(name for head in cell.heads for name in read[head])
-
-
 def engine_of(cell: Cell, folder: Path, sequence_parallel: int) -> TrainEngine:
     lora = LoraSection(rank=4, target_modules=["q_proj", "v_proj", "o_proj"]) if cell.lora else None
     model = ModelSection(path=str(folder), dtype=cell.dtype, lora=lora, gradient_checkpointing=cell.lora)
@@ -128,19 +103,9 @@ def engine_of(cell: Cell, folder: Path, sequence_parallel: int) -> TrainEngine:
     return TrainEngine(spec)
 
 
-def gradients(engine: TrainEngine) -> dict[str, Tensor]:
-    """Whole gradients as the optimizer is about to see them."""
-    from deepspeed.utils import safe_get_full_grad
-
-    stage = engine._backend._stage
-    named = [(name, one) for name, one in engine._network.named_parameters() if one.requires_grad]
-    found = {name: one.grad if stage == 0 else safe_get_full_grad(one) for name, one in named}
-    return {name: gradient.detach().float().clone() for name, gradient in found.items() if gradient is not None}
-
-
 def run_cell(cell: Cell, folder: Path, sequence_parallel: int) -> dict[str, Any]:
     engine = engine_of(cell, folder, sequence_parallel)
-    outputs = outputs_of(cell)
+    outputs = outputs_of(cell.heads)
     scores = engine.score(SEQUENCES, outputs, temperature=0.9)
     found: dict[str, Any] = {
         "scores": {name: np.concatenate([getattr(one, name) for one in scores]) for name in outputs}, "gradients": []
@@ -247,7 +212,7 @@ def model_folder(folder: Path, cell: Cell) -> Path:
 
 
 def main() -> None:
-    rank, ranks, size, port, folder, names = sys.argv[1:]
+    rank, ranks, port, size, folder, names = sys.argv[1:]
     torch.set_num_threads(1)
     join(ProcessGroupSpec(int(rank), int(ranks), "127.0.0.1", int(port), timeout_seconds=TIMEOUT))
     for cell in (*CELLS, *WIDE):
@@ -264,31 +229,14 @@ def run_matrix(folder: Path, cells: tuple[Cell, ...], ranks: int, size: int) -> 
     for cell in cells:
         if not model_folder(folder, cell).exists():
             write_family(cell.family, model_folder(folder, cell), **cell.changes)
-    code, port = f"from {__name__} import main; main()", free_port()
-    names = json.dumps([cell.name for cell in cells])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(ranks), str(size), str(port), str(folder), names],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-        )
-        for rank in range(ranks)
-    ]
-    join_alone()
-    for cell in cells:
-        alone = replace(cell, stage=0)
-        if not (folder / f"{alone.name}-alone.pt").exists():
-            torch.save(run_cell(alone, model_folder(folder, cell), 1), folder / f"{alone.name}-alone.pt")
-    errors = [process.communicate(timeout=500)[1].decode() for process in processes]
-    failed = [error[-3000:] for process, error in zip(processes, errors, strict=True) if process.returncode]
-    assert not failed, "\n".join(failed)
 
+    def alone() -> None:
+        for cell in cells:
+            single = replace(cell, stage=0)
+            if not (folder / f"{single.name}-alone.pt").exists():
+                torch.save(run_cell(single, model_folder(folder, cell), 1), folder / f"{single.name}-alone.pt")
 
-def relative(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    """Largest difference of any entry, relative to the largest entry."""
-    assert set(found) == set(wanted)
-    largest = max(float(one.abs().max()) for one in wanted.values())
-    return max(float((found[name] - one).abs().max()) for name, one in wanted.items()) / largest
+    run_processes(__name__, ranks, [str(size), str(folder), json.dumps([cell.name for cell in cells])], alone)
 
 
 def check(folder: Path, cell: Cell, ranks: int) -> None:

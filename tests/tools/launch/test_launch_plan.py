@@ -226,6 +226,28 @@ def test_ranks_that_share_rows_hold_their_part_of_the_activations(folder):
     assert (before.activations - fixed) / (after.activations - fixed) == pytest.approx(4, rel=1e-3)
 
 
+def test_ranks_that_share_weights_hold_their_part_of_linear_layers_and_load_the_whole(folder):
+    ranks = [f"placement.{role}.ranks=8" for role in ("policy", "critic", "reference")]
+    whole = plan_run(ppo(folder / "7b", "rollout.replicas=8", *ranks), EIGHT)
+    cut = plan_run(ppo(folder / "7b", "rollout.replicas=8", *ranks, "placement.policy.tensor_parallel=4"), EIGHT)
+    (line,) = (line for line in cut.lines() if line.startswith("policy: "))
+    assert line.endswith("weights split over 4")
+    assert cut.memory["critic"] == whole.memory["critic"]
+    before, after = whole.memory["policy"], cut.memory["policy"]
+    linear = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    rest = 2 * 32000 * 4096 + 65 * 4096
+    assert before.optimizer == 8 * (linear + rest)
+    assert after.optimizer == 8 * (linear // 4 + rest)
+    assert after.host == 4 * (linear + rest)
+    assert after.loading == 0
+    assert after.total < before.total / 2
+
+
+def test_a_plan_refuses_to_split_weights_that_ranks_do_not_divide(folder):
+    with pytest.raises(UserError, match=r"placement\.policy\.tensor_parallel 3: a llama .* 32 heads and 32 key heads"):
+        plan_run(ppo(folder / "7b", "placement.policy={ranks: 3, tensor_parallel: 3}"), EIGHT)
+
+
 def test_a_plan_refuses_to_split_rows_that_a_model_needs_whole(folder):
     windowed = write_model(folder / "windowed", LLAMA_7B | {"model_type": "mistral", "sliding_window": 512})
     with pytest.raises(UserError, match=r"placement\.policy\.sequence_parallel 2: a mistral model .* has sliding-window"):

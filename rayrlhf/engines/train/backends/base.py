@@ -50,7 +50,7 @@ class TrainBackend(Protocol):
         """Wrap a network; the process has joined its process group.
 
         Args:
-            network: trained weights in float32, on its device.
+            network: trained weights in float32, on its device; see `Network.weight_split` where ranks hold parts of them.
             optimizer: over the network's trainable parameters.
             train: sharding, offloading and clipping.
             dtype: compute dtype; any but float32 runs under autocast with float32 master weights.

@@ -22,6 +22,7 @@ from rayrlhf.engines.train.optimizers import RATE_FACTOR
 from rayrlhf.library_types import DeepSpeedEngine
 from rayrlhf.models.network import Network
 from rayrlhf.models.network_io import NetworkOutput
+from rayrlhf.models.tensor_parallel import WeightSplit
 
 PARTITION_THRESHOLD = 10_000
 """ZeRO-3 keeps parameters with fewer elements whole on every rank."""
@@ -30,10 +31,12 @@ PARTITION_THRESHOLD = 10_000
 class DeepSpeedBackend:
     """Train backend on DeepSpeed, at ZeRO stages 0 to 3. See `TrainBackend` for the protocol."""
 
-    def __init__(self, engine: DeepSpeedEngine, stage: int) -> None:
+    def __init__(self, engine: DeepSpeedEngine, stage: int, split: WeightSplit | None = None) -> None:
         self.shards_parameters = self.all_ranks_must_forward = stage == 3
         self._engine = engine
         self._stage = stage
+        self._split = split
+        self._data_ranks = torch.distributed.get_world_size() // (1 if split is None else split.size)
 
     @classmethod
     def weight_shards(cls, train: TrainSection, dtype: torch.dtype, device: torch.device) -> ZeroShards | None:
@@ -47,11 +50,14 @@ class DeepSpeedBackend:
     def wrap(cls, network: Network, optimizer: torch.optim.Optimizer, train: TrainSection, dtype: torch.dtype) -> Self:
         """Wrap a network (see `TrainBackend.wrap`)."""
         deepspeed = _prepare_deepspeed()
-        engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=_config(train, dtype))
-        if train.zero_stage == 0 and torch.distributed.get_world_size() == 1:
+        split = network.weight_split
+        groups = None if split is None else _ModelParallelGroups(split)
+        engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=_config(train, dtype), mpu=groups)
+        backend = cls(engine, train.zero_stage, split)
+        if train.zero_stage == 0 and backend._data_ranks == 1:
             # One rank has nothing to reduce, and flattening all gradients costs two passes over memory.
             engine.enable_backward_allreduce = False
-        return cls(engine, train.zero_stage)
+        return backend
 
     def forward(self, *inputs: Any) -> NetworkOutput:
         """Call the network (see `TrainBackend.forward`)."""
@@ -61,8 +67,8 @@ class DeepSpeedBackend:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient (see `TrainBackend.backward`)."""
         self._engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed averages gradients over the ranks; the protocol asks for their sum.
-        self._engine.backward(loss * torch.distributed.get_world_size(), scale_wrt_gas=False)
+        # DeepSpeed averages gradients over the ranks that hold the same weights; the protocol asks for their sum.
+        self._engine.backward(loss * self._data_ranks, scale_wrt_gas=False)
 
     def step(self, learning_rate: float, max_norm: float | None) -> float:
         """Clip the gradient and step the optimizer (see `TrainBackend.step`)."""
@@ -71,7 +77,9 @@ class DeepSpeedBackend:
             group["lr"] = learning_rate * group.get(RATE_FACTOR, 1.0)
         if self._stage == 0:
             parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm))
+            total = _gradient_norm(parameters, self._split)
+            torch.nn.utils.clip_grads_with_norm_(parameters, math.inf if max_norm is None else max_norm, total)
+            norm = float(total)
             if not math.isfinite(norm):
                 return self.discard()
             engine.step()
@@ -131,6 +139,38 @@ class DeepSpeedBackend:
         return deepspeed_resize.load_resized(self._engine, folder)
 
 
+class _ModelParallelGroups:
+    """Groups of ranks under the names that DeepSpeed reads (`mpu`)."""
+
+    def __init__(self, split: WeightSplit) -> None:
+        self._model, self._data = split.group, split.data_group
+
+    def get_model_parallel_group(self) -> Any:
+        return self._model
+
+    def get_model_parallel_rank(self) -> int:
+        return torch.distributed.get_rank(self._model)
+
+    def get_model_parallel_world_size(self) -> int:
+        return torch.distributed.get_world_size(self._model)
+
+    def get_data_parallel_group(self) -> Any:
+        return self._data
+
+    def get_data_parallel_rank(self) -> int:
+        return torch.distributed.get_rank(self._data)
+
+    def get_data_parallel_world_size(self) -> int:
+        return torch.distributed.get_world_size(self._data)
+
+
+def _gradient_norm(parameters: Sequence[nn.Parameter], split: WeightSplit | None) -> Tensor:
+    """Return the norm of the whole gradient at ZeRO-0."""
+    if split is not None:
+        return split.gradient_norm(parameters)
+    return torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+
 def _config(train: TrainSection, dtype: torch.dtype) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": train.zero_stage}
     if train.zero_stage == 3:
@@ -161,4 +201,5 @@ def _prepare_deepspeed() -> Any:
     groups = vars(deepspeed.utils.groups)
     if groups["_WORLD_GROUP"] not in torch.distributed.distributed_c10d._world.pg_group_ranks:
         groups["_WORLD_GROUP"] = None
+    groups["mpu"] = None  # that of an earlier network
     return deepspeed

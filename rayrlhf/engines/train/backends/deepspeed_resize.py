@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayrlhf.engines.train.backends.deepspeed_state import load_checkpoint, load_file, state_folder
+from rayrlhf.engines.train.backends.deepspeed_state import check_parts, load_checkpoint, load_file, state_folder
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import DeepSpeedEngine
 
@@ -28,8 +28,12 @@ def load_resized(engine: DeepSpeedEngine, folder: Path) -> Mapping[str, int]:
     """Restore weights and optimizer state; returns the counters saved with them. All ranks take part.
 
     Raises:
-        UserError: the folder holds no complete state, or one of other parameters or of another ZeRO stage.
+        UserError: the folder holds no complete state, or one of other parameters or of another ZeRO stage, or ranks share
+            weights.
     """
+    check_parts(engine, folder)
+    if engine.mpu is not None:
+        raise UserError(f"{folder}: the training state is of another number of ranks; expected the same with tensor_parallel")
     stage = engine.zero_optimization_stage()
     model = state_folder(folder) / f"{'zero_pp_rank_0_' if stage == 3 else ''}mp_rank_00_model_states.pt"
     if not model.is_file():

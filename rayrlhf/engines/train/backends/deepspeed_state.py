@@ -102,8 +102,9 @@ def load_checkpoint(engine: DeepSpeedEngine, folder: Path, **options: object) ->
     """Load a state through DeepSpeed; returns the counters saved with it.
 
     Raises:
-        UserError: the folder holds no training state.
+        UserError: the folder holds no training state, or one with weights in other parts.
     """
+    check_parts(engine, folder)
     usual = engine.checkpoint_engine
     engine.checkpoint_engine = _PlainFiles()
     try:
@@ -113,6 +114,20 @@ def load_checkpoint(engine: DeepSpeedEngine, folder: Path, **options: object) ->
     if path is None:
         raise UserError(f"{folder}: no training state in it")
     return dict(counters)
+
+
+def check_parts(engine: DeepSpeedEngine, folder: Path) -> None:
+    """Check that a state's weights are cut as the engine's are.
+
+    Raises:
+        UserError: another number of ranks shares them.
+    """
+    saved = {path.name.split("mp_rank_")[1][:2] for path in state_folder(folder).glob("*mp_rank_*_model_states.pt")}
+    size = 1 if engine.mpu is None else engine.mpu.get_model_parallel_world_size()
+    if saved and len(saved) != size:
+        raise UserError(
+            f"{folder}: the training state is of tensor_parallel {len(saved)}, this run has {size}; expected the same"
+        )
 
 
 def _plain_classes() -> list[Any]:

@@ -1,0 +1,207 @@
+"""Tensor parallelism: the ranks of a group hold different parts of the same weights.
+
+Linear layers that read the residual stream are cut by output features, those that write to it by input features, so that
+between them a rank has heads or feed-forward columns of its own (Shoeybi et al. 2019, "Megatron-LM", section 3). transformers'
+`tp_plan` of a model says which is which. The forward pass sums the written parts over the ranks, and the backward pass the
+gradients at what is read.
+
+Embedding, output layer, value head and norms stay whole. Every rank computes the same with them, and losses see none of it.
+Norms within single heads read the heads of one rank only, so their gradients are summed over the ranks.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from rayrlhf.library_types import PreTrainedModel
+from rayrlhf.models.held_weights import product
+from rayrlhf.models.rank_group import RankGroup
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_CUT = {"colwise": 0, "rowwise": 1}
+"""Dimension of the weight that is cut, by the style's name in `tp_plan`."""
+_SUMMED = "replicated_with_grad_allreduce"
+
+
+class _Planned(NamedTuple):
+    """A module in a model's `tp_plan`."""
+
+    name: str
+    module: nn.Module
+    style: str
+
+
+class WeightSplit(RankGroup):
+    """Equal parts of the weights of linear layers, one per rank of a group.
+
+    A parameter that is cut has the attributes `tensor_model_parallel`, `partition_dim` and `partitions`.
+
+    Attributes:
+        data_group: ranks of the world that hold the same parts.
+    """
+
+    def __init__(self, group: "ProcessGroup", data_group: "ProcessGroup") -> None:
+        super().__init__(group)
+        self.data_group = data_group
+
+    def cut(self, model: PreTrainedModel) -> None:
+        """Keep this rank's part of the weights, in place; the model must have no `obstacle`."""
+        for _, module, style in list(_planned(model)):
+            if style == _SUMMED:
+                for parameter in module.parameters():
+                    if parameter.requires_grad:
+                        parameter.register_hook(partial(_summed, group=self.group))  # type: ignore[no-untyped-call]
+                continue
+            for linear in _linear_layers(module, style):
+                self._cut(linear, _CUT[style])
+
+    def _cut(self, linear: nn.Linear, dim: int) -> None:
+        linear.__class__ = RowLinear if dim else ColumnLinear
+        linear.split = self  # type: ignore[assignment]
+        for name, parameter in linear.named_parameters(recurse=False):
+            if name == "bias" and dim:
+                continue  # added once, to the sum
+            parameter.data = parameter.detach().chunk(self.size, dim)[self.rank].clone()
+            marked = cast(Any, parameter)  # the first name is Megatron's, by which DeepSpeed knows such parameters
+            marked.tensor_model_parallel, marked.partition_dim, marked.partitions = True, dim, self.size
+
+    @torch.no_grad()
+    def whole(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
+        """Gather a tensor that is cut as a parameter is.
+
+        It is returned as it is if the parameter is whole.
+        """
+        if not is_cut(parameter):
+            return part
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, part.detach().contiguous(), group=self.group)
+        return torch.cat(parts, dim=cast(Any, parameter).partition_dim)
+
+    def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Return the norm of the whole gradient."""
+        by_kind = [[one.grad for one in parameters if one.grad is not None and is_cut(one) == cut] for cut in (True, False)]
+        device = parameters[0].device
+        cut, whole = (torch.nn.utils.get_total_norm(gradients).square().to(device) for gradients in by_kind)
+        torch.distributed.all_reduce(cut, group=self.group)
+        return (cut + whole).sqrt()
+
+
+def is_cut(parameter: nn.Parameter) -> bool:
+    """Return True if this rank holds a part of the parameter."""
+    return hasattr(parameter, "partition_dim")
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Return the shape of a parameter that may be cut or divided."""
+    shape = list(getattr(parameter, "ds_shape", parameter.shape))
+    if is_cut(parameter):
+        shape[cast(Any, parameter).partition_dim] *= cast(Any, parameter).partitions
+    return torch.Size(shape)
+
+
+def obstacle(model: PreTrainedModel, size: int) -> str | None:
+    """Return why weights cannot be cut, and what is expected.
+
+    It is None if they can be cut. The model may be on the `meta` device.
+    """
+    planned = list(_planned(model))
+    if any("expert" in name for name, _ in model.named_modules()):
+        return "has experts, which are not cut; expected 1"
+    for name, module, style in planned:
+        known = style in _CUT and all(isinstance(one, nn.Linear) for one in _linear_layers(module, style))
+        if not known and style != _SUMMED:
+            return f"cuts {name.rpartition('.')[2]} in another way ({style}); expected 1"
+    if not any(style in _CUT for _, _, style in planned):
+        return "has no plan in transformers by which its layers are cut (tp_plan); expected 1"
+    text = model.config.get_text_config()
+    heads = int(text.num_attention_heads)
+    key_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    if heads % size or key_heads % size:
+        return f"has {heads} heads and {key_heads} key heads; expected a divisor of both"
+    for name, module, style in planned:
+        for linear in _linear_layers(module, style) if style in _CUT else ():
+            if linear.weight.shape[_CUT[style]] % size:
+                return f"has {linear.weight.shape[_CUT[style]]} features in {name.rpartition('.')[2]}; expected a divisor"
+    return None
+
+
+def _planned(model: PreTrainedModel) -> Iterator[_Planned]:
+    """Yield the modules of a model's plan but embedding and output layer, which stay whole."""
+    plan = [(re.compile(re.escape(key).replace(r"\*", r"\d+")), style) for key, style in (model.tp_plan or {}).items()]
+    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    for name, module in model.named_modules():
+        style = next((style for pattern, style in plan if pattern.fullmatch(name)), None)
+        if style is not None and id(module) not in ends:
+            yield _Planned(name, module, style)
+
+
+def _linear_layers(module: nn.Module, style: str) -> list[nn.Linear]:
+    """Return the layers to cut of a planned module.
+
+    They are itself, or its base and the adapters on the side of the cut.
+    """
+    if not hasattr(module, "base_layer"):
+        return [cast(nn.Linear, module)]
+    adapted = cast(Any, module)
+    return [adapted.base_layer, *(adapted.lora_A if _CUT[style] else adapted.lora_B).values()]
+
+
+class ColumnLinear(nn.Linear):
+    """Linear layer with this rank's output features, from whole inputs."""
+
+    split: WeightSplit
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return this rank's features of the product."""
+        entered = cast(Tensor, _Enter.apply(input, self.split.group))  # type: ignore[no-untyped-call]
+        return product(entered, self.weight, self.bias)
+
+
+class RowLinear(nn.Linear):
+    """Linear layer with this rank's input features, to whole outputs."""
+
+    split: WeightSplit
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the product, summed over the ranks."""
+        part = product(input, self.weight, None)
+        total = cast(Tensor, _Sum.apply(part, self.split.group))  # type: ignore[no-untyped-call]
+        return total if self.bias is None else total + self.bias.to(total.dtype)
+
+
+class _Enter(torch.autograd.Function):
+    """Identity whose gradient is summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return inputs.view_as(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _summed(gradients[0], group=ctx.group), None
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over the ranks, which compute one loss from it: each passes its gradient on."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
+        return _summed(part, group=group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def _summed(part: Tensor, *, group: Any) -> Tensor:
+    """Return the sum over the ranks, the same bits on each."""
+    total = part.detach().clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(total, group=group)
+    return total
