@@ -193,7 +193,7 @@ def preset_row(name: str) -> str:
     tree = PRESETS[name]
     algorithm = tree["algorithm"]
     kl, pairs = algorithm["kl"], algorithm.get("online_dpo")
-    loss = {"name": pairs["loss"], "loss_aggregation": "pair"} if pairs else algorithm["policy_loss"]
+    loss = {"name": pairs.get("loss", pairs.get("variant")), "loss_aggregation": "pair"} if pairs else algorithm["policy_loss"]
     clip = ", ".join(f"{loss[key]:g}" for key in ("clip_low", "clip_high") if key in loss)
     penalty = f"{kl['estimator']} in the {kl['placement']}, {kl['coefficient']:g}" if kl["coefficient"] else "none"
     cells = [

@@ -102,6 +102,7 @@ class RoleSpecs:
             lockstep,
             continues=continues,
             adapters=self.serves_adapters,
+            reference=(config.reference.model or config.model) if config.opponent_share else None,
         )
 
     def train(self, role: TrainRole) -> TrainEngineSpec:

@@ -159,12 +159,41 @@ class OnlineDPOSection(Section):
     Equal scores make no pair. The reference is that of the run (Guo et al. 2024).
     """
 
+    variant: Literal["online_dpo", "xpo", "nash_md"] = "online_dpo"
+    """Opponent of the policy. `online_dpo`: itself. `xpo`: each second response is the reference's, and `alpha` times its
+    log-prob is added to the loss (Xie et al. 2024). `nash_md`: each second response is that of the geometric mixture of policy
+    and reference. The policy is preferred with probability sigmoid(difference of scores), and the loss reads `beta` alone
+    (Munos et al. 2024). The last two need `rollout.backend: transformers`, whose replicas then hold the reference too. Samples
+    with odd numbers are the opponent's, and metrics of rewards, KL and lengths leave them out."""
     loss: Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero", "apo_down"] = "sigmoid"
     """Loss of a pair, as `train.loss` of `rayrlhf dpo`."""
     beta: float = Field(0.1, gt=0)
     """Strength of the KL constraint to the reference; tau of IPO. Default: TRL 1.16."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """Share of the pairs assumed to be ranked wrongly; read by `sigmoid` and `robust`."""
+    alpha: float = Field(1e-5, ge=0)
+    """Weight of the exploration term of `xpo`. Default: TRL 0.24."""
+    mixture: float = Field(0.5, gt=0, le=1)
+    """Share of the reference in the mixture of `nash_md`. Default: TRL 0.24."""
+
+    @property
+    def opponent_share(self) -> float:
+        """Share of the reference in the opponent of the policy; 0 for the policy itself."""
+        return {"online_dpo": 0.0, "xpo": 1.0, "nash_md": self.mixture}[self.variant]
+
+    @model_validator(mode="after")
+    def _check_variant(self) -> Self:
+        nash = self.variant == "nash_md"
+        unread = {
+            "alpha": self.variant != "xpo" and self.alpha != 1e-5,
+            "mixture": not nash and self.mixture != 0.5,
+            "loss": nash and self.loss != "sigmoid",
+            "label_smoothing": nash and self.label_smoothing > 0,
+        }
+        for key, given in unread.items():
+            if given:
+                raise ValueError(f"{key} has no effect on variant {self.variant}: remove it")
+        return self
 
     @model_validator(mode="after")
     def _check_smoothing(self) -> Self:

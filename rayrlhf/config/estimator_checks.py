@@ -130,3 +130,26 @@ def check_online_dpo(config: "PPOConfig", method: "AdvantageMethod") -> None:
         raise ValueError(
             f"train.mini_batch_size {config.mini_batch_size} would split a pair of algorithm.online_dpo; expected an even one"
         )
+    if config.opponent_share:
+        _check_opponent(config, algorithm.online_dpo.variant)
+
+
+def _check_opponent(config: "PPOConfig", variant: str) -> None:
+    """Check that each second sample can come from an opponent of the policy.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    rollout = config.rollout
+    unfit = {
+        f"rollout.backend '{rollout.backend}'": (rollout.backend != "transformers", "'transformers', which samples from it"),
+        f"rollout.samples_per_prompt {rollout.samples_per_prompt}": (bool(rollout.samples_per_prompt % 2), "an even number"),
+        "rollout.refill_rounds": (rollout.refill_rounds > 0, "0"),
+        "rollout.demonstrations": (rollout.demonstrations is not None, "none"),
+        f"observe.record '{config.observe.record}'": (config.observe.record != "off", "'off'"),
+    }
+    for setting, (found, wanted) in unfit.items():
+        if found:
+            raise ValueError(
+                f"algorithm.online_dpo.variant '{variant}' samples from its opponent too: {setting}, expected {wanted}"
+            )

@@ -72,7 +72,9 @@ class PPOConfig(Section):
     @property
     def updates_per_step(self) -> int:
         """Optimizer steps of one model per step, unless early stopping ends the epochs."""
-        return self.train.epochs * (self.samples_per_step // self.mini_batch_size)
+        compared = self.algorithm.online_dpo
+        rows = self.samples_per_step // (2 if compared is not None and compared.variant == "nash_md" else 1)
+        return self.train.epochs * -(-rows // self.mini_batch_size)
 
     @property
     def overlong_tokens(self) -> int | None:
@@ -107,6 +109,12 @@ class PPOConfig(Section):
             or self.environment is not None  # segments make more rows than samples, so more than one optimizer step
         )
         return "recomputed" if needed else "skipped"
+
+    @property
+    def opponent_share(self) -> float:
+        """Share of the reference in the opponent of the policy; 0 for the policy itself."""
+        pairs = self.algorithm.online_dpo
+        return 0.0 if pairs is None else pairs.opponent_share
 
     @property
     def needs_greedy(self) -> bool:

@@ -119,6 +119,9 @@ class RolloutRequest(Record):
     """Stop strings besides those of the rollout engine."""
     constraint: dict[str, Any] | None = None
     """Form of the response, as arguments of vLLM's `StructuredOutputsParams`; only for engines with `constrains`."""
+    reference_share: float = 0.0
+    """Share of the reference in the geometric mixture to sample from: 0 is the policy, 1 the reference. Other values than 0 are
+    for engines that hold a reference (`RolloutSpec.reference`)."""
 
 
 @dataclass(frozen=True, slots=True)

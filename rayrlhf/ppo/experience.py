@@ -44,6 +44,7 @@ from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.train.supervised_batches import IDS, LOGPROBS
 from rayrlhf.environments.episodes import sample_numbers, sample_votes, turn_weight
 from rayrlhf.errors import AlarmError
+from rayrlhf.ppo.opponent import own_rows
 from rayrlhf.ppo.scoring import ScoredRollouts, padded_rows
 from rayrlhf.rewards.functions import JUDGE_PART, MODEL_PART
 
@@ -149,7 +150,7 @@ class ExperienceMaker:
         )
         metrics = self._metrics(rollouts, logprobs, kl, earned.non_score, scores, mask) | weight_metrics | teacher_metrics
         if recomputed and free.any():
-            metrics |= self._gap(logprobs, engine, free)
+            metrics |= self._gap(logprobs, engine, free & torch.from_numpy(own_rows(self._config, rollouts))[:, None])
         if self._config.rollout.samples_per_prompt > 1:
             metrics["frac_reward_zero_std"] = 1 - has_contrast(scores, groups).float().mean().item()
         if values is not None and result.returns is not None:
@@ -370,10 +371,12 @@ class ExperienceMaker:
         scores: Tensor,
         mask: Tensor,
     ) -> dict[str, float]:
+        own = torch.from_numpy(own_rows(self._config, rollouts))
+        rollouts, kl = [rollouts[row] for row in own.nonzero().flatten()], None if kl is None else kl[own]
         queries = torch.tensor([len(rollout.prompt_ids) for rollout in rollouts])
         responses = torch.tensor([int(rollout.action_mask.sum()) for rollout in rollouts])
         stopped = torch.tensor([rollout.finish_reason == "stop" for rollout in rollouts])
-        objective = objective_statistics(logprobs, kl, non_score, scores, mask)
+        objective = objective_statistics(logprobs[own], kl, non_score[own], scores[own], mask[own])
         return objective | length_statistics(queries, responses, stopped)
 
     def _gap(self, logprobs: Tensor, engine: Tensor, mask: Tensor) -> dict[str, float]:

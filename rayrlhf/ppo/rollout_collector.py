@@ -14,6 +14,7 @@ from rayrlhf.models.network_io import OutputName
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.ppo.generation import Generation, GenerationBatch
 from rayrlhf.ppo.group_filter import GroupFilter
+from rayrlhf.ppo.opponent import with_opponent
 from rayrlhf.ppo.reward_rows import RewardRow
 from rayrlhf.ppo.sample_ledger import SampleLedger
 from rayrlhf.ppo.scoring import REWARD, ForwardPass, ScoredRollouts, Scorer
@@ -26,7 +27,8 @@ class RequestBuilder:
     """Builds the requests of a run.
 
     Args:
-        config: its `run.seed` seeds every request; with an `environment` each request carries its whole prompt.
+        config: its `run.seed` seeds every request; with an `environment` each request carries its whole prompt. Each second
+            sample of a training prompt may come from the opponent of `algorithm.online_dpo`.
     """
 
     def __init__(self, config: PPOConfig) -> None:
@@ -37,6 +39,8 @@ class RequestBuilder:
     ) -> list[RolloutRequest]:
         """Return the requests of some prompts; arguments as for `make_requests`."""
         requests = make_requests(prompts, samples_per_prompt, step, self._config.run.seed, numbers)
+        if samples_per_prompt > 1:  # evaluations have one, which is the policy's
+            requests = with_opponent(self._config, requests)
         if self._config.environment is None:
             return requests
         by_id = {prompt.id: prompt for prompt in prompts}

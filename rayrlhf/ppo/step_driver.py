@@ -32,6 +32,7 @@ from rayrlhf.ppo.experience import ExperienceMaker
 from rayrlhf.ppo.generation import POLL_SECONDS, Generation
 from rayrlhf.ppo.given_responses import GivenResponses, is_given_step
 from rayrlhf.ppo.model_updater import ModelUpdater, checksum_metrics, step_plan
+from rayrlhf.ppo.opponent import own_rows
 from rayrlhf.ppo.rollout_collector import RequestBuilder, RolloutCollector
 from rayrlhf.ppo.scoring import OwnRewards, ScoredRollouts
 from rayrlhf.ppo.step_metrics import cache_metrics, check_gap, fresh_gap, reward_metrics, staleness_metrics, step_metrics
@@ -184,10 +185,12 @@ class StepDriver:
             experience = self._experience.make(scored)
         with self.timer.phase("witness"):
             ledger = self._open.ledger.check_batch(experience, scored)
+        own = own_rows(self.config, scored.rollouts)
         staleness = staleness_metrics(scored.rollouts, self.weight_version, self.config.asynchronous.max_staleness)
         if self.config.old_logprobs == "recomputed" and not self.config.trains_without_demonstrations:
             arrays = experience.batch.arrays
-            gap = fresh_gap(arrays["old_logprobs"], arrays["action_mask"], scored.rollouts, self.weight_version)
+            counted = np.logical_and(arrays["action_mask"], own[:, None])
+            gap = fresh_gap(arrays["old_logprobs"], counted, scored.rollouts, self.weight_version)
             check_gap(self.steps_done, gap, self.config.rollout.mismatch_alarm)
         if self.config.rollout.sleep:
             with self.timer.phase("sleep"):
@@ -204,7 +207,7 @@ class StepDriver:
         metrics |= self._arrival_metrics()
         after = self._checksums(watched or self._exact)
         metrics |= staleness | cache_metrics(scored.rollouts) | ledger
-        metrics |= reward_metrics(scored) | checksum_metrics(after)
+        metrics |= reward_metrics(scored, own) | checksum_metrics(after)
         metrics |= self._open.metrics or self._episode_metrics(scored)
         if self._observer is not None:
             with self.timer.phase(RECORD):

@@ -7,7 +7,7 @@ import numpy as np
 
 from rayrlhf.actors.placement import TrainRole
 from rayrlhf.algorithms.statistics import explained_variance
-from rayrlhf.data.records import Rollout
+from rayrlhf.data.records import Bool, Rollout
 from rayrlhf.engines.train.plan import UpdateReport
 from rayrlhf.errors import AlarmError
 from rayrlhf.observe.metric_names import (
@@ -121,21 +121,25 @@ def fresh_gap(trainer_logprobs: np.ndarray, counted: np.ndarray, rollouts: Seque
     return float(together.mean()) if len(together) else None
 
 
-def reward_metrics(scored: ScoredRollouts) -> dict[str, float]:
+def reward_metrics(scored: ScoredRollouts, own: Bool | None = None) -> dict[str, float]:
     """Return the mean of each reward part, and the standard error of the score.
 
     With a judge also the share of samples without its score. A part's mean is over the samples that it applies to. The error is
     over prompts, which are independent; the responses to one prompt are not. It is missing for a single prompt.
+
+    Args:
+        own: bool [B], samples to count; all if None.
     """
+    own = np.ones(len(scored.rollouts), np.bool_) if own is None else own
     metrics = {}
     for name, values in scored.rewards.parts.items():
-        present = values[~np.isnan(values)]
+        present = values[own & ~np.isnan(values)]
         if len(present):
             metrics[f"reward/{name}"] = float(present.mean())
     if JUDGE_PART in scored.rewards.parts:
-        metrics[f"reward/{JUDGE_PART}_missing"] = float(np.isnan(scored.rewards.parts[JUDGE_PART]).mean())
+        metrics[f"reward/{JUDGE_PART}_missing"] = float(np.isnan(scored.rewards.parts[JUDGE_PART][own]).mean())
     scores = scored.rewards.scores
-    known = ~np.isnan(scores)
+    known = own & ~np.isnan(scores)
     prompts = np.array([rollout.key.prompt for rollout in scored.rollouts])[known]
     _, groups, sizes = np.unique(prompts, return_inverse=True, return_counts=True)
     if len(sizes) > 1:

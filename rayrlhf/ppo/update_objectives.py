@@ -12,7 +12,7 @@ from rayrlhf.config.algorithm import AlgorithmSection
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.engines.objectives.base import Objective
 from rayrlhf.engines.objectives.policy import PolicyObjective, SharedObjective, ValueObjective
-from rayrlhf.engines.objectives.preference import DirectPreferenceObjective
+from rayrlhf.engines.objectives.preference import DirectPreferenceObjective, NashObjective
 from rayrlhf.engines.objectives.supervised import DistillationObjective
 from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.plugins import bind_arguments
@@ -38,8 +38,13 @@ def make_objectives(config: PPOConfig) -> dict[TrainRole, Objective]:
     algorithm = config.algorithm
     temperature = config.rollout.temperature
     if (pairs := algorithm.online_dpo) is not None:
-        loss = DirectPreferenceObjective(pairs.loss, pairs.beta, pairs.label_smoothing, temperature=temperature)
-        return {"policy": loss}
+        if pairs.variant == "nash_md":
+            return {"policy": NashObjective(pairs.beta, temperature)}
+        exploration = pairs.alpha if pairs.variant == "xpo" else 0.0
+        direct = DirectPreferenceObjective(
+            pairs.loss, pairs.beta, pairs.label_smoothing, exploration=exploration, temperature=temperature
+        )
+        return {"policy": direct}
     corrected = algorithm.off_policy_correction.enabled
     policy = PolicyObjective(
         algorithm.policy_loss,

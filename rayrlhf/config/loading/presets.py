@@ -256,11 +256,24 @@ _ONLINE_DPO: Tree = {
     "train": {"learning_rate": 5e-7, "epochs": 1},  # `learning_rate`
 }
 
+# Xie et al. 2024 (XPO): each second sample is the reference's; numbers of TRL 0.24 `XPOConfig`.
+_XPO: Tree = _ONLINE_DPO | {
+    "rollout": {"backend": "transformers", "samples_per_prompt": 2, "temperature": 0.9},  # `temperature`
+    "algorithm": _ONLINE_DPO["algorithm"] | {"online_dpo": {"variant": "xpo", "loss": "sigmoid", "beta": 0.1, "alpha": 1e-5}},
+}
+
+# Munos et al. 2024 (Nash-MD): each second sample is that of the mixture; numbers of TRL 0.24 `NashMDConfig`.
+_NASH_MD: Tree = _XPO | {
+    "algorithm": _ONLINE_DPO["algorithm"] | {"online_dpo": {"variant": "nash_md", "beta": 0.1, "mixture": 0.5}},
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     **RECIPES,
     "opd": _OPD,
     "gkd": _GKD,
     "online-dpo": _ONLINE_DPO,
+    "xpo": _XPO,
+    "nash-md": _NASH_MD,
     "trl-classic": CLASSIC,
     "trl-modern": MODERN,
 }

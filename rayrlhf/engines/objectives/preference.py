@@ -15,14 +15,18 @@ from rayrlhf.algorithms.losses import (
     unpaired_preference_loss,
 )
 from rayrlhf.algorithms.masking import zero_masked
+from rayrlhf.algorithms.opponents import nash_md_loss
 from rayrlhf.engines.objectives.base import LossComponent
 from rayrlhf.engines.train.supervised_batches import (
     BATCH_KL,
     CHOSEN_MASK,
     DESIRABLE,
     MARGIN,
+    OPPONENT,
     PAIR_MASK,
+    PREFERENCE,
     REFERENCE,
+    REFERENCE_TOKENS,
     STEP_MASK,
     STEP_RIGHT,
 )
@@ -30,6 +34,8 @@ from rayrlhf.models.network_io import OutputName
 
 NLL = "loss/nll"
 """Metric of the negative log-likelihood of the better answers."""
+EXPLORATION = "loss/exploration"
+"""Metric of the log-prob of the reference's responses (XPO), before its coefficient."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ class StepObjective:
 class DirectPreferenceObjective:
     """Pair loss of `rayrlhf.algorithms.losses`, averaged over the pairs of the optimizer step.
 
-    `nll` times the negative log-likelihood of the better answers is added, averaged over their tokens.
+    `nll` times the negative log-likelihood of the better answers is added, averaged over their tokens, and `exploration` times
+    the log-prob of each pair's answer of the reference (XPO).
     """
 
     outputs: ClassVar[frozenset[OutputName]] = frozenset({"logprobs"})
@@ -85,6 +92,7 @@ class DirectPreferenceObjective:
     label_smoothing: float = 0.0
     margin: float = 0.5
     nll: float = 0.0
+    exploration: float = 0.0
     temperature: float = 1.0
 
     @property
@@ -106,10 +114,35 @@ class DirectPreferenceObjective:
         )
         statistics = {name: values[:, None] for name, values in pairs.statistics.items()}
         components = [LossComponent(PAIR_MASK, 1.0, TokenLoss(pairs.loss[:, None], statistics))]
+        if self.exploration:
+            explored = (sums * arrays[OPPONENT][:, 0]).view(-1, 2).sum(1, keepdim=True)
+            components.append(LossComponent(PAIR_MASK, self.exploration, TokenLoss(explored, {EXPLORATION: explored.detach()})))
         if self.nll:
             likelihood = zero_masked(-outputs["logprobs"], arrays[CHOSEN_MASK])
             components.append(LossComponent(CHOSEN_MASK, self.nll, TokenLoss(likelihood, {NLL: likelihood.detach()})))
         return components
+
+
+@dataclass(frozen=True)
+class NashObjective:
+    """Nash-MD loss of `rayrlhf.algorithms.opponents`, averaged over the responses of the optimizer step."""
+
+    outputs: ClassVar[frozenset[OutputName]] = frozenset({"logprobs"})
+    masks: ClassVar[Sequence[str]] = ("action_mask", PAIR_MASK)
+    beta: float = 0.1
+    temperature: float = 1.0
+
+    def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
+        """Evaluate on a micro-batch (see `Objective.compute`); losses are [responses, 1]."""
+        answers = nash_md_loss(
+            outputs["logprobs"],
+            arrays[REFERENCE_TOKENS],
+            arrays[PREFERENCE][:, 0],
+            arrays["action_mask"],
+            beta=self.beta,
+        )
+        statistics = {name: values[:, None] for name, values in answers.statistics.items()}
+        return [LossComponent(PAIR_MASK, 1.0, TokenLoss(answers.loss[:, None], statistics))]
 
 
 @dataclass(frozen=True)

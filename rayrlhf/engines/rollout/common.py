@@ -52,6 +52,7 @@ class RolloutSpec:
         adapters: serve the model's adapters unmerged; weight updates then hold the adapters' tensors only.
         eager: never compile the model, so that hooks on its layers run on GPUs too.
         section: of the configuration, for error messages.
+        reference: frozen model for requests with a `reference_share`; only for the backend `transformers`.
     """
 
     model: ModelSection
@@ -64,6 +65,7 @@ class RolloutSpec:
     adapters: bool = False
     eager: bool = False
     section: str = "rollout"
+    reference: ModelSection | None = None
 
 
 def rollout_environment(rollout: RolloutSection, *, threads: int) -> dict[str, str]:

@@ -5,6 +5,9 @@ cache; a finished one leaves its batch at once. Every request has a generator of
 other requests. Sampling is Gumbel-max: the argmax of log p - log E with E standard exponential is a draw from p (Gumbel 1954;
 -log E is Gumbel noise). A check on load compares cached decoding of two padded rows with whole forward passes; models that fail
 it decode one request at a time, or are refused.
+
+Requests with a `reference_share` are sampled from a frozen reference, or from its geometric mixture with the policy. Both
+models then decode every batch.
 """
 
 import logging
@@ -19,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rayrlhf.algorithms.opponents import mixture_logits
 from rayrlhf.data.records import Float32, Int32, Rollout, RolloutRequest, SampleKey
 from rayrlhf.engines.rollout.common import (
     START_VERSION,
@@ -83,6 +87,9 @@ class TransformersRolloutEngine:
             self._concurrent = 1
             _logger.warning("%s: responses are decoded one by one, as rows of a batch influence each other", spec.model.path)
         self._network = network.to(device, resolve_dtype(spec.model.dtype))
+        self._reference: list[PreTrainedModel] = []
+        if spec.reference is not None:
+            self._reference.append(load_causal_model(spec.reference).to(device, resolve_dtype(spec.model.dtype)))
         self._waiting: deque[_Row] = deque()
         self._batch: _Batch | None = None
 
@@ -91,11 +98,13 @@ class TransformersRolloutEngine:
 
         Raises:
             UserError: a prompt leaves no room for a response.
-            ValueError: a request is already queued.
+            ValueError: a request is already queued, or asks for a reference that the engine does not have.
             RuntimeError: a weight update is unfinished.
         """
         if self._incoming is not None:
             raise RuntimeError(f"weight version {self._incoming} is still being loaded")
+        if not self._reference and any(request.reference_share for request in requests):
+            raise ValueError("a request has a reference_share, and the engine has no reference")
         limits = new_token_limits(requests, max_new_tokens, self._max_length, self._vocabulary)
         check_new(requests, (row.request for row in (*self._waiting, *(self._batch.rows if self._batch else ()))))
         for request, limit in zip(requests, limits, strict=True):
@@ -113,7 +122,7 @@ class TransformersRolloutEngine:
         while self.unfinished and len(finished) < minimum and time.monotonic() < end:
             if self._batch is None:
                 rows = [self._waiting.popleft() for _ in range(min(self._concurrent, len(self._waiting)))]
-                self._batch = _Batch(self._network, rows)
+                self._batch = _Batch(self._networks, rows)
             for row in self._batch.sample():
                 row.versions.append(self.version)
                 row.finish_reason = self._finish_reason(row)
@@ -131,7 +140,7 @@ class TransformersRolloutEngine:
         """
         found = []
         for start in range(0, len(prompts), self._concurrent):
-            batch = _Batch(self._network, [_bare_row(prompt) for prompt in prompts[start : start + self._concurrent]])
+            batch = _Batch([self._network], [_bare_row(prompt) for prompt in prompts[start : start + self._concurrent]])
             found.append(torch.log_softmax(batch.logits, dim=-1)[:, list(tokens)])
         return np.asarray(torch.cat(found).numpy() if found else np.zeros((0, len(tokens))), dtype=np.float32)
 
@@ -190,11 +199,16 @@ class TransformersRolloutEngine:
     def _restart(self) -> None:
         """Recompute the cache of the current batch."""
         if self._batch is not None:
-            self._batch = _Batch(self._network, self._batch.rows)
+            self._batch = _Batch(self._networks, self._batch.rows)
+
+    @property
+    def _networks(self) -> list[PreTrainedModel]:
+        return [self._network, *self._reference]
 
     def close(self) -> None:
-        """Free the model. The engine cannot be used afterwards."""
+        """Free the models. The engine cannot be used afterwards."""
         self._network = self._batch = None
+        self._reference.clear()
         self._waiting.clear()
 
     def _finish_reason(self, row: _Row) -> Literal["stop", "length"] | None:
@@ -216,25 +230,28 @@ class TransformersRolloutEngine:
 class _Batch:
     """Requests decoded together: prompts are left-padded, each step adds a token to each.
 
+    Args:
+        networks: the policy, and the reference if any.
+
     Attributes:
         rows: the requests.
         logits: float32 [rows, V] of each row's next token, on the CPU.
     """
 
-    def __init__(self, network: PreTrainedModel, rows: list[_Row]) -> None:
+    def __init__(self, networks: Sequence[PreTrainedModel], rows: list[_Row]) -> None:
         self.rows = rows
-        self._network = network
+        self._networks, device = networks, networks[0].device
         contexts = [torch.tensor([*row.request.prompt_ids.tolist(), *row.tokens]) for row in rows]
         longest = max(len(context) for context in contexts)
         tokens = torch.zeros((len(rows), longest), dtype=torch.long)  # padding is masked, and any token will do
-        self._mask = torch.zeros((len(rows), longest), dtype=torch.long, device=network.device)
+        self._mask = torch.zeros((len(rows), longest), dtype=torch.long, device=device)
         for index, context in enumerate(contexts):
             start = longest - len(context)
             tokens[index, start:] = context
             self._mask[index, start:] = 1
         positions = (self._mask.cumsum(-1) - 1).clamp_min(0)
-        self._cache: Any = None
-        self._forward(tokens.to(network.device), positions)
+        self._caches: list[Any] = [None] * len(networks)
+        self._forward(tokens.to(device), positions)
 
     @property
     def length(self) -> int:
@@ -266,23 +283,28 @@ class _Batch:
         if len(kept) < len(self.rows):
             self.rows = [self.rows[index] for index in kept]
             self._mask = self._mask[kept]
-            self._cache.reorder_cache(torch.tensor(kept, device=device))
+            for cache in self._caches:
+                cache.reorder_cache(torch.tensor(kept, device=device))
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(kept), 1)], dim=1)
         tokens = torch.tensor([[row.tokens[-1]] for row in self.rows], device=device)
         self._forward(tokens, self._mask.sum(-1, keepdim=True) - 1)
         return self
 
     def _forward(self, tokens: Tensor, positions: Tensor) -> None:
-        output = self._network(
-            input_ids=tokens,
-            attention_mask=self._mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self._cache = output.past_key_values
-        self.logits = output.logits[:, -1].float().cpu()
+        found = []
+        for index, network in enumerate(self._networks):
+            output = network(
+                input_ids=tokens,
+                attention_mask=self._mask,
+                position_ids=positions,
+                past_key_values=self._caches[index],
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            self._caches[index] = output.past_key_values
+            found.append(output.logits[:, -1].float().cpu())
+        share = torch.tensor([row.request.reference_share for row in self.rows])
+        self.logits = found[0] if len(found) == 1 else mixture_logits(found[0], found[1], share)
 
 
 def _decodes_together(network: PreTrainedModel) -> bool:
@@ -316,7 +338,7 @@ def _decodes(network: PreTrainedModel, *, together: bool) -> bool:
     for group in [(0, 1)] if together else [(0,), (1,)]:
         rows = {index: _bare_row(samples[index][: -steps[index]].numpy()) for index in group}
         try:
-            batch: _Batch | None = _Batch(network, list(rows.values()))
+            batch: _Batch | None = _Batch([network], list(rows.values()))
             while batch is not None:
                 left = [index for index, row in rows.items() if row.finish_reason is None]
                 for index, logits in zip(left, batch.logits, strict=True):

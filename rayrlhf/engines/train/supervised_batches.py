@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rayrlhf.data.records import TokenSequence
+from rayrlhf.data.records import Float32, TokenSequence
 from rayrlhf.data.supervised.supervised_samples import DistillationSample, PreferencePair, StepSample, SupervisedSample
 from rayrlhf.data.training_batch import TrainingBatch
 
 PAIR_MASK, CHOSEN_MASK, MARGIN, REFERENCE = "pair_mask", "chosen_mask", "margin", "reference_logprob"
 DESIRABLE, BATCH_KL = "desirable", "batch_kl"
 STEP_MASK, STEP_RIGHT = "step_mask", "step_right"
+OPPONENT, PREFERENCE, REFERENCE_TOKENS = "opponent", "preference", "reference_logprobs"
 HIDDEN, IDS, LOGPROBS = "teacher_hidden", "teacher_ids", "teacher_logprobs"
 """Arrays of preference pairs and of steps, and outputs of a distillation's teacher."""
 
@@ -114,6 +115,26 @@ def step_batch(samples: Sequence[StepSample]) -> TrainingBatch:
 def step_sequence(sample: StepSample) -> TokenSequence:
     """Return a response as a sequence whose first value is after its first step."""
     return TokenSequence(sample.token_ids, int(sample.loss_mask.argmax()) + 1)
+
+
+def nash_batch(answers: Sequence[SupervisedSample], reference: Sequence[Float32], preference: Float32) -> TrainingBatch:
+    """Build a training batch of Nash-MD, one row per response.
+
+    Args:
+        answers: the policy's responses.
+        reference: log-probs of each response's target tokens by the reference.
+        preference: float32 [B], probability that each is preferred to its opponent's; in column 0 of the batch.
+
+    Raises:
+        ValueError: a response has no target token, or its first token is a target.
+    """
+    batch = supervised_batch(answers)
+    mask = batch.arrays["action_mask"].astype(np.bool_)
+    known, first = np.zeros(mask.shape, dtype=np.float32), np.zeros(mask.shape, dtype=np.bool_)
+    probability = np.zeros(mask.shape, dtype=np.float32)
+    known[mask], first[:, 0], probability[:, 0] = np.concatenate(reference), True, preference
+    arrays = dict(batch.arrays) | {PAIR_MASK: first, REFERENCE_TOKENS: known, PREFERENCE: probability}
+    return TrainingBatch(batch.sequences, arrays)
 
 
 def distillation_batch(samples: Sequence[DistillationSample]) -> TrainingBatch:
