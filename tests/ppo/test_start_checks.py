@@ -89,7 +89,7 @@ def test_what_is_right_passes(tmp_path):
 def test_a_teacher_with_another_tokenizer_is_one_line_before_models_load(tmp_path):
     folder = tmp_path / "teacher"
     shutil.copytree(model_folder(ModelSection(path="builtin:tiny")), folder)
-    config = run_config(tmp_path, *SHALLOW, f"teacher.model.path={folder}")
+    config = run_config(tmp_path, *SHALLOW, "model.dtype=float32", f"teacher.model.path={folder}")
     plan = check_ppo(config)
     assert f"teacher: {folder}, 1 process, log-ratio x 1, discount 0" in plan
     assert least_bytes(config)["teacher"] == 4 * parameter_count(config.teacher.model)
