@@ -300,6 +300,6 @@ def test_all_commands_agree_on_random_rows(commands):
     check_rows(commands, 200)
 
 
-@pytest.mark.slow
-def test_all_commands_agree_on_3000_random_rows(commands):
-    check_rows(commands, 3000)
+@pytest.mark.parametrize("count", [pytest.param(1000, marks=pytest.mark.slow), pytest.param(3000, marks=pytest.mark.nightly)])
+def test_all_commands_agree_on_many_random_rows(commands, count):
+    check_rows(commands, count)

@@ -131,7 +131,7 @@ def test_cut_responses_begin_again_so_that_each_is_of_one_version(tmp_path):
     assert books.trained_on() == epochs(4 * 16)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_that_is_stopped_and_one_whose_policy_dies_train_on_every_prompt_once(tmp_path):
     settings = ["async.max_staleness=1", "run.steps=4", "evaluation.enabled=false", "checkpoint.every=1"]
     first = Books(2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))

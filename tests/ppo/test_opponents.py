@@ -190,13 +190,16 @@ def test_settings_without_effect_or_opponent_are_one_line(settings, message):
         load(*settings)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "settings"),
     [
-        ("xpo", ["train.learning_rate=3e-3", "run.steps=6"]),
+        pytest.param("xpo", ["train.learning_rate=3e-3", "run.steps=6"], marks=pytest.mark.nightly),
         # Scores in [0, 1] differ little, so that preferences are near 1/2, and a beta of 0.1 holds the policy where it is.
-        ("nash-md", ["algorithm.online_dpo.beta=0.01", "train.learning_rate=1e-2", "run.steps=10"]),
+        pytest.param(
+            "nash-md",
+            ["algorithm.online_dpo.beta=0.01", "train.learning_rate=1e-2", "run.steps=10"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_policy_learns_its_reward_against_an_opponent(tmp_path, preset, settings):

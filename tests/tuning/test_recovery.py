@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import cache
 
 import numpy as np
 import psutil
@@ -46,6 +47,23 @@ def kill_one_after(folder, step, killed):
     os.kill(train_workers()[0], signal.SIGKILL)
 
 
+def settings_of(workers, stage):
+    settings = [f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "evaluation.generations=0", "train.learning_rate=1e-4"]
+    return [*settings, f"workers.count={workers}", f"train.zero_stage={stage}"]
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory):
+    """Returns the undisturbed run of a number of workers and a ZeRO stage, which two tests share."""
+    folder = tmp_path_factory.mktemp("quiet")
+
+    @cache
+    def train(workers, stage):
+        return train_sft(sft_config(folder, *settings_of(workers, stage), f"run.name=quiet-{stage}-{len(str(workers))}"))
+
+    return train
+
+
 @pytest.mark.parametrize(
     ("workers", "stage"),
     [
@@ -54,11 +72,9 @@ def kill_one_after(folder, step, killed):
         pytest.param("[1, 2]", 2, marks=pytest.mark.nightly),
     ],
 )
-def test_a_run_that_lost_a_worker_ends_with_the_losses_of_an_undisturbed_one(tmp_path, workers, stage):
-    settings = [f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "evaluation.generations=0", f"workers.count={workers}"]
-    settings.append(f"train.zero_stage={stage}")
-    quiet, disturbed = (sft_config(tmp_path, *settings, f"run.name={name}") for name in ("quiet", "disturbed"))
-    expected = train_sft(quiet)
+def test_a_run_that_lost_a_worker_ends_with_the_losses_of_an_undisturbed_one(tmp_path, quiet, workers, stage):
+    disturbed = sft_config(tmp_path, *settings_of(workers, stage), "run.name=disturbed")
+    expected = quiet(workers, stage)
     killed = []
     killer = threading.Thread(target=kill_one_after, args=(disturbed.run.folder, KILL_AFTER, killed), daemon=True)
     killer.start()
@@ -75,9 +91,8 @@ def test_a_run_that_lost_a_worker_ends_with_the_losses_of_an_undisturbed_one(tmp
 
 
 @pytest.mark.slow
-def test_a_run_that_was_asked_to_stop_goes_on_when_it_is_started_again(tmp_path):
-    settings = [f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "evaluation.generations=0"]
-    config = sft_config(tmp_path, *settings, "run.name=stopped", "train.learning_rate=1e-4")
+def test_a_run_that_was_asked_to_stop_goes_on_when_it_is_started_again(tmp_path, quiet):
+    config = sft_config(tmp_path, *settings_of(2, 0), "run.name=stopped")
     path = tmp_path / "sft.yaml"
     path.write_text(dump_config(config))
     command = [sys.executable, "-m", "rayrlhf.cli", "sft", str(path)]
@@ -96,5 +111,4 @@ def test_a_run_that_was_asked_to_stop_goes_on_when_it_is_started_again(tmp_path)
     assert done < STEPS
     assert (config.run.folder / "checkpoints" / "train" / f"step-{done:06d}").is_dir()
     subprocess.run(command, check=True, timeout=300)
-    undisturbed = train_sft(sft_config(tmp_path, *settings, "run.name=quiet", "train.learning_rate=1e-4"))
-    np.testing.assert_allclose(losses(config.run.folder), losses(undisturbed.folder), rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(losses(config.run.folder), losses(quiet(2, 0).folder), rtol=0, atol=TOLERANCE)

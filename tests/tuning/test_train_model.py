@@ -46,7 +46,7 @@ def test_an_sft_run_learns_and_leaves_metrics_answers_checkpoints_and_a_model(on
     assert models["model"].startswith("llama, log-probs within 1e-06 nats of the model's own")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_reward_model_has_the_loss_curve_of_its_twin_without_shared_prefixes(cluster, tmp_path):
     folders = []
     for share_prefixes in ("auto", "off"):

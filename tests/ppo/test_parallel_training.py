@@ -1,0 +1,50 @@
+"""Runs whose policy and critic have two ranks each that share rows or weights, against one in which they have one rank."""
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from rayrlhf.observe.metrics import read_metrics
+from rayrlhf.ppo.train_ppo import train_ppo
+from tests.ppo.runs import run_config
+
+COMPARED = (
+    "policy/grad_norm", "critic/grad_norm", "objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg",
+    "policy/entropy_avg", "val/ratio",
+)  # fmt: skip
+
+pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.slow]
+
+
+def trained(folder, name, *overrides, ends=(2,)):
+    """The metrics of each step and the exported weights of a run of two steps, resumed after each of `ends`."""
+    for end in ends:
+        config = run_config(
+            folder, f"run.name={name}", f"run.steps={end}", "run.determinism=exact", "rollout.backend=transformers",
+            "train.optimizer.name=sgd", "train.learning_rate=0.05", "model.dtype=float32", "evaluation.enabled=false",
+            "model.path=builtin:tiny?layers=2&hidden=256&context=64", *overrides,
+        )  # fmt: skip
+        train_ppo(config)
+    rows = [row for row in read_metrics(config.run.folder) if "lr" in row]
+    return rows, load_file(config.run.folder / "export" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("alone"), "alone")
+
+
+# The run on shared weights stops after its first step and resumes.
+@pytest.mark.parametrize(("grid", "ends"), [("sequence_parallel", (2,)), ("tensor_parallel", (1, 2))])
+def test_a_run_whose_ranks_work_together_takes_the_steps_of_its_twin_on_one_process(alone, tmp_path, grid, ends):
+    placement = [f"placement.{role}={{ranks: 2, {grid}: 2}}" for role in ("policy", "critic")]
+    (expected, weights), (rows, exported) = alone, trained(tmp_path, grid, *placement, ends=ends)
+    assert len(rows) == len(expected) == 2
+    for one, other in zip(expected, rows, strict=True):
+        names = [name for name in COMPARED if name in one]
+        assert {"policy/grad_norm", "critic/grad_norm", "objective/scores"} <= set(names)
+        np.testing.assert_allclose([other[name] for name in names], [one[name] for name in names], rtol=1e-4, atol=1e-5)
+    assert expected[0]["policy/grad_norm"] > 0
+    assert set(exported) == set(weights)
+    for name, weight in weights.items():
+        np.testing.assert_allclose(exported[name], weight, rtol=0, atol=1e-6, err_msg=name)
