@@ -1,14 +1,14 @@
 """Loading of safetensors into place, one tensor at a time.
 
 The network is built without memory, then every tensor is copied from the mapped file into its parameter. No state dict is held,
-and no second copy of any weight. Checkpoints that are something else than the network's tensors under its own names go through
-`from_pretrained`: pickled files, quantized weights, families whose weights transformers converts on load, remote code.
+and no second copy of any weight. Experts are stacked in place, one tensor at a time. Other checkpoints go through
+`from_pretrained`: pickled files, quantized weights, families whose weights transformers computes on load, remote code.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +21,7 @@ from rayrlhf.config.model import ModelSection
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PretrainedConfig, PreTrainedModel
 from rayrlhf.models.held_weights import HALVES, holdable, widen_in_use
+from rayrlhf.models.stacked_weights import OtherConversionError, copy_stacked, sources_by_parameter, stacked_shape
 
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Dtypes that float32 holds exactly, by their names in safetensors."""
@@ -100,21 +101,25 @@ def load_directly(
         network: PreTrainedModel = auto_class.from_config(
             architecture, attn_implementation=model.attention, dtype=torch.float32
         )
-    if is_converted(network):
-        raise NotDirectError(f"transformers converts the weights of {network.config.model_type} models")
-    places = _match(network, files)
+    try:
+        made_of = sources_by_parameter(network, files)
+    except OtherConversionError as error:
+        raise NotDirectError(f"transformers converts {error} of {network.config.model_type} models") from error
+    places = _match(network, made_of)
     narrow = holdable(network) if frozen else {}
-    by_file: dict[str, list[tuple[str, list[_Use]]]] = defaultdict(list)
-    for name, uses in places.items():
-        by_file[files[name]].append((name, uses))
-    for file, found in by_file.items():
-        with safe_open(file, framework="pt") as tensors:
-            for name, uses in found:
-                _place(model.path, tensors, name, uses, frozen=frozen, narrow=narrow, shards=shards)
+    with ExitStack() as stack:
+        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in sorted(set(files.values()))}
+        for name, uses in sorted(places.items(), key=lambda place: files[made_of[place[0]][0][0]]):
+            tensors = [[(source, opened[files[source]]) for source in part] for part in made_of[name]]
+            _place(model.path, tensors, uses, frozen=frozen, narrow=narrow, shards=shards)
     widen_in_use(network)
     ignored = [r"rotary_emb\.inv_freq", r"(^|\.)position_ids$", *(network._keys_to_ignore_on_load_unexpected or ())]
     network.unused_weights = [
-        name for name in files.keys() - places.keys() if not any(re.search(pattern, name) for pattern in ignored)
+        source
+        for name in made_of.keys() - places.keys()
+        if not any(re.search(pattern, name) for pattern in ignored)
+        for part in made_of[name]
+        for source in part
     ]
     if network.can_generate():
         network.adjust_generation_fn(
@@ -172,15 +177,8 @@ def _parameters_without_memory() -> Iterator[None]:
         handle.remove()
 
 
-def is_converted(network: PreTrainedModel) -> bool:
-    """Return True if transformers converts the weights of this family on load and save."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    return bool(get_model_conversion_mapping(network, add_legacy=False))
-
-
-def _match(network: PreTrainedModel, files: dict[str, str]) -> dict[str, list[_Use]]:
-    """Return the uses of each needed tensor by its name in the files.
+def _match(network: PreTrainedModel, files: Collection[str]) -> dict[str, list[_Use]]:
+    """Return the uses of each parameter and persistent buffer by its name in the files.
 
     Raises:
         NotDirectError: a tensor is missing, or stored under two names.
@@ -205,39 +203,48 @@ def _match(network: PreTrainedModel, files: dict[str, str]) -> dict[str, list[_U
 
 def _place(
     path: str,
-    tensors: Any,
-    name: str,
+    tensors: list[list[tuple[str, Any]]],
     uses: list[_Use],
     *,
     frozen: bool,
     narrow: dict[int, nn.Parameter],
     shards: WeightShards | None,
 ) -> None:
-    """Copy one tensor from its file to all its uses.
+    """Copy a parameter or buffer from its tensors in the files to all its uses.
+
+    Args:
+        tensors: name and opened file of each tensor, by part and expert.
 
     Raises:
         UserError: it holds NaN or infinite numbers.
-        NotDirectError: it has another shape, or a dtype with more numbers than float32.
+        NotDirectError: the tensors have other shapes, or a dtype with more numbers than float32.
     """
-    stored = tensors.get_slice(name)
+    parts = [[file.get_slice(name) for name, file in part] for part in tensors]
+    (name, file), stored = tensors[0][0], parts[0][0]
+    stacked = len(parts) > 1 or len(parts[0]) > 1
+    shape = stacked_shape([[one.get_shape() for one in part] for part in parts]) if stacked else list(stored.get_shape())
     _, module, attribute = uses[0]
     empty = module._parameters.get(attribute)
     wanted = module._buffers[attribute] if empty is None else empty
-    if wanted is None or list(stored.get_shape()) != list(wanted.shape):
+    if wanted is None or shape != list(wanted.shape):
         raise NotDirectError(f"{name} has shape {stored.get_shape()}")
     if empty is None:
-        wanted.copy_(tensors.get_tensor(name))
+        wanted.copy_(file.get_tensor(name))
         return
-    dtype = _FLOATS.get(stored.get_dtype())
-    if dtype is None:
+    dtypes = {_FLOATS.get(one.get_dtype()) for part in parts for one in part}
+    dtype = dtypes.pop()
+    if dtype is None or dtypes:
         raise NotDirectError(f"{name} is {stored.get_dtype()}")
     held = dtype if id(empty) in narrow and dtype in HALVES else torch.float32
     value = torch.empty(wanted.shape, dtype=held, device="cpu" if shards is None else shards.device)
     if value.ndim == 0:
-        value.copy_(tensors.get_tensor(name))
+        value.copy_(file.get_tensor(name))
     else:
         rows = slice(0, len(value)) if shards is None else shards.own_rows(value.shape)
-        value[rows].copy_(stored[rows])
+        if stacked:
+            copy_stacked(value, rows, parts)
+        else:
+            value[rows].copy_(stored[rows])
         if not value[rows].sum(dtype=torch.float32).isfinite():
             raise UserError(f"model.path {path!r}: {uses[0].name} holds NaN or infinite numbers")
     parameter = nn.Parameter(value, requires_grad=not frozen and empty.requires_grad)

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from rayrlhf.config.model import ModelSection, Precision
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PretrainedConfig, PreTrainedModel, Tokenizer
-from rayrlhf.models.direct_load import NotDirectError, WeightShards, is_converted, load_directly
+from rayrlhf.models.direct_load import NotDirectError, WeightShards, load_directly
 from rayrlhf.models.held_weights import hold
 from rayrlhf.models.model_files import check_texts, check_weights, has_weights, stored_dtype
 from rayrlhf.models.model_path import model_folder, one_line_reason, present_folder, resolve_path
+from rayrlhf.models.stacked_weights import only_stacks, unstacked
 from rayrlhf.models.tensor_files import TensorStream, write_stream
 from rayrlhf.storage.atomic import folder_atomically
 
@@ -161,17 +162,17 @@ def save_model_folder(
     Args:
         folder: path to write; an older folder is replaced.
         network: transformers model with config and names; its own weights are not read.
-        state: tensors by checkpoint name; a stream is written as it comes, unless transformers converts the weights of this
-            family on save, for which it needs all of them.
+        state: tensors by the network's names; a stream is written as it comes, unless transformers computes the weights of
+            this family from others on save, for which it needs all of them.
         tokenizer: saved with the weights, if given.
         extra: further safetensors files, by file name.
         dtype: of the weights, recorded in the configuration.
     """
     _repair_generation_config(network)
     with folder_atomically(folder, if_exists="replace") as partial:
-        if isinstance(state, TensorStream) and not is_converted(network):
+        if isinstance(state, TensorStream) and only_stacks(network):
             network.save_pretrained(partial, state_dict={})
-            write_stream(partial, state)
+            write_stream(partial, unstacked(network, state))
         else:
             if isinstance(state, TensorStream):
                 state = {name: tensor.clone() for name, tensor in state.tensors}

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, conversion_mapping
+from transformers.core_model_loading import Concatenate, WeightConverter
 
 from rayrlhf.config.model import ModelSection
 from rayrlhf.errors import UserError
@@ -47,7 +48,9 @@ def same(ours: torch.nn.Module, wanted: torch.nn.Module) -> None:
         assert ours.generation_config.to_dict() == wanted.generation_config.to_dict()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "opt", "phi3_longrope", "mamba"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "gemma2", "opt", "phi3_longrope", "mamba", "qwen3_moe", "mixtral", "olmoe", "deepseek_v3"]
+)
 def test_a_family_is_read_in_place_as_transformers_reads_it(
     family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -83,9 +86,9 @@ def test_a_persistent_buffer_is_read_in_place(tmp_path: Path) -> None:
     assert torch.equal(network.score_correction, torch.arange(5.0))
 
 
-@pytest.mark.parametrize("case", ["experts", "pickled", "shape", "twice"])
+@pytest.mark.parametrize("case", ["pickled", "shape", "twice"])
 def test_what_is_no_plain_copy_goes_through_transformers(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = write_family("qwen3_moe" if case == "experts" else "qwen3", tmp_path / "model")
+    folder = write_family("qwen3", tmp_path / "model")
     file = folder / "model.safetensors"
     weights = load_file(file)
     if case == "pickled":
@@ -102,6 +105,23 @@ def test_what_is_no_plain_copy_goes_through_transformers(case: str, tmp_path: Pa
                 load_causal_model(section)
         else:
             same(load_causal_model(section), load._from_pretrained(AutoModelForCausalLM, section, str(folder)))
+    assert WHOLE in caplog.text
+
+
+def test_weights_that_are_computed_from_others_go_through_transformers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_family("qwen3", tmp_path / "model")
+    joined = WeightConverter("norm.*.weight", "norm.weight", operations=[Concatenate(dim=0)])
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda *_, **__: [joined])
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    norm = weights.pop("model.norm.weight")
+    save_file(weights | {f"model.norm.{half}.weight": part for half, part in enumerate(norm.chunk(2))}, file, {"format": "pt"})
+    monkeypatch.setattr(load, "_from_pretrained", lambda *_: "whole")
+    section = ModelSection(path=str(folder))
+    with caplog.at_level(logging.INFO):
+        assert load_causal_model(section) == "whole"
     assert WHOLE in caplog.text
 
 
@@ -129,6 +149,15 @@ def test_a_load_holds_the_module_and_at_most_two_tensors(sharded: Path, stored: 
     assert sum(sizes) > 2 * two  # a second copy of the model would not hide
     assert sum(sizes) <= held.peak <= sum(sizes) + buffers + two
     assert held.now <= sum(sizes) + 2 * buffers
+
+
+def test_experts_are_stacked_one_tensor_at_a_time(tmp_path: Path) -> None:
+    folder = write_family("mixtral", tmp_path / "model")
+    with BytesHeld() as held:
+        network = load_causal_model(ModelSection(path=str(folder)))
+    sizes = [parameter.nbytes for parameter in network.parameters()]
+    buffers = sum(buffer.nbytes for buffer in network.buffers())
+    assert sum(sizes) <= held.peak <= sum(sizes) + buffers + max(sizes)
 
 
 def test_the_count_sees_a_second_copy(sharded: Path) -> None:

@@ -46,7 +46,7 @@ class Memory:
     cache: int = 0
     overhead: int = 0
     loading: int = 0
-    """Additional bytes during loading: two tensors, or the whole model where transformers converts its weights."""
+    """Additional bytes during loading: two tensors, or the whole model where transformers computes weights from others."""
     host: int = 0
     """Main memory in addition to the device; 0 on a CPU, where both are the same."""
     by_turns: int = 0

@@ -26,7 +26,7 @@ class ModelShape:
         held_linear: the part of `linear` that is held in the checkpoint's dtype where it is frozen (`models/held_weights`).
         held: the same of embedding and output layer.
         largest: of the largest tensor.
-        converted: transformers converts the weights on load, so that each process loads all of them.
+        converted: transformers computes weights from others on load, so that each process loads all of them.
         hidden: width of the residual stream.
         heads: number of query heads, and of key heads.
         query: width of all query heads together.
@@ -94,8 +94,8 @@ def shape_of(network: PreTrainedModel, lora: LoraSection | None = None) -> Model
     """
     from torch import nn
 
-    from rayrlhf.models.direct_load import is_converted
     from rayrlhf.models.held_weights import HALVES, holdable
+    from rayrlhf.models.stacked_weights import only_stacks
 
     text = network.config.get_text_config()
     head = network.get_output_embeddings()
@@ -119,7 +119,7 @@ def shape_of(network: PreTrainedModel, lora: LoraSection | None = None) -> Model
         held_linear=held_linear,
         held=sum(held.values()) - held_linear,
         largest=max(parameter.numel() for parameter in network.parameters()),
-        converted=is_converted(network),
+        converted=not only_stacks(network),
         layers=layers,
         hidden=int(text.hidden_size),
         heads=(heads, key_heads),

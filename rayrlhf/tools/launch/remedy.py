@@ -59,7 +59,7 @@ def find_remedy(config: PPOConfig, nodes: NodeSection) -> Remedy | None:
 def unloadable(config: PPOConfig, nodes: NodeSection) -> str | None:
     """Return why no setting helps, or None.
 
-    A rank loads the whole of a model whose weights transformers converts, before they are sharded.
+    A rank loads the whole of a model with weights that transformers computes from others, before they are sharded.
     """
     limit = USABLE * nodes.gpu_memory_gib if nodes.gpus else USABLE * nodes.main_memory_gib
     for role, shape in learning_shapes(config).items():

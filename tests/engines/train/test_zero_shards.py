@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "whole": {},
     "checkpointed": {"gradient_checkpointing": True},
     "adapters": {"lora": LoraSection(rank=4), "gradient_checkpointing": True},
+    "experts": {},
 }
 RUN = {2: list(CASES), 4: ["adapters"]}
 CPU = torch.device("cpu")
@@ -53,9 +54,23 @@ def write(folder: Path, *, hidden: int, layers: int, vocabulary: int, tie: bool 
     byte_tokenizer().save_pretrained(folder)
 
 
-def spec(folder: Path, **settings: Any) -> TrainEngineSpec:
+def write_experts(folder: Path) -> None:
+    """Write a random mixture of experts with a tokenizer."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=1024, hidden_size=128, moe_intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, head_dim=32,
+        num_key_value_heads=2, num_experts=8, num_experts_per_tok=2, max_position_embeddings=64, bos_token_id=None,
+        eos_token_id=1, pad_token_id=0, dtype="bfloat16",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def spec(path: Path, **settings: Any) -> TrainEngineSpec:
     train = TrainSection(zero_stage=3)
-    return TrainEngineSpec(ModelSection(path=str(folder / "model"), dtype="float32", **settings), LM, train, 1e-2, packing=True)
+    return TrainEngineSpec(ModelSection(path=str(path), dtype="float32", **settings), LM, train, 1e-2, packing=True)
 
 
 def run_rank(rank: int, ranks: int, folder: Path) -> None:
@@ -63,13 +78,20 @@ def run_rank(rank: int, ranks: int, folder: Path) -> None:
     rounding.PART = 4096
     for case in RUN[ranks]:
         settings = CASES[case]
-        made = spec(folder, **settings)
+        made = spec(folder / ("experts" if case == "experts" else "model"), **settings)
         with BytesHeld() as plain:
             network = build_network(made.model, LM, "zero", 0)
         whole = sum(parameter.nbytes for parameter in network.parameters())
         sizes = [parameter.nbytes for name, parameter in network.named_parameters() if "lora" not in name]
         numbers = max(parameter.numel() for parameter in network.parameters())
-        found: dict[str, Any] = {"whole": whole, "largest": max(sizes), "numbers": numbers, "checks": plain.peak - whole}
+        module = max(sum(own.nbytes for own in part.parameters(recurse=False)) for part in network.modules())
+        found: dict[str, Any] = {
+            "whole": whole,
+            "largest": max(sizes),
+            "module": module,
+            "numbers": numbers,
+            "checks": plain.peak - whole,
+        }
         del network
         shards = DeepSpeedBackend.weight_shards(made.train, torch.float32, CPU)
         with BytesHeld() as held:
@@ -114,6 +136,7 @@ def run(what: str, ranks: int, folder: Path) -> None:
 def counted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     write(folder / "model", hidden=128, layers=4, vocabulary=1024)
+    write_experts(folder / "experts")
     for ranks in RUN:
         run("count", ranks, folder)
     return folder
@@ -127,7 +150,7 @@ def test_a_rank_holds_its_part_and_two_tensors_at_most(counted: Path, ranks: int
         assert found["whole"] > 5 * found["largest"]
         assert own * 0.9 < found["after"] <= own + 20_000  # norms are divided too; the rest is rotary buffers
         assert found["load"] <= own + 2 * found["largest"] + 20_000
-        assert found["build"] <= own + 2 * found["largest"] + found["checks"] + 50_000
+        assert found["build"] <= own + 2 * found["module"] + found["checks"] + 50_000  # experts of a layer are one module
         assert found["export"] <= 2 * 4 * found["numbers"] + 50_000  # adapters are merged in float32
         assert "samples may be packed" in found["line"]
 
@@ -175,7 +198,7 @@ class Peak:
 
 
 def measure_rank(rank: int, ranks: int, folder: Path) -> None:
-    made = spec(folder)
+    made = spec(folder / "model")
     shards = DeepSpeedBackend.weight_shards(made.train, torch.float32, CPU)
     torch.distributed.barrier()
     with Peak() as load:

@@ -7,6 +7,7 @@ import pytest
 
 from rayrlhf.actors.placement import ClusterResources, GroupPlan, ResourcePlan, WorkerPlacement, make_plan
 from rayrlhf.config.launch import NodeSection
+from rayrlhf.config.section import GIB
 from rayrlhf.errors import UserError
 from rayrlhf.tools.launch.launch_plan import plan_run
 from rayrlhf.tools.launch.remedy import _single, advice, find_remedy, fits
@@ -118,13 +119,20 @@ def test_a_cache_that_holds_no_sample_is_told_and_cured_by_more_of_the_device(fo
     assert setting.startswith("rollout.gpu_memory_utilization=")
 
 
-def test_weights_that_are_converted_whole_are_refused_for_the_reason_that_no_setting_can_cure(folder):
+def test_weights_that_are_converted_whole_are_refused_for_the_reason_that_no_setting_can_cure(folder, monkeypatch):
     started = time.monotonic()
     experts = {"model_type": "mixtral", "num_local_experts": 8}
     model = write_model(folder / "experts", LLAMA_7B | experts)
+    monkeypatch.setattr("rayrlhf.models.stacked_weights.only_stacks", lambda _: False)
     line = advice(ppo(model, "train.zero_stage=3", "placement.policy.ranks=64"), EIGHT)
     assert line.startswith("no setting helps: each rank of the policy loads the whole model before it is sharded: 138.0 of 76")
     assert time.monotonic() - started < 5
+
+
+def test_stacked_experts_are_planned_as_read_one_tensor_at_a_time(folder):
+    model = write_model(folder / "mixtral", LLAMA_7B | {"model_type": "mixtral", "num_local_experts": 8})
+    config = ppo(model, "train.zero_stage=3", "placement.policy.ranks=64")
+    assert plan_run(config, EIGHT).memory["policy"].total < 40 * GIB  # the whole model is 138 GiB
 
 
 def test_the_sync_crosses_the_network_once_for_each_other_node_with_a_replica(folder):
