@@ -131,6 +131,7 @@ def train_spec(config: PPOConfig, role: TrainRole) -> TrainEngineSpec:
         parity=config.algorithm.parity,
         sequence_parallel=placement.sequence_parallel,
         tensor_parallel=placement.tensor_parallel,
+        expert_parallel=placement.expert_parallel,
     )
 
 

@@ -149,7 +149,7 @@ class PPOConfig(Section):
         for role, model in models.items():
             placement, key = getattr(self.placement, role), f"placement.{role}"
             check_whole_rows(placement, key, model, self.train)
-            self.train.check_shared_weights(f"{key}.tensor_parallel", placement.tensor_parallel)
+            self.train.check_shared_weights(key, placement)
         return self
 
     @model_validator(mode="after")

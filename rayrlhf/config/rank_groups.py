@@ -1,5 +1,6 @@
-"""Ranks that compute the same samples together: what divides what, and what excludes what."""
+"""Ranks that share rows, weights or experts: what divides what, and what excludes what."""
 
+from itertools import combinations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -18,10 +19,19 @@ class RankGroups(Protocol):
     def tensor_parallel(self) -> int:
         """Ranks that share each weight."""
 
+    @property
+    def expert_parallel(self) -> int:
+        """Ranks that share the experts, each with samples of its own."""
+
 
 def group_size(groups: RankGroups) -> int:
     """Return the number of consecutive ranks that compute the same samples."""
     return groups.sequence_parallel * groups.tensor_parallel
+
+
+def weight_parts(groups: RankGroups) -> int:
+    """Return the number of parts that weights, or experts, are held in."""
+    return groups.tensor_parallel * groups.expert_parallel
 
 
 def group_label(groups: RankGroups) -> str:
@@ -32,7 +42,7 @@ def group_label(groups: RankGroups) -> str:
 
 def shared_parts(groups: RankGroups) -> str:
     """Return what ranks share as the end of a line; empty for groups of one."""
-    sizes = {"rows": groups.sequence_parallel, "weights": groups.tensor_parallel}
+    sizes = {"rows": groups.sequence_parallel, "weights": groups.tensor_parallel, "experts": groups.expert_parallel}
     return "".join(f", {what} split over {size}" for what, size in sizes.items() if size > 1)
 
 
@@ -42,12 +52,15 @@ def check_groups(groups: RankGroups, fewest: int, most: int, key: str) -> None:
     Raises:
         ValueError: they do not divide the ranks, or cannot be combined.
     """
-    if groups.sequence_parallel > 1 and groups.tensor_parallel > 1:
-        raise ValueError(
-            f"sequence_parallel {groups.sequence_parallel} with tensor_parallel {groups.tensor_parallel}: ranks share rows or "
-            "weights, not both; expected 1 for one of them"
-        )
-    for name, size in (("sequence_parallel", groups.sequence_parallel), ("tensor_parallel", groups.tensor_parallel)):
+    shared = {"sequence_parallel": "rows", "tensor_parallel": "weights", "expert_parallel": "experts"}
+    sizes: dict[str, int] = {name: getattr(groups, name) for name in shared}
+    for one, other in combinations(sizes, 2):
+        if sizes[one] > 1 and sizes[other] > 1:
+            raise ValueError(
+                f"{one} {sizes[one]} with {other} {sizes[other]}: ranks share {shared[one]} or {shared[other]}, not both; "
+                "expected 1 for one of them"
+            )
+    for name, size in sizes.items():
         if size > 1 and fewest != most:
             raise ValueError(f"{name} {size} needs one number as {key}, found a range")
         if most % size:

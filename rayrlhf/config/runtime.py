@@ -76,7 +76,7 @@ class RolePlacement(ProcessPlacement):
 
 
 class TrainPlacement(RolePlacement):
-    """Processes of a role in training, which may share tokens or weights."""
+    """Processes of a role in training, which may share tokens, weights or experts."""
 
     sequence_parallel: int = Field(1, ge=1)
     """Number of consecutive ranks that share each row of tokens, so that a rank stores this part of its activations. Must
@@ -84,6 +84,10 @@ class TrainPlacement(RolePlacement):
     tensor_parallel: int = Field(1, ge=1)
     """Number of consecutive ranks that share the weights of attention and feed-forward layers, so that a rank stores and
     computes this part of them. Must divide `ranks` and the model's heads; not with `sequence_parallel` or ZeRO stage 3."""
+    expert_parallel: int = Field(1, ge=1)
+    """Number of consecutive ranks that share the experts of each layer, so that a rank stores this part of them. The samples
+    are split over all ranks, and tokens travel to their experts. Must divide `ranks` and the model's experts; not with
+    `sequence_parallel`, `tensor_parallel` or ZeRO stage 3."""
 
     @property
     def group(self) -> int:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from rayrlhf.config.rank_groups import RankGroups
 from rayrlhf.config.section import Count, Section
 
 DEFAULT_BATCH_SIZE = 32
@@ -78,21 +79,27 @@ class UpdateSection(Section):
         """Sharding in words, for plans and logs."""
         return f"ZeRO stage {self.zero_stage}"
 
-    def check_shared_weights(self, key: str, size: int) -> None:
+    def check_shared_weights(self, key: str, groups: RankGroups) -> None:
         """Check that no setting needs the weights that ranks share.
 
         Args:
-            key: setting named in the message.
-            size: its value, the number of ranks.
+            key: section of the groups, for the message.
+            groups: ranks that share weights or experts.
 
         Raises:
-            ValueError: weights are sharded twice, averaged, or ranks would add different noise.
+            ValueError: weights are sharded twice, averaged, or ranks that compute the same would add different noise.
         """
-        if size > 1 and self.zero_stage == 3:
-            raise ValueError(f"{key} {size} with train.zero_stage 3, which shards the same weights; expected stage 0, 1 or 2")
-        for name, reason in (("ema_decay", "an average is of whole weights"), ("neftune_alpha", "ranks draw different noise")):
-            if size > 1 and getattr(self, name, None) is not None:
-                raise ValueError(f"{key} {size} with train.{name}: {reason}; expected null")
+        refused = {"ema_decay": "an average is of whole weights"}
+        for label in ("expert_parallel", "tensor_parallel"):
+            size = getattr(groups, label)
+            found = f"{key}.{label} {size} with train."
+            if size > 1 and self.zero_stage == 3:
+                raise ValueError(f"{found}zero_stage 3, which shards the same weights; expected stage 0, 1 or 2")
+            if label == "tensor_parallel":
+                refused["neftune_alpha"] = "ranks draw different noise"
+            for name, reason in refused.items():
+                if size > 1 and getattr(self, name, None) is not None:
+                    raise ValueError(f"{found}{name}: {reason}; expected null")
 
     @model_validator(mode="after")
     def _check_offload(self) -> Self:

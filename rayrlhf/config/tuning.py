@@ -95,6 +95,10 @@ class WorkersSection(Section):
     tensor_parallel: int = Field(1, ge=1)
     """Number of consecutive workers that share the weights of attention and feed-forward layers, so that a worker stores and
     computes this part of them. Must divide `count` and the model's heads; not with `sequence_parallel` or ZeRO stage 3."""
+    expert_parallel: int = Field(1, ge=1)
+    """Number of consecutive workers that share the experts of each layer, so that a worker stores this part of them. The
+    samples are split over all workers, and tokens travel to their experts. Must divide `count` and the model's experts; not
+    with `sequence_parallel`, `tensor_parallel` or ZeRO stage 3."""
     cpus: float | None = Field(None, gt=0)
     """CPUs per worker. Default: an equal share of the machine."""
     gpus: float | None = Field(None, ge=0)
@@ -168,7 +172,7 @@ class TuningRootConfig(Section):
     def _check_batch(self) -> Self:
         """Refuse an optimizer step smaller than one sample per worker or the longest sample."""
         train, workers, longest = self.train, self.workers, self.data.max_length
-        train.check_shared_weights("workers.tensor_parallel", workers.tensor_parallel)
+        train.check_shared_weights("workers", workers)
         if train.samples_per_step is not None and train.samples_per_step < workers.most // group_size(workers):
             raise ValueError(
                 f"train.batch_size {train.samples_per_step} is smaller than workers.count {workers.most}{group_label(workers)}"

@@ -19,7 +19,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.library_types import PretrainedConfig, PreTrainedModel
 from rayrlhf.models.packed_attention import SegmentsError, attend_within_segments
 from rayrlhf.models.sequence_parallel import RowSplit, split_attention
-from rayrlhf.models.tensor_parallel import WeightSplit, obstacle
+from rayrlhf.models.tensor_parallel import WeightSplit
 
 if TYPE_CHECKING:
     from rayrlhf.models.network import Network
@@ -224,7 +224,7 @@ def split_weights(network: "Network", split: WeightSplit, path: str, device: tor
     Raises:
         UserError: the weights cannot be cut, or the ranks compute something else.
     """
-    reason = obstacle(network.model, split.size)
+    reason = split.obstacle(network.model)
     if reason is None:
         vectors = [one for one in network.trunk.parameters() if one.requires_grad and one.ndim == 1]
         with attention_on_cpu(network.trunk):
@@ -240,9 +240,9 @@ def split_weights(network: "Network", split: WeightSplit, path: str, device: tor
             floor = 1e-5 * max((float(one.abs().max()) for one in wanted[1:]), default=0.0)
             fits = all(_equal(*both, floor=floor) for both in zip(found, (one.to(device) for one in wanted), strict=True))
         if not split.agree(fits, device):
-            reason = "computes something else where ranks share its weights; expected 1"
+            reason = f"computes something else where ranks share its {split.shared}; expected 1"
     if reason is not None:
-        raise UserError(f"tensor_parallel {split.size}: a {network.check.family} model ({path}) {reason}")
+        raise UserError(f"{split.key} {split.size}: a {network.check.family} model ({path}) {reason}")
     network.weight_split = split
 
 

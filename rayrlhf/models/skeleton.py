@@ -1,14 +1,16 @@
-"""Checks of a model from its configuration alone: adapters, memory, sequence and tensor parallelism."""
+"""Checks of a model from its configuration alone: adapters, memory, groups of ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 import torch
 
 from rayrlhf.config.model import ModelSection
+from rayrlhf.config.rank_groups import RankGroups
 from rayrlhf.config.section import GIB
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PretrainedConfig, PreTrainedModel
+from rayrlhf.models.expert_parallel import expert_obstacle
 from rayrlhf.models.held_weights import holdable
 from rayrlhf.models.load import checkpoint_dtype, load_architecture
 from rayrlhf.models.lora import check_targets
@@ -82,6 +84,22 @@ def check_adapters(model: ModelSection) -> None:
         check_targets(network, model.lora)
 
 
+def check_rank_groups(model: ModelSection, key: str, groups: RankGroups) -> None:
+    """Check, before weights load, that ranks can share a model's rows, weights or experts.
+
+    Args:
+        model: the model.
+        key: section of the groups, for the message.
+        groups: sizes of groups of ranks.
+
+    Raises:
+        UserError: they cannot.
+    """
+    check_row_split(model, f"{key}.sequence_parallel", groups.sequence_parallel)
+    check_weight_split(model, f"{key}.tensor_parallel", groups.tensor_parallel)
+    check_weight_split(model, f"{key}.expert_parallel", groups.expert_parallel, expert_obstacle)
+
+
 def check_row_split(model: ModelSection, key: str, size: int) -> None:
     """Check, before weights load, that a model's rows can be split over ranks.
 
@@ -106,16 +124,21 @@ def check_row_split(model: ModelSection, key: str, size: int) -> None:
         )
 
 
-def check_weight_split(model: ModelSection, key: str, size: int) -> None:
+def check_weight_split(
+    model: ModelSection, key: str, size: int, find_obstacle: Callable[[PreTrainedModel, int], str | None] = obstacle
+) -> None:
     """Check, before weights load, that they can be split over ranks.
 
-    See `check_row_split` for the arguments.
+    See `check_row_split` for the other arguments.
+
+    Args:
+        find_obstacle: returns why not.
 
     Raises:
         UserError: they cannot be split.
     """
     network = None if size == 1 else skeleton(model)
-    reason = None if network is None else obstacle(network, size)
+    reason = None if network is None else find_obstacle(network, size)
     if network is not None and reason is not None:
         raise UserError(f"{key} {size}: a {network.config.model_type} model ({model.path}) {reason}")
 

@@ -12,7 +12,7 @@ Norms within single heads read the heads of one rank only, so their gradients ar
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,15 +40,22 @@ class _Planned(NamedTuple):
 class WeightSplit(RankGroup):
     """Equal parts of the weights of linear layers, one per rank of a group.
 
-    A parameter that is cut has the attributes `tensor_model_parallel`, `partition_dim` and `partitions`.
-
     Attributes:
+        key: name of the setting.
+        shared: parts of the model that ranks hold in parts.
         data_group: ranks of the world that hold the same parts.
     """
+
+    key: ClassVar[str] = "tensor_parallel"
+    shared: ClassVar[str] = "weights"
 
     def __init__(self, group: "ProcessGroup", data_group: "ProcessGroup") -> None:
         super().__init__(group)
         self.data_group = data_group
+
+    def obstacle(self, model: PreTrainedModel) -> str | None:
+        """See `obstacle`."""
+        return obstacle(model, self.size)
 
     def cut(self, model: PreTrainedModel) -> None:
         """Keep this rank's part of the weights, in place; the model must have no `obstacle`."""
@@ -68,8 +75,7 @@ class WeightSplit(RankGroup):
             if name == "bias" and dim:
                 continue  # added once, to the sum
             parameter.data = parameter.detach().chunk(self.size, dim)[self.rank].clone()
-            marked = cast(Any, parameter)  # the first name is Megatron's, by which DeepSpeed knows such parameters
-            marked.tensor_model_parallel, marked.partition_dim, marked.partitions = True, dim, self.size
+            mark(parameter, dim, self.size)
 
     @torch.no_grad()
     def whole(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
@@ -90,6 +96,12 @@ class WeightSplit(RankGroup):
         cut, whole = (torch.nn.utils.get_total_norm(gradients).square().to(device) for gradients in by_kind)
         torch.distributed.all_reduce(cut, group=self.group)
         return (cut + whole).sqrt()
+
+
+def mark(parameter: nn.Parameter, dim: int, parts: int) -> None:
+    """Mark a parameter as one of equal parts, cut along a dimension."""
+    marked = cast(Any, parameter)  # the first name is Megatron's, by which DeepSpeed knows such parameters
+    marked.tensor_model_parallel, marked.partition_dim, marked.partitions = True, dim, parts
 
 
 def is_cut(parameter: nn.Parameter) -> bool:

@@ -193,7 +193,10 @@ def forward_passes(config: PPOConfig, sharing: Collection[Role], *, has_critic: 
     temperature = config.rollout.temperature
     logprobs: frozenset[OutputName] = frozenset({"logprobs"})
     values: frozenset[OutputName] = frozenset({"values"})
-    replicate = config.train.all_ranks_must_forward
+    replicate, replicate_critic = (
+        config.train.all_ranks_must_forward or ranks.expert_parallel > 1
+        for ranks in (config.placement.policy, config.placement.critic)
+    )
     policy, critic = config.placement.policy.group, config.placement.critic.group
     passes = []
     if config.needs_reference:
@@ -205,7 +208,7 @@ def forward_passes(config: PPOConfig, sharing: Collection[Role], *, has_critic: 
         known: frozenset[OutputName] = logprobs if config.teacher.divergence is None else logprobs | {"hidden"}
         passes.append(ForwardPass("teacher", "teacher", known, temperature, shares_prefixes="teacher" in sharing))
     if has_critic:
-        passes.append(ForwardPass("critic", "critic", values, 1.0, False, replicate, critic, "critic" in sharing))
+        passes.append(ForwardPass("critic", "critic", values, 1.0, False, replicate_critic, critic, "critic" in sharing))
     read = logprobs if config.old_logprobs == "recomputed" else frozenset()
     if config.critic.kind == "shared":
         read |= values

@@ -85,18 +85,17 @@ def check_readers(config: PPOConfig) -> None:
 
 
 def check_splits(config: PPOConfig) -> None:
-    """Check that ranks can share rows or weights where the placement says so.
+    """Check that ranks can share rows, weights or experts where the placement says so.
 
     Raises:
-        UserError: see `check_row_split` and `check_weight_split`.
+        UserError: see `check_rank_groups`.
     """
-    from rayrlhf.models.skeleton import check_row_split, check_weight_split
+    from rayrlhf.models.skeleton import check_rank_groups
 
     models = models_of(config)
     for role, placement in (("policy", config.placement.policy), ("critic", config.placement.critic)):
         if role in models:
-            check_row_split(models[role], f"placement.{role}.sequence_parallel", placement.sequence_parallel)
-            check_weight_split(models[role], f"placement.{role}.tensor_parallel", placement.tensor_parallel)
+            check_rank_groups(models[role], f"placement.{role}", placement)
 
 
 def describe_checks(config: PPOConfig) -> Iterator[str]:

@@ -47,7 +47,8 @@ class ForwardPass(NamedTuple):
         role: the actors that run it.
         temperature: of the distribution log-probs are taken from.
         reference: adapters off.
-        replicate: every rank reads all rollouts (ZeRO-3 ranks must run equally many forwards); else they split them.
+        replicate: every rank reads all rollouts (ranks of ZeRO-3, or that share experts, must run equally many forwards); else
+            they split them.
         group: number of consecutive ranks that read the same rollouts, because they share rows or weights.
         shares_prefixes: the role computes common beginnings once.
     """

@@ -11,6 +11,7 @@ from rayrlhf.actors.placement import ClusterResources, make_plan
 from rayrlhf.config.loading.load import dump_config
 from rayrlhf.config.model import LoraSection, ModelSection
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.rank_groups import weight_parts
 from rayrlhf.data.records import Prompt
 from rayrlhf.engines.rollout.factory import check_rollout_backend
 from rayrlhf.engines.scoring.reward_model import stored_chance
@@ -110,7 +111,7 @@ def least_bytes(config: PPOConfig) -> dict[str, int]:
     """
     states = 0 if config.train.optimizer.name == "sgd" else 2
     precision = resolve_dtype(config.model.dtype).itemsize
-    ranks = 1 if config.train.sharded else config.placement.policy.ranks // config.placement.policy.tensor_parallel
+    ranks = 1 if config.train.sharded else config.placement.policy.ranks // weight_parts(config.placement.policy)
     parts = {
         "policy": ranks * least_training_bytes(config.model, states=states),
         "rollout": config.rollout.replicas * precision * parameter_count(config.model),

@@ -67,6 +67,7 @@ class Task(ABC):
             targets_only=True,
             sequence_parallel=self.config.workers.sequence_parallel,
             tensor_parallel=self.config.workers.tensor_parallel,
+            expert_parallel=self.config.workers.expert_parallel,
         )
 
     def prepare(self, engine: TrainEngine, table: Table, folder: Path) -> Table:

@@ -17,12 +17,13 @@ from rayrlhf.actors.waiting import INFRASTRUCTURE_ERRORS, lost_because
 from rayrlhf.config.loading.describe import describe_tuning
 from rayrlhf.config.loading.load import dump_config, stored_differences
 from rayrlhf.config.model import LoraSection
+from rayrlhf.config.rank_groups import weight_parts
 from rayrlhf.config.tuning import DistillationConfig, DPOConfig, RewardTrainingConfig, SFTConfig, TuningConfig
 from rayrlhf.data.supervised.datasets import DatasetReport, SliceMapper, map_in_order
 from rayrlhf.errors import ActorLostError, StoppedError, UserError
 from rayrlhf.models.export import check_reward_model
 from rayrlhf.models.load import load_architecture, load_tokenizer
-from rayrlhf.models.skeleton import check_memory, check_row_split, check_weight_split, exported_bytes, least_training_bytes
+from rayrlhf.models.skeleton import check_memory, check_rank_groups, exported_bytes, least_training_bytes
 from rayrlhf.models.start_check import check_configuration, check_tokens, describe_check
 from rayrlhf.observe.host_facts import read_model_checks
 from rayrlhf.observe.host_limits import FREE_BYTES, check_free_space
@@ -201,8 +202,7 @@ def _check_start(config: TuningConfig) -> None:
     differ = partial(_differences, type(config))
     check_run_folder(config.run.folder, dump_config(config), differ, resume=config.run.resume)
     check_configuration(config.model)
-    check_row_split(config.model, "workers.sequence_parallel", config.workers.sequence_parallel)
-    check_weight_split(config.model, "workers.tensor_parallel", config.workers.tensor_parallel)
+    check_rank_groups(config.model, "workers", config.workers)
     if isinstance(config, RewardTrainingConfig) and config.kind == "outcome":
         check_reward_model(config.model)
     check_local_machine(config.workers.address, partial(_check_fits, config))
@@ -216,7 +216,7 @@ def _check_fits(config: TuningConfig, machine: ClusterResources) -> None:
     resources = worker_resources(config.workers, machine)
     if not resources.gpus:
         adapted = config.model.model_copy(update={"lora": LoraSection()})
-        workers = 1 if config.train.sharded else config.workers.fewest // config.workers.tensor_parallel
+        workers = 1 if config.train.sharded else config.workers.fewest // weight_parts(config.workers)
         needed, reduced = (workers * least_training_bytes(model) for model in (config.model, adapted))
         check_memory({"training": needed}, memory_limit_bytes(), {"model.lora={rank: 16}": reduced})
 

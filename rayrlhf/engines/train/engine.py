@@ -71,7 +71,7 @@ class TrainEngine:
             network.accept_packed_rows(packing=packing, unshared=spec.unshared)
             if network.check.layout != "packed":
                 self._spec = spec = replace(spec, packing=False)
-            self.grid: Grid = make_grid(spec.sequence_parallel, spec.tensor_parallel)
+            self.grid: Grid = make_grid(spec.sequence_parallel, spec.tensor_parallel, spec.expert_parallel)
             if self.grid.weight_split is not None:
                 split_weights(network, self.grid.weight_split, spec.model.path, self._device)
             self._network = network.to(self._device)
@@ -83,13 +83,14 @@ class TrainEngine:
         )
         self._backend = backend.wrap(self._network, optimizer, spec.train, dtype)
         check = network.check
-        if self._backend.shards_parameters and (check.layout == "alone" or check.longest_together is not None):
+        if self._backend.all_ranks_must_forward and (check.layout == "alone" or check.longest_together is not None):
+            shared = f"expert_parallel {spec.expert_parallel}" if spec.expert_parallel > 1 else spec.train.sharding_label
             raise UserError(
-                f"train: {spec.train.sharding_label}: a {check.family} model computes samples one by one, and ranks that make "
+                f"train: {shared}: a {check.family} model computes samples one by one, and ranks that make "
                 "different numbers of forward passes would wait for each other; expected whole parameters on each rank"
             )
-        # ZeRO-3 prefetches layers in one fixed order.
-        cached = spec.caches_frozen_layers and not self._backend.shards_parameters and self.grid.row_split is None
+        # ZeRO-3 prefetches layers in one fixed order, and ranks that share experts meet in each.
+        cached = spec.caches_frozen_layers and not self._backend.all_ranks_must_forward and self.grid.row_split is None
         if cached and lora is not None and lora.last_layers is not None:
             network.remember_frozen_layers(network.model.config.num_hidden_layers - lora.last_layers)
         # Recomputing activations needs training mode, which switches no dropout on: the network has none.

@@ -1,5 +1,6 @@
 """Process group of a role: joining and leaving a `torch.distributed` world."""
 
+import math
 import os
 import socket
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any, Literal
 
 import torch.distributed
 
+from rayrlhf.models.expert_parallel import ExpertSplit
 from rayrlhf.models.sequence_parallel import RowSplit
 from rayrlhf.models.tensor_parallel import WeightSplit
 
@@ -74,7 +76,8 @@ def join_alone(backend: Literal["gloo", "nccl"] = "gloo") -> None:
 class Grid:
     """Ranks of a world as (data_ranks, ranks of a group), the latter consecutive.
 
-    The ranks of a group share rows (sequence parallelism) or weights (tensor parallelism).
+    The ranks of a group share rows (sequence parallelism) or weights (tensor parallelism). Those that share experts (expert
+    parallelism) have samples of their own, and count as groups of one.
 
     Attributes:
         data_rank: 0 .. data_ranks-1, the share of the samples that this rank's group computes.
@@ -89,21 +92,23 @@ class Grid:
     weight_split: WeightSplit | None = None
 
 
-def make_grid(sequence_parallel: int, tensor_parallel: int = 1) -> Grid:
-    """Form the groups of ranks that share rows, or weights.
+def make_grid(sequence_parallel: int, tensor_parallel: int = 1, expert_parallel: int = 1) -> Grid:
+    """Form the groups of ranks that share rows, weights, or experts.
 
     Every rank of the world takes part.
 
     Args:
         sequence_parallel: ranks that share rows.
-        tensor_parallel: ranks that share weights; one of both must be 1.
+        tensor_parallel: ranks that share weights.
+        expert_parallel: ranks that share experts; two of the three must be 1.
 
     Raises:
-        ValueError: both are more, or the ranks cannot be divided.
+        ValueError: two are more, or the ranks cannot be divided.
     """
-    rank, ranks, size = torch.distributed.get_rank(), torch.distributed.get_world_size(), sequence_parallel * tensor_parallel
-    if ranks % size or (sequence_parallel > 1 and tensor_parallel > 1):
-        raise ValueError(f"{ranks} ranks in groups of {sequence_parallel} x {tensor_parallel}")
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    size = max(sizes := (sequence_parallel, tensor_parallel, expert_parallel))
+    if ranks % size or size != math.prod(sizes):
+        raise ValueError(f"{ranks} ranks in groups of {' x '.join(map(str, sizes))}")
     if size == 1:
         return Grid(rank, ranks)
     timeout = _timeout()
@@ -113,6 +118,8 @@ def make_grid(sequence_parallel: int, tensor_parallel: int = 1) -> Grid:
         return Grid(share, shares, RowSplit(group))
     alike = [list(range(first, ranks, size)) for first in range(size)]
     data, _ = torch.distributed.new_subgroups_by_enumeration(alike, timeout=timeout)  # type: ignore[no-untyped-call]
+    if expert_parallel > 1:
+        return Grid(rank, ranks, weight_split=ExpertSplit(group, data))
     return Grid(share, shares, weight_split=WeightSplit(group, data))
 
 

@@ -32,6 +32,7 @@ class TrainEngineSpec:
         noise_alpha: strength of NEFTune noise on the embeddings in updates; None adds none.
         sequence_parallel: consecutive ranks that share each row; divides the ranks.
         tensor_parallel: consecutive ranks that share each weight; divides the ranks.
+        expert_parallel: consecutive ranks that share the experts; divides the ranks.
         backend: name in `TRAIN_BACKENDS` of `rayrlhf.engines.train.engine`.
     """
 
@@ -51,6 +52,7 @@ class TrainEngineSpec:
     noise_alpha: float | None = None
     sequence_parallel: int = 1
     tensor_parallel: int = 1
+    expert_parallel: int = 1
     backend: str = "deepspeed"
 
     @property

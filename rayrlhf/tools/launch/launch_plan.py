@@ -13,7 +13,7 @@ from rayrlhf.config.judge import JudgeSection
 from rayrlhf.config.launch import NodeSection
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
-from rayrlhf.config.rank_groups import shared_parts
+from rayrlhf.config.rank_groups import shared_parts, weight_parts
 from rayrlhf.config.rollout import RolloutSection
 from rayrlhf.config.runtime import TrainPlacement
 from rayrlhf.config.section import GIB
@@ -210,8 +210,8 @@ def _memory(
     from rayrlhf.models.sequence_parallel import key_copies
 
     placement = config.placement.policy if role == "policy" else config.placement.critic
-    size, parts = placement.sequence_parallel, placement.tensor_parallel
-    own = cut_shape(shape, parts)
+    size, parts = placement.sequence_parallel, weight_parts(placement)
+    own = cut_shape(shape, placement.tensor_parallel, placement.expert_parallel)
     samples = -(-config.mini_batch_size // placement.data_ranks)
     if train.micro_batch_size is not None:
         tokens = min(train.micro_batch_size, samples) * longest

@@ -21,6 +21,7 @@ class ModelShape:
         parameters: of the whole checkpoint, tied tensors once.
         linear: of linear layers except the output layer.
         output: of the output layer, tied or not.
+        experts: of the experts that ranks can share.
         trainable: all parameters, or those of the adapters.
         stored: bytes of a number in the checkpoint, 2 or 4.
         held_linear: the part of `linear` that is held in the checkpoint's dtype where it is frozen (`models/held_weights`).
@@ -40,6 +41,7 @@ class ModelShape:
     parameters: int
     linear: int
     output: int
+    experts: int
     trainable: int
     stored: int
     held_linear: int
@@ -94,6 +96,7 @@ def shape_of(network: PreTrainedModel, lora: LoraSection | None = None) -> Model
     """
     from torch import nn
 
+    from rayrlhf.models.expert_parallel import expert_layers
     from rayrlhf.models.held_weights import HALVES, holdable
     from rayrlhf.models.stacked_weights import only_stacks
 
@@ -112,6 +115,7 @@ def shape_of(network: PreTrainedModel, lora: LoraSection | None = None) -> Model
         parameters=parameters,
         linear=sum(module.weight.numel() for module in linear.values()),
         output=head.weight.numel(),
+        experts=sum(parameter.numel() for layer in expert_layers(network) for parameter in layer.parameters()),
         trainable=parameters
         if lora is None or adapted is None
         else lora.rank * sum(module.in_features + module.out_features for module in adapted.values()),
@@ -132,17 +136,21 @@ def shape_of(network: PreTrainedModel, lora: LoraSection | None = None) -> Model
     )
 
 
-def cut_shape(shape: ModelShape, size: int) -> ModelShape:
-    """Return the shape of one rank's part of a model whose weights ranks share.
+def cut_shape(shape: ModelShape, size: int, expert_parallel: int = 1) -> ModelShape:
+    """Return the shape of a rank's part of a model whose weights ranks share.
 
-    See `models/tensor_parallel`. Only linear layers are cut; their few biases and adapters count as whole.
+    See `models/tensor_parallel` and `models/expert_parallel`. Only linear layers and experts are cut; their few biases and
+    adapters count as whole.
     """
     linear, held = -(-shape.linear // size), -(-shape.held_linear // size)
+    experts = shape.experts // expert_parallel
+    parameters = shape.parameters - shape.linear + linear - shape.experts + experts
     return replace(
         shape,
-        parameters=shape.parameters - shape.linear + linear,
+        parameters=parameters,
         linear=linear,
-        trainable=shape.trainable if shape.adapters else shape.parameters - shape.linear + linear,
+        experts=experts,
+        trainable=shape.trainable if shape.adapters else parameters,
         held_linear=held,
         query=shape.query // size,
         key_value=shape.key_value // size,

@@ -1,7 +1,10 @@
 """What the tests of ranks that share rows or weights have in common: experience, a loss, processes, comparisons."""
 
+import importlib
+import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -67,17 +70,30 @@ def relative(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float
 
 def run_processes(module: str, ranks: int, arguments: list[str], alone: Callable[[], None]) -> None:
     """Run `main` of a module as ranks of a world, and `alone` in this process meanwhile."""
-    code, port = f"from {module} import main; main()", free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(ranks), str(port), *arguments],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-        )
-        for rank in range(ranks)
-    ]
+    code = f"from {module} import main; from {__name__} import fork_ranks; fork_ranks(main, {ranks})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(ranks), str(free_port()), *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
     join_alone()
     alone()
-    errors = [process.communicate(timeout=500)[1].decode() for process in processes]
-    failed = [error[-3000:] for process, error in zip(processes, errors, strict=True) if process.returncode]
-    assert not failed, "\n".join(failed)
+    error = process.communicate(timeout=500)[1].decode()
+    assert process.returncode == 0, error[-3000:]
+
+
+def fork_ranks(main: Callable[[], None], ranks: int) -> None:
+    """Run `main` as each rank in a fork of this process, whose libraries take longer to import than most tests run."""
+    importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    children = []
+    for rank in range(ranks):
+        if not (child := os.fork()):
+            sys.argv.insert(1, str(rank))
+            try:
+                main()
+            finally:  # it ends the process, unless it fails
+                traceback.print_exc()
+                os._exit(1)
+        children.append(child)
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children))

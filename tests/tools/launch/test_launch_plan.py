@@ -12,7 +12,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.tools.launch.launch_plan import plan_run
 from rayrlhf.tools.launch.remedy import _single, advice, find_remedy, fits
 from rayrlhf.tools.launch.role_layout import lay_out
-from tests.tools.launch.models import LLAMA_7B, LLAMA_70B, ppo, write_model
+from tests.tools.launch.models import LLAMA_7B, LLAMA_70B, MIXTRAL, ppo, write_model
 
 EIGHT = NodeSection(count=8, gpus=8, cpus=96)
 MACHINE = ClusterResources((96.0,) * 8, (8.0,) * 8)
@@ -249,6 +249,22 @@ def test_ranks_that_share_weights_hold_their_part_of_linear_layers_and_load_the_
     assert after.host == 4 * (linear + rest)
     assert after.loading == 0
     assert after.total < before.total / 2
+
+
+def test_ranks_that_share_experts_hold_their_part_of_them(tmp_path):
+    model = write_model(tmp_path / "moe", MIXTRAL)
+    whole = plan_run(ppo(model, "placement.policy.ranks=4"), EIGHT)
+    cut = plan_run(ppo(model, "placement.policy={ranks: 4, expert_parallel: 4}"), EIGHT)
+    (line,) = (line for line in cut.lines() if line.startswith("policy: "))
+    assert line.endswith("experts split over 4")
+    experts = MIXTRAL["num_hidden_layers"] * 8 * 3 * MIXTRAL["hidden_size"] * MIXTRAL["intermediate_size"]
+    for part, numbers in (("weights", 1), ("optimizer", 2)):
+        before, after = (getattr(plan.memory["policy"], part) for plan in (whole, cut))
+        assert before - after == 4 * numbers * experts * 3 // 4
+    with pytest.raises(
+        UserError, match=r"placement\.policy\.expert_parallel 3: a mixtral .* has 8 experts; expected a divisor"
+    ):
+        plan_run(ppo(model, "placement.policy={ranks: 3, expert_parallel: 3}"), EIGHT)
 
 
 def test_a_plan_refuses_to_split_weights_that_ranks_do_not_divide(folder):

@@ -20,6 +20,7 @@ from rayrlhf.engines.train.backends.base import StateFiles
 from rayrlhf.engines.train.backends.zero_shards import ZeroShards
 from rayrlhf.engines.train.optimizers import RATE_FACTOR
 from rayrlhf.library_types import DeepSpeedEngine
+from rayrlhf.models.expert_parallel import ExpertSplit
 from rayrlhf.models.network import Network
 from rayrlhf.models.network_io import NetworkOutput
 from rayrlhf.models.tensor_parallel import WeightSplit
@@ -32,7 +33,8 @@ class DeepSpeedBackend:
     """Train backend on DeepSpeed, at ZeRO stages 0 to 3. See `TrainBackend` for the protocol."""
 
     def __init__(self, engine: DeepSpeedEngine, stage: int, split: WeightSplit | None = None) -> None:
-        self.shards_parameters = self.all_ranks_must_forward = stage == 3
+        self.shards_parameters = stage == 3
+        self.all_ranks_must_forward = self.shards_parameters or isinstance(split, ExpertSplit)
         self._engine = engine
         self._stage = stage
         self._split = split
@@ -52,6 +54,8 @@ class DeepSpeedBackend:
         deepspeed = _prepare_deepspeed()
         split = network.weight_split
         groups = None if split is None else _ModelParallelGroups(split)
+        if isinstance(split, ExpertSplit):  # DeepSpeed's own hooks run later and add up ranks with equal experts
+            split.sum_gradients(network.parameters(), always=train.zero_stage == 2)
         engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=_config(train, dtype), mpu=groups)
         backend = cls(engine, train.zero_stage, split)
         if train.zero_stage == 0 and backend._data_ranks == 1:
@@ -67,6 +71,8 @@ class DeepSpeedBackend:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient (see `TrainBackend.backward`)."""
         self._engine.set_gradient_accumulation_boundary(last)
+        if isinstance(self._split, ExpertSplit):
+            self._split.step_follows = last
         # DeepSpeed averages gradients over the ranks that hold the same weights; the protocol asks for their sum.
         self._engine.backward(loss * self._data_ranks, scale_wrt_gas=False)
 
@@ -143,6 +149,7 @@ class _ModelParallelGroups:
     """Groups of ranks under the names that DeepSpeed reads (`mpu`)."""
 
     def __init__(self, split: WeightSplit) -> None:
+        self.key = split.key
         self._model, self._data = split.group, split.data_group
 
     def get_model_parallel_group(self) -> Any:

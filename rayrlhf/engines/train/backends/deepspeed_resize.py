@@ -33,7 +33,7 @@ def load_resized(engine: DeepSpeedEngine, folder: Path) -> Mapping[str, int]:
     """
     check_parts(engine, folder)
     if engine.mpu is not None:
-        raise UserError(f"{folder}: the training state is of another number of ranks; expected the same with tensor_parallel")
+        raise UserError(f"{folder}: the training state is of another number of ranks; expected the same with {engine.mpu.key}")
     stage = engine.zero_optimization_stage()
     model = state_folder(folder) / f"{'zero_pp_rank_0_' if stage == 3 else ''}mp_rank_00_model_states.pt"
     if not model.is_file():

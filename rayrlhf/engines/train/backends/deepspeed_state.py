@@ -123,11 +123,11 @@ def check_parts(engine: DeepSpeedEngine, folder: Path) -> None:
         UserError: another number of ranks shares them.
     """
     saved = {path.name.split("mp_rank_")[1][:2] for path in state_folder(folder).glob("*mp_rank_*_model_states.pt")}
-    size = 1 if engine.mpu is None else engine.mpu.get_model_parallel_world_size()
+    size, key = 1, "tensor_parallel or expert_parallel"
+    if engine.mpu is not None:
+        size, key = engine.mpu.get_model_parallel_world_size(), engine.mpu.key
     if saved and len(saved) != size:
-        raise UserError(
-            f"{folder}: the training state is of tensor_parallel {len(saved)}, this run has {size}; expected the same"
-        )
+        raise UserError(f"{folder}: the training state is of {key} {len(saved)}, this run has {size}; expected the same")
 
 
 def _plain_classes() -> list[Any]:
