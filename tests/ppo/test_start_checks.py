@@ -42,6 +42,10 @@ def no_cluster(monkeypatch):
             r"placement.policy.tensor_parallel 2: a llama model .* has 1 heads and 1 key heads; expected a divisor of both$",
         ),
         (
+            ["placement.policy={ranks: 2, expert_parallel: 2}"],
+            r"placement.policy.expert_parallel 2: a llama model .* has no experts that ranks can share; expected 1$",
+        ),
+        (
             ["reward.functions=[{name: gsm8k}]"],
             "row 1: reward function 'gsm8k' needs column 'answer'; the row's columns are: prompt, number",
         ),
