@@ -11,6 +11,7 @@ from rayrlhf.errors import AlarmError, UserError
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.observe.samples import read_samples
 from rayrlhf.tuning.train_model import check_sft, train_reward, train_sft
+from tests.models.families import write_family
 from tests.tuning.runs import copied, reward_config, sft_config
 
 CURVE_TOLERANCE = 1e-4
@@ -113,13 +114,17 @@ def test_workers_that_share_rows_take_the_steps_of_one(one_worker, tmp_path):
 
 
 @pytest.mark.nightly
-def test_workers_that_share_weights_take_the_steps_of_one(cluster, tmp_path):
-    wide = ("model.path=builtin:tiny?layers=2&hidden=256&context=128", "train.learning_rate=1e-3")
+@pytest.mark.parametrize("key", ["tensor_parallel", "expert_parallel"])
+def test_workers_that_share_weights_or_experts_take_the_steps_of_one(cluster, tmp_path, key):
+    path = "builtin:tiny?layers=2&hidden=256&context=128"
+    if key == "expert_parallel":
+        path = str(write_family("mixtral", tmp_path / "mixtral"))
+    model = (f"model.path={path}", "model.dtype=float32", "train.learning_rate=1e-3")
     alone, cut = (
-        train_sft(sft_config(tmp_path, f"run.name={name}", *wide, *settings))
+        train_sft(sft_config(tmp_path, f"run.name={name}", *model, *settings))
         for name, settings in (
             ("alone", []),
-            ("cut", ["workers={count: 2, tensor_parallel: 2, cpus: 1}", "train.zero_stage=1"]),
+            ("cut", [f"workers={{count: 2, {key}: 2, cpus: 1}}", "train.zero_stage=1"]),
         )
     )
     np.testing.assert_allclose(losses(cut.folder), losses(alone.folder), rtol=0, atol=CURVE_TOLERANCE)
