@@ -36,7 +36,6 @@ WIDE = (
     *(cell(family, stage) for family in ("qwen3_moe", "mixtral", "qwen2_moe") for stage in range(3)),
     *(cell("qwen3_moe", stage, lora=ALL) for stage in range(3)),
     cell("olmoe", 1, heads=("lm",)),
-    *(cell(family, 1, heads=("lm",)) for family in ("glm4_moe", "deepseek_v3", "granitemoe", "phimoe")),
     cell("qwen3_moe", 1, offload=True),
     cell("qwen3_moe", 1, dtype="bfloat16"),
 )
