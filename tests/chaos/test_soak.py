@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,13 @@ DRIVER_KILLS = 3
 PROMPTS, EVERY_STEP = 32, 4
 PPO = [*SETTINGS, "recovery.attempts=99", "deadlines.start=240"]
 ASYNC = [setting for setting in PPO if not setting.startswith(("run.determinism", "recovery.snapshot", "rollout.replicas"))]
+AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+"""Processes of Ray itself with the title of an actor."""
+WANTED = {"presft": [("", 4), ("MapWorker", 99)]}
+"""Part of the titles of the actors that are killed, by kind of run, and the number of kills. Elsewhere any actor is.
+
+A restart of Pre-SFT begins with a training stage, so that kills of any actor would seldom reach a generator or scorer.
+"""
 LIMIT = 3000
 """Seconds for all kills of one run and its end."""
 
@@ -65,24 +73,28 @@ class Victim:
             )
 
     def actors(self):
-        """Ray's processes that run an actor; none while Ray starts."""
-        found = []
-        for process in psutil.Process(self.driver.pid).children(recursive=True):
-            try:
-                title = " ".join(process.cmdline())
-                if title.startswith("ray::") and "IDLE" not in title:
-                    found.append((title.split()[0].partition(".")[0], process))
-            except psutil.Error:
-                continue
+        """The run's processes that hold an actor to be killed next, with their titles; none while Ray starts."""
+        found, done = [], len(self.hurts)
+        wanted = next((part for part, count in WANTED.get(self.name.split()[0], ()) if done < count), "")
+        with suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self.driver.pid).children(recursive=True):
+                with suppress(psutil.Error):
+                    title = " ".join(process.cmdline()).partition(" ")[0].partition(".")[0]
+                    if title.startswith("ray::") and title != "ray::IDLE" and title not in AGENTS and wanted in title:
+                        found.append((title, process))
         return sorted(found, key=lambda one: one[1].pid)
 
+    def wait_for_actor(self):
+        """Wait until there is an actor, loaded or still loading, or the driver has ended."""
+        while self.driver.poll() is None and not self.actors():
+            time.sleep(0.1)
+
     def hurt(self, generator, *, driver):
-        """Kill one process: an actor if there is one and not the driver is asked for."""
+        """Kill the driver, or one of the actors."""
         try:
-            actors = self.actors()
-            title, process = ("driver", self.driver) if driver or not actors else generator.choice(actors)
+            title, process = ("driver", self.driver) if driver else generator.choice(self.actors())
             process.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
+        except (psutil.NoSuchProcess, IndexError):
             return
         if title == "driver":
             self.driver.wait(60)
@@ -104,10 +116,13 @@ class Victim:
             if len(self.hurts) == count:
                 time.sleep(0.2)
                 continue
+            driver = len(self.hurts) in drivers
+            if not driver:
+                self.wait_for_actor()
             time.sleep(generator.random() * generator.choice([1.0, 8.0, 20.0]))
             if self.driver.poll() is None:
                 print(f"{self.name}: kill {len(self.hurts) + 1} of {count}, {time.monotonic() - since:.0f} s after the start")
-                self.hurt(generator, driver=len(self.hurts) in drivers)
+                self.hurt(generator, driver=driver)
 
     @property
     def tail(self):
