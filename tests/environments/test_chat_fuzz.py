@@ -20,6 +20,8 @@ from tests.environments.chat_families import families, tokenizer_of
 FAMILIES = families()
 SCHEMA = {"type": "object", "properties": {}}
 TOOL = {"type": "function", "function": {"name": "add", "description": "sum", "parameters": SCHEMA}}
+MANY = 200
+"""Conversations of a chat template in the nightly test."""
 WORDS = ("then", "see", "ok", "\n", " ", "an answer", "{}", "é", "the sheep", "?", '"}', "42", "\t", "<b>")
 
 
@@ -190,5 +192,6 @@ def test_trained_tokens_are_the_sampled_ones_whatever_the_client_sends_back(name
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_trained_tokens_are_the_sampled_ones_in_hundreds_of_conversations(name):
-    plain, one = fuzz(name, 200)
+    assert MANY * len(FAMILIES) >= 5000
+    plain, one = fuzz(name, MANY)
     assert one == plain > 0
