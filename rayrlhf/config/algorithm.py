@@ -99,6 +99,11 @@ class AdvantageSection(Section):
     like)."""
     lam: float = Field(0.95, ge=0, le=1)
     """Lambda of GAE, from one-step differences (0) to whole returns (1) (Schulman et al. 2016). Only gae reads it."""
+    critic_lam: float | None = Field(None, ge=0, le=1)
+    """Lambda of the critic's returns (decoupled GAE; 1 in VC-PPO and VAPO). Only for gae. Default: that of the advantages."""
+    lam_alpha: float | None = Field(None, gt=0)
+    """Length-adaptive lambda of the advantages in place of `lam`: 1 - 1 / (alpha * actions of the response), at least 0 (VAPO:
+    0.05). Only for gae. Default: off."""
     whiten: bool | None = None
     """Shift and scale advantages to mean 0 and variance 1 over all samples of the step. Default: true for gae, reinforce++ and
     reinforce++-baseline, false for the others."""
@@ -107,6 +112,11 @@ class AdvantageSection(Section):
 
     @model_validator(mode="after")
     def _check_arguments(self) -> Self:
+        for name in ("critic_lam", "lam_alpha"):
+            if self.estimator != "gae" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} has no effect with estimator '{self.estimator}': remove it, or set estimator to 'gae'"
+                )
         if self.arguments and ":" not in self.estimator:
             raise ValueError(f"arguments have no effect with estimator '{self.estimator}': remove them")
         return self

@@ -22,6 +22,8 @@ def check_estimator_inputs(config: "PPOConfig", method: "AdvantageMethod") -> No
         raise ValueError(
             "teacher: it reads the prompts that are trained on, without rollout.demonstrations: remove one of them"
         )
+    if config.critic.pretrain_steps and name != "gae":
+        raise ValueError(f"critic.pretrain_steps sets GAE's lambda: not possible with algorithm.advantage.estimator '{name}'")
     check_given_responses(config, method)
     check_judged_groups(config)
     check_online_dpo(config, method)

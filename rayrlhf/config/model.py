@@ -64,13 +64,23 @@ class CriticSection(Section):
     reads hundreds of hidden units at once: at the rate of LoRA adapters (1e-3) its values swing by more than the rewards."""
     warmup_steps: int = Field(0, ge=0)
     """Critic warm-up: steps at the start in which only a separate critic trains, so that the first advantages carry signal."""
+    pretrain_steps: int = Field(0, ge=0)
+    """Value pretraining (VC-PPO), in place of `warmup_steps`: critic warm-up on Monte-Carlo returns (lambda 1). Only with the
+    estimator gae."""
+
+    @property
+    def steps_alone(self) -> int:
+        """Steps at the start in which only the critic trains."""
+        return self.warmup_steps or self.pretrain_steps
 
     @model_validator(mode="after")
     def _check_critic_settings(self) -> Self:
-        for name in ("model", "learning_rate", "warmup_steps"):
+        for name in ("model", "learning_rate", "warmup_steps", "pretrain_steps"):
             used = self.kind == "separate" or (self.kind == "shared" and name == "learning_rate")
             if not used and getattr(self, name):
                 raise ValueError(f"{name} has no effect with kind '{self.kind}': remove it, or set kind to 'separate'")
+        if self.warmup_steps and self.pretrain_steps:
+            raise ValueError("warmup_steps and pretrain_steps both let the critic train alone: remove one of them")
         return self
 
 

@@ -127,7 +127,7 @@ class ExperienceMaker:
         groups = torch.tensor([rollout.key.prompt for rollout in rollouts])
         compared = (self._baselines(scored), self._votes(rollouts), *self._parts(scored), self._samples(rollouts))
         inputs = AdvantageInputs(rewards, scores, groups, mask, earned.value_mask, values, *compared)
-        result = self._estimate(inputs)
+        result = self._estimate(inputs, rollouts[0].key.step)
         advantages, taught, teacher_metrics = self._taught(result.advantages, logprobs, scored, mask)
         weights, weight_metrics, accepted = self._corrected(logprobs, engine, free)
         kept = self._kept(rollouts)[:, None] & accepted
@@ -218,8 +218,11 @@ class ExperienceMaker:
                 return f"{_described(scored, row)}, token {token}, {name}"
         return ""
 
-    def _estimate(self, inputs: AdvantageInputs) -> Advantages:
-        section = self._config.algorithm.advantage
+    def _estimate(self, inputs: AdvantageInputs, step: int) -> Advantages:
+        section, arguments = self._config.algorithm.advantage, self._config.algorithm.advantage.arguments
+        if section.estimator == "gae":
+            pretraining = step < self._config.critic.pretrain_steps
+            arguments = {"critic_lam": 1.0 if pretraining else section.critic_lam, "lam_alpha": section.lam_alpha}
         return estimate_advantages(
             section.estimator,
             inputs,
@@ -227,7 +230,7 @@ class ExperienceMaker:
             lam=section.lam,
             skip_masked=section.skip_masked,
             whitened=section.whiten,
-            arguments=section.arguments,
+            arguments=arguments,
         )
 
     def _taught(

@@ -71,8 +71,11 @@ def _distillation(config: PPOConfig) -> DistillationObjective | None:
 
 
 def learning_roles(objectives: dict[TrainRole, Objective], config: PPOConfig, step: int) -> dict[TrainRole, Objective]:
-    """Return the objectives of a step, counted from 0: the critic alone during `critic.warmup_steps`."""
-    if step < config.critic.warmup_steps:
+    """Return the objectives of a step, counted from 0.
+
+    During its warm-up or pretraining the critic learns alone.
+    """
+    if step < config.critic.steps_alone:
         return {role: objective for role, objective in objectives.items() if role == "critic"}
     return objectives
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rayrlhf.algorithms.advantages import estimate_advantages
 from rayrlhf.algorithms.estimator import AdvantageInputs
-from rayrlhf.algorithms.gae import gae
+from rayrlhf.algorithms.gae import adaptive_lambda, gae
 from rayrlhf.errors import UserError
 from tests.algorithms.batches import Batch, batches
 
@@ -141,6 +141,29 @@ def test_the_registered_estimator_whitens_advantages_and_leaves_returns_alone(ba
     assert torch.equal(plain.returns, returns)
     assert torch.equal(white.returns, returns)
     assert abs(white.advantages[batch.mask].mean()) < 1e-6
+
+
+@given(batches(), unit, unit, st.floats(0.05, 2))
+def test_returns_and_advantages_have_a_lambda_each_and_that_of_advantages_grows_with_the_length(
+    batch: Batch, gamma: float, critic_lam: float, alpha: float
+) -> None:
+    inputs = inputs_of(batch, batch.floats())
+    assert inputs.values is not None
+    options = {"gamma": gamma, "lam": 0.3, "skip_masked": True, "whitened": False}
+    found = estimate_advantages("gae", inputs, **options, arguments={"critic_lam": critic_lam, "lam_alpha": alpha})
+    assert found.returns is not None
+    for row, mask in enumerate(batch.mask):
+        rewards, values = inputs.rewards[row, mask].tolist(), inputs.values[row, mask].tolist()
+        lam = max(0.0, 1 - 1 / (alpha * max(1, len(rewards))))
+        expected = torch.tensor(by_definition(rewards, values, gamma, lam)).double()
+        targets = torch.tensor(by_definition(rewards, values, gamma, critic_lam)).double() + inputs.values[row, mask]
+        torch.testing.assert_close(found.advantages[row, mask], expected, atol=1e-5, rtol=1e-5, check_dtype=False)
+        torch.testing.assert_close(found.returns[row, mask], targets, atol=1e-5, rtol=1e-5, check_dtype=False)
+
+
+def test_the_adaptive_lambda_is_0_for_short_responses_and_that_of_the_paper_for_long_ones() -> None:
+    found = adaptive_lambda(torch.tensor([0, 10, 20, 40, 1000, 16000]), 0.05)
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.0, 0.0, 0.5, 0.98, 0.99875]))
 
 
 def test_gae_without_a_critic_and_unknown_estimators_are_errors() -> None:

@@ -157,6 +157,17 @@ def test_a_resumed_maker_continues_with_the_same_coefficient_and_moments():
     assert ours.metrics == theirs.metrics
 
 
+def test_the_critics_targets_are_whole_returns_in_pretraining_and_those_of_its_lambda_after_it():
+    own = ["critic.kind=separate", "critic.pretrain_steps=1", "algorithm.kl.coefficient=0", "algorithm.advantage.lam=1"]
+    maker = ExperienceMaker(load(*own, "algorithm.advantage.critic_lam=0", "algorithm.advantage.whiten=false"))
+    logprobs = [[-1.0, -1.0]]
+    rows = scored([[1, 2]], [True], [3.0], logprobs, logprobs, [[0.25, 0.5, 0.0]], readers=("policy", "critic"))
+    later = replace(rows, rollouts=tuple(replace(rollout, key=SampleKey(1, 0, 0)) for rollout in rows.rollouts))
+    found = [maker.make(step).batch.arrays for step in (rows, later)]
+    assert [arrays["returns"][0, :2].tolist() for arrays in found] == [[3.0, 3.0], [0.5, 3.0]]
+    assert [arrays["advantages"][0].tolist() for arrays in found] == [[2.75, 2.5]] * 2
+
+
 def two_prompts(scores, policy_shift=0.0):
     """Two responses to each of two prompts, 2 to 4 tokens of at most 4; the last one was cut off by the limit."""
     responses = [[1, 2], [3, 4, 5], [6, 7], [8, 9, 8, 9]]

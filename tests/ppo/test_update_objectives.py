@@ -25,8 +25,9 @@ def test_a_shared_trunk_has_one_objective_and_a_separate_critic_one_of_its_own()
     assert isinstance(apart["critic"], ValueObjective)
 
 
-def test_only_the_critic_learns_during_its_warm_up():
-    config = load_config(PPOConfig, None, [*REQUIRED, "critic.warmup_steps=2"])
+@pytest.mark.parametrize("setting", ["warmup_steps", "pretrain_steps"])
+def test_only_the_critic_learns_during_its_warm_up(setting):
+    config = load_config(PPOConfig, None, [*REQUIRED, f"critic.{setting}=2"])
     roles = [set(learning_roles(make_objectives(config), config, step)) for step in range(4)]
     assert roles == [{"critic"}, {"critic"}, {"policy", "critic"}, {"policy", "critic"}]
 
@@ -34,6 +35,34 @@ def test_only_the_critic_learns_during_its_warm_up():
 def test_a_critic_on_the_policys_trunk_has_no_warm_up_of_its_own():
     with pytest.raises(UserError, match="warmup_steps has no effect with kind 'shared'"):
         objectives("critic.kind=shared", "critic.warmup_steps=2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["critic.warmup_steps=2", "critic.pretrain_steps=2"],
+            "warmup_steps and pretrain_steps both let the critic train alone",
+        ),
+        (["critic.kind=shared", "critic.pretrain_steps=2"], "pretrain_steps has no effect with kind 'shared'"),
+        (["algorithm.advantage.estimator=rloo", "algorithm.advantage.critic_lam=1"], "critic_lam has no effect with estimator"),
+        (["algorithm.advantage.estimator=rloo", "algorithm.advantage.lam_alpha=1"], "lam_alpha has no effect with estimator"),
+    ],
+)
+def test_settings_of_the_critics_lambda_without_effect_are_refused(overrides, message):
+    with pytest.raises(UserError, match=message):
+        objectives(*overrides)
+
+
+def test_value_pretraining_is_refused_with_an_estimator_that_has_no_lambda(tmp_path):
+    plugin = tmp_path / "own.py"
+    lines = [
+        "from rayrlhf.algorithms.advantages import AdvantageMethod, zero_estimator",
+        "own = AdvantageMethod(zero_estimator, True)",
+    ]
+    plugin.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"critic\.pretrain_steps sets GAE's lambda"):
+        objectives("critic.pretrain_steps=2", f"algorithm.advantage.estimator={plugin}:own")
 
 
 def test_every_epoch_sees_every_sample_once_in_an_order_of_its_own():

@@ -199,8 +199,47 @@ _ICEPOP: Tree = _group_recipe(
     off_policy_correction={"level": "token", "mode": "mask", "low": 0.5, "high": 5.0},  # alpha and beta
 )
 
+# Yuan et al. 2025 (VC-PPO, arXiv 2503.01491): PPO without KL. The paper's critic starts from a reward model: `critic.model`.
+_VC_PPO: Tree = {
+    "critic": {"kind": "separate", "pretrain_steps": 100, "learning_rate": 2e-6},  # value pretraining; the critic's rate
+    "rollout": {"samples_per_prompt": 1, "temperature": 1.0},
+    "algorithm": {
+        "kl": _NO_KL,
+        "advantage": {
+            "estimator": "gae",
+            "gamma": 1.0,
+            "lam": 0.95,  # lambda of the actor
+            "critic_lam": 1.0,  # decoupled GAE
+            "whiten": True,  # as in `ppo`; the paper names none
+        },
+        "policy_loss": _PER_TOKEN,
+    },
+    "train": {"learning_rate": 1e-6, "epochs": 1},  # the actor's rate
+}
+
+# Yue et al. 2025 (VAPO, arXiv 2504.05118). 512 prompts, 16 updates per step. Left out: the language-model loss of positive
+# examples (weight 0.1).
+_VAPO: Tree = {
+    "critic": {"kind": "separate", "pretrain_steps": 50, "learning_rate": 2e-6},  # value-pretraining; rates as in VC-PPO
+    "rollout": {"samples_per_prompt": 16, "temperature": 1.0},  # group sampling
+    "algorithm": {
+        "kl": _NO_KL,
+        "advantage": {
+            "estimator": "gae",
+            "gamma": 1.0,
+            "lam_alpha": 0.05,  # length-adaptive GAE
+            "critic_lam": 1.0,  # decoupled GAE
+            "whiten": True,  # as in `ppo`; the paper names none
+        },
+        "policy_loss": _PER_TOKEN | {"clip_high": 0.28},  # clip-higher; a mean over all tokens
+    },
+    "train": {"learning_rate": 1e-6, "epochs": 1},
+}
+
 RECIPES: dict[str, Tree] = {
     "ppo": _PPO,
+    "vc-ppo": _VC_PPO,
+    "vapo": _VAPO,
     "grpo": _GRPO,
     "dr-grpo": _DR_GRPO,
     "dapo": _DAPO,

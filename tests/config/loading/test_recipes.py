@@ -11,6 +11,8 @@ from tests.config.loading.test_presets import value_at
 
 KEYS = {
     "critic": "critic.kind",
+    "pretrain": "critic.pretrain_steps",
+    "critic_rate": "critic.learning_rate",
     "samples": "rollout.samples_per_prompt",
     "temperature": "rollout.temperature",
     "refill": "rollout.refill_rounds",
@@ -23,6 +25,8 @@ KEYS = {
     "estimator": "algorithm.advantage.estimator",
     "gamma": "algorithm.advantage.gamma",
     "lam": "algorithm.advantage.lam",
+    "lam_alpha": "algorithm.advantage.lam_alpha",
+    "critic_lam": "algorithm.advantage.critic_lam",
     "whiten": "algorithm.advantage.whiten",
     "loss": "algorithm.policy_loss.name",
     "low": "algorithm.policy_loss.clip_low",
@@ -52,11 +56,21 @@ KEYS = {
 CLIP = {"loss": "ppo", "low": 0.2, "high": 0.2}
 GROUP = {"critic": "none", "temperature": 1.0, "epochs": 1}
 PLAIN = {**GROUP, "samples": 8, "beta": 0, "estimator": "grpo", "whiten": False, "rate": 1e-6}
+VALUES = {
+    "critic": "separate", "critic_rate": 2e-6, "temperature": 1.0, "beta": 0, "estimator": "gae", "gamma": 1.0,
+    "critic_lam": 1.0, "whiten": True, "rate": 1e-6, "epochs": 1,
+}  # fmt: skip
 TABLE = {
     "ppo": {
         "critic": "separate", "samples": 1, "temperature": 1.0, "kl": "k1", "placement": "reward", "beta": 0.02, "target": None,
         "estimator": "gae", "gamma": 1.0, "lam": 0.95, "whiten": True, **CLIP, "aggregation": "token", "value_clip": 0.2,
         "epochs": 1,
+    },
+    "vc-ppo": {
+        **VALUES, **CLIP, "pretrain": 100, "samples": 1, "lam": 0.95, "aggregation": "token",
+    },
+    "vapo": {
+        **VALUES, **CLIP, "pretrain": 50, "samples": 16, "lam_alpha": 0.05, "high": 0.28, "aggregation": "token",
     },
     "grpo": {
         **GROUP, "samples": 64, "kl": "k3", "placement": "loss", "beta": 0.04, "target": None, "estimator": "grpo",
