@@ -36,7 +36,7 @@ LONGEST = (
     "pipelines/icl/test_evaluate_icl", "ppo/test_adapter_run", "chaos/test_leaks", "ppo/test_distillation_run",
     "pipelines/icl/test_build_dataset", "tools/watch/test_in_browser", "engines/train/test_train_distributed", "test_docs",
     "ppo/test_sleep_run", "ppo/test_group_run", "data/test_row_reader_fuzz", "engines/train/test_sequence_parallel",
-    "engines/train/test_tensor_parallel", "engines/train/test_expert_parallel", "ppo/test_expert_parallel_training",
+    "engines/train/test_tensor_parallel", "engines/train/test_expert_parallel",
     "actors/test_waiting", "tuning/test_ray_data_reader", "ppo/test_demonstrations_run", "tools/launch/test_launch_plan",
     "weight_sync/test_vllm_device", "weight_sync/test_buckets", "engines/rollout/test_common", "rewards/test_escapes",
     "actors/test_own_cluster", "engines/rollout/test_vllm", "tools/gpu_check/test_steps",

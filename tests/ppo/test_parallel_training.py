@@ -1,4 +1,4 @@
-"""Runs whose policy and critic have two ranks each that share rows or weights, against one in which they have one rank."""
+"""Runs whose ranks share rows, weights or experts take the steps of a run on one process."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.ppo.train_ppo import train_ppo
+from tests.models.families import write_family
 from tests.ppo.runs import run_config
 
 COMPARED = (
@@ -22,29 +23,43 @@ def trained(folder, name, *overrides, ends=(2,)):
         config = run_config(
             folder, f"run.name={name}", f"run.steps={end}", "run.determinism=exact", "rollout.backend=transformers",
             "train.optimizer.name=sgd", "train.learning_rate=0.05", "model.dtype=float32", "evaluation.enabled=false",
-            "model.path=builtin:tiny?layers=2&hidden=256&context=64", *overrides,
+            *overrides,
         )  # fmt: skip
         train_ppo(config)
     rows = [row for row in read_metrics(config.run.folder) if "lr" in row]
     return rows, load_file(config.run.folder / "export" / "model.safetensors")
 
 
+def same(expected, found):
+    """Equal metrics and exported weights."""
+    (rows, weights), (others, exported) = expected, found
+    assert len(rows) == len(others) == 2
+    for one, other in zip(rows, others, strict=True):
+        names = [name for name in COMPARED if name in one]
+        assert {"policy/grad_norm", "objective/scores", "loss/value_avg"} <= set(names)
+        np.testing.assert_allclose([other[name] for name in names], [one[name] for name in names], rtol=1e-4, atol=1e-5)
+    assert rows[0]["policy/grad_norm"] > 0
+    assert set(exported) == set(weights)
+    for name, weight in weights.items():
+        np.testing.assert_allclose(exported[name], weight, rtol=0, atol=1e-6, err_msg=name)
+
+
+DENSE = "model.path=builtin:tiny?layers=2&hidden=256&context=64"
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("alone"), "alone")
+    return trained(tmp_path_factory.mktemp("alone"), "alone", DENSE)
 
 
 # The run on shared weights stops after its first step and resumes.
 @pytest.mark.parametrize(("grid", "ends"), [("sequence_parallel", (2,)), ("tensor_parallel", (1, 2))])
-def test_a_run_whose_ranks_work_together_takes_the_steps_of_its_twin_on_one_process(alone, tmp_path, grid, ends):
+def test_policy_and_critic_whose_ranks_share_rows_or_weights(alone, tmp_path, grid, ends):
     placement = [f"placement.{role}={{ranks: 2, {grid}: 2}}" for role in ("policy", "critic")]
-    (expected, weights), (rows, exported) = alone, trained(tmp_path, grid, *placement, ends=ends)
-    assert len(rows) == len(expected) == 2
-    for one, other in zip(expected, rows, strict=True):
-        names = [name for name in COMPARED if name in one]
-        assert {"policy/grad_norm", "critic/grad_norm", "objective/scores"} <= set(names)
-        np.testing.assert_allclose([other[name] for name in names], [one[name] for name in names], rtol=1e-4, atol=1e-5)
-    assert expected[0]["policy/grad_norm"] > 0
-    assert set(exported) == set(weights)
-    for name, weight in weights.items():
-        np.testing.assert_allclose(exported[name], weight, rtol=0, atol=1e-6, err_msg=name)
+    same(alone, trained(tmp_path, grid, DENSE, *placement, ends=ends))
+
+
+def test_a_policy_whose_ranks_share_experts(tmp_path):
+    settings = ["critic.kind=shared", f"model.path={write_family('qwen3_moe', tmp_path / 'model', num_hidden_layers=2)}"]
+    shared = ["placement.policy={ranks: 2, expert_parallel: 2}", "train.zero_stage=1"]
+    same(trained(tmp_path, "alone", *settings), trained(tmp_path, "experts", *settings, *shared))
