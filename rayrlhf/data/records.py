@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from rayrlhf.data.expert_ids import ExpertIds
+
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
@@ -147,6 +149,7 @@ class Rollout(Record):
         cached_tokens: of these, tokens that the prefix cache held.
         path: the agent's name for this part of the sample.
         constrained: bool [R], True on tokens sampled under a constraint; None without any.
+        experts: [P + R, layers, experts per token], chosen while it was sampled; None without `rollout.routing_replay`.
     """
 
     key: SampleKey
@@ -165,10 +168,11 @@ class Rollout(Record):
     cached_tokens: int = 0
     path: str = ""
     constrained: Bool | None = None
+    experts: ExpertIds | None = None
 
     def sequence(self) -> "TokenSequence":
         """The rollout as a token sequence for scoring and training."""
-        return TokenSequence(np.concatenate([self.prompt_ids, self.response_ids]), len(self.prompt_ids))
+        return TokenSequence(np.concatenate([self.prompt_ids, self.response_ids]), len(self.prompt_ids), self.experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,10 +184,12 @@ class TokenSequence(Record):
     Attributes:
         token_ids: int32 [P + R].
         prompt_length: P >= 1.
+        experts: [P + R, layers, experts per token], for a network that replays them; None for its own choice.
     """
 
     token_ids: Int32
     prompt_length: int
+    experts: ExpertIds | None = None
 
     @property
     def response_length(self) -> int:

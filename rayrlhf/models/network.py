@@ -40,6 +40,7 @@ from rayrlhf.models.lora import add_lora
 from rayrlhf.models.model_path import model_folder
 from rayrlhf.models.network_io import Head, NetworkOutput, OutputName, Positions, TeacherSignal
 from rayrlhf.models.packed_attention import Segments, SegmentsError, attend_within_segments
+from rayrlhf.models.routing_replay import ARGUMENT, ForcedExperts, differing, parts, replay_routing
 from rayrlhf.models.sequence_parallel import RowSplit
 from rayrlhf.models.tensor_parallel import WeightSplit
 from rayrlhf.models.value_head import HEAD_NAMES, HeadInit, ValueHead, find_head, make_head
@@ -53,6 +54,7 @@ class Network(nn.Module):
         v_head: value head, or None.
         prefix: cached outputs of the frozen lower layers, if `remember_frozen_layers` was called.
         by_segments: the trunk attends within segments; see `attend_within_segments`.
+        replays_routing: experts of the positions are forced; see `replay_routing`.
         row_split: this rank's columns of each row, if `split_rows` was called.
         weight_split: this rank's part of each weight, if they are cut (`rayrlhf.models.load_check.split_weights`).
         teacher_layer: weight [V, H] and bias of the output layer for a teacher's hidden states; not parameters of this network.
@@ -74,7 +76,7 @@ class Network(nn.Module):
         self.noise_alpha: float | None = None
         self.check = LoadCheck(str(model.config.model_type))
         self.probed: Tensor | None = None
-        self.by_segments = False
+        self.by_segments = self.replays_routing = False
 
     @property
     def trunk(self) -> Any:
@@ -157,6 +159,11 @@ class Network(nn.Module):
                 "share a row; expected 1"
             )
 
+    def replay_routing(self, path: str) -> None:
+        """Force the experts of the positions; see `rayrlhf.models.routing_replay`."""
+        replay_routing(self.model, path)
+        self.replays_routing = True
+
     def read(self, samples: Sequence[Tensor], layout: Layout | Literal["shared"]) -> Tensor:
         """Return the final hidden states of samples in one layout.
 
@@ -206,7 +213,9 @@ class Network(nn.Module):
         if split is not None:
             part = split.part(positions, teacher, input_ids.shape[1])
             positions, teacher = part.positions, part.teacher
-        hidden = self._hidden(input_ids, positions)
+        replayed = positions.experts if self.replays_routing else None
+        forced = None if replayed is None else ForcedExperts.of(replayed)
+        hidden = self._hidden(input_ids, positions, forced)
         logprobs = entropy = values = predicting = None
         if outputs & {"logprobs", "entropy", "hidden", "divergence"}:
             predicting = hidden.index_select(0, positions.predictors)
@@ -234,6 +243,7 @@ class Network(nn.Module):
             values,
             predicting if "hidden" in outputs else None,
             apart,
+            differing(forced, positions.predictors) if "routing" in outputs else None,
         )
         return output if split is None or part is None else split.join(output, part)
 
@@ -246,7 +256,7 @@ class Network(nn.Module):
         full = FullTeacher(teacher.hidden, *self.teacher_layer)
         return divergence(predicting, head.weight, head.bias, full, teacher.beta)
 
-    def _hidden(self, input_ids: Tensor, positions: Positions) -> Tensor:
+    def _hidden(self, input_ids: Tensor, positions: Positions, forced: ForcedExperts | None) -> Tensor:
         """Return the final hidden states of a batch, [B * L, H], undefined at padding.
 
         They are [B * columns, H] where ranks share rows.
@@ -260,15 +270,17 @@ class Network(nn.Module):
             ).flatten(0, 1)
         apart = self.check.layout == "alone" or (packed and self.check.layout != "packed")
         if self.row_split is not None or len(lengths) == 1 or not (apart or (limit is not None and max(lengths) > limit)):
-            return self._trunk_states(input_ids, lengths, packed=packed, places=positions.places).flatten(0, 1)
+            states = self._trunk_states(input_ids, lengths, packed=packed, places=positions.places, forced=forced)
+            return states.flatten(0, 1)
         rows = (
             torch.split(input_ids[0], lengths)
             if packed
             else [row[:length] for row, length in zip(input_ids, lengths, strict=True)]
         )
-        states = [self._trunk_states(row[None], [len(row)], packed=False)[0] for row in rows]
         width = 0 if packed else input_ids.shape[1]
-        return torch.cat([pad(state, (0, 0, 0, max(0, width - len(state)))) for state in states])
+        shares = zip(rows, parts(forced, lengths, width), strict=True)
+        found = [self._trunk_states(row[None], [len(row)], packed=False, forced=part)[0] for row, part in shares]
+        return torch.cat([pad(state, (0, 0, 0, max(0, width - len(state)))) for state in found])
 
     def _trunk_states(
         self,
@@ -278,6 +290,7 @@ class Network(nn.Module):
         packed: bool,
         parents: list[int] | None = None,
         places: Sequence[NDArray[np.int64]] = (),
+        forced: ForcedExperts | None = None,
     ) -> Tensor:
         """Run the trunk on [B, L] tokens, from cached layers if `places` are given.
 
@@ -289,6 +302,8 @@ class Network(nn.Module):
             inputs["position_ids"] = segments.positions(input_ids.device)
         if self.by_segments:
             inputs["segments"] = segments
+        if forced is not None:
+            inputs[ARGUMENT] = forced
         if self.row_split is not None:
             inputs = self.row_split.inputs(input_ids, lengths, packed=packed)
         if self.noise_alpha is not None and torch.is_grad_enabled():

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Head = Literal["lm", "value"]
-OutputName = Literal["logprobs", "entropy", "values", "hidden", "divergence"]
+OutputName = Literal["logprobs", "entropy", "values", "hidden", "divergence", "routing"]
 
 
 class Positions(NamedTuple):
@@ -25,6 +25,7 @@ class Positions(NamedTuple):
         parents: the row is a prefix tree: `lengths` are those of its segments, and this is the segment that each one continues,
             or -1. None for whole samples. Needs `packed`, and a network whose check allows it.
         places: for each sample the index of each of its tokens in the flattened batch, int64; empty if no layers are cached.
+        experts: int16 [B * L, layers, experts per token] to replay, -1 for the router's own choice; None without any.
     """
 
     predictors: Tensor
@@ -34,6 +35,7 @@ class Positions(NamedTuple):
     packed: bool = False
     parents: list[int] | None = None
     places: Sequence[NDArray[np.int64]] = ()
+    experts: Tensor | None = None
 
 
 class TeacherSignal(NamedTuple):
@@ -65,6 +67,7 @@ class NetworkOutput(NamedTuple):
         values: float32 [M].
         hidden: [N, H], the final hidden state at each predictor.
         divergence: float32 [N], from a teacher, nats.
+        routing: float32 [N], 1 where a router of the predictor would have chosen other experts than the replayed ones.
     """
 
     logprobs: Tensor | None
@@ -72,3 +75,4 @@ class NetworkOutput(NamedTuple):
     values: Tensor | None
     hidden: Tensor | None
     divergence: Tensor | None = None
+    routing: Tensor | None = None

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rayrlhf.data.expert_ids import OWN_CHOICE, widen
 from rayrlhf.data.prefix_tree import prefix_tree
 from rayrlhf.data.records import TokenSequence
 from rayrlhf.models.network_io import Positions
@@ -70,6 +71,7 @@ def collate(
         input_ids = np.zeros((1 if packed else len(sequences), longest), dtype=np.int64)
         for sequence, own in zip(sequences, places, strict=True):
             input_ids.reshape(-1)[own] = sequence.token_ids
+    experts = _experts(sequences, places, input_ids.size)
     predictors, targets, values, logprob_slots, value_slots = [], [], [], [], []
     for row, sequence in enumerate(sequences):
         prompt, response = sequence.prompt_length, sequence.response_length
@@ -86,8 +88,26 @@ def collate(
 
     return CollatedBatch(
         torch.from_numpy(input_ids).to(device),
-        Positions(tensor(predictors), tensor(targets), tensor(values), lengths, packed or shared, parents, places),
+        Positions(
+            *(tensor(predictors), tensor(targets), tensor(values)),
+            lengths,
+            packed or shared,
+            parents,
+            places,
+            None if experts is None else torch.from_numpy(experts).to(device),
+        ),
         tensor(logprob_slots),
         tensor(value_slots),
         (len(sequences), width),
     )
+
+
+def _experts(sequences: Sequence[TokenSequence], places: Sequence[NDArray[np.int64]], size: int) -> NDArray[np.int16] | None:
+    """Return the experts to replay at each place of a flattened batch; None if no sequence has any."""
+    known = [(own, one.experts) for own, one in zip(places, sequences, strict=True) if one.experts is not None]
+    if not known:
+        return None
+    experts = np.full((size, *known[0][1].shape[1:]), OWN_CHOICE, np.int16)
+    for own, ids in known:
+        experts[own] = widen(ids)
+    return experts
