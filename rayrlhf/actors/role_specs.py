@@ -132,6 +132,7 @@ def train_spec(config: PPOConfig, role: TrainRole) -> TrainEngineSpec:
         sequence_parallel=placement.sequence_parallel,
         tensor_parallel=placement.tensor_parallel,
         expert_parallel=placement.expert_parallel,
+        routing_replay=policy and config.rollout.replays_routing,
     )
 
 

@@ -121,6 +121,15 @@ class AdvantageSection(Section):
             raise ValueError(f"arguments have no effect with estimator '{self.estimator}': remove them")
         return self
 
+    def estimator_arguments(self, *, pretraining: bool) -> dict[str, Any]:
+        """Return the estimator's own arguments.
+
+        The returns are whole while a critic is pretrained.
+        """
+        if self.estimator != "gae":
+            return self.arguments
+        return {"critic_lam": 1.0 if pretraining else self.critic_lam, "lam_alpha": self.lam_alpha}
+
 
 class OffPolicyCorrectionSection(Section):
     """Importance weights for the log-prob gap between rollout engine and trainer.

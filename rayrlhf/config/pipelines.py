@@ -83,6 +83,12 @@ class EvaluateConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_routing(self) -> Self:
+        if self.rollout.replays_routing:
+            raise ValueError("rollout.routing_replay 'rollout' has no effect without training; expected 'off'")
+        return self
+
+    @model_validator(mode="after")
     def _check_environment(self) -> Self:
         paid = any(function.name == "environment" for function in self.reward.functions)
         if paid and self.environment is None:

@@ -11,6 +11,7 @@ from rayrlhf.config.policy_loss import check_name
 from rayrlhf.config.rank_groups import check_whole_rows, group_label
 from rayrlhf.config.reward import PPORewardSection
 from rayrlhf.config.rollout import EnvironmentSection, RolloutSection
+from rayrlhf.config.routing import check_routing
 from rayrlhf.config.runtime import (
     AsyncSection,
     CheckpointSection,
@@ -150,6 +151,7 @@ class PPOConfig(Section):
             placement, key = getattr(self.placement, role), f"placement.{role}"
             check_whole_rows(placement, key, model, self.train)
             self.train.check_shared_weights(key, placement)
+        check_routing(self)
         return self
 
     @model_validator(mode="after")

@@ -1,8 +1,8 @@
-"""Routing replay: a forward with the experts that the rollout engine chose (R3, Ma et al. 2025, arXiv 2510.11370).
+"""Routing replay: a forward with the experts that the rollout engine chose.
 
-The weights of forced experts are the router's own probabilities of them, normalized as the model does, so gradients reach the
-router. A forced choice enters each decoder layer as an argument: recomputed activations (gradient checkpointing) then read the
-choice of their own forward.
+This is R3 (Ma et al. 2025, arXiv 2510.11370). The weights of forced experts are the router's own probabilities of them,
+normalized as the model does, so gradients reach the router. A forced choice enters each decoder layer as an argument:
+recomputed activations (gradient checkpointing) then read the choice of their own forward.
 """
 
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ class ForcedExperts:
         return ForcedExperts(self.ids[start : start + length], self.differs[start : start + length])
 
     def at_layer(self, layer: int, own: Tensor) -> Tensor:
-        """Return the experts [tokens, K] of a layer, and note where its own choice is another set."""
+        """Return the experts [tokens, K] of a layer, and note other own choices."""
         wanted = self.ids[:, layer].long()
         known = wanted[:, :1] != OWN_CHOICE
         self.differs |= known[:, 0] & (wanted.sort(-1).values != own.sort(-1).values).any(-1)
@@ -123,7 +123,7 @@ class RoutingRecorder:
         self._ids[layer] = output[2]
 
     def ids(self, rows: int) -> NDArray[np.int64]:
-        """Return the experts of each token of a padded batch, [rows, tokens, layers, experts per token]."""
+        """Return the experts of a padded batch, [rows, tokens, layers, experts per token]."""
         every = torch.stack([self._ids[layer] for layer in sorted(self._ids)], 1).cpu().numpy()
         return every.reshape(rows, -1, *every.shape[1:])
 

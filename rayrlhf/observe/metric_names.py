@@ -2,6 +2,8 @@
 
 LOGPROB_GAP = "sampling/sampling_logp_difference/mean"
 """Mean |trainer - rollout engine| log-prob difference on fresh rollouts, in nats; shows that a sync arrived."""
+ROUTING_DIFFERENCE = "sampling/routing_difference"
+"""Share of trained tokens at which a router of the trained model would have chosen other experts than the replayed ones."""
 UPDATE_ARRIVED = "weight_sync/update_arrived"
 """Share of the adapters' update since the start that a sync brought into a lower precision; 1 is all of it."""
 MEAN_STALENESS = "sampling/staleness/mean"

@@ -219,10 +219,7 @@ class ExperienceMaker:
         return ""
 
     def _estimate(self, inputs: AdvantageInputs, step: int) -> Advantages:
-        section, arguments = self._config.algorithm.advantage, self._config.algorithm.advantage.arguments
-        if section.estimator == "gae":
-            pretraining = step < self._config.critic.pretrain_steps
-            arguments = {"critic_lam": 1.0 if pretraining else section.critic_lam, "lam_alpha": section.lam_alpha}
+        section = self._config.algorithm.advantage
         return estimate_advantages(
             section.estimator,
             inputs,
@@ -230,7 +227,7 @@ class ExperienceMaker:
             lam=section.lam,
             skip_masked=section.skip_masked,
             whitened=section.whiten,
-            arguments=arguments,
+            arguments=section.estimator_arguments(pretraining=step < self._config.critic.pretrain_steps),
         )
 
     def _taught(

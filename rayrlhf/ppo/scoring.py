@@ -240,7 +240,10 @@ class Scorer:
         calls = self._forward_calls.setdefault(forward_pass.name, [])
         for rank in range(ranks):
             share = shares[0 if forward_pass.replicate else rank // size]
-            send = partial(self._send_forward_pass, forward_pass, rank, Records(rollout.sequence() for rollout in share))
+            sequences = Records(rollout.sequence() for rollout in share)
+            if forward_pass.name != "policy":  # the experts are the policy's
+                sequences = Records(replace(sequence, experts=None) for sequence in sequences)
+            send = partial(self._send_forward_pass, forward_pass, rank, sequences)
             calls.append(self._call(forward_pass.role, rank, send, share))
 
     def _send_forward_pass(

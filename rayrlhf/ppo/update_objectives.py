@@ -54,6 +54,7 @@ def make_objectives(config: PPOConfig) -> dict[TrainRole, Objective]:
         longest=config.rollout.max_new_tokens,
         gap=config.old_logprobs != "recomputed",
         distillation=_distillation(config),
+        routing=config.rollout.replays_routing,
     )
     value = ValueObjective(algorithm.value_loss, temperature)
     if config.critic.kind == "shared":

@@ -59,7 +59,8 @@ def test_policy_and_critic_whose_ranks_share_rows_or_weights(alone, tmp_path, gr
     same(alone, trained(tmp_path, grid, DENSE, *placement, ends=ends))
 
 
-def test_a_policy_whose_ranks_share_experts(tmp_path):
+def test_a_policy_whose_ranks_share_experts_and_replay_those_of_the_rollouts(tmp_path):
     settings = ["critic.kind=shared", f"model.path={write_family('qwen3_moe', tmp_path / 'model', num_hidden_layers=2)}"]
+    settings.append("rollout.routing_replay=rollout")
     shared = ["placement.policy={ranks: 2, expert_parallel: 2}", "train.zero_stage=1"]
     same(trained(tmp_path, "alone", *settings), trained(tmp_path, "experts", *settings, *shared))

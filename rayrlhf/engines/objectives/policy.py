@@ -17,7 +17,7 @@ from rayrlhf.config.policy_loss import PolicyLossSection, PPOLossSection
 from rayrlhf.engines.objectives.base import LossComponent, Objective
 from rayrlhf.engines.objectives.supervised import DistillationObjective
 from rayrlhf.models.network_io import OutputName
-from rayrlhf.observe.metric_names import LOGPROB_GAP
+from rayrlhf.observe.metric_names import LOGPROB_GAP, ROUTING_DIFFERENCE
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class PolicyObjective:
         longest: tokens that the loss aggregation `constant` divides a response by, unless `loss` sets a number.
         gap: report the distance to the array `rollout_logprobs`, for steps that do not recompute the old log-probs.
         distillation: divergence from a teacher to add.
+        routing: report the share of tokens whose own experts differ from the replayed ones.
     """
 
     masks: ClassVar[Sequence[str]] = ("action_mask",)
@@ -44,6 +45,7 @@ class PolicyObjective:
     longest: int = 1
     gap: bool = False
     distillation: DistillationObjective | None = None
+    routing: bool = False
 
     @property
     def outputs(self) -> frozenset[OutputName]:
@@ -51,6 +53,8 @@ class PolicyObjective:
         names: set[OutputName] = {"logprobs"}
         if self.entropy or self.loss.entropy_coefficient:
             names.add("entropy")
+        if self.routing:
+            names.add("routing")
         return frozenset(names) | (self.distillation.outputs if self.distillation else frozenset())
 
     def compute(self, outputs: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> list[LossComponent]:
@@ -62,6 +66,8 @@ class PolicyObjective:
         loss, statistics = surrogate.loss, dict(surrogate.statistics)
         if self.gap:
             statistics[LOGPROB_GAP] = zero_masked(logprobs.detach() - arrays["rollout_logprobs"], mask).abs()
+        if self.routing:
+            statistics[ROUTING_DIFFERENCE] = zero_masked(outputs["routing"], mask)
         if self.importance:
             loss = loss * zero_masked(arrays["importance_weights"], mask)
         if self.kl is not None and self.kl.placement == "loss" and self.kl.coefficient:

@@ -15,14 +15,16 @@ import math
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rayrlhf.algorithms.opponents import mixture_logits
+from rayrlhf.data.expert_ids import compact
 from rayrlhf.data.records import Float32, Int32, Rollout, RolloutRequest, SampleKey
 from rayrlhf.engines.rollout.common import (
     START_VERSION,
@@ -37,6 +39,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.library_types import PreTrainedModel
 from rayrlhf.models.load import load_causal_model, load_tokenizer, resolve_dtype
 from rayrlhf.models.load_check import TOLERANCE, attention_on_cpu, probe_tokens, rope_limit
+from rayrlhf.models.routing_replay import RoutingRecorder
 from rayrlhf.weight_sync.buckets import WeightBucket
 
 _logger = logging.getLogger(__name__)
@@ -53,6 +56,7 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    experts: list[tuple[int, NDArray[Any]]] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
 
 
@@ -87,6 +91,7 @@ class TransformersRolloutEngine:
             self._concurrent = 1
             _logger.warning("%s: responses are decoded one by one, as rows of a batch influence each other", spec.model.path)
         self._network = network.to(device, resolve_dtype(spec.model.dtype))
+        self._routing = RoutingRecorder(network, spec.model.path) if spec.rollout.replays_routing else None
         self._reference: list[PreTrainedModel] = []
         if spec.reference is not None:
             self._reference.append(load_causal_model(spec.reference).to(device, resolve_dtype(spec.model.dtype)))
@@ -122,7 +127,7 @@ class TransformersRolloutEngine:
         while self.unfinished and len(finished) < minimum and time.monotonic() < end:
             if self._batch is None:
                 rows = [self._waiting.popleft() for _ in range(min(self._concurrent, len(self._waiting)))]
-                self._batch = _Batch(self._networks, rows)
+                self._batch = _Batch(self._networks, rows, self._routing)
             for row in self._batch.sample():
                 row.versions.append(self.version)
                 row.finish_reason = self._finish_reason(row)
@@ -199,7 +204,7 @@ class TransformersRolloutEngine:
     def _restart(self) -> None:
         """Recompute the cache of the current batch."""
         if self._batch is not None:
-            self._batch = _Batch(self._networks, self._batch.rows)
+            self._batch = _Batch(self._networks, self._batch.rows, self._routing)
 
     @property
     def _networks(self) -> list[PreTrainedModel]:
@@ -224,7 +229,11 @@ class TransformersRolloutEngine:
 
     def _rollout(self, row: _Row) -> Rollout:
         assert row.finish_reason is not None
-        return make_rollout(row.request, row.tokens, row.logprobs, row.versions, row.finish_reason, self._tokenizer)
+        rollout = make_rollout(row.request, row.tokens, row.logprobs, row.versions, row.finish_reason, self._tokenizer)
+        if self._routing is None:
+            return rollout
+        length = len(row.request.prompt_ids) + len(row.tokens)
+        return replace(rollout, experts=compact(row.experts, length, self._routing.experts))
 
 
 class _Batch:
@@ -232,14 +241,15 @@ class _Batch:
 
     Args:
         networks: the policy, and the reference if any.
+        routing: records the experts of the policy.
 
     Attributes:
         rows: the requests.
         logits: float32 [rows, V] of each row's next token, on the CPU.
     """
 
-    def __init__(self, networks: Sequence[PreTrainedModel], rows: list[_Row]) -> None:
-        self.rows = rows
+    def __init__(self, networks: Sequence[PreTrainedModel], rows: list[_Row], routing: RoutingRecorder | None = None) -> None:
+        self.rows, self._routing = rows, routing
         self._networks, device = networks, networks[0].device
         contexts = [torch.tensor([*row.request.prompt_ids.tolist(), *row.tokens]) for row in rows]
         longest = max(len(context) for context in contexts)
@@ -303,8 +313,17 @@ class _Batch:
             )
             self._caches[index] = output.past_key_values
             found.append(output.logits[:, -1].float().cpu())
+        if self._routing is not None:
+            self._record(self._routing, positions.cpu().numpy())
         share = torch.tensor([row.request.reference_share for row in self.rows])
         self.logits = found[0] if len(found) == 1 else mixture_logits(found[0], found[1], share)
+
+    def _record(self, routing: RoutingRecorder, positions: NDArray[np.int64]) -> None:
+        """Add the experts of the last forward to the rows."""
+        width = positions.shape[1]
+        real = self._mask[:, -width:].bool().cpu().numpy()
+        for row, ids, own, places in zip(self.rows, routing.ids(len(positions)), real, positions, strict=True):
+            row.experts.append((int(places[own][0]), ids[own]))
 
 
 def _decodes_together(network: PreTrainedModel) -> bool:

@@ -42,6 +42,7 @@ from rayrlhf.engines.rollout.token_counts import bound_kernels
 from rayrlhf.engines.rollout.vllm_calls import next_logprobs, try_out, uncompiled
 from rayrlhf.engines.rollout.vllm_lora import INSTEAD, AdapterSlot, lora_settings
 from rayrlhf.engines.rollout.vllm_plugin import register_transfers, transfer_name
+from rayrlhf.engines.rollout.vllm_routing import RoutingCapture, routing_settings
 from rayrlhf.errors import DeviceMemoryError, UserError
 from rayrlhf.library_types import PretrainedConfig
 from rayrlhf.models.load import load_tokenizer, resolve_dtype
@@ -90,6 +91,7 @@ class VLLMRolloutEngine:
         self._stop_ids = stop_token_ids(spec.model, self._tokenizer)
         self._engine = _start(spec)
         self._adapter = AdapterSlot(self._engine, spec.model) if spec.adapters else None
+        self._routing = RoutingCapture(self._engine, spec.model.path) if spec.rollout.replays_routing else None
         self._engine.set_weight_version(str(self.version))
         self._max_length: int = self._engine.model_config.max_model_len
         self._vocabulary: int = self._engine.model_config.get_vocab_size()
@@ -142,6 +144,8 @@ class VLLMRolloutEngine:
         """Drop all unfinished requests."""
         self._engine.abort_request(list(self._requests))
         self._requests.clear()
+        if self._routing is not None:
+            self._routing.clear()
 
     def sleep(self) -> None:
         """Free the device memory of weights and KV cache until new weights arrive.
@@ -255,7 +259,9 @@ class VLLMRolloutEngine:
             versions[span.start : span.end] = int(span.version)
         logprobs = sample.logprobs.logprobs if self._logprobs else [math.nan] * len(sample.token_ids)
         rollout = make_rollout(request, sample.token_ids, logprobs, versions, sample.finish_reason, self._tokenizer)
-        return replace(rollout, read_tokens=len(request.prompt_ids), cached_tokens=output.num_cached_tokens or 0)
+        experts = None if self._routing is None else self._routing.take(output)
+        cached = output.num_cached_tokens or 0
+        return replace(rollout, read_tokens=len(request.prompt_ids), cached_tokens=cached, experts=experts)
 
 
 UNREADABLE = "llvmlite.binding.ffi"
@@ -294,6 +300,7 @@ def _start(spec: RolloutSpec) -> Any:
             **device,
             **_worker_settings(spec.rollout.tensor_parallel_size),
             **(lora_settings(spec.model) if spec.adapters else {}),
+            **(routing_settings() if spec.rollout.replays_routing else {}),
         )
         with _out_of_sight(UNREADABLE):
             engine = LLMEngine.from_engine_args(arguments)

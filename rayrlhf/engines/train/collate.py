@@ -103,7 +103,7 @@ def collate(
 
 
 def _experts(sequences: Sequence[TokenSequence], places: Sequence[NDArray[np.int64]], size: int) -> NDArray[np.int16] | None:
-    """Return the experts to replay at each place of a flattened batch; None if no sequence has any."""
+    """Return the experts to replay at each place of a flattened batch, or None."""
     known = [(own, one.experts) for own, one in zip(places, sequences, strict=True) if one.experts is not None]
     if not known:
         return None

@@ -74,6 +74,8 @@ class TrainEngine:
             self.grid: Grid = make_grid(spec.sequence_parallel, spec.tensor_parallel, spec.expert_parallel)
             if self.grid.weight_split is not None:
                 split_weights(network, self.grid.weight_split, spec.model.path, self._device)
+            if spec.routing_replay:
+                network.replay_routing(spec.model.path)
             self._network = network.to(self._device)
             if self.grid.row_split is not None:
                 network.split_rows(self.grid.row_split, spec.model.path)
@@ -152,6 +154,8 @@ class TrainEngine:
         """
         if reference and not has_lora(self._network):
             raise ValueError("a network without adapters contains no reference model")
+        if reference:
+            sequences = [replace(sequence, experts=None) for sequence in sequences]  # they are the policy's
         with adapters_disabled(self._network) if reference else nullcontext():
             return score_sequences(
                 self._backend.forward,

@@ -33,6 +33,7 @@ class TrainEngineSpec:
         sequence_parallel: consecutive ranks that share each row; divides the ranks.
         tensor_parallel: consecutive ranks that share each weight; divides the ranks.
         expert_parallel: consecutive ranks that share the experts; divides the ranks.
+        routing_replay: force the experts that sequences hold (`rollout.routing_replay`).
         backend: name in `TRAIN_BACKENDS` of `rayrlhf.engines.train.engine`.
     """
 
@@ -53,13 +54,14 @@ class TrainEngineSpec:
     sequence_parallel: int = 1
     tensor_parallel: int = 1
     expert_parallel: int = 1
+    routing_replay: bool = False
     backend: str = "deepspeed"
 
     @property
     def caches_frozen_layers(self) -> bool:
         """True if outputs of frozen layers below the adapters are cached."""
         on_last_layers = self.model.lora is not None and self.model.lora.last_layers is not None
-        padded = not (self.packing or self.targets_only or self.noise_alpha)
+        padded = not (self.packing or self.targets_only or self.noise_alpha or self.routing_replay)
         return on_last_layers and padded and not self.model.gradient_checkpointing
 
     @property
@@ -69,6 +71,7 @@ class TrainEngineSpec:
         reasons = {
             UNSHARED[self.train.share_prefixes]: True,
             "ranks share rows (sequence_parallel)": self.sequence_parallel > 1,
+            "samples replay experts of their own (rollout.routing_replay)": self.routing_replay,
             "noise on embeddings differs between samples (train.neftune_alpha)": self.noise_alpha is not None,
             "micro-batches are consecutive samples (algorithm.parity)": parity,
         }

@@ -1,0 +1,35 @@
+"""Check of `rollout.routing_replay` across sections."""
+
+from typing import TYPE_CHECKING
+
+from rayrlhf.config.rollout import BACKENDS
+
+if TYPE_CHECKING:
+    from rayrlhf.config.ppo import PPOConfig
+
+
+def check_routing(config: "PPOConfig") -> None:
+    """Check that nothing needs other experts than those of the rollouts, or cannot bring them.
+
+    Raises:
+        ValueError: a setting does.
+    """
+    rollout, placement = config.rollout, config.placement.policy
+    if not rollout.replays_routing:
+        return
+    excluded = {
+        "environment: turns bring no experts; expected none": config.environment is not None,
+        "algorithm.online_dpo: its pairs replay none; expected none": config.algorithm.online_dpo is not None,
+        f"observe.record '{config.observe.record}': records hold no experts; expected 'off'": config.observe.record != "off",
+        "rollout.demonstrations.train_with 'without_demonstrations': the experts are those of another prompt; expected "
+        "'with_demonstrations'": config.trains_without_demonstrations,
+        f"rollout.backend '{rollout.backend}': expected {' or '.join(BACKENDS)}": rollout.backend not in BACKENDS,
+        f"rollout.tensor_parallel_size {rollout.tensor_parallel_size}: worker processes bring none; expected 1": (
+            rollout.tensor_parallel_size > 1
+        ),
+        f"placement.policy.sequence_parallel {placement.sequence_parallel}: expected 1": placement.sequence_parallel > 1,
+        f"placement.policy.tensor_parallel {placement.tensor_parallel}: expected 1": placement.tensor_parallel > 1,
+    }
+    for reason, holds in excluded.items():
+        if holds:
+            raise ValueError(f"rollout.routing_replay 'rollout' with {reason}")

@@ -1,0 +1,59 @@
+"""What excludes routing replay is one line before anything starts."""
+
+import pytest
+
+from rayrlhf.actors.role_specs import train_spec
+from rayrlhf.config.loading.load import load_config
+from rayrlhf.config.pipelines import EvaluateConfig
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.errors import UserError
+from rayrlhf.ppo.run_models import check_models
+from rayrlhf.ppo.update_objectives import make_objectives
+
+ON = "rollout.routing_replay=rollout"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["rollout.routing_replay=old"], "expected 'off' or 'rollout'"),
+        ([ON, "environment={name: calculator}"], "with environment"),
+        ([ON, "observe.record=light"], "with observe.record 'light'"),
+        ([ON, "rollout.backend=my.engine:Engine"], "with rollout.backend 'my.engine:Engine'"),
+        ([ON, "rollout.tensor_parallel_size=2"], "with rollout.tensor_parallel_size 2"),
+        ([ON, "placement.policy={ranks: 2, sequence_parallel: 2}"], "with placement.policy.sequence_parallel 2"),
+        ([ON, "placement.policy={ranks: 2, tensor_parallel: 2}"], "with placement.policy.tensor_parallel 2"),
+        (
+            [ON, "rollout.demonstrations={train_with: without_demonstrations, context: {layout: turns}}"],
+            "with rollout.demonstrations.train_with 'without_demonstrations'",
+        ),
+        (
+            [ON, "algorithm.online_dpo={}", "rollout.samples_per_prompt=2", "algorithm.advantage.estimator=rloo"],
+            "with algorithm.online_dpo",
+        ),
+    ],
+)
+def test_what_excludes_it_is_refused(minimal, settings, expected):
+    with pytest.raises(UserError, match=expected):
+        load_config(PPOConfig, minimal, settings)
+
+
+def test_an_evaluation_refuses_it():
+    settings = [ON, "model.path=builtin:tiny", "data.path=prompts.jsonl", "reward.functions=[{name: length}]"]
+    with pytest.raises(UserError, match=r"routing_replay 'rollout' has no effect without training"):
+        load_config(EvaluateConfig, None, settings)
+
+
+def test_the_policy_alone_replays_and_shares_no_prefixes(minimal):
+    config = load_config(PPOConfig, minimal, [ON, "critic.kind=separate"])
+    assert "rollout.routing_replay" in train_spec(config, "policy").unshared
+    assert not train_spec(config, "critic").routing_replay
+    assert "routing" in make_objectives(config)["policy"].outputs
+    off = load_config(PPOConfig, minimal, [])
+    assert not train_spec(off, "policy").routing_replay
+    assert "routing" not in make_objectives(off)["policy"].outputs
+
+
+def test_a_dense_policy_is_refused_before_it_loads(minimal):
+    with pytest.raises(UserError, match="routing_replay 'rollout': not for a llama model"):
+        check_models(load_config(PPOConfig, minimal, [ON, "model.path=builtin:tiny"]))
