@@ -99,9 +99,10 @@ def unstacked(network: PreTrainedModel, stream: TensorStream) -> TensorStream:
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in stream.tensors:
-            if not stacks[name]:
+            experts = stacks.get(name, [])
+            if not experts:
                 yield renamed(name), tensor
-            for parts, expert in zip(stacks[name], tensor, strict=False):
+            for parts, expert in zip(experts, tensor, strict=False):
                 yield from zip(parts, expert.chunk(len(parts)), strict=True)
 
     return TensorStream(kinds, tensors())

@@ -25,6 +25,8 @@ CONFIG = Path(__file__).with_name("quickstart.yaml")
 ROWS_SHOWN = 6
 EXACT = f"{PART_PREFIX}worked_answer_exact"
 PPO = "ppo"
+ALGORITHMS = tuple(name for name, tree in RECIPES.items() if not tree.get("critic", {}).get("pretrain_steps"))
+"""Presets that learn within the steps of the quickstart."""
 
 
 def quickstart_config(overrides: Sequence[str], algorithm: str = PPO) -> PPOConfig:
@@ -39,8 +41,10 @@ def quickstart_config(overrides: Sequence[str], algorithm: str = PPO) -> PPOConf
     config = load_config(PPOConfig, CONFIG, overrides if algorithm == PPO else ())
     if algorithm == PPO:
         return config
-    if algorithm not in RECIPES:
-        raise UserError(f"--algorithm {algorithm}: expected {', '.join(RECIPES)}{did_you_mean(algorithm, RECIPES)}")
+    if algorithm not in ALGORITHMS:
+        reason = "its critic is pretrained for more steps than the quickstart has; " if algorithm in RECIPES else ""
+        expected = f"expected {', '.join(ALGORITHMS)}{did_you_mean(algorithm, ALGORITHMS)}"
+        raise UserError(f"--algorithm {algorithm}: {reason}{expected}")
     coefficient = min(config.algorithm.kl.coefficient, RECIPES[algorithm]["algorithm"]["kl"]["coefficient"])
     chosen = [
         f"preset={algorithm}",

@@ -13,7 +13,7 @@ from rayrlhf.config.loading.presets import RECIPES
 from rayrlhf.errors import UserError
 from rayrlhf.observe.closing import EVALUATIONS
 from rayrlhf.observe.samples import Sample, SampleSink
-from rayrlhf.ppo.quickstart import EXACT, curve_table, quickstart_config, run_quickstart, summary
+from rayrlhf.ppo.quickstart import ALGORITHMS, EXACT, curve_table, quickstart_config, run_quickstart, summary
 from rayrlhf.ppo.run_recorder import read_evaluation
 from rayrlhf.ppo.train_ppo import PPOResult
 
@@ -27,7 +27,7 @@ def test_the_quickstart_is_ppo_with_a_critic_and_without_a_warm_up():
     assert 0 < config.evaluation.every < config.run.steps
 
 
-@pytest.mark.parametrize("algorithm", [name for name in RECIPES if name != "ppo"])
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "ppo"])
 def test_another_algorithm_has_its_recipe_on_the_same_task(algorithm: str):
     ppo, config = quickstart_config([]), quickstart_config(["run.steps=3"], algorithm)
     recipe = RECIPES[algorithm]["algorithm"]
@@ -48,6 +48,8 @@ def test_an_override_wins_over_the_algorithm():
 def test_an_unknown_algorithm_is_one_line():
     with pytest.raises(UserError, match=r"--algorithm grop: expected ppo, grpo, .*; did you mean 'grpo'\?"):
         quickstart_config([], "grop")
+    with pytest.raises(UserError, match=r"--algorithm vapo: its critic is pretrained for more steps .*; expected ppo, grpo, "):
+        quickstart_config([], "vapo")
 
 
 @pytest.fixture
