@@ -8,7 +8,7 @@ Samples that begin with the same tokens may share them: a segment then attends t
 its sample, and to itself. The fused CPU kernel gives a token the same bits as in a sample of its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from rayrlhf.library_types import PreTrainedModel
+from rayrlhf.models.segment_kernels import SegmentAttention, has_kernel, joined
 
 NAME = "rayrlhf_segments"
 """Name of the function in transformers' registry."""
-LONGEST = 1024
-"""Maximum tokens for which scores are kept: heads x tokens / 2 numbers per token and layer."""
-_SMALL, _LARGE = 128, 256
 
 
 class SegmentsError(Exception):
@@ -96,7 +94,7 @@ def _segment_attention(
     attention_mask: Tensor | None,
     *,
     segments: Segments | None = _NOT_PASSED,
-    **rest: object,
+    **rest: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of [B, heads, T, d]; B = 1 with several segments.
 
@@ -105,66 +103,22 @@ def _segment_attention(
     """
     if segments is _NOT_PASSED:
         raise SegmentsError(f"{type(module).__name__} does not pass `segments`")
+    scaling = rest.get("scaling")
+    if has_kernel(query, key, value) and not rest.get("dropout"):
+        parts = segments or Segments.of([query.shape[2]], None, query.device)
+        attention = SegmentAttention.apply(query, key, value, parts, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        return attention, None
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     if segments is None:
-        return _attention(module, query, key, value, None, rest), None
+        return sdpa_attention_forward(module, query, key, value, None, **rest)[0], None
     queries, keys, values = (torch.split(tensor, segments.lengths, dim=2) for tensor in (query, key, value))
     found = [
-        _attention(module, query, _joined(keys, chain), _joined(values, chain), mask, rest)
+        sdpa_attention_forward(module, query, joined(keys, chain), joined(values, chain), mask, **rest)[0]
         for query, chain, mask in zip(queries, segments.chains, segments.masks, strict=True)
     ]
     return torch.cat(found, dim=1), None
 
 
-def _joined(parts: Sequence[Tensor], chain: Sequence[int]) -> Tensor:
-    return parts[chain[0]] if len(chain) == 1 else torch.cat([parts[number] for number in chain], dim=2)
-
-
-def _attention(
-    module: object, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rest: Mapping[str, Any]
-) -> Tensor:
-    """Attention of the keys' last tokens, causal, [B, L, heads, d]."""
-    scaling = rest.get("scaling")
-    fits = value.dtype == torch.bfloat16 and query.device.type == "cpu" and key.shape[2] <= LONGEST
-    if fits and not rest.get("dropout"):
-        return block_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    output: Tensor = sdpa_attention_forward(module, query, key, value, mask, **rest)[0]
-    return output
-
-
 def _no_mask(*_: object, **__: object) -> None:
     """Return no mask: the kernel is causal, and real tokens do not attend to padding."""
-
-
-def block_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention on a CPU in blocks of queries.
-
-    Each block attends to the keys up to its own end. Torch's fused CPU kernel keeps no scores; its backward pass recomputes
-    them in pieces too small for the matrix units. For sequences of usual length the scores fit into memory, and two plain
-    products per block take half the time in bfloat16. In float32 they gain nothing, and longer sequences use the fused kernel,
-    whose memory grows only linearly with length.
-
-    Args:
-        query: [B, heads, L, d].
-        key: [B, key heads, E + L, d]; key heads divide heads. The queries are those of the last L keys.
-        value: as `key`.
-        scaling: factor of the scores before the softmax, which is taken in float32.
-
-    Returns:
-        [B, L, heads, d].
-    """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    length, earlier = query.shape[2], key.shape[2] - query.shape[2]
-    size = _SMALL if length <= 4 * _SMALL else _LARGE
-    query = query * scaling
-    future = torch.full((size, size), float("-inf"), device=query.device).triu(1)
-    blocks = []
-    for start in range(0, length, size):
-        end = min(length, start + size)
-        scores = torch.matmul(query[:, :, start:end], key[:, :, : earlier + end].transpose(-1, -2)).float()
-        scores[..., earlier + start :] += future[: end - start, : end - start]
-        blocks.append(torch.matmul(scores.softmax(-1).to(value.dtype), value[:, :, : earlier + end]))
-    return torch.cat(blocks, dim=2).transpose(1, 2)

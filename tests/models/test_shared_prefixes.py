@@ -103,9 +103,9 @@ def test_models_with_windows_other_layers_or_longrope_share_nothing(family, name
 
 
 def test_a_segment_that_reads_a_stranger_is_found_on_load(family, monkeypatch):
-    from rayrlhf.models import packed_attention
+    from rayrlhf.models import segment_kernels
 
-    monkeypatch.setattr(packed_attention, "_joined", lambda parts, chain: torch.cat(parts[: chain[-1] + 1], dim=2)[:, :, -sum(
+    monkeypatch.setattr(segment_kernels, "joined", lambda parts, chain: torch.cat(parts[: chain[-1] + 1], dim=2)[:, :, -sum(
         parts[number].shape[2] for number in chain):])  # fmt: skip
     network = loaded(family("llama"))
     assert (network.check.layout, network.check.shares_prefixes) == ("packed", False)
