@@ -106,7 +106,8 @@ def _segment_attention(
     scaling = rest.get("scaling")
     if has_kernel(query, key, value) and not rest.get("dropout"):
         parts = segments or Segments.of([query.shape[2]], None, query.device)
-        attention = SegmentAttention.apply(query, key, value, parts, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+        attention: Tensor = SegmentAttention.apply(query, key, value, parts, factor)  # type: ignore[no-untyped-call]
         return attention, None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -106,7 +106,8 @@ def fused_gradients(one: Attended, given: Tensor, output: Tensor, sums: Tensor) 
     """Return the gradients of query, key and value, given that of the output."""
     inputs = one.query, *_for_all_heads(one)
     of_query, *others = _fused_backward(given, *inputs, output, sums, 0.0, one.mask is None, **_options(one))
-    of_key, of_value = (found.unflatten(1, (one.key.shape[1], -1)).sum(2) for found in others)
+    rows, heads, keys, width = one.key.shape
+    of_key, of_value = (found.view(rows, heads, -1, keys, width).sum(2) for found in others)
     return of_query, of_key, of_value
 
 
@@ -130,8 +131,8 @@ def block_attention(one: Attended) -> tuple[Tensor, None]:
     for start, end in _blocks(one):
         keys = one.key.shape[2] - one.query.shape[2] + end
         weights = _weights(one, start, end).to(one.value.dtype)
-        outputs.append(torch.matmul(weights, one.value[:, :, :keys]).unflatten(2, (-1, end - start)))
-    return torch.cat(outputs, dim=3).flatten(1, 2), None
+        outputs.append(_by_head(torch.matmul(weights, one.value[:, :, :keys]), end - start))
+    return torch.cat(outputs, dim=2), None
 
 
 def block_gradients(one: Attended, given: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,8 +152,8 @@ def block_gradients(one: Attended, given: Tensor, output: Tensor) -> tuple[Tenso
         of_weights -= (block.float() * made.float()).sum(-1, keepdim=True)
         of_scores = of_weights.mul_(weights).mul_(one.scaling).to(dtype)
         of_key[:, :, :keys] += torch.matmul(of_scores.transpose(-1, -2), queries)
-        of_queries.append(torch.matmul(of_scores, one.key[:, :, :keys]).unflatten(2, (-1, end - start)))
-    return torch.cat(of_queries, dim=3).flatten(1, 2), of_key, of_value
+        of_queries.append(_by_head(torch.matmul(of_scores, one.key[:, :, :keys]), end - start))
+    return torch.cat(of_queries, dim=2), of_key, of_value
 
 
 def _blocks(one: Attended) -> list[tuple[int, int]]:
@@ -168,10 +169,15 @@ def _weights(one: Attended, start: int, end: int) -> Tensor:
     queries = _by_key_head(one.query[:, :, start:end], one.key.shape[1])
     scores = torch.matmul(queries, one.key[:, :, : earlier + end].transpose(-1, -2)).float().mul_(one.scaling)
     future = torch.full((end - start, end - start), float("-inf"), device=scores.device).triu(1)
-    scores.unflatten(2, (-1, end - start))[..., earlier + start :] += future
+    _by_head(scores, end - start)[..., earlier + start :] += future
     return scores.softmax(-1)
 
 
 def _by_key_head(part: Tensor, heads: int) -> Tensor:
     """Return [B, heads, L, d] as [B, key heads, groups * L, d]."""
-    return part.unflatten(1, (heads, -1)).flatten(2, 3)
+    return part.reshape(part.shape[0], heads, -1, part.shape[-1])
+
+
+def _by_head(part: Tensor, length: int) -> Tensor:
+    """Return a view [B, heads, L, n] of [B, key heads, groups * L, n]."""
+    return part.view(part.shape[0], -1, length, part.shape[-1])
