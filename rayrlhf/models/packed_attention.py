@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rayrlhf.library_types import PreTrainedModel
-from rayrlhf.models.segment_kernels import SegmentAttention, has_kernel, joined
+from rayrlhf.models.segment_kernels import SegmentAttention, joined, kernel_dtype
 
 NAME = "rayrlhf_segments"
 """Name of the function in transformers' registry."""
@@ -104,10 +104,12 @@ def _segment_attention(
     if segments is _NOT_PASSED:
         raise SegmentsError(f"{type(module).__name__} does not pass `segments`")
     scaling = rest.get("scaling")
-    if has_kernel(query, key, value) and not rest.get("dropout"):
+    dtype = kernel_dtype(query, key, value)
+    if dtype is not None and not rest.get("dropout"):
         parts = segments or Segments.of([query.shape[2]], None, query.device)
+        inputs = query.to(dtype), key.to(dtype), value.to(dtype)
         factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-        attention: Tensor = SegmentAttention.apply(query, key, value, parts, factor)  # type: ignore[no-untyped-call]
+        attention: Tensor = SegmentAttention.apply(*inputs, parts, factor)  # type: ignore[no-untyped-call]
         return attention, None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

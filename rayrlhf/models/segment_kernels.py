@@ -22,11 +22,12 @@ _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def has_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Return True for CPU tensors of one dtype, float32 or bfloat16, and one width of heads."""
-    dtypes = {query.dtype, key.dtype, value.dtype}
-    known = dtypes == {torch.bfloat16} or (dtypes == {torch.float32} and not torch.is_autocast_enabled("cpu"))
-    return known and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+def kernel_dtype(query: Tensor, key: Tensor, value: Tensor) -> torch.dtype | None:
+    """Return the dtype in which CPU tensors of one width of heads are computed; None without a kernel for them."""
+    if query.device.type != "cpu" or query.shape[-1] != value.shape[-1]:
+        return None
+    dtypes = {torch.get_autocast_dtype("cpu")} if torch.is_autocast_enabled("cpu") else {query.dtype, key.dtype, value.dtype}
+    return dtypes.pop() if dtypes in ({torch.float32}, {torch.bfloat16}) else None
 
 
 class Attended(NamedTuple):
@@ -48,7 +49,7 @@ class Attended(NamedTuple):
 
 
 class SegmentAttention(torch.autograd.Function):
-    """Attention within segments, [B, T, heads, d], for what `has_kernel` accepts."""
+    """Attention within segments, [B, T, heads, d], for tensors of one `kernel_dtype`."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: "Segments", scaling: float) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from rayrlhf.models.packed_attention import Segments
-from rayrlhf.models.segment_kernels import SegmentAttention, has_kernel
+from rayrlhf.models.segment_kernels import SegmentAttention, kernel_dtype
 
 LENGTHS, PARENTS = [50, 30, 1, 300, 60], [-1, 0, 1, 0, -1]
 """Two samples and three branches of the first one."""
@@ -80,11 +80,11 @@ def test_the_backward_pass_keeps_queries_keys_values_and_outputs_once(dtype):
     assert sum(one.nbytes for one in kept.values()) == sum(one.nbytes for one in (*inputs, inputs[0])) + sums
 
 
-def test_other_dtypes_widths_and_autocast_are_left_to_torch():
+def test_autocast_decides_the_dtype_and_other_inputs_are_left_to_torch():
     query, key, value = tensors(torch.Generator().manual_seed(0), 3, 8)
-    assert has_kernel(query, key, value)
-    assert not has_kernel(query, key, value[..., :8])
-    assert not has_kernel(query, key, value.bfloat16())
-    assert not has_kernel(query.double(), key.double(), value.double())
+    assert kernel_dtype(query, key, value) == torch.float32
+    assert kernel_dtype(query, key, value[..., :8]) is None
+    assert kernel_dtype(query, key, value.bfloat16()) is None
+    assert kernel_dtype(query.double(), key.double(), value.double()) is None
     with torch.autocast("cpu", torch.bfloat16):
-        assert not has_kernel(query, key, value)
+        assert kernel_dtype(query, key, value.bfloat16()) == torch.bfloat16
