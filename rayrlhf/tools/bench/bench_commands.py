@@ -182,20 +182,25 @@ def bench_train_command(
 @bench.command(name="prefix")
 def bench_prefix_command(
     model: Annotated[str, typer.Option(help="The trained model.")] = "builtin:smollm2-135m-instruct",
-    case: Annotated[list[str] | None, typer.Option(help="group, long-prompt, demonstrations, pairs, agent, none.")] = None,
+    case: Annotated[
+        list[str] | None, typer.Option(help="group, long-prompt, demonstrations, pairs, agent, none, step.")
+    ] = None,
     precision: Precisions = None,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each contender.")] = 3,
     output: Output = None,
 ) -> None:
     """Compare updates and scoring with shared prefixes, without, and in plain torch."""
-    from rayrlhf.tools.bench.prefix_speed import CASES, bench_prefix
+    from rayrlhf.tools.bench.prefix_speed import CASES, bench_prefix, bench_step
 
     for name in case or []:
-        if name not in CASES:
-            raise UserError(f"--case {name}: expected {', '.join(CASES)}")
+        if name not in (*CASES, "step"):
+            raise UserError(f"--case {name}: expected {', '.join(CASES)}, step")
     found = []
     for chosen in _chosen(precision or []):
-        found += bench_prefix(model, case or list(CASES), precision=chosen, rounds=rounds, progress=typer.echo)
+        names = [name for name in case or CASES if name != "step"]
+        found += bench_prefix(model, names, precision=chosen, rounds=rounds, progress=typer.echo) if names else []
+        if not case or "step" in case:
+            found.append(bench_step(model, precision=chosen, rounds=rounds, progress=typer.echo))
     _show(found, output, "prefix")
 
 

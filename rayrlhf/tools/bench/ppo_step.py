@@ -99,7 +99,7 @@ def bench_ppo(
         contenders[PLAIN] = measured(PLAIN, _run_plain)
     for critic in critics:
         name = f"rayrlhf, {critic} critic"
-        contenders[name] = measured(name, _run_ours, critic)
+        contenders[name] = measured(name, run_ours, critic)
     adapters = f", adapters of rank {work.lora}" if work.lora else ""
     title = (
         f"PPO step, {work.prompts} prompts x {work.new_tokens} new tokens x {work.epochs} epochs, {work.precision}{adapters}"
@@ -121,7 +121,8 @@ def write_reward_model(model: str, folder: Path) -> tuple[str, str]:
     return policy, str(folder)
 
 
-def _run_ours(work: PPOWork, critic: Critic) -> Measured:
+def run_ours(work: PPOWork, critic: Critic) -> Measured:
+    """Run our PPO and time its steps."""
     from time import perf_counter
 
     from rayrlhf.ppo.callbacks import Callback

@@ -10,8 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import get_args
 
 import numpy as np
 import psutil
@@ -32,11 +35,14 @@ from rayrlhf.engines.train.plan import UpdatePlan
 from rayrlhf.engines.train.process_group import join_alone
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.engines.train.supervised_batches import PAIR_MASK, REFERENCE
-from rayrlhf.tools.bench.paired import Comparison, Precision, compare
+from rayrlhf.tools.bench.paired import Comparison, Precision, compare, in_new_process
+from rayrlhf.tools.bench.ppo_step import run_ours, write_reward_model
 from rayrlhf.tools.bench.update_speed import PlainTrainer
+from rayrlhf.tools.bench.work import PPOWork
 
 SEED = 0
 LEARNING_RATE = 1e-6
+STEP_PROMPTS = 4
 
 CASES: Mapping[str, Sequence[tuple[int, int, int]]] = {
     "group": [(100, 100, 8)] * 2,
@@ -61,6 +67,22 @@ def bench_prefix(
     section = ModelSection(path=model, dtype=precision)
     engines = {"rayrlhf, off": _engine(section, "off"), "rayrlhf, auto": _engine(section, "auto")}
     return [found for name in cases for found in _case(name, section, engines, rounds, progress)]
+
+
+def bench_step(
+    model: str, *, precision: Precision, rounds: int, progress: Callable[[str], None] = lambda _: None
+) -> Comparison:
+    """Measure whole steps with groups of 8, prompts of about 100 tokens and responses of up to 100."""
+    with TemporaryDirectory() as folder:
+        policy, reward = write_reward_model(model, Path(folder) / "reward")
+        work = PPOWork(policy, reward, precision, STEP_PROMPTS, 100, 1, samples=8, characters=(320, 480))
+
+        def speed(share_prefixes: SharePrefixes) -> float:
+            return 3600 / in_new_process(run_ours, replace(work, share_prefixes=share_prefixes), "none").step
+
+        contenders = {label: partial(speed, label) for label in get_args(SharePrefixes)}
+        title = f"whole step, {STEP_PROMPTS} groups of 8, reward model and reference, {model}, {precision}"
+        return compare(title, "steps/h", dict(sorted(contenders.items(), reverse=True)), rounds, progress)
 
 
 def case_sequences(name: str) -> list[TokenSequence]:

@@ -13,6 +13,7 @@ from rayrlhf.actors.connection import connected, running_actor_groups
 from rayrlhf.actors.model_loading import load_models
 from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.train import SharePrefixes
 from rayrlhf.data.prompt_sampler import PromptSampler
 from rayrlhf.data.records import Prompt
 from rayrlhf.data.toy.word_problems import generate
@@ -22,8 +23,8 @@ from rayrlhf.tools.bench.paired import Precision
 
 Critic = Literal["separate", "shared"]
 Record = Literal["off", "light", "full"]
-MIN_CHARACTERS, MAX_CHARACTERS = 32, 96
-"""Length of a prompt in characters."""
+PROBLEMS = 4
+"""Word problems of a prompt, before it is cut to its length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,9 @@ class PPOWork:
         updates: timed PPO steps.
         lora: rank of adapters on all linear layers of the policy, whose reference is then the policy without them; 0 for none.
         record: `observe.record` of our runs.
+        samples: responses per prompt; several make our runs take group-normalized advantages.
+        share_prefixes: `train.share_prefixes` of our runs.
+        characters: shortest and longest prompt.
     """
 
     policy: str
@@ -51,13 +55,16 @@ class PPOWork:
     updates: int = 3
     lora: int = 0
     record: Record = "off"
+    samples: int = 1
+    share_prefixes: SharePrefixes = "auto"
+    characters: tuple[int, int] = (32, 96)
 
     def texts(self) -> list[str]:
         """Return the prompts of all steps, the first included."""
         count = self.prompts * (self.updates + 1)
-        lengths = np.random.default_rng(0).integers(MIN_CHARACTERS, MAX_CHARACTERS + 1, count)
-        rows = zip(generate(0, count, "train"), lengths, strict=True)
-        return [f"{row['solution']} {row['question']}"[-length:] for row, length in rows]
+        lengths = np.random.default_rng(0).integers(self.characters[0], self.characters[1] + 1, count)
+        problems = [f"{row['solution']} {row['question']} " for row in generate(0, count * PROBLEMS, "train")]
+        return ["".join(problems[number::count]).strip()[-length:] for number, length in enumerate(lengths)]
 
     def write_prompts(self, folder: Path) -> None:
         """Write the prompts to the file that `config` reads."""
@@ -83,13 +90,15 @@ class PPOWork:
                 f"reward.model.model={{path: {json.dumps(self.reward)}, dtype: {self.precision}}}",
                 'reward.model.template="{prompt}{response}"',
                 f"data={{chat: false, train: {{path: {json.dumps(str(folder / 'prompts.jsonl'))}}}}}",
-                f"rollout={{prompts_per_step: {self.prompts}, max_new_tokens: {self.new_tokens}, max_model_length: 256}}",
-                f"train={{epochs: {self.epochs}, learning_rate: 1.0e-5}}",
+                f"rollout={{prompts_per_step: {self.prompts}, samples_per_prompt: {self.samples}, "
+                f"max_new_tokens: {self.new_tokens}, max_model_length: {max(256, self.characters[1] + self.new_tokens)}}}",
+                f"train={{epochs: {self.epochs}, learning_rate: 1.0e-5, share_prefixes: {self.share_prefixes}}}",
                 f"run={{name: bench, root: {json.dumps(str(folder))}, steps: {self.updates + 1}}}",
                 "evaluation.every=0",
                 "checkpoint.every=0",
                 "observe.live=false",
                 f"observe.record={self.record}",
+                *(["algorithm.advantage.estimator=grpo"] if self.samples > 1 else []),
                 *own_critic.get(critic, [f"critic.kind={critic}"] if critic != "none" else []),
             ],
         )

@@ -8,7 +8,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.models.builtin import resolve_model
 from rayrlhf.tools.bench.bench_commands import bench_ppo_command
 from rayrlhf.tools.bench.ppo_step import PLAIN, bench_ppo, write_reward_model
-from rayrlhf.tools.bench.work import MAX_CHARACTERS, MIN_CHARACTERS, PPOWork
+from rayrlhf.tools.bench.work import PPOWork
 
 
 def test_every_contender_gets_the_same_prompts_of_the_stated_lengths():
@@ -16,8 +16,8 @@ def test_every_contender_gets_the_same_prompts_of_the_stated_lengths():
     ids = work.token_ids()
     lengths = np.array([len(one) for one in ids])
     assert len(ids) == 64 * 3
-    assert lengths.min() >= MIN_CHARACTERS
-    assert lengths.max() <= MAX_CHARACTERS
+    assert lengths.min() >= work.characters[0] - 1  # a space at the cut is left out
+    assert lengths.max() <= work.characters[1]
     assert ids == work.token_ids()
     assert [len(text) for text in work.texts()] == lengths.tolist()
 
