@@ -133,6 +133,7 @@ def train_spec(config: PPOConfig, role: TrainRole) -> TrainEngineSpec:
         tensor_parallel=placement.tensor_parallel,
         expert_parallel=placement.expert_parallel,
         routing_replay=policy and config.rollout.replays_routing,
+        router_load=policy,
     )
 
 

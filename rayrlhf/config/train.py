@@ -56,6 +56,9 @@ class UpdateSection(Section):
     """Maximum norm of the whole gradient; larger ones are scaled down. null does not clip."""
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
+    router_aux_loss_coefficient: float = Field(0.0, ge=0)
+    """Weight of the load-balancing loss of a mixture of experts (TRL `router_aux_loss_coef`; 0.001 in the configurations of
+    Qwen3-MoE and Mixtral). In PPO the critic trains without it."""
     share_prefixes: SharePrefixes = "auto"
     """Tokens that samples of a batch begin with in common: `auto` computes them once if that saves at least 3 % of its
     tokens, in training and in scoring; `off` computes each copy. Losses and gradients are the same."""

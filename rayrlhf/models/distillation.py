@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from rayrlhf.models.logprobs import LayerGradients, chunk_buffer, chunks, logits_into, product_dtype
+from rayrlhf.models.network_io import TeacherSignal
 
 
 class Teacher(Protocol):
@@ -196,6 +197,30 @@ class _Divergence(torch.autograd.Function):
             gradient = ctx.teacher.gradient(rows, student, ctx.beta).mul_(upstream[rows, None])
             total.add(rows, gradient, inputs)
         return total.hidden, total.weight, total.bias, None, None
+
+
+def divergence_from(
+    hidden: Tensor,
+    head: tuple[Tensor, Tensor | None],
+    teacher: TeacherSignal,
+    teacher_layer: tuple[Tensor, Tensor | None] | None,
+) -> Tensor:
+    """Return the divergence at final hidden states [N, H], float32 [N].
+
+    Args:
+        hidden: of the student.
+        head: weight and bias of the student's output layer.
+        teacher: teacher outputs at the same positions.
+        teacher_layer: weight and bias of the teacher's output layer, for its hidden states.
+
+    Raises:
+        ValueError: the teacher's output layer is missing.
+    """
+    if teacher.ids is not None and teacher.logprobs is not None:
+        return divergence(hidden, *head, TopTeacher(teacher.ids, teacher.logprobs), teacher.beta)
+    if teacher.hidden is None or teacher_layer is None:
+        raise ValueError("a teacher's hidden states need its output layer: expected teacher_layer to be set")
+    return divergence(hidden, *head, FullTeacher(teacher.hidden, *teacher_layer), teacher.beta)
 
 
 def _log_mixture(student: Tensor, teacher: Tensor, beta: float) -> Tensor:

@@ -22,7 +22,7 @@ from rayrlhf.data.prefix_tree import prefix_tree
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PreTrainedModel
 from rayrlhf.models.direct_load import WeightShards
-from rayrlhf.models.distillation import FullTeacher, TopTeacher, divergence
+from rayrlhf.models.distillation import divergence_from
 from rayrlhf.models.frozen_prefix import FrozenPrefix
 from rayrlhf.models.load import disable_dropout, load_causal_model, load_trunk
 from rayrlhf.models.load_check import (
@@ -40,6 +40,7 @@ from rayrlhf.models.lora import add_lora
 from rayrlhf.models.model_path import model_folder
 from rayrlhf.models.network_io import Head, NetworkOutput, OutputName, Positions, TeacherSignal
 from rayrlhf.models.packed_attention import Segments, SegmentsError, attend_within_segments
+from rayrlhf.models.router_load import RouterLoad
 from rayrlhf.models.routing_replay import ARGUMENT, ForcedExperts, differing, parts, replay_routing
 from rayrlhf.models.sequence_parallel import RowSplit
 from rayrlhf.models.tensor_parallel import WeightSplit
@@ -77,6 +78,7 @@ class Network(nn.Module):
         self.check = LoadCheck(str(model.config.model_type))
         self.probed: Tensor | None = None
         self.by_segments = self.replays_routing = False
+        self._load: RouterLoad | None = None
 
     @property
     def trunk(self) -> Any:
@@ -215,6 +217,7 @@ class Network(nn.Module):
             positions, teacher = part.positions, part.teacher
         replayed = positions.experts if self.replays_routing else None
         forced = None if replayed is None else ForcedExperts.of(replayed)
+        self._load = RouterLoad(self.model.config, split) if "load" in outputs else None
         hidden = self._hidden(input_ids, positions, forced)
         logprobs = entropy = values = predicting = None
         if outputs & {"logprobs", "entropy", "hidden", "divergence"}:
@@ -234,7 +237,8 @@ class Network(nn.Module):
             )
         apart = None
         if predicting is not None and teacher is not None and "divergence" in outputs:
-            apart = self._divergence(predicting, teacher)
+            head = self.model.get_output_embeddings()
+            apart = divergence_from(predicting, (head.weight, head.bias), teacher, self.teacher_layer)
         if "values" in outputs and self.v_head is not None:
             values = self.v_head(hidden.index_select(0, positions.values))
         output = NetworkOutput(
@@ -245,16 +249,9 @@ class Network(nn.Module):
             apart,
             differing(forced, positions.predictors) if "routing" in outputs else None,
         )
-        return output if split is None or part is None else split.join(output, part)
-
-    def _divergence(self, predicting: Tensor, teacher: TeacherSignal) -> Tensor:
-        head = self.model.get_output_embeddings()
-        if teacher.ids is not None and teacher.logprobs is not None:
-            return divergence(predicting, head.weight, head.bias, TopTeacher(teacher.ids, teacher.logprobs), teacher.beta)
-        if teacher.hidden is None or self.teacher_layer is None:
-            raise ValueError("a teacher's hidden states need its output layer: expected teacher_layer to be set")
-        full = FullTeacher(teacher.hidden, *self.teacher_layer)
-        return divergence(predicting, head.weight, head.bias, full, teacher.beta)
+        output = output if split is None or part is None else split.join(output, part)
+        load, self._load = self._load, None
+        return output if load is None else output._replace(load=load.total())
 
     def _hidden(self, input_ids: Tensor, positions: Positions, forced: ForcedExperts | None) -> Tensor:
         """Return the final hidden states of a batch, [B * L, H], undefined at padding.
@@ -311,7 +308,12 @@ class Network(nn.Module):
             inputs["inputs_embeds"] = embedded + self._noise(embedded, lengths, self.noise_alpha, packed=packed)
         elif self.prefix is not None and places:
             return self.prefix.run(inputs.pop("input_ids"), places, **inputs)
-        states: Tensor = self.trunk(**inputs, use_cache=False).last_hidden_state
+        if self._load is not None:
+            inputs["output_router_logits"] = True
+        output = self.trunk(**inputs, use_cache=False)
+        if self._load is not None:
+            self._load.add(output.router_logits, input_ids, lengths, packed=packed)
+        states: Tensor = output.last_hidden_state
         return states
 
     def _noise(self, embedded: Tensor, lengths: list[int], alpha: float, *, packed: bool) -> Tensor:

@@ -35,6 +35,7 @@ def check_models(config: PPOConfig) -> None:
     """
     from rayrlhf.engines.scoring.judge_engine import check_judge
     from rayrlhf.engines.scoring.reward_model import check_reward_models
+    from rayrlhf.models.router_load import check_router_loss
     from rayrlhf.models.routing_replay import check_routing_replay
     from rayrlhf.models.start_check import check_configuration, check_divides_heads
 
@@ -43,6 +44,7 @@ def check_models(config: PPOConfig) -> None:
     check_divides_heads(config.model, config.rollout.tensor_parallel_size, "rollout.tensor_parallel_size")
     if config.rollout.replays_routing:
         check_routing_replay(config.model)
+    check_router_loss(config.model, config.train.router_aux_loss_coefficient)
     check_splits(config)
     check_readers(config)
     if config.reward.model is not None:

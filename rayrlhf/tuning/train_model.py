@@ -23,6 +23,7 @@ from rayrlhf.data.supervised.datasets import DatasetReport, SliceMapper, map_in_
 from rayrlhf.errors import ActorLostError, StoppedError, UserError
 from rayrlhf.models.export import check_reward_model
 from rayrlhf.models.load import load_architecture, load_tokenizer
+from rayrlhf.models.router_load import check_router_loss
 from rayrlhf.models.skeleton import check_memory, check_rank_groups, exported_bytes, least_training_bytes
 from rayrlhf.models.start_check import check_configuration, check_tokens, describe_check
 from rayrlhf.observe.host_facts import read_model_checks
@@ -203,6 +204,7 @@ def _check_start(config: TuningConfig) -> None:
     check_run_folder(config.run.folder, dump_config(config), differ, resume=config.run.resume)
     check_configuration(config.model)
     check_rank_groups(config.model, "workers", config.workers)
+    check_router_loss(config.model, config.train.router_aux_loss_coefficient)
     if isinstance(config, RewardTrainingConfig) and config.kind == "outcome":
         check_reward_model(config.model)
     check_local_machine(config.workers.address, partial(_check_fits, config))

@@ -54,6 +54,14 @@ def test_the_policy_alone_replays_and_shares_no_prefixes(minimal):
     assert "routing" not in make_objectives(off)["policy"].outputs
 
 
+def test_the_policy_alone_balances_its_experts_and_shares_no_prefixes(minimal):
+    config = load_config(PPOConfig, minimal, ["train.router_aux_loss_coefficient=0.01", "critic.kind=separate"])
+    assert "train.router_aux_loss_coefficient" in train_spec(config, "policy").unshared
+    assert not train_spec(config, "critic").balances_experts
+    off = train_spec(load_config(PPOConfig, minimal, []), "policy")
+    assert (off.router_load, off.balances_experts, off.unshared) == (True, False, "")
+
+
 def test_a_dense_policy_is_refused_before_it_loads(minimal):
     with pytest.raises(UserError, match="routing_replay 'rollout': not for a llama model"):
         check_models(load_config(PPOConfig, minimal, [ON, "model.path=builtin:tiny"]))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from rayrlhf.observe.metric_names import ROUTER_LOSS
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.ppo.train_ppo import train_ppo
 from tests.models.families import write_family
@@ -11,7 +12,7 @@ from tests.ppo.runs import run_config
 
 COMPARED = (
     "policy/grad_norm", "critic/grad_norm", "objective/scores", "objective/kl", "loss/policy_avg", "loss/value_avg",
-    "policy/entropy_avg", "val/ratio",
+    "policy/entropy_avg", "val/ratio", ROUTER_LOSS, "moe/load_balance/layer_1", "moe/max_violation/layer_0",
 )  # fmt: skip
 
 pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.slow]
@@ -61,6 +62,8 @@ def test_policy_and_critic_whose_ranks_share_rows_or_weights(alone, tmp_path, gr
 
 def test_a_policy_whose_ranks_share_experts_and_replay_those_of_the_rollouts(tmp_path):
     settings = ["critic.kind=shared", f"model.path={write_family('qwen3_moe', tmp_path / 'model', num_hidden_layers=2)}"]
-    settings.append("rollout.routing_replay=rollout")
+    settings += ["rollout.routing_replay=rollout", "train.router_aux_loss_coefficient=0.1", "train.micro_batch_size=1"]
     shared = ["placement.policy={ranks: 2, expert_parallel: 2}", "train.zero_stage=1"]
-    same(trained(tmp_path, "alone", *settings), trained(tmp_path, "experts", *settings, *shared))
+    alone, experts = trained(tmp_path, "alone", *settings), trained(tmp_path, "experts", *settings, *shared)
+    assert set(COMPARED) <= set(experts[0][0]) | {"critic/grad_norm"}
+    same(alone, experts)

@@ -46,6 +46,10 @@ def no_cluster(monkeypatch):
             r"placement.policy.expert_parallel 2: a llama model .* has no experts that ranks can share; expected 1$",
         ),
         (
+            ["train.router_aux_loss_coefficient=0.01"],
+            r"train.router_aux_loss_coefficient 0.01: a llama model .* has no routers with a load-balancing loss in transfor",
+        ),
+        (
             ["reward.functions=[{name: gsm8k}]"],
             "row 1: reward function 'gsm8k' needs column 'answer'; the row's columns are: prompt, number",
         ),

@@ -35,6 +35,7 @@ from rayrlhf.models.lora import CheckpointTensor, adapters_disabled, checkpoint_
 from rayrlhf.models.network import build_network
 from rayrlhf.models.network_io import OutputName
 from rayrlhf.models.rounding import UpdateShare, write_share
+from rayrlhf.models.router_load import has_load
 from rayrlhf.models.tensor_files import TensorKind, TensorStream
 from rayrlhf.weight_sync.buckets import SyncDtype, WeightBucket, bucketed
 
@@ -101,7 +102,13 @@ class TrainEngine:
         self._average = MovingAverage(self._network, decay) if decay is not None else None
         self._arrived: float | None = None
         self._updater = Updater(
-            self._backend, spec, self._device, self.grid, self._average, shares_prefixes=self.shares_prefixes
+            self._backend,
+            spec,
+            self._device,
+            self.grid,
+            self._average,
+            shares_prefixes=self.shares_prefixes,
+            measures_load=spec.router_load and has_load(network.model.config),
         )
 
     @property

@@ -11,6 +11,8 @@ import torch
 
 from rayrlhf.engines.objectives.base import RATIO, LossComponent
 from rayrlhf.engines.train.plan import TrainedRows, UpdateReport
+from rayrlhf.models.router_load import load_metrics
+from rayrlhf.observe.metric_names import ROUTER_LOSS
 
 
 class UpdateMeter:
@@ -42,6 +44,7 @@ class UpdateMeter:
         self._step_metrics: list[dict[str, float]] = []
         self._seconds = {"forward": 0.0, "backward": 0.0, "optimizer": 0.0}
         self._tokens = self._distinct = self._computed = 0
+        self._load = self._loads = torch.zeros((), dtype=torch.float64, device=device)
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
@@ -58,6 +61,7 @@ class UpdateMeter:
     def begin_step(self) -> None:
         """Start an optimizer step."""
         self._sums = {}
+        self._load = torch.zeros_like(self._load)
 
     def add(self, components: Sequence[LossComponent], counts: Mapping[str, float]) -> None:
         """Add a micro-batch's statistics; `counts` are its tokens under each mask."""
@@ -65,6 +69,15 @@ class UpdateMeter:
             for name, total in component.token_loss.sums().items():
                 before = self._sums.get(name, (0.0, 0.0))
                 self._sums[name] = (before[0] + float(total), before[1] + counts[component.mask])
+
+    def add_load(self, load: torch.Tensor, loss: torch.Tensor, share: float) -> None:
+        """Add a micro-batch's load of experts (`RouterLoad.total`), its loss, and its share of the step's tokens.
+
+        Every rank does, also for fillers, with zeros.
+        """
+        self._load = self._load + load.double()
+        before = self._sums.get(ROUTER_LOSS, (0.0, 0.0))
+        self._sums[ROUTER_LOSS] = (before[0] + float(loss) * share, before[1] + share)
 
     def add_tokens(self, tokens: int, distinct: int, computed: int) -> None:
         """Count the tokens of a forward and backward; those of a filler are padding.
@@ -82,6 +95,9 @@ class UpdateMeter:
         """Sum the step's statistics over the ranks and form its means in `step_means`."""
         if across_ranks:
             self._sums = _summed_over_ranks(self._sums, self._device)
+            if self._load.ndim:
+                torch.distributed.all_reduce(self._load)
+        self._loads = self._loads + self._load
         self._steps.append(self._sums)
         self.step_means = {name: total / count for name, (total, count) in self._sums.items()}
         self._step_metrics.append(self.step_means)
@@ -98,6 +114,8 @@ class UpdateMeter:
         if RATIO in metrics:
             ratios = torch.tensor([step[RATIO] for step in self._step_metrics], dtype=torch.float64)
             metrics["val/ratio_var"] = float(ratios.var()) if len(ratios) > 1 else 0.0
+        if self._loads.ndim:
+            metrics |= load_metrics(self._loads)
         return UpdateReport(
             metrics=metrics,
             grad_norms=self.grad_norms,

@@ -53,7 +53,7 @@ class TrainedRows(NamedTuple):
         denominators: name of a count -> number that its losses were divided by.
         sums: name of a count -> coefficient times the sum of the losses divided by it.
         sizes: the same with the absolute value of each loss's sum, which may cancel out in `sums`.
-        loss: the loss whose gradient was taken.
+        loss: the loss whose gradient was taken, without the load-balancing loss of experts.
     """
 
     mini_batch: int

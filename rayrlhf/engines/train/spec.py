@@ -34,6 +34,7 @@ class TrainEngineSpec:
         tensor_parallel: consecutive ranks that share each weight; divides the ranks.
         expert_parallel: consecutive ranks that share the experts; divides the ranks.
         routing_replay: force the experts that sequences hold (`rollout.routing_replay`).
+        router_load: measure the load of experts, and balance it by `train.router_aux_loss_coefficient`.
         backend: name in `TRAIN_BACKENDS` of `rayrlhf.engines.train.engine`.
     """
 
@@ -55,14 +56,20 @@ class TrainEngineSpec:
     tensor_parallel: int = 1
     expert_parallel: int = 1
     routing_replay: bool = False
+    router_load: bool = True
     backend: str = "deepspeed"
 
     @property
     def caches_frozen_layers(self) -> bool:
         """True if outputs of frozen layers below the adapters are cached."""
         on_last_layers = self.model.lora is not None and self.model.lora.last_layers is not None
-        padded = not (self.packing or self.targets_only or self.noise_alpha or self.routing_replay)
+        padded = not (self.packing or self.targets_only or self.noise_alpha or self.routing_replay or self.balances_experts)
         return on_last_layers and padded and not self.model.gradient_checkpointing
+
+    @property
+    def balances_experts(self) -> bool:
+        """True if the loss balances the load of experts."""
+        return self.router_load and self.train.router_aux_loss_coefficient > 0
 
     @property
     def unshared(self) -> str:
@@ -72,6 +79,7 @@ class TrainEngineSpec:
             UNSHARED[self.train.share_prefixes]: True,
             "ranks share rows (sequence_parallel)": self.sequence_parallel > 1,
             "samples replay experts of their own (rollout.routing_replay)": self.routing_replay,
+            "every sample counts in the load of experts (train.router_aux_loss_coefficient)": self.balances_experts,
             "noise on embeddings differs between samples (train.neftune_alpha)": self.noise_alpha is not None,
             "micro-batches are consecutive samples (algorithm.parity)": parity,
         }

@@ -28,6 +28,10 @@ from rayrlhf.engines.train.plan import MicroBatch, TrainedRows, UpdatePlan, Upda
 from rayrlhf.engines.train.process_group import Grid
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.errors import AlarmError
+from rayrlhf.models.network_io import OutputName
+from rayrlhf.models.router_load import load_balancing_loss
+
+_LOAD: frozenset[OutputName] = frozenset({"load"})
 
 
 class Updater:
@@ -47,6 +51,7 @@ class Updater:
         average: MovingAverage | None = None,
         *,
         shares_prefixes: bool = False,
+        measures_load: bool = False,
     ) -> None:
         self.optimizer_steps = 0
         self.average = average
@@ -55,7 +60,7 @@ class Updater:
         self._backend = backend
         self._spec = spec
         self._device = device
-        self._shares_prefixes = shares_prefixes
+        self._shares_prefixes, self._measures_load = shares_prefixes, measures_load
         self._grid, self._ranks = grid, torch.distributed.get_world_size()
         self._group = 1 if grid.row_split is None else grid.row_split.size
 
@@ -98,7 +103,9 @@ class Updater:
             if parity.mini_batch_means:
                 own = _counts(batch, micro_batch.rows, objective)
                 denominators = {mask: max(count, 1.0) * real for mask, count in own.items()}
-            self._micro_batch(batch.select(micro_batch.rows), micro_batch, objective, denominators, meter, last=last)
+            share = sum(batch.lengths[row] for row in micro_batch.rows) / sum(batch.lengths[row] for row in rows)
+            selected = batch.select(micro_batch.rows)
+            self._micro_batch(selected, micro_batch, objective, denominators, meter, share=share, last=last)
             if last:
                 self._step(meter, micro_batch.rows if parity.no_accumulation else rows)
                 if parity.no_accumulation and index < len(micro_batches) - 1:
@@ -113,14 +120,20 @@ class Updater:
         denominators: dict[str, float],
         meter: UpdateMeter,
         *,
+        share: float,
         last: bool,
     ) -> None:
         with meter.clock("forward"):
             collated = self._collated(batch, objective, shared=micro_batch.shared)
-            components, tables = self._forward(collated, batch, objective)
+            components, tables, load = self._forward(collated, batch, objective)
             loss = weighted_loss(components, denominators) * micro_batch.weight
         if micro_batch.weight:
             meter.trained.append(_trained(meter.mini_batches, micro_batch.rows, batch, components, denominators, loss))
+        if load is not None:
+            balance = load_balancing_loss(load, sum(collated.positions.lengths))
+            loss = loss + self._spec.train.router_aux_loss_coefficient * share * micro_batch.weight * balance
+            meter.add_load(load.detach() * micro_batch.weight, balance.detach(), share * micro_batch.weight)
+        if micro_batch.weight:
             found = batch.cause or _nonfinite_number(tables, batch, objective, micro_batch.rows)
             if found:
                 loss = loss * math.nan  # clipping can hide an inf
@@ -148,20 +161,19 @@ class Updater:
 
     def _forward(
         self, collated: CollatedBatch, batch: TrainingBatch, objective: Objective
-    ) -> tuple[list[LossComponent], dict[str, Tensor]]:
-        """Return the loss, and the network's outputs [B, T] that it reads."""
+    ) -> tuple[list[LossComponent], dict[str, Tensor], Tensor | None]:
+        """Return the loss, the network's outputs [B, T] that it reads, and the load of experts."""
         arrays = {name: torch.from_numpy(array).to(self._device) for name, array in batch.arrays.items()}
         teacher = None
         if "divergence" in objective.outputs:
             teacher = teacher_signal(arrays, collated.logprob_slots, divergence_beta(objective))
-        output = self._backend.forward(
-            collated.input_ids, collated.positions, objective.outputs, objective.temperature, teacher
-        )
+        outputs = objective.outputs | (_LOAD if self._measures_load else frozenset())
+        output = self._backend.forward(collated.input_ids, collated.positions, outputs, objective.temperature, teacher)
         tables: dict[str, Tensor] = {}
         for name in objective.outputs:
             slots = collated.value_slots if name == "values" else collated.logprob_slots
             tables[name] = collated.table(getattr(output, name), slots)
-        return objective.compute(tables, arrays), tables
+        return objective.compute(tables, arrays), tables, output.load
 
     def _step(self, meter: UpdateMeter, rows: Sequence[int]) -> None:
         train, parity = self._spec.train, self._spec.parity

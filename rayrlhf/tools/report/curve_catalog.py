@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rayrlhf.observe.metric_names import SHARED_FRACTION
+from rayrlhf.observe.metric_names import ROUTER_LOSS, ROUTING_DIFFERENCE, SHARED_FRACTION
 
 STEP_TIME, EPISODES, SYNC_VERSION = "time/step", "episode", "sync/version"
 SECONDS_PER_RESPONSE = "derived/seconds_per_response"
@@ -95,6 +95,16 @@ GROUPS = (
             Curve("sync/seconds", "Weight sync", "seconds", "From the trainer to all replicas."),
         ),
         prefixes=("staleness/",),
+    ),
+    CurveGroup(
+        "Experts",
+        (
+            Curve(
+                ROUTER_LOSS, "Load-balancing loss", "loss", "Before its coefficient; k with k experts per token is balanced."
+            ),
+            Curve(ROUTING_DIFFERENCE, "Other experts", "share of tokens", "Tokens whose own experts differ from the replayed."),
+        ),
+        prefixes=("moe/",),
     ),
     CurveGroup(
         "Speed, cost and memory",

@@ -82,6 +82,7 @@ KEYS: Mapping[str, Mapping[str, str]] = {
         "num_iterations": "train.epochs",
         "entropy_coef": "algorithm.policy_loss.entropy_coefficient",
         "delta": "algorithm.policy_loss.dual_clip",
+        "router_aux_loss_coef": "train.router_aux_loss_coefficient",
         "vllm_gpu_memory_utilization": "rollout.gpu_memory_utilization",
         "vllm_tensor_parallel_size": "rollout.tensor_parallel_size",
         "vllm_max_model_length": "rollout.max_model_length",
@@ -90,7 +91,9 @@ KEYS: Mapping[str, Mapping[str, str]] = {
     "SFTConfig": _COMMON
     | {"max_length": "data.max_length", "packing": "train.packing", "neftune_noise_alpha": "train.neftune_alpha"},
     "RewardConfig": _COMMON | {"max_length": "data.max_length", "center_rewards_coefficient": "train.center_coefficient"},
-    "DPOConfig": _COMMON | {"max_length": "data.max_length", "beta": "train.beta", "label_smoothing": "train.label_smoothing"},
+    "DPOConfig": _COMMON
+    | {"max_length": "data.max_length", "beta": "train.beta", "label_smoothing": "train.label_smoothing"}
+    | {"router_aux_loss_coef": "train.router_aux_loss_coefficient"},
 }
 """Fields whose value is the key's value."""
 

@@ -21,6 +21,8 @@ from tests.engines.training import free_port, join_alone, random_sequences
 VOCABULARY = 264
 SEQUENCES = random_sequences(7, vocabulary=VOCABULARY)
 PLAN = UpdatePlan([[[3, 1, 6, 5], [0, 2, 4]]])
+LIMIT = 1800
+"""Seconds of the wider matrices, which have four processes on two cores."""
 READ = {"lm": ("logprobs", "entropy"), "value": ("values",)}
 
 
@@ -78,7 +80,7 @@ def run_processes(module: str, ranks: int, arguments: list[str], alone: Callable
     )
     join_alone()
     alone()
-    error = process.communicate(timeout=500)[1].decode()
+    error = process.communicate(timeout=LIMIT)[1].decode()
     assert process.returncode == 0, error[-3000:]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from rayrlhf.engines.train.process_group import ProcessGroupSpec, join, make_grid
+from tests.engines.train.ranks import LIMIT
 from tests.engines.train.test_tensor_parallel import ALL, Cell, check, run_cells, run_matrix
 from tests.engines.training import leave_at_once
 
@@ -28,7 +29,7 @@ def cell(family: str, stage: int, **changes: object) -> Cell:
 
 
 CELLS = (
-    cell("qwen3_moe", 0),
+    cell("qwen3_moe", 0, packing=False, router_loss=0.1),
     cell("mixtral", 1, lora=ALL),  # with checkpointing
     cell("mixtral", 2, heads=("value",), packing=False),
 )
@@ -98,6 +99,7 @@ def test_a_rank_without_tokens_for_its_experts_takes_part(two_ranks: Path) -> No
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(LIMIT)
 @pytest.mark.parametrize(("ranks", "size"), [(4, 2), (4, 4)])
 def test_more_ranks_that_share_experts_take_the_steps_of_one(tmp_path: Path, ranks: int, size: int) -> None:
     """Two groups of two, with fillers where a rank has fewer micro-batches, and one of four."""

@@ -29,6 +29,7 @@ from rayrlhf.models import load_check, packed_attention
 from rayrlhf.models.network import Network, build_network
 from rayrlhf.models.network_io import Positions, TeacherSignal
 from tests.engines.train.ranks import (
+    LIMIT,
     PLAN,
     SEQUENCES,
     VOCABULARY,
@@ -59,6 +60,7 @@ class Cell:
     dtype: str = "float32"
     objective: str = "plain"
     changes: Mapping[str, Any] = field(default_factory=lambda: TWO)
+    router_loss: float = 0.0
 
     @property
     def name(self) -> str:
@@ -78,6 +80,7 @@ CELLS = (
     Cell("llama", 0, packing=False, objective="gspo", heads=("lm",)),
     Cell("qwen2", 0, changes=THREE),  # keys are gathered
     Cell("qwen2", 3, packing=False, heads=("value",)),
+    Cell("mixtral", 0, heads=("lm",), changes=FOUR, router_loss=0.1),
 )
 WIDE = (
     *(Cell("qwen3", stage, packing, changes=FOUR) for stage in range(4) for packing in (True, False)),
@@ -94,8 +97,9 @@ def engine_of(cell: Cell, folder: Path, sequence_parallel: int) -> TrainEngine:
     lora = LoraSection(rank=4, target_modules=["q_proj", "v_proj", "o_proj"]) if cell.lora else None
     model = ModelSection(path=str(folder), dtype=cell.dtype, lora=lora, gradient_checkpointing=cell.lora)
     train = TrainSection(
-        zero_stage=cell.stage, micro_batch_tokens=40, optimizer=OptimizerSection(name="sgd"), max_grad_norm=None
-    )
+        zero_stage=cell.stage, micro_batch_tokens=40, optimizer=OptimizerSection(name="sgd"), max_grad_norm=None,
+        router_aux_loss_coefficient=cell.router_loss,
+    )  # fmt: skip
     spec = TrainEngineSpec(
         model, frozenset(cell.heads), train, 0.05, head_init="normal", parity=ParitySection(), packing=cell.packing,
         sequence_parallel=sequence_parallel,
@@ -290,6 +294,7 @@ def test_ranks_that_share_rows_keep_their_part_of_the_activations_and_read_what_
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(LIMIT)
 @pytest.mark.parametrize(("ranks", "size"), [(4, 2), (3, 3)])
 def test_groups_within_data_parallelism_take_the_steps_of_one(tmp_path: Path, ranks: int, size: int) -> None:
     """Two groups of two, with fillers where a group has fewer micro-batches, and three ranks that divide no heads of four."""
