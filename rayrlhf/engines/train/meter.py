@@ -71,9 +71,14 @@ class UpdateMeter:
                 self._sums[name] = (before[0] + float(total), before[1] + counts[component.mask])
 
     def add_load(self, load: torch.Tensor, loss: torch.Tensor, share: float) -> None:
-        """Add a micro-batch's load of experts (`RouterLoad.total`), its loss, and its share of the step's tokens.
+        """Add the load of a micro-batch's experts.
 
         Every rank does, also for fillers, with zeros.
+
+        Args:
+            load: see `RouterLoad.total`.
+            loss: its load-balancing loss.
+            share: of the step's tokens.
         """
         self._load = self._load + load.double()
         before = self._sums.get(ROUTER_LOSS, (0.0, 0.0))

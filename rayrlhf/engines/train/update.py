@@ -162,7 +162,7 @@ class Updater:
     def _forward(
         self, collated: CollatedBatch, batch: TrainingBatch, objective: Objective
     ) -> tuple[list[LossComponent], dict[str, Tensor], Tensor | None]:
-        """Return the loss, the network's outputs [B, T] that it reads, and the load of experts."""
+        """Return the loss, the outputs [B, T] that it reads, and the load of experts."""
         arrays = {name: torch.from_numpy(array).to(self._device) for name, array in batch.arrays.items()}
         teacher = None
         if "divergence" in objective.outputs:
