@@ -44,7 +44,7 @@ from rayrlhf.models.router_load import RouterLoad
 from rayrlhf.models.routing_replay import ARGUMENT, ForcedExperts, differing, parts, replay_routing
 from rayrlhf.models.sequence_parallel import RowSplit
 from rayrlhf.models.tensor_parallel import WeightSplit
-from rayrlhf.models.value_head import HEAD_NAMES, HeadInit, ValueHead, find_head, make_head
+from rayrlhf.models.value_head import HeadInit, ValueHead, find_head, make_head
 
 
 class Network(nn.Module):
@@ -348,6 +348,7 @@ def build_network(
     frozen: bool = False,
     shards: WeightShards | None = None,
     outputs: Mapping[str, float] | None = None,
+    head: ValueHead | None = None,
 ) -> Network:
     """Load a role's network without dropout, on the CPU or in shards.
 
@@ -363,6 +364,7 @@ def build_network(
         frozen: nothing is trained.
         shards: keep this rank's part of each weight; every rank takes part.
         outputs: of a classifier whose weighted sum is the value, see `find_head`.
+        head: value head in place of the one that `find_head` reads.
 
     Raises:
         UserError: the model cannot be loaded, its value head has another width, or its log-probs are not those of trunk and
@@ -376,11 +378,11 @@ def build_network(
     if "value" in heads:
         try:
             stored = find_head(model_folder(model), outputs)
-            v_head = make_head(backbone.config.hidden_size, stored, head_init, seed, bias=head_bias)
+            v_head = head or make_head(backbone.config.hidden_size, stored, head_init, seed, bias=head_bias)
         except ValueError as error:
             raise UserError(f"model.path {model.path!r}: {error}") from error
-        unused = backbone.unused_weights
-        backbone.unused_weights = unused if stored is None else [name for name in unused if not name.startswith(HEAD_NAMES)]
+        used = v_head.stored_names if stored is not None or head is not None else ()
+        backbone.unused_weights = [name for name in backbone.unused_weights if not name.startswith(used)]
     disable_dropout(backbone)
     network = Network(backbone, v_head)
     with attention_on_cpu(backbone), nullcontext() if shards is None else shards.in_use(backbone):

@@ -30,6 +30,9 @@ HEAD_NAMES = ("v_head.summary.", "score.")
 class ValueHead(nn.Module):
     """Linear layer from hidden state to value, in float32."""
 
+    stored_names = HEAD_NAMES
+    """Beginnings of its tensors' names in a checkpoint."""
+
     def __init__(self, hidden_size: int, *, bias: bool = True) -> None:
         super().__init__()
         self.summary = nn.Linear(hidden_size, 1, bias=bias)
@@ -81,7 +84,7 @@ def find_head(folder: Path, outputs: Mapping[str, float] | None = None) -> dict[
         UserError: pickled weights cannot be read, or the classifier has no such output.
     """
     for file in _head_files(folder):
-        tensors = _read_heads(file)
+        tensors = _read(file, HEAD_NAMES)
         for prefix in HEAD_NAMES:
             head = {part: tensors[prefix + part] for part in ("weight", "bias") if prefix + part in tensors}
             two_labels = "weight" in head and len(head["weight"]) == 2 and not outputs
@@ -135,16 +138,21 @@ def make_head(hidden_size: int, stored: dict[str, Tensor] | None, kind: HeadInit
     return head
 
 
-def _read_heads(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file that may be of a head."""
+def stored_tensors(folder: Path, beginnings: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return the tensors of a Hugging Face folder whose names begin with one of some texts."""
+    return {name: tensor for file in _head_files(folder) for name, tensor in _read(file, beginnings).items()}
+
+
+def _read(file: Path, beginnings: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return the tensors of a file whose names begin with one of some texts."""
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as stored:
-            return {name: stored.get_tensor(name) for name in stored.keys() if name.startswith(HEAD_NAMES)}  # noqa: SIM118
+            return {name: stored.get_tensor(name) for name in stored.keys() if name.startswith(beginnings)}  # noqa: SIM118
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
     except Exception as error:  # pickle, zip and torch have classes of their own
         raise UserError(f"{file}: cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
-    return {name: tensor.clone() for name, tensor in tensors.items() if name.startswith(HEAD_NAMES)}
+    return {name: tensor.clone() for name, tensor in tensors.items() if name.startswith(beginnings)}
 
 
 def _head_files(folder: Path) -> Iterable[Path]:

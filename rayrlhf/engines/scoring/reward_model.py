@@ -21,11 +21,12 @@ from rayrlhf.data.answer_format import AnswerFormat
 from rayrlhf.data.messages import Message
 from rayrlhf.data.records import Float32, Int32, TokenSequence
 from rayrlhf.data.supervised.step_encoding import check_separator
-from rayrlhf.data.templates import last_user_text
+from rayrlhf.data.templates import conversation, last_user_text
 from rayrlhf.engines.scoring.frozen import autocast, hold_linear_weights_in, score_sequences, training_device
 from rayrlhf.engines.scoring.offload import move_to_device
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import Tokenizer
+from rayrlhf.models.gated_head import GatedHead, find_gated_head, gated_score
 from rayrlhf.models.load import load_tokenizer, resolve_dtype
 from rayrlhf.models.model_path import model_folder, one_line_reason, present_folder
 from rayrlhf.models.network import build_network
@@ -53,8 +54,10 @@ class RewardModelEngine:
         self._tokenizer, self._format, self._mean, self._std = _read(section, folder)
         self._device = training_device()
         self._dtype = resolve_dtype(section.model.dtype)
-        network = build_network(section.model, frozenset({"value"}), "zero", 0, frozen=True, outputs=section.outputs)
+        head = _gated_head(section, folder)
+        network = build_network(section.model, frozenset({"value"}), "zero", 0, frozen=True, outputs=section.outputs, head=head)
         _require_head(section, folder)  # of a hub model pickled weights are here only now
+        self._gated = head is not None
         network.accept_packed_rows(packing=False, unshared=UNSHARED[share_prefixes])
         self.load_check, self.shares_prefixes = network.check.line(), network.check.shares_prefixes
         self._network = network
@@ -72,7 +75,8 @@ class RewardModelEngine:
         `reward.model.normalize` rewards have mean 0 and standard deviation 1 over the model's held-out responses.
         """
         sequences = [self._sequence(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        values = np.array([row[-1] for row in self._values(sequences)], dtype=np.float32)
+        found = self._values(sequences)
+        values = np.array([gated_score(row) if self._gated else row[-1] for row in found], dtype=np.float32)
         return (values - np.float32(self._mean)) / np.float32(self._std)
 
     def score_steps(self, prompts: Sequence[str | list[Message]], responses: Sequence[str]) -> list[ScoredSteps]:
@@ -130,7 +134,23 @@ class RewardModelEngine:
             with self._named_template():
                 ids = self._format.token_ids(self._tokenizer, prompt, response)
         kept = self._checked(np.asarray(ids, dtype=np.int32)[-self._longest :])
-        return TokenSequence(kept, len(kept) - 1)
+        return TokenSequence(kept, self._prompt_length(prompt, ids) if self._gated else len(kept) - 1)
+
+    def _prompt_length(self, prompt: str | list[Message], ids: Sequence[int]) -> int:
+        """Return the number of kept tokens up to the end of the prompt, where the gating network reads."""
+        turns = conversation(prompt, self._format.system_prompt)
+        with self._named_template():
+            opening = self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
+        place = f"reward.model {self._section.model.path!r}"
+        if list(ids[: len(opening)]) != list(opening):
+            raise UserError(f"{place}: its gating reads the prompt's end, but its chat template writes other tokens there")
+        kept = len(opening) - max(len(ids) - self._longest, 0)
+        if kept < 1:
+            raise UserError(
+                f"reward.model.max_length {self._longest}: its gating reads the prompt's end, which would be cut of the "
+                f"{len(ids)} tokens of prompt and response; expected more, or fewer rollout.max_new_tokens"
+            )
+        return kept
 
     def _checked(self, kept: Int32) -> Int32:
         """Return tokens that the model has an embedding for."""
@@ -207,8 +227,20 @@ def _format(section: RewardModelSection, folder: Path) -> AnswerFormat:
     return found or AnswerFormat(step_separator=given)
 
 
+def _gated_head(section: RewardModelSection, folder: Path) -> GatedHead | None:
+    """Return the gated head of a model, without settings that contradict it."""
+    head = find_gated_head(folder)
+    given = [name for name in ("outputs", "steps", "template") if getattr(section, name) is not None]
+    if head is not None and given:
+        raise UserError(
+            f"reward.model {section.model.path!r}: its gating weights the outputs by the prompt in its chat template; remove "
+            f"reward.model.{given[0]}"
+        )
+    return head
+
+
 def _require_head(section: RewardModelSection, folder: Path) -> None:
-    if find_head(folder, section.outputs) is None:
+    if _gated_head(section, folder) is None and find_head(folder, section.outputs) is None:
         raise UserError(
             f"reward.model {section.model.path!r}: no scalar head in its files, expected weights named "
             "`score.weight` or `v_head.summary.weight` with one output (of a classifier with several, set reward.model.outputs)"
