@@ -116,6 +116,8 @@ def least_bytes(config: PPOConfig) -> dict[str, int]:
         "policy": ranks * least_training_bytes(config.model, states=states),
         "rollout": config.rollout.replicas * precision * parameter_count(config.model),
     }
+    if config.opponent_share:
+        parts["rollout"] += config.rollout.replicas * precision * parameter_count(config.reference.model or config.model)
     if config.critic.kind == "separate":
         parts["critic"] = least_training_bytes(config.critic.model or config.model, states=states)
     if config.needs_reference and not config.reference_in_policy:

@@ -107,6 +107,15 @@ def test_a_teacher_with_another_tokenizer_is_one_line_before_models_load(tmp_pat
         check_ppo(config)
 
 
+def test_the_memory_check_counts_the_reference_of_a_replica_that_samples_the_opponent(tmp_path):
+    own, opponent = (
+        least_bytes(run_config(tmp_path, f"preset={preset}", *SHALLOW, "train.mini_batch_size=16"))
+        for preset in ("online-dpo", "nash-md")
+    )
+    assert opponent["rollout"] == 2 * own["rollout"]
+    assert opponent["reference"] == own["reference"]
+
+
 def test_a_role_that_cannot_read_the_policys_samples_is_one_line_before_models_load(tmp_path):
     for settings, message in (
         (

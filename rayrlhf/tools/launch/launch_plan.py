@@ -198,7 +198,9 @@ def _memory(
         return in_one_process(members)
     if role == "rollout":
         devices = config.rollout.tensor_parallel_size if nodes.gpus else 1  # on CPUs one memory holds all parts
-        return rollout_memory(shape, precision, devices=devices, cache=max(cache, 0))
+        memory = rollout_memory(shape, precision, devices=devices, cache=max(cache, 0))
+        opponent = _shape(config.reference.model or config.model).parameters if config.opponent_share else 0
+        return replace(memory, weights=memory.weights + precision.size * opponent)
     if role == "judge" and config.reward.judge is not None:
         devices = config.reward.judge.tensor_parallel_size if nodes.gpus else 1
         cache = _judge_cache(config.reward.judge, nodes, shape)

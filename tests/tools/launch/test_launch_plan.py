@@ -195,6 +195,15 @@ def test_members_that_wait_take_the_host_all_together_and_the_device_one_at_a_ti
     assert two.host == 2 * one.host
 
 
+@pytest.mark.parametrize("preset", ["xpo", "nash-md"])
+def test_a_replica_that_samples_the_opponent_counts_its_reference_too(folder, preset):
+    own = plan_run(ppo(folder / "7b", "preset=online-dpo", "rollout.backend=transformers"), EIGHT).memory["rollout"]
+    found = plan_run(ppo(folder / "7b", f"preset={preset}"), EIGHT).memory["rollout"]
+    assert found.weights == 2 * own.weights
+    larger = plan_run(ppo(folder / "7b", f"preset={preset}", f"reference.model.path={folder / '70b'}"), EIGHT).memory["rollout"]
+    assert 9 < larger.weights / own.weights < 12
+
+
 def test_a_judges_replicas_are_placed_and_counted(folder):
     judge = f"reward.judge={{model: {{path: {folder / '7b'}, dtype: bfloat16}}, replicas: 2, tensor_parallel_size: 2"
     plan = plan_run(ppo(folder / "7b", DISAGGREGATED, judge + ", gpu_memory_utilization: 0.5}"), EIGHT)
