@@ -206,6 +206,20 @@ def prompt_weights(groups: Tensor, mask: Tensor) -> Tensor:
     return zero_masked(weights[:, None].expand(mask.shape), mask)
 
 
+def positive_weights(right: Tensor, mask: Tensor) -> Tensor:
+    """Return each token's weight in the language-model loss of correct responses, float [B, T].
+
+    Of N tokens, N+ of them in correct responses, those have N / N+: the mean over all tokens is then the mean over theirs (Yue
+    et al. 2025, "VAPO").
+
+    Args:
+        right: bool [B], the correct responses.
+        mask: bool [B, T], the tokens to train on.
+    """
+    positive = mask & right[:, None]
+    return positive * (mask.sum() / positive.sum().clamp(min=1))
+
+
 def aggregated(
     loss: Tensor, mask: Tensor, loss_aggregation: LossAggregation, longest: int, weights: Tensor | None = None
 ) -> Tensor:

@@ -52,6 +52,11 @@ class PolicyLossSection(Section):
     entropy_coefficient: float = Field(0.0, ge=0)
     """Weight of the entropy bonus: the mean entropy per token, in nats, times this is subtracted from the loss. The mean is
     over tokens under any `loss_aggregation`."""
+    positive_coefficient: float = Field(0.0, ge=0)
+    """Weight of the language-model loss of correct responses (VAPO, Yue et al. 2025, who use 0.1): the mean negative log-prob
+    of their tokens in the step, under any `loss_aggregation`."""
+    right_from: float = 1.0
+    """Minimum score of a correct response, before `algorithm.shaping`; read by `positive_coefficient`."""
 
     @classmethod
     def matches(cls, value: object) -> bool:
@@ -88,6 +93,8 @@ class PolicyLossSection(Section):
             raise ValueError(
                 "loss_aggregation_length has no effect without loss_aggregation 'constant': remove it, or set loss_aggregation"
             )
+        if self.right_from != 1.0 and not self.positive_coefficient:
+            raise ValueError("right_from has no effect without positive_coefficient: remove it, or set positive_coefficient")
         return self
 
 

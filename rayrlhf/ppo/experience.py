@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from rayrlhf.algorithms.advantages import advantage_method, estimate_advantages, has_contrast
-from rayrlhf.algorithms.covariance import clip_cov_tokens, covariances, kl_cov_tokens
 from rayrlhf.algorithms.distillation import teacher_advantages
 from rayrlhf.algorithms.estimator import AdvantageInputs, Advantages
 from rayrlhf.algorithms.importance import (
@@ -27,7 +26,6 @@ from rayrlhf.algorithms.importance import (
 )
 from rayrlhf.algorithms.kl import kl_controller, kl_penalty
 from rayrlhf.algorithms.masking import masked_mean, whiten, zero_masked
-from rayrlhf.algorithms.policy_losses import prompt_weights
 from rayrlhf.algorithms.reward_shaping import (
     RunningMoments,
     overlong_penalty,
@@ -37,13 +35,13 @@ from rayrlhf.algorithms.reward_shaping import (
     token_rewards,
 )
 from rayrlhf.algorithms.statistics import length_statistics, objective_statistics, value_statistics
-from rayrlhf.config.policy_loss import ClipCovLossSection, KLCovLossSection
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Records, Rollout, SampleKey
 from rayrlhf.data.training_batch import TrainingBatch
 from rayrlhf.engines.train.supervised_batches import IDS, LOGPROBS
 from rayrlhf.environments.episodes import sample_numbers, sample_votes, turn_weight
 from rayrlhf.errors import AlarmError
+from rayrlhf.ppo.loss_arrays import loss_arrays
 from rayrlhf.ppo.opponent import own_rows
 from rayrlhf.ppo.scoring import ScoredRollouts, padded_rows
 from rayrlhf.rewards.functions import JUDGE_PART, MODEL_PART
@@ -117,8 +115,9 @@ class ExperienceMaker:
         in_reward = kl if algorithm.kl.placement == "reward" else None
         coefficient = self._controller.value
         at_end, by_token = self._credited(scores, scored, width)
-        position = algorithm.shaping.score_position
-        earned = token_rewards(in_reward, at_end, mask, coefficient, position=position, token_scores=by_token)
+        earned = token_rewards(
+            in_reward, at_end, mask, coefficient, position=algorithm.shaping.score_position, token_scores=by_token
+        )
         rewards = earned.rewards
         if algorithm.shaping.whiten_rewards:
             rewards = whiten(rewards, earned.value_mask, shift_mean=False)
@@ -140,9 +139,7 @@ class ExperienceMaker:
             arrays["rollout_logprobs"] = engine
         if "reference" in scored.forward_passes:
             arrays["ref_logprobs"] = scored.table("reference", "logprobs", width)
-        if algorithm.policy_loss.loss_aggregation == "prompt":
-            arrays["prompt_weights"] = prompt_weights(groups, arrays["action_mask"])
-        arrays |= self._selected(advantages, logprobs, arrays["action_mask"], rollouts[0].key.step)
+        arrays |= loss_arrays(self._config, scored, advantages, logprobs, arrays["action_mask"])
         batch = TrainingBatch(
             Records(rollout.sequence() for rollout in rollouts),
             {k: v.numpy() for k, v in (arrays | weights | taught).items()},
@@ -323,18 +320,6 @@ class ExperienceMaker:
             accepted = accepted_responses(logprobs, engine, mask, rejection=section.rejection, low=low, high=high)
             metrics["sampling/responses_rejected"] = 1 - accepted.float().mean().item()
         return {"importance_weights": weights}, metrics, accepted[:, None]
-
-    def _selected(self, advantages: Tensor, logprobs: Tensor, mask: Tensor, step: int) -> dict[str, Tensor]:
-        """Return the tokens that the losses Clip-Cov and KL-Cov treat differently."""
-        loss = self._config.algorithm.policy_loss
-        if not isinstance(loss, ClipCovLossSection | KLCovLossSection) or not mask.any():
-            return {}
-        covariance = covariances(advantages, logprobs, mask)
-        if isinstance(loss, KLCovLossSection):
-            return {"selected_tokens": kl_cov_tokens(covariance, mask, share=loss.share)}
-        generator = torch.Generator().manual_seed(self._config.run.seed * 1_000_003 + step)
-        bounds = {"share": loss.share, "cov_low": loss.cov_low, "cov_high": loss.cov_high}
-        return {"selected_tokens": clip_cov_tokens(covariance, mask, generator=generator, **bounds)}
 
     def _votes(self, rollouts: Sequence[Rollout]) -> Tensor | None:
         environment = self._config.environment

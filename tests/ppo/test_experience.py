@@ -252,6 +252,16 @@ def test_the_tokens_of_a_prompt_share_its_weight_and_those_with_high_covariance_
     assert np.array_equal(taken[0]["selected_tokens"], taken[1]["selected_tokens"])
 
 
+def test_the_tokens_of_correct_responses_share_the_weight_of_all():
+    # Responses have 2, 3, 2 and 4 tokens. No shaped score is above 0.1.
+    for least, expected in ((3, [0, 11 / 9, 11 / 9, 11 / 9]), (9, [0] * 4)):
+        loss = f"algorithm.policy_loss={{positive_coefficient: 0.1, right_from: {least}}}"
+        config = load(*GROUPED, "algorithm.shaping.clip=0.1", loss)
+        arrays = ExperienceMaker(config).make(two_prompts([1.0, 3.0, 5.0, 5.0])).batch.arrays
+        assert arrays["positive_weights"].max(1).tolist() == pytest.approx(expected)
+        assert not arrays["positive_weights"][~arrays["action_mask"]].any()
+
+
 def test_gdpo_reads_the_values_of_each_reward_function():
     settings = [
         "algorithm.advantage.estimator=gdpo",

@@ -217,8 +217,7 @@ _VC_PPO: Tree = {
     "train": {"learning_rate": 1e-6, "epochs": 1},  # the actor's rate
 }
 
-# Yue et al. 2025 (VAPO, arXiv 2504.05118). 512 prompts, 16 updates per step. Left out: the language-model loss of positive
-# examples (weight 0.1).
+# Yue et al. 2025 (VAPO, arXiv 2504.05118). 512 prompts, 16 updates per step.
 _VAPO: Tree = {
     "critic": {"kind": "separate", "pretrain_steps": 50, "learning_rate": 2e-6},  # value-pretraining; rates as in VC-PPO
     "rollout": {"samples_per_prompt": 16, "temperature": 1.0},  # group sampling
@@ -231,7 +230,8 @@ _VAPO: Tree = {
             "critic_lam": 1.0,  # decoupled GAE
             "whiten": True,  # as in `ppo`; the paper names none
         },
-        "policy_loss": _PER_TOKEN | {"clip_high": 0.28},  # clip-higher; a mean over all tokens
+        # Clip-higher, a mean over all tokens, and the language-model loss of positive examples.
+        "policy_loss": _PER_TOKEN | {"clip_high": 0.28, "positive_coefficient": 0.1},
     },
     "train": {"learning_rate": 1e-6, "epochs": 1},
 }

@@ -80,6 +80,10 @@ class PolicyObjective:
         constant = self.loss.loss_aggregation_length or self.longest
         loss = aggregated(loss, mask, loss_aggregation, constant, arrays.get("prompt_weights"))
         components = [LossComponent("action_mask", 1.0, TokenLoss(loss, statistics), per_response=loss_aggregation != "token")]
+        if self.loss.positive_coefficient:
+            nll = -zero_masked(logprobs, mask) * zero_masked(arrays["positive_weights"], mask)
+            token_loss = TokenLoss(nll, {"loss/positive_avg": nll.detach()})
+            components.append(LossComponent("action_mask", self.loss.positive_coefficient, token_loss))
         if self.distillation is not None:
             components += self.distillation.compute(outputs, arrays)
         return [*components, self._bonus(outputs["entropy"], mask)] if "entropy" in outputs else components

@@ -33,6 +33,7 @@ KEYS = {
     "high": "algorithm.policy_loss.clip_high",
     "aggregation": "algorithm.policy_loss.loss_aggregation",
     "length": "algorithm.policy_loss.loss_aggregation_length",
+    "positive": "algorithm.policy_loss.positive_coefficient",
     "value_clip": "algorithm.value_loss.clip",
     "rate": "train.learning_rate",
     "epochs": "train.epochs",
@@ -70,7 +71,8 @@ TABLE = {
         **VALUES, **CLIP, "pretrain": 100, "samples": 1, "lam": 0.95, "aggregation": "token",
     },
     "vapo": {
-        **VALUES, **CLIP, "pretrain": 50, "samples": 16, "lam_alpha": 0.05, "high": 0.28, "aggregation": "token",
+        **VALUES, **CLIP, "pretrain": 50, "samples": 16, "lam_alpha": 0.05, "high": 0.28, "positive": 0.1,
+        "aggregation": "token",
     },
     "grpo": {
         **GROUP, "samples": 64, "kl": "k3", "placement": "loss", "beta": 0.04, "target": None, "estimator": "grpo",

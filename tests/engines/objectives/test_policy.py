@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from rayrlhf.algorithms.policy_losses import positive_weights
 from rayrlhf.config.algorithm import KlSection
 from rayrlhf.config.policy_loss import AnyPolicyLoss
 from rayrlhf.engines.objectives.base import responses_under, weighted_loss
@@ -124,6 +125,29 @@ def test_importance_weights_multiply_the_surrogate_as_trls_do(level: str) -> Non
     ours = loss_of(PolicyObjective(importance=True), {"logprobs": logprobs}, arrays)
     theirs = trl_loss(batch.mask, logprobs, old, advantages, loss_type="dapo", importance_sampling_ratio=weights)
     torch.testing.assert_close(ours, theirs)
+
+
+@reproducible
+@given(batches(), st.sampled_from(["token", "sequence", "constant"]))
+def test_correct_responses_add_the_mean_negative_logprob_of_their_tokens(batch: Batch, loss_aggregation: str) -> None:
+    old, advantages, right = batch.logprobs(), batch.scores(), batch.scores() > 0
+    arrays = arrays_of(batch, old, advantages, positive_weights=positive_weights(right, batch.mask))
+    start, gradients, values = batch.logprobs(), [], []
+    for coefficient in (0.0, 0.1):
+        leaf = start.clone().requires_grad_()
+        section = policy_loss_section({"loss_aggregation": loss_aggregation, "positive_coefficient": coefficient})
+        loss = loss_of(PolicyObjective(section, longest=LONGEST), {"logprobs": leaf, "entropy": start}, arrays)
+        loss.backward()
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+        values.append(float(loss.detach()))
+    places = [(row, token) for row, token in batch.mask.nonzero().tolist() if right[row]]
+    expected = torch.zeros_like(start)
+    for place in places:
+        expected[place] = -0.1 / len(places)
+    torch.testing.assert_close(gradients[1] - gradients[0], expected)
+    added = -0.1 * sum(float(start[place]) for place in places) / max(len(places), 1)
+    assert values[1] - values[0] == pytest.approx(added, abs=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
