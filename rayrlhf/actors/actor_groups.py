@@ -24,6 +24,7 @@ from rayrlhf.actors.placement import (
     replica_group,
 )
 from rayrlhf.actors.remote import Handle, PendingCalls, Ref
+from rayrlhf.actors.reward_actor import RewardActor
 from rayrlhf.actors.role_groups import (
     GROUP_CLASSES,
     CriticGroup,
@@ -36,7 +37,7 @@ from rayrlhf.actors.role_groups import (
 )
 from rayrlhf.actors.role_specs import RoleSpecs
 from rayrlhf.actors.rollout_actor import RolloutActor
-from rayrlhf.actors.scoring_actors import JudgeActor, ReferenceActor, RewardActor
+from rayrlhf.actors.scoring_actors import JudgeActor, ReferenceActor
 from rayrlhf.actors.train_actor import CriticActor, PolicyActor
 from rayrlhf.actors.waiting import wait_all
 from rayrlhf.actors.worker import ModelCheck, Worker

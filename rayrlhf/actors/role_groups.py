@@ -8,9 +8,10 @@ from rayrlhf.actors.actor_group import ActorGroup
 from rayrlhf.actors.placement import Role
 from rayrlhf.actors.remote import PendingCalls, Ref, as_argument, remote_stream
 from rayrlhf.actors.replica_client import DeviceSyncRequest
+from rayrlhf.actors.reward_actor import RewardActor
 from rayrlhf.actors.role_specs import JudgeSpec, ReferenceSpec
 from rayrlhf.actors.rollout_actor import RolloutActor
-from rayrlhf.actors.scoring_actors import JudgeActor, ReferenceActor, RewardActor
+from rayrlhf.actors.scoring_actors import JudgeActor, ReferenceActor
 from rayrlhf.actors.train_actor import TrainActor
 from rayrlhf.actors.waiting import wait_all
 from rayrlhf.actors.worker import Worker

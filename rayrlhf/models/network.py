@@ -37,7 +37,7 @@ from rayrlhf.models.load_check import (
 )
 from rayrlhf.models.logprobs import logprobs_and_entropy
 from rayrlhf.models.lora import add_lora
-from rayrlhf.models.model_path import model_folder
+from rayrlhf.models.model_path import model_folder, one_line_reason
 from rayrlhf.models.network_io import Head, NetworkOutput, OutputName, Positions, TeacherSignal
 from rayrlhf.models.packed_attention import Segments, SegmentsError, attend_within_segments
 from rayrlhf.models.router_load import RouterLoad
@@ -219,7 +219,7 @@ class Network(nn.Module):
         forced = None if replayed is None else ForcedExperts.of(replayed)
         self._load = RouterLoad(self.model.config, split) if "load" in outputs else None
         hidden = self._hidden(input_ids, positions, forced)
-        logprobs = entropy = values = predicting = None
+        logprobs = entropy = values = predicting = apart = None
         if outputs & {"logprobs", "entropy", "hidden", "divergence"}:
             predicting = hidden.index_select(0, positions.predictors)
             if self.check.logits.scale != 1.0:
@@ -235,7 +235,6 @@ class Network(nn.Module):
                 cap=self.check.logits.cap,
                 entropy="entropy" in outputs,
             )
-        apart = None
         if predicting is not None and teacher is not None and "divergence" in outputs:
             head = self.model.get_output_embeddings()
             apart = divergence_from(predicting, (head.weight, head.bias), teacher, self.teacher_layer)
@@ -391,10 +390,8 @@ def build_network(
         try:
             network.check = check_network(network, model.path)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"model.path {model.path!r}: not computed as trunk and output layer ({network.check.family}): {reason}"
-            ) from error
+            place = f"model.path {model.path!r}: not computed as trunk and output layer ({network.check.family})"
+            raise UserError(f"{place}: {one_line_reason(error)}") from error
         if model.gradient_checkpointing:
             # Recomputing needs training mode; dropout is 0 everywhere, so nothing else changes.
             backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

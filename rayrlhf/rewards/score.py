@@ -15,12 +15,13 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rayrlhf.data.records import Float32
+from rayrlhf.data.fingerprints import reward_seal
+from rayrlhf.data.records import Float32, Rollout
 from rayrlhf.errors import DeadlineError, UserError
 from rayrlhf.rewards.functions import BoundFunction, ScoringBatch
 from rayrlhf.rewards.returned_values import add_up, checked_values, token_rewards
@@ -45,6 +46,13 @@ class RewardBatch:
     parts: dict[str, Float32]
     tokens: list[Float32 | None] | None = None
     seals: list[int] | None = None
+
+
+def sealed(rewards: RewardBatch, rollouts: Sequence[Rollout]) -> RewardBatch:
+    """Return rewards that are bound to their samples."""
+    shares = rewards.tokens or [None] * len(rollouts)
+    rows = zip(rollouts, rewards.scores.tolist(), shares, strict=True)
+    return replace(rewards, seals=[reward_seal(*row) for row in rows])
 
 
 class FunctionValues(NamedTuple):

@@ -7,8 +7,9 @@ import torch
 
 from rayrlhf.actors import replica_pool, worker
 from rayrlhf.actors.replica_pool import ReplicaPool
+from rayrlhf.actors.reward_actor import RewardActor
 from rayrlhf.actors.rollout_actor import RolloutActor
-from rayrlhf.actors.scoring_actors import ReferenceActor, RewardActor
+from rayrlhf.actors.scoring_actors import ReferenceActor
 from rayrlhf.actors.train_actor import PolicyActor
 from rayrlhf.errors import DeviceMemoryError, UserError
 from rayrlhf.observe.cuda import CudaFacts

@@ -30,6 +30,11 @@ def test_asking_for_the_footprint_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
+def test_a_process_that_computes_rewards_without_a_model_imports_no_torch():
+    code = "import sys, rayrlhf.actors.reward_actor; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
 def test_without_a_recorded_peak_the_resident_size_stands_in(tmp_path):
     assert own_footprint(tmp_path / "status").resident > 10 * 2**20
 

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as arrays
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from rayrlhf.actors.scoring_actors import RewardActor
+from rayrlhf.actors.reward_actor import RewardActor
 from rayrlhf.batch_inference.generation import Response
 from rayrlhf.config.batch_inference import PairsSection
 from rayrlhf.config.model import ModelSection

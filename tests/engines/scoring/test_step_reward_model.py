@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rayrlhf.actors.scoring_actors import RewardActor
+from rayrlhf.actors.reward_actor import RewardActor
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.reward import RewardModelSection, RewardSection
 from rayrlhf.data.answer_format import AnswerFormat
