@@ -232,11 +232,21 @@ def run_command(
 
 @app.command()
 def evaluate(
-    config: Annotated[Path, typer.Argument(help="A YAML file with an evaluation's configuration.")],
-    overrides: Overrides = None,
+    config: Annotated[Path, typer.Argument(help="A YAML file with an evaluation's configuration, or a run for --harness.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings that replace those of the file: section.key=value ...; tasks for --harness."),
+    ] = None,
     dry_run: DryRun = False,
+    harness: Annotated[str | None, typer.Option(help="Evaluate on tasks of a harness: lm-eval.")] = None,
 ) -> None:
     """Generate responses to a dataset with one model and score them, with intervals."""
+    if harness is not None:
+        from rayrlhf.pipelines.evaluation.harness import evaluate_on_tasks
+
+        for line in evaluate_on_tasks(harness, config, overrides or [], check_only=dry_run):
+            typer.echo(line)
+        return
     from rayrlhf.config.loading.load import load_config
     from rayrlhf.config.pipelines import EvaluateConfig
     from rayrlhf.observe.closing import folder_line

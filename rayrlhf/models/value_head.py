@@ -30,7 +30,7 @@ HEAD_NAMES = ("v_head.summary.", "score.")
 class ValueHead(nn.Module):
     """Linear layer from hidden state to value, in float32."""
 
-    stored_names = HEAD_NAMES
+    stored_names: tuple[str, ...] = HEAD_NAMES
     """Beginnings of its tensors' names in a checkpoint."""
 
     def __init__(self, hidden_size: int, *, bias: bool = True) -> None:
