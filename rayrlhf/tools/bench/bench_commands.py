@@ -187,9 +187,10 @@ def bench_prefix_command(
     ] = None,
     precision: Precisions = None,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each contender.")] = 3,
+    micro_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a micro-batch of the update.")] = 4096,
     output: Output = None,
 ) -> None:
-    """Compare updates and scoring with shared prefixes, without, and in plain torch."""
+    """Compare updates, scoring and whole steps with shared prefixes and without."""
     from rayrlhf.tools.bench.prefix_speed import CASES, bench_prefix, bench_step
 
     for name in case or []:
@@ -198,7 +199,9 @@ def bench_prefix_command(
     found = []
     for chosen in _chosen(precision or []):
         names = [name for name in case or CASES if name != "step"]
-        found += bench_prefix(model, names, precision=chosen, rounds=rounds, progress=typer.echo) if names else []
+        if names:
+            options = {"rounds": rounds, "micro_batch_tokens": micro_batch_tokens}
+            found += bench_prefix(model, names, precision=chosen, progress=typer.echo, **options)
         if not case or "step" in case:
             found.append(bench_step(model, precision=chosen, rounds=rounds, progress=typer.echo))
     _show(found, output, "prefix")

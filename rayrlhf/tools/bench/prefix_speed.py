@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import get_args
 
 import numpy as np
 import psutil
@@ -43,6 +42,8 @@ from rayrlhf.tools.bench.work import PPOWork
 SEED = 0
 LEARNING_RATE = 1e-6
 STEP_PROMPTS = 4
+MODES: tuple[SharePrefixes, ...] = ("off", "auto")
+"""The first is the baseline."""
 
 CASES: Mapping[str, Sequence[tuple[int, int, int]]] = {
     "group": [(100, 100, 8)] * 2,
@@ -56,16 +57,25 @@ CASES: Mapping[str, Sequence[tuple[int, int, int]]] = {
 
 
 def bench_prefix(
-    model: str, cases: Sequence[str], *, precision: Precision, rounds: int, progress: Callable[[str], None] = lambda _: None
+    model: str,
+    cases: Sequence[str],
+    *,
+    precision: Precision,
+    rounds: int,
+    micro_batch_tokens: int,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> list[Comparison]:
     """Measure the cases one after the other; the engines without sharing are the baseline.
+
+    With sharing a micro-batch of `micro_batch_tokens` holds as many distinct tokens.
 
     Joins a process group of one, if the process has none.
     """
     if not torch.distributed.is_initialized():
         join_alone()
     section = ModelSection(path=model, dtype=precision)
-    engines = {"rayrlhf, off": _engine(section, "off"), "rayrlhf, auto": _engine(section, "auto")}
+    trains = [TrainSection(share_prefixes=mode, micro_batch_tokens=micro_batch_tokens) for mode in MODES]
+    engines = {f"rayrlhf, {train.share_prefixes}": _engine(section, train) for train in trains}
     return [found for name in cases for found in _case(name, section, engines, rounds, progress)]
 
 
@@ -80,9 +90,9 @@ def bench_step(
         def speed(share_prefixes: SharePrefixes) -> float:
             return 3600 / in_new_process(run_ours, replace(work, share_prefixes=share_prefixes), "none").step
 
-        contenders = {label: partial(speed, label) for label in get_args(SharePrefixes)}
+        contenders: dict[str, Callable[[], float]] = {mode: partial(speed, mode) for mode in MODES}
         title = f"whole step, {STEP_PROMPTS} groups of 8, reward model and reference, {model}, {precision}"
-        return compare(title, "steps/h", dict(sorted(contenders.items(), reverse=True)), rounds, progress)
+        return compare(title, "steps/h", contenders, rounds, progress)
 
 
 def case_sequences(name: str) -> list[TokenSequence]:
@@ -102,8 +112,7 @@ def case_sequences(name: str) -> list[TokenSequence]:
     return sequences
 
 
-def _engine(model: ModelSection, share_prefixes: SharePrefixes) -> TrainEngine:
-    train = TrainSection(share_prefixes=share_prefixes)
+def _engine(model: ModelSection, train: TrainSection) -> TrainEngine:
     engine = TrainEngine(TrainEngineSpec(model, frozenset({"lm"}), train, LEARNING_RATE))
     first = [TokenSequence(np.arange(3, 9, dtype=np.int32), 3)]
     batch, objective = _training(first, pairs=False)
