@@ -4,10 +4,14 @@ The logits of a batch are by far the largest tensor of RLHF (tokens x vocabulary
 and one entropy. So the output layer is applied to the response positions only, a chunk of logits at a time in one reused buffer
 (`logit_chunks.py` has its size), and the backward pass recomputes each chunk. Memory does not depend on the number of tokens,
 and the cost of new memory pages (as much as the arithmetic, on a CPU) is avoided.
+
+Ranks that share the vocabulary (Shoeybi et al. 2019, "Megatron-LM", section 3) each compute normalizer L_r, entropy S_r and the
+targets' logits over their own rows, and exchange these three numbers per position. With L = logsumexp of all L_r and the
+probability of a rank's rows w_r = exp(L_r - L), the entropy is sum over r of w_r (S_r - log w_r).
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +20,27 @@ from rayrlhf.models.logit_chunks import CHUNK_BYTES, chunk_bytes
 
 ROWS = 64
 """Reduced-precision products on a CPU have a multiple of this many rows, or a whole chunk."""
+
+
+class VocabularyPart(NamedTuple):
+    """Rows of an output layer that this rank has.
+
+    Attributes:
+        group: ranks that share them.
+        first: index of the first.
+    """
+
+    group: Any
+    first: int
+
+    def combined(self, log_normalizer: Tensor, picked: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return normalizer, target logits and entropies [N] over all ranks' rows."""
+        own = torch.stack([log_normalizer, picked, entropies])
+        every = own.new_empty(torch.distributed.get_world_size(self.group), *own.shape)
+        torch.distributed.all_gather_into_tensor(every.view(-1), own.view(-1), group=self.group)
+        total = every[:, 0].logsumexp(0)
+        log_shares = every[:, 0] - total
+        return total, every[:, 1].sum(0), (log_shares.exp() * (every[:, 2] - log_shares)).sum(0)
 
 
 def logprobs_and_entropy(
@@ -27,6 +52,7 @@ def logprobs_and_entropy(
     temperature: float = 1.0,
     cap: float | None = None,
     entropy: bool = True,
+    part: VocabularyPart | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the log-prob of each target and the entropy of softmax(logits / temperature).
 
@@ -38,6 +64,7 @@ def logprobs_and_entropy(
         temperature: > 0.
         cap: soft cap of the logits z, which become cap x tanh(z / cap) before the temperature; None leaves them.
         entropy: compute the entropy.
+        part: the rows that `weight` and `bias` have of the output layer; None for all.
 
     Returns:
         float32 [N] log-probs, and float32 [N] entropies in nats (zeros if `entropy` is False). Both carry gradients to
@@ -48,7 +75,7 @@ def logprobs_and_entropy(
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, not {temperature}")
-    result = _LogprobsAndEntropy.apply(hidden, weight, bias, targets, temperature, cap, entropy)  # type: ignore[no-untyped-call]
+    result = _LogprobsAndEntropy.apply(hidden, weight, bias, targets, temperature, cap, entropy, part)  # type: ignore[no-untyped-call]
     return cast("tuple[Tensor, Tensor]", result)
 
 
@@ -65,7 +92,13 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         temperature: float,
         cap: float | None,
         entropy: bool,
+        part: VocabularyPart | None,
     ) -> tuple[Tensor, Tensor]:
+        owned = None
+        if part is not None:
+            targets = targets - part.first
+            owned = (targets >= 0) & (targets < len(weight))
+            targets = targets.clamp(0, len(weight) - 1)
         dtype = product_dtype(hidden, weight)
         log_normalizer = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         picked, entropies = torch.empty_like(log_normalizer), torch.zeros_like(log_normalizer)
@@ -77,8 +110,11 @@ class _LogprobsAndEntropy(torch.autograd.Function):
             if entropy:
                 logits.sub_(log_normalizer[rows, None])
                 entropies[rows] = -(logits.exp() * logits).sum(-1)
-        ctx.save_for_backward(hidden, weight, bias, targets, log_normalizer, entropies)
-        ctx.temperature, ctx.cap, ctx.dtype = temperature, cap, dtype
+        if part is not None and owned is not None:
+            log_normalizer, picked, whole = part.combined(log_normalizer, picked.where(owned, 0.0), entropies)
+            entropies = whole if entropy else entropies
+        ctx.save_for_backward(hidden, weight, bias, targets, log_normalizer, entropies, owned)
+        ctx.temperature, ctx.cap, ctx.dtype, ctx.part = temperature, cap, dtype, part
         if not entropy:
             ctx.mark_non_differentiable(entropies)
         ctx.set_materialize_grads(False)
@@ -87,7 +123,8 @@ class _LogprobsAndEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         logprob_gradient, entropy_gradient = gradients
-        hidden, weight, bias, targets, log_normalizer, entropies = ctx.saved_tensors
+        hidden, weight, bias, targets, log_normalizer, entropies, owned = ctx.saved_tensors
+        own_gradient = logprob_gradient if logprob_gradient is None or owned is None else logprob_gradient * owned
         buffer, product = chunk_buffer(hidden, weight), weight.detach().to(ctx.dtype)
         total = LayerGradients(ctx.needs_input_grad, hidden, weight, bias, product)
         for rows in chunks(len(hidden), len(buffer)):
@@ -101,12 +138,15 @@ class _LogprobsAndEntropy(torch.autograd.Function):
                 targets[rows],
                 entropies[rows],
                 None if logprob_gradient is None else logprob_gradient[rows],
+                None if own_gradient is None else own_gradient[rows],
                 None if entropy_gradient is None else entropy_gradient[rows],
             ).div_(ctx.temperature)
             if slope is not None:
                 gradient.mul_(slope)
             total.add(rows, gradient, inputs)
-        return total.hidden, total.weight, total.bias, None, None, None, None
+        if ctx.part is not None and total.hidden is not None:
+            torch.distributed.all_reduce(total.hidden, group=ctx.part.group)
+        return total.hidden, total.weight, total.bias, None, None, None, None, None
 
 
 def _logit_gradient(
@@ -114,10 +154,12 @@ def _logit_gradient(
     targets: Tensor,
     entropies: Tensor,
     logprob_gradient: Tensor | None,
+    own_gradient: Tensor | None,
     entropy_gradient: Tensor | None,
 ) -> Tensor:
     """Return the gradient at the scaled logits z, in place if possible.
 
+    `own_gradient` is `logprob_gradient`, 0 where the target is in the rows of another rank.
     With p = softmax(z) and entropy S: d log p(y) / dz = onehot(y) - p, and dS / dz = -p * (log p + S).
     """
     if entropy_gradient is not None:
@@ -129,8 +171,8 @@ def _logit_gradient(
         gradient = logprobs.exp_().mul_(-logprob_gradient[:, None])
     else:
         return logprobs.zero_()
-    if logprob_gradient is not None:
-        gradient.scatter_add_(-1, targets[:, None], logprob_gradient[:, None])
+    if own_gradient is not None:
+        gradient.scatter_add_(-1, targets[:, None], own_gradient[:, None])
     return gradient
 
 

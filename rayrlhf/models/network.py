@@ -43,7 +43,7 @@ from rayrlhf.models.packed_attention import Segments, SegmentsError, attend_with
 from rayrlhf.models.router_load import RouterLoad
 from rayrlhf.models.routing_replay import ARGUMENT, ForcedExperts, differing, parts, replay_routing
 from rayrlhf.models.sequence_parallel import RowSplit
-from rayrlhf.models.tensor_parallel import WeightSplit
+from rayrlhf.models.tensor_parallel import WeightSplit, vocabulary_part, whole_layer
 from rayrlhf.models.value_head import HeadInit, ValueHead, find_head, make_head
 
 
@@ -234,10 +234,10 @@ class Network(nn.Module):
                 temperature=temperature,
                 cap=self.check.logits.cap,
                 entropy="entropy" in outputs,
+                part=vocabulary_part(head),
             )
         if predicting is not None and teacher is not None and "divergence" in outputs:
-            head = self.model.get_output_embeddings()
-            apart = divergence_from(predicting, (head.weight, head.bias), teacher, self.teacher_layer)
+            apart = divergence_from(predicting, whole_layer(self.model.get_output_embeddings()), teacher, self.teacher_layer)
         if "values" in outputs and self.v_head is not None:
             values = self.v_head(hidden.index_select(0, positions.values))
         output = NetworkOutput(

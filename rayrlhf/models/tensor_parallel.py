@@ -5,8 +5,12 @@ between them a rank has heads or feed-forward columns of its own (Shoeybi et al.
 `tp_plan` of a model says which is which. The forward pass sums the written parts over the ranks, and the backward pass the
 gradients at what is read.
 
-Embedding, output layer, value head and norms stay whole. Every rank computes the same with them, and losses see none of it.
-Norms within single heads read the heads of one rank only, so their gradients are summed over the ranks.
+Embedding and output layer are cut by rows of the vocabulary. Looked up rows are summed over the ranks, and log-probs combine
+numbers of each rank (`rayrlhf.models.logprobs`), so no rank has logits of the whole vocabulary. Both stay whole where the ranks
+do not divide the vocabulary, or the model has layers of its own for them.
+
+Value head and norms stay whole. Every rank computes the same with them, and losses see none of it. Norms within single heads
+read the heads of one rank only, so their gradients are summed over the ranks.
 """
 
 import re
@@ -18,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from rayrlhf.library_types import PreTrainedModel
-from rayrlhf.models.held_weights import product
+from rayrlhf.models.held_weights import HeldEmbedding, HeldLinear, product
+from rayrlhf.models.logprobs import VocabularyPart
 from rayrlhf.models.rank_group import RankGroup
 
 if TYPE_CHECKING:
@@ -67,13 +72,16 @@ class WeightSplit(RankGroup):
                 continue
             for linear in _linear_layers(module, style):
                 self._cut(linear, _CUT[style])
+        for end in _vocabulary_layers(model, self.size):
+            self._cut(end, 0)
 
-    def _cut(self, linear: nn.Linear, dim: int) -> None:
-        linear.__class__ = RowLinear if dim else ColumnLinear
-        linear.split = self  # type: ignore[assignment]
-        for name, parameter in linear.named_parameters(recurse=False):
-            if name == "bias" and dim:
-                continue  # added once, to the sum
+    def _cut(self, layer: nn.Linear | nn.Embedding, dim: int) -> None:
+        cut_class = VocabularyEmbedding if isinstance(layer, nn.Embedding) else RowLinear if dim else ColumnLinear
+        layer.__class__ = cut_class
+        layer.split = self  # type: ignore[assignment]
+        for name, parameter in layer.named_parameters(recurse=False):
+            if is_cut(parameter) or (name == "bias" and dim):
+                continue  # tied, or added once to the sum
             parameter.data = parameter.detach().chunk(self.size, dim)[self.rank].clone()
             mark(parameter, dim, self.size)
 
@@ -144,13 +152,34 @@ def obstacle(model: PreTrainedModel, size: int) -> str | None:
 
 
 def _planned(model: PreTrainedModel) -> Iterator[_Planned]:
-    """Yield the modules of a model's plan but embedding and output layer, which stay whole."""
+    """Yield the modules of a model's plan but embedding and output layer."""
     plan = [(re.compile(re.escape(key).replace(r"\*", r"\d+")), style) for key, style in (model.tp_plan or {}).items()]
     ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     for name, module in model.named_modules():
         style = next((style for pattern, style in plan if pattern.fullmatch(name)), None)
         if style is not None and id(module) not in ends:
             yield _Planned(name, module, style)
+
+
+def _vocabulary_layers(model: PreTrainedModel, size: int) -> list[Any]:
+    """Return embedding and output layer if both can be cut by rows, otherwise none."""
+    ends = [one for one in (model.get_input_embeddings(), model.get_output_embeddings()) if one is not None]
+    plain = all(type(one) in (nn.Embedding, HeldEmbedding, nn.Linear, HeldLinear) for one in ends)
+    return ends if plain and all(len(one.weight) % size == 0 for one in ends) else []
+
+
+def vocabulary_part(head: nn.Module) -> VocabularyPart | None:
+    """Return this rank's rows of an output layer; None if it has all."""
+    split = getattr(head, "split", None)
+    return None if split is None else VocabularyPart(split.group, split.rank * len(cast(Tensor, head.weight)))
+
+
+def whole_layer(head: Any) -> tuple[Tensor, Tensor | None]:
+    """Gather weight and bias of an output layer; gradients reach the own rows."""
+    split = getattr(head, "split", None)
+    if split is None:
+        return head.weight, head.bias
+    return tuple(None if one is None else _Gather.apply(one, split) for one in (head.weight, head.bias))  # type: ignore
 
 
 def _linear_layers(module: nn.Module, style: str) -> list[nn.Linear]:
@@ -185,6 +214,41 @@ class RowLinear(nn.Linear):
         part = product(input, self.weight, None)
         total = cast(Tensor, _Sum.apply(part, self.split.group))  # type: ignore[no-untyped-call]
         return total if self.bias is None else total + self.bias.to(total.dtype)
+
+
+class VocabularyEmbedding(nn.Embedding):
+    """Embedding with this rank's rows of the vocabulary."""
+
+    split: WeightSplit
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows of the tokens, from all ranks; in float32 as from `HeldEmbedding`."""
+        rows = len(self.weight)
+        first = self.split.rank * rows
+        own = (input >= first) & (input < first + rows)
+        pad = None if self.padding_idx is None else self.padding_idx - first
+        found = nn.functional.embedding(
+            (input - first).clamp(0, rows - 1), self.weight, pad if pad is not None and 0 <= pad < rows else None
+        )
+        return cast(Tensor, _Sum.apply(found.float() * own[..., None], self.split.group))  # type: ignore[no-untyped-call]
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather of rows.
+
+    All ranks compute one loss from them, so the backward pass keeps the gradient at the own rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, split: WeightSplit) -> Tensor:
+        ctx.split = split
+        parts = [torch.empty_like(part) for _ in range(split.size)]
+        torch.distributed.all_gather(parts, part.contiguous(), group=split.group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].chunk(ctx.split.size)[ctx.split.rank], None
 
 
 class _Enter(torch.autograd.Function):

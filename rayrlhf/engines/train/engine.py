@@ -347,7 +347,8 @@ class TrainEngine:
         """
         head = self._network.model.get_output_embeddings()
         with self._backend.gathered(tuple(head.parameters())):
-            return head.weight.detach().cpu().clone(), None if head.bias is None else head.bias.detach().cpu().clone()
+            weight, *bias = [self._whole(one, one.detach()).cpu().clone() for one in head.parameters()]
+            return weight, bias[0] if bias else None
 
     def _adapters(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         parameters = dict(adapter_parameters(self._network.model))

@@ -139,19 +139,26 @@ def shape_of(network: PreTrainedModel, lora: LoraSection | None = None) -> Model
 def cut_shape(shape: ModelShape, size: int, expert_parallel: int = 1) -> ModelShape:
     """Return the shape of a rank's part of a model whose weights ranks share.
 
-    See `models/tensor_parallel` and `models/expert_parallel`. Only linear layers and experts are cut; their few biases and
-    adapters count as whole.
+    See `models/tensor_parallel` and `models/expert_parallel`. Linear layers, experts, embedding and output layer are cut; their
+    few biases and adapters count as whole.
     """
+    rows = size if shape.vocabulary % size == 0 else 1
+    embedding = shape.vocabulary * shape.hidden
+    tied = shape.parameters - shape.linear - embedding < shape.output
+    ends = embedding if tied else embedding + shape.output
     linear, held = -(-shape.linear // size), -(-shape.held_linear // size)
     experts = shape.experts // expert_parallel
-    parameters = shape.parameters - shape.linear + linear - shape.experts + experts
+    parameters = shape.parameters - shape.linear + linear - shape.experts + experts - ends + ends // rows
     return replace(
         shape,
         parameters=parameters,
         linear=linear,
+        output=shape.output // rows,
+        vocabulary=shape.vocabulary // rows,
         experts=experts,
         trainable=shape.trainable if shape.adapters else parameters,
         held_linear=held,
+        held=shape.held // rows,
         query=shape.query // size,
         key_value=shape.key_value // size,
         intermediate=-(-shape.intermediate // size),

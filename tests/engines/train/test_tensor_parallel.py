@@ -20,13 +20,16 @@ from torch import Tensor, nn
 from rayrlhf.config.algorithm import ParitySection
 from rayrlhf.config.model import LoraSection, ModelSection
 from rayrlhf.config.train import OptimizerSection, TrainSection
+from rayrlhf.engines.train.collate import collate
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.process_group import ProcessGroupSpec, join, make_grid
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.errors import UserError
 from rayrlhf.models import load_check
 from rayrlhf.models.load_check import split_weights
+from rayrlhf.models.logprobs import VocabularyPart, logprobs_and_entropy
 from rayrlhf.models.network import build_network
+from rayrlhf.models.network_io import TeacherSignal
 from rayrlhf.models.skeleton import skeleton
 from rayrlhf.models.tensor_parallel import is_cut, whole_shape
 from rayrlhf.observe.metric_names import ROUTER_LOSS
@@ -35,6 +38,7 @@ from tests.engines.train.ranks import (
     LIMIT,
     PLAN,
     SEQUENCES,
+    VOCABULARY,
     PlainObjective,
     gradients,
     outputs_of,
@@ -212,6 +216,32 @@ def unequal(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(load_check, "_equal", lambda *_, **__: False)
 
 
+def vocabulary(folder: Path, size: int) -> list[Tensor]:
+    """Log-probs with bias and cap, a divergence, and all gradients, from weights that are whole or cut by rows."""
+    split, generator = make_grid(1, size).weight_split, torch.Generator().manual_seed(3)
+    hidden, weight, bias, targets = torch.randn(9, 16), torch.randn(24, 16), torch.randn(24), torch.arange(9) * 5 % 24
+    own = slice(0, 24) if split is None else slice(split.rank * 12, split.rank * 12 + 12)
+    part = None if split is None else VocabularyPart(split.group, own.start)
+    inputs = [one.clone().requires_grad_() for one in (hidden, weight[own], bias[own])]
+    logprobs, entropy = logprobs_and_entropy(*inputs, targets, temperature=0.7, cap=3.0, part=part)
+    (logprobs.square() + 0.5 * entropy.square()).sum().backward()
+    network = build_network(ModelSection(path=str(folder / "qwen3-2"), dtype="float32"), frozenset({"lm"}), "zero", 0)
+    if split is not None:
+        split_weights(network, split, "qwen3", torch.device("cpu"))
+    head = network.model.get_output_embeddings().weight
+    batch = collate(SEQUENCES, 20, torch.device("cpu"), packed=False)
+    count = len(batch.positions.predictors)
+    network.teacher_layer = torch.randn(VOCABULARY, 24, generator=generator), None
+    teacher = TeacherSignal(hidden=torch.randn(count, 24, generator=generator), beta=0.5)
+    apart = network(batch.input_ids, batch.positions, frozenset({"divergence"}), 1.0, teacher).divergence
+    apart.sum().backward()
+    found = [logprobs.detach(), entropy.detach(), inputs[0].grad, inputs[1].grad, inputs[2].grad, apart.detach(), head.grad]
+    if split is not None:
+        for place in (3, 4, 6):
+            found[place] = split.whole(head, found[place])
+    return found
+
+
 def main() -> None:
     rank, ranks, port, size, folder, names = sys.argv[1:]
     torch.set_num_threads(1)
@@ -221,6 +251,8 @@ def main() -> None:
         found = [refused(Path(folder) / name, 2, None) for name in ("mixtral", "odd")]
         found += [refused(Path(folder) / "qwen3-2", 2, fault) for fault in (unsummed, unequal)]
         torch.save(found, Path(folder) / f"refused-{rank}.pt")
+        torch.manual_seed(3)
+        torch.save(vocabulary(Path(folder), int(size)), Path(folder) / f"vocabulary-{rank}.pt")
     leave_at_once()
 
 
@@ -288,6 +320,8 @@ def check(folder: Path, cell: Cell, ranks: int, size: int) -> None:
         assert found["checksums"] == every[0]["checksums"]
         assert found["arrived"] == (alone["arrived"] and pytest.approx(alone["arrived"], rel=1e-3))
         first = every[rank % size]["raw"]
+        embedding = [cut for name, (cut, _) in found["raw"].items() if name.endswith("embed_tokens.weight")]
+        assert embedding in ([], [cell.key == "tensor_parallel"])
         for name, (cut, tensor) in found["raw"].items():
             assert torch.equal(tensor, (first if cut else every[0]["raw"])[name][1]), name
         assert found["held"] < alone["held"]
@@ -319,6 +353,14 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_two_ranks_that_share_weights_take_the_steps_of_one(two_ranks: Path, cell: Cell) -> None:
     check(two_ranks, cell, 2, 2)
+
+
+def test_log_probs_and_a_divergence_of_shared_rows_of_the_vocabulary_are_those_of_whole_ones(two_ranks: Path) -> None:
+    torch.manual_seed(3)
+    wanted = vocabulary(two_ranks, 1)
+    for rank in range(2):
+        for one, whole in zip(torch.load(two_ranks / f"vocabulary-{rank}.pt"), wanted, strict=True):
+            torch.testing.assert_close(one, whole, rtol=0, atol=1e-6 * max(1.0, float(whole.abs().max())))
 
 
 def test_ranks_refuse_weights_that_they_cannot_share(two_ranks: Path) -> None:

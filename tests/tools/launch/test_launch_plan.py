@@ -243,7 +243,7 @@ def test_ranks_that_share_rows_hold_their_part_of_the_activations(folder):
     assert (before.activations - fixed) / (after.activations - fixed) == pytest.approx(4, rel=1e-3)
 
 
-def test_ranks_that_share_weights_hold_their_part_of_linear_layers_and_load_the_whole(folder):
+def test_ranks_that_share_weights_hold_their_part_of_layers_and_vocabulary_and_load_the_whole(folder):
     ranks = [f"placement.{role}.ranks=8" for role in ("policy", "critic", "reference")]
     whole = plan_run(ppo(folder / "7b", "rollout.replicas=8", *ranks), EIGHT)
     cut = plan_run(ppo(folder / "7b", "rollout.replicas=8", *ranks, "placement.policy.tensor_parallel=4"), EIGHT)
@@ -252,10 +252,10 @@ def test_ranks_that_share_weights_hold_their_part_of_linear_layers_and_load_the_
     assert cut.memory["critic"] == whole.memory["critic"]
     before, after = whole.memory["policy"], cut.memory["policy"]
     linear = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
-    rest = 2 * 32000 * 4096 + 65 * 4096
-    assert before.optimizer == 8 * (linear + rest)
-    assert after.optimizer == 8 * (linear // 4 + rest)
-    assert after.host == 4 * (linear + rest)
+    rows, norms = 2 * 32000 * 4096, 65 * 4096
+    assert before.optimizer == 8 * (linear + rows + norms)
+    assert after.optimizer == 8 * ((linear + rows) // 4 + norms)
+    assert after.host == 4 * (linear + rows + norms)
     assert after.loading == 0
     assert after.total < before.total / 2
 
