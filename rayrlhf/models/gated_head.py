@@ -41,7 +41,10 @@ class GatedHead(ValueHead):
         self.scale, self.rewards = nn.Parameter(scale), nn.Parameter(rewards)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return float32 [..., 2 m] of hidden states [..., H]: the objectives' weights, then their rewards."""
+        """Return weights, then rewards of the objectives, float32 [..., 2 m].
+
+        Hidden states are [..., H].
+        """
         with torch.autocast(hidden.device.type, enabled=False):
             state = gate = hidden.float()
             for index, layer in enumerate(self.layers):
@@ -51,7 +54,11 @@ class GatedHead(ValueHead):
 
 
 def gated_score(values: Float32) -> Float32:
-    """Return the reward of a response, from the head's outputs [R + 1, 2 m] between the ends of prompt and response."""
+    """Return the reward of a response.
+
+    Args:
+        values: float32 [R + 1, 2 m], outputs of the head from the end of the prompt to that of the response.
+    """
     objectives = values.shape[1] // 2
     score: Float32 = values[0, :objectives] @ values[-1, objectives:]
     return score

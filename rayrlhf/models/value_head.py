@@ -139,7 +139,7 @@ def make_head(hidden_size: int, stored: dict[str, Tensor] | None, kind: HeadInit
 
 
 def stored_tensors(folder: Path, beginnings: tuple[str, ...]) -> dict[str, Tensor]:
-    """Return the tensors of a Hugging Face folder whose names begin with one of some texts."""
+    """Return the tensors of a Hugging Face folder by beginnings of their names."""
     return {name: tensor for file in _head_files(folder) for name, tensor in _read(file, beginnings).items()}
 
 

@@ -137,7 +137,7 @@ class RewardModelEngine:
         return TokenSequence(kept, self._prompt_length(prompt, ids) if self._gated else len(kept) - 1)
 
     def _prompt_length(self, prompt: str | list[Message], ids: Sequence[int]) -> int:
-        """Return the number of kept tokens up to the end of the prompt, where the gating network reads."""
+        """Return the number of kept tokens up to the end of the prompt."""
         turns = conversation(prompt, self._format.system_prompt)
         with self._named_template():
             opening = self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
