@@ -1,8 +1,9 @@
-"""Causal attention of the segments of a row on a CPU, with each key and value kept once for the backward pass.
+"""CPU kernels of causal attention within the segments of a row.
 
-Autograd would keep the keys of each segment's chain, and blocks of bfloat16 scores. The kernels here keep queries, keys, values
-and outputs, so memory grows with distinct tokens alone. float32 uses torch's fused CPU kernel. Its backward pass recomputes
-scores in pieces too small for the matrix units of bfloat16, for which two plain products per block take half the time.
+Autograd would keep the keys of each segment's chain, and blocks of bfloat16 scores. These kernels keep queries, keys, values
+and outputs for the backward pass, so memory grows with distinct tokens alone. float32 uses torch's fused CPU kernel. Its
+backward pass recomputes scores in pieces too small for the matrix units of bfloat16, for which two plain products per block
+take half the time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def kernel_dtype(query: Tensor, key: Tensor, value: Tensor) -> torch.dtype | None:
-    """Return the dtype in which CPU tensors of one width of heads are computed; None without a kernel for them."""
+    """Return the compute dtype of CPU tensors with one head width; None without a kernel."""
     if query.device.type != "cpu" or query.shape[-1] != value.shape[-1]:
         return None
     dtypes = {torch.get_autocast_dtype("cpu")} if torch.is_autocast_enabled("cpu") else {query.dtype, key.dtype, value.dtype}
@@ -53,7 +54,7 @@ class SegmentAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: "Segments", scaling: float) -> Tensor:
-        """Return [B, T, heads, d] from query [B, heads, T, d], key and value [B, key heads, T, d]."""
+        """Return [B, T, heads, d]; key and value are [B, key heads, T, d]."""
         kernel = fused_attention if query.dtype == torch.float32 else block_attention
         outputs, sums = zip(*(kernel(one) for one in _attended(query, key, value, segments, scaling)), strict=True)
         joined = torch.cat([output.transpose(1, 2) for output in outputs], dim=1)  # the layout that the next layer keeps
@@ -63,7 +64,7 @@ class SegmentAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients; that of a shared key is the sum over the segments that attend to it."""
+        """Return the gradients, those of shared keys summed over segments."""
         query, key, value, joined, *sums = ctx.saved_tensors
         segments: Segments = ctx.segments
         outputs, given = (torch.split(one.transpose(1, 2), segments.lengths, dim=2) for one in (joined, *gradients))
@@ -86,37 +87,28 @@ class SegmentAttention(torch.autograd.Function):
 
 
 def _attended(query: Tensor, key: Tensor, value: Tensor, segments: "Segments", scaling: float) -> Iterator[Attended]:
-    """Iterate over the inputs of each segment; the keys of one chain exist at a time."""
+    """Iterate over the inputs of each segment, one chain of keys at a time."""
     queries, keys, values = (torch.split(one, segments.lengths, dim=2) for one in (query, key, value))
     for one, chain, mask in zip(queries, segments.chains, segments.masks, strict=True):
         yield Attended(one, joined(keys, chain), joined(values, chain), mask, scaling)
 
 
 def joined(parts: Sequence[Tensor], chain: Sequence[int]) -> Tensor:
-    """Return the parts [B, heads, L, d] of a chain of segments as one, without a copy where it is a single part."""
+    """Join the parts [B, heads, L, d] of a chain; a single one is not copied."""
     return parts[chain[0]] if len(chain) == 1 else torch.cat([parts[number] for number in chain], dim=2)
 
 
 def fused_attention(one: Attended) -> tuple[Tensor, Tensor]:
-    """Return output [B, heads, L, d] and log-sums of the scores' exponentials [B, heads, L]."""
-    output, sums = _fused(one.query, *_for_all_heads(one), is_causal=one.mask is None, **_options(one))
+    """Return output [B, heads, L, d] and log-normalizers [B, heads, L]."""
+    output, sums = _fused(one.query, one.key, one.value, is_causal=one.mask is None, **_options(one))
     return output, sums
 
 
 def fused_gradients(one: Attended, given: Tensor, output: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, given that of the output."""
-    inputs = one.query, *_for_all_heads(one)
-    of_query, *others = _fused_backward(given, *inputs, output, sums, 0.0, one.mask is None, **_options(one))
-    rows, heads, keys, width = one.key.shape
-    of_key, of_value = (found.view(rows, heads, -1, keys, width).sum(2) for found in others)
+    inputs = one.query, one.key, one.value, output, sums
+    of_query, of_key, of_value = _fused_backward(given, *inputs, 0.0, one.mask is None, **_options(one))
     return of_query, of_key, of_value
-
-
-def _for_all_heads(one: Attended) -> tuple[Tensor, Tensor]:
-    groups = one.query.shape[1] // one.key.shape[1]
-    if groups == 1:
-        return one.key, one.value
-    return one.key.repeat_interleave(groups, dim=1), one.value.repeat_interleave(groups, dim=1)
 
 
 def _options(one: Attended) -> dict[str, Any]:
@@ -127,7 +119,10 @@ def _options(one: Attended) -> dict[str, Any]:
 
 
 def block_attention(one: Attended) -> tuple[Tensor, None]:
-    """Return the output [B, heads, L, d], computed in blocks of queries; the softmax is taken in float32."""
+    """Return the output [B, heads, L, d], computed in blocks of queries.
+
+    The softmax is taken in float32.
+    """
     outputs = []
     for start, end in _blocks(one):
         keys = one.key.shape[2] - one.query.shape[2] + end
@@ -137,9 +132,9 @@ def block_attention(one: Attended) -> tuple[Tensor, None]:
 
 
 def block_gradients(one: Attended, given: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value, given that of the output; scores are computed again.
+    """Return the gradients of query, key and value, given that of the output.
 
-    Those of key and value are float32. Formula: Dao et al. 2022 (FlashAttention), appendix B.4.
+    Scores are computed again. Gradients of key and value are float32. Formula: Dao et al. 2022 (FlashAttention), appendix B.4.
     """
     dtype, heads = one.query.dtype, one.key.shape[1]
     of_queries = []
@@ -158,14 +153,17 @@ def block_gradients(one: Attended, given: Tensor, output: Tensor) -> tuple[Tenso
 
 
 def _blocks(one: Attended) -> list[tuple[int, int]]:
-    """Return start and end of each block of queries, of at most `BLOCK_SCORES` scores where that is possible."""
+    """Return start and end of each block of queries.
+
+    A block has at most `BLOCK_SCORES` scores, or `_SMALLEST` queries.
+    """
     rows, heads, length, _ = one.query.shape
     size = min(_LARGEST, max(_SMALLEST, BLOCK_SCORES // (rows * heads * one.key.shape[2])))
     return [(start, min(length, start + size)) for start in range(0, length, size)]
 
 
 def _weights(one: Attended, start: int, end: int) -> Tensor:
-    """Return the attention weights of a block of queries, float32 [B, key heads, groups * block, keys]."""
+    """Return attention weights of a block, float32 [B, key heads, groups * block, keys]."""
     earlier = one.key.shape[2] - one.query.shape[2]
     queries = _by_key_head(one.query[:, :, start:end], one.key.shape[1])
     scores = torch.matmul(queries, one.key[:, :, : earlier + end].transpose(-1, -2)).float().mul_(one.scaling)

@@ -68,6 +68,7 @@ def test_the_engine_gets_what_was_set_and_takes_one_step_a_batch():
         "zero_stage": 2,
         "offload_optimizer": True,
         "share_prefixes": "off",
+        "router_aux_loss_coefficient": 0.25,
     }
     text = [f"train.{name}={str(value).lower()}" for name, value in overrides.items()]
     train = load(SFTConfig, *text, "train.epochs=9", "train.optimizer.name=sgd", "train.schedule.shape=cosine").train

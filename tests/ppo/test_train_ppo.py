@@ -28,8 +28,9 @@ class Watch(Callback):
         self.actors, self.versions = {}, []
 
     def on_start(self, trainer):
-        listed = list_actors(ray.get_runtime_context().gcs_address)
-        self.actors = {actor.name: actor.class_name for actor in listed if actor.state == "ALIVE"}
+        # Filtered by Ray, which lists 100 actors, the dead of earlier tests among them.
+        listed = list_actors(ray.get_runtime_context().gcs_address, filters=[("state", "=", "ALIVE")])
+        self.actors = {actor.name: actor.class_name for actor in listed if actor.name.startswith("ppo/")}
 
     def on_step_end(self, step, metrics, scored):
         self.versions.append({int(version) for rollout in scored.rollouts for version in rollout.versions})

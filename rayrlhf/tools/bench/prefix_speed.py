@@ -82,7 +82,10 @@ def bench_prefix(
 def bench_step(
     model: str, *, precision: Precision, rounds: int, progress: Callable[[str], None] = lambda _: None
 ) -> Comparison:
-    """Measure whole steps with groups of 8, prompts of about 100 tokens and responses of up to 100."""
+    """Measure whole steps with groups of 8.
+
+    Prompts have 320 to 480 characters, about 100 tokens of SmolLM2, and responses up to 100 tokens.
+    """
     with TemporaryDirectory() as folder:
         policy, reward = write_reward_model(model, Path(folder) / "reward")
         work = PPOWork(policy, reward, precision, STEP_PROMPTS, 100, 1, samples=8, characters=(320, 480))
