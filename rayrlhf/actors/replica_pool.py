@@ -46,8 +46,8 @@ class RolloutReplica:
         """Decode queued requests; see `RolloutActor.poll`."""
         return remote_call(self.handle, RolloutActor.poll, minimum, seconds)
 
-    def cancel(self) -> Ref[None]:
-        """Drop all unfinished requests."""
+    def cancel(self) -> Ref[int]:
+        """Drop all unfinished requests; the result is the tokens that were sampled for them."""
         return remote_call(self.handle, RolloutActor.cancel)
 
     def sleep(self) -> Ref[None]:

@@ -39,9 +39,9 @@ class RolloutActor(Worker):
         self.actor_metrics.sampled(sum(len(rollout.response_ids) for rollout in finished), unfinished)
         return Records(finished), unfinished
 
-    def cancel(self) -> None:
-        """Drop all unfinished requests."""
-        self._engine.cancel()
+    def cancel(self) -> int:
+        """Drop all unfinished requests; returns the tokens that were sampled for them."""
+        return self._engine.cancel()
 
     def sleep(self) -> None:
         """Free memory until the next weights arrive."""

@@ -216,18 +216,11 @@ class PPOConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_refill(self) -> Self:
-        if self.rollout.refill_rounds and self.rollout.samples_per_prompt == 1:
-            raise ValueError(
-                f"rollout.refill_rounds {self.rollout.refill_rounds} replaces prompts whose responses all score the same, as "
-                "a single one always does: set rollout.samples_per_prompt to 2 or more"
-            )
-        if self.rollout.refill_rounds and (self.teacher is not None or _advantage_method(self).parts):
-            reader = "a teacher" if self.teacher is not None else f"the estimator {self.algorithm.advantage.estimator!r}"
-            raise ValueError(
-                f"rollout.refill_rounds {self.rollout.refill_rounds} replaces prompts whose responses all score the same, but "
-                f"{reader} learns from those too; expected 0"
-            )
+    def _check_sampling(self) -> Self:
+        from rayrlhf.config.sampling_checks import check_overissue, check_refill
+
+        check_refill(self, _advantage_method(self))
+        check_overissue(self)
         return self
 
     @property

@@ -1,5 +1,6 @@
 """Rollouts: sampling, demonstrations in prompts, and the environment of multi-turn responses."""
 
+import math
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -155,6 +156,10 @@ class RolloutSection(Section):
     refill_rounds: int = Field(0, ge=0)
     """Maximum rounds of dynamic sampling per step (DAPO): prompts whose responses all have the same score are replaced by
     others. After the last round the rest of the step is filled with such prompts. 0 keeps every prompt."""
+    overissue: float = Field(0.0, ge=0, le=10)
+    """Share of further prompts that the built-in step samples. It trains on the groups that finish first and cancels the
+    others, so that the longest responses are not waited for. This is biased towards short responses: a prompt with long ones is
+    trained on less often, and right answers that need many tokens are lost. Canceled prompts count as used. 0 waits for all."""
     demonstrations: RolloutDemonstrationsSection | None = None
     """Examples before every prompt. Default: none."""
     max_new_tokens: int = Field(256, ge=1)
@@ -211,6 +216,11 @@ class RolloutSection(Section):
     mismatch_alarm: float = Field(0.5, gt=0)
     """Maximum mean |trainer log-prob - rollout log-prob| of a step, in nats per token; above it the run stops. Only tokens
     sampled with the newest weights count, because older ones (`async.max_staleness`) differ by the updates since."""
+
+    @property
+    def issued_prompts(self) -> int:
+        """Prompts of a step, those of `overissue` included."""
+        return math.ceil(self.prompts_per_step * (1 + self.overissue) - 1e-9)  # 50 * 1.1 is 55, not 55.00000000000001
 
     @property
     def replays_routing(self) -> bool:

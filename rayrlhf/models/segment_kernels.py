@@ -94,7 +94,7 @@ def _attended(query: Tensor, key: Tensor, value: Tensor, segments: "Segments", s
 
 
 def joined(parts: Sequence[Tensor], chain: Sequence[int]) -> Tensor:
-    """Join the parts [B, heads, L, d] of a chain; a single one is not copied."""
+    """Join the parts [B, heads, L, d] of a chain; one is not copied."""
     return parts[chain[0]] if len(chain) == 1 else torch.cat([parts[number] for number in chain], dim=2)
 
 

@@ -9,6 +9,7 @@ Requests may be added long before their rollouts are collected. Rollouts that fi
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
@@ -159,24 +160,33 @@ class Generation:
         """Return the number of unfinished requests, and of those in flight by rank."""
         return self._queue.counts()
 
-    def cut(self) -> None:
-        """Cancel the requests in flight on the replicas; the next wait dispatches them again."""
-        serving = {replica.rank: replica for replica in self._pool.serving}
+    def cut(self) -> int:
+        """Cancel the requests in flight on the replicas; the next wait dispatches them again.
+
+        Returns:
+            The tokens that were sampled for them, without those of lost replicas.
+        """
+        serving, tokens = {replica.rank: replica for replica in self._pool.serving}, 0
         for rank in [rank for rank in self._queue.ranks if rank in serving]:
-            self._submits.setdefault(rank, []).append(serving[rank].cancel())
+            replica = serving[rank]
+            canceled = replica.cancel()  # after the poll in progress, as the actor runs one call at a time
+            if not ray.wait([canceled], timeout=self._seconds)[0]:
+                self._pool.lost(replica, overrun(GENERATE, [replica.name], self._seconds))
+                continue
             if rank in self._polls:
-                if ray.wait([self._polls[rank].result], timeout=self._seconds)[0]:
-                    self._receive(serving[rank])
-                else:
-                    self._pool.lost(serving[rank], overrun(GENERATE, [serving[rank].name], self._seconds))
+                self._receive(replica)
+            with suppress(ActorLostError):
+                tokens += fetch(canceled, GENERATE, replica.name)
         for rank in self._queue.ranks:
             self._drop(rank)
+        return tokens
 
-    def reset(self) -> None:
-        """Drop all requests, here and on the replicas."""
-        self.cut()
+    def reset(self) -> int:
+        """Drop all requests, here and on the replicas; returns the tokens that were sampled for them."""
+        tokens, batches = self.cut(), {id(batch): batch for batch in self._batches.values()}
         self._queue = RequestQueue([], 0, sticky=False)
         self._batches.clear()
+        return tokens + sum(len(rollout.response_ids) for batch in batches.values() for rollout in batch.finished)
 
     def forget(self, step: int) -> None:
         """Drop the ranks of the responses of steps before `step`."""

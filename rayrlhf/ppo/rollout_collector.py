@@ -9,8 +9,9 @@ from rayrlhf.actors.placement import ForwardRole, Role
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.data.records import Prompt, Rollout, RolloutRequest, SampleKey
 from rayrlhf.data.seeds import sample_seed
-from rayrlhf.environments.episodes import with_extra_segments, without_failed
+from rayrlhf.environments.episodes import episode_metrics, with_extra_segments, without_failed
 from rayrlhf.models.network_io import OutputName
+from rayrlhf.observe.metric_names import OVERISSUED_TOKENS, SAMPLED_TOKENS
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.ppo.generation import Generation, GenerationBatch
 from rayrlhf.ppo.group_filter import GroupFilter
@@ -18,6 +19,7 @@ from rayrlhf.ppo.opponent import with_opponent
 from rayrlhf.ppo.reward_rows import RewardRow
 from rayrlhf.ppo.sample_ledger import SampleLedger
 from rayrlhf.ppo.scoring import REWARD, ForwardPass, ScoredRollouts, Scorer
+from rayrlhf.ppo.whole_groups import WholeGroups
 
 GREEDY_SAMPLE = 2**20
 """Sample number of a greedy response. No sampled response has it, so a late one cannot be mistaken for it."""
@@ -175,6 +177,39 @@ class RolloutCollector:
         scorer = self.scorer(prompts, rewards)
         scorer.add(group_filter.rollouts())
         return scorer.finish(), group_filter.metrics()
+
+    def overissue(
+        self, draw: Callable[[int], list[Prompt]], numbers: dict[int, int], ledger: SampleLedger
+    ) -> tuple[ScoredRollouts, dict[str, float]]:
+        """Sample more prompts than a step needs, score the groups that finish first, and cancel the others.
+
+        Arguments and result are those of `refill`.
+        """
+        rollout, environment = self._config.rollout, self._config.environment
+        prompts = draw(rollout.issued_prompts)
+        scorer, groups = self.scorer(prompts), WholeGroups(rollout.prompts_per_step, rollout.samples_per_prompt)
+        with self._timer.phase("generate"):
+            requests = self._requests.build(prompts, rollout.samples_per_prompt, ledger.step, numbers)
+            batch = self._generation.add(requests, rollout.temperature)
+            ledger.issue(requests)
+            finished = groups.take(ledger.sampling(self._generation.collect(batch)))
+            if environment:
+                finished = without_failed(finished, self._config.samples_per_step, environment)
+            for whole in finished:
+                scorer.add(with_extra_segments(whole))
+            tokens = self._generation.reset()
+        rest = with_extra_segments(one for one in groups.rest if not one.failure)
+        ledger.leave_out(rest, "overissued")
+        ledger.cancel("overissued")
+        scored = scorer.finish()
+        tokens += sum(len(one.response_ids) for one in rest)
+        metrics = {
+            "sampling/prompts": float(len(prompts)),
+            "sampling/prompts_left_out": float(len(prompts) - rollout.prompts_per_step),
+            SAMPLED_TOKENS: float(tokens + sum(len(one.response_ids) for one in scored.rollouts)),
+            OVERISSUED_TOKENS: float(tokens),
+        }
+        return scored, metrics | (episode_metrics(scored.rollouts, self._config.samples_per_step) if environment else {})
 
     def with_greedy(self, scored: ScoredRollouts, step: int) -> ScoredRollouts:
         """Add the reward of a greedy response to each prompt, if the estimator needs it."""

@@ -18,7 +18,7 @@ from rayrlhf.errors import AlarmError
 from rayrlhf.ppo.experience import Experience
 from rayrlhf.ppo.scoring import ScoredRollouts
 
-Reason = Literal["failed", "zero_variance", "dropped_by_loop", "untrained"]
+Reason = Literal["failed", "zero_variance", "overissued", "dropped_by_loop", "untrained"]
 """Why a sample is not trained on; `untrained` are those masked as a whole, being cut off or rejected."""
 
 
@@ -81,6 +81,11 @@ class SampleLedger:
             if self._sampled.pop(rollout.key, None) is None:
                 raise fault(self.step, rollout.key, "was left out and never sampled")
             self._left_out[rollout.key] = reason
+
+    def cancel(self, reason: Reason) -> None:
+        """Enter the samples that are not sampled yet as left out."""
+        self._left_out |= dict.fromkeys(self._open, reason)
+        self._open.clear()
 
     def check_scored(self, scored: ScoredRollouts, drawn: Sequence[int], samples_per_prompt: int) -> None:
         """Compare scored rollouts with what was issued and sampled.

@@ -98,7 +98,7 @@ class StepDriver:
             config.rollout.max_new_tokens,
             config.deadlines.generate,
             sticky=self._exact,
-            poll_seconds=POLL_SECONDS if self._ahead else None,
+            poll_seconds=POLL_SECONDS if self._ahead or config.rollout.overissue else None,
         )
         self._pipeline = StepPipeline(config, sampler, self._generation, self._requests.build)
         self._collector = RolloutCollector(
@@ -167,10 +167,12 @@ class StepDriver:
             self._open.metrics = {STUDENT_STEP: float(not given)}
             return self.step(scored)
         self._open.ledger.strict = strict
-        if not self.config.rollout.refill_rounds:
+        rollout, collector = self.config.rollout, self._collector
+        if not (rollout.refill_rounds or rollout.overissue):
             return self.step(self.generate_and_score(self.prompts()))
-        scored, self._open.metrics = self._collector.refill(self.prompts, self._open.numbers, self._open.ledger)
-        return self.step(self._collector.with_greedy(scored, self.steps_done))
+        sample = collector.refill if rollout.refill_rounds else collector.overissue
+        scored, self._open.metrics = sample(self.prompts, self._open.numbers, self._open.ledger)
+        return self.step(collector.with_greedy(scored, self.steps_done))
 
     def step(self, scored: ScoredRollouts, rewards: OwnRewards | None = None) -> dict[str, float]:
         """Learn from scored rollouts and sync the weights; see `PPOTrainer.step`."""

@@ -106,8 +106,9 @@ def _check_queue(engine: RolloutEngine) -> None:
         engine.submit(requests[:1], temperature=1.0, max_new_tokens=NEW_TOKENS)
     with _raises(RuntimeError, "new weights while requests are unfinished"):
         engine.begin_weights(engine.version + 1)
-    engine.cancel()
+    tokens = engine.cancel()
     expect(not engine.unfinished, f"{engine.unfinished} unfinished after cancel, expected 0")
+    expect(tokens == 0, f"cancel returned {tokens!r}, expected the number of sampled tokens, 0 before a poll")
 
 
 @torch.no_grad()

@@ -95,6 +95,12 @@ def flaky(prompt, endpoint):
     return 1.0
 
 
+async def resting(prompt, endpoint):
+    """Asks once and is never done."""
+    await asyncio.to_thread(ask, endpoint, [{"role": "user", "content": prompt.text}])
+    await asyncio.sleep(60)
+
+
 async def sleeping(prompt, endpoint):
     await asyncio.sleep(60)
 

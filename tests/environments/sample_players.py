@@ -101,7 +101,8 @@ class Scripted:
         self.asleep = True
 
     def cancel(self):
-        self.queued = []
+        tokens, self.queued = 10 * len(self.queued), []  # as if ten of each had been sampled
+        return tokens
 
     def poll(self, minimum, seconds=None):
         said = []

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rayrlhf.actors.health import Health
 from rayrlhf.data.records import Prompt
-from rayrlhf.errors import AlarmError, DeadlineError
+from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError
 from rayrlhf.ppo import generation as module
 from rayrlhf.ppo.generation import Generation
 from rayrlhf.ppo.request_queue import assign
@@ -116,3 +116,43 @@ def test_the_wait_begins_again_when_a_late_replica_is_replaced(monkeypatch):
     replica = LateReplica(monkeypatch, rebuilt=True)
     assert len(replica.collected()) == 2
     assert replica.killed == 1
+
+
+Sampled = namedtuple("Sampled", ("key", "response_ids"))
+
+
+class HalfDone(LateReplica):
+    """Finishes its first request with three tokens; has sampled five of the second when it is canceled."""
+
+    def __init__(self, monkeypatch, *, lives=True):
+        super().__init__(monkeypatch, rebuilt=False)
+        self.lives, self.canceled = lives, 0
+        monkeypatch.setattr(module, "fetch", self.fetched)
+
+    def fetched(self, result, *_):
+        if result == "canceled":
+            self.canceled += 1
+            if not self.lives:
+                raise ActorLostError("gone", self.name)
+            return 5
+        return result
+
+    def poll(self, minimum, seconds):
+        done, self.requests = self.requests[:1], self.requests[1:]
+        return tuple(Sampled(request.key, (1, 2, 3)) for request in done), 1
+
+    def cancel(self):
+        return "canceled"
+
+
+@pytest.mark.parametrize(("lives", "tokens"), [(True, 8), (False, 3)])
+def test_a_reset_counts_the_tokens_that_were_sampled_in_vain(monkeypatch, lives, tokens):
+    replica = HalfDone(monkeypatch, lives=lives)
+    generation = Generation(replica, lambda _: None, max_new_tokens=8, seconds=10, poll_seconds=1.0)
+    batch = generation.add(make_requests(prompts(1, 2, 3), 1, step=3, run_seed=0), temperature=1.0)
+    assert [one.key.prompt for one in next(generation.collect(batch))] == [1]
+    generation._dispatch()  # a second poll is under way, whose response comes too late
+    assert generation.reset() == tokens
+    assert replica.canceled == 1
+    assert generation.vitals() == {"open": 0, "in_flight": {}}
+    generation.add(make_requests(prompts(1, 2), 1, step=3, run_seed=0), temperature=1.0)

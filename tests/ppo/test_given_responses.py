@@ -58,6 +58,7 @@ def test_a_row_without_a_response_is_one_line():
         (["observe.record=light"], "observe.record 'light' cannot hold the teacher's distributions"),
         (["teacher.divergence.student_share=0.5"], "set response_field to their column"),
         (["teacher.divergence.response_field=answer"], "response_field has no effect with student_share 1"),
+        ([*MIXED, "rollout.overissue=0.5"], "rollout.overissue 0.5 with teacher.divergence.student_share below 1"),
         (["teacher.discount=0.5"], "discount changes the log-ratio in the advantage, which divergence replaces"),
         (["teacher.clip=1"], "clip changes the log-ratio in the advantage, which divergence replaces"),
         ([*MIXED, "algorithm.advantage.estimator=rloo", "rollout.samples_per_prompt=2"], "possible with .*estimator 'rloo'"),

@@ -189,6 +189,20 @@ def test_zero_variance_groups_are_left_out_and_do_not_come_back():
         ledger.check_scored(rewarded(rollouts), range(PROMPTS), SAMPLES)
 
 
+def test_canceled_samples_are_left_out_whether_they_were_finished_or_not():
+    ledger, rollouts = SampleLedger(STEP, strict=True), sampled()
+    ledger.issue(requests())
+    assert list(ledger.sampling([rollouts[:3]])) == [rollouts[:3]]
+    ledger.leave_out(rollouts[2:3], "overissued")
+    ledger.cancel("overissued")
+    scored = rewarded(rollouts[:2])
+    ledger.check_scored(scored, range(PROMPTS), SAMPLES)
+    counts = ledger.check_batch(batch_of(scored), scored)
+    assert (counts["ledger/issued"], counts["ledger/trained"], counts["ledger/overissued"]) == (6, 2, 4)
+    with pytest.raises(AlarmError, match="sample 1 of prompt 2 was sampled twice"):
+        list(ledger.sampling([rollouts[5:]]))
+
+
 def test_rewards_of_an_environment_stay_with_their_sample():
     pipeline = Pipeline()
     pipeline.finished = [replace(one, rewards=np.full(3, one.key.prompt, np.float32)) for one in sampled()]

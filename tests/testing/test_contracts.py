@@ -176,6 +176,10 @@ class Deaf(Base):
 class Keeping(Base):
     def cancel(self):
         pass
+
+class Silent(Base):
+    def cancel(self):
+        super().cancel()
 """
 
 
@@ -188,6 +192,7 @@ class Keeping(Base):
         ("Unversioned", "rollout .*: versions .*, expected -1"),
         ("Deaf", "log-probs differ from a forward pass"),
         ("Keeping", "6 unfinished after cancel"),
+        ("Silent", "cancel returned None, expected the number of sampled tokens"),
         ("Absent", "rollout.backend .* has no class 'Absent'"),
     ],
 )

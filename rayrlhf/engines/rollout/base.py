@@ -33,8 +33,8 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def cancel(self) -> None:
-        """Drop all unfinished requests."""
+    def cancel(self) -> int:
+        """Drop all unfinished requests; returns the tokens that were sampled for them."""
         ...
 
     @property

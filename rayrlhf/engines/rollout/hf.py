@@ -149,10 +149,12 @@ class TransformersRolloutEngine:
             found.append(torch.log_softmax(batch.logits, dim=-1)[:, list(tokens)])
         return np.asarray(torch.cat(found).numpy() if found else np.zeros((0, len(tokens))), dtype=np.float32)
 
-    def cancel(self) -> None:
-        """Drop all unfinished requests."""
+    def cancel(self) -> int:
+        """Drop all unfinished requests; returns the tokens that were sampled for them."""
+        tokens = sum(len(row.tokens) for row in self._batch.rows) if self._batch else 0
         self._waiting.clear()
         self._batch = None
+        return tokens
 
     def sleep(self) -> None:
         """Do nothing: no memory is used for generation only."""

@@ -140,12 +140,15 @@ class VLLMRolloutEngine:
         """Return the log-probs of `tokens` right after each prompt, float32 [B, K]; see `LabelEngine`."""
         return next_logprobs(self._engine, prompts, tokens)
 
-    def cancel(self) -> None:
-        """Drop all unfinished requests."""
+    def cancel(self) -> int:
+        """Drop all unfinished requests; returns the tokens that were sampled for them."""
+        states = self._engine.output_processor.request_states.values()
+        tokens: int = sum(state.detokenizer.num_output_tokens() for state in states)
         self._engine.abort_request(list(self._requests))
         self._requests.clear()
         if self._routing is not None:
             self._routing.clear()
+        return tokens
 
     def sleep(self) -> None:
         """Free the device memory of weights and KV cache until new weights arrive.

@@ -119,10 +119,12 @@ class AgentPlayer(Player):
         finished, self._finished = self._finished, []
         return finished
 
-    def cancel(self) -> None:
-        """Drop all unfinished requests and cancel their agents."""
-        self._engine.cancel()
+    def cancel(self) -> int:
+        """Drop all unfinished requests and cancel their agents; returns the tokens of their completions."""
+        ended = sum(len(part.response_ids) for one in self._finished for part in (one, *one.extra_segments))
+        tokens = ended + sum(session.sampled for session in self._sessions.values()) + self._engine.cancel()
         self._drop_sessions()
+        return tokens
 
     def _drop_sessions(self) -> None:
         for session in self._sessions.values():

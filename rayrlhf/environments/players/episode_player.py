@@ -113,10 +113,12 @@ class EpisodePlayer(Player):
         finished, self._finished = self._finished, []
         return finished
 
-    def cancel(self) -> None:
-        """Drop all unfinished requests and their environments."""
-        self._engine.cancel()
+    def cancel(self) -> int:
+        """Drop all unfinished requests and their environments; returns the tokens of their turns."""
+        ended = sum(len(rollout.response_ids) for rollout in self._finished)
+        tokens = ended + sum(len(episode.transcript) for episode in self._episodes.values()) + self._engine.cancel()
         self._drop_episodes()
+        return tokens
 
     def close(self) -> None:
         """Free the engine and close the environments."""

@@ -40,7 +40,7 @@ CAUSES = (
     Cause(
         "other size of a step",
         ("prompts",),
-        ("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.refill_rounds", "async."),
+        ("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.refill_rounds", "rollout.overissue", "async."),
     ),
     Cause("other dtype", _NUMBERS, ("model.dtype", "rollout.dtype", "critic.model.dtype")),
     Cause("other number of replicas", ("responses",), ("rollout.replicas", "placement.rollout"), rounding=True),

@@ -68,6 +68,16 @@ def test_a_poll_returns_within_its_time_and_the_next_one_goes_on(engine):
     assert len(engine.poll(20)) == 20
 
 
+def test_a_cancellation_counts_the_tokens_that_were_sampled_in_vain(engine):
+    engine.submit(make_requests(2), temperature=1.0, max_new_tokens=60)  # as many as are decoded at a time
+    finished = engine.poll(1)
+    others = engine.unfinished
+    assert others
+    # Each step gives every request a token.
+    assert engine.cancel() == others * len(finished[0].response_ids)
+    assert engine.cancel() == 0
+
+
 def test_what_was_cancelled_is_gone_and_sampled_the_same_when_asked_for_again(engine):
     requests = make_requests(3)
     whole = sample(engine, requests, max_new_tokens=40, minimum=12)

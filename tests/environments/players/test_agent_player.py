@@ -226,6 +226,17 @@ def test_in_lockstep_every_batch_has_a_turn_of_every_agent_in_the_order_of_the_s
     assert batches == [[0, 1, 2], [0, 1, 2]]
 
 
+def test_a_cancellation_counts_the_tokens_of_all_completions():
+    engine, scripted = engine_of([[*ids("ab"), END]], "resting")
+    engine.submit([request()], temperature=1.0, max_new_tokens=100)
+    while not scripted.asked:
+        assert engine.poll(1, 0.1) == []
+    scripted.queued = [None, None]
+    assert engine.cancel() == 3 + 2 * 10
+    assert engine.cancel() == 0
+    engine.close()
+
+
 def test_cancelling_gives_the_agents_up_and_the_same_samples_can_be_asked_for_again():
     engine, _ = engine_of([[*ids("a"), END]] * 2, "turns")
     engine.submit([request()], temperature=1.0, max_new_tokens=100)

@@ -219,6 +219,18 @@ def test_a_full_context_ends_the_sample_as_cut_off():
     assert rollout.action_mask[-1]
 
 
+def test_a_cancellation_counts_the_tokens_of_all_turns():
+    scripted = Scripted([[*ids("ab"), END]], TOKENIZER)
+    engine = EpisodePlayer(scripted, section("Sleeping"), TOKENIZER)
+    engine.submit([request()], temperature=1.0, max_new_tokens=40)
+    while not scripted.asked:
+        assert engine.poll(1, 0.1) == []
+    scripted.queued = [None, None]
+    assert engine.cancel() == 3 + 2 * 10
+    assert engine.cancel() == 0
+    engine.close()
+
+
 def test_what_was_cancelled_leaves_nothing_and_is_played_the_same_when_asked_for_again():
     requests = [request(prompt, "one two") for prompt in range(3)]  # each waits for its environment twice
     engine = start(section("Delayed", arguments={"turns": 3}, max_turn_tokens=5), continues=True)
