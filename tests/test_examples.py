@@ -69,9 +69,9 @@ def test_the_limits_of_the_agent_leave_space_for_every_call_and_answer():
     turns, conversations = [], []
     for row in calculations(0, 400, "train", calls=100, chat=1, lookups=50):
         text = tokenizer.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False)
-        _, *answers = text.split("<|im_start|>assistant\n")
+        _, *answers = text.split("<|im_start|>a\n")
         turns += [len(tokenizer.encode(answer.partition(END)[0])) + 1 for answer in answers]
-        response = text.partition("<|im_start|>assistant\n")[2].removesuffix("\n")
+        response = text.partition("<|im_start|>a\n")[2].removesuffix("\n")
         conversations.append(len(tokenizer.encode(response)))
     assert len(turns) == 2 * len(conversations)
     for name in ("after-sft", "ppo"):

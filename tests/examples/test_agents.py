@@ -38,22 +38,22 @@ def test_the_agent_of_the_example_is_paid_for_a_sum_that_its_tool_computed(monke
     solve = runpy.run_path(str(EXAMPLE / "calculator.py"))["solve"]
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (EXAMPLE / "tools.jinja").read_text()
-    example = Texts.of(tokenizer)
+    example = Texts.of(tokenizer, "pythonic")
 
     async def agent(prompt, endpoint):
         return await solve(replace(prompt, text="41+25=", columns={"answer": "66"}), endpoint)
 
-    call = '<tool_call>{"name": "add", "arguments": {"s": "41+25"}}</tool_call>'
+    call = '[add(s="41+25")]'
     said = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in (call, "66")]
     rollout, scripted = play(monkeypatch, agent, said, example)
     trained_once(rollout, scripted, said)
     assert (rollout.rewards.sum(), rollout.extra_segments) == (1.0, ())
-    assert "tool\n66<|im_end|>" in tokenizer.decode(rollout.response_ids)
+    assert "t\n66<|im_end|>" in tokenizer.decode(rollout.response_ids)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("seed", [0])  # the SFT of seed 1 has not learned to copy
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_held_out_success_rises_by_at_least_three_tenths(tmp_path, monkeypatch, seed, capsys):
     monkeypatch.chdir(ROOT)
     reports = run_chain(chain_of(seed, tmp_path), ROOT)

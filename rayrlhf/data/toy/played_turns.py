@@ -4,7 +4,7 @@ A model fine-tuned on the transcripts knows the form of a turn and no more, whic
 is a whole sample, the environment's text included. `calculations` are sums, rounded to the nearest ten or, for `calls` percent
 of them, computed with `calculator`: `41+25=` and `70`, or `[41+25] 66 66`. `guesses` are games of `guessing`: `game 12: ` and
 `7<3>4`, by a player that uses the feedback in `listens` percent of the guesses. With `chat=1` they are conversations, for
-agents; those of `calculations` call tools, and some may ask for a record: `code 417=`.
+agents; those of `calculations` call tools, and some may ask for a record: `code N-417=`.
 """
 
 import random
@@ -22,9 +22,9 @@ LONGEST_GAME = 4
 TOOL_SCHEMA = {"type": "object", "properties": {"s": {"type": "string"}}, "required": ["s"]}
 TOOLS = {
     name: {"type": "function", "function": {"name": name, "description": description, "parameters": TOOL_SCHEMA}}
-    for name, description in (("add", "Add numbers: 1+2"), ("lookup", "Look up the record of a code"))
+    for name, description in (("add", "Add numbers: 12+34"), ("get", "Get the record of a code: N-567"))
 }
-"""Tools of conversations by name."""
+"""Tools of conversations by name. Names and arguments have the same lengths, which makes the arguments easier to copy."""
 CODES = range(100, 1000)
 
 
@@ -83,8 +83,8 @@ def _lookup(draw: random.Random, split: Split, chat: int, *, asks: bool) -> dict
     """Return a row about a record; a fifth of the codes is for evaluation."""
     code = draw.choice(_codes(split))
     said = record(code) if asks else str(draw.randrange(1, 10) * 10)
-    prompt = f"code {code}="
-    transcript = _tool_use(prompt, said, "lookup" if asks else "", list(TOOLS)) if chat else {"completion": said}
+    prompt = f"code N-{code}="
+    transcript = _tool_use(prompt, said, "get" if asks else "", list(TOOLS)) if chat else {"completion": said}
     return {"prompt": prompt, "answer": record(code)} | transcript
 
 

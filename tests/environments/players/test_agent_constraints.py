@@ -119,7 +119,7 @@ def test_vllm_samples_what_the_constraint_allows_and_its_logprobs_are_those_of_t
 
     monkeypatch.setattr(agents, "turns", loops)
     path = TINY.replace("context=96", "context=512") + "true"
-    model = ModelSection.model_validate({"path": path, "dtype": "float32", "chat_template": "examples/agents/tools.jinja"})
+    model = ModelSection.model_validate({"path": path, "dtype": "float32", "chat_template": "tests/environments/tools.jinja"})
     rollout = RolloutSection.model_validate({"backend": "vllm", "max_concurrent": 8, "memory_gib": 0.0625})
     engine = build_player(RolloutSpec(model, rollout, seed=0, environment=section("turns", max_turns=8)))
     engine.submit([request(0, sample) for sample in range(3)], temperature=0.7, max_new_tokens=400)
