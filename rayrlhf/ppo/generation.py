@@ -182,7 +182,7 @@ class Generation:
         return tokens
 
     def reset(self) -> int:
-        """Drop all requests, here and on the replicas; returns the tokens that were sampled for them."""
+        """Drop all requests, here and on the replicas; returns the tokens sampled for them."""
         tokens, batches = self.cut(), {id(batch): batch for batch in self._batches.values()}
         self._queue = RequestQueue([], 0, sticky=False)
         self._batches.clear()

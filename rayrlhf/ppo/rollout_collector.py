@@ -181,9 +181,9 @@ class RolloutCollector:
     def overissue(
         self, draw: Callable[[int], list[Prompt]], numbers: dict[int, int], ledger: SampleLedger
     ) -> tuple[ScoredRollouts, dict[str, float]]:
-        """Sample more prompts than a step needs, score the groups that finish first, and cancel the others.
+        """Sample more prompts than a step needs, and score the groups that finish first.
 
-        Arguments and result are those of `refill`.
+        The other groups are canceled. Arguments and result are those of `refill`.
         """
         rollout, environment = self._config.rollout, self._config.environment
         prompts = draw(rollout.issued_prompts)

@@ -179,7 +179,7 @@ class PPOTrainer:
         return self._driver.step(scored, rewards)
 
     def train_step(self) -> dict[str, float]:
-        """Run the built-in step: `prompts`, `generate_and_score` (with `rollout.refill_rounds` or `overissue`), `step`."""
+        """Run the built-in step, with `rollout.refill_rounds` or `rollout.overissue`."""
         return self._driver.train_step()
 
     def evaluate(self, reward: OwnReward | None = None) -> Evaluation:

@@ -20,7 +20,10 @@ class WholeGroups:
         self._begun: dict[tuple[int, int], list[Rollout]] = {}
 
     def take(self, batches: Iterable[list[Rollout]]) -> Iterator[list[Rollout]]:
-        """Yield the rollouts of each group when its last one finishes, failed ones too, until the step is full."""
+        """Yield the rollouts of each group that is whole, until the step is full.
+
+        Failed ones finish a group too.
+        """
         for batch in batches:
             whole: list[Rollout] = []
             for rollout in batch:
