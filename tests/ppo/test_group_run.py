@@ -1,5 +1,6 @@
 """A whole run of an estimator that needs neither critic nor reference, on the actors that are left."""
 
+import sys
 from collections import Counter
 
 import numpy as np
@@ -26,6 +27,10 @@ class Watch(Callback):
     def on_start(self, trainer):
         self.trainer = trainer
         self.roles = tuple(trainer.actor_groups.groups)
+
+    def on_end(self, trainer):
+        (reward,) = trainer.actor_groups["reward"].handles
+        self.reward_has_torch = ray.get(reward.__ray_call__.remote(lambda _: "torch" in sys.modules))
 
     def on_step_end(self, step, metrics, scored):
         self.prompts.append(Counter(rollout.key.prompt for rollout in scored.rollouts))
@@ -66,6 +71,35 @@ def test_grpo_refills_its_steps_without_critic_or_reference(tmp_path):
         assert "critic/grad_norm" not in row
         assert scored.forward_passes.keys() == {"policy"}
     assert max(row["policy/grad_norm"] for row in rows) > 0
+
+
+@pytest.mark.slow
+def test_overissued_groups_are_canceled_and_counted(tmp_path):
+    config = run_config(
+        tmp_path,
+        "rollout.backend=transformers",
+        "rollout.max_concurrent=4",
+        "rollout.prompts_per_step=8",
+        "rollout.samples_per_prompt=2",
+        "rollout.overissue=0.75",
+        "rollout.max_new_tokens=24",
+        "critic.kind=shared",
+        "evaluation.enabled=false",
+    )
+    watch = Watch()
+    train_ppo(config, [watch])
+    rows = [row for row in read_metrics(config.run.folder) if "lr" in row]
+    assert len(rows) == 2
+    for row, prompts, outstanding, scored in zip(rows, watch.prompts, watch.outstanding, watch.scored, strict=True):
+        assert set(prompts.values()) <= {2, 4}
+        assert sum(prompts.values()) == row["ledger/trained"] == 16
+        assert outstanding == []
+        assert (row["sampling/prompts"], row["sampling/prompts_left_out"]) == (14, 6)
+        assert (row["ledger/issued"], row["ledger/overissued"]) == (28, 12)
+        kept = sum(len(one.response_ids) for one in scored.rollouts)
+        assert row["sampling/tokens"] == kept + row["sampling/overissued_tokens"]
+        assert 0 < row["sampling/overissued_tokens"] <= 12 * 24
+    assert not watch.reward_has_torch
 
 
 @pytest.mark.nightly
