@@ -39,7 +39,7 @@ def connected(address: str | None) -> Iterator[None]:
     """Connect to a Ray cluster for the block.
 
     In this order: `address`, the submitted job's cluster, the one on this machine, a new one. An existing connection is used
-    and left open. A new one ends with this process and has no dashboard, which takes seconds to start.
+    and left open.
 
     Raises:
         UserError: no Ray cluster responds at a given address, or a limit of this machine is too low for a new one.
@@ -60,9 +60,8 @@ def connected(address: str | None) -> Iterator[None]:
         check_host_limits()
         if os.environ.get("RAY_AUTH_MODE") != "disabled":
             make_token_private()
-    dashboard = False if found == "local" else None
     with _signals_for_driver_only():
-        ray.init(address=found, namespace=NAMESPACE, include_dashboard=dashboard, log_to_driver=False, logging_level="error")
+        ray.init(address=found, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
     try:
         if found == "local":
             _hide_cluster(ray.get_runtime_context().gcs_address)

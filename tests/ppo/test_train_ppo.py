@@ -18,7 +18,7 @@ from rayrlhf.observe.samples import read_samples
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.run_recorder import read_evaluation
 from rayrlhf.ppo.train_ppo import train_ppo
-from tests.ppo.runs import run_config
+from tests.ppo.runs import run_config, tool_agent
 
 
 class Watch(Callback):
@@ -30,7 +30,7 @@ class Watch(Callback):
     def on_start(self, trainer):
         # Filtered by Ray, which lists 100 actors, the dead of earlier tests among them.
         listed = list_actors(ray.get_runtime_context().gcs_address, filters=[("state", "=", "ALIVE")])
-        self.actors = {actor.name: actor.class_name for actor in listed if actor.name.startswith("ppo/")}
+        self.actors = {actor.name: actor.class_name for actor in listed if (actor.name or "").startswith("ppo/")}
 
     def on_step_end(self, step, metrics, scored):
         self.versions.append({int(version) for rollout in scored.rollouts for version in rollout.versions})
@@ -150,14 +150,18 @@ def test_two_policy_ranks_with_a_shared_critic_and_adapters_run_without_vllm(tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "with_tools"),
     [
-        ["critic.kind=shared"],
+        (["critic.kind=shared"], False),
+        (["critic.kind=shared"], True),
         # Nothing is recomputed before the update, which then measures the gap.
-        ["algorithm.advantage.estimator=grpo", "rollout.samples_per_prompt=2", "train.mini_batch_size=null"],
+        (["algorithm.advantage.estimator=grpo", "rollout.samples_per_prompt=2", "train.mini_batch_size=null"], False),
     ],
 )
-def test_a_sampler_that_does_not_serve_the_policy_stops_the_run(tmp_path, settings):
+def test_a_sampler_that_does_not_serve_the_policy_stops_the_run(tmp_path, settings, with_tools):
+    if with_tools:
+        pytest.importorskip("vllm")
+        settings = [*settings, *tool_agent("over_an_update", first=16, file="")]
     config = run_config(tmp_path, "rollout.backend=transformers", "algorithm.kl.coefficient=0", *settings)
     assert config.old_logprobs == ("recomputed" if config.critic.kind == "shared" else "skipped")
 
