@@ -15,7 +15,7 @@ import httpx
 from rayrlhf.errors import UserError
 
 STARTED = []
-"""Prompts of the samples that `flaky` was asked to play."""
+"""Prompts of the samples that some agents were asked to play, in order."""
 
 
 def ask(endpoint, messages, **fields):
@@ -70,6 +70,19 @@ async def waiting(prompt, endpoint):
     for _ in range(2):
         await asyncio.sleep(0.05 * (3 - prompt.id))
         await asyncio.to_thread(ask, endpoint, [{"role": "user", "content": prompt.text}])
+    return 1.0
+
+
+async def over_an_update(prompt, endpoint, first, file, **fields):
+    """Two answers; between them all but the `first` samples of a process wait for a file, as for a slow tool."""
+    STARTED.append(prompt.id)
+    late, end = len(STARTED) > first, time.monotonic() + 60
+    messages = [{"role": "user", "content": prompt.text}]
+    said = await asyncio.to_thread(ask, endpoint, messages, **fields)
+    while late and not Path(file).exists() and time.monotonic() < end:
+        await asyncio.sleep(0.02)
+    messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "go on"}]
+    await asyncio.to_thread(ask, endpoint, messages, **fields)
     return 1.0
 
 

@@ -20,6 +20,7 @@ SETTINGS = [
     "observe.live=false",
 ]
 """The least that makes a whole run; what is given later wins."""
+TOOLS_TEMPLATE = "tests/environments/tools.jinja"
 
 
 def digit_share(responses):
@@ -65,3 +66,13 @@ def run_config(folder, *overrides):
     path = write_prompts(folder)
     own = [f"data.train.path={path}", f"data.evaluation.path={path}", f"run.root={folder / 'runs'}", "evaluation.prompts=8"]
     return load_config(PPOConfig, None, [*SETTINGS, *own, *overrides])
+
+
+def tool_agent(name, **arguments):
+    """Settings of an agent of `tests.environments.agents` whose requests have a tool; vLLM's parser reads the answers."""
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    agent = {"name": f"tests.environments.agents:{name}", "arguments": arguments | {"tools": [tool]}, "max_turn_tokens": 8}
+    model = {"path": "builtin:tiny?layers=1&hidden=64&context=256", "dtype": "float32", "chat_template": TOOLS_TEMPLATE}
+    sections = {"environment": agent, "model": model, "reward": {"functions": [{"name": "environment"}]}}
+    limits = ["rollout.max_new_tokens=180", "rollout.max_model_length=256", "evaluation.enabled=false"]
+    return [f"{key}={json.dumps(value)}" for key, value in sections.items()] + limits

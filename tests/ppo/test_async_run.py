@@ -12,7 +12,7 @@ from rayrlhf.observe.journal import read_journal
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.train_ppo import train_ppo
-from tests.ppo.runs import run_config
+from tests.ppo.runs import run_config, tool_agent
 
 SETTINGS = [
     "rollout.backend=transformers",
@@ -129,6 +129,27 @@ def test_cut_responses_begin_again_so_that_each_is_of_one_version(tmp_path):
     assert 0 < max(row["sampling/staleness/max"] for row in rows) <= 1
     assert all(len(set(tokens.tolist())) == 1 for versions in books.versions.values() for tokens in versions)
     assert books.trained_on() == epochs(4 * 16)
+
+
+@pytest.mark.slow
+def test_agents_with_tools_go_on_over_an_update_and_each_token_has_the_version_that_sampled_it(tmp_path):
+    pytest.importorskip("vllm")
+    updated, steps = tmp_path / "updated", 2
+    _, books, rows = run(
+        tmp_path,
+        *tool_agent("over_an_update", first=16, file=str(updated)),
+        "rollout.mismatch_alarm=0.01",
+        "async.max_staleness=1",
+        f"run.steps={steps}",
+        books=Books(1, lambda trainer: updated.touch()),
+    )
+    versions = {step: [tokens.clip(0) for tokens in found] for step, found in books.versions.items()}
+    assert all((tokens == 0).all() for tokens in versions[1])
+    assert all(tokens[-1] == 1 and (np.diff(tokens) >= 0).all() for tokens in versions[2])
+    assert any(tokens[0] == 0 for tokens in versions[2])
+    assert [row["sampling/staleness/max"] for row in rows] == [0.0, 1.0]
+    assert [(row["environment/turns"], row["environment/failed"]) for row in rows] == [(2.0, 0.0)] * steps
+    assert books.trained_on() == epochs(steps * 16)
 
 
 @pytest.mark.nightly
