@@ -38,7 +38,7 @@ def test_the_tiny_model_is_measured_in_update_and_scoring(tmp_path, monkeypatch)
     assert titles == ["**update", "**memory of the update", "**scoring"] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_whole_steps_run_with_and_without_sharing(monkeypatch):
     monkeypatch.setattr(prefix_speed, "STEP_PROMPTS", 2)
     found = prefix_speed.bench_step("builtin:tiny?layers=1&hidden=64", precision="float32", rounds=1)
