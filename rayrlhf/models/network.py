@@ -215,8 +215,7 @@ class Network(nn.Module):
         if split is not None:
             part = split.part(positions, teacher, input_ids.shape[1])
             positions, teacher = part.positions, part.teacher
-        replayed = positions.experts if self.replays_routing else None
-        forced = None if replayed is None else ForcedExperts.of(replayed)
+        forced = ForcedExperts.of(positions.experts) if self.replays_routing and positions.experts is not None else None
         self._load = RouterLoad(self.model.config, split) if "load" in outputs else None
         hidden = self._hidden(input_ids, positions, forced)
         logprobs = entropy = values = predicting = apart = None

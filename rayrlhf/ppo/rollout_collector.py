@@ -147,6 +147,18 @@ class RolloutCollector:
         scorer.add(rollouts if ledger is None else with_extra_segments(rollouts))
         return scorer.finish()
 
+    @property
+    def chooses_groups(self) -> bool:
+        """True if a step trains on some of the groups that are sampled for it."""
+        return bool(self._config.rollout.refill_rounds or self._config.rollout.overissue)
+
+    def chosen(
+        self, draw: Callable[[int], list[Prompt]], numbers: dict[int, int], ledger: SampleLedger
+    ) -> tuple[ScoredRollouts, dict[str, float]]:
+        """Sample a step by `refill` or `overissue`, whose arguments and result these are."""
+        sample = self.refill if self._config.rollout.refill_rounds else self.overissue
+        return sample(draw, numbers, ledger)
+
     def refill(
         self, draw: Callable[[int], list[Prompt]], numbers: dict[int, int], ledger: SampleLedger
     ) -> tuple[ScoredRollouts, dict[str, float]]:

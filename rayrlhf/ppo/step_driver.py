@@ -167,12 +167,10 @@ class StepDriver:
             self._open.metrics = {STUDENT_STEP: float(not given)}
             return self.step(scored)
         self._open.ledger.strict = strict
-        rollout, collector = self.config.rollout, self._collector
-        if not (rollout.refill_rounds or rollout.overissue):
+        if not self._collector.chooses_groups:
             return self.step(self.generate_and_score(self.prompts()))
-        sample = collector.refill if rollout.refill_rounds else collector.overissue
-        scored, self._open.metrics = sample(self.prompts, self._open.numbers, self._open.ledger)
-        return self.step(collector.with_greedy(scored, self.steps_done))
+        scored, self._open.metrics = self._collector.chosen(self.prompts, self._open.numbers, self._open.ledger)
+        return self.step(self._collector.with_greedy(scored, self.steps_done))
 
     def step(self, scored: ScoredRollouts, rewards: OwnRewards | None = None) -> dict[str, float]:
         """Learn from scored rollouts and sync the weights; see `PPOTrainer.step`."""

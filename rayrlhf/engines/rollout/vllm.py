@@ -142,8 +142,7 @@ class VLLMRolloutEngine:
 
     def cancel(self) -> int:
         """Drop all unfinished requests; returns the tokens that were sampled for them."""
-        states = self._engine.output_processor.request_states.values()
-        tokens: int = sum(state.detokenizer.num_output_tokens() for state in states)
+        tokens: int = sum(one.detokenizer.num_output_tokens() for one in self._engine.output_processor.request_states.values())
         self._engine.abort_request(list(self._requests))
         self._requests.clear()
         if self._routing is not None:

@@ -29,7 +29,7 @@ def test_an_unknown_case_is_one_line():
 @pytest.mark.slow
 def test_the_tiny_model_is_measured_in_update_and_scoring(tmp_path, monkeypatch):
     monkeypatch.setattr(prefix_speed, "CASES", {"group": [(40, 8, 4)], "pairs": [(20, 8, 2)] * 2})
-    cases = ["--case", "group", "--case", "pairs"]
+    cases = ["--case", "group", "--case", "pairs", "--micro-batch-tokens", "256"]
     arguments = ["bench", "prefix", *cases, "--model", "builtin:tiny", "--precision", "float32", "--rounds", "1"]
     result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path)], catch_exceptions=False)
     assert result.exit_code == 0
