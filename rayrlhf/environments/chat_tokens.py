@@ -41,11 +41,18 @@ class Opening(NamedTuple):
 
     Attributes:
         text: with the header of the completion.
-        base: without what the template writes only before a completion.
+        base: without what the template writes only before a completion; up to the completion before it if there is `rest`.
+        rest: text after the completion before it, without the header.
     """
 
     text: str
     base: str
+    rest: str = ""
+
+    def end_in(self, text: str) -> int:
+        """Return the end of this conversation in the text of a longer one; -1 if that begins differently."""
+        at = text.find(self.rest, len(self.base)) if text.startswith(self.base) else -1
+        return at + len(self.rest) if at >= 0 else -1
 
 
 class Continuation(NamedTuple):
@@ -54,10 +61,12 @@ class Continuation(NamedTuple):
     Attributes:
         tokens: int32 [N], up to the next completion.
         text: the whole conversation with a mark in place of the completion; it ends as the opening of the next one does.
+        before: text before the next completion; None if a render must find it.
     """
 
     tokens: Int32
     text: str
+    before: Opening | None = None
 
 
 class ChatTokens:
@@ -128,7 +137,7 @@ class ChatTokens:
         """
         text = self._render(messages, options, whole=False)
         # A render of a conversation takes 0.3 ms, and headers are the same for each of its turns.
-        kind = (messages[-1]["role"], repr(options))
+        kind = _kind(messages, options)
         header = self._headers.get(kind)
         if header is None or not text.endswith(header):
             whole = self._render(messages, options, whole=True)
@@ -163,10 +172,11 @@ class ChatTokens:
         """
         answer = answered[-1]
         now = self._render([*answered[:-1], self._marked(answer, self._mark), *new], options, whole=False)
-        if not now.startswith(before.base) or self._mark not in now:
+        start = before.end_in(now)
+        if start < 0 or self._mark not in now[start:]:
             return None
         reasoning = next((str(answer[key]).strip() for key in REASONING if answer.get(key)), "")
-        if reasoning and reasoning not in now[len(before.base) :]:
+        if reasoning and reasoning not in now[start:]:
             return None
         tail = now.rpartition(self._mark)[2]
         if answer.get("tool_calls"):
@@ -175,11 +185,15 @@ class ChatTokens:
                 return None
             tail = tail[at:]
         elif "</think>" in answer["content"]:  # Reasoning that no parser took out: some templates drop it.
-            plain = self._render([*answered, *new], options, whole=False)
-            if answer["content"].strip() not in plain[len(before.base) :]:
+            reasoning = answer["content"].strip()
+            if reasoning not in self._render([*answered, *new], options, whole=False)[start:]:
                 return None
+        header = self._headers.get(_kind(new, options))
+        # Templates drop the reasoning of earlier answers, which only a render of the conversation shows.
+        known = header is not None and tail.endswith(header) and not reasoning
+        following = Opening(now, now[:start], tail[: len(tail) - len(header)]) if known and header else None
         ended = "" if last_token is None else self._tokenizer.decode([last_token])
-        return Continuation(self.encode(tail[len(ended) :] if tail.startswith(ended) else tail), now)
+        return Continuation(self.encode(tail[len(ended) :] if tail.startswith(ended) else tail), now, following)
 
     def encode(self, text: str) -> Int32:
         """Return the tokens of a rendered text, int32 [N]."""
@@ -228,6 +242,11 @@ class ChatTokens:
             for call in message["tool_calls"]
         ]
         return message | {"tool_calls": calls}
+
+
+def _kind(messages: Sequence[Message], options: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the kind of a conversation, by which the header of a completion after it is known."""
+    return messages[-1]["role"], repr(options)
 
 
 def _call(name: str, value: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """OpenAI's chat completions: reads requests, writes completions and streams.
 
-A stream starts when its completion is finished, so a refusal is an error of HTTP in either case.
+A stream has its events when the completion is finished. It starts a few seconds earlier at most, with comments, so that a refusal
+is an error of HTTP unless it comes late.
 """
 
 import json

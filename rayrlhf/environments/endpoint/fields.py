@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from http import HTTPStatus
@@ -61,6 +62,16 @@ _noticed: set[str] = set()
 _lock = threading.Lock()
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no finite number")
+    return number
+
+
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+
+
 def parse_fields(body: bytes) -> dict[str, Any]:
     """Return the JSON object of a request.
 
@@ -68,8 +79,9 @@ def parse_fields(body: bytes) -> dict[str, Any]:
         Refusal: it is none, or a text in it is no valid Unicode.
     """
     try:
-        fields = json.loads(body)
-        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()  # a lone surrogate raises a ValueError
+        fields = _DECODER.decode(body.decode())
+        if b"\\u" in body:
+            json.dumps(fields, ensure_ascii=False).encode()  # a lone surrogate raises a ValueError
     except (ValueError, RecursionError) as error:
         raise Refusal(HTTPStatus.BAD_REQUEST, "invalid_json", f"expected a JSON object in UTF-8: {error}") from error
     if not isinstance(fields, dict):

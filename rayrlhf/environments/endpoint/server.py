@@ -7,16 +7,18 @@ like belong to the run, since trainer and rollout engine must agree.
 """
 
 import asyncio
+import json
 import queue
 import secrets
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
 import uvicorn
+from sse_starlette import EventSourceResponse
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -39,6 +41,10 @@ CLOSE_SECONDS = 5.0
 """Maximum wait for the end of the server's thread."""
 KEEP_ALIVE_SECONDS = 600
 """Time for which an idle connection stays open. Clients reuse connections, and a closed one would fail a request."""
+STREAM_SECONDS = 5.0
+"""Time after which a stream starts before its completion is finished. Until then a refusal is an error of HTTP."""
+PING_SECONDS = 10.0
+"""Time between comments in such a stream. Clients give up a response without any byte for a minute or so."""
 
 
 class Dialect(NamedTuple):
@@ -95,6 +101,7 @@ class ChatServer:
                 log_config=None,
                 log_level="critical",
                 access_log=False,
+                proxy_headers=False,
                 server_header=False,
                 date_header=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
@@ -133,11 +140,13 @@ class ChatServer:
             fields = parse_fields(await _body(request))
             call = dialect.read(token, fields)
             self.calls.put(call)
-            completions = await _reply(request, call)
+            completions = await _reply(request, call, STREAM_SECONDS if fields.get("stream") else None)
         except Refusal as refusal:
             return _response(dialect.error(refusal), refusal.status)
         except ClientDisconnect:
             return Response(status_code=HTTPStatus.BAD_REQUEST)
+        if completions is None:
+            return EventSourceResponse(_late_events(dialect, fields, call), ping=PING_SECONDS, sep="\n")
         if fields.get("stream"):
             return Response("".join(dialect.stream(fields, completions)), media_type="text/event-stream")
         return _response(dialect.write(fields, completions))
@@ -167,19 +176,35 @@ async def _body(request: Request) -> bytes:
     return b"".join(parts)
 
 
-async def _reply(request: Request, call: Call) -> list[Completion]:
-    """Wait for the completions, which are cancelled if the client disconnects."""
+async def _reply(request: Request, call: Call, seconds: float | None) -> list[Completion] | None:
+    """Wait for the completions, which are cancelled if the client disconnects; None after `seconds`."""
     reply = asyncio.wrap_future(call.reply)
     gone = asyncio.ensure_future(_disconnection(request))
     waits: set[asyncio.Future[Any]] = {reply, gone}
     try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not reply.done() and not gone.done():
+            return None
         if not reply.done():
             reply.cancel()
             raise ClientDisconnect
         return reply.result()
     finally:
         gone.cancel()
+
+
+async def _late_events(dialect: Dialect, fields: Mapping[str, Any], call: Call) -> AsyncIterator[bytes]:
+    """Yield the server-sent events of a completion once it is finished, or of its refusal.
+
+    The completion is cancelled if the client disconnects.
+    """
+    try:
+        completions = await asyncio.wrap_future(call.reply)
+    except Refusal as refusal:
+        yield f"event: error\ndata: {json.dumps(dialect.error(refusal))}\n\n".encode()
+        return
+    for event in dialect.stream(fields, completions):
+        yield event.encode()
 
 
 async def _disconnection(request: Request) -> None:

@@ -187,17 +187,17 @@ class Session:
             raise self.full(f"the {self.max_turns} turns of environment.max_turns are used up")
         try:
             parent, turn, more = self._parent(call, texts.chat)
-            first = None if more else texts.chat.opening(call.messages, call.options)
+            before = more.before if more else texts.chat.opening(call.messages, call.options)
         except UserError as error:
             raise invalid("messages", str(error)) from error
-        opening = more.text if more else first.text if first else ""
+        opening = more.text if more else before.text if before else ""
         constraint = texts.parser.constraint(call, opening)
         between = more.tokens if more else np.zeros(0, np.int32)
         if parent is None or turn is None:
             prompt, shared = texts.chat.encode(opening), 0
         else:
-            before = parent.transcript.token_ids[: len(parent.transcript.request.prompt_ids) + turn.end]
-            prompt, shared = np.concatenate([before, between]), parent.shared + turn.end + len(between)
+            earlier = parent.transcript.token_ids[: len(parent.transcript.request.prompt_ids) + turn.end]
+            prompt, shared = np.concatenate([earlier, between]), parent.shared + turn.end + len(between)
         if not len(prompt):
             raise invalid("messages", "the conversation has no tokens")
         space = self.tokens - shared
@@ -208,10 +208,10 @@ class Session:
         grows = parent is not None and turn is parent.turns[-1] and not parent.waiting and parent.path == call.path
         for index in range(call.count):
             if grows and index == 0 and parent is not None:
-                places.append(Pending(call, index, parent, between, opening, first, limit, constraint))
+                places.append(Pending(call, index, parent, between, opening, before, limit, constraint))
             else:
                 segment = self._new_segment(prompt, shared, call.path)
-                places.append(Pending(call, index, segment, np.zeros(0, np.int32), opening, first, limit, constraint))
+                places.append(Pending(call, index, segment, np.zeros(0, np.int32), opening, before, limit, constraint))
         return places, limit
 
     def _left(self, count: int, space: int) -> int:

@@ -217,7 +217,7 @@ def test_reasoning_that_the_template_drops_from_an_earlier_turn_makes_a_new_segm
     assert other.response_ids.tolist() == said[2]
 
 
-def test_a_turn_that_continues_a_conversation_is_rendered_at_most_twice(monkeypatch):
+def test_a_turn_that_continues_a_conversation_is_rendered_once(monkeypatch):
     def agent(prompt, endpoint):
         messages = list(USER)
         for _ in range(4):
@@ -234,7 +234,7 @@ def test_a_turn_that_continues_a_conversation_is_rendered_at_most_twice(monkeypa
 
     monkeypatch.setattr(ChatTokens, "_render", counted)
     play(monkeypatch, agent, [spoken(letter) for letter in "abcd"])
-    assert renders == [1, 3, 3, 5, 5, 7]
+    assert renders == [1, 3, 5, 7]
 
 
 def test_stop_strings_of_a_request_reach_the_sampler_and_end_the_text(monkeypatch):
