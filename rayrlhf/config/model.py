@@ -35,6 +35,9 @@ class ModelSection(Section):
     """A local folder, a hub name, or a built-in (`builtin:tiny`, `builtin:smollm2-135m-instruct`)."""
     dtype: Precision = "auto"
     """Compute precision. `auto` is bfloat16 on GPUs and on CPUs with AVX512-BF16 or AMX, else float32."""
+    head_dtype: Literal["model", "float32"] = "model"
+    """Precision of the output layer, in training, scoring and sampling: `model` is `dtype`. With `float32` a bfloat16 model's
+    log-probs of trainer and rollout engine differ half as much."""
     revision: str | None = None
     """Branch, tag or commit of a hub model. Default: its main branch."""
     trust_remote_code: bool = False

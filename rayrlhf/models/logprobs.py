@@ -53,6 +53,7 @@ def logprobs_and_entropy(
     cap: float | None = None,
     entropy: bool = True,
     part: VocabularyPart | None = None,
+    float32: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the log-prob of each target and the entropy of softmax(logits / temperature).
 
@@ -65,6 +66,8 @@ def logprobs_and_entropy(
         cap: soft cap of the logits z, which become cap x tanh(z / cap) before the temperature; None leaves them.
         entropy: compute the entropy.
         part: the rows that `weight` and `bias` have of the output layer; None for all.
+        float32: compute the product in float32 also under autocast, of weights rounded as for autocast: the rollout engine has
+            no others.
 
     Returns:
         float32 [N] log-probs, and float32 [N] entropies in nats (zeros if `entropy` is False). Both carry gradients to
@@ -75,7 +78,8 @@ def logprobs_and_entropy(
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, not {temperature}")
-    result = _LogprobsAndEntropy.apply(hidden, weight, bias, targets, temperature, cap, entropy, part)  # type: ignore[no-untyped-call]
+    dtype = product_dtype(hidden, weight)
+    result = _LogprobsAndEntropy.apply(hidden, weight, bias, targets, temperature, cap, entropy, part, dtype, float32)  # type: ignore[no-untyped-call]
     return cast("tuple[Tensor, Tensor]", result)
 
 
@@ -93,18 +97,19 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         cap: float | None,
         entropy: bool,
         part: VocabularyPart | None,
+        dtype: torch.dtype,
+        float32: bool,
     ) -> tuple[Tensor, Tensor]:
         owned = None
         if part is not None:
             targets = targets - part.first
             owned = (targets >= 0) & (targets < len(weight))
             targets = targets.clamp(0, len(weight) - 1)
-        dtype = product_dtype(hidden, weight)
         log_normalizer = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         picked, entropies = torch.empty_like(log_normalizer), torch.zeros_like(log_normalizer)
-        buffer, product = chunk_buffer(hidden, weight), weight.detach().to(dtype)
+        buffer, product = chunk_buffer(hidden, weight), _factor(weight, dtype, float32)
         for rows in chunks(len(hidden), len(buffer)):
-            logits = logits_into(hidden[rows].to(dtype), product, bias, temperature, buffer, cap)
+            logits = logits_into(hidden[rows].to(product.dtype), product, bias, temperature, buffer, cap)
             log_normalizer[rows] = logits.logsumexp(-1)
             picked[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1)
             if entropy:
@@ -114,7 +119,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
             log_normalizer, picked, whole = part.combined(log_normalizer, picked.where(owned, 0.0), entropies)
             entropies = whole if entropy else entropies
         ctx.save_for_backward(hidden, weight, bias, targets, log_normalizer, entropies, owned)
-        ctx.temperature, ctx.cap, ctx.dtype, ctx.part = temperature, cap, dtype, part
+        ctx.temperature, ctx.cap, ctx.dtypes, ctx.part = temperature, cap, (dtype, float32), part
         if not entropy:
             ctx.mark_non_differentiable(entropies)
         ctx.set_materialize_grads(False)
@@ -125,10 +130,10 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         logprob_gradient, entropy_gradient = gradients
         hidden, weight, bias, targets, log_normalizer, entropies, owned = ctx.saved_tensors
         own_gradient = logprob_gradient if logprob_gradient is None or owned is None else logprob_gradient * owned
-        buffer, product = chunk_buffer(hidden, weight), weight.detach().to(ctx.dtype)
+        buffer, product = chunk_buffer(hidden, weight), _factor(weight, *ctx.dtypes)
         total = LayerGradients(ctx.needs_input_grad, hidden, weight, bias, product)
         for rows in chunks(len(hidden), len(buffer)):
-            inputs = hidden[rows].to(ctx.dtype)
+            inputs = hidden[rows].to(product.dtype)
             logits = logits_into(inputs, product, bias, ctx.temperature, buffer, ctx.cap)
             # d (cap tanh(z / cap)) / dz = 1 - (capped / cap)^2
             slope = None if ctx.cap is None else 1 - (logits * (ctx.temperature / ctx.cap)) ** 2
@@ -146,7 +151,12 @@ class _LogprobsAndEntropy(torch.autograd.Function):
             total.add(rows, gradient, inputs)
         if ctx.part is not None and total.hidden is not None:
             torch.distributed.all_reduce(total.hidden, group=ctx.part.group)
-        return total.hidden, total.weight, total.bias, None, None, None, None, None
+        return total.hidden, total.weight, total.bias, None, None, None, None, None, None, None
+
+
+def _factor(weight: Tensor, dtype: torch.dtype, float32: bool) -> Tensor:
+    product = weight.detach().to(dtype)
+    return product.float() if float32 else product
 
 
 def _logit_gradient(

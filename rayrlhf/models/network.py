@@ -60,6 +60,7 @@ class Network(nn.Module):
         weight_split: this rank's part of each weight, if they are cut (`rayrlhf.models.load_check.split_weights`).
         teacher_layer: weight [V, H] and bias of the output layer for a teacher's hidden states; not parameters of this network.
             None without a teacher.
+        float32_head: compute log-probs' logits in float32 also under autocast.
         noise_alpha: strength of NEFTune noise on the embeddings while gradients are enabled; None adds none.
         check: outcome of the check on load; decides how samples share a forward, and what follows the output layer.
         probed: padded states of that check, until `accept_packed_rows` compares others with them.
@@ -77,7 +78,7 @@ class Network(nn.Module):
         self.noise_alpha: float | None = None
         self.check = LoadCheck(str(model.config.model_type))
         self.probed: Tensor | None = None
-        self.by_segments = self.replays_routing = False
+        self.by_segments = self.replays_routing = self.float32_head = False
         self._load: RouterLoad | None = None
 
     @property
@@ -221,8 +222,7 @@ class Network(nn.Module):
         logprobs = entropy = values = predicting = apart = None
         if outputs & {"logprobs", "entropy", "hidden", "divergence"}:
             predicting = hidden.index_select(0, positions.predictors)
-            if self.check.logits.scale != 1.0:
-                predicting = predicting * self.check.logits.scale
+            predicting = predicting if self.check.logits.scale == 1.0 else predicting * self.check.logits.scale
         if predicting is not None and outputs & {"logprobs", "entropy"}:
             head = self.model.get_output_embeddings()
             logprobs, entropy = logprobs_and_entropy(
@@ -234,6 +234,7 @@ class Network(nn.Module):
                 cap=self.check.logits.cap,
                 entropy="entropy" in outputs,
                 part=vocabulary_part(head),
+                float32=self.float32_head,
             )
         if predicting is not None and teacher is not None and "divergence" in outputs:
             apart = divergence_from(predicting, whole_layer(self.model.get_output_embeddings()), teacher, self.teacher_layer)
@@ -383,6 +384,7 @@ def build_network(
         backbone.unused_weights = [name for name in backbone.unused_weights if not name.startswith(used)]
     disable_dropout(backbone)
     network = Network(backbone, v_head)
+    network.float32_head = model.head_dtype == "float32"
     with attention_on_cpu(backbone), nullcontext() if shards is None else shards.in_use(backbone):
         if model.lora is not None:
             add_lora(backbone, model.lora, seed)

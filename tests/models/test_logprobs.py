@@ -131,6 +131,18 @@ def test_a_bfloat16_product_keeps_float32_probabilities() -> None:
     torch.testing.assert_close(gradient, torch.autograd.grad(plain(*inputs, 1.0)[0].sum(), inputs[1])[0], rtol=0, atol=0.15)
 
 
+def test_a_float32_output_layer_is_exact_under_autocast_for_weights_of_the_engine() -> None:
+    hidden, weight, bias, targets = problem(5, 33, 2, bias=True)
+    rounded = weight.detach().bfloat16().float().requires_grad_()
+    expected = plain(hidden, rounded, bias, targets, 1.0)[0]
+    gradients = torch.autograd.grad(expected.sum(), (hidden, rounded, bias))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = logprobs_and_entropy(hidden, weight, bias, targets, float32=True)
+        held, _ = logprobs_and_entropy(hidden, weight.detach().bfloat16(), bias, targets, float32=True)
+    for one, other in zip((found, held, *torch.autograd.grad(found.sum(), (hidden, weight, bias))), (expected, expected, *gradients), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
 def test_a_temperature_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="temperature must be > 0"):
         logprobs_and_entropy(*problem(2, 3, 0, bias=False), temperature=0.0)

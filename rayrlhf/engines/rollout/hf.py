@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import linear
 
 from rayrlhf.algorithms.opponents import mixture_logits
 from rayrlhf.data.expert_ids import compact
@@ -95,6 +96,9 @@ class TransformersRolloutEngine:
         self._reference: list[PreTrainedModel] = []
         if spec.reference is not None:
             self._reference.append(load_causal_model(spec.reference).to(device, resolve_dtype(spec.model.dtype)))
+        if spec.model.head_dtype == "float32":
+            for one in self._networks:
+                _widen_head(one)
         self._waiting: deque[_Row] = deque()
         self._batch: _Batch | None = None
 
@@ -326,6 +330,16 @@ class _Batch:
         real = self._mask[:, -width:].bool().cpu().numpy()
         for row, ids, own, places in zip(self.rows, routing.ids(len(positions)), real, positions, strict=True):
             row.experts.append((int(places[own][0]), ids[own]))
+
+
+def _widen_head(network: PreTrainedModel) -> None:
+    """Compute the output layer of a network in float32; its weights keep their dtype."""
+    head = network.get_output_embeddings()
+
+    def product(hidden: Tensor) -> Tensor:
+        return linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
+
+    head.forward = product
 
 
 def _decodes_together(network: PreTrainedModel) -> bool:

@@ -301,6 +301,7 @@ def _start(spec: RolloutSpec) -> Any:
             weight_transfer_config=WeightTransferConfig(backend=transfer_name(spec.rollout.weight_transfer)),
             **device,
             **_worker_settings(spec.rollout.tensor_parallel_size),
+            **({"hf_overrides": {"head_dtype": "float32"}} if spec.model.head_dtype == "float32" else {}),
             **(lora_settings(spec.model) if spec.adapters else {}),
             **(routing_settings() if spec.rollout.replays_routing else {}),
         )
