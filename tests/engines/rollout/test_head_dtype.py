@@ -61,8 +61,8 @@ def test_the_gap_of_a_tiny_model_halves(large_logits, backend):
 
 
 @pytest.mark.nightly
-def test_the_gap_of_smollm2_falls_by_two_fifths():
+def test_the_gap_of_smollm2_falls_by_a_quarter_at_least():
     path = "builtin:smollm2-135m-instruct"
     narrow, wide = (mean_gap("vllm", path, head, context=256) for head in ("model", "float32"))
     print(f"SmolLM2: {narrow:.2e} -> {wide:.2e} nats")
-    assert wide < 0.6 * narrow
+    assert wide < 0.75 * narrow
