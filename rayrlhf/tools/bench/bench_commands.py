@@ -88,6 +88,24 @@ def bench_ppo_command(
         write_atomically(output / "ppo.md", "\n\n".join(one.as_markdown() for one in found) + "\n")
 
 
+@bench.command(name="score")
+def bench_score_command(
+    precision: Precisions = None,
+    target: Annotated[float, typer.Option(help="Held-out score that ends a run.")] = 0.4,
+    steps: Annotated[int, typer.Option(min=1, help="Maximum steps of a run.")] = 16,
+    every: Annotated[int, typer.Option(min=1, help="Steps between evaluations, which are not timed.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each trainer, each with its seed.")] = 3,
+    output: Output = None,
+) -> None:
+    """Compare the time to a held-out score of our GRPO and TRL's on the quickstart's task."""
+    from rayrlhf.tools.bench.time_to_score import ScoreWork, bench_score
+
+    found = []
+    for chosen in _chosen(precision or []):
+        found += bench_score(ScoreWork(chosen, target, steps, every), rounds=rounds, progress=typer.echo)
+    _show(found, output, "score")
+
+
 @bench.command(name="record")
 def bench_record_command(
     model: PolicyModel = "builtin:tiny",
