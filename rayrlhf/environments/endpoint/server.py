@@ -140,13 +140,14 @@ class ChatServer:
             fields = parse_fields(await _body(request))
             call = dialect.read(token, fields)
             self.calls.put(call)
-            completions = await _reply(request, call, STREAM_SECONDS if fields.get("stream") else None)
+            reply = asyncio.wrap_future(call.reply)
+            if not await _finished(request, reply, STREAM_SECONDS if fields.get("stream") else None):
+                return EventSourceResponse(_late_events(dialect, fields, reply), ping=PING_SECONDS, sep="\n")
+            completions = reply.result()
         except Refusal as refusal:
             return _response(dialect.error(refusal), refusal.status)
         except ClientDisconnect:
             return Response(status_code=HTTPStatus.BAD_REQUEST)
-        if completions is None:
-            return EventSourceResponse(_late_events(dialect, fields, call), ping=PING_SECONDS, sep="\n")
         if fields.get("stream"):
             return Response("".join(dialect.stream(fields, completions)), media_type="text/event-stream")
         return _response(dialect.write(fields, completions))
@@ -176,30 +177,29 @@ async def _body(request: Request) -> bytes:
     return b"".join(parts)
 
 
-async def _reply(request: Request, call: Call, seconds: float | None) -> list[Completion] | None:
-    """Wait for the completions, which are cancelled if the client disconnects; None after `seconds`."""
-    reply = asyncio.wrap_future(call.reply)
+async def _finished(request: Request, reply: "asyncio.Future[list[Completion]]", seconds: float | None) -> bool:
+    """Wait for completions, which are cancelled if the client disconnects; returns False after `seconds`."""
     gone = asyncio.ensure_future(_disconnection(request))
     waits: set[asyncio.Future[Any]] = {reply, gone}
     try:
         await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if not reply.done() and not gone.done():
-            return None
-        if not reply.done():
+        if not reply.done() and gone.done():
             reply.cancel()
             raise ClientDisconnect
-        return reply.result()
+        return reply.done()
     finally:
         gone.cancel()
 
 
-async def _late_events(dialect: Dialect, fields: Mapping[str, Any], call: Call) -> AsyncIterator[bytes]:
+async def _late_events(
+    dialect: Dialect, fields: Mapping[str, Any], reply: "asyncio.Future[list[Completion]]"
+) -> AsyncIterator[bytes]:
     """Yield the server-sent events of a completion once it is finished, or of its refusal.
 
     The completion is cancelled if the client disconnects.
     """
     try:
-        completions = await asyncio.wrap_future(call.reply)
+        completions = await reply
     except Refusal as refusal:
         yield f"event: error\ndata: {json.dumps(dialect.error(refusal))}\n\n".encode()
         return
