@@ -35,7 +35,11 @@ TICK_SECONDS = 1.0
 
 
 class _Poll(NamedTuple):
-    """A pending `poll` and its process, which may have been replaced since, and the requests in flight there when it began."""
+    """A pending `poll` and its process, which may have been replaced since.
+
+    Attributes:
+        requests: number in flight there when it began.
+    """
 
     result: Ref[tuple[list[Rollout], int]]
     handle: Handle[RolloutActor]
