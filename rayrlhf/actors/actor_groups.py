@@ -164,7 +164,7 @@ class ActorGroups:
     def add_replica(self, placement_group_name: str) -> Ref[None]:
         """Start one more rollout replica in a placement group; returns its `build`, without waiting."""
         group, first = self.groups["rollout"], self.plan.workers["rollout"][0]
-        worker = replace(first, group=placement_group_name, bundles=(0,))
+        worker = replace(first, group=placement_group_name, bundles=tuple(range(len(first.bundles))))
         name = f"{self.run_name}/rollout/{len(group)}"
         handle = self._create("rollout", name, worker)
         self.workers["rollout"] = (*self.workers["rollout"], worker)

@@ -1,7 +1,8 @@
 """Plan of placement groups and workers, computed from the configuration and the cluster alone.
 
-Colocated roles share the bundles of one placement group by fractions; disaggregated roles get a group each; a
-tensor-parallel replica always has its own group on one node, so that it can be lost and rebuilt alone.
+Colocated roles share the bundles of one placement group by fractions; disaggregated roles get a group each; a replica of
+several devices always has its own group, so that it can be lost and rebuilt alone: one bundle on one node, or where no node can
+hold it, a bundle of whole pipeline stages on each of several.
 """
 
 import math
@@ -57,7 +58,9 @@ class Demand:
     threads: int | None
     uses_gpu: bool = True
     devices: int = 1
-    """GPUs a process spans (tensor parallelism)."""
+    """GPUs a process spans (tensor and pipeline parallelism)."""
+    stages: int = 1
+    """Equal parts of the devices that may be on different nodes (pipeline parallelism)."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """Required node labels."""
 
@@ -68,9 +71,9 @@ class WorkerPlacement:
 
     Attributes:
         group: name of its placement group.
-        bundles: indexes of its bundles.
+        bundles: indexes of its bundles; a replica over several nodes has one on each, and a process in each.
         cpus: share of the CPUs.
-        gpus: share of a GPU, or a tensor-parallel replica's number of GPUs.
+        gpus: share of a GPU, or a replica's number of GPUs on a node.
     """
 
     group: str
@@ -119,14 +122,14 @@ def demands(config: PPOConfig) -> list[Demand]:
         part = placement.judge
         size = judge.tensor_parallel_size
         requested.append(Demand("judge", judge.replicas, part.cpus, part.gpus, part.threads, devices=size, labels=part.labels))
-    tensor_parallel = config.rollout.tensor_parallel_size
     rollout = Demand(
         "rollout",
         config.rollout.replicas,
         placement.rollout_cpus,
         placement.rollout_gpus,
         placement.rollout_threads,
-        devices=tensor_parallel,
+        devices=config.rollout.devices,
+        stages=config.rollout.pipeline_parallel_size,
         labels=placement.rollout_labels,
     )
     return [*requested, rollout]
@@ -136,7 +139,8 @@ def make_plan(config: PPOConfig, machine: ClusterResources) -> ResourcePlan:
     """Plan the placement of every process of the run.
 
     Raises:
-        UserError: the machine has fewer CPUs or GPUs than the placement requests.
+        UserError: the machine has fewer CPUs or GPUs than the placement requests, or its nodes cannot hold the stages of a
+            replica.
     """
     requested = demands(config)
     colocated = config.placement.mode == "colocated"
@@ -166,6 +170,7 @@ class _ResolvedDemand:
     threads: int
     devices: int
     labels: Mapping[str, str]
+    nodes: int
 
 
 def _resolve_demand(
@@ -184,18 +189,43 @@ def _resolve_demand(
         gpus = _floor(1.0 / sum(other.uses_gpu and other.devices == 1 for other in requested))
     if demand.devices > 1 and gpus not in (0.0, demand.devices):
         key, section = ("rollout_gpus", "rollout") if demand.role == "rollout" else ("judge.gpus", "reward.judge")
-        raise UserError(
-            f"placement.{key}: a replica takes whole GPUs, expected {demand.devices} ({section}.tensor_parallel_size), "
-            f"found {gpus:g}"
-        )
+        size = f"{section}.tensor_parallel_size" + (" x pipeline_parallel_size" if demand.stages > 1 else "")
+        raise UserError(f"placement.{key}: a replica takes whole GPUs, expected {demand.devices} ({size}), found {gpus:g}")
+    nodes = nodes_of_replica(demand.stages, cpus, gpus, machine)
     node_cpus = int(min(machine.node_cpus, default=1.0))
     if machine.gpus:
         peers = processes if overlap else demand.ranks * demand.devices
-        own = min(node_cpus // math.ceil(peers / len(machine.node_cpus)), GPU_THREADS * demand.devices)
-        threads = demand.threads or max(1, int(cpus), own)
+        own = min(node_cpus // math.ceil(peers / len(machine.node_cpus)), GPU_THREADS * demand.devices // nodes)
+        threads = demand.threads or max(1, int(cpus / nodes), own)
     else:
-        threads = demand.threads or max(1, int(cpus) if overlap else node_cpus)
-    return _ResolvedDemand(demand.role, demand.ranks, cpus, gpus, threads, demand.devices, demand.labels)
+        threads = demand.threads or max(1, int(cpus / nodes) if overlap else node_cpus)
+    return _ResolvedDemand(demand.role, demand.ranks, cpus, gpus, threads, demand.devices, demand.labels, nodes)
+
+
+def nodes_of_replica(stages: int, cpus: float, gpus: float, machine: ClusterResources) -> int:
+    """Return the smallest number of equal bundles with which a cluster's nodes hold a replica.
+
+    A stage is whole on one node, because its devices exchange activations in every layer.
+
+    Args:
+        stages: pipeline-parallel size.
+        cpus: of the whole replica.
+        gpus: of the whole replica.
+
+    Raises:
+        UserError: there is none, and there are several stages; one stage counts as one bundle.
+    """
+    offered = list(zip(machine.node_cpus, machine.node_gpus, strict=True))
+    for nodes in (count for count in range(1, stages + 1) if stages % count == 0):
+        wanted = (cpus / nodes, gpus / nodes)
+        held = sum(min(int((of + 1e-6) // part) for of, part in zip(node, wanted, strict=True) if part) for node in offered)
+        if held >= nodes or stages == 1:
+            return nodes
+    raise UserError(
+        f"rollout.pipeline_parallel_size {stages}: a replica has stages of {cpus / stages:g} CPUs and {gpus / stages:g} GPUs, "
+        f"each whole on a node; available: {len(offered)} nodes of at most {max(machine.node_cpus):g} CPUs and "
+        f"{max(machine.node_gpus):g} GPUs"
+    )
 
 
 def _floor(value: float) -> float:
@@ -208,7 +238,7 @@ def _bundle(cpus: float, gpus: float) -> dict[str, float]:
 
 
 def _colocated(resolved: Sequence[_ResolvedDemand], overlap: bool) -> ResourcePlan:
-    """Share bundle i between rank i of all roles, except tensor-parallel replicas."""
+    """Share bundle i between rank i of all roles, except replicas of several devices."""
     shared = [part for part in resolved if part.devices == 1]
     width = max(part.ranks for part in shared)
     bundles = []
@@ -268,20 +298,27 @@ def building_order(workers: Mapping[Role, Sequence[WorkerPlacement]]) -> list[li
 def _replica_groups(part: _ResolvedDemand, groups: dict[str, GroupPlan]) -> tuple[WorkerPlacement, ...]:
     """Create one group per replica.
 
-    It has one bundle: the replica's process holds all its GPUs, and its tensor-parallel workers are that process's children.
+    It has one bundle for each node: the process there holds all GPUs of the bundle, and vLLM's workers are its children.
     """
     workers = []
     for index in range(part.ranks):
-        name = f"{part.role}-{index}"
-        groups[name] = GroupPlan("STRICT_PACK", (_bundle(part.cpus, part.gpus),), part.labels)
-        workers.append(WorkerPlacement(name, (0,), part.cpus, part.gpus, part.threads))
+        bundles, cpus = tuple(range(part.nodes)), round(part.cpus / part.nodes, 4)
+        worker = WorkerPlacement(f"{part.role}-{index}", bundles, cpus, part.gpus / part.nodes, part.threads)
+        groups[worker.group] = _replica_group(worker, part.labels)
+        workers.append(worker)
     return tuple(workers)
+
+
+def _replica_group(worker: WorkerPlacement, labels: Mapping[str, str]) -> GroupPlan:
+    # Bundles of a replica over several nodes may share a node that has room for two.
+    strategy: Strategy = "PACK" if len(worker.bundles) > 1 else "STRICT_PACK"
+    return GroupPlan(strategy, (_bundle(worker.cpus, worker.gpus),) * len(worker.bundles), labels)
 
 
 def replica_group(plan: ResourcePlan) -> GroupPlan:
     """Return the placement group of one more rollout replica like those of the plan."""
     worker = plan.workers["rollout"][0]
-    return GroupPlan("STRICT_PACK", (_bundle(worker.cpus, worker.gpus),), plan.groups[worker.group].labels)
+    return _replica_group(worker, plan.groups[worker.group].labels)
 
 
 def serves_adapters(config: PPOConfig, plan: ResourcePlan) -> bool:
@@ -293,7 +330,7 @@ def serves_adapters(config: PPOConfig, plan: ResourcePlan) -> bool:
 
     from rayrlhf.models.load import resolve_dtype
 
-    if config.model.lora is None or config.rollout.backend != "vllm":
+    if config.model.lora is None or config.rollout.backend != "vllm" or config.rollout.pipeline_parallel_size > 1:
         return False
     if config.rollout.lora != "auto":
         return config.rollout.lora == "adapter"

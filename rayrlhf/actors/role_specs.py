@@ -9,7 +9,7 @@ from rayrlhf.config.model import ModelSection
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.reward import RewardSection
 from rayrlhf.config.train import SharePrefixes
-from rayrlhf.engines.rollout.common import RolloutSpec, rollout_environment
+from rayrlhf.engines.rollout.common import ReplicaNode, RolloutSpec, rollout_environment
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.models.network_io import Head
 
@@ -50,7 +50,7 @@ class RoleSpecs:
         """Return the environment variables a role's processes start with."""
         worker = self.plan.workers[role][0]
         if role == "rollout":
-            return rollout_environment(self.config.rollout, threads=worker.threads)
+            return rollout_environment(self.config.rollout, threads=worker.threads * len(worker.bundles))
         if role == "judge":
             return rollout_environment(self.judge().section.engine, threads=worker.threads)
         return TRAINER_ENVIRONMENT if role in ("policy", "critic", "reference", "teacher") else {}
@@ -103,6 +103,7 @@ class RoleSpecs:
             continues=continues,
             adapters=self.serves_adapters,
             reference=(config.reference.model or config.model) if config.opponent_share else None,
+            node=ReplicaNode(count=len(self.plan.workers["rollout"][0].bundles)),
         )
 
     def train(self, role: TrainRole) -> TrainEngineSpec:

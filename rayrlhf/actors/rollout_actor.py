@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from rayrlhf.actors.actor_metrics import measured
+from rayrlhf.actors.replica_nodes import ReplicaNodes
 from rayrlhf.actors.worker import Worker, check_assigned_gpu
 from rayrlhf.data.records import Records, Rollout, RolloutRequest
 from rayrlhf.engines.rollout.base import RolloutEngine, TransferEngine
@@ -18,11 +19,15 @@ class RolloutActor(Worker):
     PRELOADED = ("transformers.models.auto.modeling_auto", "vllm.v1.engine.llm_engine")
 
     _engine: RolloutEngine
+    _nodes: ReplicaNodes | None = None
 
     @measured
     def build(self, spec: RolloutSpec) -> None:
         """Start the engine with the weights of the model's files."""
         check_assigned_gpu()
+        if spec.node.count > 1:
+            self._nodes = ReplicaNodes(spec, self.rendezvous())
+            spec = self._nodes.spec
         self._engine = build_player(spec)
 
     def submit(self, requests: Sequence[RolloutRequest], temperature: float, max_new_tokens: int) -> None:
@@ -73,9 +78,11 @@ class RolloutActor(Worker):
 
     def close(self) -> None:
         """Free the engine."""
-        self._engine.close()
+        if self._nodes is not None:
+            self._nodes.close()
+        if hasattr(self, "_engine"):
+            self._engine.close()
 
     def __ray_shutdown__(self) -> None:
         """Free the engine when Ray shuts the actor down."""
-        if hasattr(self, "_engine"):
-            self._engine.close()
+        self.close()

@@ -309,6 +309,11 @@ class PPOConfig(Section):
             raise ValueError(
                 f"rollout.lora 'adapter' needs rollout.backend 'vllm', found '{self.rollout.backend}'; expected 'merged'"
             )
+        if self.rollout.lora == "adapter" and self.rollout.pipeline_parallel_size > 1:
+            raise ValueError(
+                f"rollout.lora 'adapter' with rollout.pipeline_parallel_size {self.rollout.pipeline_parallel_size}: an adapter "
+                "is read from one node's memory; expected 'merged'"
+            )
         return self
 
     @model_validator(mode="after")

@@ -147,8 +147,12 @@ class RolloutSection(Section):
     replicas: int = Field(1, ge=1)
     """Rollout replicas: copies of the policy that sample."""
     tensor_parallel_size: int = Field(1, ge=1)
-    """Devices per replica (tensor parallelism), all on one node. Each gets a worker process of vLLM, on CPUs too. Must divide
-    the model's attention heads; needs `backend: vllm`."""
+    """Devices per replica, or per stage of `pipeline_parallel_size` (tensor parallelism), all on one node. Each gets a worker
+    process of vLLM, on CPUs too. Must divide the model's attention heads; needs `backend: vllm`."""
+    pipeline_parallel_size: int = Field(1, ge=1)
+    """Stages per replica (pipeline parallelism): each holds its part of the layers on `tensor_parallel_size` devices. A replica
+    that one node cannot hold has the same number of stages on each of several. At most the model's layers; needs
+    `backend: vllm`. Adapters are then served merged. Not run on GPUs."""
     prompts_per_step: int = Field(64, ge=1)
     """Prompts per step."""
     samples_per_prompt: int = Field(1, ge=1)
@@ -216,6 +220,11 @@ class RolloutSection(Section):
     mismatch_alarm: float = Field(0.5, gt=0)
     """Maximum mean |trainer log-prob - rollout log-prob| of a step, in nats per token; above it the run stops. Only tokens
     sampled with the newest weights count, because older ones (`async.max_staleness`) differ by the updates since."""
+
+    @property
+    def devices(self) -> int:
+        """Devices of a replica."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
     def issued_prompts(self) -> int:

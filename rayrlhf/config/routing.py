@@ -24,9 +24,10 @@ def check_routing(config: "PPOConfig") -> None:
         "rollout.demonstrations.train_with 'without_demonstrations': the experts are those of another prompt; expected "
         "'with_demonstrations'": config.trains_without_demonstrations,
         f"rollout.backend '{rollout.backend}': expected {' or '.join(BACKENDS)}": rollout.backend not in BACKENDS,
-        f"rollout.tensor_parallel_size {rollout.tensor_parallel_size}: worker processes bring none; expected 1": (
-            rollout.tensor_parallel_size > 1
-        ),
+        **{
+            f"rollout.{key} {getattr(rollout, key)}: worker processes bring none; expected 1": getattr(rollout, key) > 1
+            for key in ("tensor_parallel_size", "pipeline_parallel_size")
+        },
         f"placement.policy.sequence_parallel {placement.sequence_parallel}: expected 1": placement.sequence_parallel > 1,
         f"placement.policy.tensor_parallel {placement.tensor_parallel}: expected 1": placement.tensor_parallel > 1,
     }

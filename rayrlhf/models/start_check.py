@@ -58,8 +58,8 @@ def check_configuration(model: ModelSection) -> None:
     check_adapters(model)
 
 
-def check_generating_model(model: ModelSection, backend: str, devices: int, section: str) -> None:
-    """Check files and attention heads of a model that only generates.
+def check_generating_model(model: ModelSection, backend: str, devices: int, section: str, stages: int = 1) -> None:
+    """Check files, attention heads and layers of a model that only generates.
 
     Backends other than `transformers` may read quantized and multimodal models.
 
@@ -68,15 +68,18 @@ def check_generating_model(model: ModelSection, backend: str, devices: int, sect
         backend: of generation.
         devices: tensor-parallel size.
         section: that holds it in the configuration, for the message.
+        stages: pipeline-parallel size.
 
     Raises:
-        UserError: files that are not whole, a model that `transformers` does not compute here, or heads that do not divide.
+        UserError: files that are not whole, a model that `transformers` does not compute here, heads that do not divide, or
+            more stages than layers.
     """
     if backend == "transformers":
         check_configuration(model)
     elif (folder := present_folder(model)) is not None:
         check_weights(folder, model.path, quantized=True)
     check_divides_heads(model, devices, f"{section}.tensor_parallel_size")
+    check_stages(model, stages, f"{section}.pipeline_parallel_size")
 
 
 def check_divides_heads(model: ModelSection, devices: int, key: str) -> None:
@@ -91,6 +94,17 @@ def check_divides_heads(model: ModelSection, devices: int, key: str) -> None:
     if isinstance(heads, int) and heads % devices:
         fitting = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
         raise UserError(f"{key} {devices}: {model.path} has {heads} attention heads; expected one of {fitting}")
+
+
+def check_stages(model: ModelSection, stages: int, key: str) -> None:
+    """Check that each pipeline stage has a layer; messages name the setting `key`.
+
+    Raises:
+        UserError: there are more stages than layers.
+    """
+    layers = getattr(load_architecture(model).get_text_config(), "num_hidden_layers", None) if stages > 1 else None
+    if isinstance(layers, int) and stages > layers:
+        raise UserError(f"{key} {stages}: {model.path} has {layers} layers; expected at most {layers}")
 
 
 def describe_check(model: ModelSection, heads: frozenset[Head], *, packing: bool = False, unshared: str = "") -> str:

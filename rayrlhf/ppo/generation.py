@@ -35,11 +35,16 @@ TICK_SECONDS = 1.0
 
 
 class _Poll(NamedTuple):
-    """A pending `poll` and its process, which may have been replaced since."""
+    """A pending `poll` and its process, which may have been replaced since.
+
+    Attributes:
+        requests: number in flight there when it began.
+    """
 
     result: Ref[tuple[list[Rollout], int]]
     handle: Handle[RolloutActor]
     name: str
+    requests: int
 
 
 @dataclass
@@ -216,7 +221,7 @@ class Generation:
         for rank, replica in serving.items():
             if rank not in self._polls and queue.in_flight(rank):
                 result = replica.poll(MESSAGE_SIZE, self._poll_seconds)
-                self._polls[rank] = _Poll(result, replica.handle, replica.name)
+                self._polls[rank] = _Poll(result, replica.handle, replica.name, queue.in_flight(rank))
                 self._pending[replica.name] = time.monotonic()
 
     def _is_gone(self, rank: int, replica: RolloutReplica) -> bool:
@@ -257,6 +262,8 @@ class Generation:
     def _receive(self, replica: RolloutReplica) -> bool:
         """Receive the rollouts of a poll, or take back a lost replica's requests.
 
+        A replica that has forgotten a request counts as lost: its polls would end at once and without a rollout.
+
         Returns:
             False if the replica serves and the poll ended without a rollout.
         """
@@ -265,15 +272,21 @@ class Generation:
         try:
             for submit in submits:
                 fetch(submit, GENERATE, replica.name)
-            finished, _ = fetch(poll.result, GENERATE, replica.name)
+            finished, unfinished = fetch(poll.result, GENERATE, replica.name)
         except ActorLostError as error:
             if poll.handle is replica.handle:
                 self._pool.lost(replica, error)
             self._queue.lost(replica.rank)
             return True
+        open_before = self._queue.in_flight(replica.rank)
         for rollout in self._queue.finished(finished):
             batch = self._batches[rollout.key]
             self.served_by[rollout.key] = replica.rank
             batch.missing.discard(rollout.key)
             batch.finished.append(rollout)
+        forgotten = poll.requests - (open_before - self._queue.in_flight(replica.rank)) - unfinished
+        if forgotten > 0 and poll.handle is replica.handle:
+            reason = f"{replica.name} has forgotten {forgotten} of {poll.requests} requests"
+            self._pool.lost(replica, ActorLostError(reason, replica.name))
+            self._queue.lost(replica.rank)
         return bool(finished) or not replica.health.serves

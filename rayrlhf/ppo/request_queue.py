@@ -86,9 +86,9 @@ class RequestQueue:
             self._holder |= held
         return shares
 
-    def in_flight(self, rank: int) -> bool:
-        """True while a rank has requests in flight."""
-        return self._in_flight[rank] > 0
+    def in_flight(self, rank: int) -> int:
+        """Return the number of requests in flight on a rank."""
+        return self._in_flight[rank]
 
     def finished(self, rollouts: Iterable[Rollout]) -> list[Rollout]:
         """Close the requests of these rollouts; returns the rollouts without late duplicates."""

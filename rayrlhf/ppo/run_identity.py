@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "placement.",
     "rollout.replicas:",
     "rollout.tensor_parallel_size:",
+    "rollout.pipeline_parallel_size:",
     "reward.judge.replicas:",
     "reward.judge.tensor_parallel_size:",
     "recovery.",

@@ -29,19 +29,20 @@ def check_models(config: PPOConfig) -> None:
     """Check the configurations of all models.
 
     Raises:
-        UserError: a multimodal model, adapters that it cannot have, attention heads that the replicas cannot divide, a
-            configuration that cannot be read, a role that cannot read the policy's samples, a reward model without a head, or a
-            judge whose labels are not single tokens.
+        UserError: a multimodal model, adapters that it cannot have, attention heads or layers that the replicas cannot split,
+            a configuration that cannot be read, a role that cannot read the policy's samples, a reward model without a head, or
+            a judge whose labels are not single tokens.
     """
     from rayrlhf.engines.scoring.judge_engine import check_judge
     from rayrlhf.engines.scoring.reward_model import check_reward_models
     from rayrlhf.models.router_load import check_router_loss
     from rayrlhf.models.routing_replay import check_routing_replay
-    from rayrlhf.models.start_check import check_configuration, check_divides_heads
+    from rayrlhf.models.start_check import check_configuration, check_divides_heads, check_stages
 
     for _, model in _different_models(config):
         check_configuration(model)
     check_divides_heads(config.model, config.rollout.tensor_parallel_size, "rollout.tensor_parallel_size")
+    check_stages(config.model, config.rollout.pipeline_parallel_size, "rollout.pipeline_parallel_size")
     if config.rollout.replays_routing:
         check_routing_replay(config.model)
     check_router_loss(config.model, config.train.router_aux_loss_coefficient)

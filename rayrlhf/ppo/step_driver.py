@@ -383,7 +383,7 @@ class StepDriver:
         return episode_metrics(scored.rollouts, self._open.requested)
 
     def _send_weights(self, replicas: Sequence[RolloutReplica]) -> SyncReport:
-        specs, devices = self.actor_groups.specs, self.config.rollout.tensor_parallel_size
+        specs, devices = self.actor_groups.specs, self.config.rollout.devices
         transfer = make_transfer(
             specs.weight_transfer, devices, self.sync_dtype, self.config.deadlines.sync, adapters=specs.serves_adapters
         )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rayrlhf.actors.placement import ClusterResources, building_order, make_plan, replica_group
+from rayrlhf.actors.placement import ClusterResources, building_order, make_plan, nodes_of_replica, replica_group
 from rayrlhf.actors.role_specs import RoleSpecs
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.errors import UserError
@@ -77,6 +77,63 @@ def test_a_share_of_gpus_that_are_not_those_of_the_tensor_parallel_size_is_refus
     sections = {"rollout": {"tensor_parallel_size": 2}, "placement": {"rollout_gpus": 0.5}}
     with pytest.raises(UserError, match=r"placement.rollout_gpus: a replica takes whole GPUs, expected 2 .*, found 0.5"):
         make_plan(config(**sections), CLUSTER)
+
+
+@pytest.mark.parametrize(
+    ("stages", "gpus", "node_gpus", "nodes"),
+    [
+        (1, 8, (8, 8), 1),
+        (1, 16, (8, 8), 1),  # refused as a whole
+        (2, 8, (8, 8), 1),
+        (2, 16, (8, 8), 2),
+        (4, 32, (8,) * 8, 4),
+        (4, 16, (8, 8, 8), 2),
+        (3, 12, (8, 8), 3),  # two of the stages share a node
+        (4, 16, (8, 4, 4), 4),
+        (6, 12, (6, 4, 4), 3),
+        (2, 16, (8, 4, 4), None),
+        (4, 16, (6, 6), None),
+    ],
+)
+def test_a_replica_gets_the_fewest_nodes_that_hold_its_stages_whole(stages, gpus, node_gpus, nodes):
+    machine = ClusterResources((64.0,) * len(node_gpus), tuple(map(float, node_gpus)))
+    if nodes is not None:
+        assert nodes_of_replica(stages, gpus, gpus, machine) == nodes
+        return
+    with pytest.raises(
+        UserError, match=rf"^rollout.pipeline_parallel_size {stages}: .* {gpus // stages} GPUs, each whole on a"
+    ):
+        nodes_of_replica(stages, gpus, gpus, machine)
+
+
+def test_a_replica_over_several_nodes_has_a_bundle_and_a_process_on_each():
+    sections = {"rollout": {"replicas": 2, "tensor_parallel_size": 8, "pipeline_parallel_size": 2}}
+    plan = make_plan(config(**sections, placement=DISAGGREGATED), CLUSTER)
+    for index in range(2):
+        group, worker = plan.groups[f"rollout-{index}"], plan.workers["rollout"][index]
+        assert (group.strategy, group.bundles) == ("PACK", ({"CPU": 8.0, "GPU": 8},) * 2)
+        assert (worker.bundles, worker.cpus, worker.gpus) == ((0, 1), 8.0, 8.0)
+    assert replica_group(plan) == plan.groups["rollout-0"]
+    specs = RoleSpecs(config(**sections, placement=DISAGGREGATED), plan)
+    assert specs.rollout().node.count == 2
+    assert specs.weight_transfer == "nccl"
+    assert int(specs.environment("rollout")["OMP_NUM_THREADS"]) == plan.workers["rollout"][0].threads // 8
+
+
+def test_a_replica_of_several_stages_that_fits_on_one_node_has_one_bundle_there():
+    plan = make_plan(config(rollout={"tensor_parallel_size": 2, "pipeline_parallel_size": 4}), CLUSTER)
+    assert plan.groups["rollout-0"].strategy == "STRICT_PACK"
+    assert plan.groups["rollout-0"].bundles == ({"CPU": 8.0, "GPU": 8},)
+    on_cpus = config(rollout={"pipeline_parallel_size": 2}, placement={"rollout_cpus": 3})
+    assert make_plan(on_cpus, ClusterResources((4.0,) * 3, (0.0,) * 3)).groups["rollout-0"].bundles == ({"CPU": 3.0},)
+    assert make_plan(on_cpus, ClusterResources((2.0,) * 5, (0.0,) * 5)).groups["rollout-0"].bundles == ({"CPU": 1.5},) * 2
+
+
+def test_adapters_of_a_replica_of_several_stages_are_merged():
+    lora = {"path": "builtin:tiny", "lora": {}, "dtype": "bfloat16"}
+    for stages, adapters in ((1, True), (2, False)):
+        pair = config(model=lora, rollout={"pipeline_parallel_size": stages})
+        assert RoleSpecs(pair, make_plan(pair, CLUSTER)).serves_adapters is adapters
 
 
 @pytest.mark.parametrize(

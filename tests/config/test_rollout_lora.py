@@ -13,6 +13,10 @@ LORA = "model.lora={rank: 8}"
     ("settings", "expected"),
     [
         (["rollout.lora=adapter"], "rollout.lora 'adapter' needs adapters (model.lora)"),
+        (
+            ["model.lora={}", "rollout.lora=adapter", "rollout.pipeline_parallel_size=2"],
+            "rollout.lora 'adapter' with rollout.pipeline_parallel_size 2: an adapter is read from one node's memory",
+        ),
         (["rollout.lora=adapter", LORA, "rollout.backend=transformers"], "needs rollout.backend 'vllm', found 'transformers'"),
     ],
 )

@@ -21,6 +21,7 @@ ON = "rollout.routing_replay=rollout"
         ([ON, "observe.record=light"], "with observe.record 'light'"),
         ([ON, "rollout.backend=my.engine:Engine"], "with rollout.backend 'my.engine:Engine'"),
         ([ON, "rollout.tensor_parallel_size=2"], "with rollout.tensor_parallel_size 2"),
+        ([ON, "rollout.pipeline_parallel_size=2"], "with rollout.pipeline_parallel_size 2"),
         ([ON, "placement.policy={ranks: 2, sequence_parallel: 2}"], "with placement.policy.sequence_parallel 2"),
         ([ON, "placement.policy={ranks: 2, tensor_parallel: 2}"], "with placement.policy.tensor_parallel 2"),
         (

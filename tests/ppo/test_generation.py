@@ -98,7 +98,8 @@ class LateReplica:
     def poll(self, minimum, seconds):
         self.seconds += 1
         assert self.seconds < 100, "waited on and on"
-        return tuple(Finished(request.key) for request in self.requests if self.killed), 0
+        finished = self.requests if self.killed else []
+        return tuple(Finished(request.key) for request in finished), len(self.requests) - len(finished)
 
     def collected(self):
         generation = Generation(self, lambda _: None, max_new_tokens=4, seconds=10, poll_seconds=1.0)
@@ -116,6 +117,27 @@ def test_the_wait_begins_again_when_a_late_replica_is_replaced(monkeypatch):
     replica = LateReplica(monkeypatch, rebuilt=True)
     assert len(replica.collected()) == 2
     assert replica.killed == 1
+
+
+class Forgetful(LateReplica):
+    """Finishes one of its requests in each poll; its first process has forgotten all others by then."""
+
+    def poll(self, minimum, seconds):
+        self.seconds += 1
+        assert self.seconds < 10, "waited on and on"
+        done, self.requests = self.requests[:1], self.requests[1:] if self.killed else []
+        return tuple(Finished(request.key) for request in done), len(self.requests)
+
+
+@pytest.mark.parametrize("rebuilt", [True, False])
+def test_a_replica_that_has_forgotten_requests_is_lost_at_once_and_keeps_what_it_finished(monkeypatch, rebuilt):
+    replica = Forgetful(monkeypatch, rebuilt=rebuilt)
+    if rebuilt:
+        assert sorted(rollout.key.prompt for rollout in replica.collected()) == [1, 2]
+        assert (replica.killed, replica.seconds) == (1, 2)
+    else:
+        with pytest.raises(ActorLostError, match=r"^ppo/rollout/0 has forgotten 1 of 2 requests$"):
+            replica.collected()
 
 
 Sampled = namedtuple("Sampled", ("key", "response_ids"))
@@ -139,7 +161,7 @@ class HalfDone(LateReplica):
 
     def poll(self, minimum, seconds):
         done, self.requests = self.requests[:1], self.requests[1:]
-        return tuple(Sampled(request.key, (1, 2, 3)) for request in done), 1
+        return tuple(Sampled(request.key, (1, 2, 3)) for request in done), len(self.requests)
 
     def cancel(self):
         return "canceled"

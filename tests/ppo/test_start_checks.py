@@ -31,6 +31,10 @@ def no_cluster(monkeypatch):
             r"rollout\.tensor_parallel_size 2: builtin:tiny.* has 1 attention heads; expected one of 1$",
         ),
         (["rollout.tensor_parallel_size=2"], r"rollout\.tensor_parallel_size 2 needs rollout\.backend 'vllm'"),
+        (
+            ["rollout.pipeline_parallel_size=8", "rollout.backend=vllm"],
+            r"rollout\.pipeline_parallel_size 8: builtin:tiny.* has \d layers; expected at most \d$",
+        ),
         (["placement.policy.gpus=16"], "but the cluster has .* CPUs and .* GPUs"),
         (["model.lora={target_modules: [q_proj, qkv]}"], r"target_modules: no linear layer 'qkv' in .*; it has q_proj, k_proj"),
         (

@@ -21,7 +21,7 @@ def _roles(config: PPOConfig) -> Iterator[str]:
     yield f"run: {config.run.folder}, {config.run.steps} steps, seed {config.run.seed}, {placement.mode}"
     adapters = f", LoRA rank {model.lora.rank}" if model.lora is not None else ""
     yield f"policy: {model.path}{adapters}, {_ranks(placement.policy)}, {config.train.sharding_label}"
-    parallel = config.rollout.tensor_parallel_size
+    parallel = config.rollout.devices
     wide = f" of {parallel} devices" if parallel > 1 else ""
     yield f"rollout: {config.rollout.backend}, {_count(config.rollout.replicas, 'replica')}{wide}"
     if config.critic.kind == "separate":

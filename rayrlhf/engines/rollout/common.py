@@ -27,14 +27,24 @@ START_VERSION = -1
 VLLM_ENVIRONMENT = {
     # The engine core runs in its actor's process: weights by reference, no child processes, 4 s to start instead of 17.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # Workers of a tensor-parallel replica: a forked one deadlocks where this process has run OpenMP threads, and vLLM's binding
-    # of threads needs a NUMA node for each worker on a CPU.
+    # Worker processes, one per device: a forked one deadlocks where this process has run OpenMP threads, and vLLM's binding of
+    # threads needs a NUMA node for each worker on a CPU.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 """Environment variables of a process that runs vLLM; the engine sets missing ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaNode:
+    """One of the nodes of a replica, and the address at which its workers meet."""
+
+    rank: int = 0
+    count: int = 1
+    address: str = "127.0.0.1"
+    port: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +63,7 @@ class RolloutSpec:
         eager: never compile the model, so that hooks on its layers run on GPUs too.
         section: of the configuration, for error messages.
         reference: frozen model for requests with a `reference_share`; only for the backend `transformers`.
+        node: of this process; with several nodes each has as many workers.
     """
 
     model: ModelSection
@@ -66,6 +77,7 @@ class RolloutSpec:
     eager: bool = False
     section: str = "rollout"
     reference: ModelSection | None = None
+    node: ReplicaNode = ReplicaNode()
 
 
 def rollout_environment(rollout: RolloutSection, *, threads: int) -> dict[str, str]:
@@ -73,10 +85,10 @@ def rollout_environment(rollout: RolloutSection, *, threads: int) -> dict[str, s
 
     Args:
         rollout: section that names the backend.
-        threads: compute threads of the replica, divided among its workers. They must be set from outside: OpenMP reads them
-            when torch is imported.
+        threads: compute threads of the replica over all nodes, divided among its workers. They must be set from outside:
+            OpenMP reads them when torch is imported.
     """
-    own = {"OMP_NUM_THREADS": str(max(1, threads // rollout.tensor_parallel_size))}
+    own = {"OMP_NUM_THREADS": str(max(1, threads // rollout.devices))}
     return own | (VLLM_ENVIRONMENT if rollout.backend == "vllm" else {})
 
 

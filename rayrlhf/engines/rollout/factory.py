@@ -46,15 +46,17 @@ def check_rollout_backend(rollout: RolloutSection, key: str = "rollout.backend")
 
     Raises:
         UserError: the backend is not installed or cannot be resolved, it lacks a method, the arguments do not fit it,
-            or it is not tensor-parallel.
+            or it does not span several devices.
     """
     if rollout.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UserError(
             f"{key}: vllm is not installed; pip install 'rayrlhf[cpu]' ('rayrlhf[gpu]' on GPUs), or set {key}=transformers"
         )
-    if rollout.backend == "transformers" and rollout.tensor_parallel_size > 1:
-        size = f"{key.removesuffix('.backend')}.tensor_parallel_size"
-        raise UserError(f"{size} {rollout.tensor_parallel_size} needs {key} 'vllm', found 'transformers'; expected 1")
+    for size in ("tensor_parallel_size", "pipeline_parallel_size"):
+        refused = rollout.backend == "transformers" or (rollout.backend != "vllm" and size == "pipeline_parallel_size")
+        if refused and getattr(rollout, size) > 1:
+            found = f"{key.removesuffix('backend')}{size} {getattr(rollout, size)}"
+            raise UserError(f"{found} needs {key} 'vllm', found {rollout.backend!r}; expected 1")
     where = f"{key} {rollout.backend!r}"
     engine = ROLLOUT_ENGINES.resolve(rollout.backend, key)
     check_methods(where, engine, METHODS)

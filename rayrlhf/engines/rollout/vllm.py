@@ -5,63 +5,37 @@ with the trainer: log-probs are those of the sampled distribution (after tempera
 every request has a seed of its own, and the prefix cache starts empty in every generation, so that the same batch always gives
 the same bits. The version of every token is vLLM's own label of the weights that sampled it.
 
-A tensor-parallel replica adds one worker process per device, which vLLM starts and which ends with this one. If a worker dies,
-this process ends, so that the replica is lost as a whole: calls to the other workers would wait forever.
+A replica of several devices adds one worker process per device, which vLLM starts and which ends with this one. If a worker
+dies, this process ends, so that the replica is lost as a whole: calls to the other workers would wait forever.
 
 On CPUs nothing is compiled: compilation would cost more than a short run gains. On GPUs `gpu_memory_utilization` and `sleep`
 apply; that path has never been run (`examples/gpu/`).
 """
 
 import math
-import os
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 
-from rayrlhf.config.section import GIB
 from rayrlhf.data.records import Float32, Int32, Rollout, RolloutRequest
 from rayrlhf.engines.rollout.common import (
     START_VERSION,
-    VLLM_ENVIRONMENT,
     RolloutSpec,
     check_new,
-    context_length,
-    engine_reason,
     make_rollout,
     new_token_limits,
     stop_token_ids,
 )
-from rayrlhf.engines.rollout.token_counts import bound_kernels
-from rayrlhf.engines.rollout.vllm_calls import next_logprobs, try_out, uncompiled
-from rayrlhf.engines.rollout.vllm_lora import INSTEAD, AdapterSlot, lora_settings
-from rayrlhf.engines.rollout.vllm_plugin import register_transfers, transfer_name
-from rayrlhf.engines.rollout.vllm_routing import RoutingCapture, routing_settings
-from rayrlhf.errors import DeviceMemoryError, UserError
-from rayrlhf.library_types import PretrainedConfig
-from rayrlhf.models.load import load_tokenizer, resolve_dtype
-from rayrlhf.models.model_path import resolve_path
-from rayrlhf.observe.cuda import check_vllm_device
+from rayrlhf.engines.rollout.vllm_calls import next_logprobs, uncompiled
+from rayrlhf.engines.rollout.vllm_lora import AdapterSlot
+from rayrlhf.engines.rollout.vllm_routing import RoutingCapture
+from rayrlhf.engines.rollout.vllm_start import start_engine
+from rayrlhf.models.load import load_tokenizer
 from rayrlhf.weight_sync.buckets import WeightBucket
-
-CPU_PREFILL_TOKENS = 4096
-"""Prompt tokens per prefill on a CPU; more if the context is longer, because prompts are not chunked there."""
-GPU_PREFILL_TOKENS = 8192
-"""Prompt tokens per prefill on a GPU, where prompts are chunked. vLLM reserves memory for the activations of so many tokens:
-the context of a long-context model would take gigabytes of the KV cache."""
-KV_BLOCK_TOKENS = 32
-"""Block size of a CPU's prefix cache: the smallest that vLLM's kernels are fast with, because prompts are short."""
-
-STATEFUL = ("mamba2", "falcon_h1", "granitemoehybrid")
-"""Families with states that CPUs serve without a prefix cache, which would need chunked prompts; vLLM refuses others."""
-
-WORKER_EXTENSION = "rayrlhf.engines.rollout.vllm_worker.WorkerExtension"
 
 
 class VLLMRolloutEngine:
@@ -75,11 +49,6 @@ class VLLMRolloutEngine:
         Raises:
             UserError: vLLM refuses the settings, or is the build for GPUs and finds none.
         """
-        check_vllm_device("rollout.backend")
-        for name, value in VLLM_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        from rayrlhf.weight_sync.vllm_receiver import WeightSyncClient
-
         self.version = START_VERSION
         self._incoming: int | None = None
         self._asleep = False
@@ -89,12 +58,14 @@ class VLLMRolloutEngine:
         self._logprobs = spec.logprobs
         self._tokenizer = load_tokenizer(spec.model)
         self._stop_ids = stop_token_ids(spec.model, self._tokenizer)
-        self._engine = _start(spec)
+        self._engine = start_engine(spec)
         self._adapter = AdapterSlot(self._engine, spec.model) if spec.adapters else None
         self._routing = RoutingCapture(self._engine, spec.model.path) if spec.rollout.replays_routing else None
         self._engine.set_weight_version(str(self.version))
         self._max_length: int = self._engine.model_config.max_model_len
         self._vocabulary: int = self._engine.model_config.get_vocab_size()
+        from rayrlhf.weight_sync.vllm_receiver import WeightSyncClient
+
         self.weight_client = WeightSyncClient(self._engine)
 
     def submit(self, requests: Sequence[RolloutRequest], *, temperature: float, max_new_tokens: int) -> None:
@@ -264,137 +235,3 @@ class VLLMRolloutEngine:
         experts = None if self._routing is None else self._routing.take(output)
         cached = output.num_cached_tokens or 0
         return replace(rollout, read_tokens=len(request.prompt_ids), cached_tokens=cached, experts=experts)
-
-
-UNREADABLE = "llvmlite.binding.ffi"
-"""A module with an object without an ordinary `__dict__`. When vLLM 0.32 starts on a CPU it inspects the objects of all loaded
-modules, and fails on this one; numba loads it, which bm25s imports."""
-
-
-def _start(spec: RolloutSpec) -> Any:
-    from transformers import AutoConfig
-    from vllm.config import WeightTransferConfig
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    path = resolve_path(spec.model)
-    trust = spec.model.trust_remote_code
-    config = AutoConfig.from_pretrained(path, revision=spec.model.revision, trust_remote_code=trust)
-    if config.get_text_config() is not config and find_spec("torchvision") is None:
-        raise UserError(f"{spec.section}: vLLM needs torchvision for {config.model_type}, a multimodal model: install it")
-    length = context_length(spec.rollout, config)
-    register_transfers()
-    try:
-        device = _gpu_settings(spec) if torch.cuda.is_available() else _cpu_settings(spec, config, length)
-        arguments = EngineArgs(
-            model=path,
-            revision=spec.model.revision,
-            trust_remote_code=trust,
-            dtype=str(resolve_dtype(spec.model.dtype)).removeprefix("torch."),
-            seed=spec.seed,
-            max_model_len=length,
-            max_num_seqs=spec.rollout.max_concurrent,
-            logprobs_mode="processed_logprobs",
-            generation_config="vllm",
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-            weight_transfer_config=WeightTransferConfig(backend=transfer_name(spec.rollout.weight_transfer)),
-            **device,
-            **_worker_settings(spec.rollout.tensor_parallel_size),
-            **({"hf_overrides": {"head_dtype": "float32"}} if spec.model.head_dtype == "float32" else {}),
-            **(lora_settings(spec.model) if spec.adapters else {}),
-            **(routing_settings() if spec.rollout.replays_routing else {}),
-        )
-        with _out_of_sight(UNREADABLE):
-            engine = LLMEngine.from_engine_args(arguments)
-        try_out(engine)
-    except (ValueError, AttributeError, AssertionError, ImportError, KeyError, NotImplementedError, TypeError) as error:
-        kind = DeviceMemoryError if "ree memory on device" in str(error) else UserError
-        reason = engine_reason(error)
-        instead = f"; {INSTEAD}" if spec.adapters and "LoRA" in reason else ""
-        raise kind(f"{spec.section}: vLLM cannot serve {spec.model.path}: {reason}{instead}") from error
-    if spec.rollout.tensor_parallel_size > 1:
-        engine.engine_core.engine_core.model_executor.register_failure_callback(_end_process)
-    return engine
-
-
-def _worker_settings(devices: int) -> dict[str, Any]:
-    """Return the settings of a worker process per device.
-
-    vLLM would choose its Ray executor inside a placement group. That one asks Ray for the GPUs which this process holds.
-    """
-    if devices == 1:
-        return {}
-    named = {"distributed_executor_backend": "mp", "worker_extension_cls": WORKER_EXTENSION}
-    return {"tensor_parallel_size": devices, **named}
-
-
-def _end_process() -> None:
-    """End this process, whose workers are gone."""
-    sys.stderr.write("rollout: a tensor-parallel worker of vLLM died, and the replica ends with it\n")
-    sys.stderr.flush()
-    os._exit(1)
-
-
-@contextmanager
-def _out_of_sight(name: str) -> Iterator[None]:
-    """Remove a loaded module from `sys.modules` inside the block."""
-    module = sys.modules.pop(name, None)
-    try:
-        yield
-    finally:
-        if module is not None:
-            sys.modules[name] = module
-
-
-def _cpu_settings(spec: RolloutSpec, config: PretrainedConfig, length: int) -> dict[str, Any]:
-    _register_model_class(config)
-    bound_kernels()
-    return {
-        "enforce_eager": True,
-        "enable_prefix_caching": config.model_type not in STATEFUL,
-        # Seeded requests crash vLLM 0.32 on a CPU when it chunks a prompt ("CPU Generator does not use offset").
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(CPU_PREFILL_TOKENS, length, spec.rollout.max_concurrent),
-        "kv_cache_memory_bytes": min(
-            int(spec.rollout.memory_gib * GIB) // spec.rollout.tensor_parallel_size, _useful_cache_bytes(spec, config, length)
-        ),
-        "block_size": KV_BLOCK_TOKENS,
-    }
-
-
-def _useful_cache_bytes(spec: RolloutSpec, config: PretrainedConfig, length: int) -> int:
-    """Return the KV cache size of `max_concurrent` responses of full length, for each worker.
-
-    vLLM zeroes its whole cache, which costs memory and a second per GiB.
-    """
-    text = config.get_text_config()
-    queries = getattr(text, "num_attention_heads", None) or 1  # a model without attention has none
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // queries
-    heads = getattr(text, "num_key_value_heads", None) or queries
-    heads = max(1, heads // spec.rollout.tensor_parallel_size)
-    token_bytes = 2 * text.num_hidden_layers * heads * head_size * resolve_dtype(spec.model.dtype).itemsize
-    blocks = (spec.rollout.max_concurrent + 1) * (length // KV_BLOCK_TOKENS + 1)
-    return int(blocks * KV_BLOCK_TOKENS * token_bytes)
-
-
-def _gpu_settings(spec: RolloutSpec) -> dict[str, Any]:
-    return {
-        "enable_prefix_caching": True,
-        "max_num_batched_tokens": max(GPU_PREFILL_TOKENS, spec.rollout.max_concurrent),
-        "enable_sleep_mode": spec.rollout.sleep,
-        "enforce_eager": spec.eager,
-        "gpu_memory_utilization": spec.rollout.gpu_memory_utilization,
-    }
-
-
-def _register_model_class(config: PretrainedConfig) -> None:
-    """Import the model's class here.
-
-    Otherwise vLLM starts a second interpreter to inspect it, to avoid initializing CUDA.
-    """
-    from vllm import ModelRegistry
-
-    for architecture in getattr(config, "architectures", None) or ():
-        if (known := ModelRegistry.models.get(architecture)) is not None:
-            ModelRegistry.register_model(architecture, known.load_model_cls())

@@ -219,7 +219,10 @@ def load_evaluation_prompts(config: EvaluateConfig, functions: Sequence[BoundFun
     context = context_length(config.rollout, load_architecture(config.model))
     longest = config.data.max_prompt_tokens or context - config.rollout.max_new_tokens
     check_room(context, config.data.max_prompt_tokens, config.rollout.max_new_tokens)
-    check_generating_model(config.model, config.rollout.backend, config.rollout.tensor_parallel_size, "rollout")
+    rollout = config.rollout
+    check_generating_model(
+        config.model, rollout.backend, rollout.tensor_parallel_size, "rollout", rollout.pipeline_parallel_size
+    )
     if config.reward.model is not None:
         check_reward_models(config.reward.model)
     data = DataSection(train=config.data, chat=config.data.chat, system_prompt=config.data.system_prompt)

@@ -16,7 +16,7 @@ from rayrlhf.config.section import GIB
 from rayrlhf.data.records import Prompt
 from rayrlhf.data.toy.word_problems import generate
 from rayrlhf.engines.rollout.common import rollout_environment
-from rayrlhf.engines.rollout.vllm import CPU_PREFILL_TOKENS
+from rayrlhf.engines.rollout.vllm_start import CPU_PREFILL_TOKENS
 from rayrlhf.models.load import load_tokenizer, resolve_dtype
 from rayrlhf.models.model_path import resolve_path
 from rayrlhf.tools.bench.paired import Comparison, compare

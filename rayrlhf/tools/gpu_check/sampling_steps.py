@@ -57,10 +57,10 @@ def require_gpu_build(device: torch.device) -> None:
 @contextmanager
 def eager() -> Iterator[None]:
     """Start vLLM engines without CUDA graphs inside the block."""
-    from rayrlhf.engines.rollout import vllm
+    from rayrlhf.engines.rollout import vllm_start
 
-    settings = vllm._gpu_settings
-    with patch.object(vllm, "_gpu_settings", lambda spec: settings(spec) | {"enforce_eager": True}):
+    settings = vllm_start._gpu_settings
+    with patch.object(vllm_start, "_gpu_settings", lambda spec: settings(spec) | {"enforce_eager": True}):
         yield
 
 

@@ -32,7 +32,7 @@ from rayrlhf.tools.launch.memory_plan import (
     sync_bytes,
     train_memory,
 )
-from rayrlhf.tools.launch.model_shape import ModelShape, cut_shape, read_shape
+from rayrlhf.tools.launch.model_shape import ModelShape, cut_shape, read_shape, stage_shape
 from rayrlhf.tools.launch.role_layout import Place, lay_out
 
 USABLE = 0.95
@@ -71,7 +71,8 @@ class RunPlan:
         for role, memory in self.memory.items():
             mine = [place for place in self.places if place.role == role]
             shared = shared_parts(self.groups[role]) if role in self.groups else ""
-            yield f"{role}: {len(mine)} x {memory.total / GIB:.1f} GiB ({memory.describe()}) on {_where(mine)}{shared}"
+            count = len({place.rank for place in mine})
+            yield f"{role}: {count} x {memory.total / GIB:.1f} GiB ({memory.describe()}) on {_where(mine)}{shared}"
         sequences = self.cache_tokens // self.longest
         yield f"KV cache of a replica: {self.cache_tokens} tokens, {sequences} samples of {self.longest}"
         replicas = {place.node for place in self.places if place.role == "rollout"}
@@ -98,8 +99,11 @@ def plan_run(config: PPOConfig, nodes: NodeSection) -> RunPlan:
     precision = _precision(config.model, nodes)
     longest = _longest(config, shapes["policy"])
     cache = _cache_bytes(config.rollout, nodes, shapes["policy"], precision, longest)
+    hosts = len(resources.workers["rollout"][0].bundles)
     memory = {
-        role: _memory(config, role, len(workers), shapes.get(role), nodes, longest, cache)
+        role: _replica_memory(config, shapes["policy"], nodes, max(cache, 0), hosts)
+        if role == "rollout"
+        else _memory(config, role, len(workers), shapes.get(role), nodes, longest)
         for role, workers in resources.workers.items()
     }
     cache_tokens = max(cache, 0) // cache_bytes_per_token(shapes["policy"], precision)
@@ -168,17 +172,16 @@ def _judge_problems(judge: JudgeSection, nodes: NodeSection, shape: ModelShape) 
 def _cache_bytes(rollout: RolloutSection, nodes: NodeSection, shape: ModelShape, precision: Precision, longest: int) -> int:
     """Return a replica's KV cache in bytes over all devices; negative if nothing fits."""
     if nodes.gpus:
-        devices = rollout.tensor_parallel_size
-        rest = rollout_memory(shape, precision, devices=devices, cache=0).total
-        return devices * int(rollout.gpu_memory_utilization * nodes.gpu_memory_gib * GIB - rest)
+        devices, stage = rollout.tensor_parallel_size, stage_shape(shape, rollout.pipeline_parallel_size)
+        rest = rollout_memory(stage, precision, devices=devices, cache=0).total
+        free = devices * int(rollout.gpu_memory_utilization * nodes.gpu_memory_gib * GIB - rest)
+        return free * shape.layers // stage.layers
     useful = (rollout.max_concurrent + 1) * (longest + 32) * cache_bytes_per_token(shape, precision)
     return min(int(rollout.memory_gib * GIB), useful)
 
 
-def _memory(
-    config: PPOConfig, role: Role, ranks: int, shape: ModelShape | None, nodes: NodeSection, longest: int, cache: int
-) -> Memory:
-    """Return the memory of one process of a role."""
+def _memory(config: PPOConfig, role: Role, ranks: int, shape: ModelShape | None, nodes: NodeSection, longest: int) -> Memory:
+    """Return the memory of one process of a role other than rollout."""
     train, model = config.train, models_of(config).get(role)
     if shape is None or model is None:
         return Memory(overhead=GIB // 2)  # Python, Ray and reward functions; never on a GPU
@@ -196,11 +199,6 @@ def _memory(
             largest = max(members, key=lambda member: member.total)  # members run one after the other, and wait on the host
             return offloaded_between_turns(replace(largest, host=sum(member.host for member in members)))
         return in_one_process(members)
-    if role == "rollout":
-        devices = config.rollout.tensor_parallel_size if nodes.gpus else 1  # on CPUs one memory holds all parts
-        memory = rollout_memory(shape, precision, devices=devices, cache=max(cache, 0))
-        opponent = _shape(config.reference.model or config.model).parameters if config.opponent_share else 0
-        return replace(memory, weights=memory.weights + precision.size * opponent)
     if role == "judge" and config.reward.judge is not None:
         devices = config.reward.judge.tensor_parallel_size if nodes.gpus else 1
         cache = _judge_cache(config.reward.judge, nodes, shape)
@@ -232,6 +230,23 @@ def _memory(
         chunk=chunk,
     )
     return memory if parts == 1 else cut_on_load(memory, shape, language=role == "policy", gpu=gpu)
+
+
+def _replica_memory(config: PPOConfig, shape: ModelShape, nodes: NodeSection, cache: int, hosts: int) -> Memory:
+    """Return the memory of a replica per GPU, or on CPUs per node.
+
+    On CPUs one memory holds all parts.
+
+    Args:
+        cache: bytes of its KV cache over all devices.
+        hosts: number of its nodes.
+    """
+    rollout, precision = config.rollout, _precision(config.model, nodes)
+    devices, stages = (rollout.tensor_parallel_size, rollout.pipeline_parallel_size) if nodes.gpus else (1, hosts)
+    stage = stage_shape(shape, stages)
+    memory = rollout_memory(stage, precision, devices=devices, cache=-(-cache * stage.layers // shape.layers))
+    opponent = _shape(config.reference.model or config.model).parameters if config.opponent_share else 0
+    return replace(memory, weights=memory.weights + precision.size * opponent)
 
 
 def _device_problems(places: tuple[Place, ...], memory: Mapping[Role, Memory], nodes: NodeSection) -> Iterator[str]:

@@ -144,8 +144,7 @@ def cut_shape(shape: ModelShape, size: int, expert_parallel: int = 1) -> ModelSh
     """
     rows = size if shape.vocabulary % size == 0 else 1
     embedding = shape.vocabulary * shape.hidden
-    tied = shape.parameters - shape.linear - embedding < shape.output
-    ends = embedding if tied else embedding + shape.output
+    ends = embedding if _is_tied(shape) else embedding + shape.output
     linear, held = -(-shape.linear // size), -(-shape.held_linear // size)
     experts = shape.experts // expert_parallel
     parameters = shape.parameters - shape.linear + linear - shape.experts + experts - ends + ends // rows
@@ -163,6 +162,23 @@ def cut_shape(shape: ModelShape, size: int, expert_parallel: int = 1) -> ModelSh
         key_value=shape.key_value // size,
         intermediate=-(-shape.intermediate // size),
     )
+
+
+def stage_shape(shape: ModelShape, stages: int) -> ModelShape:
+    """Return the shape of the largest stage of a pipeline.
+
+    It has its part of the layers, and embedding or output layer.
+    """
+    if stages == 1:
+        return shape
+    embedding, layers = shape.vocabulary * shape.hidden, -(-shape.layers // stages)
+    ends = embedding if _is_tied(shape) else embedding + shape.output
+    inner = -(-(shape.parameters - ends) * layers // shape.layers)
+    return replace(shape, parameters=inner + max(embedding, shape.output), layers=layers)
+
+
+def _is_tied(shape: ModelShape) -> bool:
+    return shape.parameters - shape.linear - shape.vocabulary * shape.hidden < shape.output
 
 
 def _is_adapted(name: str, lora: LoraSection, layers: int) -> bool:

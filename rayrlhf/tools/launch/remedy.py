@@ -119,6 +119,9 @@ def _single(config: PPOConfig, nodes: NodeSection) -> Iterator[str]:
     for devices in (2, 4, 8):
         if rollout.tensor_parallel_size < devices <= nodes.gpus:
             yield f"rollout.tensor_parallel_size={devices}"
+    for stages in (2, 4):
+        if nodes.gpus and rollout.pipeline_parallel_size < stages <= nodes.count:
+            yield f"rollout.pipeline_parallel_size={stages}"
     if nodes.gpus and config.needs_reference and not config.reference_in_policy and not config.reference.offload:
         yield "reference.offload=true"
     if nodes.gpus and config.teacher is not None and not config.teacher.offload:

@@ -18,7 +18,7 @@ class Place:
     """Placement of one process.
 
     Attributes:
-        rank: its rank in the role.
+        rank: its rank in the role; the processes of a replica over several nodes have the same.
         node: index of its node.
         devices: indices of its GPUs on the node; empty on a CPU.
     """
@@ -80,11 +80,8 @@ def lay_out(plan: ResourcePlan, machine: ClusterResources) -> tuple[Place, ...]:
     places = []
     for role, workers in plan.workers.items():
         for rank, worker in enumerate(workers):
-            bundles = [granted[worker.group][index] for index in worker.bundles]
-            devices: list[int] = []
-            for node, offered in bundles:
-                devices.extend(_devices(worker.gpus, node, offered, used))
-            places.append(Place(role, rank, bundles[0][0], tuple(devices)))
+            for node, offered in (granted[worker.group][index] for index in worker.bundles):
+                places.append(Place(role, rank, node, tuple(_devices(worker.gpus, node, offered, used))))
     return tuple(places)
 
 

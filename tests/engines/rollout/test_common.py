@@ -231,7 +231,7 @@ def test_a_multimodal_model_needs_torchvision_which_is_named_before_the_engine_s
     text = {"vocab_size": 264, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
     Gemma3Config(text_config=text, vision_config={"num_hidden_layers": 1, "hidden_size": 32}).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    monkeypatch.setattr("rayrlhf.engines.rollout.vllm.find_spec", lambda name: None)
+    monkeypatch.setattr("rayrlhf.engines.rollout.vllm_start.find_spec", lambda name: None)
     spec = RolloutSpec(ModelSection(path=str(tmp_path)), RolloutSection(), seed=0)
     with pytest.raises(UserError, match=r"^rollout: vLLM needs torchvision for gemma3, a multimodal model"):
         VLLMRolloutEngine(spec)

@@ -27,13 +27,14 @@ def send(engine, version, network):
 
 
 @pytest.mark.slow
-def test_two_workers_sample_from_every_update_and_end_with_the_engine(monkeypatch):
+@pytest.mark.parametrize("key", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_workers_sample_from_every_update_and_end_with_the_engine(monkeypatch, key):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     shared = set(Path("/dev/shm").iterdir())
-    engine, network = start("vllm", tensor_parallel_size=2), load_network()
+    engine, network = start("vllm", **{key: 2}), load_network()
     left = [path.name for path in set(Path("/dev/shm").iterdir()) - shared if "cpushm" in path.name]
     assert left == [], "the memory of the workers' collectives has no name that a kill could leave behind"
-    workers = [child for child in psutil.Process().children(recursive=True) if "Worker_TP" in " ".join(child.cmdline())]
+    workers = [child for child in psutil.Process().children(recursive=True) if "Worker_" in " ".join(child.cmdline())]
     assert len(workers) == 2
     patched = engine._engine.collective_rpc(few_shapes)
     assert patched == [True, True]

@@ -12,7 +12,7 @@ from rayrlhf.config.model import ModelSection
 from rayrlhf.config.rollout import RolloutSection
 from rayrlhf.data.records import RolloutRequest, SampleKey
 from rayrlhf.engines.rollout.common import RolloutSpec
-from rayrlhf.engines.rollout.vllm import GPU_PREFILL_TOKENS, _gpu_settings
+from rayrlhf.engines.rollout.vllm_start import GPU_PREFILL_TOKENS, _gpu_settings
 from rayrlhf.errors import DeviceMemoryError, UserError
 from tests.engines.rollout_cases import CONTEXT, make_requests, sample, start
 
@@ -46,9 +46,14 @@ def test_without_vllm_the_error_says_what_to_install(monkeypatch):
         start("vllm")
 
 
-def test_the_transformers_backend_is_not_tensor_parallel():
-    with pytest.raises(UserError, match=r"^rollout.tensor_parallel_size 2 needs rollout.backend 'vllm', found 'transformers'"):
-        start("transformers", tensor_parallel_size=2)
+@pytest.mark.parametrize(
+    ("size", "backend"),
+    [("tensor", "transformers"), ("pipeline", "transformers"), ("pipeline", "tests.testing.engines:Engine")],
+)
+def test_another_backend_has_one_device(size, backend):
+    refused = rf"^rollout.{size}_parallel_size 2 needs rollout.backend 'vllm', found '{backend}'; expected 1$"
+    with pytest.raises(UserError, match=refused):
+        start(backend, **{f"{size}_parallel_size": 2})
 
 
 def test_a_cache_too_small_for_one_response_is_the_users_to_mend():

@@ -50,6 +50,34 @@ def test_a_tensor_parallel_replica_never_crosses_nodes(folder):
     assert len({(place.node, device) for place in places(config, "rollout") for device in place.devices}) == 12
 
 
+def test_a_replica_over_several_nodes_has_the_devices_of_a_bundle_on_each(folder):
+    sizes = ["rollout.replicas=2", "rollout.tensor_parallel_size=4", "rollout.pipeline_parallel_size=4"]
+    laid = places(ppo(folder / "7b", DISAGGREGATED, *sizes), "rollout")
+    assert [(place.rank, len(place.devices)) for place in laid] == [(0, 8), (0, 8), (1, 8), (1, 8)]
+    assert len({place.node for place in laid}) == 4
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_a_stage_holds_its_layers_and_one_end_of_the_model(folder, stages):
+    """32 layers: of three stages the largest has 11."""
+    one, cut = (
+        plan_run(
+            ppo(folder / "7b", DISAGGREGATED, "rollout.tensor_parallel_size=4", f"rollout.pipeline_parallel_size={size}"),
+            NodeSection(count=4, gpus=8, cpus=96, gpu_memory_gib=40),
+        )
+        for size in (1, stages)
+    )
+    ends, layers = 32000 * 4096, -(-32 // stages)
+    inner = one.memory["rollout"].weights * 4 // 2 - 2 * ends
+    assert cut.memory["rollout"].weights == pytest.approx(2 * (inner * layers / 32 + ends) / 4, rel=1e-6)
+    token = 2 * 4096 * 2
+    assert cut.memory["rollout"].cache == pytest.approx(cut.cache_tokens * token * layers / 4, rel=1e-4)
+    assert cut.memory["rollout"].total == pytest.approx(0.5 * 40 * GIB, rel=1e-6)
+    assert (one.cache_tokens, cut.cache_tokens) == pytest.approx(
+        ((4 * one.memory["rollout"].cache) / (token * 32), (4 * cut.memory["rollout"].cache) / (token * layers)), rel=1e-4
+    )
+
+
 def test_colocated_roles_share_the_device_of_their_rank(folder):
     ranks = [f"placement.{role}.ranks=8" for role in ("policy", "critic", "reference")]
     config = ppo(folder / "7b", *ranks, "rollout.replicas=8")
@@ -177,6 +205,16 @@ def test_of_models_that_wait_in_main_memory_a_device_holds_the_largest_and_no_mo
     one = (plan.memory["reference"].weights + plan.memory["reference"].activations) / 2**30
     assert needed() - needed("reference.offload=true") == pytest.approx(0, abs=0.15)
     assert needed() - needed("reference.offload=true", "reward.model.offload=true") == pytest.approx(one, abs=0.15)
+
+
+def test_a_replica_too_large_for_a_node_is_split_into_stages(folder):
+    config = ppo(
+        folder / "70b", DISAGGREGATED, "model.lora={rank: 16}", "model.gradient_checkpointing=true", "train.zero_stage=3",
+        "placement.policy.ranks=16", "critic.kind=shared", "algorithm.kl.coefficient=0", "train.micro_batch_tokens=512",
+        "rollout.tensor_parallel_size=4", "rollout.replicas=1", "rollout.gpu_memory_utilization=0.9",
+    )  # fmt: skip
+    nodes = NodeSection(count=6, gpus=4, cpus=96, gpu_memory_gib=32)
+    assert advice(config, nodes) == "smallest change that fits: rollout.pipeline_parallel_size=2"
 
 
 def test_offloading_is_among_the_remedies_where_it_is_what_helps(folder):
