@@ -139,7 +139,9 @@ def test_a_float32_output_layer_is_exact_under_autocast_for_weights_of_the_engin
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, _ = logprobs_and_entropy(hidden, weight, bias, targets, float32=True)
         held, _ = logprobs_and_entropy(hidden, weight.detach().bfloat16(), bias, targets, float32=True)
-    for one, other in zip((found, held, *torch.autograd.grad(found.sum(), (hidden, weight, bias))), (expected, expected, *gradients), strict=True):
+    for one, other in zip(
+        (found, held, *torch.autograd.grad(found.sum(), (hidden, weight, bias))), (expected, expected, *gradients), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 

@@ -1,7 +1,7 @@
 """OpenAI's chat completions: reads requests, writes completions and streams.
 
-A stream has its events when the completion is finished. It starts a few seconds earlier at most, with comments, so that a refusal
-is an error of HTTP unless it comes late.
+A stream has its events when the completion is finished. One that takes longer than a few seconds starts with comments. Until
+then a refusal is an error of HTTP.
 """
 
 import json

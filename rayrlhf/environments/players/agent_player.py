@@ -30,8 +30,6 @@ _logger = logging.getLogger(__name__)
 
 SLICE_SECONDS = 0.05
 """Maximum time of decoding before new requests are accepted."""
-GATHER_SECONDS = 0.005
-"""Time for which an idle engine waits for more requests after the first one. Requests that arrive together are decoded together."""
 CHECK_SECONDS = 0.1
 """Time between checks for agents that take too long. With 512 sessions a check of all takes about 0.3 ms."""
 BLOCKED_SECONDS = 0.5
@@ -173,8 +171,6 @@ class AgentPlayer(Player):
         wait, left = not self._engine.unfinished, end - time.monotonic()
         try:
             event = self._server.calls.get(wait, max(min(left, CHECK_SECONDS), 0.0) if wait else None)
-            if wait:
-                time.sleep(GATHER_SECONDS)
             while True:
                 self._handle(event)
                 event = self._server.calls.get_nowait()

@@ -20,7 +20,9 @@ def mean_gap(backend: str, path: str, head_dtype: str, *, context: int = CONTEXT
     """Mean difference of the log-probs of trainer and engine in nats, over the sampled tokens."""
     model = ModelSection.model_validate({"path": path, "dtype": "bfloat16", "head_dtype": head_dtype})
     network = build_network(model, frozenset({"lm"}), "zero", 0)
-    rollout = RolloutSection.model_validate({"backend": backend, "max_concurrent": 8, "memory_gib": 0.0625, "max_model_length": context})
+    rollout = RolloutSection.model_validate(
+        {"backend": backend, "max_concurrent": 8, "memory_gib": 0.0625, "max_model_length": context}
+    )
     engine = build_rollout_engine(RolloutSpec(model, rollout, seed=0))
     try:
         rollouts = list(sample(engine, make_requests(4), max_new_tokens=context - 50).values())

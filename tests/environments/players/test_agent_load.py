@@ -65,7 +65,9 @@ def test_512_sessions_of_four_turns_end_without_an_error_within_their_time(monke
     limits, sampler = section("turns", timeout_seconds=300), Sampler()
     player = AgentPlayer(sampler, find_agent(limits), limits, Texts.of(TOKENIZER))
     try:
-        player.submit([request(SESSIONS)], temperature=1.0, max_new_tokens=5000)  # Libraries are imported by the first requests.
+        player.submit(
+            [request(SESSIONS)], temperature=1.0, max_new_tokens=5000
+        )  # Libraries are imported by the first requests.
         player.poll(1)
         sampler.asked.clear()
         start, sampler.seconds = time.process_time(), 0.0
