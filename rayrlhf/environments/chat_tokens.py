@@ -50,7 +50,7 @@ class Opening(NamedTuple):
     rest: str = ""
 
     def end_in(self, text: str) -> int:
-        """Return the end of this conversation in the text of a longer one; -1 if that begins differently."""
+        """Return where this conversation ends in a longer one's text; -1 if that begins differently."""
         at = text.find(self.rest, len(self.base)) if text.startswith(self.base) else -1
         return at + len(self.rest) if at >= 0 else -1
 
@@ -245,7 +245,7 @@ class ChatTokens:
 
 
 def _kind(messages: Sequence[Message], options: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the kind of a conversation, by which the header of a completion after it is known."""
+    """Return the kind of a conversation, which decides the header of its next completion."""
     return messages[-1]["role"], repr(options)
 
 

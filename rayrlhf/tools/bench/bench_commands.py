@@ -97,7 +97,7 @@ def bench_score_command(
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each trainer, each with its seed.")] = 3,
     output: Output = None,
 ) -> None:
-    """Compare the time to a held-out score of our GRPO and TRL's on the quickstart's task."""
+    """Compare the time to a held-out score of GRPO with TRL's on the quickstart's task."""
     from rayrlhf.tools.bench.time_to_score import ScoreWork, bench_score
 
     found = []

@@ -1,4 +1,4 @@
-"""`rayrlhf bench score`: seconds to a held-out score, ours and TRL's `GRPOTrainer` on the task of the quickstart.
+"""Time to a held-out score: ours and TRL's `GRPOTrainer` on the quickstart's task.
 
 Both learn by GRPO from the same start model, prompts, reward, LoRA adapters, optimizer and sample counts, and TRL samples with
 transformers' `generate`, its default. Each run has its own process, alternately, and each round its own seed. Its clock starts

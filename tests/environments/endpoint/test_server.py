@@ -49,8 +49,10 @@ def test_a_stream_has_comments_until_its_completion_is_finished(server):
         lines = [line for line in response.iter_lines() if line]
     assert response.headers["content-type"].startswith("text/event-stream")
     comments = [line.startswith(": ping") for line in lines]
-    assert comments[:2] == [True, True] and not any(comments[comments.index(False) :])
-    assert any('"content": "hello"' in line for line in lines) and lines[-1] == "data: [DONE]"
+    assert comments[:2] == [True, True]
+    assert not any(comments[comments.index(False) :])
+    assert any('"content": "hello"' in line for line in lines)
+    assert lines[-1] == "data: [DONE]"
 
 
 def test_clients_read_late_completions_and_raise_late_refusals(server):
