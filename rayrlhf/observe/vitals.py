@@ -79,7 +79,7 @@ def local_processes() -> dict[str, Any]:
             resident += process.memory_info().rss
             title = " ".join(process.cmdline())
             if title.startswith("ray::") and not title.startswith("ray::IDLE"):
-                name = f"{title.removeprefix('ray::').split('.')[0]}/{process.pid}"
+                name = f"{title.split()[0].removeprefix('ray::').split('.')[0]}/{process.pid}"  # Ray pads titles
                 peak = peak_resident_bytes(Path(f"/proc/{process.pid}/status"))
                 workers[name] = {"pid": process.pid, "state": process.status(), "peak_gib": round(peak / GIB, 3)}
     return {"resident_gib": round(resident / GIB, 3), "actors": workers}

@@ -187,7 +187,7 @@ def test_vitals_are_written_while_the_run_goes_on_and_keep_their_newest_lines(tm
 
 
 def test_ray_workers_of_a_run_without_heartbeats_are_named_with_their_state():
-    command = ["bash", "-c", "exec -a ray::RayTrainWorker.run sleep 60"]
+    command = ["bash", "-c", "exec -a 'ray::RayTrainWorker  ' sleep 60"]
     with subprocess.Popen(command) as worker:
         time.sleep(0.3)
         os.kill(worker.pid, signal.SIGSTOP)
