@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Increased whenever the same options would give another folder, so that an old cache is not used."""
 HEAD_SIZE = 64
-USUAL_INIT = 0.02
+USUAL_INIT, USUAL_THETA = 0.02, 10_000.0
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -41,6 +41,7 @@ class TinyOptions:
         context: longest sequence in tokens (bytes).
         init: standard deviation of the random weights. With transformers' 0.02 the attention of a narrow model is so flat at
             first that it learns to look things up in its context hundreds of steps later than with 0.1, or not at all.
+        rope_theta: base of the rotary positions; a larger one suits longer contexts.
         experts: of a layer, at least 2, two of which compute each token; 0 for one feed-forward network.
     """
 
@@ -50,6 +51,7 @@ class TinyOptions:
     hidden: int = 256
     context: int = 2048
     init: float = USUAL_INIT
+    rope_theta: float = USUAL_THETA
     experts: int = 0
 
     @classmethod
@@ -94,8 +96,9 @@ class TinyOptions:
         tie = "tied" if self.tie else "untied"
         init = "" if self.init == USUAL_INIT else f"-init{self.init!r}"
         experts = f"-experts{self.experts}" if self.experts else ""
+        theta = "" if self.rope_theta == USUAL_THETA else f"-theta{self.rope_theta!r}"
         shape = f"layers{self.layers}-hidden{self.hidden}-context{self.context}"
-        return f"tiny-v{FORMAT}-{shape}-{tie}-seed{self.seed}{init}{experts}"
+        return f"tiny-v{FORMAT}-{shape}-{tie}-seed{self.seed}{init}{theta}{experts}"
 
 
 def _positive(text: str, where: str) -> float:
@@ -132,6 +135,7 @@ def write_tiny(options: TinyOptions, folder: Path) -> None:
         max_position_embeddings=options.context,
         tie_word_embeddings=options.tie,
         initializer_range=options.init,
+        rope_parameters={"rope_type": "default", "rope_theta": options.rope_theta},
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
