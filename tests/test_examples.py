@@ -36,6 +36,7 @@ CHAINS = [
     "examples/distillation/chain.yaml",
     "examples/dpo/chain.yaml",
     "examples/icl/chain.yaml",
+    "examples/long_context/chain.yaml",
     "examples/moe/chain.yaml",
     "examples/preferences/chain.yaml",
     "examples/preferences/tiny.yaml",
