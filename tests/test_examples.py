@@ -36,6 +36,8 @@ CHAINS = [
     "examples/distillation/chain.yaml",
     "examples/dpo/chain.yaml",
     "examples/icl/chain.yaml",
+    "examples/long_context/chain.yaml",
+    "examples/moe/chain.yaml",
     "examples/preferences/chain.yaml",
     "examples/preferences/tiny.yaml",
     "examples/rft/chain.yaml",

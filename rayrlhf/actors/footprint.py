@@ -12,6 +12,7 @@ from typing import NamedTuple
 import psutil
 
 from rayrlhf.config.section import GIB
+from rayrlhf.observe.memory import peak_resident_bytes
 
 
 class Footprint(NamedTuple):
@@ -25,9 +26,7 @@ def own_footprint(status: Path = Path("/proc/self/status")) -> Footprint:
     """Return this process's footprint; the current resident size where the system keeps no peak."""
     torch = sys.modules.get("torch")  # This must not import torch.
     device = int(torch.cuda.max_memory_reserved()) if torch is not None and torch.cuda.is_initialized() else 0
-    lines = status.read_text().splitlines() if status.is_file() else []
-    peak = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
-    return Footprint(peak or int(psutil.Process().memory_info().rss), device)
+    return Footprint(peak_resident_bytes(status) or int(psutil.Process().memory_info().rss), device)
 
 
 def role_peaks(footprints: Mapping[str, Footprint]) -> dict[str, float]:

@@ -1,12 +1,13 @@
 """`builtin:tiny`: a small random Llama with a byte tokenizer, for tests and first runs offline.
 
 The tokenizer has one token for each of the 256 bytes and three special ones, so it encodes any text without loss and always
-matches the model. The architecture is Llama, with heads of 64, which vLLM's CPU kernels support.
+matches the model. The architecture is Llama, or Qwen3-MoE with experts, with heads of 64, which vLLM's CPU kernels support.
 """
 
 import difflib
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import parse_qsl
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Increased whenever the same options would give another folder, so that an old cache is not used."""
 HEAD_SIZE = 64
-USUAL_INIT = 0.02
+USUAL_INIT, USUAL_THETA = 0.02, 10_000.0
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -40,6 +41,8 @@ class TinyOptions:
         context: longest sequence in tokens (bytes).
         init: standard deviation of the random weights. With transformers' 0.02 the attention of a narrow model is so flat at
             first that it learns to look things up in its context hundreds of steps later than with 0.1, or not at all.
+        rope_theta: base of the rotary positions; a larger one suits longer contexts.
+        experts: of a layer, at least 2, two of which compute each token; 0 for one feed-forward network.
     """
 
     seed: int = 0
@@ -48,6 +51,8 @@ class TinyOptions:
     hidden: int = 256
     context: int = 2048
     init: float = USUAL_INIT
+    rope_theta: float = USUAL_THETA
+    experts: int = 0
 
     @classmethod
     def parse(cls, query: str, path: str) -> Self:
@@ -81,6 +86,8 @@ class TinyOptions:
             raise UserError(f"{path}: hidden: expected a multiple of {HEAD_SIZE}, found {options.hidden}")
         if options.layers < 1 or options.context < 2:
             raise UserError(f"{path}: expected layers >= 1 and context >= 2")
+        if options.experts == 1:
+            raise UserError(f"{path}: experts: expected 0 or at least 2, found 1")
         return options
 
     @property
@@ -88,7 +95,10 @@ class TinyOptions:
         """Folder name, different for each variant."""
         tie = "tied" if self.tie else "untied"
         init = "" if self.init == USUAL_INIT else f"-init{self.init!r}"
-        return f"tiny-v{FORMAT}-layers{self.layers}-hidden{self.hidden}-context{self.context}-{tie}-seed{self.seed}{init}"
+        experts = f"-experts{self.experts}" if self.experts else ""
+        theta = "" if self.rope_theta == USUAL_THETA else f"-theta{self.rope_theta!r}"
+        shape = f"layers{self.layers}-hidden{self.hidden}-context{self.context}"
+        return f"tiny-v{FORMAT}-{shape}-{tie}-seed{self.seed}{init}{theta}{experts}"
 
 
 def _positive(text: str, where: str) -> float:
@@ -107,12 +117,14 @@ def write_tiny(options: TinyOptions, folder: Path) -> None:
     torch's global generator is not changed.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
     tokenizer = byte_tokenizer()
     tokenizer.model_max_length = options.context
     heads = options.hidden // HEAD_SIZE
-    config = LlamaConfig(
+    experts = {"num_experts": options.experts, "num_experts_per_tok": 2, "moe_intermediate_size": options.hidden}
+    make: Any = partial(Qwen3MoeConfig, **experts, norm_topk_prob=True) if options.experts else LlamaConfig
+    config = make(
         vocab_size=len(tokenizer),
         hidden_size=options.hidden,
         intermediate_size=3 * options.hidden,
@@ -123,13 +135,14 @@ def write_tiny(options: TinyOptions, folder: Path) -> None:
         max_position_embeddings=options.context,
         tie_word_embeddings=options.tie,
         initializer_range=options.init,
+        rope_parameters={"rope_type": "default", "rope_theta": options.rope_theta},
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        model = LlamaForCausalLM(config).to(torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -1,8 +1,8 @@
 """`vitals.jsonl`: state of a run's processes every few seconds, also of those before a death.
 
 A line of PPO holds the driver's step, the calls it waits for, open requests, each actor's process with the age of its
-heartbeat, and memory; one of SFT, reward models, DPO and distillation the workers' processes and memory. The file keeps the
-newest lines.
+heartbeat, and memory; one of SFT, reward models, DPO and distillation the workers' processes and peak memory. The file keeps
+the newest lines.
 """
 
 import json
@@ -18,6 +18,7 @@ from typing import Any, Self
 import psutil
 
 from rayrlhf.config.section import GIB
+from rayrlhf.observe.memory import peak_resident_bytes
 from rayrlhf.storage.atomic import write_atomically
 
 FILE_NAME = "vitals.jsonl"
@@ -68,7 +69,7 @@ class Vitals:
 
 
 def local_processes() -> dict[str, Any]:
-    """Return this process's Ray workers, and the resident size of all descendants.
+    """Return this process's Ray workers with their peaks, and the resident size of all descendants.
 
     It is the run's part of a line where no heartbeat watches actors.
     """
@@ -78,8 +79,9 @@ def local_processes() -> dict[str, Any]:
             resident += process.memory_info().rss
             title = " ".join(process.cmdline())
             if title.startswith("ray::") and not title.startswith("ray::IDLE"):
-                name = f"{title.removeprefix('ray::').split('.')[0]}/{process.pid}"
-                workers[name] = {"pid": process.pid, "state": process.status()}
+                name = f"{title.split()[0].removeprefix('ray::').split('.')[0]}/{process.pid}"  # Ray pads titles
+                peak = peak_resident_bytes(Path(f"/proc/{process.pid}/status"))
+                workers[name] = {"pid": process.pid, "state": process.status(), "peak_gib": round(peak / GIB, 3)}
     return {"resident_gib": round(resident / GIB, 3), "actors": workers}
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rayrlhf.errors import UserError
 from rayrlhf.models import builtin
@@ -52,6 +52,22 @@ def test_tied_and_untied_heads_are_what_they_say(cache):
         model = AutoModelForCausalLM.from_pretrained(resolve_model(f"{SMALL}&tie={str(tie).lower()}"))
         assert model.config.tie_word_embeddings is tie
         assert (model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()) is tie
+
+
+def test_the_base_of_the_rotary_positions_is_an_option(cache):
+    theta = [
+        AutoConfig.from_pretrained(resolve_model(path)).rope_parameters["rope_theta"]
+        for path in (SMALL, f"{SMALL}&rope_theta=1e6")
+    ]
+    assert theta == [10_000, 1_000_000]
+
+
+def test_a_tiny_model_with_experts_chooses_two_of_them(cache):
+    model = AutoModelForCausalLM.from_pretrained(resolve_model(f"{SMALL}&experts=4"))
+    assert (model.config.model_type, model.config.num_experts, model.config.num_experts_per_tok) == ("qwen3_moe", 4, 2)
+    assert model.model.layers[0].mlp.experts.gate_up_proj.shape == (4, 128, 64)
+    with pytest.raises(UserError, match="experts: expected 0 or at least 2, found 1"):
+        resolve_model(f"{SMALL}&experts=1")
 
 
 def test_the_seed_decides_the_weights_and_the_global_generator_is_left_alone(cache, tmp_path, monkeypatch):

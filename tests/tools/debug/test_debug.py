@@ -187,12 +187,13 @@ def test_vitals_are_written_while_the_run_goes_on_and_keep_their_newest_lines(tm
 
 
 def test_ray_workers_of_a_run_without_heartbeats_are_named_with_their_state():
-    command = ["bash", "-c", "exec -a ray::RayTrainWorker.run sleep 60"]
+    command = ["bash", "-c", "exec -a 'ray::RayTrainWorker  ' sleep 60"]
     with subprocess.Popen(command) as worker:
         time.sleep(0.3)
         os.kill(worker.pid, signal.SIGSTOP)
         time.sleep(0.1)
         found = local_processes()
         worker.kill()
-    assert found["actors"][f"RayTrainWorker/{worker.pid}"] == {"pid": worker.pid, "state": "stopped"}
+    own = found["actors"][f"RayTrainWorker/{worker.pid}"]
+    assert (own["pid"], own["state"], own["peak_gib"] > 0) == (worker.pid, "stopped", True)
     assert found["resident_gib"] > 0.01
