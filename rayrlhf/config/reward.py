@@ -124,7 +124,10 @@ class RewardSection(Section):
 
     @property
     def function_names(self) -> list[str]:
-        """Names of the functions' parts of the score, without module or file; one listed twice is `name` and `name_2`."""
+        """Names of the functions' parts of the score, without module or file.
+
+        One listed twice is `name` and `name_2`.
+        """
         names: list[str] = []
         for function in self.functions:
             short = function.name.rpartition(":")[2]
