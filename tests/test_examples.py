@@ -1,5 +1,6 @@
 """Every example in the tree is a configuration that loads."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from rayrlhf.config.pipelines import PreSFTConfig
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.config.tuning import RewardTrainingConfig, SFTConfig
 from rayrlhf.data.toy.played_turns import calculations
-from rayrlhf.models.tiny import END, byte_tokenizer
+from rayrlhf.models.tiny import END, TinyOptions, byte_tokenizer
 from rayrlhf.pipelines.chain.run_chain import load_chain, plan_chain
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +62,15 @@ def test_an_example_is_a_valid_configuration(path):
 @pytest.mark.parametrize("path", CHAINS)
 def test_the_stages_of_an_example_fit_together(path, tmp_path):
     assert plan_chain(load_chain(ROOT / path, [f"run.root={tmp_path}"]), (ROOT / path).parent)
+
+
+def test_the_built_in_models_of_examples_have_options_that_exist():
+    paths = {
+        path for file in (ROOT / "examples").rglob("*.yaml") for path in re.findall(r'builtin:tiny[^"\s]*', file.read_text())
+    }
+    assert len(paths) > 3
+    for path in paths:
+        TinyOptions.parse(path.partition("?")[2], path)
 
 
 def test_the_limits_of_the_agent_leave_space_for_every_call_and_answer():

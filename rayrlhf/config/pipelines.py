@@ -68,7 +68,7 @@ class EvaluateConfig(Section):
     def _check_samples(self) -> Self:
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"samples {self.samples} with temperature 0: greedy responses to a prompt are all equal")
-        names = [function.name for function in self.reward.functions] + ["reward_model"] * (self.reward.model is not None)
+        names = self.reward.function_names + ["reward_model"] * (self.reward.model is not None)
         names += ["judge_model"] * (self.reward.judge is not None)
         if self.best_by is not None and self.best_by not in names:
             raise ValueError(f"best_by {self.best_by!r}: expected a part of the reward, one of {', '.join(names)}")

@@ -1,5 +1,6 @@
 """Reward functions, reward models and judges."""
 
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -120,6 +121,18 @@ class RewardSection(Section):
     probe: bool = True
     """Call each function once on two made-up responses before the run starts, and the judge when it is loaded. false for a
     function that works only where it runs, for example on a GPU that this machine lacks."""
+
+    @property
+    def function_names(self) -> list[str]:
+        """Names of the functions' parts of the score, without module or file.
+
+        One listed twice is `name` and `name_2`.
+        """
+        names: list[str] = []
+        for function in self.functions:
+            short = function.name.rpartition(":")[2]
+            names.append(next(name for name in chain([short], (f"{short}_{n}" for n in count(2))) if name not in names))
+        return names
 
     @property
     def computed(self) -> bool:

@@ -333,7 +333,8 @@ class ExperienceMaker:
         if not advantage_method(self._config.algorithm.advantage.estimator).parts:
             return None, None
         reward, parts = self._config.reward, scored.rewards.parts
-        weights = {function.name: function.weight for function in reward.functions}
+        given = [function.weight for function in reward.functions]
+        weights = dict(zip(reward.function_names, given, strict=True))
         if reward.model is not None:
             weights[MODEL_PART] = reward.model.weight
         if reward.judge is not None:

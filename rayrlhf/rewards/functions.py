@@ -16,7 +16,6 @@ import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, count
 from types import SimpleNamespace
 from typing import Any
 
@@ -188,15 +187,12 @@ def load_functions(section: RewardSection) -> list[BoundFunction]:
     import_files(section.files)
     owners = _owned_parts(section)
     functions: list[BoundFunction] = []
-    for entry in section.functions:
+    for name, entry in zip(section.function_names, section.functions, strict=True):
         function = resolve(entry.name)
         _check_arguments(entry.name, function, entry.arguments)
         reads = [name for name in _UNCACHED if name in inspect.signature(function).parameters]
         if entry.cache and reads:
             raise UserError(f"reward function {entry.name!r} reads {reads[0]}, which are never equal: expected cache: false")
-        short = entry.name.rpartition(":")[2]
-        taken = {bound.name for bound in functions}
-        name = next(name for name in chain([short], (f"{short}_{n}" for n in count(2))) if name not in taken)
         if name in owners:
             raise UserError(f"reward function {entry.name!r}: the name {name!r} is that of a part of {owners[name]}; rename it")
         cache = ContentCache(name) if entry.cache else None

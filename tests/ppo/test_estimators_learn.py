@@ -7,6 +7,7 @@ from rayrlhf.algorithms.advantages import ADVANTAGE_ESTIMATORS
 from rayrlhf.ppo.train_ppo import train_ppo
 from tests.ppo.runs import LEARNING, run_config, scores_of
 
+pytestmark = pytest.mark.usefixtures("cluster")
 SEEDS = (0, 1, 2)
 OWN_SETTINGS = {
     "gae": ["critic.kind=shared", "rollout.prompts_per_step=64", "rollout.samples_per_prompt=1"],
@@ -31,6 +32,7 @@ def learned(folder, name, seed, *settings):
         "rollout.samples_per_prompt=4",
         "run.steps=12",
         f"run.seed={seed}",
+        "placement={policy: {threads: 1}, rollout_threads: 1}",
         *settings,
     )
     result = train_ppo(config)

@@ -262,10 +262,11 @@ def test_the_tokens_of_correct_responses_share_the_weight_of_all():
         assert not arrays["positive_weights"][~arrays["action_mask"]].any()
 
 
-def test_gdpo_reads_the_values_of_each_reward_function():
+@pytest.mark.parametrize("module", ["", "own.module:", "own/file.py:"])
+def test_gdpo_reads_the_values_of_each_reward_function(module):
     settings = [
         "algorithm.advantage.estimator=gdpo",
-        "reward.functions=[{name: length, weight: 2}, {name: word_count, weight: 1}]",
+        f"reward.functions=[{{name: {module}length, weight: 2}}, {{name: {module}word_count, weight: 1}}]",
     ]
     rows = two_prompts([2.0, 2.0, 2.0, 2.0])
     parts = {

@@ -207,8 +207,8 @@ def _format(section: RewardModelSection, folder: Path) -> AnswerFormat:
     """Return the stored format of a model, or that of its kind.
 
     Raises:
-        UserError: the model scores steps where whole responses are to be scored, or the reverse; or the separator of its steps
-            is unknown.
+        UserError: the model scores steps where whole responses are to be scored, or the reverse; its gating contradicts a
+            setting; or the separator of its steps is unknown.
     """
     found, place = AnswerFormat.read(folder), f"reward.model {section.model.path!r}"
     architecture = architecture_of(folder)
@@ -217,6 +217,7 @@ def _format(section: RewardModelSection, folder: Path) -> AnswerFormat:
         if process:
             raise UserError(f"{place}: a process reward model, which scores steps; set reward.model.steps to score them")
         return found or AnswerFormat()
+    _gated_head(section, folder)
     if not process and (found is not None or architecture.endswith("ForSequenceClassification")):
         raise UserError(f"{place}: an outcome reward model, which scores whole responses; remove reward.model.steps")
     stored, given = None if found is None else found.step_separator, section.steps.separator

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 from rayrlhf.config.model import ModelSection
-from rayrlhf.config.reward import RewardModelSection
+from rayrlhf.config.reward import RewardModelSection, StepRewardSection
 from rayrlhf.engines.scoring.reward_model import RewardModelEngine, check_reward_models
 from rayrlhf.errors import UserError
 from rayrlhf.models.tiny import byte_tokenizer
@@ -110,6 +110,8 @@ def test_a_response_that_leaves_no_room_for_the_prompt_is_one_line(tmp_path):
         ({"reward_transform_matrix": None}, {}, "reward_transform_matrix is missing"),
         ({}, {"template": "{prompt}{response}"}, "remove reward.model.template"),
         ({}, {"outputs": {"1": 1.0}}, "remove reward.model.outputs"),
+        ({}, {"steps": StepRewardSection()}, "remove reward.model.steps"),
+        ({}, {"steps": StepRewardSection(separator="\n")}, "remove reward.model.steps"),
     ],
 )
 def test_what_is_not_the_gating_of_armorm_is_refused_by_name(tmp_path, changes, settings, message):

@@ -118,7 +118,11 @@ def test_answers_without_a_verdict_are_counted_and_written_although_no_reward_ap
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
-    [(["samples=2"], "greedy responses to a prompt are all equal"), (["best_by=reward_model"], "one of gsm8k, length")],
+    [
+        (["samples=2"], "greedy responses to a prompt are all equal"),
+        (["best_by=reward_model"], "one of gsm8k, length"),
+        (["best_by='own:half'", "reward.functions=[{name: 'own:half'}, {name: 'own:half'}]"], "one of half, half_2"),
+    ],
 )
 def test_tries_that_cannot_differ_and_judges_that_do_not_exist_are_refused(tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
