@@ -36,8 +36,8 @@ class ModelSection(Section):
     dtype: Precision = "auto"
     """Compute precision. `auto` is bfloat16 on GPUs and on CPUs with AVX512-BF16 or AMX, else float32."""
     head_dtype: Literal["model", "float32"] = "model"
-    """Precision of the output layer, in training, scoring and sampling: `model` is `dtype`. With `float32` a bfloat16 model's
-    log-probs of trainer and rollout engine differ half as much."""
+    """Precision of the output layer for log-probs, in training, scoring and sampling: `model` is `dtype`. With `float32` the
+    log-probs of a bfloat16 model's trainer and rollout engine differ less: SmolLM2's 0.52 to 0.64 times as much."""
     revision: str | None = None
     """Branch, tag or commit of a hub model. Default: its main branch."""
     trust_remote_code: bool = False
@@ -50,6 +50,15 @@ class ModelSection(Section):
     """Train adapters only. Default: full fine-tuning."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: less memory, about a third more time."""
+
+    def check_scalar(self) -> None:
+        """Refuse settings without effect on a critic or reward model, which has no log-probs.
+
+        Raises:
+            ValueError: `head_dtype` is set.
+        """
+        if self.head_dtype != "model":
+            raise ValueError(f"head_dtype '{self.head_dtype}' of {self.path} has no effect, as the model gives no log-probs")
 
 
 class CriticSection(Section):
@@ -82,6 +91,8 @@ class CriticSection(Section):
             used = self.kind == "separate" or (self.kind == "shared" and name == "learning_rate")
             if not used and getattr(self, name):
                 raise ValueError(f"{name} has no effect with kind '{self.kind}': remove it, or set kind to 'separate'")
+        if self.model is not None:
+            self.model.check_scalar()
         if self.warmup_steps and self.pretrain_steps:
             raise ValueError("warmup_steps and pretrain_steps both let the critic train alone: remove one of them")
         return self

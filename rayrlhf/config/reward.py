@@ -86,6 +86,8 @@ class RewardModelSection(Section):
     def _check_ensemble(self) -> Self:
         if self.uncertainty and not self.members:
             raise ValueError("uncertainty has no effect without members: one model has no disagreement")
+        for model in self.models:
+            model.check_scalar()
         return self
 
     @model_validator(mode="after")

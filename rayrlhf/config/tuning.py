@@ -221,6 +221,7 @@ class RewardTrainingConfig(TuningRootConfig):
 
     @model_validator(mode="after")
     def _check_reward_kind(self) -> Self:
+        self.model.check_scalar()
         if self.kind == "process" and self.train.center_coefficient:
             raise ValueError("train.center_coefficient centers the rewards of pairs and has no effect on kind process")
         if self.kind == "outcome" and self.data.step_separator != "\n":

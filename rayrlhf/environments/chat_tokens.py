@@ -188,10 +188,10 @@ class ChatTokens:
             reasoning = answer["content"].strip()
             if reasoning not in self._render([*answered, *new], options, whole=False)[start:]:
                 return None
-        header = self._headers.get(_kind(new, options))
+        header, following = self._headers.get(_kind(new, options)), None
         # Templates drop the reasoning of earlier answers, which only a render of the conversation shows.
-        known = header is not None and tail.endswith(header) and not reasoning
-        following = Opening(now, now[:start], tail[: len(tail) - len(header)]) if known and header else None
+        if header and tail.endswith(header) and not reasoning:
+            following = Opening(now, now[:start], tail.removesuffix(header))
         ended = "" if last_token is None else self._tokenizer.decode([last_token])
         return Continuation(self.encode(tail[len(ended) :] if tail.startswith(ended) else tail), now, following)
 

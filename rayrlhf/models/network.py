@@ -58,16 +58,16 @@ class Network(nn.Module):
         replays_routing: experts of the positions are forced; see `replay_routing`.
         row_split: this rank's columns of each row, if `split_rows` was called.
         weight_split: this rank's part of each weight, if they are cut (`rayrlhf.models.load_check.split_weights`).
-        teacher_layer: weight [V, H] and bias of the output layer for a teacher's hidden states; not parameters of this network.
-            None without a teacher.
+        teacher_layer: weight [V, H] and bias of the teacher's output layer, no parameters of this network; None without one.
         float32_head: compute log-probs' logits in float32 also under autocast.
         noise_alpha: strength of NEFTune noise on the embeddings while gradients are enabled; None adds none.
         check: outcome of the check on load; decides how samples share a forward, and what follows the output layer.
         probed: padded states of that check, until `accept_packed_rows` compares others with them.
     """
 
-    def __init__(self, model: PreTrainedModel, v_head: ValueHead | None) -> None:
+    def __init__(self, model: PreTrainedModel, v_head: ValueHead | None, *, float32_head: bool = False) -> None:
         super().__init__()
+        self.float32_head = float32_head
         self.model = model
         self.v_head = v_head
         self.has_lm_head = model.get_output_embeddings() is not None
@@ -78,7 +78,7 @@ class Network(nn.Module):
         self.noise_alpha: float | None = None
         self.check = LoadCheck(str(model.config.model_type))
         self.probed: Tensor | None = None
-        self.by_segments = self.replays_routing = self.float32_head = False
+        self.by_segments = self.replays_routing = False
         self._load: RouterLoad | None = None
 
     @property
@@ -383,8 +383,7 @@ def build_network(
         used = v_head.stored_names if stored is not None or head is not None else ()
         backbone.unused_weights = [name for name in backbone.unused_weights if not name.startswith(used)]
     disable_dropout(backbone)
-    network = Network(backbone, v_head)
-    network.float32_head = model.head_dtype == "float32"
+    network = Network(backbone, v_head, float32_head=model.head_dtype == "float32")
     with attention_on_cpu(backbone), nullcontext() if shards is None else shards.in_use(backbone):
         if model.lora is not None:
             add_lora(backbone, model.lora, seed)

@@ -36,6 +36,7 @@ def test_the_plan_names_the_kind_and_the_format(tmp_path):
     [
         (["train.center_coefficient=0.1"], "center_coefficient centers the rewards of pairs and has no effect on kind process"),
         (["kind=outcome", "data.step_separator=;"], "step_separator has no effect on kind outcome"),
+        (["model.head_dtype=float32"], r"head_dtype 'float32' of builtin:tiny\S* has no effect"),
     ],
 )
 def test_settings_of_the_other_kind_are_refused(tmp_path, overrides, message):

@@ -163,6 +163,8 @@ def test_differences_show_old_and_new(minimal):
         ("algorithm.advantage.arguments={a: 1}", "algorithm.advantage: arguments have no effect with estimator 'gae'"),
         ("algorithm.shaping.overlong_buffer=1.5", "overlong_buffer: expected a whole number of tokens, or a share below 1"),
         ("critic={kind: shared, warmup_steps: 1}", "critic: warmup_steps has no effect with kind 'shared'"),
+        ("critic={model: {path: m, head_dtype: float32}}", "critic: head_dtype 'float32' of m has no effect"),
+        ("reward.model={model: {path: r, head_dtype: float32}}", "reward.model: head_dtype 'float32' of r has no effect"),
         ("train.offload_optimizer=true", "offload_optimizer needs zero_stage 1, 2 or 3"),
         ("preset=trl-clasic", "preset: unknown preset trl-clasic; did you mean trl-classic?"),
     ],

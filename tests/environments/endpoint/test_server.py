@@ -13,7 +13,7 @@ from rayrlhf.environments.endpoint import server as module
 from rayrlhf.environments.endpoint.call import Completion, Refusal, resolve
 from rayrlhf.environments.endpoint.server import ChatServer
 
-LATE_SECONDS = 0.5
+LATE_SECONDS = 1.0
 MESSAGES = [{"role": "user", "content": "x"}]
 
 
@@ -80,7 +80,8 @@ def test_a_refusal_in_time_is_an_error_of_http(server, monkeypatch):
 def test_a_client_that_leaves_a_started_stream_cancels_its_completion(server):
     with open_stream(server) as response:
         call = server.calls.get(timeout=10)
-        assert next(response.iter_lines()).startswith(": ping")
+        lines = response.iter_lines()  # A dropped iterator closes the response.
+        assert next(lines).startswith(": ping")
         assert not call.reply.cancelled()
     for _ in range(100):
         if call.reply.cancelled():
