@@ -69,7 +69,9 @@ def test_tokens_of_the_order_are_those_of_the_tree(sequences):
     order = in_prefix_order(sequences)
     distinct = distinct_tokens(sequences)
     assert sum(order.distinct) - sum(order.shared) == distinct
-    assert order.pays == (distinct <= 0.97 * sum(map(len, sequences)))
+    tokens, branches = sum(map(len, sequences)), len(sequences) - len({int(tokens[0]) for tokens in sequences})
+    assert order.branches == branches
+    assert order.pays == (distinct <= 0.97 * tokens and tokens - distinct >= 16 * branches)
 
 
 def test_ranks_get_about_equal_shares_and_cut_few_groups():
@@ -86,6 +88,10 @@ def test_ranks_get_about_equal_shares_and_cut_few_groups():
 def prompt_with_responses(prompt, samples, response):
     """Rows of one prompt whose responses differ from their first token on."""
     return [np.concatenate([np.arange(prompt), np.full(response, prompt + row)]).astype(np.int32) for row in range(samples)]
+
+
+def test_short_prompts_are_computed_for_each_sample():
+    assert [in_prefix_order(prompt_with_responses(size, 8, 4)).pays for size in (15, 16)] == [False, True]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

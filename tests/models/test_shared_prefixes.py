@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrlhf.config.model import LoraSection, ModelSection
+from rayrlhf.data.prefix_tree import in_prefix_order
 from rayrlhf.data.records import TokenSequence
 from rayrlhf.engines.scoring.frozen import score_sequences
 from rayrlhf.engines.train.collate import collate
@@ -136,6 +137,7 @@ def family_network(family, kept={}):  # noqa: B006
 @pytest.mark.parametrize("budget", [100, 4096])
 def test_scores_are_in_input_order_and_equal_in_any_batch(family, budget):
     network = family_network(family)
+    assert in_prefix_order([sample.token_ids for sample in SAMPLES]).pays
     scores = [
         score_sequences(network, SAMPLES, OUTPUTS, temperature=0.7, token_budget=budget, device=CPU, shares_prefixes=shares)
         for shares in (False, True)
