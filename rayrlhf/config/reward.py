@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from rayrlhf.config.judge import JudgeSection
 from rayrlhf.config.model import ModelSection
-from rayrlhf.config.section import Section
+from rayrlhf.config.section import GIB, Section
 
 
 class RewardFunctionSection(Section):
@@ -76,11 +76,20 @@ class RewardModelSection(Section):
     model."""
     offload: bool = False
     """Keep the weights in main memory and copy them to the GPU for scoring only. No effect on a CPU."""
+    backend: Literal["torch", "vllm"] = "torch"
+    """`vllm` serves a classifier of sequences (`...ForSequenceClassification`) in vLLM's pooling mode. Not run on GPUs."""
+    kv_cache_gib: float | None = Field(None, gt=0)
+    """Memory of vLLM's KV cache, in GiB. Needs `backend: vllm`. Default: 0.5."""
 
     @property
     def models(self) -> list[ModelSection]:
         """All models of the ensemble."""
         return [self.model, *self.members]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size of vLLM's KV cache."""
+        return int((self.kv_cache_gib or 0.5) * GIB)
 
     @model_validator(mode="after")
     def _check_ensemble(self) -> Self:
@@ -88,6 +97,17 @@ class RewardModelSection(Section):
             raise ValueError("uncertainty has no effect without members: one model has no disagreement")
         for model in self.models:
             model.check_scalar()
+        return self
+
+    @model_validator(mode="after")
+    def _check_backend(self) -> Self:
+        if self.backend == "torch":
+            if self.kv_cache_gib is not None:
+                raise ValueError("kv_cache_gib has no effect with backend torch; remove it, or set backend: vllm")
+            return self
+        refused = {"members": self.members, "steps": self.steps, "offload": self.offload}
+        for name in (name for name, value in refused.items() if value):
+            raise ValueError(f"backend vllm does not support {name}; remove it, or set backend: torch")
         return self
 
     @model_validator(mode="after")

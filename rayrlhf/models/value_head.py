@@ -91,7 +91,7 @@ def find_head(folder: Path, outputs: Mapping[str, float] | None = None) -> dict[
             if two_labels and architecture_of(folder).endswith("ForTokenClassification"):
                 return {part: tensor[1:].float() - tensor[:1].float() for part, tensor in head.items()}
             if "weight" in head and outputs:
-                weights = _output_weights(folder, outputs, len(head["weight"]))
+                weights = output_weights(folder, outputs, len(head["weight"]))
                 return {part: (weights @ tensor.float()).reshape(1, *tensor.shape[1:]) for part, tensor in head.items()}
             if "weight" in head and head["weight"].shape[0] == 1:
                 return head
@@ -105,7 +105,7 @@ def architecture_of(folder: Path) -> str:
     return str(found[0]) if found else ""
 
 
-def _output_weights(folder: Path, outputs: Mapping[str, float], count: int) -> Tensor:
+def output_weights(folder: Path, outputs: Mapping[str, float], count: int) -> Tensor:
     """Return the weight of each output of a classifier, float32 [count]."""
     labels = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
     # Labels may be numerals, and then override the numbers.

@@ -19,15 +19,28 @@ def uncompiled() -> AbstractContextManager[Any]:
     return nullcontext() if torch.cuda.is_available() else torch.compiler.set_stance("force_eager")
 
 
-def try_out(engine: Any) -> None:
-    """Generate one token: some kernels refuse a model's sizes or dtype only when they run."""
+def try_out(engine: Any, parameters: Any = None) -> None:
+    """Compute one token: some kernels refuse a model's sizes or dtype only when they run.
+
+    Args:
+        engine: an `LLMEngine`.
+        parameters: of the request; default: generate one token.
+
+    Raises:
+        NotImplementedError: a kernel does not support the model.
+    """
     from vllm import SamplingParams
     from vllm.inputs import tokens_input
 
-    engine.add_request("try-out", tokens_input([1]), SamplingParams(max_tokens=1, detokenize=False))
-    with uncompiled():
-        while engine.has_unfinished_requests():
-            engine.step()
+    engine.add_request("try-out", tokens_input([1]), parameters or SamplingParams(max_tokens=1, detokenize=False))
+    try:
+        with uncompiled():
+            while engine.has_unfinished_requests():
+                engine.step()
+    except RuntimeError as error:
+        if "nsupported" not in str(error):
+            raise
+        raise NotImplementedError(str(error)) from error
 
 
 def next_logprobs(engine: Any, prompts: Sequence[Int32], tokens: Sequence[int]) -> Float32:

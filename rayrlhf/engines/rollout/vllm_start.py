@@ -46,11 +46,11 @@ def start_engine(spec: RolloutSpec) -> Any:
     Raises:
         UserError: vLLM refuses the settings, or is the build for GPUs and finds none.
     """
-    _prepare_process()
+    prepare_process()
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    with _explained(spec):
-        with _out_of_sight(UNREADABLE):
+    with explained(spec.section, spec.model.path, adapters=spec.adapters):
+        with out_of_sight():
             engine = LLMEngine.from_engine_args(_engine_arguments(spec))
         try_out(engine)
     if spec.rollout.devices > 1:
@@ -66,33 +66,33 @@ def serve_node(spec: RolloutSpec) -> None:
     Raises:
         UserError: as of `start_engine`.
     """
-    _prepare_process()
+    prepare_process()
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-    with _explained(spec), _out_of_sight(UNREADABLE):
+    with explained(spec.section, spec.model.path, adapters=spec.adapters), out_of_sight():
         config = _engine_arguments(spec).create_engine_config(UsageContext.ENGINE_CONTEXT, headless=True)
         executor = MultiprocExecutor(config, monitor_workers=False)
     executor.start_worker_monitor(inline=True)
 
 
-def _prepare_process() -> None:
+def prepare_process(key: str = "rollout.backend") -> None:
     """Check the device and set vLLM's environment variables, some of which it reads on import."""
-    check_vllm_device("rollout.backend")
+    check_vllm_device(key)
     for name, value in VLLM_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 @contextmanager
-def _explained(spec: RolloutSpec) -> Iterator[None]:
-    """Turn what vLLM refuses into one line."""
+def explained(section: str, path: str, *, adapters: bool = False) -> Iterator[None]:
+    """Turn what vLLM refuses into one line, which names the section of the configuration and the model."""
     try:
         yield
     except (ValueError, AttributeError, AssertionError, ImportError, KeyError, NotImplementedError, TypeError) as error:
         kind = DeviceMemoryError if "ree memory on device" in str(error) else UserError
         reason = engine_reason(error)
-        instead = f"; {INSTEAD}" if spec.adapters and "LoRA" in reason else ""
-        raise kind(f"{spec.section}: vLLM cannot serve {spec.model.path}: {reason}{instead}") from error
+        instead = f"; {INSTEAD}" if adapters and "LoRA" in reason else ""
+        raise kind(f"{section}: vLLM cannot serve {path}: {reason}{instead}") from error
 
 
 def _engine_arguments(spec: RolloutSpec) -> Any:
@@ -156,18 +156,18 @@ def _end_process() -> None:
 
 
 @contextmanager
-def _out_of_sight(name: str) -> Iterator[None]:
-    """Remove a loaded module from `sys.modules` inside the block."""
-    module = sys.modules.pop(name, None)
+def out_of_sight() -> Iterator[None]:
+    """Remove the module that vLLM cannot inspect from `sys.modules` inside the block."""
+    module = sys.modules.pop(UNREADABLE, None)
     try:
         yield
     finally:
         if module is not None:
-            sys.modules[name] = module
+            sys.modules[UNREADABLE] = module
 
 
 def _cpu_settings(spec: RolloutSpec, config: PretrainedConfig, length: int) -> dict[str, Any]:
-    _register_model_class(config)
+    register_model_class(config)
     bound_kernels()
     return {
         "enforce_eager": True,
@@ -208,7 +208,7 @@ def _gpu_settings(spec: RolloutSpec) -> dict[str, Any]:
     }
 
 
-def _register_model_class(config: PretrainedConfig) -> None:
+def register_model_class(config: PretrainedConfig) -> None:
     """Import the model's class here.
 
     Otherwise vLLM starts a second interpreter to inspect it, to avoid initializing CUDA.

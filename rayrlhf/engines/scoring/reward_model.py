@@ -5,11 +5,13 @@ different families. Prompt and response are joined by `reward.model.template`, o
 template, in this order. A process reward model has a value after each step of the response, the log-odds that it is right.
 """
 
+import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,14 +27,17 @@ from rayrlhf.data.templates import conversation, last_user_text
 from rayrlhf.engines.scoring.frozen import autocast, hold_linear_weights_in, score_sequences, training_device
 from rayrlhf.engines.scoring.offload import move_to_device
 from rayrlhf.errors import UserError
-from rayrlhf.library_types import Tokenizer
+from rayrlhf.library_types import PretrainedConfig, Tokenizer
 from rayrlhf.models.gated_head import GatedHead, find_gated_head, gated_score
-from rayrlhf.models.load import load_tokenizer, resolve_dtype
+from rayrlhf.models.load import load_architecture, load_tokenizer, resolve_dtype
 from rayrlhf.models.model_path import model_folder, one_line_reason, present_folder
 from rayrlhf.models.network import build_network
 from rayrlhf.models.value_head import architecture_of, find_head
 from rayrlhf.rewards.step_rewards import ScoredSteps, split_steps
 from rayrlhf.storage.notes import read_note
+
+if TYPE_CHECKING:
+    from rayrlhf.engines.scoring.vllm_pooling import PooledReward
 
 STATISTICS_FILE = "reward_statistics.json"
 """File next to a reward model's weights: `mean` and `spread` (standard deviation) of its rewards on held-out responses."""
@@ -43,6 +48,8 @@ BATCH_TOKENS = 8192
 class RewardModelEngine:
     """Scores (prompt, response) pairs by the value at the last token, as in reward training."""
 
+    _scorer: "PooledReward | _TorchReward"
+
     def __init__(self, section: RewardModelSection, share_prefixes: SharePrefixes = "auto") -> None:
         """Load trunk, head and tokenizer on this process's device.
 
@@ -52,20 +59,21 @@ class RewardModelEngine:
         self._section = section
         folder = model_folder(section.model)
         self._tokenizer, self._format, self._mean, self._std = _read(section, folder)
-        self._device = training_device()
-        self._dtype = resolve_dtype(section.model.dtype)
         head = _gated_head(section, folder)
-        network = build_network(section.model, frozenset({"value"}), "zero", 0, frozen=True, outputs=section.outputs, head=head)
-        _require_head(section, folder)  # of a hub model pickled weights are here only now
         self._gated = head is not None
-        network.accept_packed_rows(packing=False, unshared=UNSHARED[share_prefixes])
-        self.load_check, self.shares_prefixes = network.check.line(), network.check.shares_prefixes
-        self._network = network
-        hold_linear_weights_in(network, self._dtype)
-        self._rows = network.model.get_input_embeddings().num_embeddings
-        positions = getattr(network.model.config.get_text_config(), "max_position_embeddings", None)
-        self._longest = min(section.max_length, positions or section.max_length)
-        self._offload = move_to_device(network, self._device, offload=section.offload)
+        if section.backend == "vllm":
+            from rayrlhf.engines.scoring.vllm_pooling import PooledReward
+
+            config = load_architecture(section.model)
+            self._rows, self._longest = config.get_text_config().vocab_size, _longest(section, config)
+            self._scorer = PooledReward(section, config, self._longest, folder)
+        else:
+            self._scorer = _TorchReward(section, head, share_prefixes)
+            network = self._scorer.network
+            self._rows, config = network.model.get_input_embeddings().num_embeddings, network.model.config
+            self._longest = _longest(section, config)
+        _require_head(section, folder)  # of a hub model pickled weights are here only now
+        self.load_check, self.shares_prefixes = self._scorer.load_check, self._scorer.shares_prefixes
 
     def score(self, prompts: Sequence[str | list[Message]], responses: Sequence[str]) -> Float32:
         """Return one reward per pair, float32 [B].
@@ -75,8 +83,7 @@ class RewardModelEngine:
         `reward.model.normalize` rewards have mean 0 and standard deviation 1 over the model's held-out responses.
         """
         sequences = [self._sequence(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        found = self._values(sequences)
-        values = np.array([gated_score(row) if self._gated else row[-1] for row in found], dtype=np.float32)
+        values = self._scorer.rewards(sequences)
         return (values - np.float32(self._mean)) / np.float32(self._std)
 
     def score_steps(self, prompts: Sequence[str | list[Message]], responses: Sequence[str]) -> list[ScoredSteps]:
@@ -89,26 +96,13 @@ class RewardModelEngine:
         """
         splits = [split_steps(response, str(self._format.step_separator)) for response in responses]
         rows = [self._step_row(prompt, steps) for prompt, (steps, _) in zip(prompts, splits, strict=True)]
-        values = self._values([TokenSequence(ids, int(ends[0]) + 1) for ids, ends in rows])
+        assert isinstance(self._scorer, _TorchReward)
+        values = self._scorer.values([TokenSequence(ids, int(ends[0]) + 1) for ids, ends in rows])
         found = []
         for row, (_, places), (_, ends) in zip(values, splits, rows, strict=True):
             logits = row[ends - ends[0]].astype(np.float64)
             found.append(ScoredSteps((1 / (1 + np.exp(-logits))).astype(np.float32), places))
         return found
-
-    def _values(self, sequences: Sequence[TokenSequence]) -> list[Float32]:
-        """Return the values of each sequence, float32 [R + 1]."""
-        with self._offload.in_place(), autocast(self._device, self._dtype):
-            scores = score_sequences(
-                self._network,
-                sequences,
-                frozenset({"values"}),
-                temperature=1.0,
-                token_budget=BATCH_TOKENS,
-                device=self._device,
-                shares_prefixes=self.shares_prefixes,
-            )
-        return [score.values for score in scores if score.values is not None]
 
     def _step_row(self, prompt: str | list[Message], steps: Sequence[str]) -> tuple[Int32, NDArray[np.int64]]:
         """Return the tokens of a prompt with its steps, and the steps' last positions."""
@@ -175,6 +169,44 @@ class RewardModelEngine:
             ) from error
 
 
+class _TorchReward:
+    """Values of token sequences by a frozen network on this process's device."""
+
+    def __init__(self, section: RewardModelSection, head: GatedHead | None, share_prefixes: SharePrefixes) -> None:
+        self._device, self._dtype, self._gated = training_device(), resolve_dtype(section.model.dtype), head is not None
+        network = build_network(section.model, frozenset({"value"}), "zero", 0, frozen=True, outputs=section.outputs, head=head)
+        network.accept_packed_rows(packing=False, unshared=UNSHARED[share_prefixes])
+        self.load_check, self.shares_prefixes = network.check.line(), network.check.shares_prefixes
+        self.network = network
+        hold_linear_weights_in(network, self._dtype)
+        self._offload = move_to_device(network, self._device, offload=section.offload)
+
+    def rewards(self, sequences: Sequence[TokenSequence]) -> Float32:
+        """Return one reward per sequence, float32 [B]."""
+        found = self.values(sequences)
+        return np.array([gated_score(row) if self._gated else row[-1] for row in found], dtype=np.float32)
+
+    def values(self, sequences: Sequence[TokenSequence]) -> list[Float32]:
+        """Return the values of each sequence, float32 [R + 1]."""
+        with self._offload.in_place(), autocast(self._device, self._dtype):
+            scores = score_sequences(
+                self.network,
+                sequences,
+                frozenset({"values"}),
+                temperature=1.0,
+                token_budget=BATCH_TOKENS,
+                device=self._device,
+                shares_prefixes=self.shares_prefixes,
+            )
+        return [score.values for score in scores if score.values is not None]
+
+
+def _longest(section: RewardModelSection, config: PretrainedConfig) -> int:
+    """Return the maximum tokens of a text."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(section.max_length, positions or section.max_length)
+
+
 def check_reward_models(section: RewardModelSection) -> None:
     """Check heads, formats and statistics of all members before weights load.
 
@@ -231,6 +263,8 @@ def _format(section: RewardModelSection, folder: Path) -> AnswerFormat:
 def _gated_head(section: RewardModelSection, folder: Path) -> GatedHead | None:
     """Return the gated head of a model, without settings that contradict it."""
     head = find_gated_head(folder)
+    if section.backend == "vllm":
+        _check_pooling(section, head, folder)
     given = [name for name in ("outputs", "steps", "template") if getattr(section, name) is not None]
     if head is not None and given:
         raise UserError(
@@ -238,6 +272,19 @@ def _gated_head(section: RewardModelSection, folder: Path) -> GatedHead | None:
             f"reward.model.{given[0]}"
         )
     return head
+
+
+def _check_pooling(section: RewardModelSection, head: GatedHead | None, folder: Path) -> None:
+    """Check that vLLM is installed and serves a model in pooling mode."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("reward.model.backend: vllm is not installed; pip install 'rayrlhf[cpu]' ('rayrlhf[gpu]' on GPUs)")
+    found = architecture_of(folder) or "model of unknown architecture"
+    if head is not None or not found.endswith("ForSequenceClassification"):
+        gating = " with gating" if head is not None else ""
+        raise UserError(
+            f"reward.model.backend vllm: {section.model.path!r} is a {found}{gating}; expected a classifier of sequences, or "
+            "backend torch"
+        )
 
 
 def _require_head(section: RewardModelSection, folder: Path) -> None:

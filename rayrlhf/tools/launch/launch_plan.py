@@ -188,6 +188,8 @@ def _memory(config: PPOConfig, role: Role, ranks: int, shape: ModelShape | None,
     precision = _precision(model, nodes)
     gpu = bool(nodes.gpus)
     chunk = chunk_bytes(int(nodes.gpu_memory_gib * GIB) if gpu else None)
+    if role == "reward" and config.reward.model is not None and config.reward.model.backend == "vllm":
+        return rollout_memory(shape, precision, devices=1, cache=config.reward.model.cache_bytes)
     if role == "reward" and config.reward.model is not None:
         members = [
             frozen_memory(

@@ -68,9 +68,9 @@ def test_a_reward_model_holds_linear_weights_in_its_dtype_and_scores_the_same(mo
     monkeypatch.setattr(reward_model, "hold_linear_weights_in", lambda *_: None)
     rounded_in_each_forward = reward_model.RewardModelEngine(section)
     assert held.score(["a", "b"], ["cd", "e"]).tolist() == rounded_in_each_forward.score(["a", "b"], ["cd", "e"]).tolist()
-    linear = [m for m in held._network.model.modules() if isinstance(m, nn.Linear)]
+    linear = [m for m in held._scorer.network.model.modules() if isinstance(m, nn.Linear)]
     assert {module.weight.dtype for module in linear} == {torch.bfloat16}
-    assert held._network.v_head.summary.weight.dtype == torch.float32
+    assert held._scorer.network.v_head.summary.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("device", "offload"), [("meta", False), ("cpu", True), ("cpu", False)])

@@ -183,6 +183,9 @@ def test_members_of_a_reward_ensemble_share_a_process_and_their_weights_add_up(f
     three = plan_run(ppo(folder / "7b", f"reward.model={{model: {{{member}}}, {members}}}"), EIGHT).memory["reward"]
     assert three.weights == 3 * one.weights
     assert three.total - one.total == 2 * one.weights
+    pooled = plan_run(ppo(folder / "7b", f"reward.model={{model: {{{member}}}, backend: vllm, kv_cache_gib: 2}}"), EIGHT)
+    assert (one.cache, pooled.memory["reward"].cache) == (0, 2 * GIB)
+    assert 0.9 * one.weights < pooled.memory["reward"].weights <= one.weights
 
 
 def test_of_models_that_wait_in_main_memory_a_device_holds_the_largest_and_no_more(folder):

@@ -1,4 +1,4 @@
-"""A run that is rewarded by a process reward model: each step is paid at its last token."""
+"""Runs that are rewarded by a process reward model, and by a classifier in vLLM's pooling mode."""
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.ppo.callbacks import Callback
 from rayrlhf.ppo.train_ppo import train_ppo
 from rayrlhf.rewards.step_rewards import split_steps
+from tests.models.families import write_family
 from tests.ppo.runs import SETTINGS, run_config
 
 
@@ -67,6 +68,32 @@ def test_a_run_pays_each_step_at_its_last_token(classifier, tmp_path):
     assert max(counts) > 1
     rows = [row for row in read_metrics(config.run.folder) if "reward/reward_model_steps" in row]
     assert np.mean([row["reward/reward_model_steps"] for row in rows]) == pytest.approx(np.mean(counts))
+
+
+@pytest.mark.slow
+def test_a_run_is_rewarded_by_vllm_as_by_torch(tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    start = write_family("qwen3", tmp_path / "start", vocab_size=259, pad_token_id=0)
+    model = AutoModelForSequenceClassification.from_pretrained(start, num_labels=1)
+    with torch.no_grad():
+        model.score.weight.normal_()
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    settings = f"model: {{path: {tmp_path / 'model'}, dtype: float32}}, template: '{{prompt}}{{response}}'"
+    config = run_config(
+        tmp_path, "rollout.backend=transformers", "critic.kind=shared", "reward.functions=[]", "evaluation.enabled=false",
+        f"reward.model={{{settings}, backend: vllm, kv_cache_gib: 0.05}}",
+    )  # fmt: skip
+    collects = Collects()
+    assert train_ppo(config, [collects]).steps == 2
+    torch_section = config.reward.model.model_copy(update={"backend": "torch", "kv_cache_gib": None})
+    ensemble = RewardEnsemble(torch_section)
+    for scored in collects.steps:
+        prompts = [scored.prompts[rollout.key.prompt].text for rollout in scored.rollouts]
+        found = ensemble.score(prompts, [rollout.text for rollout in scored.rollouts])
+        np.testing.assert_allclose(scored.rewards.scores, found, rtol=1e-4, atol=1e-4)
+        assert np.std(found) > 0.1
 
 
 @pytest.mark.parametrize(
