@@ -40,6 +40,11 @@ class PlannedStage:
         """File that marks a finished stage."""
         return self.folder.with_name(f"{self.folder.name}.done.json")
 
+    @property
+    def spent(self) -> Path:
+        """File with the seconds of a stage's unfinished runs."""
+        return self.folder.with_name(f"{self.folder.name}.spent.json")
+
 
 @dataclass(frozen=True, slots=True)
 class StageReport:
@@ -47,7 +52,7 @@ class StageReport:
 
     Attributes:
         headline: its result in one line.
-        seconds: wall time of the run that finished it.
+        seconds: wall time of the run that finished it, and of those that an error or signal ended before.
         skipped: True where an earlier run of the chain finished it.
     """
 
@@ -126,10 +131,18 @@ def _run_stage(stage: PlannedStage) -> StageReport:
             stored = read_note(stage.done, _AGAIN)
             return StageReport(section.name, section.kind, stored["headline"], stored["seconds"], True)
     started = time.monotonic()
-    headline = STAGES[section.kind].run(stage.config)
+    if stage.spent.is_file():
+        with reading(stage.spent, _AGAIN):
+            started -= read_note(stage.spent, _AGAIN)["seconds"]
+    try:
+        headline = STAGES[section.kind].run(stage.config)
+    except BaseException:
+        write_atomically(stage.spent, json.dumps({"seconds": time.monotonic() - started}) + "\n")
+        raise
     seconds = time.monotonic() - started
     done = {"config": dump_config(stage.config), "headline": headline, "seconds": seconds}
     write_atomically(stage.done, json.dumps(done, indent=2) + "\n")
+    stage.spent.unlink(missing_ok=True)
     return StageReport(section.name, section.kind, headline, seconds, False)
 
 

@@ -3,7 +3,9 @@
 import io
 import json
 from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -110,17 +112,22 @@ def test_stages_run_in_order_and_a_rerun_skips_them_all(chain, started, tmp_path
     assert summary(again)[-1].endswith("minutes in all stages")
 
 
-def test_a_chain_that_failed_goes_on_at_the_stage_that_failed(chain, started, monkeypatch):
+def test_a_chain_that_failed_goes_on_at_the_stage_that_failed(chain, started, monkeypatch, tmp_path):
     def fail(config):
         raise UserError("no")
 
     whole = dict(module.STAGES)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=count(0, 10).__next__))
     monkeypatch.setitem(module.STAGES, "evaluate", StageType(EvaluateConfig, fail, export=""))
-    with pytest.raises(UserError, match=r"^no$"):
-        run_quietly(*chain())
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"^no$"):
+            run_quietly(*chain())
     assert [config.run.name for config in started] == ["first"]
     monkeypatch.setattr(module, "STAGES", whole)
-    assert [report.skipped for report in run_quietly(*chain())] == [True, False, False]
+    reports = run_quietly(*chain())
+    assert [report.skipped for report in reports] == [True, False, False]
+    assert [report.seconds for report in reports] == [10, 30, 10]  # of the second stage two runs failed
+    assert [path.name for path in (tmp_path / "runs" / "small").glob("*.spent.json")] == []
     assert [config.run.name for config in started] == ["first", "judged", "second"]
 
 
