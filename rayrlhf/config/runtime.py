@@ -83,11 +83,11 @@ class TrainPlacement(RolePlacement):
     divide `ranks`; the samples are split over the groups."""
     tensor_parallel: int = Field(1, ge=1)
     """Number of consecutive ranks that share the weights of attention and feed-forward layers, so that a rank stores and
-    computes this part of them. Must divide `ranks` and the model's heads; not with `sequence_parallel` or ZeRO stage 3."""
+    computes this part of them. Must divide `ranks` and the model's heads; not with `sequence_parallel`."""
     expert_parallel: int = Field(1, ge=1)
     """Number of consecutive ranks that share the experts of each layer, so that a rank stores this part of them. The samples
     are split over all ranks, and tokens travel to their experts. Must divide `ranks` and the model's experts; not with
-    `sequence_parallel`, `tensor_parallel` or ZeRO stage 3."""
+    `sequence_parallel` or `tensor_parallel`."""
 
     @property
     def group(self) -> int:

@@ -90,14 +90,12 @@ class UpdateSection(Section):
             groups: ranks that share weights or experts.
 
         Raises:
-            ValueError: weights are sharded twice, averaged, or ranks that compute the same would add different noise.
+            ValueError: weights are averaged, or ranks that compute the same would add different noise.
         """
         refused = {"ema_decay": "an average is of whole weights"}
         for label in ("expert_parallel", "tensor_parallel"):
             size = getattr(groups, label)
             found = f"{key}.{label} {size} with train."
-            if size > 1 and self.zero_stage == 3:
-                raise ValueError(f"{found}zero_stage 3, which shards the same weights; expected stage 0, 1 or 2")
             if label == "tensor_parallel":
                 refused["neftune_alpha"] = "ranks draw different noise"
             for name, reason in refused.items():

@@ -94,11 +94,11 @@ class WorkersSection(Section):
     divide `count`; the samples are split over the groups."""
     tensor_parallel: int = Field(1, ge=1)
     """Number of consecutive workers that share the weights of attention and feed-forward layers, so that a worker stores and
-    computes this part of them. Must divide `count` and the model's heads; not with `sequence_parallel` or ZeRO stage 3."""
+    computes this part of them. Must divide `count` and the model's heads; not with `sequence_parallel`."""
     expert_parallel: int = Field(1, ge=1)
     """Number of consecutive workers that share the experts of each layer, so that a worker stores this part of them. The
     samples are split over all workers, and tokens travel to their experts. Must divide `count` and the model's experts; not
-    with `sequence_parallel`, `tensor_parallel` or ZeRO stage 3."""
+    with `sequence_parallel` or `tensor_parallel`."""
     cpus: float | None = Field(None, gt=0)
     """CPUs per worker. Default: an equal share of the machine."""
     gpus: float | None = Field(None, ge=0)

@@ -7,14 +7,14 @@ and no second copy of any weight. Experts are stacked in place, one tensor at a 
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rayrlhf.config.model import ModelSection
@@ -22,6 +22,9 @@ from rayrlhf.errors import UserError
 from rayrlhf.library_types import PretrainedConfig, PreTrainedModel
 from rayrlhf.models.held_weights import HALVES, holdable, widen_in_use
 from rayrlhf.models.stacked_weights import OtherConversionError, copy_stacked, sources_by_parameter, stacked_shape
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Dtypes that float32 holds exactly, by their names in safetensors."""
@@ -45,6 +48,10 @@ class WeightShards(Protocol):
 
         Other rows than its own are undefined.
         """
+        ...
+
+    def narrow(self, parameter: nn.Parameter, part: Callable[[Tensor], Tensor], group: "ProcessGroup") -> None:
+        """Replace a parameter in place by a part of it, divided over a group alone."""
         ...
 
     def in_use(self, network: nn.Module) -> AbstractContextManager[None]:

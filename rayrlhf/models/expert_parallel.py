@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from rayrlhf.library_types import PreTrainedModel
-from rayrlhf.models.tensor_parallel import WeightSplit, is_cut, mark
+from rayrlhf.models.direct_load import WeightShards
+from rayrlhf.models.tensor_parallel import WeightSplit, is_cut
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,7 +39,7 @@ class ExpertSplit(WeightSplit):
         """See `expert_obstacle`."""
         return expert_obstacle(model, self.size)
 
-    def cut(self, model: PreTrainedModel) -> None:
+    def cut(self, model: PreTrainedModel, shards: WeightShards | None = None) -> None:
         """Keep this rank's experts, in place; the model must have no `obstacle`."""
         for experts in expert_layers(model):
             kind = type(experts)
@@ -46,8 +47,7 @@ class ExpertSplit(WeightSplit):
             experts.split = self
             experts.num_experts //= self.size
             for parameter in experts.parameters(recurse=False):
-                parameter.data = parameter.detach().chunk(self.size)[self.rank].clone()
-                mark(parameter, 0, self.size)
+                self.keep(parameter, 0, shards)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter], *, always: bool) -> None:
         """Sum the accumulated gradients of whole weights over the group, from now on.
@@ -64,6 +64,18 @@ class ExpertSplit(WeightSplit):
         for parameter in parameters:
             if parameter.requires_grad and not is_cut(parameter):
                 parameter.register_post_accumulate_grad_hook(add_up)  # type: ignore[no-untyped-call]
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Divide the gradients of experts by the ranks of the group, from now on.
+
+        For a backend that averages those of other weights over all ranks, and those of experts over the ranks with the same.
+
+        Args:
+            parameters: all of the network.
+        """
+        for parameter in parameters:
+            if parameter.requires_grad and is_cut(parameter):
+                parameter.register_hook(lambda gradient: gradient / self.size)  # type: ignore[no-untyped-call]
 
 
 def expert_obstacle(model: PreTrainedModel, size: int) -> str | None:

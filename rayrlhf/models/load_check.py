@@ -17,9 +17,10 @@ from torch import Tensor
 
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PretrainedConfig, PreTrainedModel
+from rayrlhf.models.direct_load import WeightShards
 from rayrlhf.models.packed_attention import SegmentsError, attend_within_segments
 from rayrlhf.models.sequence_parallel import RowSplit, split_attention
-from rayrlhf.models.tensor_parallel import WeightSplit
+from rayrlhf.models.tensor_parallel import WeightSplit, whole_shape
 
 if TYPE_CHECKING:
     from rayrlhf.models.network import Network
@@ -209,27 +210,30 @@ def splits(network: "Network", split: RowSplit) -> bool:
     return split.agree(fits, samples[0].device)
 
 
-def split_weights(network: "Network", split: WeightSplit, path: str, device: torch.device) -> None:
+def split_weights(
+    network: "Network", split: WeightSplit, path: str, device: torch.device, shards: WeightShards | None = None
+) -> None:
     """Cut a network's weights, move it to its device, and check it.
 
     Hidden states must be those of whole weights, and so must the gradients of norms and biases: those of a layer that reads
     the features of one rank only would miss the other ranks' part. Every rank of the group takes part.
 
     Args:
-        network: whole, on the CPU.
+        network: whole, on the CPU; or divided by `shards`, and in use.
         split: the part of each rank.
         path: of the model, for the message.
         device: of this rank.
+        shards: divide each part over the ranks that hold the same one.
 
     Raises:
         UserError: the weights cannot be cut, or the ranks compute something else.
     """
     reason = split.obstacle(network.model)
     if reason is None:
-        vectors = [one for one in network.trunk.parameters() if one.requires_grad and one.ndim == 1]
+        vectors = [one for one in network.trunk.parameters() if one.requires_grad and len(whole_shape(one)) == 1]
         with attention_on_cpu(network.trunk):
             wanted = _states_and_gradients(network, vectors)
-        split.cut(network.model)
+        split.cut(network.model, shards)
         network.to(device)
         try:
             states, *gradients = _states_and_gradients(network, vectors)
@@ -253,8 +257,8 @@ def _states_and_gradients(network: "Network", parameters: Sequence[Tensor]) -> l
     if not parameters:
         return [states.detach()]
     signs = torch.arange(states.numel(), device=states.device).cos().view_as(states)
-    gradients = torch.autograd.grad((states * signs).sum(), list(parameters), materialize_grads=True)
-    return [states.detach(), *gradients]
+    gradients = torch.autograd.grad((states * signs).sum(), list(parameters), allow_unused=True)
+    return [states.detach(), *(states.new_zeros(1) if one is None else one for one in gradients)]
 
 
 @torch.no_grad()

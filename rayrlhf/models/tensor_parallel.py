@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rayrlhf.library_types import PreTrainedModel
+from rayrlhf.models.direct_load import WeightShards
 from rayrlhf.models.held_weights import HeldEmbedding, HeldLinear, product
 from rayrlhf.models.logprobs import VocabularyPart
 from rayrlhf.models.rank_group import RankGroup
@@ -62,8 +63,13 @@ class WeightSplit(RankGroup):
         """See `obstacle`."""
         return obstacle(model, self.size)
 
-    def cut(self, model: PreTrainedModel) -> None:
-        """Keep this rank's part of the weights, in place; the model must have no `obstacle`."""
+    def cut(self, model: PreTrainedModel, shards: WeightShards | None = None) -> None:
+        """Keep this rank's part of the weights, in place; the model must have no `obstacle`.
+
+        Args:
+            model: whole, or divided by `shards`.
+            shards: divide each part over the ranks that hold the same one.
+        """
         for _, module, style in list(_planned(model)):
             if style == _SUMMED:
                 for parameter in module.parameters():
@@ -71,19 +77,31 @@ class WeightSplit(RankGroup):
                         parameter.register_hook(partial(_summed, group=self.group))  # type: ignore[no-untyped-call]
                 continue
             for linear in _linear_layers(module, style):
-                self._cut(linear, _CUT[style])
+                self._cut(linear, _CUT[style], shards)
         for end in _vocabulary_layers(model, self.size):
-            self._cut(end, 0)
+            self._cut(end, 0, shards)
 
-    def _cut(self, layer: nn.Linear | nn.Embedding, dim: int) -> None:
+    def _cut(self, layer: nn.Linear | nn.Embedding, dim: int, shards: WeightShards | None) -> None:
         cut_class = VocabularyEmbedding if isinstance(layer, nn.Embedding) else RowLinear if dim else ColumnLinear
         layer.__class__ = cut_class
         layer.split = self  # type: ignore[assignment]
         for name, parameter in layer.named_parameters(recurse=False):
             if is_cut(parameter) or (name == "bias" and dim):
                 continue  # tied, or added once to the sum
-            parameter.data = parameter.detach().chunk(self.size, dim)[self.rank].clone()
-            mark(parameter, dim, self.size)
+            self.keep(parameter, dim, shards)
+
+    def keep(self, parameter: nn.Parameter, dim: int, shards: WeightShards | None) -> None:
+        """Keep this rank's part of a parameter, cut along a dimension."""
+
+        def part(whole: Tensor) -> Tensor:
+            return whole.chunk(self.size, dim)[self.rank]
+
+        if shards is None:
+            parameter.data = part(parameter.detach()).clone()
+        else:
+            shards.narrow(parameter, part, self.data_group)
+        marked = cast(Any, parameter)  # the first name is Megatron's, by which DeepSpeed knows such parameters
+        marked.tensor_model_parallel, marked.partition_dim, marked.partitions = True, dim, self.size
 
     @torch.no_grad()
     def whole(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
@@ -106,18 +124,12 @@ class WeightSplit(RankGroup):
         return (cut + whole).sqrt()
 
 
-def mark(parameter: nn.Parameter, dim: int, parts: int) -> None:
-    """Mark a parameter as one of equal parts, cut along a dimension."""
-    marked = cast(Any, parameter)  # the first name is Megatron's, by which DeepSpeed knows such parameters
-    marked.tensor_model_parallel, marked.partition_dim, marked.partitions = True, dim, parts
-
-
-def is_cut(parameter: nn.Parameter) -> bool:
+def is_cut(parameter: Tensor) -> bool:
     """Return True if this rank holds a part of the parameter."""
     return hasattr(parameter, "partition_dim")
 
 
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
+def whole_shape(parameter: Tensor) -> torch.Size:
     """Return the shape of a parameter that may be cut or divided."""
     shape = list(getattr(parameter, "ds_shape", parameter.shape))
     if is_cut(parameter):
@@ -146,8 +158,8 @@ def obstacle(model: PreTrainedModel, size: int) -> str | None:
         return f"has {heads} heads and {key_heads} key heads; expected a divisor of both"
     for name, module, style in planned:
         for linear in _linear_layers(module, style) if style in _CUT else ():
-            if linear.weight.shape[_CUT[style]] % size:
-                return f"has {linear.weight.shape[_CUT[style]]} features in {name.rpartition('.')[2]}; expected a divisor"
+            if (features := whole_shape(linear.weight)[_CUT[style]]) % size:
+                return f"has {features} features in {name.rpartition('.')[2]}; expected a divisor"
     return None
 
 
@@ -165,7 +177,7 @@ def _vocabulary_layers(model: PreTrainedModel, size: int) -> list[Any]:
     """Return embedding and output layer if both can be cut by rows, otherwise none."""
     ends = [one for one in (model.get_input_embeddings(), model.get_output_embeddings()) if one is not None]
     plain = all(type(one) in (nn.Embedding, HeldEmbedding, nn.Linear, HeldLinear) for one in ends)
-    return ends if plain and all(len(one.weight) % size == 0 for one in ends) else []
+    return ends if plain and all(whole_shape(one.weight)[0] % size == 0 for one in ends) else []
 
 
 def vocabulary_part(head: nn.Module) -> VocabularyPart | None:

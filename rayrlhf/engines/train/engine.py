@@ -74,7 +74,7 @@ class TrainEngine:
                 self._spec = spec = replace(spec, packing=False)
             self.grid: Grid = make_grid(spec.sequence_parallel, spec.tensor_parallel, spec.expert_parallel)
             if self.grid.weight_split is not None:
-                split_weights(network, self.grid.weight_split, spec.model.path, self._device)
+                split_weights(network, self.grid.weight_split, spec.model.path, self._device, shards)
             if spec.routing_replay:
                 network.replay_routing(spec.model.path)
             self._network = network.to(self._device)

@@ -212,7 +212,7 @@ def _memory(config: PPOConfig, role: Role, ranks: int, shape: ModelShape | None,
     from rayrlhf.models.sequence_parallel import key_copies
 
     placement = config.placement.policy if role == "policy" else config.placement.critic
-    size, parts = placement.sequence_parallel, weight_parts(placement)
+    size, parts, divided = placement.sequence_parallel, weight_parts(placement), train.all_ranks_must_forward
     own = cut_shape(shape, placement.tensor_parallel, placement.expert_parallel)
     samples = -(-config.mini_batch_size // placement.data_ranks)
     if train.micro_batch_size is not None:
@@ -223,15 +223,16 @@ def _memory(config: PPOConfig, role: Role, ranks: int, shape: ModelShape | None,
         replace(own, key_value=own.key_value * key_copies(*shape.heads, size)),
         train,
         precision,
-        ranks=ranks // parts,
+        ranks=ranks if divided else ranks // parts,
         tokens=-(-tokens // size),
         checkpointing=model.gradient_checkpointing,
         language=role == "policy",
         states=0 if train.optimizer.name == "sgd" else 2,
         gpu=gpu,
         chunk=chunk,
+        uncut=shape if divided else None,
     )
-    return memory if parts == 1 else cut_on_load(memory, shape, language=role == "policy", gpu=gpu)
+    return memory if parts == 1 or divided else cut_on_load(memory, shape, language=role == "policy", gpu=gpu)
 
 
 def _replica_memory(config: PPOConfig, shape: ModelShape, nodes: NodeSection, cache: int, hosts: int) -> Memory:

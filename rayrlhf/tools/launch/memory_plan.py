@@ -9,6 +9,7 @@ Activations are those that autograd saves for a decoder layer like Llama's; a te
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 from rayrlhf.config.section import GIB
 from rayrlhf.config.train import TrainSection
@@ -118,23 +119,25 @@ def train_memory(
     states: int = 2,
     gpu: bool = True,
     chunk: int = CHUNK_BYTES,
+    uncut: ModelShape | None = None,
 ) -> Memory:
     """Return the peak memory of one rank of a trained model.
 
     Args:
+        shape: the model, or the part of it that ranks share with `tensor_parallel` or `expert_parallel`.
+        ranks: number of ranks with equal weights; at ZeRO-3 of all.
         tokens: of one micro-batch, padding included.
         language: the model has the output layer (a separate critic has none).
         states: float32 optimizer states per parameter: 2 for Adam, 0 for SGD.
         chunk: bytes of a chunk of logits.
+        uncut: the whole model, of which ZeRO-3 gives each rank an equal part.
     """
     stage = train.zero_stage
-    frozen_head = 0 if language else _head_parameters(shape)
-    everything = shape.parameters - frozen_head + (shape.trainable if shape.adapters else 0)
-    learned = shape.trainable if shape.adapters else everything
+    used = _weights(shape, language=language)
+    _, learned, whole = used if uncut is None else _weights(uncut, language=language)
     own = ranks if stage else 1
     master = FLOAT * -(-learned // own) if stage else 0
     own_copies = shape.adapters and shape.stored < FLOAT  # a frozen base is stored as autocast would round it
-    whole = (shape.frozen_bytes - shape.stored * frozen_head + FLOAT * shape.trainable) if own_copies else FLOAT * everything
     weights = -(-whole // ranks) if stage == 3 else whole
     divided = stage == 3 and not shape.converted  # read and divided tensor by tensor
     two = 2 * (shape.stored if own_copies else FLOAT) * shape.largest
@@ -143,8 +146,8 @@ def train_memory(
     offloaded = optimizer if train.offload_optimizer and stage else 0
     rounded = precision.size * (min(shape.linear, LIVE_ELEMENTS) if stage == 3 else shape.linear)
     rounded = rounded if precision.reduced and not own_copies else 0
-    gathered = whole * min(LIVE_ELEMENTS, everything) // everything if stage == 3 and ranks > 1 else 0
-    bucket = FLOAT * min(BUCKET_ELEMENTS, learned) if ranks > 1 else 0
+    gathered = used.size * min(LIVE_ELEMENTS, used.numbers) // used.numbers if stage == 3 and ranks > 1 else 0
+    bucket = FLOAT * min(BUCKET_ELEMENTS, used.learned) if ranks > 1 else 0
     logits = LOGIT_BUFFERS * _logit_bytes(shape, tokens, chunk) + precision.size * shape.output if language else 0
     process = PROCESS_BYTES if gpu else CPU_PROCESS_BYTES
     running = Memory(
@@ -158,6 +161,23 @@ def train_memory(
         host=max(two if divided else whole, offloaded),
     )
     return replace(running, loading=max(0, (weights + two if divided else whole) + process - running.total))
+
+
+class _Weights(NamedTuple):
+    """Numbers of a model with its adapters, of those to learn, and bytes of all."""
+
+    numbers: int
+    learned: int
+    size: int
+
+
+def _weights(shape: ModelShape, *, language: bool) -> _Weights:
+    frozen_head = 0 if language else _head_parameters(shape)
+    numbers = shape.parameters - frozen_head + (shape.trainable if shape.adapters else 0)
+    learned = shape.trainable if shape.adapters else numbers
+    if shape.adapters and shape.stored < FLOAT:
+        return _Weights(numbers, learned, shape.frozen_bytes - shape.stored * frozen_head + FLOAT * shape.trainable)
+    return _Weights(numbers, learned, FLOAT * numbers)
 
 
 def cut_on_load(memory: Memory, shape: ModelShape, *, language: bool = True, gpu: bool = True) -> Memory:

@@ -32,10 +32,11 @@ CELLS = (
     cell("qwen3_moe", 0, packing=False, router_loss=0.1),
     cell("mixtral", 1, lora=ALL),  # with checkpointing
     cell("mixtral", 2, heads=("value",), packing=False),
+    cell("qwen3_moe", 3),
 )
 WIDE = (
-    *(cell(family, stage) for family in ("qwen3_moe", "mixtral", "qwen2_moe") for stage in range(3)),
-    *(cell("qwen3_moe", stage, lora=ALL) for stage in range(3)),
+    *(cell(family, stage) for family in ("qwen3_moe", "mixtral", "qwen2_moe") for stage in range(4)),
+    *(cell("qwen3_moe", stage, lora=ALL) for stage in range(4)),
     cell("olmoe", 1, heads=("lm",)),
     cell("qwen3_moe", 1, offload=True),
     cell("qwen3_moe", 1, dtype="bfloat16"),

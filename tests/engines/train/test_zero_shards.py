@@ -18,7 +18,7 @@ from rayrlhf.engines.objectives.policy import PolicyObjective
 from rayrlhf.engines.train.backends.deepspeed import DeepSpeedBackend
 from rayrlhf.engines.train.engine import TrainEngine
 from rayrlhf.engines.train.plan import UpdatePlan
-from rayrlhf.engines.train.process_group import ProcessGroupSpec, join
+from rayrlhf.engines.train.process_group import ProcessGroupSpec, join, make_grid
 from rayrlhf.engines.train.spec import TrainEngineSpec
 from rayrlhf.models import rounding
 from rayrlhf.models.load import load_causal_model
@@ -37,6 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
     "experts": {},
 }
 RUN = {2: list(CASES), 4: ["adapters"]}
+SHARED = {"whole": (2, 1), "experts": (1, 2)}
+"""Ranks that share weights, and experts, of the network before it trains, by case."""
 CPU = torch.device("cpu")
 
 
@@ -98,8 +100,14 @@ def run_rank(rank: int, ranks: int, folder: Path) -> None:
             load_causal_model(made.model, frozen=made.model.lora is not None, shards=shards)
         found |= {"load": held.peak, "after": held.now}
         with BytesHeld() as held:
-            build_network(made.model, LM, "zero", 0, shards=shards)
+            network = build_network(made.model, LM, "zero", 0, shards=shards)
         found["build"] = held.peak
+        if case in SHARED and (split := make_grid(1, *SHARED[case]).weight_split) is not None:
+            held.peak = 0
+            with shards.in_use(network.model), held:
+                split.cut(network.model, shards)
+            found["cut"] = held.peak
+        del network
         engine = TrainEngine(made)
         found["line"] = engine.load_check
         engine.update(random_batch(random_sequences(4), 0), UpdatePlan([[[0, 1, 2, 3]]]), PolicyObjective())
@@ -151,6 +159,7 @@ def test_a_rank_holds_its_part_and_two_tensors_at_most(counted: Path, ranks: int
         assert own * 0.9 < found["after"] <= own + 20_000  # norms are divided too; the rest is rotary buffers
         assert found["load"] <= own + 2 * found["largest"] + 20_000
         assert found["build"] <= own + 2 * found["module"] + found["checks"] + 50_000  # experts of a layer are one module
+        assert found.get("cut", 0) <= own + 2 * found["largest"] + 20_000
         assert found["export"] <= 2 * 4 * found["numbers"] + 50_000  # adapters are merged in float32
         assert "samples may be packed" in found["line"]
 

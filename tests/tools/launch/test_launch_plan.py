@@ -317,6 +317,18 @@ def test_ranks_that_share_experts_hold_their_part_of_them(tmp_path):
         plan_run(ppo(model, "placement.policy={ranks: 3, expert_parallel: 3}"), EIGHT)
 
 
+def test_zero_3_divides_shared_weights_over_all_ranks(folder, tmp_path):
+    mixtral = write_model(tmp_path / "moe", MIXTRAL)
+    for model, key in ((folder / "7b", "tensor_parallel"), (mixtral, "expert_parallel")):
+        settings = ["placement.policy.ranks=8", "train.zero_stage=3"]
+        whole, cut = (
+            plan_run(ppo(model, *settings, *more), EIGHT).memory["policy"] for more in ([], [f"placement.policy.{key}=4"])
+        )
+        assert cut.optimizer == whole.optimizer
+        assert (cut.host, cut.loading) == (whole.host, 0)
+        assert cut.weights <= whole.weights
+
+
 def test_a_plan_refuses_to_split_weights_that_ranks_do_not_divide(folder):
     with pytest.raises(UserError, match=r"placement\.policy\.tensor_parallel 3: a llama .* 32 heads and 32 key heads"):
         plan_run(ppo(folder / "7b", "placement.policy={ranks: 3, tensor_parallel: 3}"), EIGHT)

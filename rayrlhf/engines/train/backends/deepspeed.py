@@ -38,7 +38,8 @@ class DeepSpeedBackend:
         self._engine = engine
         self._stage = stage
         self._split = split
-        self._data_ranks = torch.distributed.get_world_size() // (1 if split is None else split.size)
+        averages_experts = self.shards_parameters and isinstance(split, ExpertSplit)
+        self._data_ranks = torch.distributed.get_world_size() // (1 if split is None or averages_experts else split.size)
 
     @classmethod
     def weight_shards(cls, train: TrainSection, dtype: torch.dtype, device: torch.device) -> ZeroShards | None:
@@ -55,7 +56,10 @@ class DeepSpeedBackend:
         split = network.weight_split
         groups = None if split is None else _ModelParallelGroups(split)
         if isinstance(split, ExpertSplit):  # DeepSpeed's own hooks run later and add up ranks with equal experts
-            split.sum_gradients(network.parameters(), always=train.zero_stage == 2)
+            if train.zero_stage == 3:
+                split.average_gradients(network.parameters())
+            else:
+                split.sum_gradients(network.parameters(), always=train.zero_stage == 2)
         engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=_config(train, dtype), mpu=groups)
         backend = cls(engine, train.zero_stage, split)
         if train.zero_stage == 0 and backend._data_ranks == 1:
@@ -117,7 +121,7 @@ class DeepSpeedBackend:
             else:
                 shape = parameter.shape
                 if self._stage == 3:  # the parts of all ranks, the last ones padded
-                    shape = torch.Size([parameter.ds_tensor.ds_numel * torch.distributed.get_world_size()])
+                    shape = torch.Size([parameter.ds_tensor.ds_numel * parameter.ds_zero_partition_world_size])
                 safe_set_full_grad(parameter, torch.zeros(shape, dtype=torch.float32, device=self._engine.device))
 
     @contextmanager

@@ -5,13 +5,16 @@ module at a time.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ZeroShards:
@@ -52,6 +55,22 @@ class ZeroShards:
         self._init._convert_to_deepspeed_param(parameter)
         cast(Any, parameter).partition()
 
+    def narrow(self, parameter: nn.Parameter, part: Callable[[Tensor], Tensor], group: "ProcessGroup") -> None:
+        """Divide a part of a parameter over a group (see `rayrlhf.models.direct_load.WeightShards`).
+
+        One that is gathered stays so. One that is not divided yet, an adapter's, is divided by DeepSpeed later.
+        """
+        own = cast(Any, parameter)
+        own.ds_zero_partition_process_group = group
+        divided, gathered = hasattr(own, "ds_id"), own.numel() > 0
+        if divided:
+            own.all_gather(param_list=[own])
+        own.data = part(own.detach()).clone()
+        if divided:
+            self.settle(own)
+        if divided and gathered:
+            own.all_gather(param_list=[own])
+
     @contextmanager
     def in_use(self, network: nn.Module) -> Iterator[None]:
         """Gather the parameters of each module for the time of its call.
@@ -83,7 +102,7 @@ class ZeroShards:
         def pack(tensor: Tensor) -> Any:
             parameter = live.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
             if parameter is None:
-                return tensor
+                return tensor.detach()  # an output that its own node keeps would be freed never
             return parameter, tensor.shape, tensor.stride(), tensor.storage_offset() - parameter.storage_offset()
 
         def unpack(saved: Any) -> Tensor:
