@@ -85,7 +85,9 @@ class EvaluateConfig(Section):
     @model_validator(mode="after")
     def _check_routing(self) -> Self:
         if self.rollout.replays_routing:
-            raise ValueError("rollout.routing_replay 'rollout' has no effect without training; expected 'off'")
+            raise ValueError(
+                f"rollout.routing_replay '{self.rollout.routing_replay}' has no effect without training; expected 'off'"
+            )
         return self
 
     @model_validator(mode="after")

@@ -151,7 +151,6 @@ class PPOConfig(Section):
             placement, key = getattr(self.placement, role), f"placement.{role}"
             check_whole_rows(placement, key, model, self.train)
             self.train.check_shared_weights(key, placement)
-        check_routing(self)
         return self
 
     @model_validator(mode="after")
@@ -175,6 +174,7 @@ class PPOConfig(Section):
 
     @model_validator(mode="after")
     def _check_old_logprobs(self) -> Self:
+        check_routing(self)
         if self.algorithm.old_logprobs == "rollout":
             if self.algorithm.off_policy_correction.enabled:
                 raise ValueError(

@@ -210,13 +210,14 @@ class RolloutSection(Section):
     the adapter only. `merged`: base + adapter in the engine's precision. In bfloat16 most of a small update is then lost to
     rounding; in float32 nothing is, and a CPU samples about twice as fast. `auto` is `adapter` with `backend: vllm`, but for a
     policy that computes in float32 on a CPU; `merged` there and with other backends. Not measured on GPUs."""
-    routing_replay: Literal["off", "rollout"] = "off"
-    """Experts of a mixture-of-experts policy in training, for `qwen3_moe` and `mixtral` models (R3). `rollout`: those that the
+    routing_replay: Literal["off", "rollout", "old"] = "off"
+    """Experts of a mixture-of-experts policy in training, for `qwen3_moe` and `mixtral` models. `rollout` (R3): those that the
     rollout engine chose for each token, in old log-probs and updates. Tokens that its prefix cache held have the trained
-    model's own choice, as all have with `off`. Samples then share no prefixes, and no frozen layers are cached. Not together
-    with `environment`, `algorithm.online_dpo`, `observe.record`, `train_with: without_demonstrations`, engines by path, and
-    sequence or tensor parallelism of policy or replicas. On GPUs vLLM's own `enable_return_routed_experts` is used, which has
-    not been run."""
+    model's own choice, as all have with `off`. `old` (verl's R2): those that the trained model chose for its old log-probs, in
+    all updates of the step; needs `algorithm.old_logprobs: recomputed`. Samples then share no prefixes, and no frozen layers
+    are cached. Not together with `algorithm.online_dpo`, `observe.record`, and sequence or tensor parallelism of the policy;
+    `rollout` neither with `environment`, `train_with: without_demonstrations`, engines by path, and parallelism of replicas.
+    On GPUs it uses vLLM's own `enable_return_routed_experts`, which has not been run."""
     mismatch_alarm: float = Field(0.5, gt=0)
     """Maximum mean |trainer log-prob - rollout log-prob| of a step, in nats per token; above it the run stops. Only tokens
     sampled with the newest weights count, because older ones (`async.max_staleness`) differ by the updates since."""
@@ -233,5 +234,10 @@ class RolloutSection(Section):
 
     @property
     def replays_routing(self) -> bool:
-        """True if the policy is trained with the experts that the rollout engine chose."""
+        """True if the policy is trained with experts that were chosen before."""
+        return self.routing_replay != "off"
+
+    @property
+    def captures_routing(self) -> bool:
+        """True if rollout engines return the experts that they chose."""
         return self.routing_replay == "rollout"

@@ -149,7 +149,8 @@ class Rollout(Record):
         cached_tokens: of these, tokens that the prefix cache held.
         path: the agent's name for this part of the sample.
         constrained: bool [R], True on tokens sampled under a constraint; None without any.
-        experts: [P + R, layers, experts per token], chosen while it was sampled; None without `rollout.routing_replay`.
+        experts: [P + R, layers, experts per token], chosen while it was sampled, or for its old log-probs; None without
+            `rollout.routing_replay`.
     """
 
     key: SampleKey
@@ -210,6 +211,7 @@ class TokenScores(Record):
         hidden: float32 [R, H], final hidden state that predicted each response token (for the full KL).
         teacher_ids: int32 [R, K], most likely tokens at each response token.
         teacher_logprobs: float32 [R, K + 1], their log-probs, and in the last column that of all others together.
+        experts: [P + R, layers, experts per token], those that a network that replays routing chose.
     """
 
     logprobs: Float32 | None = None
@@ -218,3 +220,4 @@ class TokenScores(Record):
     hidden: Float32 | None = None
     teacher_ids: Int32 | None = None
     teacher_logprobs: Float32 | None = None
+    experts: ExpertIds | None = None

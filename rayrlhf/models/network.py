@@ -41,7 +41,7 @@ from rayrlhf.models.model_path import model_folder, one_line_reason
 from rayrlhf.models.network_io import Head, NetworkOutput, OutputName, Positions, TeacherSignal
 from rayrlhf.models.packed_attention import Segments, SegmentsError, attend_within_segments
 from rayrlhf.models.router_load import RouterLoad
-from rayrlhf.models.routing_replay import ARGUMENT, ForcedExperts, differing, parts, replay_routing
+from rayrlhf.models.routing_replay import ARGUMENT, ForcedExperts, differing, forced_experts, parts, replay_routing
 from rayrlhf.models.sequence_parallel import RowSplit
 from rayrlhf.models.tensor_parallel import WeightSplit, vocabulary_part, whole_layer
 from rayrlhf.models.value_head import HeadInit, ValueHead, find_head, make_head
@@ -216,7 +216,7 @@ class Network(nn.Module):
         if split is not None:
             part = split.part(positions, teacher, input_ids.shape[1])
             positions, teacher = part.positions, part.teacher
-        forced = ForcedExperts.of(positions.experts) if self.replays_routing and positions.experts is not None else None
+        forced = forced_experts(self, input_ids, positions.experts, record="experts" in outputs)
         self._load = RouterLoad(self.model.config, split) if "load" in outputs else None
         hidden = self._hidden(input_ids, positions, forced)
         logprobs = entropy = values = predicting = apart = None
@@ -247,6 +247,7 @@ class Network(nn.Module):
             predicting if "hidden" in outputs else None,
             apart,
             differing(forced, positions.predictors) if "routing" in outputs else None,
+            forced.ids if forced is not None and "experts" in outputs else None,
         )
         output = output if split is None or part is None else split.join(output, part)
         load, self._load = self._load, None

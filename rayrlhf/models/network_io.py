@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Head = Literal["lm", "value"]
-OutputName = Literal["logprobs", "entropy", "values", "hidden", "divergence", "routing", "load"]
+OutputName = Literal["logprobs", "entropy", "values", "hidden", "divergence", "routing", "experts", "load"]
 
 
 class Positions(NamedTuple):
@@ -68,6 +68,7 @@ class NetworkOutput(NamedTuple):
         hidden: [N, H], the final hidden state at each predictor.
         divergence: float32 [N], from a teacher, nats.
         routing: float32 [N], 1 where a router of the predictor would have chosen other experts than the replayed ones.
+        experts: int16 [B * L, layers, experts per token], those of this forward.
         load: float32 [2, layers, E], load of the experts; see `RouterLoad.total`.
     """
 
@@ -77,4 +78,5 @@ class NetworkOutput(NamedTuple):
     hidden: Tensor | None
     divergence: Tensor | None = None
     routing: Tensor | None = None
+    experts: Tensor | None = None
     load: Tensor | None = None

@@ -1,6 +1,7 @@
-"""Routing replay: a forward with the experts that the rollout engine chose.
+"""Routing replay: a forward with the experts that were chosen before.
 
-This is R3 (Ma et al. 2025, arXiv 2510.11370). The weights of forced experts are the router's own probabilities of them,
+The choice is that of the rollout engine, or of the forward that computed the old log-probs.
+The former is R3 (Ma et al. 2025, arXiv 2510.11370). The weights of forced experts are the router's own probabilities of them,
 normalized as the model does, so gradients reach the router. A forced choice enters each decoder layer as an argument:
 recomputed activations (gradient checkpointing) then read the choice of their own forward.
 """
@@ -8,7 +9,7 @@ recomputed activations (gradient checkpointing) then read the choice of their ow
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from rayrlhf.data.expert_ids import OWN_CHOICE
 from rayrlhf.errors import UserError
 from rayrlhf.library_types import PretrainedConfig
 from rayrlhf.models.load import load_architecture
+
+if TYPE_CHECKING:
+    from rayrlhf.models.network import Network
 
 ROUTERS = {"qwen3_moe": ("Qwen3MoeTopKRouter", "num_experts"), "mixtral": ("MixtralTopKRouter", "num_local_experts")}
 """Class of the routers, and the key of their number of experts, by family."""
@@ -34,26 +38,52 @@ class ForcedExperts:
     Attributes:
         ids: int16 [tokens, layers, experts per token], `OWN_CHOICE` for the router's own.
         differs: bool [tokens], set where a router would have chosen another set of experts.
+        records: own choices are written into `ids`.
     """
 
     ids: Tensor
     differs: Tensor
+    records: bool = False
 
     @classmethod
-    def of(cls, ids: Tensor) -> "ForcedExperts":
+    def of(cls, ids: Tensor, *, records: bool = False) -> "ForcedExperts":
         """Return the choice of a batch."""
-        return cls(ids, torch.zeros(len(ids), dtype=torch.bool, device=ids.device))
+        return cls(ids, torch.zeros(len(ids), dtype=torch.bool, device=ids.device), records)
 
     def part(self, start: int, length: int) -> "ForcedExperts":
         """Return the choice of some tokens; what differs there is set here too."""
-        return ForcedExperts(self.ids[start : start + length], self.differs[start : start + length])
+        return ForcedExperts(self.ids[start : start + length], self.differs[start : start + length], self.records)
 
     def at_layer(self, layer: int, own: Tensor) -> Tensor:
         """Return the experts [tokens, K] of a layer, and note other own choices."""
         wanted = self.ids[:, layer].long()
         known = wanted[:, :1] != OWN_CHOICE
         self.differs |= known[:, 0] & (wanted.sort(-1).values != own.sort(-1).values).any(-1)
-        return torch.where(known, wanted, own)
+        experts = torch.where(known, wanted, own)
+        if self.records:
+            self.ids[:, layer] = experts.to(self.ids.dtype)
+        return experts
+
+
+def forced_experts(network: "Network", tokens: Tensor, ids: Tensor | None, *, record: bool) -> ForcedExperts | None:
+    """Return the choice of a batch, or None for the routers' own.
+
+    Args:
+        network: with replay or without.
+        tokens: [B, L].
+        ids: to force, if the network replays any.
+        record: force none, and record the routers' own.
+
+    Raises:
+        ValueError: the network cannot record them.
+    """
+    if not record:
+        return ForcedExperts.of(ids) if network.replays_routing and ids is not None else None
+    if not network.replays_routing:
+        raise ValueError("experts requested from a network that replays no routing")
+    shape = tokens.numel(), network.model.config.num_hidden_layers, network.model.config.num_experts_per_tok
+    unknown = torch.full(shape, OWN_CHOICE, dtype=torch.int16, device=tokens.device)
+    return ForcedExperts.of(unknown, records=True)
 
 
 def parts(forced: ForcedExperts | None, lengths: Sequence[int], width: int) -> list[ForcedExperts | None]:
@@ -136,7 +166,7 @@ def expert_count(config: PretrainedConfig, path: str) -> int:
     """
     if config.model_type not in ROUTERS:
         raise UserError(
-            f"rollout.routing_replay 'rollout': not for a {config.model_type} model ({path}); expected one of "
+            f"rollout.routing_replay: not for a {config.model_type} model ({path}); expected one of "
             f"{', '.join(ROUTERS)}, or 'off'"
         )
     return int(getattr(config, ROUTERS[config.model_type][1]))

@@ -257,6 +257,8 @@ def forward_passes(config: PPOConfig, sharing: Collection[Role], *, has_critic: 
     if has_critic:
         passes.append(ForwardPass("critic", "critic", values, 1.0, False, replicate_critic, critic, "critic" in sharing))
     read = logprobs if config.old_logprobs == "recomputed" else frozenset()
+    if config.rollout.routing_replay == "old":
+        read |= {"experts"}
     if config.critic.kind == "shared":
         read |= values
     if read:

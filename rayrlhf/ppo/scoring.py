@@ -187,6 +187,9 @@ class Scorer:
                     self._start_forward_pass(forward_pass, ordered)
                 scores = self._collect_scores(forward_pass.name)
             forward_passes[forward_pass.name] = [scores[rollout.key] for rollout in ordered]
+        for index, own in enumerate(forward_passes.get("policy", [])):
+            if own.experts is not None:  # its updates replay them
+                ordered[index] = replace(ordered[index], experts=own.experts)
         merged = merged_rows([rewards[rollout.key] for rollout in ordered])
         return ScoredRollouts(tuple(ordered), merged, forward_passes, self.prompts)
 

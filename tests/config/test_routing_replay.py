@@ -7,16 +7,26 @@ from rayrlhf.config.loading.load import load_config
 from rayrlhf.config.pipelines import EvaluateConfig
 from rayrlhf.config.ppo import PPOConfig
 from rayrlhf.errors import UserError
+from rayrlhf.ppo.rollout_collector import forward_passes
 from rayrlhf.ppo.run_models import check_models
 from rayrlhf.ppo.update_objectives import make_objectives
 
-ON = "rollout.routing_replay=rollout"
+ON, OLD = "rollout.routing_replay=rollout", "rollout.routing_replay=old"
+PASS = "algorithm.old_logprobs=recomputed"
+GROUPS = ["algorithm.advantage.estimator=rloo", "rollout.samples_per_prompt=2", "algorithm.kl.coefficient=0"]
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (["rollout.routing_replay=old"], "expected 'off' or 'rollout'"),
+        (["rollout.routing_replay=on"], "expected 'off', 'rollout' or 'old'"),
+        ([OLD, "algorithm.old_logprobs=rollout"], "'old' with algorithm.old_logprobs 'rollout': .* expected 'recomputed'"),
+        (
+            [OLD, *GROUPS],
+            "'old' with algorithm.old_logprobs 'auto': no pass before the update chooses them; expected 'recomputed'",
+        ),
+        ([OLD, PASS, "observe.record=light"], "'old' with observe.record 'light'"),
+        ([OLD, PASS, "placement.policy={ranks: 2, sequence_parallel: 2}"], "'old' with placement.policy.sequence_parallel 2"),
         ([ON, "environment={name: calculator}"], "with environment"),
         ([ON, "observe.record=light"], "with observe.record 'light'"),
         ([ON, "rollout.backend=my.engine:Engine"], "with rollout.backend 'my.engine:Engine'"),
@@ -37,6 +47,16 @@ ON = "rollout.routing_replay=rollout"
 def test_what_excludes_it_is_refused(minimal, settings, expected):
     with pytest.raises(UserError, match=expected):
         load_config(PPOConfig, minimal, settings)
+
+
+def test_the_trainers_own_experts_ask_nothing_of_the_rollout_engine(minimal):
+    settings = ["environment={name: calculator}", "rollout.backend=my.engine:Engine", "rollout.tensor_parallel_size=2"]
+    config = load_config(PPOConfig, minimal, [OLD, PASS, *settings])
+    assert config.rollout.replays_routing
+    assert not config.rollout.captures_routing
+    assert train_spec(config, "policy").routing_replay
+    (policy,) = (one for one in forward_passes(config, (), has_critic=False) if one.name == "policy")
+    assert policy.outputs == {"logprobs", "experts"}
 
 
 def test_an_evaluation_refuses_it():
@@ -64,5 +84,5 @@ def test_the_policy_alone_balances_its_experts_and_shares_no_prefixes(minimal):
 
 
 def test_a_dense_policy_is_refused_before_it_loads(minimal):
-    with pytest.raises(UserError, match="routing_replay 'rollout': not for a llama model"):
+    with pytest.raises(UserError, match="routing_replay: not for a llama model"):
         check_models(load_config(PPOConfig, minimal, [ON, "model.path=builtin:tiny"]))

@@ -149,5 +149,5 @@ def test_a_network_without_replay_ignores_experts(tmp_path):
 def test_families_without_known_routers_are_refused_by_their_configuration(tmp_path):
     for family in ("llama", "olmoe"):
         model = ModelSection(path=str(write_family(family, tmp_path / family)))
-        with pytest.raises(UserError, match=f"routing_replay 'rollout': not for a {family} model .*{', '.join(ROUTERS)}"):
+        with pytest.raises(UserError, match=f"routing_replay: not for a {family} model .*{', '.join(ROUTERS)}"):
             check_routing_replay(model)

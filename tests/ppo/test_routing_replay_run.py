@@ -1,8 +1,8 @@
-"""A run on a mixture of experts that trains with the experts of its rollouts."""
+"""Runs on a mixture of experts that train with the experts of their rollouts, or of their old log-probs."""
 
 import pytest
 
-from rayrlhf.observe.metric_names import LOGPROB_GAP, ROUTING_DIFFERENCE
+from rayrlhf.observe.metric_names import FIRST_RATIO, LOGPROB_GAP, ROUTING_DIFFERENCE
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.ppo.train_ppo import train_ppo
 from tests.models.families import write_family
@@ -28,3 +28,14 @@ def test_the_gap_with_the_experts_of_the_rollouts_is_not_larger_than_without(tmp
     assert on[0][LOGPROB_GAP] <= off[0][LOGPROB_GAP]  # of the same rollouts
     assert all(0 <= row[ROUTING_DIFFERENCE] < 0.2 for row in on)
     assert not any(ROUTING_DIFFERENCE in row for row in off)
+
+
+@pytest.mark.slow
+def test_all_updates_of_a_step_have_the_experts_of_its_old_log_probs(tmp_path):
+    path = write_family("qwen3_moe", tmp_path / "model", moe_intermediate_size=64)
+    game = ["environment={name: guessing, max_turns: 3, max_turn_tokens: 2}", "reward.functions=[{name: environment}]"]
+    settings = ["rollout.routing_replay=old", "rollout.max_new_tokens=12", "train.learning_rate=1e-2"]
+    rows = steps_of(tmp_path / "old", path, *settings, *game)  # whose turns bring no experts of an engine
+    assert len(rows) == 2
+    assert all(row[FIRST_RATIO] == 1.0 for row in rows)
+    assert all(0 < row[ROUTING_DIFFERENCE] < 1 for row in rows)  # of the second mini-batch, whose router has moved

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rayrlhf.data.fingerprints import reward_seal
-from rayrlhf.data.records import Prompt, Rollout, SampleKey
+from rayrlhf.data.records import Prompt, Rollout, SampleKey, TokenScores
 from rayrlhf.errors import ActorLostError, AlarmError, DeadlineError, UserError
 from rayrlhf.observe.phases import PhaseTimer
 from rayrlhf.ppo.reward_rows import RewardRow, add_judgments
@@ -122,6 +122,20 @@ def test_ranks_that_share_rows_read_the_same_rollouts_and_groups_split_them():
     assert (len(shared[0]), shared[0] | shared[2]) == (2, {0, 1, 2, 3})
     replicated = keys_by_rank(ForwardPass("old", "policy", frozenset({"logprobs"}), replicate=True, group=2))
     assert replicated == [(rank, {0, 1, 2, 3}) for rank in range(4)]
+
+
+class Chooser(Policy):
+    """Returns the place of each sample as its experts."""
+
+    def score(self, rank, sequences, *_):
+        return [TokenScores(experts=np.full((2, 1, 1), index, np.uint8)) for index, _ in enumerate(sequences)]
+
+
+def test_experts_of_the_old_log_probs_go_with_the_rollouts_into_the_update():
+    actors = {"reward": Group("reward", Process()), "policy": Chooser(1)}
+    policy = ForwardPass("policy", "policy", frozenset({"logprobs", "experts"}))
+    scored = scorer(actors, ActorRestarter(), [policy]).finish()
+    assert [int(rollout.sequence().experts[0, 0, 0]) for rollout in scored.rollouts] == [0, 1, 2, 3]
 
 
 class Judge(Process):

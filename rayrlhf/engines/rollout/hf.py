@@ -92,7 +92,7 @@ class TransformersRolloutEngine:
             self._concurrent = 1
             _logger.warning("%s: responses are decoded one by one, as rows of a batch influence each other", spec.model.path)
         self._network = network.to(device, resolve_dtype(spec.model.dtype))
-        self._routing = RoutingRecorder(network, spec.model.path) if spec.rollout.replays_routing else None
+        self._routing = RoutingRecorder(network, spec.model.path) if spec.rollout.captures_routing else None
         self._reference: list[PreTrainedModel] = []
         if spec.reference is not None:
             self._reference.append(load_causal_model(spec.reference).to(device, resolve_dtype(spec.model.dtype)))

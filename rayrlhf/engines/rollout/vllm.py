@@ -60,7 +60,7 @@ class VLLMRolloutEngine:
         self._stop_ids = stop_token_ids(spec.model, self._tokenizer)
         self._engine = start_engine(spec)
         self._adapter = AdapterSlot(self._engine, spec.model) if spec.adapters else None
-        self._routing = RoutingCapture(self._engine, spec.model.path) if spec.rollout.replays_routing else None
+        self._routing = RoutingCapture(self._engine, spec.model.path) if spec.rollout.captures_routing else None
         self._engine.set_weight_version(str(self.version))
         self._max_length: int = self._engine.model_config.max_model_len
         self._vocabulary: int = self._engine.model_config.get_vocab_size()

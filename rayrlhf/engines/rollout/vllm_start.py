@@ -124,7 +124,7 @@ def _engine_arguments(spec: RolloutSpec) -> Any:
         **_worker_settings(spec),
         **({"hf_overrides": {"head_dtype": "float32"}} if spec.model.head_dtype == "float32" else {}),
         **(lora_settings(spec.model) if spec.adapters else {}),
-        **(routing_settings() if spec.rollout.replays_routing else {}),
+        **(routing_settings() if spec.rollout.captures_routing else {}),
     )
 
 

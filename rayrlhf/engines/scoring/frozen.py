@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rayrlhf.config.model import ModelSection
 from rayrlhf.config.train import UNSHARED, SharePrefixes
 from rayrlhf.data.batching import micro_batches
+from rayrlhf.data.expert_ids import compact
 from rayrlhf.data.prefix_tree import in_prefix_order
 from rayrlhf.data.records import Float32, TokenScores, TokenSequence
 from rayrlhf.engines.scoring.offload import move_to_device
@@ -73,7 +74,7 @@ def score_sequences(
         responses = [sequence.response_length for sequence in members]
         collated = collate(members, max(responses) + 1, device, shared=shared)
         output = forward(collated.input_ids, collated.positions, outputs, temperature)
-        for index, record in zip(batch, _records(output, responses), strict=True):
+        for index, record in zip(batch, _records(output, responses, collated.positions.places), strict=True):
             scores[index] = finish(record)
     return [record for record in scores if record is not None]
 
@@ -195,10 +196,10 @@ def hold_linear_weights_in(network: Network, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
-def _records(output: NetworkOutput, responses: Sequence[int]) -> list[TokenScores]:
+def _records(output: NetworkOutput, responses: Sequence[int], places: Sequence[NDArray[np.int64]]) -> list[TokenScores]:
     """Split flat outputs into one record per sequence.
 
-    Values have one entry more than there are response tokens.
+    Values have one entry more than there are response tokens. Experts are those of all tokens, which are at `places`.
     """
     ends, value_ends = np.cumsum(responses)[:-1], np.cumsum([length + 1 for length in responses])[:-1]
 
@@ -211,4 +212,9 @@ def _records(output: NetworkOutput, responses: Sequence[int]) -> list[TokenScore
         split(output.values, value_ends),
         split(output.hidden, ends),
     )
-    return [TokenScores(*fields) for fields in zip(*parts, strict=True)]
+    records = [TokenScores(*fields) for fields in zip(*parts, strict=True)]
+    if output.experts is None:
+        return records
+    ids = output.experts.cpu().numpy()
+    experts = (compact([(0, ids[own])], len(own), int(ids.max()) + 1) for own in places)
+    return [replace(record, experts=own) for record, own in zip(records, experts, strict=True)]
