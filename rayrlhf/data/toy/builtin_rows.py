@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import parse_qsl
 
-from rayrlhf.data.toy import mappings, played_turns, step_sums, sums, word_problems
+from rayrlhf.data.toy import mappings, played_turns, step_sums, summands, sums, word_problems
 from rayrlhf.errors import UserError
 
 BUILTIN = "builtin:"
@@ -50,6 +50,7 @@ BUILTIN_DATASETS = {
     "sum-pairs": BuiltinDataset(
         sums.generate_pairs, "prompt", {"train": 20_000, "evaluation": 500}, {"count": sums.MAX_ROWS, "careless": 100}
     ),
+    "summands": BuiltinDataset(summands.generate, "prompt", {"train": 20_000, "evaluation": 500}, {"count": summands.MAX_ROWS}),
     "step-sums": BuiltinDataset(
         step_sums.generate, "prompt", {"train": 20_000, "evaluation": 500}, {"count": step_sums.MAX_ROWS, "wrong": 100}
     ),

@@ -10,9 +10,10 @@ the sum without it as their wrong answer.
 import hashlib
 import random
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, TypeVar
 
 Split = Literal["train", "evaluation"]
+Item = TypeVar("Item")
 EVALUATION_SHARE = 5
 """One in this many sums is held out."""
 
@@ -69,11 +70,16 @@ def _take(count: int, split: Split, draw: random.Random) -> Iterator[tuple[int, 
         for right in range(SMALLEST, LARGEST + 1)
         if split_of(left, right) == split
     ]
+    yield from shuffled_passes(sums, count, draw)
+
+
+def shuffled_passes(items: list[Item], count: int, draw: random.Random) -> Iterator[Item]:
+    """Yield `count` items in random order, all of them before any comes again."""
     taken = 0
     while taken < count:
-        draw.shuffle(sums)
-        yield from sums[: count - taken]
-        taken += len(sums)
+        draw.shuffle(items)
+        yield from items[: count - taken]
+        taken += len(items)
 
 
 def split_of(left: int, right: int) -> Split:
