@@ -27,7 +27,7 @@ class KlSection(Section):
     coefficient: float = Field(0.05, ge=0)
     """Weight of the penalty, per nat. 0 starts no reference model. The default is that of TRL 0.12 to 1.12."""
     target: float | None = Field(None, gt=0)
-    """Target of the adaptive coefficient, in nats per sequence (Ziegler et al. 2019). Default: the coefficient is fixed."""
+    """Target KL of the adaptive coefficient, in nats per sequence (Ziegler et al. 2019). Default: the coefficient is fixed."""
     horizon: int = Field(10_000, ge=1)
     """Time constant of the adaptive coefficient, in samples. A larger one reacts more slowly. The default is that of TRL
     0.11."""
@@ -55,7 +55,7 @@ class ShapingSection(Section):
     """Changes to a response's score before it becomes token rewards, in this order."""
 
     overlong_buffer: int | float | None = Field(None, gt=0)
-    """Length of the zone before `rollout.max_new_tokens` in which a response is penalized, rising linearly to
+    """Length of the zone before `rollout.max_new_tokens` in which a response is penalized. The penalty rises linearly to
     `overlong_penalty` at the limit (DAPO, Yu et al. 2025, equation 13). In tokens, or below 1 as a share of
     `rollout.max_new_tokens`. Default: no penalty."""
     overlong_penalty: float = Field(1.0, gt=0)
@@ -69,12 +69,12 @@ class ShapingSection(Section):
     clip: float | None = Field(None, gt=0)
     """Clip scores to [-`clip`, `clip`]. Default: not clipped."""
     whiten_rewards: bool = False
-    """Scale the token rewards of a step to variance 1; their mean stays."""
+    """Scale the token rewards of a step to variance 1 and keep their mean."""
     score_position: Literal["last", "after_last"] = "last"
     """Token that receives the score: the last one (TRL up to 0.11), or the slot after a stop token (TRL 0.12 to 1.12)."""
     truncated: Literal["keep", "mask"] = "keep"
-    """Use of responses that hit the length limit. `mask` excludes their tokens from the losses; their scores still count in
-    the group and in whitening (overlong filtering of DAPO)."""
+    """Responses that hit the length limit. `keep` trains on them. `mask` excludes their tokens from the losses; their scores
+    still count in the group and in whitening (overlong filtering of DAPO)."""
 
     @field_validator("overlong_buffer")
     @classmethod
@@ -95,8 +95,7 @@ class AdvantageSection(Section):
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of an estimator of your own."""
     gamma: float = Field(1.0, ge=0, le=1)
-    """Discount per token. No effect on the estimators that give all tokens of a response one advantage (grpo, rloo, opo and the
-    like)."""
+    """Discount per token. No effect on estimators with one advantage per response (grpo, rloo, opo, ...)."""
     lam: float = Field(0.95, ge=0, le=1)
     """Lambda of GAE, from one-step differences (0) to whole returns (1) (Schulman et al. 2016). Only gae reads it."""
     critic_lam: float | None = Field(None, ge=0, le=1)
@@ -149,8 +148,8 @@ class OffPolicyCorrectionSection(Section):
     """Upper bound of a weight. The default is that of TRL 1.16. IcePop (Ling Team 2025) is `level: token`, `mode: mask`, `low:
     0.5`, `high: 5`."""
     rejection: Literal["none", "geometric", "product", "outlier"] = "none"
-    """Ratio of a response that must be within [`rejection_low`, `rejection_high`], or none of its tokens is trained on:
-    `geometric` the geometric mean of its token ratios, `product` their product, `outlier` each of them."""
+    """Rejection of whole responses by a ratio outside [`rejection_low`, `rejection_high`]; none of their tokens is trained on.
+    `geometric`: the geometric mean of the token ratios. `product`: their product. `outlier`: any token's ratio."""
     rejection_low: float | None = Field(None, ge=0)
     """Lower bound of the accepted ratio. Default: 0.99 for geometric, 0.5 for product, 1e-4 for outlier (SkyRL)."""
     rejection_high: float | None = Field(None, gt=0)
@@ -179,11 +178,11 @@ class OnlineDPOSection(Section):
     """
 
     variant: Literal["online_dpo", "xpo", "nash_md"] = "online_dpo"
-    """Opponent of the policy. `online_dpo`: itself. `xpo`: each second response is the reference's, and `alpha` times its
-    log-prob is added to the loss (Xie et al. 2024). `nash_md`: each second response is that of the geometric mixture of policy
-    and reference. The policy is preferred with probability sigmoid(difference of scores), and the loss reads `beta` alone
-    (Munos et al. 2024). The last two need `rollout.backend: transformers`, whose replicas then hold the reference too. Samples
-    with odd numbers are the opponent's, and metrics of rewards, KL and lengths leave them out."""
+    """Opponent of the policy. `online_dpo`: the policy itself. `xpo`: every second response is sampled from the reference, and
+    `alpha` times its log-prob is added to the loss (Xie et al. 2024). `nash_md`: every second response is sampled from the
+    geometric mixture of policy and reference. The policy is preferred with probability sigmoid(difference of scores), and the
+    loss reads only `beta` (Munos et al. 2024). `xpo` and `nash_md` need `rollout.backend: transformers`, whose replicas then
+    also hold the reference. Samples with odd numbers are the opponent's; metrics of rewards, KL and lengths exclude them."""
     loss: Literal["sigmoid", "robust", "hinge", "ipo", "apo_zero", "apo_down"] = "sigmoid"
     """Loss of a pair, as `train.loss` of `rayrlhf dpo`."""
     beta: float = Field(0.1, gt=0)
@@ -233,7 +232,7 @@ class ValueLossSection(Section):
 
 
 class ParitySection(Section):
-    """Quirks of TRL's trainers, only for comparing numbers with TRL."""
+    """Quirks of TRL's trainers, only for comparisons with TRL's numbers."""
 
     mini_batch_means: bool = False
     """Divide the loss of each micro-batch by its own tokens instead of the optimizer step's (TRL's PPO trainers)."""
@@ -252,9 +251,9 @@ class AlgorithmSection(Section):
     shaping: ShapingSection = ShapingSection()
     advantage: AdvantageSection = AdvantageSection()
     old_logprobs: Literal["auto", "recomputed", "rollout"] = "auto"
-    """Log-probs of the denominator of the probability ratio. `recomputed`: a forward pass of the policy before the update.
-    `rollout`: those of the rollout engine, which saves that pass and makes the ratio correct for the engine's rounding.
-    `auto`: recomputed, but skipped where a step has one optimizer step, whose ratio is 1, and nothing else reads them."""
+    """Old log-probs, the denominator of the probability ratio. `recomputed`: a forward pass of the policy before the update.
+    `rollout`: those of the rollout engine, which saves that pass; the ratio then also corrects for the engine's rounding.
+    `auto`: recomputed, but skipped if a step has one optimizer step, whose ratio is 1, and nothing else reads them."""
     policy_loss: AnyPolicyLoss = PPOLossSection()
     """Loss of the policy. Its key `name` selects the loss, and with it the other keys and their defaults."""
     off_policy_correction: OffPolicyCorrectionSection = OffPolicyCorrectionSection()

@@ -36,8 +36,8 @@ class PartsSection(Section):
     """Size of the parts of a dataset, and failures of the processes that compute them."""
 
     rows_per_part: int = Field(1024, ge=1)
-    """Rows per part file: the batch of a process, and the maximum work that a crash repeats. 1 makes every row a checkpoint,
-    at the price of processing one row at a time."""
+    """Rows per part file: the batch size of a process, and the maximum work that a crash repeats. 1 makes every row a
+    checkpoint, but rows are then processed one at a time."""
     max_restarts: int = Field(5, ge=0)
     """Restarts of a process before the run fails."""
     stall_seconds: float = Field(1800.0, gt=0)
@@ -58,7 +58,7 @@ class PipelineSection(PartsSection):
     generator_threads: int | None = Field(None, ge=1)
     """OpenMP threads per generator. Default: its share of the CPUs."""
     scorers: int | None = Field(None, ge=1)
-    """Processes that score. Default: half of the CPUs that generators leave, or all CPUs if nothing is generated."""
+    """Scorer processes. Default: half of the CPUs that generators leave, or all CPUs if nothing is generated."""
 
 
 class PairsSection(SourceSection):
@@ -69,7 +69,7 @@ class PairsSection(SourceSection):
     response_field: str = "completion"
     """Text, or a list with one assistant message."""
     chat: bool = True
-    """Put a text prompt into the chat template as one user turn; a conversational prompt always goes through it."""
+    """Wrap a text prompt in the chat template as one user turn. A conversational prompt always uses the template."""
     system_prompt: str | None = None
     """First message of every conversation without a system message."""
     max_rejected_share: float = Field(0.01, ge=0, le=1)

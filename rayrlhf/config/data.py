@@ -39,8 +39,8 @@ class SourceSection(Section):
     limit: int | None = Field(None, ge=1)
     """Maximum number of rows; the first ones are used. Default: all."""
     ignored_fields: list[str] = Field(default_factory=list)
-    """Columns left out on purpose. Other columns that usually belong to the prompt, the loss or the tools are refused where a
-    command does not use them."""
+    """Columns to leave out on purpose. Other unused columns that usually belong to the prompt, the loss or the tools are an
+    error."""
 
 
 class DatasetSection(SourceSection):
@@ -49,7 +49,7 @@ class DatasetSection(SourceSection):
     prompt_field: str = "prompt"
     """Column with the prompt: text, or a list of {role, content} messages."""
     template: str | None = None
-    """Text around a standard prompt, with `{prompt}` as its place, and `{column}` for any other column; `{{text}}` writes
+    """Text around a text prompt: `{prompt}` is replaced by the prompt, `{column}` by any other column, and `{{text}}` by
     `{text}`. Applied before the chat template. Default: none."""
 
     @model_validator(mode="after")
@@ -66,7 +66,7 @@ class DataSection(Section):
     evaluation: DatasetSection | None = None
     """Held-out prompts, for `evaluation`. Default: none."""
     chat: bool = True
-    """Wrap a standard prompt in the chat template as one user turn. A conversational prompt always uses the template."""
+    """Wrap a text prompt in the chat template as one user turn. A conversational prompt always uses the template."""
     system_prompt: str | None = None
     """First message of every conversation without a system message. Default: none."""
     max_prompt_tokens: int | None = Field(None, ge=1)
@@ -90,10 +90,10 @@ class SupervisedDatasetSection(DatasetSection):
     completion_field: str = "completion"
     """Column with the response to `prompt_field`: text, or a list of messages if the prompt is one."""
     tokens_field: str = "input_ids"
-    """Column with token ids of the model's tokenizer, as written by `rayrlhf icl pack`; all are targets, and none is
-    appended."""
+    """Column with token ids of the model's tokenizer, as written by `rayrlhf icl pack`. No token is added. All are targets
+    unless a mask column says otherwise."""
     group_field: str | None = None
-    """Column that groups rows: a group is held out or trained on as a whole. Default: every row is a group."""
+    """Column that groups rows: all rows of a group are held out or all are trained on. Default: every row is a group."""
 
 
 class PreferenceDatasetSection(DatasetSection):
@@ -109,11 +109,11 @@ class PreferenceDatasetSection(DatasetSection):
     margin_field: str = "margin"
     """Column with the required difference of the rewards; used if the rows have it."""
     completion_field: str = "completion"
-    """Column with a single answer to `prompt_field`, read by DPO's loss `kto` where the rows are no pairs."""
+    """Column with a single answer to `prompt_field`, for rows that are not pairs. Read by DPO's loss `kto`."""
     label_field: str = "label"
-    """Column that says whether the single answer is desirable: true or false."""
+    """Column with the label of the single answer: true if it is desirable, else false."""
     group_field: str | None = None
-    """Column that groups pairs: a group is held out or trained on as a whole. Default: every pair is a group."""
+    """Column that groups pairs: all pairs of a group are held out or all are trained on. Default: every pair is a group."""
 
 
 class TuningDataSection(Section):
@@ -125,7 +125,8 @@ class TuningDataSection(Section):
     train: DatasetSection
     evaluation: DatasetSection | None = None
     evaluation_share: float | None = Field(None, gt=0, lt=1)
-    """Share of `data.train` held out for evaluation. It depends on a row's group only, so all stages hold out the same rows."""
+    """Share of `data.train` held out for evaluation. The choice depends only on a row's group, so all stages hold out the same
+    rows."""
     chat: bool = True
     """Wrap a text prompt in the chat template as one user turn, and its answer as the assistant's, as PPO does."""
     system_prompt: str | None = None
@@ -138,8 +139,9 @@ class TuningDataSection(Section):
     """Handling of rows with an empty answer, no target, or equal answers. `error` stops, `drop` omits and counts them by
     reason."""
     reader: Literal["auto", "driver", "ray"] = "auto"
-    """Process that reads and encodes rows: the `driver`, or all CPUs of the cluster through Ray Data (`ray`), which need the
-    files under the same paths. Both take the same time on one machine. `auto` is `ray` for files of 64 MiB or more."""
+    """Process that reads and encodes rows: the `driver`, or all CPUs of the cluster through Ray Data (`ray`), which needs the
+    files at the same paths on all nodes. On one machine both take the same time. `auto` is `ray` for files of 64 MiB or
+    more."""
     shuffle: bool = True
     """Shuffle each epoch, from `run.seed`. false keeps the order of the dataset."""
 
@@ -207,5 +209,5 @@ class RewardDataSection(PreferenceDataSection):
     train: RewardDatasetSection
     evaluation: RewardDatasetSection | None = None
     step_separator: str = Field("\n", min_length=1)
-    """Text after each step, the last one too; its last token has the step's score. Read by `kind: process`, and stored with the
-    model."""
+    """Text after each step, including the last one; its last token has the step's score. Read by `kind: process`, and stored
+    with the model."""

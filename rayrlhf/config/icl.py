@@ -21,7 +21,7 @@ class BuildRunSection(RunFolderSection):
 
 
 class ExamplesSection(PairsSection):
-    """Examples, each of them a target and a demonstration for others."""
+    """Examples; each is a target, and a demonstration for others."""
 
     task_field: str | None = None
     """Column with the task of a row; demonstrations have the task of their target. Default: one task."""
@@ -46,7 +46,8 @@ class SampleSection(ContextSection):
     """Layout of target and demonstrations, and the trained tokens."""
 
     loss_on: Literal["target", "every"] = "target"
-    """Trained tokens: those of the `target`'s answer, or of `every` answer, which needs `layout: turns`."""
+    """Trained tokens: `target` trains on the target's answer, `every` also on the answers of the demonstrations and needs
+    `layout: turns`."""
     max_tokens: int = Field(1024, ge=2)
     """Maximum tokens of a sample with its answer. Above it the farthest demonstrations are dropped first."""
 
@@ -118,9 +119,10 @@ class NeighborsSection(Section):
     pooling: Literal["mean", "cls"] | None = None
     """Pooling of the encoder's states. Default: that of the encoder's folder."""
     resemblance: float = Field(0.8, gt=0, le=1)
-    """Minimum Jaccard index of three-word shingles of copies; the later of two copies is dropped."""
+    """Minimum Jaccard index of three-word shingles from which two documents count as copies; the later one is dropped."""
     resembling_words: int = Field(8, ge=1)
-    """Minimum words of a document that is compared by resemblance; shorter copies need equal words."""
+    """Minimum words of a document that is compared by resemblance. Shorter documents are copies only if all words are
+    equal."""
 
     @model_validator(mode="after")
     def _check_encoder(self) -> Self:
@@ -153,7 +155,8 @@ class ShotsSection(SelectionSection):
     """Numbers and ablations of demonstrations."""
 
     counts: list[int] = Field([0, 1, 2, 4, 8], min_length=1)
-    """Numbers of demonstrations, one point of the curve each. A larger number includes the demonstrations of a smaller one."""
+    """Numbers of demonstrations: one point of the curve for each. A larger number includes the demonstrations of a smaller
+    one."""
     ablations: list[Literal["none", "flip", "format"]] = Field(["none"], min_length=1)
     """Changes to the demonstrations. `none`: unchanged. `flip`: answers exchanged by a fixed rule. `format`: random answers."""
     seeds: int = Field(3, ge=1)
@@ -187,8 +190,8 @@ class ICLEvaluateConfig(Section):
     context: ContextSection = ContextSection()
     generate: GenerateSection = GenerateSection()
     metric: Literal["accuracy", "bleu", "reward"] = "accuracy"
-    """Score of an answer: `accuracy`, equality with the example's up to white space, case and compatible characters; `bleu`,
-    its sentence BLEU; or `reward`."""
+    """Score of an answer. `accuracy`: equality with the example's answer, except for white space, case and compatible
+    characters. `bleu`: sentence BLEU. `reward`: the functions of `reward`."""
     reward: RewardSection | None = None
     """Reward functions of `metric: reward`; they get the other fields of the row as columns."""
     pipeline: PipelineSection = PipelineSection()
@@ -213,11 +216,12 @@ class TeacherSection(SelectionSection):
     """Context of the teacher: demonstrations, an instruction, or both."""
 
     demonstrations: int = Field(8, ge=0)
-    """Examples before the question; 0 with an instruction alone."""
+    """Number of examples before the question; 0 if the context is only an instruction."""
     instruction: str | None = None
     """Start of the system turn, or of the text. Default: none."""
     responses: Literal["given", "sampled"] = "given"
-    """Compared responses: the examples' own answers (`given`), or samples of the teacher with its context (`sampled`)."""
+    """Responses on which teacher and student are compared: the examples' own answers (`given`), or samples of the teacher with
+    its context (`sampled`)."""
     temperature: float = Field(1.0, ge=0)
     """Temperature of sampled responses; 0 is greedy."""
     max_context_tokens: int = Field(1024, ge=2)
@@ -237,13 +241,13 @@ class ICLDistillConfig(Section):
     model: ModelSection
     """Initial model of teacher and student; the teacher is not trained."""
     data: ExamplesSection
-    """Prompts; with answers if `teacher.responses` is `given` or demonstrations come from this dataset."""
+    """Prompts. Answers are needed if `teacher.responses` is `given` or if demonstrations come from this dataset."""
     pool: ExamplesSection | None = None
     """Dataset of the demonstrations. Default: that of the prompts."""
     teacher: TeacherSection = TeacherSection()
     context: ContextSection = ContextSection()
     generate: GenerateSection = GenerateSection()
-    """Generation of sampled responses. `max_new_tokens` also bounds given ones; longer ones are dropped and counted."""
+    """Generation of sampled responses. `max_new_tokens` also limits given responses; longer ones are dropped and counted."""
     evaluation_share: float | None = Field(None, gt=0, lt=1)
     """Share of the prompts held out to measure the KL. Default: none."""
     train: DistillationTrainSection = DistillationTrainSection()

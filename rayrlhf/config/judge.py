@@ -48,8 +48,9 @@ class JudgeSection(Section):
     weight: float = 1.0
     """Weight of this part in the score."""
     mode: Literal["pointwise", "pairwise", "listwise"] = "pointwise"
-    """`pointwise` judges each response alone. `pairwise` compares the responses to one prompt in pairs, each in both orders;
-    the score is the mean probability of being the better one. `listwise` shows all of them at once, at most 26."""
+    """`pointwise` judges each response by itself. `pairwise` compares the responses to one prompt in pairs, each pair in both
+    orders; the score is the mean probability of being the better one. `listwise` shows all responses to a prompt at once, at
+    most 26."""
     score: Literal["logprobs", "text"] = "logprobs"
     """`logprobs`: expected value over the probabilities of the labels as the next token, without sampling. `text`: read from a
     sampled completion by `verdict`."""
@@ -63,33 +64,35 @@ class JudgeSection(Section):
     min_mass: float = Field(0.1, ge=0, le=1)
     """Minimum probability of all labels together; below it the response has no score."""
     verdict: str | None = None
-    """Regular expression of `score: text` with one group, whose last match counts: a number from `low` to `high`; `pairwise` A
-    or B; `listwise` a ranking such as B > A > C. Default: `Score: N`, `Better: A` or `Ranking: B > A`."""
+    """Regular expression of `score: text` with one group; its last match counts. The group is a number from `low` to `high`,
+    with `pairwise` A or B, with `listwise` a ranking such as B > A > C. Default: `Score: N`, `Better: A` or `Ranking: B >
+    A`."""
     low: float = 0.0
     """Number of the worst verdict."""
     high: float = 10.0
     """Number of the best verdict."""
     votes: int = Field(1, ge=1)
-    """Completions per question with `score: text`, whose scores are averaged; with `listwise` orders of the responses, each
-    once unless `temperature` is above 0."""
+    """Completions per question with `score: text`; their scores are averaged. With `listwise`: orders of the responses, each
+    used once unless `temperature` is above 0."""
     temperature: float = Field(0.0, ge=0)
     """Sampling temperature of completions; 0 is greedy."""
     max_new_tokens: int = Field(512, ge=1)
     """Maximum tokens of a completion."""
     criteria: list[CriterionSection] = Field(default_factory=list)
-    """Rubric: criteria, each judged in a question of its own. The score is their weighted mean, and each is a metric.
+    """Criteria of a rubric, each judged in its own question. The score is their weighted mean, and each criterion is a metric.
     Default: one question without `{criterion}`."""
     opponents: int | None = Field(None, ge=1)
-    """Opponents of a response in each direction around its group with `pairwise`. Default: all others."""
+    """With `pairwise`: compare a response only with those up to this many places away in its group, taken as a circle.
+    Default: with all others."""
     against: str | None = None
-    """Column of the dataset with a response that joins each group of `pairwise` and `listwise` without getting a score. It lets
-    single responses be judged, as in evaluations. Default: none."""
+    """Column of the dataset with a response that is added to each group of `pairwise` and `listwise` for comparison, without a
+    score of its own. Needed to judge single responses, as in evaluations. Default: none."""
     chat_arguments: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the chat template, such as `{enable_thinking: false}`."""
     backend: Literal["vllm", "transformers"] = "vllm"
     """Engine of the replicas."""
     replicas: int = Field(1, ge=1)
-    """Replicas, which split the responses; see `placement.judge`."""
+    """Number of replicas, which split the responses; see `placement.judge`."""
     tensor_parallel_size: int = Field(1, ge=1)
     """Devices per replica, as in `rollout`."""
     max_model_length: int | None = Field(None, ge=2)

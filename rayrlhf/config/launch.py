@@ -52,7 +52,7 @@ class KubernetesSection(Section):
     namespace: str = Field("rayrlhf", pattern=Name)
     """Kubernetes namespace."""
     queue: str | None = Field(None, pattern=Name)
-    """Kueue LocalQueue, in which the job waits until all of its pods fit at once. Default: none."""
+    """Kueue LocalQueue, in which the job waits until all of its pods fit at the same time. Default: none."""
     token_secret: str = Field("rayrlhf-ray-token", pattern=Name)
     """Secret with the key `auth_token`."""
     grace_seconds: int = Field(600, ge=30)
@@ -101,7 +101,7 @@ class ClusterConfig(Section):
     name: str = Field("rayrlhf", pattern=Name)
     """Prefix of the names of created resources."""
     image: str = Field("ghcr.io/example/rayrlhf:0.2.0-cpu", pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$")
-    """Container image of head and nodes, built from `cluster/Dockerfile`; replace it by your own."""
+    """Container image of head and nodes, built from `cluster/Dockerfile`; replace it with your own."""
     nodes: NodeSection = NodeSection()
     storage: StorageSection = StorageSection()
     kubernetes: KubernetesSection = KubernetesSection()
@@ -130,7 +130,7 @@ class RateSection(Section):
     sync_seconds: float = Field(1.0, ge=0)
     """Seconds of a weight sync, during which no replica samples."""
     prompt_tokens: float = Field(128.0, ge=0)
-    """Tokens per prompt; they are scored and trained with the response, and cost nothing to sample."""
+    """Tokens per prompt. They count in scoring and training; the simulation ignores their cost in sampling."""
 
 
 class FailureSection(Section):

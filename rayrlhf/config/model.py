@@ -19,13 +19,13 @@ class LoraSection(Section):
     rank: int = Field(16, ge=1)
     """Rank of an adapter."""
     alpha: float = Field(32.0, gt=0)
-    """Scale of an adapter's output, which is multiplied by `alpha` / `rank`."""
+    """Scale of an adapter: its output is multiplied by `alpha` / `rank`."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout recorded in the exported adapter. Not applied here, because log-probs must be deterministic."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
-    """Names of the adapted linear layers; `all-linear` adapts all but the output layer, and no layers of experts."""
+    """Names of the adapted linear layers; `all-linear` adapts all except the output layer and the experts."""
     last_layers: int | None = Field(None, ge=1)
-    """Adapt only the last n decoder layers, where the backward pass then ends. Default: all layers."""
+    """Adapt only the last n decoder layers; the backward pass then ends there. Default: all layers."""
 
 
 class ModelSection(Section):
@@ -36,8 +36,8 @@ class ModelSection(Section):
     dtype: Precision = "auto"
     """Compute precision. `auto` is bfloat16 on GPUs and on CPUs with AVX512-BF16 or AMX, else float32."""
     head_dtype: Literal["model", "float32"] = "model"
-    """Precision of the output layer for log-probs, in training, scoring and sampling: `model` is `dtype`. With `float32` the
-    log-probs of a bfloat16 model's trainer and rollout engine differ less: SmolLM2's 0.52 to 0.64 times as much."""
+    """Precision of the output layer for log-probs, in training, scoring and sampling: `model` is `dtype`. `float32` reduces
+    the log-prob gap between trainer and rollout engine of a bfloat16 model: for SmolLM2 to 0.52 to 0.64 times."""
     revision: str | None = None
     """Branch, tag or commit of a hub model. Default: its main branch."""
     trust_remote_code: bool = False
@@ -72,10 +72,12 @@ class CriticSection(Section):
     head_init: Literal["normal", "zero", "default"] = "zero"
     """Initialization of a new value head: `zero`, `normal` N(0, 1/(hidden+1)), or `default`, torch's own for Linear."""
     learning_rate: float | None = Field(None, gt=0)
-    """Learning rate of a separate critic, or of the value head on the policy's trunk. Default: `train.learning_rate`. A head
-    reads hundreds of hidden units at once: at the rate of LoRA adapters (1e-3) its values swing by more than the rewards."""
+    """Learning rate of a separate critic, or of the value head on the policy's trunk. Default: `train.learning_rate`. For a
+    head choose a lower rate than for LoRA adapters: it reads hundreds of hidden units at once, and at 1e-3 its values swing by
+    more than the rewards."""
     warmup_steps: int = Field(0, ge=0)
-    """Critic warm-up: steps at the start in which only a separate critic trains, so that the first advantages carry signal."""
+    """Critic warm-up: steps at the start in which only the separate critic is trained, so that the first advantages are
+    useful."""
     pretrain_steps: int = Field(0, ge=0)
     """Value pretraining (VC-PPO), in place of `warmup_steps`: critic warm-up on Monte-Carlo returns (lambda 1). Only with the
     estimator gae."""
@@ -108,11 +110,11 @@ class DivergenceSection(Section):
     """Interpolation: 0 is the forward KL(teacher || policy), 1 the reverse KL(policy || teacher), 0.5 the Jensen-Shannon
     divergence. Default: TRL 1.16."""
     vocabulary: int = Field(64, ge=1)
-    """Most likely tokens of the teacher that are sent to the policy; all others count as one outcome. The divergence is then a
-    lower bound of that over the whole vocabulary, and equal to it with all tokens. Each takes 8 bytes per response token."""
+    """Number of most likely tokens of the teacher that are sent to the policy, at 8 bytes each per response token. All other
+    tokens count as one outcome. The divergence is then a lower bound of that over the whole vocabulary."""
     student_share: float = Field(1.0, ge=0, le=1)
-    """Share of the steps on the policy's own samples, drawn by `run.seed` and step; the others take responses of the dataset
-    (lambda of GKD). Only in the built-in loop, and only with `algorithm.advantage.estimator: distillation`."""
+    """Share of the steps on the policy's own samples; the others use responses of the dataset (lambda of GKD). `run.seed` and
+    the step decide. Only in the built-in loop, and only with `algorithm.advantage.estimator: distillation`."""
     response_field: str | None = None
     """Column of `data.train` with the dataset's response. Needed with a `student_share` below 1."""
 
@@ -131,18 +133,18 @@ class DivergenceSection(Section):
 class TeacherSection(Section):
     """Teacher of on-policy distillation: a frozen model that scores the policy's own samples.
 
-    Each sampled token earns the log-ratio log teacher - log policy, the reverse KL's estimate with its sign changed. This is
-    added to the advantages of any `algorithm.advantage.estimator`; with `distillation` it is the whole advantage. With
-    `divergence` the policy loss has a divergence over the vocabulary instead.
+    For each sampled token the log-ratio log teacher - log policy, the negative estimate of the reverse KL, is added to the
+    advantages of any `algorithm.advantage.estimator`. With `distillation` it is the whole advantage. With `divergence` the
+    policy loss has a divergence over the vocabulary instead.
     """
 
     model: ModelSection
     """The teacher, with the policy's tokenizer."""
     coefficient: float = Field(1.0, gt=0)
-    """Weight of a nat of the log-ratio in the advantage, or of the divergence in the loss."""
+    """Weight of the log-ratio (per nat) in the advantage, or of the divergence in the loss."""
     discount: float = Field(0.0, ge=0, le=1)
-    """Discount of later tokens' log-ratios in a token's advantage. 0: its own alone. 1: all from it on, the gradient of the
-    reverse KL of whole responses."""
+    """Discount of later tokens' log-ratios in a token's advantage. 0: only its own log-ratio. 1: the sum from the token on,
+    which is the gradient of the reverse KL of whole responses."""
     clip: float | None = Field(None, gt=0)
     """Bound on the absolute log-ratio of a token, in nats. Default: none."""
     divergence: DivergenceSection | None = None

@@ -59,7 +59,7 @@ class EvaluateConfig(Section):
     right_from: float = 1.0
     """Minimum score of a correct response, for pass@k."""
     best_by: str | None = None
-    """Part of the reward that best-of-k selects by: a function's name, `reward_model` or `judge_model`. Default: the whole
+    """Part of the reward by which best-of-k selects: a function's name, `reward_model` or `judge_model`. Default: the whole
     score."""
     keep: KeepSection | None = None
     """Write the best responses to `kept.jsonl`, for `rayrlhf sft`. Later stages of a chain refer to it by `${this.dataset}`."""
@@ -175,7 +175,7 @@ class ProbeSection(Section):
     likelihood: bool = False
     """Also compute the mean log-probability per token of the original response, and its correlation with BLEU."""
     response_field: str | None = None
-    """Column that already holds the model's response, so nothing is generated. Default: generate."""
+    """Column that already has the model's response; nothing is generated then. Default: generate."""
     model: ModelSection | None = None
     """Model that is already fine-tuned on the dataset. Default: the run tunes one."""
     tokenize: Literal["auto", "13a", "intl", "zh", "char", "flores101", "flores200", "none"] = "auto"
@@ -223,9 +223,10 @@ class RelabelSection(Section):
     temperature: float = Field(1.0, gt=0)
     """Temperature of the candidates. No effect on `greedy`."""
     struggling: Literal["replace", "mix", "drop", "keep"] = "replace"
-    """Use of struggling pairs. `replace`: the new response. `mix`: both responses. `drop`: neither. `keep`: only report."""
+    """Treatment of struggling pairs: train on the new response (`replace`), on both responses (`mix`), on neither (`drop`), or
+    on the original, with a report only (`keep`)."""
     guarded: Literal["keep", "drop"] = "keep"
-    """Use of a pair whose new response is refused by the guard: `keep` the original, or `drop` the pair."""
+    """Treatment of a pair whose new response is refused by the guard: `keep` the original, or `drop` the pair."""
     verifier: RewardSection | None = None
     """Reward functions that verify a response; they get the other fields of the row as columns. Default: none."""
     verifier_minimum: float = 0.5
@@ -233,7 +234,8 @@ class RelabelSection(Section):
     reward_model: RewardModelSection | None = None
     """Reward model of `method: reward_model`."""
     loop_repeats: int = Field(4, ge=2)
-    """Repeats of the same text (at least 32 characters in all) at a response's end from which on it is refused."""
+    """Number of repeats of the same text (at least 32 characters in all) at the end of a response from which it is refused as
+    a loop."""
 
     @model_validator(mode="after")
     def _check_method(self) -> Self:
@@ -254,7 +256,7 @@ class QualitySection(Section):
     data: PairsSection
     """Held-out rows; `chat` and `system_prompt` should be those of `data`."""
     verifier: RewardSection | None = None
-    """Reward functions whose mean is the quality. Mean BLEU to the held-out responses is always reported."""
+    """Reward functions whose mean is the quality. The mean BLEU with the held-out responses is always reported."""
     temperature: float = Field(0.0, ge=0)
     """Sampling temperature; 0 is greedy."""
 

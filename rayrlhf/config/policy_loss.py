@@ -234,7 +234,7 @@ class DPPOLossSection(PolicyLossSection):
 
 
 class TOPRLossSection(PolicyLossSection):
-    """REINFORCE whose negative part tapers off (Le Roux et al. 2025, "Tapered Off-Policy REINFORCE")."""
+    """REINFORCE with a tapered weight of negative responses (Le Roux et al. 2025, "Tapered Off-Policy REINFORCE")."""
 
     kind: ClassVar[str] = "topr"
 
@@ -244,8 +244,8 @@ class TOPRLossSection(PolicyLossSection):
     weight_high: float = Field(1.0, gt=0)
     """Upper bound of the ratio of a response without a positive advantage. Default: the paper."""
     loss_aggregation: LossAggregation = "constant"
-    """Divisor of the loss of an optimizer step, see the loss `ppo`. Default: the paper, which sums over a response, but for
-    the constant."""
+    """Divisor of the loss of an optimizer step, see the loss `ppo`. Default: as in the paper, which sums over a response
+    without the constant."""
 
 
 class ClipCovLossSection(PolicyLossSection):
@@ -277,9 +277,10 @@ class KLCovLossSection(PolicyLossSection):
     """`kl_cov`: the unclipped policy gradient, with a KL penalty at the tokens whose advantage and log-prob covary most (Cui et
     al. 2025, "The Entropy Mechanism of Reinforcement Learning")."""
     share: float = Field(2e-3, gt=0, le=1)
-    """Tokens to penalize, as a share of the step's tokens; at least one. Default: the paper's for 7B; for 32B it has 2e-4."""
+    """Tokens to penalize, as a share of the step's tokens; at least one. Default: the paper's value for 7B models (2e-4 for
+    32B)."""
     penalty: float = Field(1.0, ge=0)
-    """Weight of the absolute log-ratio to the policy before the step. Default: the paper."""
+    """Weight of the absolute log-ratio between the policy and the policy before the step. Default: the paper."""
 
 
 class PluginLossSection(PolicyLossSection):

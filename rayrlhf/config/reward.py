@@ -21,12 +21,12 @@ class RewardFunctionSection(Section):
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the function."""
     cache: bool = False
-    """Cache scores by content. Valid only for a function whose score depends on the sample's prompt, response and columns
-    alone: no randomness, no clock, no other sample of the batch."""
+    """Cache scores by content. Valid only for a function whose score depends on nothing but the sample's prompt, response and
+    columns: no randomness, no clock, no other sample of the batch."""
     per: Literal["response", "token", "turn"] = "response"
     """Granularity of the rewards: one number per `response`, or per response a list with one number per `token` or per `turn`
-    (a segment of sampled tokens). The score has their sum. An estimator that reads token rewards, such as `gae`, gets each at
-    its token or at the last token of its turn."""
+    (a segment of sampled tokens). The score is their sum. Estimators that read token rewards, such as `gae`, get each number
+    at its token or at the last token of its turn."""
 
     @model_validator(mode="after")
     def _check_cache(self) -> Self:
@@ -42,8 +42,9 @@ class StepRewardSection(Section):
     """Score of a response from the probabilities of its steps: their minimum, product or sum, or the last one. `sum` pays more
     for more steps."""
     per: Literal["step", "response"] = "step"
-    """Token that is paid in PPO. `step`: a step's last token gets the change of the score by the step (with `sum`, its
-    probability). `response`: the last token gets the score. An estimator that reads scores alone takes both alike."""
+    """Tokens that are rewarded in PPO. `step`: the last token of each step gets the change of the score by the step (with
+    `sum`, its probability). `response`: the last token gets the score. For estimators that read only scores there is no
+    difference."""
     separator: str | None = Field(None, min_length=1)
     """Text between the steps of a response. Default: the one that `rayrlhf reward` stored with the model."""
 
@@ -57,11 +58,11 @@ class RewardModelSection(Section):
     members: list[ModelSection] = Field(default_factory=list)
     """Further models of an ensemble, each with its own tokenizer. The reward is the mean over `model` and these."""
     outputs: dict[str, float] | None = Field(None, min_length=1)
-    """Outputs of a classifier with several, by label or number, with their weights: the reward is their weighted sum. Default:
-    the model's only output."""
+    """Weights of the outputs of a classifier with several outputs, by label or number; the reward is the weighted sum.
+    Default: the model's only output."""
     steps: StepRewardSection | None = None
-    """Rewards of a process reward model, of `rayrlhf reward` with `kind: process` or a token classifier with the labels 0
-    (wrong) and 1 (right). Default: the model scores whole responses."""
+    """Scores of steps by a process reward model: one trained by `rayrlhf reward` with `kind: process`, or a token classifier
+    with the labels 0 (wrong) and 1 (right). Default: the model scores whole responses."""
     uncertainty: float = Field(0.0, ge=0)
     """Penalty for disagreement: multiples of the standard deviation over the members, subtracted from their mean."""
     weight: float = 1.0
@@ -70,14 +71,15 @@ class RewardModelSection(Section):
     """Text that the model scores, with `{prompt}` and `{response}`. Default: the format that `rayrlhf reward` stored with the
     model (system prompt, end of sequence), or the chat template of its tokenizer."""
     max_length: int = Field(1024, ge=1)
-    """Maximum tokens of the scored text, or the model's positions if these are fewer."""
+    """Maximum tokens of the scored text; at most the model's number of positions."""
     normalize: bool = False
     """Shift and scale rewards to mean 0 and standard deviation 1 by the statistics that `rayrlhf reward` stored with each
     model."""
     offload: bool = False
     """Keep the weights in main memory and copy them to the GPU for scoring only. No effect on a CPU."""
     backend: Literal["torch", "vllm"] = "torch"
-    """`vllm` serves a classifier of sequences (`...ForSequenceClassification`) in vLLM's pooling mode. Not run on GPUs."""
+    """Engine of the model. `vllm` serves a sequence classifier (`...ForSequenceClassification`) in vLLM's pooling mode; not
+    run on GPUs yet."""
     kv_cache_gib: float | None = Field(None, gt=0)
     """Memory of vLLM's KV cache, in GiB. Needs `backend: vllm`. Default: 0.5."""
 
@@ -141,8 +143,8 @@ class RewardSection(Section):
     files: list[Path] = Field(default_factory=list)
     """Python files to import first; they may register functions."""
     probe: bool = True
-    """Call each function once on two made-up responses before the run starts, and the judge when it is loaded. false for a
-    function that works only where it runs, for example on a GPU that this machine lacks."""
+    """Call each function once on two made-up responses before the run starts, and the judge when it is loaded. Set false for a
+    function that cannot run on this machine, for example because it needs a GPU."""
 
     @property
     def function_names(self) -> list[str]:

@@ -23,9 +23,10 @@ class SelectionSection(Section):
     pooling: Literal["mean", "cls"] | None = None
     """Pooling of the encoder's states. Default: that of the encoder's folder."""
     resemblance: float = Field(0.8, gt=0, le=1)
-    """Minimum Jaccard index of three-word shingles of near-duplicates, which are never shown."""
+    """Minimum Jaccard index of three-word shingles from which an example counts as a near-duplicate of the target, and is
+    never shown."""
     resembling_words: int = Field(8, ge=1)
-    """Minimum words of texts and answers that are compared by resemblance."""
+    """Minimum words of a text or answer for this comparison."""
 
     @model_validator(mode="after")
     def _check_encoder(self) -> Self:
@@ -68,9 +69,9 @@ class RolloutDemonstrationsSection(SelectionSection):
     train_with: Literal["with_demonstrations", "without_demonstrations"] = "with_demonstrations"
     """Prompt that policy, reference and critic read, and that evaluations use.
 
-    `with_demonstrations`: the same as the rollout engine. `without_demonstrations`: the prompt alone. The engine's log-probs
-    then have another context, so `mismatch_alarm` is off and `algorithm.off_policy_correction` must be off. Old log-probs are
-    the trainer's, and rewards judge the response to the prompt alone, in both cases.
+    `with_demonstrations`: the same prompt as the rollout engine. `without_demonstrations`: only the plain prompt. The engine's
+    log-probs then have another context, so `mismatch_alarm` is off, `algorithm.off_policy_correction` must be off, and old
+    log-probs are the trainer's. In both cases rewards judge the response to the plain prompt.
     """
 
 
@@ -86,13 +87,13 @@ class EnvironmentSection(Section):
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the class, which is constructed for each sample, or of the agent's function."""
     max_turns: int = Field(8, ge=1)
-    """Maximum turns of the policy. A sample that is not done by then counts as truncated; further requests of an agent are
+    """Maximum turns of the policy. A sample that is not done by then counts as truncated. Further requests of an agent are
     refused."""
     max_turn_tokens: int | None = Field(None, ge=1)
     """Maximum tokens of a turn; the environment receives the truncated turn. Default: the remaining tokens of the response."""
     max_sampled_tokens: int | None = Field(None, ge=1)
-    """Maximum sampled tokens of an agent's sample, over all of its conversations; further requests are refused. Default:
-    `rollout.max_new_tokens` per conversation alone."""
+    """Maximum sampled tokens of an agent's sample, over all of its conversations; further requests are refused. Default: only
+    the limit of `rollout.max_new_tokens` per conversation."""
     timeout_seconds: float = Field(30.0, gt=0)
     """Maximum seconds of one environment step, or between two requests of an agent."""
     retries: int = Field(1, ge=0)
@@ -100,15 +101,15 @@ class EnvironmentSection(Section):
     max_failed_share: float = Field(0.1, ge=0, lt=1)
     """Maximum share of failed samples in a step, after retries. They are left out; above this share the run stops."""
     failed_floor: int = Field(2, ge=0)
-    """Number of failed samples in a step that do not stop the run, also above `max_failed_share`, unless all samples failed."""
+    """Number of failed samples in a step that never stop the run, even above `max_failed_share`, unless all samples failed."""
     credit: Literal["turn", "episode"] = "turn"
     """Position of the environment's rewards. `turn`: each at the last token of its turn. `episode`: their sum at the end."""
     votes: Literal["sample", "segment"] = "sample"
-    """Votes in the group baselines of GRPO, RLOO and the like. `sample`: one per sample, shared by the segments of an agent's
-    sample, so that one with many branches does not outweigh the others. `segment`: one per segment."""
+    """Votes in the baselines of group estimators (GRPO, RLOO, ...). `sample`: one vote per sample, shared by the segments of
+    an agent's sample, so that a sample with many branches does not outweigh the others. `segment`: one vote per segment."""
     template: str = "{observation}"
-    """Text around an observation in the response; for chat models the end of one turn and the start of the next. No effect on
-    agents, whose messages use the chat template."""
+    """Text around an observation in the response; for chat models it has the end of one turn and the start of the next. No
+    effect on agents, whose messages use the chat template."""
 
     @model_validator(mode="after")
     def _check_template(self) -> Self:
@@ -150,20 +151,21 @@ class RolloutSection(Section):
     """Devices per replica, or per stage of `pipeline_parallel_size` (tensor parallelism), all on one node. Each gets a worker
     process of vLLM, on CPUs too. Must divide the model's attention heads; needs `backend: vllm`."""
     pipeline_parallel_size: int = Field(1, ge=1)
-    """Stages per replica (pipeline parallelism): each holds its part of the layers on `tensor_parallel_size` devices. A replica
-    that one node cannot hold has the same number of stages on each of several. At most the model's layers; needs
-    `backend: vllm`. Adapters are then served merged. Not run on GPUs."""
+    """Stages per replica (pipeline parallelism). Each stage holds its part of the layers on `tensor_parallel_size` devices. A
+    replica that does not fit one node is spread over several nodes, with the same number of stages on each. At most the number
+    of layers; needs `backend: vllm`. Adapters are then served merged. Not run on GPUs."""
     prompts_per_step: int = Field(64, ge=1)
     """Prompts per step."""
     samples_per_prompt: int = Field(1, ge=1)
     """Responses per prompt: the size of a group."""
     refill_rounds: int = Field(0, ge=0)
     """Maximum rounds of dynamic sampling per step (DAPO): prompts whose responses all have the same score are replaced by
-    others. After the last round the rest of the step is filled with such prompts. 0 keeps every prompt."""
+    others. If some are left after the last round, they fill the step. 0 keeps every prompt."""
     overissue: float = Field(0.0, ge=0, le=10)
-    """Share of further prompts that the built-in step samples. It trains on the groups that finish first and cancels the
-    others, so that the longest responses are not waited for. This is biased towards short responses: a prompt with long ones is
-    trained on less often, and right answers that need many tokens are lost. Canceled prompts count as used. 0 waits for all."""
+    """Extra prompts that the built-in step samples, as a share of `prompts_per_step`. The step trains on the groups that
+    finish first and cancels the others, so it does not wait for the longest responses. This biases training towards short
+    responses: prompts with long responses are trained on less often, and right answers that need many tokens are lost.
+    Canceled prompts count as used. 0 waits for all."""
     demonstrations: RolloutDemonstrationsSection | None = None
     """Examples before every prompt. Default: none."""
     max_new_tokens: int = Field(256, ge=1)
@@ -171,7 +173,7 @@ class RolloutSection(Section):
     temperature: float = Field(1.0, gt=0)
     """Temperature of sampling and of all log-probs. There is no top-p or top-k: rollout engine and trainer would disagree."""
     stop: list[str] = Field(default_factory=list)
-    """Strings that end a response. The text is kept up to and including the token that completes one."""
+    """Strings that end a response. The text is kept up to and including the token that completes the string."""
 
     @field_validator("stop")
     @classmethod
@@ -194,30 +196,30 @@ class RolloutSection(Section):
     max_concurrent: int = Field(256, ge=1)
     """Maximum requests that a replica decodes at a time."""
     memory_gib: float = Field(2.0, gt=0)
-    """Maximum KV cache of a replica on a CPU, in GiB. Bounded also by what `max_concurrent` full responses fill."""
+    """Maximum KV cache of a replica on a CPU, in GiB. It is smaller if `max_concurrent` full-length responses need less."""
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
     """Share of GPU memory that a replica may use."""
     sleep: bool = False
-    """Release the GPU memory of weights and KV cache while models train on the same devices. The next weight sync restores
-    first the weights, then the cache. Needs `backend: vllm`. On a CPU nothing is freed."""
+    """Release the GPU memory of weights and KV cache while models train on the same devices. The next weight sync restores the
+    weights, then the cache. Needs `backend: vllm`. On a CPU nothing is freed."""
     weight_transfer: Literal["auto", "shared_memory", "nccl", "ipc"] = "auto"
     """Transport of a weight sync. `shared_memory` works everywhere. `nccl` and `ipc` are vLLM's transfers from GPU to GPU and
     need `backend: vllm`: `nccl` to other GPUs (`placement.mode: disaggregated`), `ipc` on the policy's GPUs (`colocated`).
     `auto` is `ipc` where each replica shares the GPU of a policy rank, `nccl` where replicas have GPUs of their own, and
     `shared_memory` elsewhere, such as on CPUs. Neither `nccl` nor `ipc` has been run on a GPU yet."""
     lora: Literal["auto", "adapter", "merged"] = "auto"
-    """How the engine serves LoRA adapters (`model.lora`). `adapter`: unmerged, by vLLM's own LoRA layers; a weight sync carries
-    the adapter only. `merged`: base + adapter in the engine's precision. In bfloat16 most of a small update is then lost to
-    rounding; in float32 nothing is, and a CPU samples about twice as fast. `auto` is `adapter` with `backend: vllm`, but for a
-    policy that computes in float32 on a CPU; `merged` there and with other backends. Not measured on GPUs."""
+    """How the engine serves LoRA adapters (`model.lora`). `adapter`: unmerged, by vLLM's own LoRA layers; a weight sync
+    carries the adapter only. `merged`: base + adapter in the engine's precision. In bfloat16 most of a small update is then
+    lost to rounding. In float32 nothing is lost, and a CPU samples about twice as fast. `auto` is `merged` for a policy that
+    computes in float32 on a CPU and with other backends than vLLM, else `adapter`. Not measured on GPUs."""
     routing_replay: Literal["off", "rollout", "old"] = "off"
-    """Experts of a mixture-of-experts policy in training, for `qwen3_moe` and `mixtral` models. `rollout` (R3): those that the
-    rollout engine chose for each token, in old log-probs and updates. Tokens that its prefix cache held have the trained
-    model's own choice, as all have with `off`. `old` (verl's R2): those that the trained model chose for its old log-probs, in
-    all updates of the step; needs `algorithm.old_logprobs: recomputed`. Samples then share no prefixes, and no frozen layers
-    are cached. Not together with `algorithm.online_dpo`, `observe.record`, and sequence or tensor parallelism of the policy;
-    `rollout` neither with `environment`, `train_with: without_demonstrations`, engines by path, and parallelism of replicas.
-    On GPUs it uses vLLM's own `enable_return_routed_experts`, which has not been run."""
+    """Choice of experts in training, for `qwen3_moe` and `mixtral` policies. `off`: the trained model's own choice. `rollout`
+    (R3): the choice of the rollout engine for each token, in old log-probs and updates; tokens that its prefix cache held have
+    the trained model's own choice. `old` (R2 of verl): the trained model's choice for its old log-probs, in all updates of the
+    step; needs `algorithm.old_logprobs: recomputed`. Then no prefixes are shared and no frozen layers are cached. Not together
+    with `algorithm.online_dpo`, `observe.record`, and sequence or tensor parallelism of the policy; `rollout` neither with
+    `environment`, `train_with: without_demonstrations`, engines by path, or tensor or pipeline parallelism of the replicas. On
+    GPUs vLLM's own `enable_return_routed_experts` is used, which has not been run."""
     mismatch_alarm: float = Field(0.5, gt=0)
     """Maximum mean |trainer log-prob - rollout log-prob| of a step, in nats per token; above it the run stops. Only tokens
     sampled with the newest weights count, because older ones (`async.max_staleness`) differ by the updates since."""

@@ -49,8 +49,8 @@ class CheckpointSection(Section):
     asynchronous: bool = True
     """Copy the state in memory and write it while training continues. false waits for the disk."""
     mirror: str | None = Field(None, pattern=r"^[a-z0-9+.-]+://[^@]*$")
-    """Second storage (`s3://bucket/runs`, `gs://...`, `file:///...`, or another URI of fsspec): every checkpoint is copied to
-    `mirror/run.name`, and a run folder on any machine without as new a checkpoint starts from the copy. Credentials come from
+    """Second storage (`s3://bucket/runs`, `gs://...`, `file:///...`, or another URI of fsspec). Every checkpoint is copied to
+    `mirror/run.name`. A run folder on any machine starts from the copy if its own checkpoints are older. Credentials come from
     the environment, never from the URI. Default: none."""
 
 
@@ -62,8 +62,8 @@ class ProcessPlacement(Section):
     gpus: float | None = Field(None, ge=0)
     """GPUs per process. Default: 0 without GPUs, an equal fraction under `colocated`, else 1."""
     threads: int | None = Field(None, ge=1)
-    """OpenMP threads per process. Default: all CPUs of the node if phases run in turn, else the process's CPUs. On GPUs the
-    CPUs of the node are divided among the processes that run at a time, up to 16 each."""
+    """OpenMP threads per process. Default: all CPUs of the node if roles take turns, else the process's CPUs. On GPUs the CPUs
+    of the node are divided among the processes that run at the same time, up to 16 each."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Required labels of the node (`ray start --labels`), with `placement.mode: disaggregated`. Default: any node."""
 
@@ -79,15 +79,15 @@ class TrainPlacement(RolePlacement):
     """Processes of a role in training, which may share tokens, weights or experts."""
 
     sequence_parallel: int = Field(1, ge=1)
-    """Number of consecutive ranks that share each row of tokens, so that a rank stores this part of its activations. Must
-    divide `ranks`; the samples are split over the groups."""
+    """Number of consecutive ranks that split each row of tokens, so that each stores 1 / `sequence_parallel` of its
+    activations. Must divide `ranks`; the samples are split over the groups."""
     tensor_parallel: int = Field(1, ge=1)
-    """Number of consecutive ranks that share the weights of attention and feed-forward layers, so that a rank stores and
-    computes this part of them. Must divide `ranks` and the model's heads; not with `sequence_parallel`."""
+    """Number of consecutive ranks that split the weights of attention and feed-forward layers, so that each stores and
+    computes 1 / `tensor_parallel` of them. Must divide `ranks` and the model's heads; not with `sequence_parallel`."""
     expert_parallel: int = Field(1, ge=1)
-    """Number of consecutive ranks that share the experts of each layer, so that a rank stores this part of them. The samples
-    are split over all ranks, and tokens travel to their experts. Must divide `ranks` and the model's experts; not with
-    `sequence_parallel` or `tensor_parallel`."""
+    """Number of consecutive ranks that divide the experts of each layer among them, so that each stores 1 / `expert_parallel`
+    of them. The samples are split over all ranks, and tokens are sent to their experts. Must divide `ranks` and the model's
+    experts; not with `sequence_parallel` or `tensor_parallel`."""
 
     @property
     def group(self) -> int:
@@ -109,7 +109,8 @@ class PlacementSection(Section):
     """Placement of the roles on the cluster."""
 
     mode: Literal["colocated", "disaggregated"] = "colocated"
-    """`colocated`: all roles share each bundle. `disaggregated`: every role has a placement group of its own."""
+    """`colocated`: all roles share the bundles of one placement group. `disaggregated`: every role has its own placement
+    group."""
     overlap: Literal["auto", "on", "off"] = "auto"
     """Score finished rollouts while others are generated. `auto`: on if roles do not share devices."""
     policy: TrainPlacement = TrainPlacement()
@@ -120,7 +121,7 @@ class PlacementSection(Section):
     judge: ProcessPlacement = ProcessPlacement()
     """Replicas of `reward.judge`."""
     rollout_cpus: float | None = Field(None, gt=0)
-    """CPUs per rollout replica. Default: an equal share."""
+    """CPUs per rollout replica. Default: an equal share of the machine."""
     rollout_gpus: float | None = Field(None, ge=0)
     """GPUs per rollout replica. Default: as `gpus` of the other roles."""
     rollout_threads: int | None = Field(None, ge=1)
@@ -180,8 +181,8 @@ class ObserveSection(Section):
     samples_per_step: int = Field(8, ge=0)
     """Rollouts written to `samples/` per step."""
     record: Literal["off", "light", "full"] = "off"
-    """Record of each step in `records/`, with which `rayrlhf replay` executes it again. `light` holds rollouts, rewards,
-    outputs of the models and advantages, at most 40 bytes a token. `full` adds the results of each optimizer step and a
+    """Record of each step in `records/`, from which `rayrlhf replay` executes the step again. `light` has rollouts, rewards,
+    outputs of the models and advantages, at most 40 bytes per token. `full` adds the results of each optimizer step and a
     checksum of each parameter, for which the weights are read once per step."""
     on_alarm: Literal["warn", "checkpoint", "stop"] = "warn"
     """Reaction to the first alarm of a diagnostic. `warn` reports it, `checkpoint` also writes a checkpoint, `stop` also ends
@@ -189,7 +190,7 @@ class ObserveSection(Section):
     live: bool = True
     """Show the live view on a terminal; without one, plain lines are printed."""
     user_output: bool = False
-    """Show on the terminal what reward functions, environments and other plugins print or log in their processes. It is always
+    """Show the output (print and logging) of reward functions, environments and other plugins on the terminal. It is always
     written to `user_output.log`."""
     trace: bool = True
     """Write `trace.json` for Perfetto: the phases of every role over time."""
@@ -200,7 +201,7 @@ class ObserveSection(Section):
 class RecoverySection(Section):
     """Restarts after infrastructure failures.
 
-    They are bounded. Configuration errors and bugs always end the run.
+    Their number is limited. Configuration errors and bugs always end the run.
     """
 
     enabled: bool = True
@@ -223,8 +224,8 @@ class RecoverySection(Section):
     `stop_seconds` is abandoned as well, and the run resumes from its newest checkpoint. Set it below the time that a scheduler
     waits before SIGKILL."""
     snapshot: Literal["step", "checkpoint"] = "checkpoint"
-    """Training state that a lost policy or critic rank is restored from. `step` copies it to the object store after every step,
-    so one step is repeated. `checkpoint` costs nothing and repeats all steps since the newest checkpoint."""
+    """State from which a lost policy or critic rank is restored. `step` copies the training state to the object store after
+    every step, so one step is repeated. `checkpoint` costs nothing and repeats all steps since the newest checkpoint."""
 
 
 class AsyncSection(Section):
@@ -243,13 +244,13 @@ class AsyncSection(Section):
 class SFTWarmupSection(Section):
     """SFT warm-up: a short supervised start before PPO.
 
-    It helps rewards that require a format, which an untuned model never produces. The evaluation at step 0 follows it, so that
-    later ones show what PPO adds.
+    It helps if the reward requires a format that an untuned model never produces. The evaluation at step 0 comes after it, so
+    later evaluations show the gain of PPO.
     """
 
     response_field: str
     """Column of `data.train` with the target response."""
     samples: int = Field(256, ge=1)
-    """Number of rows, the first of the shuffled training prompts; one pass."""
+    """Number of rows: the first ones of the shuffled training prompts, in one pass."""
     mini_batch_size: int = Field(16, ge=1)
     """Samples per optimizer step, at the policy's learning rate."""

@@ -58,8 +58,8 @@ class FolderSection(Section):
 
     name: RunName
     root: Path = Path("runs")
-    """Parent folder of run folders. In a Ray job, whose working directory is deleted, a relative one is below the folder
-    `RAYRLHF_JOB_RUNS`, by default `~/rayrlhf-jobs` of the node that the driver runs on."""
+    """Parent folder of run folders. Ray deletes the working directory of a job, so there a relative path is placed in the
+    folder `RAYRLHF_JOB_RUNS`, by default `~/rayrlhf-jobs` on the driver's node."""
 
     @property
     def folder(self) -> Path:

@@ -60,8 +60,8 @@ class UpdateSection(Section):
     """Weight of the load-balancing loss of a mixture of experts (TRL `router_aux_loss_coef`; 0.001 in the configurations of
     Qwen3-MoE and Mixtral). In PPO the critic trains without it."""
     share_prefixes: SharePrefixes = "auto"
-    """Tokens that samples of a batch begin with in common: `auto` computes them once if that saves at least 3 % of its
-    tokens, in training and in scoring; `off` computes each copy. Losses and gradients are the same."""
+    """Common prefixes of the samples of a batch, in training and in scoring. `auto` computes them once if that saves at least
+    3 % of the tokens and 16 tokens per branch; `off` computes each copy. Losses and gradients are equal up to rounding."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage, sharding over the ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also parameters."""
     offload_optimizer: bool = False
@@ -117,16 +117,16 @@ class TrainSection(UpdateSection):
     score_batch_tokens: int = Field(8192, ge=1)
     """Maximum tokens of one forward pass without gradient, padding included."""
     early_stop_kl: float | None = Field(None, gt=0)
-    """End the passes of a step once the KL from the policy that sampled exceeds 1.5 times this, in nats per token (TRL
+    """Stop the updates of a step once the KL from the policy that sampled exceeds 1.5 times this value, in nats per token (TRL
     `target_kl`). Default: never."""
     ratio_guard: float | None = Field(None, gt=1)
-    """Zero the loss of a mini-batch whose mean ratio exceeds this (TRL `ratio_threshold`). Default: never."""
+    """Set the loss of a mini-batch to zero if its mean ratio exceeds this value (TRL `ratio_threshold`). Default: never."""
     max_nonfinite_steps: int = Field(3, ge=0)
-    """Optimizer steps in a row that may be skipped because the gradient has inf or NaN; one more stops the run."""
+    """Maximum optimizer steps in a row that are skipped because of an inf or NaN; one more stops the run."""
 
     ema_decay: float | None = Field(None, ge=0, lt=1)
-    """Decay per step of a moving average of the policy's weights, exported to `export-average` in addition to the policy.
-    Default: no average."""
+    """Decay per step of a moving average of the policy's weights. The average is exported to `export-average`, in addition to
+    the policy. Default: no average."""
 
     def sharding_fingerprint(self) -> dict[str, int]:
         """Settings, by key, that two runs must share to load each other's training state."""
@@ -140,7 +140,7 @@ class TrainSection(UpdateSection):
 
 
 class TuningTrainSection(UpdateSection):
-    """Passes over the data in optimizer steps of a number of samples or tokens.
+    """Passes over the data, and size of an optimizer step in samples or tokens.
 
     For reward models and DPO a sample is a pair.
     """
@@ -185,8 +185,8 @@ class DistillationTrainSection(SupervisedTrainSection):
     """Training of a student on its teacher's distributions."""
 
     vocabulary: Count | Literal["full"] = "full"
-    """Compared tokens: `full`, or the n most likely of the teacher, with the rest of its mass as one. On disk a response token
-    takes a hidden state with `full`, else 8 n bytes."""
+    """Compared tokens: `full`, or the teacher's n most likely tokens, with all others as one outcome. On disk a response token
+    takes one hidden state with `full`, else 8 n bytes."""
 
 
 class RewardTrainSection(TuningTrainSection):
@@ -210,13 +210,13 @@ class DirectPreferenceTrainSection(TuningTrainSection):
     mean log-ratios. `apo_zero`, `apo_down`: APO, for chosen answers better or worse than the model's. Without a reference:
     `simpo`, mean log-probs with a margin; `cpo`; `orpo`, the odds ratio. Of single answers with a label: `kto`."""
     beta: float = Field(0.1, gt=0)
-    """Strength of the KL constraint to the reference; tau of IPO; scale of the reward of CPO and SimPO (whose paper takes 2 to
-    2.5); weight of ORPO's odds ratio."""
+    """Strength of the KL constraint to the reference; tau of IPO; reward scale of CPO and SimPO (2 to 2.5 in SimPO's paper);
+    weight of ORPO's odds ratio."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """Share of the labels assumed wrong. With `sigmoid` this is conservative DPO."""
     target_margin: float | None = Field(None, ge=0)
-    """SimPO's gamma, by which the reward of the chosen answer should exceed that of the rejected one. Default: 0.5, as TRL
-    1.16; only `simpo` reads it."""
+    """SimPO's gamma: the margin by which the reward of the chosen answer should exceed that of the rejected one. Default: 0.5,
+    as in TRL 1.16. Only `simpo` reads it."""
     nll_coefficient: float | None = Field(None, ge=0)
     """Weight of the negative log-likelihood of the chosen answers, a mean over their tokens. Default: 1 for `cpo` and `orpo`, 0
     for the others."""

@@ -88,17 +88,17 @@ class WorkersSection(Section):
     """Training processes, and the resources that each requests from Ray."""
 
     count: Count | tuple[Count, Count] = 1
-    """Number of workers, or [minimum, maximum] to train with as many as the cluster has."""
+    """Number of workers, or [minimum, maximum] to use as many as the cluster has."""
     sequence_parallel: int = Field(1, ge=1)
-    """Number of consecutive workers that share each row of tokens, so that a worker stores this part of its activations. Must
-    divide `count`; the samples are split over the groups."""
+    """Number of consecutive workers that split each row of tokens, so that each stores 1 / `sequence_parallel` of its
+    activations. Must divide `count`; the samples are split over the groups."""
     tensor_parallel: int = Field(1, ge=1)
-    """Number of consecutive workers that share the weights of attention and feed-forward layers, so that a worker stores and
-    computes this part of them. Must divide `count` and the model's heads; not with `sequence_parallel`."""
+    """Number of consecutive workers that split the weights of attention and feed-forward layers, so that each stores and
+    computes 1 / `tensor_parallel` of them. Must divide `count` and the model's heads; not with `sequence_parallel`."""
     expert_parallel: int = Field(1, ge=1)
-    """Number of consecutive workers that share the experts of each layer, so that a worker stores this part of them. The
-    samples are split over all workers, and tokens travel to their experts. Must divide `count` and the model's experts; not
-    with `sequence_parallel` or `tensor_parallel`."""
+    """Number of consecutive workers that divide the experts of each layer among them, so that each stores 1 /
+    `expert_parallel` of them. The samples are split over all workers, and tokens are sent to their experts. Must divide
+    `count` and the model's experts; not with `sequence_parallel` or `tensor_parallel`."""
     cpus: float | None = Field(None, gt=0)
     """CPUs per worker. Default: an equal share of the machine."""
     gpus: float | None = Field(None, ge=0)
