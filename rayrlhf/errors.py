@@ -5,7 +5,7 @@ Any other exception that escapes is a bug.
 
 
 class UserError(Exception):
-    """An error in the user's input: what, where, expected value, nearest valid value."""
+    """An error in the user's input: place, reason, expected and nearest valid value."""
 
 
 class ErrorList:

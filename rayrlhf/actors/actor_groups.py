@@ -264,7 +264,7 @@ def _await_placement_groups(
 def wait_for_room(wanted: Mapping[str, float], say: Callable[[str], None]) -> None:
     """Wait up to `SAY_SECONDS` for free CPUs and GPUs of the connected cluster.
 
-    If they do not suffice then, say what is waited for.
+    If they are not enough by then, report the missing resources.
     """
     end = time.monotonic() + SAY_SECONDS
     while any(ray.available_resources().get(kind, 0.0) < amount - 1e-6 for kind, amount in wanted.items() if amount):

@@ -1,6 +1,7 @@
 """Restarts of reward, judge, reference and teacher processes.
 
-They keep no state, so their calls are repeated on the new process. A new process without room on its device is restarted too.
+They keep no state, so their calls are repeated on the new process. A new process that finds too little memory on its device is
+also restarted.
 """
 
 import time

@@ -153,7 +153,7 @@ def is_cluster(address: str) -> bool:
 
 
 def make_token_private() -> None:
-    """Make Ray's token file readable by this user alone; create it if missing.
+    """Make Ray's token file readable only by this user; create it if missing.
 
     Ray would create it with the permissions of the umask, and the token is a right to run code as this user.
     """

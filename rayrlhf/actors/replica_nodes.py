@@ -1,4 +1,4 @@
-"""Further nodes of a rollout replica that no node can hold, one actor each.
+"""Additional nodes of a rollout replica that does not fit one node, one actor each.
 
 Such an actor runs vLLM's workers of its node. The replica's own actor is the first node. It creates the others in the further
 bundles of its placement group and owns them: Ray ends them with it, however it ends. When one of them is lost it ends itself,
@@ -28,7 +28,7 @@ MISTAKE_SECONDS = 10.0
 
 
 class NodeActor(Worker):
-    """A further node of a replica."""
+    """An additional node of a replica."""
 
     def serve(self, spec: RolloutSpec) -> None:
         """Run vLLM's workers of this node; returns when one of them has ended."""

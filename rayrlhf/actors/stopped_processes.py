@@ -1,7 +1,7 @@
-"""Watch over stopped processes of the Ray that this process started.
+"""Monitor of stopped processes (SIGSTOP) of the Ray that this process started.
 
-One that is stopped but alive is named after a while, and killed after a bound. Ray Train and Ray Data wait without end for a
-worker that is stopped while it starts. Killing it turns this into a loss, which they repair. PPO's actors have
+A stopped process is reported after `NAME_SECONDS` and killed after `LOST_SECONDS`. Ray Train and Ray Data wait without end for
+a worker that is stopped while it starts. Killing it turns this into a loss, which they repair. PPO's actors have
 `rayrlhf.actors.heartbeat`, which also reaches other machines.
 """
 
@@ -17,7 +17,7 @@ EVERY_SECONDS = 5.0
 
 
 class StoppedProcesses:
-    """Watches the descendants of this process between `__enter__` and `__exit__`.
+    """Monitors the descendants of this process between `__enter__` and `__exit__`.
 
     Args:
         tell: receives the lines.
@@ -39,7 +39,7 @@ class StoppedProcesses:
         self._thread.join(timeout=10)
 
     def check(self, now: float) -> None:
-        """Name and kill the processes that are stopped at a time of the monotonic clock."""
+        """Report and kill stopped processes; `now` is a time of the monotonic clock."""
         stopped = {}
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):

@@ -62,7 +62,7 @@ class ModelCheck(NamedTuple):
 
     Attributes:
         line: in words; empty without a model of this package.
-        shares_prefixes: tokens that samples begin with in common are computed once.
+        shares_prefixes: common prefixes of samples are computed once.
     """
 
     line: str = ""
@@ -139,8 +139,8 @@ Result = TypeVar("Result")
 def returns_memory(call: Callable[Concatenate[Owner, Arguments], Result]) -> Callable[Concatenate[Owner, Arguments], Result]:
     """Return freed memory of a shared GPU to the device at a method's end.
 
-    Also at the end of one that fails. Otherwise torch's allocator keeps it for this process, and a replica that wakes up on the
-    same GPU finds no room.
+    Also at the end of one that fails. Otherwise torch's allocator keeps it for this process, and a replica that wakes up on
+    the same GPU finds too little memory.
     """
 
     @wraps(call)

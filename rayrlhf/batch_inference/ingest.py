@@ -70,7 +70,7 @@ def ingest_dataset(
         longest: maximum tokens of prompt, response and end of sequence; None leaves lengths unchecked.
         given_field: a field with a model's response, stored under `GIVEN`.
         answered: True requires a response in each row; False stores "" where a row has none.
-        needs: columns that every row must have, and what needs them.
+        needs: columns that every row must have, and the setting that needs each.
 
     Raises:
         UserError: no such dataset; too many unusable rows, or no usable one; the dataset changed since an earlier start.
@@ -183,7 +183,7 @@ def _pair(section: PairsSection, source: SourceRow, given_field: str | None, ans
 
 
 def _refuse_parts(section: PairsSection, extras: Extras, prompt: object) -> None:
-    """Reject what these commands do not store: tools, tool calls, reasoning, and answers labeled false."""
+    """Reject unsupported parts: tools, tool calls, reasoning, and answers labeled false."""
     if extras.rejected:
         raise RejectedError(LABEL_FALSE)
     lost = list(extras.options or ()) + sorted(extra_keys(prompt) & CONTENT_KEYS if isinstance(prompt, list) else ())

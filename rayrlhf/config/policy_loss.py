@@ -234,7 +234,7 @@ class DPPOLossSection(PolicyLossSection):
 
 
 class TOPRLossSection(PolicyLossSection):
-    """REINFORCE with a tapered weight of negative responses (Le Roux et al. 2025, "Tapered Off-Policy REINFORCE")."""
+    """REINFORCE with tapered negative weights (Le Roux et al. 2025, "Tapered Off-Policy REINFORCE")."""
 
     kind: ClassVar[str] = "topr"
 

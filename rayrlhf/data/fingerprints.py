@@ -1,4 +1,4 @@
-"""Fingerprints that bind a sample to what was computed for it, equal in every process."""
+"""Fingerprints that bind a sample to the values computed for it, equal in every process."""
 
 import struct
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Held-out rows for evaluation, selected by a hash of the row's group alone.
+"""Held-out rows for evaluation, selected only by a hash of the row's group.
 
 Rows of one group stay on one side. SFT, reward model and later stages that group by the same question hold out the same rows,
 independent of seeds, order, and the other rows of the file.
@@ -34,6 +34,6 @@ def held_out(groups: Sequence[str], share: float) -> list[bool]:
 
 
 def _place(group: str) -> float:
-    """Return a pseudorandom number in [0, 1) that depends on the group alone."""
+    """Return a pseudorandom number in [0, 1) that depends only on the group."""
     digest = hashlib.blake2b(group.encode(errors="surrogatepass"), digest_size=8, person=b"holdout").digest()
     return int.from_bytes(digest, "little") / 2**64

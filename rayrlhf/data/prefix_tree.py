@@ -85,7 +85,7 @@ class PrefixOrder:
         distinct: tokens of each group's own prefix tree.
         shared: tokens that the first row of each group has in common with that of the previous group; 0 for the first.
         tokens: tokens of all rows.
-        branches: rows that begin as the row before them does.
+        branches: rows that have a prefix in common with the row before them.
         largest_mask: entries of the largest attention mask that a run of the groups may need.
     """
 
@@ -98,7 +98,10 @@ class PrefixOrder:
 
     @property
     def pays(self) -> bool:
-        """True if sharing saves `LEAST_SHARED` of the tokens and `LEAST_TOKENS` a branch, with masks up to `LARGEST_MASK`."""
+        """True if sharing saves time.
+
+        It must save `LEAST_SHARED` of the tokens and `LEAST_TOKENS` per branch, with masks up to `LARGEST_MASK`.
+        """
         saved = self.tokens - sum(self.distinct) + sum(self.shared)
         least = max(LEAST_SHARED * self.tokens, LEAST_TOKENS * self.branches)
         return saved >= least and self.largest_mask <= LARGEST_MASK

@@ -127,7 +127,7 @@ def prepare_prompts(
         data: chat template, system prompt, handling of long prompts.
         tokenizer: of the policy.
         max_prompt_tokens: maximum prompt length in tokens; `data.overlong` defines the handling of longer ones.
-        needs: columns that every row must have, and what needs them.
+        needs: columns that every row must have, and the setting that needs each.
 
     Raises:
         UserError: names file, row and field: no such file or field, a wrong type, an empty or too long prompt, no rows, no

@@ -136,7 +136,7 @@ class Rollout(Record):
         response_ids: int32 [R], R >= 1; the stop token included when one was sampled.
         action_mask: bool [R]; True on tokens the policy sampled, False on tool or environment tokens.
         logprobs: float32 [R], of the rollout engine, at the rollout temperature; 0 where `action_mask` is False. They are those
-            of the distribution sampled: under a constraint of what it allows.
+            of the sampled distribution: under a constraint, of the allowed tokens.
         versions: int32 [R], weight version that sampled each token.
         finish_reason: "stop" (stop token or stop string) or "length".
         text: the response decoded without special tokens.

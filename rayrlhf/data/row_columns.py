@@ -301,6 +301,6 @@ def unmet_need(row: Mapping[str, Any], needs: Mapping[str, str]) -> str:
 
     Args:
         row: of a dataset.
-        needs: columns, and what needs each.
+        needs: columns, and the setting that needs each.
     """
     return next((f"{name} needs column {column!r}" for column, name in needs.items() if column not in row), "")

@@ -41,8 +41,9 @@ class Opening(NamedTuple):
 
     Attributes:
         text: with the header of the completion.
-        base: without what the template writes only before a completion; up to the completion before it if there is `rest`.
-        rest: text after the completion before it, without the header.
+        base: without the text that the template writes only before a completion; up to the previous completion if there is
+            `rest`.
+        rest: text after the previous completion, without the header.
     """
 
     text: str

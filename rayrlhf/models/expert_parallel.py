@@ -79,7 +79,7 @@ class ExpertSplit(WeightSplit):
 
 
 def expert_obstacle(model: PreTrainedModel, size: int) -> str | None:
-    """Return why ranks cannot share a model's experts, and what is expected.
+    """Return the reason why ranks cannot divide a model's experts, with the expected value.
 
     It is None if they can. The model may be on the `meta` device.
     """

@@ -83,7 +83,7 @@ def hold(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 def widen_in_use(network: nn.Module) -> None:
-    """Make the layers with frozen 16-bit weights compute what they would with float32 weights."""
+    """Make the layers with frozen 16-bit weights compute the same as with float32 weights."""
     for module in network.modules():
         if type(module) in _HELD and cast(Tensor, module.weight).dtype in HALVES:
             module.__class__ = _HELD[type(module)]

@@ -104,9 +104,9 @@ def load_architecture(model: ModelSection) -> Any:
 
 
 def check_architecture(architecture: Any, model: ModelSection) -> None:
-    """Refuse what is no causal language model of text, and quantized models.
+    """Refuse quantized models, and models other than causal language models of text.
 
-    Roles would load different parts of multimodal ones, and exports would not be what their configuration says.
+    Roles would load different parts of a multimodal model, and its exports would not match their configuration.
 
     Raises:
         UserError: names the family, or the quantization.
@@ -165,7 +165,7 @@ def save_model_folder(
         state: tensors by the network's names; a stream is written as it comes, unless transformers computes the weights of
             this family from others on save, for which it needs all of them.
         tokenizer: saved with the weights, if given.
-        extra: further safetensors files, by file name.
+        extra: additional safetensors files, by file name.
         dtype: of the weights, recorded in the configuration.
     """
     _repair_generation_config(network)
@@ -190,7 +190,7 @@ def save_model_folder(
 def checkpoint_dtype(model: ModelSection) -> torch.dtype:
     """Return the dtype of the model's published weights.
 
-    It is that of the configuration, or of the files if that names none.
+    It comes from the configuration, or from the files if the configuration has none.
     """
     return _dtype_of(load_architecture(model), model)
 

@@ -189,7 +189,7 @@ def densest_layout(network: "Network", probed: Tensor | None, *, share: bool) ->
 
 @torch.no_grad()
 def splits(network: "Network", split: RowSplit) -> bool:
-    """Split a network's rows over ranks; return True if they compute what one computes.
+    """Split a network's rows over ranks; return True if the results are unchanged.
 
     All ranks return the same. Every rank of the group takes part.
     """
@@ -354,7 +354,7 @@ def rope_limit(text: PretrainedConfig) -> int | None:
 
 
 def check_training_mode(model: PreTrainedModel, path: str) -> None:
-    """Check that training mode computes what evaluation mode does.
+    """Check that training mode has the same results as evaluation mode.
 
     Gradients are compared too. The model is left in training mode.
 

@@ -77,7 +77,7 @@ class RowSplit(RankGroup):
         }
 
     def part(self, positions: "Positions", teacher: "TeacherSignal | None", width: int) -> OwnPart:
-        """Return what this rank reads of rows of `width` tokens."""
+        """Return this rank's part of rows of `width` tokens."""
         columns = self.columns(width)
         size = columns.stop - columns.start
 

@@ -46,10 +46,10 @@ def check_tokens(model: ModelSection, tokenizer: Tokenizer, sequences: Iterable[
 
 
 def check_configuration(model: ModelSection) -> None:
-    """Check what the configuration and the names and sizes of files show.
+    """Check a model by its configuration and by the names and sizes of its files.
 
     Raises:
-        UserError: a model that is not supported, weight files that are not whole, or adapters on modules that cannot have them.
+        UserError: a model that is not supported, incomplete weight files, or adapters on modules that cannot have them.
     """
     check_architecture(load_architecture(model), model)
     folder = present_folder(model)

@@ -138,7 +138,7 @@ def whole_shape(parameter: Tensor) -> torch.Size:
 
 
 def obstacle(model: PreTrainedModel, size: int) -> str | None:
-    """Return why weights cannot be cut, and what is expected.
+    """Return the reason why weights cannot be split, with the expected value.
 
     It is None if they can be cut. The model may be on the `meta` device.
     """

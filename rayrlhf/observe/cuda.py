@@ -44,7 +44,7 @@ class CudaFacts(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """Why GPUs cannot be used, and what to do."""
+    """Reason why GPUs cannot be used, with its fix."""
 
     found: str
     fix: str

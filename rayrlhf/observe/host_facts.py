@@ -41,7 +41,7 @@ def record_model_checks(folder: Path, checks: Mapping[str, str]) -> None:
 
 
 def read_model_checks(folder: Path) -> dict[str, str]:
-    """Return what `record_model_checks` wrote."""
+    """Return the results that `record_model_checks` wrote."""
     return dict(json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))["models"])
 
 

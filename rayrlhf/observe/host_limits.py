@@ -29,10 +29,10 @@ def temporary_folder() -> Path:
 
 
 def check_host_limits() -> None:
-    """Check what a Ray cluster of this machine needs.
+    """Check this machine's limits for a Ray cluster.
 
     Raises:
-        UserError: names the first limit that is too low, and what to set.
+        UserError: a limit is too low; the message has the value to set.
     """
     files = _raised(resource.RLIMIT_NOFILE)
     if files is not None and files < OPEN_FILES:

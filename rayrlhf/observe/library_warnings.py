@@ -86,7 +86,7 @@ class LibraryWarnings(logging.Handler):
             self._flush()
 
     def _flush(self) -> None:
-        """Write what is kept; a disk that is full loses it."""
+        """Write the kept lines; on a full disk they are lost."""
         if self._path is None or not self._lines:
             return
         with suppress(OSError), self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:

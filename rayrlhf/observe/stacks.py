@@ -84,7 +84,7 @@ def _from_outside(pid: int) -> str:
 
 
 def _from_inside(pid: int) -> str:
-    """Signal a process that called `write_on_signal`, and read what it writes."""
+    """Signal a process that called `write_on_signal`, and read the stacks that it writes."""
     with suppress(OSError, ValueError):
         files = (path for path in Path(f"/proc/{pid}/fd").iterdir() if _NAME in str(path.readlink()))
         path = next(files, None)

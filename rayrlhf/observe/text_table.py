@@ -45,7 +45,7 @@ def printable(text: str, characters: int | None = None) -> str:
 
     Args:
         text: any text.
-        characters: maximum length, with an ellipsis in place of the rest; None for no limit.
+        characters: maximum length, with an ellipsis instead of the rest; None for no limit.
     """
     if characters is not None and len(text) > characters:
         text = text[: characters - 1] + "…"

@@ -111,7 +111,7 @@ class OutputFile:
 
 
 class _Watched:
-    """A text stream that also passes on what user code writes."""
+    """A text stream that also records the output of user code."""
 
     def __init__(self, stream: TextIO, output: UserOutput) -> None:
         self._stream = stream

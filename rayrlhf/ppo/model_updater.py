@@ -32,7 +32,7 @@ class ModelUpdater:
         timer: counts the update of each role as a phase.
 
     Attributes:
-        witness: checks what the ranks computed.
+        witness: checks the ranks' reports of an update.
     """
 
     def __init__(self, config: PPOConfig, actor_groups: ActorGroups, generation: Generation, timer: PhaseTimer) -> None:

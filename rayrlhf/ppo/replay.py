@@ -247,7 +247,7 @@ class _Replayer:
         executed: ExecutedStep | None,
         rescored: ScoredRollouts | None = None,
     ) -> Replay:
-        """Compare what was executed of a step with its record."""
+        """Compare the executed part of a step with its record."""
         row, tolerance = self._rows.get(record.step, {}), self._tolerance
         if self._changes:
             metrics = executed.metrics if executed else {}

@@ -127,7 +127,7 @@ def describe_checks(config: PPOConfig) -> Iterator[str]:
 def _different_models(config: PPOConfig) -> Iterator[tuple[Role, ModelSection]]:
     """Yield each model once, with its first role, and all members of an ensemble.
 
-    A judge is checked by its engine alone.
+    A judge is checked only by its engine.
     """
     models: list[tuple[Role, ModelSection]] = [
         (role, model) for role, model in models_of(config).items() if role not in ("reward", "judge")

@@ -45,7 +45,7 @@ def load_prompts(config: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def max_prompt_tokens(config: PPOConfig) -> int:
-    """Return the length of the longest prompt that leaves room for a response.
+    """Return the length of the longest prompt that leaves tokens for a response.
 
     Raises:
         UserError: prompt and response exceed the model's context.

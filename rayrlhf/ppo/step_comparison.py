@@ -130,7 +130,7 @@ def compare_samples(
 ) -> list[Compared]:
     """Compare recorded responses with those that replicas sampled again from the same weights and seeds.
 
-    Where batches are `exact` every token must come again. Elsewhere rounding may turn a token into another one: log-probs are
+    If batches are `exact`, every token must be the same. Elsewhere rounding may turn a token into another one: log-probs are
     compared up to there.
     """
     known = {one.key: one for one in rollouts}

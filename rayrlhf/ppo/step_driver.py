@@ -269,7 +269,7 @@ class StepDriver:
         return dtype
 
     def vitals(self) -> dict[str, Any]:
-        """Return what the driver does now, from any thread: steps done, weight version, open requests."""
+        """Return the driver's current state, from any thread: steps done, weight version, open requests."""
         return {"step": self.steps_done, "version": self.weight_version, "requests": self._generation.vitals()}
 
     def state(self) -> dict[str, Any]:

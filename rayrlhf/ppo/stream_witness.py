@@ -81,7 +81,7 @@ class StreamWitness:
         self._used = self._expected() if state is None else Tally(**state)
 
     def _expected(self) -> Tally:
-        """Return the tally of the stream up to the sampler's cursor, without what is outstanding."""
+        """Return the tally of the stream up to the sampler's cursor, without outstanding prompts."""
         sampler = self._sampler
         while self._drawn.prompts < sampler.issued:
             epoch, place = divmod(self._drawn.prompts, sampler.size)

@@ -100,7 +100,7 @@ class PPOTrainer:
     def steps(self) -> Iterator[int]:
         """Iterate until `run.steps` steps are done; yields the number of steps done so far.
 
-        Before each step and after the last one it does the work that the configuration asks for: the SFT warm-up, evaluations
+        Before each step and after the last one it does the configured work: the SFT warm-up, evaluations
         (where a reward is configured), checkpoints, scaling of replicas. A body without a `step` gets the same number again.
 
         Raises:
@@ -132,7 +132,8 @@ class PPOTrainer:
         """Sample `rollout.samples_per_prompt` responses per prompt with the current weights.
 
         Args:
-            prompts: from `prompts`, or of your own with distinct ids. A prompt that comes again in a step gets other samples.
+            prompts: from `prompts`, or of your own with distinct ids. A prompt that is passed again in the same step gets
+                other samples.
             temperature: `rollout.temperature` when not given; 0 is greedy.
 
         Returns:

@@ -1,7 +1,7 @@
 """Questions to a generative judge, and the rewards that follow from its verdicts. Pure.
 
-A question shows one or several responses and has a verdict with a value in [0, 1] for each of them. Questions of one group ask
-the same about the same responses: votes, or orders of the responses, which cancel a preference for a place.
+A question shows one or several responses and has a verdict with a value in [0, 1] for each of them. Questions of one group are
+repetitions of one question: votes, or orders of the responses, which cancel a preference for a position.
 """
 
 import math

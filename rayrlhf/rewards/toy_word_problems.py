@@ -1,6 +1,6 @@
 """Rewards of the built-in word problems.
 
-`worked_answer`, of the quickstart, pays for the right calculation, its result, and an end right after it. It asks for no format
+`worked_answer`, of the quickstart, pays for the right calculation, its result, and an end right after it. It needs no format
 that an untuned model does not have. `word_problems` pays for a short, worked, correct response that ends in `Answer: N`:
 
 | part    | weight | full if                                                                                |

@@ -1,6 +1,6 @@
 """Judge of a program by its tests, run as a script in the sandbox.
 
-It needs the standard library alone. Two processes: this one runs the tests and writes the verdict, and the program runs in a
+It needs only the standard library. Two processes: this one runs the tests and writes the verdict, and the program runs in a
 process of its own. The program holds neither the tests, nor the word that marks the verdict, nor the file that receives it, and
 cannot trace this process. Names of the program are proxies in the tests (`rayrlhf.rewards.remote_objects`). Built-in names are
 the tests' own: the program's definition of such a name counts only if the tests use no other name of it.

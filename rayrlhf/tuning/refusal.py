@@ -26,7 +26,7 @@ def has_refusal(folder: Path) -> bool:
 
 
 def request_stop(folder: Path) -> None:
-    """Ask the workers to write a checkpoint after their current step, and to end."""
+    """Request that the workers write a checkpoint after their current step and end."""
     (folder / _STOP).touch()
 
 

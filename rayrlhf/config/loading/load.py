@@ -36,7 +36,7 @@ def load_config(cls: type[T], path: Path | str | None, overrides: Sequence[str] 
 
     Args:
         cls: the root section, for example `PPOConfig`.
-        path: a YAML file; None for overrides alone. Relative paths in it stay as they are written.
+        path: a YAML file; None for overrides only. Relative paths in it stay as they are written.
         overrides: `section.key=value` each, the value in YAML; `section.list.0.key=value` sets an item of a list. A top-level
             `preset: NAME` (see `PRESETS`) in file or overrides is the lowest layer.
         without: sections of the file to leave out.
@@ -60,7 +60,7 @@ def load_tree(cls: type[T], settings: dict[str, Any], path: Path | None, place: 
     Args:
         cls: the root section.
         settings: a tree of sections and keys.
-        path: a YAML file with lower priority; None for the settings alone.
+        path: a YAML file with lower priority; None for the settings only.
         place: name of the settings in messages.
 
     Raises:
@@ -118,7 +118,7 @@ def stored_differences(
 
     Args:
         cls: the root section of both.
-        stored: what the run folder holds.
+        stored: the configuration in the run folder.
         wanted: the new configuration.
         may_change: returns True for a dotted key whose differences are ignored.
     """

@@ -80,7 +80,7 @@ class BatchPlan:
         Args:
             lengths: tokens of each sample; of both responses for a pair.
             size: of a step.
-            steps: length of the run in steps, in place of `epochs`.
+            steps: length of the run in steps, instead of `epochs`.
             shuffle: a new order each epoch.
 
         Raises:

@@ -85,7 +85,7 @@ def prepare_process(key: str = "rollout.backend") -> None:
 
 @contextmanager
 def explained(section: str, path: str, *, adapters: bool = False) -> Iterator[None]:
-    """Turn what vLLM refuses into one line, which names the section of the configuration and the model."""
+    """Turn a refusal of vLLM into one line with the configuration's section and the model."""
     try:
         yield
     except (ValueError, AttributeError, AssertionError, ImportError, KeyError, NotImplementedError, TypeError) as error:
@@ -131,7 +131,8 @@ def _engine_arguments(spec: RolloutSpec) -> Any:
 def _worker_settings(spec: RolloutSpec) -> dict[str, Any]:
     """Return the settings of a worker process per device.
 
-    vLLM would choose its Ray executor inside a placement group. That one asks Ray for the GPUs which this process holds.
+    vLLM would choose its Ray executor inside a placement group. That executor would request the GPUs from Ray that this
+    process already has.
     """
     rollout, node = spec.rollout, spec.node
     if rollout.devices == 1:

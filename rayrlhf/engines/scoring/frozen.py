@@ -82,8 +82,8 @@ def score_sequences(
 class FrozenEngine:
     """Model without training: the reference, or any checkpoint to compare with.
 
-    Linear weights are kept in the compute dtype (half the memory in bfloat16), which autocast would round them to in every use,
-    and what the checkpoint has in 16 bits stays in 16 bits. The results are those of a train engine with the same weights.
+    Linear weights are kept in the compute dtype (half the memory in bfloat16), to which autocast would round them in every use.
+    Weights that are 16 bits in the checkpoint stay so. The results equal those of a train engine with the same weights.
     """
 
     def __init__(

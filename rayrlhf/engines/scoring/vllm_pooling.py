@@ -1,4 +1,4 @@
-"""Reward model in vLLM's pooling mode: its head is read at the last token of each text."""
+"""Reward model in vLLM's pooling mode, which reads the head at the last token."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +62,10 @@ class PooledReward:
             try_out(self._engine, self._parameters)
 
     def rewards(self, sequences: Sequence[TokenSequence]) -> Float32:
-        """Return one reward per sequence, float32 [B]: the model's only output, or the weighted sum of its outputs."""
+        """Return one reward per sequence, float32 [B].
+
+        It is the model's only output, or the weighted sum of its outputs.
+        """
         first = self._requests
         self._requests += len(sequences)
         for number, sequence in enumerate(sequences, first):

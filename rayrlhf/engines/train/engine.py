@@ -118,7 +118,7 @@ class TrainEngine:
 
     @property
     def shares_prefixes(self) -> bool:
-        """True if tokens that samples begin with in common are computed once, where that pays."""
+        """True if common prefixes of samples are computed once, where that saves time."""
         return self._network.check.shares_prefixes
 
     @property

@@ -138,7 +138,7 @@ def conversation_of(messages: object) -> list[Message]:
 def _plain(message: object) -> Any:
     """Return the keys of a message that chat templates read.
 
-    Others are refused or noted. What is no message is left to the check.
+    Others are refused or noted. A value that is not a message is left to the check.
     """
     if not isinstance(message, dict):
         return message

@@ -150,7 +150,7 @@ def _blocks(completion: Completion) -> list[dict[str, Any]]:
 def _object(arguments: str) -> dict[str, Any]:
     """Return the arguments of a call as an object.
 
-    What is no JSON object is text under `arguments`.
+    Arguments that are not a JSON object become text under `arguments`.
     """
     try:
         parsed = json.loads(arguments)

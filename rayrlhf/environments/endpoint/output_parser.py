@@ -196,7 +196,7 @@ class OutputParser:
         return name
 
     def _checked_tool(self, name: str | None, *, named: bool) -> str | None:
-        """Return the name of a parser that reads what the template writes."""
+        """Return the name of a parser that reads the template's calls."""
         if name is None:
             return None
         value = "a b"

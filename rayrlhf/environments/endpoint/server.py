@@ -2,8 +2,8 @@
 
 It listens on the loopback address only. A session is identified by its bearer token; a request without the token of an open
 session is refused. Every request becomes a `Call` in a queue. The player takes it from there and resolves it with completions
-or a refusal, while the request waits in the server's event loop. Agents cannot set sampling parameters: temperature and the
-like belong to the run, since trainer and rollout engine must agree.
+or a refusal, while the request waits in the server's event loop. Agents cannot set sampling parameters: temperature and other
+sampling settings belong to the run, since trainer and rollout engine must agree.
 """
 
 import asyncio

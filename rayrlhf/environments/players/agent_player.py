@@ -280,7 +280,7 @@ class AgentPlayer(Player):
     def _rewards(self, session: Session) -> tuple[dict[str, float], str]:
         """Return the rewards by path, and the reason of a failure.
 
-        What a failed agent has not rewarded gets 0.
+        Paths that a failed agent has not rewarded get 0.
         """
         failure = ""
         try:
@@ -315,7 +315,7 @@ class AgentPlayer(Player):
         refuse([*ended, *(place.call for place in session.pending)], "the sample is over")
 
     def _drain(self) -> None:
-        """Refuse the requests that arrived meanwhile."""
+        """Refuse the requests that arrived in the meantime."""
         while not self._server.calls.empty():
             event = self._server.calls.get_nowait()
             if isinstance(event, Call):

@@ -1,4 +1,4 @@
-"""Page of `rayrlhf debug`: what a run's processes did, from blocks of the report."""
+"""Page of `rayrlhf debug`: state and history of a run's processes."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

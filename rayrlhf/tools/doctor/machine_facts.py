@@ -31,7 +31,7 @@ PORTS = {6379: "Ray's control store (`ray start --head`)", 8265: "Ray's dashboar
 
 
 class Listener(NamedTuple):
-    """A listening TCP socket: address, port, process and what it is."""
+    """A listening TCP socket: address, port, process and service."""
 
     address: str
     port: int

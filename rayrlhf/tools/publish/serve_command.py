@@ -100,7 +100,7 @@ def model_name(run: Path) -> str:
 
 
 def _export_commands(run: Path, kind: str) -> Iterator[str]:
-    """Yield what exports the model of an unfinished run."""
+    """Yield the ways to export the model of an unfinished run."""
     from rayrlhf.ppo.checkpoint import list_checkpoints
 
     if kind not in _COMMANDS:

@@ -81,7 +81,7 @@ def likely_causes(one: RunView, two: RunView, phase: Phase, step: int, size: flo
 
     Args:
         phase: where the runs differ first.
-        size: relative difference; None where something is another one altogether.
+        size: relative difference; None for a difference that is not a number.
     """
     found = [*_missing_weights(one, two, phase, step)]
     settings, facts = changed(one.config, two.config), changed(one.environment, two.environment)

@@ -1,6 +1,6 @@
 """Train backend protocol: a network wrapped for distributed training.
 
-Everything above this package speaks this protocol only. To add a backend, write one class with these members and name it in
+All code above this package uses only this protocol. To add a backend, write one class with these members and name it in
 `TRAIN_BACKENDS` of `rayrlhf.engines.train.engine`; `tests/engines/train/backends/test_base.py` does so with plain torch.
 """
 
