@@ -1,8 +1,8 @@
 """Heartbeat monitor: a thread that pings every actor and kills those that hang.
 
-Ray reports a process that is gone at the next call. It does not report one that hangs (stopped, swapping, deadlocked with the
-interpreter's lock held), and every wait on it would last until its deadline. Killing it turns the second case into the first,
-so that all waits handle one kind of failure.
+Ray reports a dead process at the next call. It does not report a process that hangs (stopped, swapping, deadlocked with the
+interpreter's lock held), and every wait on it would last until its deadline. Killing the process turns a hang into a loss, so
+that all waits handle one kind of failure.
 """
 
 import threading

@@ -1,4 +1,4 @@
-"""Plan of placement groups and workers, computed from the configuration and the cluster alone.
+"""Plan of placement groups and workers, computed only from the configuration and the cluster.
 
 Colocated roles share the bundles of one placement group by fractions; disaggregated roles get a group each; a replica of
 several devices always has its own group, so that it can be lost and rebuilt alone: one bundle on one node, or where no node can

@@ -1,6 +1,6 @@
 """Actor of the reward: functions and reward models.
 
-Torch is imported with a model only, because functions do without and their process then starts in a third of the time.
+Torch is imported only for a model. Functions do not need it, and their process then starts in a third of the time.
 """
 
 from collections.abc import Sequence

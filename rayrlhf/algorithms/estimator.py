@@ -1,7 +1,8 @@
 """Interface of advantage estimators: functions from the experience of one step to advantages.
 
-GAE reads token rewards and values; estimators that compare the samples of one prompt read scores and groups. A new one is such
-a function and a line in `advantages.ADVANTAGE_ESTIMATORS`, or a plugin named by `module:name` or `path/to/file.py:name`.
+GAE reads token rewards and values; estimators that compare the samples of one prompt read scores and groups. To add an
+estimator, write such a function and a line in `advantages.ADVANTAGE_ESTIMATORS`, or a plugin named by `module:name` or
+`path/to/file.py:name`.
 """
 
 from collections.abc import Callable

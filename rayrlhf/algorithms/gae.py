@@ -4,7 +4,7 @@ delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lambda A_{t+1}, wh
 tool or an environment are no actions and are skipped by default. TRL up to 0.11 treats them as steps of value 0, which charges
 the policy for a drop of the value that no action caused.
 
-Decoupled GAE gives the critic's returns a lambda of their own: 1, so that a reward at the end reaches the first tokens whole
+Decoupled GAE uses another lambda for the critic's returns: with 1 a reward at the end reaches the first tokens undiminished
 (Yuan et al. 2025, VC-PPO, arXiv 2503.01491). Length-adaptive GAE gives each response lambda = 1 - 1 / (alpha length), so that
 the weights of its errors sum to alpha times its length (Yue et al. 2025, VAPO, arXiv 2504.05118).
 """

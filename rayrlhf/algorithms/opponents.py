@@ -1,10 +1,10 @@
-"""Nash-MD and XPO: online preference learning against an opponent that is not the policy alone.
+"""Nash-MD and XPO: online preference learning against an opponent other than the policy.
 
 Nash-MD (Munos et al. 2024, "Nash Learning from Human Feedback") compares the policy with the geometric mixture of policy and
-reference, p(a) ~ policy(a)^(1 - share) reference(a)^share at each token, and follows the gradient of its probability to be
-preferred, under a KL penalty. XPO (Xie et al. 2024, "Exploratory Preference Optimization") compares it with the reference by
-the loss of DPO, and lowers the likelihood of the reference's responses, which makes the policy explore. Both formulas are those
-of TRL 0.24 (`NashMDTrainer`, `XPOTrainer`), which later versions left out.
+reference, p(a) ~ policy(a)^(1 - share) reference(a)^share at each token, and follows the gradient of the probability that the
+policy is preferred, under a KL penalty. XPO (Xie et al. 2024, "Exploratory Preference Optimization") compares it with the
+reference by the loss of DPO, and lowers the likelihood of the reference's responses, which makes the policy explore. Both
+formulas are those of TRL 0.24 (`NashMDTrainer`, `XPOTrainer`), which later versions left out.
 """
 
 import torch

@@ -8,9 +8,9 @@ belongs to the response, so the ratio does too: s = (p(y) / p_old(y))^(1/|y|), t
 all tokens of a response are clipped or none. This ratio stays much closer to 1 than that of a token, so its clip range is
 narrower.
 
-CISPO bounds the importance weight and keeps the gradient of every token (MiniMax 2025, "MiniMax-M1", section 3.1). The clip of
-PPO removes the gradient of tokens whose ratio left the range, and the rare tokens that a chain of thought turns on leave it
-first. Here the ratio is a detached weight on the log-prob, as in REINFORCE, and the bound only limits the weight.
+CISPO bounds the importance weight and keeps the gradient of every token (MiniMax 2025, "MiniMax-M1", section 3.1). PPO's clip
+removes the gradient of tokens whose ratio left the range. The rare tokens that decide a chain of thought leave it first. In
+CISPO the ratio is a detached weight on the log-prob, as in REINFORCE, and the bound only limits the weight.
 
 A loss from outside is a function with the signature `PolicyLoss`, named by `module:function` or `path/to/file.py:function`.
 """

@@ -1,6 +1,6 @@
 """Score shaping, and token rewards from one score per response.
 
-Scores are scaled and centered by the running moments of all scores of the run. A response that nears the length limit gets the
+Scores are scaled and centered by the running moments of all scores of the run. A response close to the length limit gets the
 overlong penalty (DAPO, Yu et al. 2025, equation 13).
 
 Every sampled token carries a KL penalty, and one slot receives the score: the last sampled token (TRL up to 0.11), or the slot

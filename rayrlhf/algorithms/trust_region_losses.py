@@ -1,4 +1,4 @@
-"""Policy losses that bound an update otherwise than by the clip of PPO, per token.
+"""Policy losses per token that bound an update by other means than PPO's clip.
 
 SAPO replaces the clip by a gate that closes smoothly (Gao et al. 2025, "Soft Adaptive Policy Optimization").
 
@@ -6,13 +6,13 @@ GMPO takes the geometric mean of clipped token ratios, so that one outlier moves
 arithmetic mean of GRPO (Zhao et al. 2025, "Geometric-Mean Policy Optimization").
 
 DPPO masks tokens by the divergence between the two policies instead of by their ratio, which is large for rare tokens that
-hardly moved (Qi et al. 2026, "Rethinking the Trust Region in LLM Reinforcement Learning"). The divergence is that of the two
-events "this token" and "another one", which needs the log-probs of sampled tokens alone.
+hardly moved (Qi et al. 2026, "Rethinking the Trust Region in LLM Reinforcement Learning"). The divergence is between two-event
+distributions ("this token" or "another one"), which needs only the log-probs of sampled tokens.
 
 TOPR raises the log-prob of good responses as SFT does, and weights bad ones by their probability ratio, at most 1 (Le Roux et
-al. 2025, "Tapered Off-Policy REINFORCE"). A bad response that the policy no longer writes thus stops to repel it.
+al. 2025, "Tapered Off-Policy REINFORCE"). A bad response that the policy no longer samples thus loses its influence.
 
-Clip-Cov and KL-Cov hold back the few tokens whose advantage and log-prob covary most, because they lower the entropy (Cui et
+Clip-Cov and KL-Cov restrain the few tokens whose advantage and log-prob covary most, because they lower the entropy (Cui et
 al. 2025, "The Entropy Mechanism of Reinforcement Learning"). `covariance` selects them.
 """
 

@@ -1,7 +1,7 @@
 """CPUs, GPUs and processes of each streaming stage, and its progress line.
 
 Every actor pool holds its CPUs for its lifetime. A pool with all CPUs would starve the tasks that read and write, and the
-pipeline would deadlock. So the pools leave CPUs for those tasks on any machine, down to one core.
+pipeline would deadlock. So the pools always leave CPUs for those tasks, even on a machine with one core.
 """
 
 import time

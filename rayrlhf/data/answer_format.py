@@ -1,7 +1,7 @@
 """Text format of a reward model's input, stored in training and reused in scoring.
 
-A model that was trained on responses with an end-of-sequence token or a system prompt scores texts without them differently.
-So `rayrlhf reward` stores the format next to the weights.
+A model trained on responses with an end-of-sequence token or a system prompt gives other scores to texts without them. So
+`rayrlhf reward` stores the format next to the weights.
 """
 
 import json

@@ -2,7 +2,7 @@
 
 Groups share their prompt, agents their history, preference pairs their prompt, few-shot prompts their demonstrations. Hidden
 states of a causal model depend on earlier tokens only, so a beginning that several sequences have in common needs to be
-computed once. All functions are pure and look at token ids alone: every rank and every resumed run computes the same result.
+computed once. All functions are pure and read only token ids: every rank and every resumed run computes the same result.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Prompt order and a resumable cursor over it.
 
-The sampler is an endless stream: every epoch is a permutation of the dataset that depends on (seed, epoch) alone, so the order
+The sampler is an endless stream: every epoch is a permutation of the dataset that depends only on (seed, epoch), so the order
 does not change with the batch size. It tracks the prompts that were issued and not yet trained on. A resumed run gets exactly
 those first, so no prompt is lost and none is trained on twice.
 """

@@ -1,6 +1,6 @@
 """Selection of k demonstrations from a ranking, without leaks and repeated texts.
 
-The ranker returns more than k positions. Where leaks use up the surplus, twice as many are requested until the pool is
+The ranker returns more than k positions. If leaks use up the surplus, twice as many are requested, until the pool is
 exhausted. Only then are fewer than k returned, and the shortfall is counted.
 """
 

@@ -1,8 +1,8 @@
 """Layout of demonstrations and a question within a token budget.
 
-They become turns, a system block or plain text. Where not all fit, the farthest demonstrations are dropped first, in any order
-of display, because the nearest help most. The number of dropped ones is returned. A question that does not fit alone is an
-error, because truncation would change it.
+They become turns, a system block or plain text. If not all fit, the farthest demonstrations are dropped first, in any display
+order, because the nearest help most. The number of dropped ones is returned. A question that does not fit even without
+demonstrations is an error, because truncation would change it.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,8 +1,8 @@
 """Rankers: the positions of a pool per question, nearest first.
 
-A ranking is a function of the question and the pool, independent of the batch, and a deeper ranking begins with the shallower
-one. So the demonstrations for k = 4 contain those for k = 2, and a k-curve compares like with like. Ties go to the earlier
-position. In a pool of several tasks only positions of the question's own task are returned.
+A ranking depends only on the question and the pool, not on the batch, and a deeper ranking extends the shallower one. So the
+demonstrations for k = 4 contain those for k = 2, and a k-curve compares like with like. Ties go to the earlier position. In a
+pool of several tasks only positions of the question's own task are returned.
 """
 
 import hashlib

@@ -1,10 +1,11 @@
 """Expert parallelism: the ranks of a group hold different experts, and exchange tokens.
 
-Every rank has samples of its own, as in data parallelism (Lepikhin et al. 2020, "GShard", section 3). Each token's states go
-to the ranks that hold its experts and come back, in the forward pass and in the backward pass. So the gradient of an expert
+Every rank has samples of its own, as in data parallelism (Lepikhin et al. 2020, "GShard", section 3). Each token's states are
+sent to the ranks that hold its experts and back, in the forward pass and in the backward pass. So the gradient of an expert
 has all tokens of the group in it already, and that of every other weight is summed over the group.
 
-Routers are not touched: the experts' module gets the choices and their weights, and returns what whole experts would.
+Routers are unchanged: the experts' module gets the choices and their weights, and returns the same as with all experts on one
+rank.
 """
 
 from collections.abc import Iterable

@@ -1,8 +1,9 @@
 """Frozen weights in the dtype of their checkpoint.
 
-A weight that is not trained needs no float32 master: a bfloat16 checkpoint is all there is of it. Linear layers and embeddings
-keep that dtype, at half the memory. Results are those of float32 weights bit for bit: autocast would round the weights to the
-same bits in every use, and without autocast a product widens its weight for one call, a lookup the rows that it found.
+A weight that is not trained needs no float32 master: a bfloat16 checkpoint has all of its information. Linear layers and
+embeddings keep that dtype, at half the memory. Results are those of float32 weights bit for bit: autocast would round the
+weights to the same bits in every use, and without autocast the weight is converted to float32 for one product, or the found
+rows for one lookup.
 """
 
 from typing import Any, cast

@@ -1,9 +1,9 @@
 """Check of a loaded model on 32 random tokens, before anything is trained or scored.
 
-The log-probs of two short samples are computed by the model's own forward pass, and by trunk and output layer in the layouts of
-batches: padded, packed into one row, and with the tokens once that other samples begin with. A scale or a soft cap behind the
-output layer is recognized and applied. Layouts in which samples influence each other are not used. Any other difference is an
-error. A model that passes at once takes four forward passes of the trunk.
+The log-probs of two short samples are computed by the model's own forward pass, and by trunk and output layer in the layouts
+of batches: padded, packed into one row, and with shared prefixes. A scale or a soft cap behind the output layer is recognized
+and applied. Layouts in which samples influence each other are not used. Any other difference is an error. A model that passes
+at once takes four forward passes of the trunk.
 """
 
 from collections.abc import Iterator, Sequence

@@ -2,8 +2,8 @@
 
 It computes only the requested outputs, only at the requested positions, as flat [N] tensors. Batches are padded on the right
 and attention is causal, so no real token attends to padding: no attention mask is needed (the fast causal kernel runs) and
-positions count from 0. Packed rows hold samples end to end without padding, and may hold the tokens that samples begin with
-once. Models in which this would make samples influence each other compute them one by one (`rayrlhf.models.load_check`).
+positions count from 0. Packed rows hold samples end to end without padding, and may hold shared prefixes once. Models in which
+this would make samples influence each other compute them one by one (`rayrlhf.models.load_check`).
 """
 
 from collections.abc import Mapping, Sequence

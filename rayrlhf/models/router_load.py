@@ -2,11 +2,11 @@
 
 The loss is transformers' `load_balancing_loss_func` (Fedus et al. 2022, "Switch Transformers", equations 4 to 6): E x sum over
 experts e of f_e x P_e. f_e is the share of tokens that chose an expert, P_e its mean router probability, both over the tokens
-of all layers of a micro-batch, prompts included and padding not. It is k with k experts per token if all are chosen alike.
+of all layers of a micro-batch, prompts included and padding not. It is k with k experts per token and an even load.
 
 A micro-batch is that of one data rank, as in transformers and in Megatron-LM: ranks that share experts have samples of their
-own, and ranks that share rows sum over the group. In an optimizer step each micro-batch weighs as much as its share of the
-tokens. Choices are the routers' own, also where others are replayed.
+own, and ranks that share rows sum over the group. In an optimizer step each micro-batch is weighted by its share of the
+tokens. Choices are the routers' own, even if others are replayed.
 """
 
 from collections.abc import Sequence

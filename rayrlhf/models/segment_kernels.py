@@ -1,7 +1,7 @@
 """CPU kernels of causal attention within the segments of a row.
 
 Autograd would keep the keys of each segment's chain, and blocks of bfloat16 scores. These kernels keep queries, keys, values
-and outputs for the backward pass, so memory grows with distinct tokens alone. float32 uses torch's fused CPU kernel. Its
+and outputs for the backward pass, so memory grows only with distinct tokens. float32 uses torch's fused CPU kernel. Its
 backward pass recomputes scores in pieces too small for the matrix units of bfloat16, for which two plain products per block
 take half the time.
 """

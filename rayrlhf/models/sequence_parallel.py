@@ -1,10 +1,10 @@
 """Sequence parallelism: the ranks of a group compute different columns of the same rows.
 
 Every layer but the attention works on single tokens, so a rank runs it on its own columns. Around the attention an all-to-all
-exchanges columns for heads, and a second one changes back (Jacobs et al. 2023, "DeepSpeed Ulysses", section 3). Where the ranks
-do not divide the heads, each rank gathers the keys and values of all columns instead.
+exchanges columns for heads, and a second one changes back (Jacobs et al. 2023, "DeepSpeed Ulysses", section 3). If the heads
+are not divisible by the ranks, each rank gathers the keys and values of all columns instead.
 
-Losses see none of it. The network gathers its outputs, and every rank of the group computes the same loss from all of them. The
+Losses are unchanged. The network gathers its outputs, and every rank of the group computes the same loss from all of them. The
 backward pass returns to each rank the gradient at its own outputs, so the gradient of the loss is the sum over all ranks, as
 with data parallelism.
 """

@@ -1,16 +1,15 @@
 """Tensor parallelism: the ranks of a group hold different parts of the same weights.
 
 Linear layers that read the residual stream are cut by output features, those that write to it by input features, so that
-between them a rank has heads or feed-forward columns of its own (Shoeybi et al. 2019, "Megatron-LM", section 3). transformers'
-`tp_plan` of a model says which is which. The forward pass sums the written parts over the ranks, and the backward pass the
-gradients at what is read.
+between them a rank has heads or feed-forward columns of its own (Shoeybi et al. 2019, "Megatron-LM", section 3). The model's
+`tp_plan` in transformers lists both kinds. The forward pass sums the written parts over the ranks, and the backward pass sums
+the gradients at the read inputs.
 
 Embedding and output layer are cut by rows of the vocabulary. Looked up rows are summed over the ranks, and log-probs combine
-numbers of each rank (`rayrlhf.models.logprobs`), so no rank has logits of the whole vocabulary. Both stay whole where the ranks
-do not divide the vocabulary, or the model has layers of its own for them.
-
-Value head and norms stay whole. Every rank computes the same with them, and losses see none of it. Norms within single heads
-read the heads of one rank only, so their gradients are summed over the ranks.
+numbers of each rank (`rayrlhf.models.logprobs`), so no rank has logits of the whole vocabulary. Both stay whole if the
+vocabulary is not divisible by the ranks, or if the model has custom layers for them. Value head and norms stay whole. Every
+rank computes the same with them, and losses are unchanged. Norms within single heads read the heads of one rank only, so their
+gradients are summed over the ranks.
 """
 
 import re

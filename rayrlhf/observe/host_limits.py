@@ -1,6 +1,7 @@
 """Limits of this machine: open files, file size, temporary folder, free disk space.
 
-Each would end a run later. It is one line before Ray starts, which reports the same by a traceback after minutes.
+A limit that is too low would end a run later: Ray reports it by a traceback after minutes. Here it is one line before Ray
+starts.
 """
 
 import os

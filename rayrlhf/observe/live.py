@@ -1,8 +1,8 @@
 """Terminal view of a run: a live panel, or one plain line per step.
 
 Both show the same `Progress`. A wait shows its reason and duration: as a spinner on a terminal, else as a line every
-`heartbeat_seconds`, so that a log never falls silent. So does the phase of a step, in a log of the first step only. Lines of a
-log begin with the time of day.
+`heartbeat_seconds`, so that a log is never silent. The phase of a step is shown in the same way, in a log for the first step
+only. Lines of a log begin with the time of day.
 """
 
 import threading

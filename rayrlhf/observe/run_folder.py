@@ -1,9 +1,9 @@
 """Run folders: layout, configuration check, and exclusive lock.
 
-A folder belongs to one resolved configuration. Starting the same configuration again continues the run; another one is rejected
-with the keys that differ, because mixing two runs in one folder would make both worthless. A training run that failed before
-its first step holds nothing worth keeping, and another configuration replaces it. A running driver holds a lock, which the
-system releases at the end of the process.
+A folder belongs to one resolved configuration. Starting the same configuration again continues the run; another one is
+rejected with the keys that differ, because mixing two runs in one folder would make both worthless. If a training run failed
+before its first step, another configuration may replace it. A running driver holds a lock, which the system releases at the
+end of the process.
 """
 
 import errno

@@ -1,8 +1,9 @@
 """Replay of a recorded step, without sampling: `rayrlhf replay RUN --step N`.
 
 The run's own driver executes the step on policy, critic, reference and teacher, from the newest checkpoint before it or the
-start of the run. Recorded steps in between are executed first. Sequences, rewards and greedy responses are those of the record.
-Phase `sync` alone starts the replicas: they get the weights and sample the recorded responses again, from the same seeds.
+start of the run. Recorded steps in between are executed first. Sequences, rewards and greedy responses are those of the
+record. Only phase `sync` starts the replicas: they get the weights and sample the recorded responses again, from the same
+seeds.
 """
 
 import difflib

@@ -1,7 +1,7 @@
 """The work between the steps of a run: evaluation, checkpoints, alarms, stop requests, and recovery.
 
-The work that is due at a step is derived from what exists already (the file of an evaluation, a checkpoint). So the same loop
-begins a run, resumes one, and repeats steps after a loss.
+The work that is due at a step is derived from existing results (the file of an evaluation, a checkpoint). So the same loop
+starts a run, resumes a run, and repeats steps after a loss.
 """
 
 import difflib

@@ -3,7 +3,7 @@
 Every sample of a step must reach its training batch once, with the tokens that were sampled and the reward that was computed
 for it, or be left out for a known reason. The ledger is dropped at the end of its step, so its memory does not grow.
 
-The built-in loop is `strict`. A loop of one's own may drop samples and bring others, but not use one twice.
+The built-in loop is `strict`. A user's loop may drop samples and add others, but not use one twice.
 """
 
 from collections import Counter

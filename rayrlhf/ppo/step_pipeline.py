@@ -1,8 +1,8 @@
 """Steps in progress, whose responses are being sampled. Pure, without Ray.
 
 Without `async.max_staleness` that is the current step. With it, later steps are issued as soon as `capacity` allows, and their
-responses are sampled while the policy trains. The prompt sampler keeps what is outstanding in the order of its steps: after a
-loss or a resume the same prompts are issued again for the same steps, and so with the same seeds.
+responses are sampled while the policy trains. The prompt sampler keeps outstanding prompts in the order of their steps: after
+a loss or a resume the same prompts are issued again for the same steps, and thus with the same seeds.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,8 +1,7 @@
 """Witness of the prompt stream: each prompt is used once per pass. Pure.
 
-Also after losses and resumes. It keeps two numbers, however long the run is: how many prompts were used, and the sum of their
-hashes, which does not depend on their order. Both must be those of the beginning of the stream without the prompts that are
-outstanding.
+This also holds after losses and resumes. It keeps only two numbers: the count of used prompts, and the sum of their hashes,
+which does not depend on their order. Both must equal those of the stream up to its cursor without the outstanding prompts.
 """
 
 from collections.abc import Iterable, Mapping

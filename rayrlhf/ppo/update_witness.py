@@ -1,7 +1,7 @@
 """Witness of an update: samples, optimizer steps and denominators. Pure.
 
-Each sample must be in one optimizer step per epoch. The ranks report what their forward passes read. That is compared with the
-training batch as the driver made it, whose counts are formed here again, by another way than in the engine.
+Each sample must be in one optimizer step per epoch. The ranks report what their forward passes read. This is compared with the
+driver's training batch. The counts are computed here again, by other code than in the engine.
 """
 
 import math

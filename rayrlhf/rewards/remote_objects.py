@@ -1,7 +1,8 @@
 """Objects of another process: a connection that carries values, calls and exceptions.
 
-Standard library alone, because it runs in the sandbox. Values of built-in types cross as copies, and lists, dicts and sets
-given as arguments receive the changes that a call made. Objects of other classes remain with their process, which has a proxy:
+It imports only the standard library, because it runs in the sandbox. Values of built-in types cross as copies, and lists,
+dicts and sets given as arguments receive the changes that a call made. Objects of other classes remain with their process,
+which has a proxy:
 
 - It equals only other proxies, for any `__eq__` of the object. An operator between a proxy and a value may return a
   proxy but no plain value, because the value may show the expected result. What follows from a difference stays a proxy too:

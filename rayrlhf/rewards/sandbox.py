@@ -4,9 +4,8 @@
 in memory, no environment, no other processes, and limits on CPU time, wall time, memory, processes and files.
 `rayrlhf.rewards.warden` implements it. It needs Linux 5.12 or newer on x86_64 or aarch64, and permission to create namespaces,
 which containers often forbid. `missing()` tries once and returns the reason in one line. `run_program` then refuses, unless
-`unsafe` is `warn`: the program then runs with resource limits alone.
-
-Memory is limited per process, and so is the number of processes; their product is the limit of the whole program.
+`unsafe` is `warn`: the program then runs with resource limits only. Memory is limited per process, and so is the number of
+processes; their product is the limit of the whole program.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """Rewards of a response's steps: split, score of the whole, and payment at tokens.
 
 A process reward model gives each step the probability that it is right. The score of a response is their minimum, product or
-sum, or the last one. A step is paid the change that it makes to the score of the steps so far, so that the payments add up to
-the score.
+sum, or the last one. Each step is rewarded with the change that it makes to the score of the steps so far, so that the rewards
+add up to the score.
 """
 
 from bisect import bisect_left

@@ -1,4 +1,4 @@
-"""Process that isolates an untrusted program; run as a script with the standard library alone.
+"""Process that isolates an untrusted program; run as a script with only the standard library.
 
 It creates namespaces (users, processes, network, mounts, IPC, host name) and a file system in memory. That holds the system's
 libraries and Python, read-only, and a work folder of limited size; absent files need no permission bits. There is no /proc, no

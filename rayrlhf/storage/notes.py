@@ -1,6 +1,6 @@
 """Reader of the small JSON and YAML files that steer a run: requests, results, configurations.
 
-A file that a full disk or a failing one has damaged ends a command with one line, never with a traceback.
+If a full or failing disk has damaged such a file, the command ends with one line, never with a traceback.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Messages between driver and workers, as files of the run folder.
 
-They are user errors, which prevent retries, and stop requests.
+A message is a user error, which prevents retries, or a stop request.
 """
 
 import json

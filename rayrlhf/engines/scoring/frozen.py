@@ -2,8 +2,8 @@
 
 Sequences are scored in micro-batches of similar length. `score_sequences` is the only forward path; the train engine uses it
 for old log-probs and values, `FrozenEngine` for the reference. Both apply the compute dtype by autocast to float32 norms and
-residuals, so equal weights give equal bits and the KL of an untouched policy is exactly 0, in bfloat16 too.
-With shared prefixes it is so up to rounding (1.4e-6 nats in float32).
+residuals, so equal weights give equal bits and the KL of an untouched policy is exactly 0, in bfloat16 too. With shared
+prefixes it is 0 up to rounding (1.4e-6 nats in float32).
 """
 
 from collections.abc import Callable, Sequence

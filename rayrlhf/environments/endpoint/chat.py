@@ -1,7 +1,7 @@
 """OpenAI's chat completions: reads requests, writes completions and streams.
 
-A stream has its events when the completion is finished. One that takes longer than a few seconds starts with comments. Until
-then a refusal is an error of HTTP.
+A stream sends its events when the completion is finished. After a few seconds it sends comments; before that a refusal is
+still an HTTP error.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Reasoning, text and tool calls of completions, by vLLM's parsers.
 
 The parsers are chosen by the chat template, or by name (`rollout.tool_parser`, `rollout.reasoning_parser`). A tool parser is
-checked at the start: it must find the call in an answer that the template has written.
+checked at the start: it must find a call that the template has rendered.
 """
 
 import difflib

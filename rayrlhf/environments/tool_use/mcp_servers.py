@@ -1,7 +1,8 @@
 """Model Context Protocol servers as tools: processes over stdio, or streamable HTTP on allowed hosts.
 
 A connection belongs to a task of its own, because the client's cancel scopes must end in the task in which they began. The
-agents of a replica share a connection. One whose server has died is dropped, so that the next sample starts it again.
+agents of a replica share a connection. If a server has died, its connection is dropped, and the next sample starts the server
+again.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """Built-in agents `tools` and `mcp`, which run the tool calls of the policy.
 
-The conversation goes on until a reply without a call. The reward is 1 if that is the answer in the dataset's column, else 0.
-With `answer: null` it is 0, for runs whose other reward functions judge the response.
+The conversation continues until a reply without a call. The reward is 1 if that reply equals the dataset's answer, else 0.
+With `answer: null` it is 0, for runs in which other reward functions judge the response.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
 """Comparison of vLLM and the trainer by layer: `rayrlhf doctor --parity MODEL`.
 
-vLLM samples a response, with its kernels of prefill and of decoding; the trainer's network scores the same tokens, as in a run.
-Compared at every token are the states before the first layer and after each, and at every sampled token the final norm, the
-logits and the log-probs.
+vLLM samples a response, with its kernels of prefill and of decoding; the trainer's network scores the same tokens, as in a
+run. At every token it compares the states before the first layer and after each layer, and at every sampled token the final
+norm, the logits and the log-probs.
 """
 
 import json

@@ -1,10 +1,10 @@
 """Memory of a process of each role, computed from the shape of its model.
 
-The layout is this package's, which differs from other trainers: master weights, gradients and moments are float32, and bfloat16
-comes from autocast, which keeps a rounded copy of the linear weights during forward and backward. Frozen weights, the base of
-adapters included, have the dtype of their checkpoint. Sharding by stage follows
-Rajbhandari et al. 2020 ("ZeRO"); DeepSpeed's stages 1 to 3 keep a float32 copy of a rank's own shard next to the weights.
-Activations are those that autograd saves for a decoder layer like Llama's; a test compares them with the saved tensors.
+The layout is specific to this package: master weights, gradients and moments are float32, and bfloat16 comes from autocast,
+which keeps a rounded copy of the linear weights during forward and backward. Frozen weights, the base of adapters included,
+have the dtype of their checkpoint. Sharding by stage follows Rajbhandari et al. 2020 ("ZeRO"); DeepSpeed's stages 1 to 3 keep
+a float32 copy of a rank's own shard next to the weights. Activations are those that autograd saves for a decoder layer like
+Llama's; a test compares them with the saved tensors.
 """
 
 from collections.abc import Sequence

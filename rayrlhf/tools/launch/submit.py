@@ -1,6 +1,6 @@
 """Ray job submission: submit a run, follow its log, stop it, resubmit it after failures.
 
-Ray runs a job once; retries are the submitter's part. They are safe, because a run resumes from its last checkpoint.
+Ray runs a job once, so `submit` does the retries. They are safe, because a run resumes from its last checkpoint.
 """
 
 import logging

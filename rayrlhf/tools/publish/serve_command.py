@@ -1,7 +1,7 @@
 """`rayrlhf serve`: vLLM's OpenAI server on the model of a run.
 
-The command becomes vLLM's own server, which then has its process, signals and log. Adapters are served next to their base
-model, without the rounding of a merge.
+The command's process becomes vLLM's server, with its signals and its log. Adapters are served next to their base model,
+without the rounding of a merge.
 """
 
 import json

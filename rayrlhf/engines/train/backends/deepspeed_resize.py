@@ -1,9 +1,9 @@
 """Loading of a DeepSpeed training state on another number of ranks.
 
-Weights and optimizer moments belong to parameters, and ZeRO cuts them. Stages 1 and 2 concatenate all parameters of a group
-into one row and cut the row into equal pieces; stage 3 cuts every parameter by itself. The last pieces are padded. To load on
-another number of ranks, the saved pieces are joined, the padding is dropped, and the row is cut again. At ZeRO-0 every rank
-holds everything and nothing is cut.
+ZeRO divides weights and optimizer moments among the ranks. Stages 1 and 2 concatenate all parameters of a group into one row
+and cut the row into equal pieces; stage 3 cuts every parameter by itself. The last pieces are padded. To load on another
+number of ranks, the saved pieces are joined, the padding is dropped, and the row is cut again. At ZeRO-0 every rank holds
+everything and nothing is cut.
 
 Each rank memory-maps the files of all ranks and copies its own part.
 """
