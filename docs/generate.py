@@ -169,15 +169,22 @@ def cli_page() -> str:
     return head + re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
+def condition(text: str) -> str:
+    """A check's docstring as a condition: without its verb."""
+    found = one_line(text).removeprefix("Detect ")
+    return found[:1].upper() + found[1:]
+
+
 def findings_page() -> str:
     """The reference page of the checks of running runs."""
     head = (
-        "# Findings\n\nAfter each step checks read the metrics of a run. A finding has evidence and a remedy. It is printed,\n"
-        "written as the metric `alarm/NAME`, and shown by `rayrlhf report` and `rayrlhf watch`. `observe.on_alarm` sets the\n"
-        "reaction to alarms. Generated from the code.\n\n| finding | severity | condition | remedy |\n|---|---|---|---|\n"
+        "# Findings\n\nThis page lists the problems that checks find in the metrics of a run, after each step.\n"
+        "A finding has evidence and a remedy. It is printed, written as the metric `alarm/NAME`, and shown by\n"
+        "`rayrlhf report` and `rayrlhf watch`. `observe.on_alarm` sets the reaction to alarms.\n\n"
+        "| finding | severity | condition | remedy |\n|---|---|---|---|\n"
     )
     return head + "".join(
-        f"| `{c.name}` | {c.severity} | {one_line(c.look.__doc__ or '')} | {one_line(c.remedy)} |\n" for c in CHECKS
+        f"| `{c.name}` | {c.severity} | {condition(c.look.__doc__ or '')} | {one_line(c.remedy)} |\n" for c in CHECKS
     )
 
 
@@ -217,8 +224,8 @@ def anchor_of(preset: str) -> str:
 def presets_page() -> str:
     """The reference page of all presets."""
     head = (
-        "# Presets\n\nA preset sets the keys that make an algorithm, with values of its paper or of named code.\n"
-        "Your own keys override it. Models, data, lengths and batch sizes belong to the run. Generated from\n"
+        "# Presets\n\nA preset sets the keys of an algorithm, with the values of its paper or of a named implementation.\n"
+        "Your own keys override it. Models, data, lengths and batch sizes are set by the run. Generated from\n"
         "the code; [`presets.py`](https://github.com/rayrlhf/rayrlhf/blob/main/rayrlhf/config/loading/presets.py) has the\n"
         "source of each value.\n\n| preset | estimator | critic | samples per prompt | loss | clip | aggregation | KL |\n"
         "|---|---|---|---|---|---|---|---|\n"
@@ -237,16 +244,17 @@ def grpo_page() -> str:
     rows |= {field: ("", REASONS[field]) for field in REASONS if field not in rows and field not in PPO_ONLY}
     table = "".join(f"| `{field}` | {key} | {note} |\n" for field, (key, note) in rows.items())
     return (
-        "# From TRL's GRPOTrainer\n\n`preset: grpo` and its relatives set the algorithm; this table is that of\n"
-        "`rayrlhf init --from-trl`, which writes the file. Reward functions of TRL run unchanged: `completions`,\n"
-        "`completion_ids`, `trainer_state` and columns arrive in TRL's form, and None means that a function does not apply.\n\n"
+        "# From TRL's GRPOTrainer\n\nThis page maps TRL's GRPO to rayrlhf. `preset: grpo`, `dr-grpo`, `dapo` and others set\n"
+        "the algorithm. `rayrlhf init --from-trl` writes the file with the table below. Reward functions of TRL run\n"
+        "unchanged: `completions`, `completion_ids`, `trainer_state` and columns have TRL's form; None means that a function\n"
+        "does not apply.\n\n"
         "```bash\nrayrlhf init --from-trl \"GRPOConfig(num_generations=16, beta=0.04, loss_type='dr_grpo')\"\n```\n\n"
         "| TRL | here |\n|---|---|\n"
         "| `reward_funcs` | `reward.functions`, each with its `weight`; a reward model is `reward.model` |\n"
         "| `train_dataset` with `prompt` | `data.train`, text or messages; the chat template is applied for you |\n"
         "| `trainer.train()` | `rayrlhf ppo FILE`, or a loop of your own over `rayrlhf.open_trainer` |\n"
         "| `accelerate launch`, `trl vllm-serve` | one command; policy and replicas are actors on Ray |\n\n"
-        "## `GRPOConfig`, field by field\n\nFields of TRL 1.16. A row without a key has no equivalent, or needs none.\n\n"
+        "## `GRPOConfig`, field by field\n\nFields of TRL 1.16. A field without a key has no equivalent, or needs none.\n\n"
         f"| field | key | note |\n|---|---|---|\n{table}"
     )
 
@@ -255,17 +263,16 @@ def families_page() -> str:
     """The reference page of tried model families."""
     rows = json.loads((DOCS.parent / "tests/models/families.json").read_text(encoding="utf-8"))
     head = (
-        "# Model families\n\nEach model is checked on load, on 32 random tokens: its own forward pass against trunk and\n"
-        "output layer, samples alone against padded and packed ones. A scale or a soft cap behind the output layer is\n"
-        "applied. Samples that would influence each other are padded or computed alone. Any other difference is refused\n"
-        "before anything runs. `--dry-run`, `rayrlhf plan` and `environment.json` of the run name the outcome.\n"
-        "Multimodal and quantized checkpoints,\n"
-        "encoder-decoder models and others whose tokens see later ones are refused.\n\n"
-        "`python -m tests.models.test_families` found this table with tiny random checkpoints in float32 on a CPU:\n"
+        "# Model families\n\nThis page lists the tested model families. Every model, listed or not, is also checked on\n"
+        "load with 32 random tokens: its own forward pass is compared with trunk and output layer, and single samples\n"
+        "with padded and packed ones. A scale or a soft cap behind the output layer is applied. If packed samples would\n"
+        "influence each other, they are padded or computed one by one. Any other difference is an error before anything\n"
+        "runs. `--dry-run`, `rayrlhf plan` and the run's `environment.json` show the result. Multimodal and quantized\n"
+        "checkpoints, encoder-decoder models and others with non-causal attention are refused.\n\n"
+        "`python -m tests.models.test_families` made this table with tiny random checkpoints in float32 on a CPU:\n"
         "attention (`model.attention`), logits, samples per row, SFT with `gradient_checkpointing`, `model.lora` and its\n"
-        "merge, the rollout backends `transformers` and `vllm` before and after a weight sync, reward models, and exports\n"
-        "that are loaded again.\n"
-        "Every cell with `yes` had equal log-probs, gradients or scores; an empty one was not tried.\n\n"
+        "merge, the rollout backends `transformers` and `vllm` before and after a weight sync, reward models, and\n"
+        "reloaded exports. `yes` means equal log-probs, gradients or scores; an empty cell was not tested.\n\n"
     )
     columns = ("load", "logits", "rows", "training", "lora", "sampling", "vllm", "reward", "export")
     names = ("family", "attention", "logits", "rows", "SFT", "LoRA", "transformers", "vLLM", "reward model", "export")

@@ -74,7 +74,7 @@ EXIT_STOPPED = 75
 """Exit code of a stopped run that the same command resumes (`EX_TEMPFAIL` of sysexits.h)."""
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that replace those of the file: section.key=value ...")]
-From = Annotated[Path | None, typer.Option("--from", help="Begin with a finished run's weights, under another run.name.")]
+From = Annotated[Path | None, typer.Option("--from", help="Start with the weights of a finished run, under another run.name.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")]
 
 
@@ -191,7 +191,7 @@ def data(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
-    merge: Annotated[bool, typer.Option("--merge", help="Fold adapters into their base model.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge adapters into their base model.")] = False,
     to: Annotated[Path | None, typer.Option(help="Target folder; `export-merged` in the run folder if not given.")] = None,
 ) -> None:
     """Show the path of a run's model, or merge its adapters."""

@@ -10,8 +10,8 @@ from rayrlhf.errors import UserError
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="A list of findings for programs.")] = False,
-    gpu: Annotated[bool, typer.Option("--gpu", help="Measure the GPU path in ten steps instead, some minutes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Test the GPU path in ten steps instead; takes minutes.")] = False,
     parity: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Compare vLLM and the trainer on this model, layer by layer.")
     ] = None,

@@ -30,9 +30,9 @@ def reward_hacking(history: History) -> Sign | None:
     )
 
 
-@check("alarm", "Train the reward model longer, or on more or cleaner pairs: the policy learns nothing that was preferred.")
+@check("alarm", "Train the reward model longer, or on more or cleaner pairs: the policy cannot learn the preferences from it.")
 def reward_model_by_chance(history: History) -> Sign | None:
-    """Detect a reward model that orders held-out pairs no better than coins do."""
+    """Detect a reward model that ranks held-out pairs no better than chance."""
     points = history.all_recent(REWARD_MODEL_CHANCE, low=CHANCE_LEVEL, count=1)
     if not points:
         return None
@@ -54,7 +54,7 @@ def length_explosion(history: History) -> Sign | None:
 
 @check(
     "alarm",
-    "Read the samples: too hard, too easy, or answers the reward cannot parse. rollout.refill_rounds skips such groups.",
+    "Read the samples: is the task too hard or too easy, or can the reward not parse answers? Try rollout.refill_rounds.",
 )
 def dead_reward(history: History) -> Sign | None:
     """Detect equal scores of all responses, which give no training signal."""
@@ -69,7 +69,7 @@ def dead_reward(history: History) -> Sign | None:
     "warning", "Raise rollout.max_new_tokens, set algorithm.shaping.missing_eos_penalty, or start from a model that can stop."
 )
 def truncated_responses(history: History) -> Sign | None:
-    """Detect that more than half of the responses are truncated."""
+    """Detect truncation of more than half of the responses."""
     shares = _truncated(history)[-5:]
     if len(shares) < 5 or any(share.value <= 0.5 for share in shares):
         return None

@@ -33,7 +33,7 @@ def sampler_mismatch(history: History) -> Sign | None:
 
 @check("warning", "Set rollout.lora: adapter (with rollout.backend: vllm), or model.dtype: float32.")
 def update_lost(history: History) -> Sign | None:
-    """Detect LoRA updates that rounding keeps from the rollout engine."""
+    """Detect LoRA updates that are lost to rounding in the rollout engine."""
     points = [point for point in history.recent(UPDATE_ARRIVED, 1) if point.value < 0.5]
     if not points:
         return None
@@ -44,7 +44,7 @@ def update_lost(history: History) -> Sign | None:
 
 @check("alarm", "A replica serves old weights: look at recovery.jsonl.")
 def stale_rollouts(history: History) -> Sign | None:
-    """Detect responses from weights older than the configuration allows."""
+    """Detect responses sampled with older weights than the configuration allows."""
     limit = history.recent(STALENESS_LIMIT, 1)
     allowed = limit[0].value if limit else 0.0
     points = history.all_recent(MAX_STALENESS, low=allowed, count=1)
@@ -55,7 +55,7 @@ def stale_rollouts(history: History) -> Sign | None:
 
 @check("warning", "Open trace.json in Perfetto to see the driver's work between the phases.")
 def idle_actors(history: History) -> Sign | None:
-    """Detect steps in which no actor works for a quarter of the time."""
+    """Detect steps in which all actors are idle for a quarter of the time."""
     points = history.all_recent(OTHER, low=0.25, count=5)
     if not points:
         return None

@@ -64,7 +64,7 @@ def bench_ppo_command(
     precision: Precisions = None,
     model: PolicyModel = "builtin:tiny",
     prompts: Prompts = 64,
-    lora: Annotated[int, typer.Option(min=0, help="Rank of adapters on the policy; 0 trains it whole.")] = 0,
+    lora: Annotated[int, typer.Option(min=0, help="Rank of adapters on the policy; 0 is full fine-tuning.")] = 0,
     rounds: Rounds = 5,
     updates: Annotated[int, typer.Option(min=1, help="Timed PPO steps of a run.")] = 3,
     output: Output = None,
@@ -130,7 +130,7 @@ def bench_rollout_command(
     model: Annotated[str, typer.Option(help="The sampled model.")] = "builtin:smollm2-135m-instruct",
     new_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 64,
     rounds: Rounds = 15,
-    transformers: Annotated[bool, typer.Option("--transformers", help="Measure transformers' generate too.")] = False,
+    transformers: Annotated[bool, typer.Option("--transformers", help="Also measure transformers' generate.")] = False,
     output: Output = None,
 ) -> None:
     """Compare sampled tokens per second of our actors and plain vLLM."""

@@ -14,12 +14,12 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that repla
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    cluster: Annotated[Path | None, typer.Option(help="A YAML file that describes the cluster.")] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="GPUs of a node.")] = None,
-    gpu_memory: Annotated[float | None, typer.Option(help="Memory of a GPU in GiB.")] = None,
-    cpus_per_node: Annotated[int | None, typer.Option(min=1, help="CPU cores of a node.")] = None,
-    node_memory: Annotated[float | None, typer.Option(help="Main memory of a node in GiB.")] = None,
+    cluster: Annotated[Path | None, typer.Option(help="A YAML file with a cluster configuration.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="GPUs per node.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="Memory per GPU, in GiB.")] = None,
+    cpus_per_node: Annotated[int | None, typer.Option(min=1, help="CPU cores per node.")] = None,
+    node_memory: Annotated[float | None, typer.Option(help="Main memory per node, in GiB.")] = None,
     emit: Annotated[str | None, typer.Option(help="Print a manifest instead: kuberay, ray-up or slurm.")] = None,
     simulate: Annotated[
         Path | None, typer.Option(help="Simulate the run's steps instead, with the rates of this YAML file.")
