@@ -1,5 +1,6 @@
 """What the tests of ranks that share rows or weights have in common: experience, a loss, processes, comparisons."""
 
+import gc
 import importlib
 import os
 import subprocess
@@ -23,6 +24,14 @@ SEQUENCES = random_sequences(7, vocabulary=VOCABULARY)
 PLAN = UpdatePlan([[[3, 1, 6, 5], [0, 2, 4]]])
 LIMIT = 1800
 """Seconds of the wider matrices, which have four processes on two cores."""
+PRELOADED = (
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "transformers.models.auto.modeling_auto",
+    "transformers.modeling_utils",
+    "peft",
+)
+"""Libraries that an engine imports on first use, for seconds."""
 READ = {"lm": ("logprobs", "entropy"), "value": ("values",)}
 
 
@@ -86,8 +95,9 @@ def run_processes(module: str, ranks: int, arguments: list[str], alone: Callable
 
 def fork_ranks(main: Callable[[], None], ranks: int) -> None:
     """Run `main` as each rank in a fork of this process, whose libraries take longer to import than most tests run."""
-    importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
-    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    for name in PRELOADED:
+        importlib.import_module(name)
+    gc.freeze()  # DeepSpeed collects garbage for each engine at ZeRO-3: a second over all libraries
     children = []
     for rank in range(ranks):
         if not (child := os.fork()):

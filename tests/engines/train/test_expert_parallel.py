@@ -32,7 +32,7 @@ CELLS = (
     cell("qwen3_moe", 0, packing=False, router_loss=0.1),
     cell("mixtral", 1, lora=ALL),  # with checkpointing
     cell("mixtral", 2, heads=("value",), packing=False),
-    cell("qwen3_moe", 3),
+    cell("qwen3_moe", 3, packing=False),
 )
 WIDE = (
     *(cell(family, stage) for family in ("qwen3_moe", "mixtral", "qwen2_moe") for stage in range(4)),
