@@ -230,7 +230,7 @@ class TeacherSection(SelectionSection):
     @model_validator(mode="after")
     def _check_context(self) -> Self:
         if not self.demonstrations and self.instruction is None:
-            raise ValueError("the teacher has no further context: set demonstrations above 0, an instruction, or both")
+            raise ValueError("the teacher has the same context as the student: set demonstrations above 0, or an instruction")
         return self
 
 

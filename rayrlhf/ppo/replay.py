@@ -157,7 +157,9 @@ def replay_step(
     if changes and phase in ("experience", "update"):
         _check_recorded(config, record, changes, phase)
     if phase == "sync" and not sampled_again(record, recorded_rollouts(record).rollouts):
-        raise UserError(f"step {step}: its first weights sampled no whole response, and phase sync samples those again")
+        raise UserError(
+            f"--phase sync, step {step}: no response was sampled with the step's initial weights alone; expected another step"
+        )
     moved = [line for line in differences(stored, config) if line.startswith(("placement.", "rollout.replicas:"))]
     replayer = _Replayer(run, config, changes, moved=bool(moved))
     return replayer.experience(record) if phase == "experience" else replayer.on_models(record, phase, say)

@@ -231,7 +231,7 @@ def test_responses_are_sampled_again_only_where_the_record_holds_all_that_was_re
     rewrite(config, versions=lambda rows: [np.arange(len(row), dtype=np.int32) - len(row) for row in rows])
     assert len(sampled_again(read_record(config.run.folder / FOLDER, 1), step.scored.rollouts)) == 16
     rewrite(config, header={"version": 3})
-    with pytest.raises(UserError, match="step 1: its first weights sampled no whole response"):
+    with pytest.raises(UserError, match="step 1: no response was sampled with the step's initial weights alone"):
         replay_step(config.run.folder, 1, "sync")
     edit(config, environment={"name": "guessing"})
     with pytest.raises(UserError, match="--phase sync: the record does not hold the turns of an environment or agent"):

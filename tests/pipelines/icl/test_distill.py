@@ -77,7 +77,7 @@ def test_plain_text_shows_the_instruction_to_the_teacher_alone(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["teacher.demonstrations=0", "teacher.instruction=null"], "the teacher has no further context"),
+        (["teacher.demonstrations=0", "teacher.instruction=null"], "the teacher has the same context as the student"),
         (["teacher.selection=nearest"], "encoder and selection nearest"),
         (["train.vocabulary=0"], r"train\.vocabulary"),
         (["context.question=x"], r"question has no \{prompt\}"),
