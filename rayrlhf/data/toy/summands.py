@@ -1,4 +1,4 @@
-"""Numbers as sums of two others: a task with many right answers to a prompt.
+"""Numbers as sums of a digit and a rest, each with many right answers.
 
 `537=` has nine, `1+536` to `9+528`, and a row has one of them, with 1 in two rows of three. The split of a number is
 defined by a hash of it, so no held-out number is ever trained on, for any seeds and counts.
