@@ -101,9 +101,11 @@ def test_a_rank_without_tokens_for_its_experts_takes_part(two_ranks: Path) -> No
 
 @pytest.mark.nightly
 @pytest.mark.timeout(LIMIT)
+@pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize(("ranks", "size"), [(4, 2), (4, 4)])
-def test_more_ranks_that_share_experts_take_the_steps_of_one(tmp_path: Path, ranks: int, size: int) -> None:
+def test_more_ranks_that_share_experts_take_the_steps_of_one(tmp_path: Path, ranks: int, size: int, stage: int) -> None:
     """Two groups of two, with fillers where a rank has fewer micro-batches, and one of four."""
-    run_matrix(tmp_path, WIDE, ranks, size, __name__)
-    for cell in WIDE:
+    cells = tuple(cell for cell in WIDE if cell.stage == stage)
+    run_matrix(tmp_path, cells, ranks, size, __name__)
+    for cell in cells:
         check(tmp_path, cell, ranks, size)

@@ -389,9 +389,11 @@ def test_a_plan_counts_the_weights_that_a_rank_holds(two_ranks: Path) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.timeout(LIMIT)
+@pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize(("ranks", "size"), [(4, 2), (4, 4)])
-def test_more_ranks_that_share_weights_take_the_steps_of_one(tmp_path: Path, ranks: int, size: int) -> None:
+def test_more_ranks_that_share_weights_take_the_steps_of_one(tmp_path: Path, ranks: int, size: int, stage: int) -> None:
     """Two groups of two, with fillers where a group has fewer micro-batches, and one of four."""
-    run_matrix(tmp_path, WIDE, ranks, size)
-    for cell in WIDE:
+    cells = tuple(cell for cell in WIDE if cell.stage == stage)
+    run_matrix(tmp_path, cells, ranks, size)
+    for cell in cells:
         check(tmp_path, cell, ranks, size)
