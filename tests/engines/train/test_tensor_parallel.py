@@ -78,7 +78,7 @@ class Cell:
     def name(self) -> str:
         heads, lora = self.changes["num_attention_heads"], f"lora{len(self.lora.target_modules)}" if self.lora else "all"
         parts = (self.family, f"{heads}heads", f"zero{self.stage}", str(self.packing), *self.heads, lora, self.dtype)
-        return "-".join(parts) + ("-offload" if self.offload else "")
+        return "-".join(parts) + "-offload" * self.offload + "-router" * bool(self.router_loss)
 
 
 CELLS = (

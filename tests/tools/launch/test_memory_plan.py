@@ -181,8 +181,9 @@ def test_frozen_models_hold_the_weights_that_the_plan_counts(tmp_path, dtype):
     policy, reward = write_reward_model("builtin:tiny?layers=2&hidden=128&context=64", tmp_path / "reward")
     section = RewardModelSection(model=ModelSection(path=reward, dtype=dtype), template="{prompt}{response}")
     planned = frozen_memory(read_shape(ModelSection(path=policy)), HALF if dtype == "bfloat16" else FULL, tokens=1).weights
-    for engine in (FrozenEngine(ModelSection(path=policy, dtype=dtype), 1024), RewardModelEngine(section)):
-        held = sum(parameter.numel() * parameter.element_size() for parameter in engine._network.parameters())
+    reference = FrozenEngine(ModelSection(path=policy, dtype=dtype), 1024)
+    for network in (reference._network, RewardModelEngine(section)._scorer.network):
+        held = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
         assert held == pytest.approx(planned, rel=0.02)
 
 
