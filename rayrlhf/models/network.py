@@ -226,16 +226,9 @@ class Network(nn.Module):
         if predicting is not None and outputs & {"logprobs", "entropy"}:
             head = self.model.get_output_embeddings()
             logprobs, entropy = logprobs_and_entropy(
-                predicting,
-                head.weight,
-                head.bias,
-                positions.targets,
-                temperature=temperature,
-                cap=self.check.logits.cap,
-                entropy="entropy" in outputs,
-                part=vocabulary_part(head),
-                float32=self.float32_head,
-            )
+                predicting, head.weight, head.bias, positions.targets, temperature=temperature, cap=self.check.logits.cap,
+                entropy="entropy" in outputs, part=vocabulary_part(head), float32=self.float32_head,
+            )  # fmt: skip
         if predicting is not None and teacher is not None and "divergence" in outputs:
             apart = divergence_from(predicting, whole_layer(self.model.get_output_embeddings()), teacher, self.teacher_layer)
         if "values" in outputs and self.v_head is not None:

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
 from rayrlhf.config.pipelines import ChainConfig
 from rayrlhf.environments.players.agent_session import Texts
 from rayrlhf.models.tiny import byte_tokenizer
 from rayrlhf.pipelines.chain.run_chain import run_chain
 from tests.environments.players.test_agent_tools import play, trained_once
+from tests.examples.chains import seeded_chain
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("vllm")
@@ -23,15 +23,7 @@ EXAMPLE = ROOT / "examples/agents"
 
 def chain_of(seed: int, root: Path) -> ChainConfig:
     """The chain with other start weights, other conversations and other draws, and the same held-out problems."""
-    text = (EXAMPLE / "calculator.yaml").read_text()
-    for built_in in ("builtin:tiny?", "builtin:calculations?calls"):
-        assert built_in in text
-        text = text.replace(built_in, built_in.replace("?", f"?seed={seed}&"))
-    tree = yaml.safe_load(text)
-    tree["run"] = {"name": f"agents-{seed}", "root": str(root)}
-    for stage in tree["stages"]:
-        stage["settings"]["run"] = stage["settings"].get("run", {}) | {"seed": seed}
-    return ChainConfig.model_validate(tree)
+    return seeded_chain(EXAMPLE / "calculator.yaml", seed, root, "builtin:tiny?", "builtin:calculations?calls")
 
 
 def test_the_agent_of_the_example_is_paid_for_a_sum_that_its_tool_computed(monkeypatch):

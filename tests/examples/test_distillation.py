@@ -4,27 +4,19 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from examples.distillation.sums import adds_up
 from rayrlhf.config.pipelines import ChainConfig
 from rayrlhf.observe.metrics import read_metrics
 from rayrlhf.pipelines.chain.run_chain import plan_chain, run_chain
+from tests.examples.chains import seeded_chain
 
 ROOT = Path(__file__).parents[2]
 
 
 def chain_of(seed: int, root: Path) -> ChainConfig:
     """The chain with other start weights, other rows of each split and other draws."""
-    text = (ROOT / "examples" / "distillation" / "chain.yaml").read_text()
-    for built_in in ("builtin:tiny?", "builtin:summands?"):
-        assert built_in in text
-        text = text.replace(built_in, f"{built_in}seed={seed}&")
-    tree = yaml.safe_load(text)
-    tree["run"] = {"name": f"distillation-{seed}", "root": str(root)}
-    for stage in tree["stages"]:
-        stage["settings"]["run"] = stage["settings"].get("run", {}) | {"seed": seed}
-    return ChainConfig.model_validate(tree)
+    return seeded_chain(ROOT / "examples" / "distillation" / "chain.yaml", seed, root, "builtin:tiny?", "builtin:summands?")
 
 
 def curve_of(folder: Path) -> dict[int, float]:

@@ -5,25 +5,17 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from rayrlhf.config.pipelines import ChainConfig
 from rayrlhf.pipelines.chain.run_chain import plan_chain, run_chain
+from tests.examples.chains import seeded_chain
 
 ROOT = Path(__file__).parents[2]
 
 
 def chain_of(seed: int, root: Path) -> ChainConfig:
     """The chain with other start weights, other data and other draws."""
-    text = (ROOT / "examples" / "icl" / "chain.yaml").read_text()
-    for built_in in ("builtin:tiny?", "builtin:mappings?"):
-        assert built_in in text
-        text = text.replace(built_in, f"{built_in}seed={seed}&")
-    tree = yaml.safe_load(text)
-    tree["run"] = {"name": f"icl-{seed}", "root": str(root)}
-    for stage in tree["stages"]:
-        stage["settings"]["run"] = {"seed": seed}
-    return ChainConfig.model_validate(tree)
+    return seeded_chain(ROOT / "examples" / "icl" / "chain.yaml", seed, root, "builtin:tiny?", "builtin:mappings?")
 
 
 def points_of(folder: Path) -> dict[tuple[str, str, int], dict[str, float]]:

@@ -12,7 +12,7 @@ import pytest
 from rayrlhf.rewards import sandbox
 from rayrlhf.rewards.programs import code
 from rayrlhf.rewards.remote_objects import Link
-from rayrlhf.rewards.sandbox import Limits, run_program
+from rayrlhf.rewards.sandbox import WORK, Limits, run_program
 
 LACKING = sandbox.missing()
 pytestmark = pytest.mark.skipif(bool(LACKING), reason=f"programs cannot be contained here: {LACKING}")
@@ -274,7 +274,7 @@ PROBES = {
     "another user": "call(105, 0)",
     "host name": "call(170, b'x', 1)",
     "clock": "call(227, 0, b'0' * 16)",
-    "device": "os.mknod('/tmp/work/d', 0o20600, os.makedev(1, 1))",
+    "device": f"os.mknod('{WORK}/d', 0o20600, os.makedev(1, 1))",
     "processes in /proc": "os.listdir('/proc/1')",
     "shared memory of the machine": "open('/dev/shm/x', 'w')",
     "files of the project": f"open({str(Path(__file__).resolve())!r})",

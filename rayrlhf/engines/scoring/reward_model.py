@@ -224,6 +224,8 @@ def check_reward_models(section: RewardModelSection) -> None:
 
 def _read(section: RewardModelSection, folder: Path) -> tuple[Tokenizer, AnswerFormat, float, float]:
     """Return tokenizer, format, and mean and standard deviation of the rewards."""
+    if section.backend == "vllm":
+        _check_pooling(section, folder)
     tokenizer, stored = load_tokenizer(section.model), _format(section, folder)
     if section.template is None and stored.chat and not tokenizer.chat_template:
         raise UserError(
@@ -263,8 +265,6 @@ def _format(section: RewardModelSection, folder: Path) -> AnswerFormat:
 def _gated_head(section: RewardModelSection, folder: Path) -> GatedHead | None:
     """Return the gated head of a model, without settings that contradict it."""
     head = find_gated_head(folder)
-    if section.backend == "vllm":
-        _check_pooling(section, head, folder)
     given = [name for name in ("outputs", "steps", "template") if getattr(section, name) is not None]
     if head is not None and given:
         raise UserError(
@@ -274,16 +274,15 @@ def _gated_head(section: RewardModelSection, folder: Path) -> GatedHead | None:
     return head
 
 
-def _check_pooling(section: RewardModelSection, head: GatedHead | None, folder: Path) -> None:
+def _check_pooling(section: RewardModelSection, folder: Path) -> None:
     """Check that vLLM is installed and serves a model in pooling mode."""
     if importlib.util.find_spec("vllm") is None:
         raise UserError("reward.model.backend: vllm is not installed; pip install 'rayrlhf[cpu]' ('rayrlhf[gpu]' on GPUs)")
-    found = architecture_of(folder) or "model of unknown architecture"
-    if head is not None or not found.endswith("ForSequenceClassification"):
-        gating = " with gating" if head is not None else ""
+    found, gated = architecture_of(folder) or "model of unknown architecture", find_gated_head(folder) is not None
+    if gated or not found.endswith("ForSequenceClassification"):
         raise UserError(
-            f"reward.model.backend vllm: {section.model.path!r} is a {found}{gating}; expected a classifier of sequences, or "
-            "backend torch"
+            f"reward.model.backend vllm: {section.model.path!r} is a {found}{' with gating' if gated else ''}; expected a "
+            "classifier of sequences, or backend torch"
         )
 
 
